@@ -1,0 +1,40 @@
+"""The reference's values (tests/fixtures/*.safetensors): weights, inputs and outputs of two small networks."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from jit_accel.model import JiTTransformer2DModel, load_reference_weights
+
+FILES = ("tiny", "nocontext")
+
+
+@dataclass
+class Golden:
+    config: dict
+    tensors: dict[str, Tensor]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return {name.removeprefix("weights."): t for name, t in self.tensors.items() if name.startswith("weights.")}
+
+    def model(self) -> JiTTransformer2DModel:
+        model = JiTTransformer2DModel(**self.config)
+        load_reference_weights(model, self.weights)
+        return model
+
+    def sampling_rows(self):
+        pattern = r"sample\.(\w+)\.steps(\d+)\.cfg([\d.]+)\.interval([\d.]+)-([\d.]+)\.noise([\d.]+)\.out"
+        for name in self.tensors:
+            if match := re.fullmatch(pattern, name):
+                method, steps, *numbers = match.groups()
+                yield name.removesuffix(".out"), method, int(steps), *map(float, numbers)
+
+
+def load_golden(name: str) -> Golden:
+    with safe_open(Path(__file__).parent / "fixtures" / f"{name}.safetensors", "pt") as file:
+        return Golden(json.loads(file.metadata()["config"]), {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
