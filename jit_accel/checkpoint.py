@@ -1,0 +1,213 @@
+"""Checkpoints that are whole or not there: written aside, synced to disk, sealed by a manifest, then renamed.
+
+    checkpoints/step_00002000/
+        model.safetensors  ema_<decay>.safetensors  optimizer.safetensors
+        state.json         step, loader positions of every process, settings, data fingerprint
+        manifest.json      names and sizes of the above, written last
+
+No pickle is written or read. Tensors are saved whole, whatever the sharding, so the number of processes may
+change between saving and loading.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from jit_accel.errors import UserError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT_VERSION = 1
+# What must agree between a checkpoint and the run that continues it; everything else may change.
+FIXED_SETTINGS = ("model", "img_size", "num_classes", "prediction", "optimizer", "ema_decays", "seed")
+
+
+class Checkpointer:
+    """Saves, rotates and finds the checkpoints of one output folder.
+
+    Args:
+        accelerator: all processes call `save` and `load` together; the main one writes.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, accelerator, output_dir: Path, keep: int):
+        self.accelerator = accelerator
+        self.folder = output_dir / "checkpoints"
+        self.keep = keep
+
+    def save(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> Path:
+        """Write a checkpoint; when this returns, it is on disk under its final name.
+
+        Args:
+            tensors: file stem -> name -> tensor, on every process (sharded ones are gathered).
+            state: JSON values, from the main process.
+        """
+        final = self.folder / f"step_{step:08d}"
+        temporary = final.with_name(f"tmp_{final.name}")
+        is_writer = self.accelerator.is_main_process
+        if is_writer:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        for stem, named in tensors.items():
+            whole = whole_tensors(named, keep=is_writer)
+            if is_writer:
+                save_file(whole, temporary / f"{stem}.safetensors")
+            del whole
+        if is_writer:
+            (temporary / STATE).write_text(json.dumps({"format": FORMAT_VERSION, "step": step, **state}, indent=1))
+            _seal(temporary, final)
+            self._rotate()
+        self.accelerator.wait_for_everyone()
+        return final
+
+    def _rotate(self) -> None:
+        for old in complete_checkpoints(self.folder)[: -self.keep]:
+            # Renamed first: a half-deleted folder must not look like a checkpoint.
+            os.rename(old, old.with_name(f"tmp_old_{old.name}"))
+        for left_over in self.folder.glob("tmp_*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+
+    def find(self, resume: str) -> Path | None:
+        """The checkpoint that `--resume` means: None for `none`, and for `auto` where there is none.
+
+        Raises:
+            UserError: a path that holds no complete checkpoint.
+        """
+        if resume == "none":
+            return None
+        if resume == "auto":
+            found = complete_checkpoints(self.folder)
+            return found[-1] if found else None
+        path = Path(resume)
+        if is_complete(path):
+            return path
+        for folder in (path, path / "checkpoints"):
+            if found := complete_checkpoints(folder):
+                return found[-1]
+        raise UserError(
+            f"--resume {resume}: holds no complete checkpoint (a folder step_… with a {MANIFEST}): give the path of "
+            "one, or auto to continue where --output_dir left off, or none to start anew."
+        )
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints in `folder`, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if is_complete(path))
+
+
+def is_complete(path: Path) -> bool:
+    """Whether the manifest is there and every file it names has the size it names."""
+    try:
+        sizes = json.loads((path / MANIFEST).read_text())["files"]
+        return all((path / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def read_state(path: Path) -> dict:
+    return json.loads((path / STATE).read_text())
+
+
+def refuse_other_run(path: Path, state: dict, settings: dict, data: str, fingerprint: str) -> None:
+    """Raise `UserError` where a run with these settings and data cannot continue a checkpoint, naming each difference.
+
+    Args:
+        path, state: the checkpoint, and its `read_state`.
+        data, fingerprint: the run's data in words, and what identifies it.
+    """
+    differences = [
+        f"--{name} is {settings[name]}, the checkpoint has {state['settings'].get(name)}"
+        for name in FIXED_SETTINGS
+        if settings[name] != state["settings"].get(name)
+    ]
+    if state["fingerprint"] != fingerprint:
+        differences.append(f"--data_path is {data}, the checkpoint has {state['data']}")
+    if differences:
+        raise UserError(
+            f"--resume {path}: belongs to another run: {'; '.join(differences)}. "
+            "Give the settings it was made with, or another --output_dir to start anew."
+        )
+
+
+def load_tensors(path: Path, stem: str, into: dict[str, Tensor]) -> None:
+    """Copy a file's tensors into these, in place; sharded ones take their share."""
+    with safe_open(path / f"{stem}.safetensors", framework="pt") as file:
+        stored = set(file.keys())
+        assert stored == set(into), f"{path}/{stem}: {sorted(stored ^ set(into))[:5]} stand on one side only"
+        with torch.no_grad():
+            for name, tensor in into.items():
+                tensor.copy_(_like(file.get_tensor(name), tensor))
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizers) -> dict[str, Tensor]:
+    """The state of all optimizers as `<parameter>|<key>` -> tensor."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        f"{names[p]}|{key}": value
+        for optimizer in optimizers
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(path: Path, model: torch.nn.Module, optimizers) -> None:
+    """Put back what `optimizer_tensors` gave, into optimizers that have not stepped yet."""
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    params = dict(model.named_parameters())
+    with safe_open(path / "optimizer.safetensors", framework="pt") as file:
+        for full_name in file.keys():  # noqa: SIM118 (not a dict)
+            name, _, key = full_name.rpartition("|")
+            p, value = params[name], file.get_tensor(full_name)
+            # Step counts are scalars; they follow the device of their parameter, as fused AdamW wants it.
+            owner[p].state[p][key] = _like(value, p) if value.shape == p.shape else value.to(p.device)
+
+
+def whole_tensors(named: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor | None]:
+    """Gather sharded tensors; all processes take part, those that `keep` get the values, on the CPU."""
+    return {name: _whole(tensor, keep) for name, tensor in named.items()}
+
+
+def _whole(tensor: Tensor, keep: bool) -> Tensor | None:
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.cpu().contiguous() if keep else None
+
+
+def _like(value: Tensor, reference: Tensor) -> Tensor:
+    if hasattr(reference, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value.to(reference.device), reference.device_mesh, reference.placements)
+    return value.to(reference.device)
+
+
+def _seal(temporary: Path, final: Path) -> None:
+    sizes = {}
+    for file in sorted(temporary.iterdir()):
+        _fsync(file)
+        sizes[file.name] = file.stat().st_size
+    manifest = temporary / MANIFEST
+    manifest.write_text(json.dumps({"format": FORMAT_VERSION, "files": sizes}, indent=1))
+    _fsync(manifest)
+    _fsync(temporary)
+    if final.exists():  # moved, not deleted: at every moment one of the two is whole
+        os.rename(final, final.with_name(f"tmp_old_{final.name}"))
+    os.rename(temporary, final)
+    _fsync(final.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

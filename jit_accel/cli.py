@@ -1,0 +1,87 @@
+"""From the command line and a YAML file to a checked `Config`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from jit_accel.config import SETTINGS, Config
+from jit_accel.errors import UserError, nearest
+from jit_accel.resolve import check
+
+
+def parse_args(argv: list[str] | None = None) -> Config:
+    """Read the command line (and the YAML file that `--config` names) into a checked `Config`.
+
+    Raises:
+        UserError: unknown flag or key, values out of range, settings that contradict each other.
+        SystemExit: `--help` (0), or a value of the wrong type (2).
+    """
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, config_path = _take_config_path(argv)
+    _reject_unknown_flags(argv)
+    from_file = _yaml_as_args(config_path) if config_path else []
+    # One parser for both: the file's settings are flags that stand before the user's own.
+    config = tyro.cli(
+        Config,
+        args=from_file + argv,
+        prog="python -m jit_accel.train",
+        config=(tyro.conf.OmitArgPrefixes,),
+        use_underscores=True,
+        description=f"{Config.__doc__} --config FILE reads settings from a YAML file; flags win over it.",
+    )
+    check(config)
+    return config
+
+
+def _take_config_path(argv: list[str]) -> tuple[list[str], str | None]:
+    rest, path = [], None
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            path = next(arguments, None)
+            if path is None:
+                raise UserError("--config: no file behind it; write --config run.yaml.")
+        elif argument.startswith("--config="):
+            path = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    return rest, path
+
+
+def _reject_unknown_flags(argv: list[str]) -> None:
+    for argument in argv:
+        if argument.startswith("--") and argument not in ("--", "--help"):
+            name = argument[2:].partition("=")[0].replace("-", "_")
+            is_switch_off = name.startswith("no_") and SETTINGS.get(name[3:]) and SETTINGS[name[3:]].type == "bool"
+            if name not in SETTINGS and not is_switch_off:
+                hint = nearest(name, SETTINGS).replace("Did you mean '", "Did you mean '--")
+                raise UserError(f"{argument}: no such flag.{hint} --help lists them all.")
+
+
+def _yaml_as_args(path: str) -> list[str]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({error}); give the path of a YAML file.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: must hold `setting: value` lines, such as `batch_size: 32`.")
+    args = []
+    for name, value in values.items():
+        if name not in SETTINGS:
+            raise UserError(f"--config {path}: {name} is no setting.{nearest(str(name), SETTINGS)}")
+        if isinstance(value, dict):
+            raise UserError(f"--config {path}: {name} must be a plain value or a list, not a mapping.")
+        if SETTINGS[name].type == "bool":
+            if not isinstance(value, bool):
+                raise UserError(f"--config {path}: {name}: {value} must be true or false.")
+            args.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            args += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return args

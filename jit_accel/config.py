@@ -1,0 +1,209 @@
+"""Every setting, by one flat name: a flag, a YAML key and a key of the recorded configuration.
+
+Defaults < YAML file (`--config`) < command line. Nothing here imports torch, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    data_path: str
+    """Images: a folder of class folders, a flat folder, Parquet files, WebDataset tars, a Hub id, builtin:NAME."""
+    data_format: str = "auto"
+    """What data_path is, where it cannot be told by looking: folder, parquet, webdataset, hub, arrow, builtin."""
+    image_column: str | None = None
+    """Column of the images (default: the one that holds images)."""
+    label_column: str | None = None
+    """Column of the class labels (default: label, cls, ... where present; else one class)."""
+    streaming: bool | None = None
+    """Read in order instead of at random (default: Parquet, WebDataset and Hub data stream, the rest does not)."""
+    img_size: int | None = None
+    """Side of the square training images in pixels (default: 16 patches)."""
+    horizontal_flip: bool = True
+    """Mirror every second image, at random. Switch off for digits and text."""
+    num_workers: int | None = None
+    """Decoding processes per training process (default: by the number of cores)."""
+    max_bad_images: float = 0.01
+    """Stop when more than this share of the images cannot be decoded."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model: str = "JiT-B/16"
+    """Size and patch: JiT-{Ti,S,B,L,H,G}/PATCH."""
+    num_classes: int | None = None
+    """Number of classes (default: from the data)."""
+    in_channels: int = 3
+    """Colour channels; always 3, other images are converted."""
+    proj_dropout: float | None = None
+    """Dropout after attention and inside the MLP, middle half of the blocks (default: the size's, 0.2 for H, G)."""
+    attn_dropout: float = 0.0
+    """Dropout on the attention weights, middle half of the blocks."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    prediction: Literal["x", "e", "v"] = "x"
+    """What the network predicts: clean image, noise or velocity."""
+    loss_space: Literal["x", "e", "v"] = "v"
+    """Where the squared error is taken."""
+    P_mean: float = -0.8
+    """Mean of logit(t); lower is noisier."""
+    P_std: float = 0.8
+    """Standard deviation of logit(t)."""
+    noise_scale: float | None = None
+    """Standard deviation of the noise (default: img_size / 256, at least 1)."""
+    t_eps: float = 0.05
+    """Lower bound of 1 - t (and of t) where it divides."""
+    label_drop_prob: float = 0.1
+    """Share of labels replaced by "no class", for classifier-free guidance."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    batch_size: int = 32
+    """Images per process and micro-step."""
+    gradient_accumulation_steps: int | None = None
+    """Micro-steps per optimizer step (default: accelerate's configuration, else 1)."""
+    epochs: float | None = None
+    """Length of the run in passes over the data (default: 200; or give max_steps)."""
+    max_steps: int | None = None
+    """Length of the run in optimizer steps."""
+    optimizer: str = "adamw"
+    """adamw, or muon (Muon on the blocks' matrices, AdamW on the rest)."""
+    learning_rate: float | None = None
+    """Peak learning rate (default: 5e-5 x global batch / 256)."""
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    """What follows the warm-up."""
+    warmup_epochs: float | None = None
+    """Linear warm-up from 0 (default: 5 epochs, at most a tenth of the run)."""
+    warmup_steps: int | None = None
+    """The same in optimizer steps."""
+    min_learning_rate: float = 0.0
+    """Where the cosine ends."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; never on biases, norms and embeddings."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's moments."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's L2 norm; 0 = never, as in the paper."""
+    ema_decays: tuple[str, ...] | None = None
+    """Decays of the averaged weights, or auto = memory of a tenth of the run so far
+    (default: auto, and the paper's 0.9996 0.9998 0.9999 where the run is long enough for them)."""
+
+
+@dataclass(frozen=True)
+class PerformanceConfig:
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Autocast (default: accelerate's configuration, else bf16 where the device is good at it)."""
+    gradient_checkpointing: bool = False
+    """Recompute the blocks in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """torch.compile each block: faster steps after a slower start."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    output_dir: str | None = None
+    """Checkpoints, samples, pipeline (default: runs/ + wandb_name, or a name made of data, model and size)."""
+    resume: str = "none"
+    """none; auto = newest checkpoint of output_dir, if any; or the path of a checkpoint."""
+    seed: int = 0
+    """Everything random follows from it."""
+    save_every_steps: int = 2000
+    """Interval of the checkpoints; the end of the run always makes one. 0 = only there."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    log_every_steps: int = 10
+    """Interval at which metrics leave the device."""
+    dry_run: bool = False
+    """Everything up to the first step, one forward and backward, then exit; writes nothing."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    sample_every_steps: int = 2000
+    """Interval of the sample sheets (PNG, fixed noise, EMA weights); the end always makes one. 0 = only there."""
+    guidance_scale: float = 2.0
+    """Classifier-free guidance of the samples, and the pipeline's default; 1 = none."""
+    num_inference_steps: int = 50
+    """Steps of the ODE solver (Heun) for the samples."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    use_wandb: bool = False
+    """Log to Weights & Biases (WANDB_MODE=offline works without a network)."""
+    wandb_project: str = "jit-diffusion"
+    """Project to log to."""
+    wandb_name: str | None = None
+    """Name of the run (default: generated)."""
+    wandb_entity: str | None = None
+    """Team or user (default: WANDB_ENTITY, else the login's)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a JiT pixel-space diffusion model on a folder or data set of images."""
+
+    data: DataConfig
+    """What to learn from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Noise, prediction and loss (arXiv 2511.13720)."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Batch, length, learning rate, averaging."""
+    performance: PerformanceConfig = field(default_factory=PerformanceConfig)
+    """Speed and memory."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Output, checkpoints, logging."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """Pictures on the way."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Weights & Biases."""
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by their one flat name, as plain YAML values."""
+        values = {}
+        for group in fields(self):
+            part = getattr(self, group.name)
+            for f in fields(part):
+                value = getattr(part, f.name)
+                values[f.name] = list(value) if isinstance(value, tuple) else value
+        return values
+
+    def updated(self, **settings) -> Config:
+        """A copy with these flat settings replaced."""
+        parts = {}
+        for group in fields(self):
+            part = getattr(self, group.name)
+            mine = {f.name: settings.pop(f.name) for f in fields(part) if f.name in settings}
+            parts[group.name] = replace(part, **mine)
+        assert not settings, f"no such settings: {sorted(settings)}"
+        return Config(**parts)
+
+
+GROUPS = (
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PerformanceConfig,
+    RunConfig,
+    SampleConfig,
+    TrackingConfig,
+)
+SETTINGS = {f.name: f for group in GROUPS for f in fields(group)}
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Record the settings as YAML that `--config` reads back."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True), encoding="utf-8")

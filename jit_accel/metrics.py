@@ -1,0 +1,48 @@
+"""What is measured at each optimizer step, kept on the device until a whole interval is read at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class StepMetrics:
+    """Losses and gradient norms of the steps since the last flush.
+
+    Nothing here waits for the device, except `flush`: one all-reduce and one copy to the host.
+    """
+
+    def __init__(self):
+        self.steps: list[int] = []
+        self.learning_rates: list[float] = []
+        self.losses: list[Tensor] = []
+        self.grad_norms: list[Tensor] = []
+
+    def record(self, step: int, learning_rate: float, loss: Tensor, grad_norm: Tensor) -> None:
+        """Keep one step's values; `loss` is this process's mean, `grad_norm` the global one, before clipping."""
+        self.steps.append(step)
+        self.learning_rates.append(learning_rate)
+        self.losses.append(loss)
+        self.grad_norms.append(grad_norm)
+
+    def flush(self, reduce_mean, counters: list[float]) -> tuple[list[dict], list[float]]:
+        """Read and forget the kept steps.
+
+        Args:
+            reduce_mean: averages a float32 tensor over the processes.
+            counters: further numbers of this process to average with them.
+
+        Returns:
+            One row a step, keyed as the trackers show them, and the averaged counters.
+        """
+        device = self.losses[0].device if self.losses else torch.device("cpu")
+        kept = len(self.steps)
+        stacked = torch.stack([*self.losses, *self.grad_norms]).float() if kept else torch.empty(0, device=device)
+        values = torch.cat([stacked, torch.tensor(counters, dtype=torch.float32, device=device)])
+        values = reduce_mean(values).tolist()
+        rows = [
+            {"step": step, "train/loss": loss, "train/grad_norm": norm, "train/learning_rate": rate}
+            for step, rate, loss, norm in zip(self.steps, self.learning_rates, values, values[kept:])
+        ]
+        self.__init__()
+        return rows, values[2 * kept :]

@@ -1,0 +1,408 @@
+"""The training loop. `Trainer.run` is the loop, `Trainer.train_step` the algorithm of the paper."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from jit_accel import __version__, rng
+from jit_accel.checkpoint import (
+    Checkpointer,
+    load_optimizer_tensors,
+    load_tensors,
+    optimizer_tensors,
+    read_state,
+    refuse_other_run,
+    whole_tensors,
+)
+from jit_accel.config import Config, write_config
+from jit_accel.data.loader import Batch, build_loader
+from jit_accel.data.sources import Source
+from jit_accel.ema import Ema
+from jit_accel.errors import UserError
+from jit_accel.export import draw_loss_curve, export_pipeline
+from jit_accel.metrics import StepMetrics
+from jit_accel.model import build_model
+from jit_accel.objective import diffusion_loss, draw_noise, draw_times, drop_labels
+from jit_accel.optim import build_optimizers, lr_at, set_lr
+from jit_accel.pipeline import JiTPipeline
+from jit_accel.resolve import Plan
+from jit_accel.samples import sample_classes, save_sheet
+from jit_accel.scheduler import JiTScheduler
+from jit_accel.signals import StopSignal
+from jit_accel.tracking import MetricsLog, WandbTracker, read_metrics
+
+INTERRUPTED_FILE = "INTERRUPTED"
+
+
+class Trainer:
+    """One training run.
+
+    Args:
+        config: fully resolved settings (`resolve.resolve`).
+        plan: its lengths in optimizer steps.
+        source: the data, opened.
+        accelerator: `accelerate.Accelerator`, with the same accumulation and precision as `config`.
+    """
+
+    def __init__(self, config: Config, plan: Plan, source: Source, accelerator):
+        self.config, self.plan, self.source, self.accelerator = config, plan, source, accelerator
+        self.output_dir = Path(config.run.output_dir)
+        self.checkpointer = Checkpointer(accelerator, self.output_dir, config.run.keep_checkpoints)
+        self.step = 0
+        self.bad_images: dict[str, None] = {}  # in the order of their discovery
+        self.stop = StopSignal()
+
+        torch.manual_seed(config.run.seed)  # the same initial weights on every process
+        model = build_model(
+            config.model.model,
+            img_size=config.data.img_size,
+            num_classes=config.model.num_classes,
+            proj_dropout=config.model.proj_dropout,
+            attn_dropout=config.model.attn_dropout,
+        )
+        if config.performance.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        if config.performance.compile:
+            model.compile_repeated_blocks()
+        optim = config.optim
+        optimizers = build_optimizers(
+            model, optimizer=optim.optimizer, weight_decay=optim.weight_decay, adam_betas=optim.adam_betas
+        )
+        # Nothing else is prepared: see "Accelerate" in docs/architecture.md.
+        self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
+        self.network = accelerator.unwrap_model(self.model)
+        self.ema = Ema(self.network, optim.ema_decays)
+        self.loader = build_loader(
+            source,
+            img_size=config.data.img_size,
+            batch_size=optim.batch_size,
+            seed=config.run.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            num_workers=config.data.num_workers,
+            horizontal_flip=config.data.horizontal_flip,
+            pin_memory=accelerator.device.type == "cuda",
+            num_classes=config.model.num_classes,
+        )
+        self.metrics = StepMetrics()
+
+    def run(self) -> int:
+        """Train to the end, or until a signal. Returns the exit code."""
+        config, plan = self.config, self.plan
+        self._open_logs()
+        with self.stop, self._progress_bar() as self.bar:
+            while self.step < plan.total_steps:
+                self.train_step()
+                self.bar.update()
+                at_end = self.step == plan.total_steps
+                if at_end or self.step % config.run.log_every_steps == 0 or self._is_told_to_stop_alone():
+                    self.flush()
+                if self.stop.number:
+                    return self._leave()
+                if not at_end and is_due(self.step, config.sample.sample_every_steps):
+                    self.sample()
+                if at_end or is_due(self.step, config.run.save_every_steps):
+                    self.save()
+        return self._finish()
+
+    def train_step(self) -> None:
+        """One optimizer step: predict the clean image of a noised one, over all processes and micro-steps."""
+        accelerator, optim = self.accelerator, self.config.optim
+        self.model.train()
+        step_loss = torch.zeros((), device=accelerator.device)
+        for micro_step in range(optim.gradient_accumulation_steps):
+            is_last = micro_step == optim.gradient_accumulation_steps - 1
+            # Gradients travel between processes once a step, with the last micro-step.
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
+                loss = self.loss(next(self.loader)).mean()
+                accelerator.backward(loss)  # divides by the number of micro-steps
+            step_loss += loss.detach() / optim.gradient_accumulation_steps
+
+        grad_norm = self._clip_gradients(optim.max_grad_norm)
+        learning_rate = self.learning_rate
+        set_lr(self.optimizers, learning_rate)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        self.ema.update(self.step)
+        self.metrics.record(self.step, learning_rate, step_loss, grad_norm)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Losses (B,) of a batch of uint8 images, all randomness following from their positions in the run."""
+        config, seed = self.config, self.config.run.seed
+        objective, positions = config.objective, batch.positions
+        self.bad_images.update(dict.fromkeys(batch.bad_images))
+        batch = batch.to(self.accelerator.device, non_blocking=True)
+        x = batch.images.float().div_(127.5).sub_(1)
+        t = draw_times(seed, positions, objective.P_mean, objective.P_std).to(x.device, non_blocking=True)
+        e = draw_noise(seed, positions, like=x, noise_scale=objective.noise_scale)
+        labels = drop_labels(seed, positions, batch.labels, config.model.num_classes, objective.label_drop_prob)
+        if config.model.proj_dropout or config.model.attn_dropout:
+            torch.manual_seed(int(rng.hash64(seed, "dropout", positions[0])) >> 1)
+        return diffusion_loss(
+            self.model,
+            x,
+            t,
+            e,
+            labels,
+            prediction=objective.prediction,
+            loss_space=objective.loss_space,
+            t_eps=objective.t_eps,
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step to come."""
+        optim = self.config.optim
+        return lr_at(
+            self.step,
+            learning_rate=optim.learning_rate,
+            warmup_steps=self.plan.warmup_steps,
+            total_steps=self.plan.total_steps,
+            schedule=optim.lr_schedule,
+            min_learning_rate=optim.min_learning_rate,
+        )
+
+    def _clip_gradients(self, max_norm: float) -> torch.Tensor:
+        """L2 norm over all parameters before clipping, on the device."""
+        if max_norm:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+        else:
+            self.accelerator.unscale_gradients()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def flush(self) -> None:
+        """Read the kept metrics: the only place where the host waits for the device.
+
+        Raises:
+            UserError: loss or gradient norm not finite; too many broken images.
+        """
+        counters = [float(len(self.bad_images)), float(self.stop.number)]
+        rows, (bad_images, stopped) = self.metrics.flush(
+            lambda values: self.accelerator.reduce(values, "mean"), counters
+        )
+        for row in rows:
+            row["train/epoch"] = self.plan.epoch_of(row["step"])
+        self._log(rows)
+        if stopped and not self.stop.number:  # another process was told
+            self.stop.number = signal.SIGTERM
+        if rows:
+            self.bar.set_postfix(loss=f"{rows[-1]['train/loss']:.4f}", epoch=f"{rows[-1]['train/epoch']:.1f}")
+        self._stop_if_not_finite(rows)
+        self._stop_if_data_is_bad(round(bad_images * self.accelerator.num_processes))
+
+    def _log(self, rows: list[dict]) -> None:
+        if self.accelerator.is_main_process:
+            self.metrics_log.write(rows)
+            self.wandb.log(rows)
+
+    def _stop_if_not_finite(self, rows: list[dict]) -> None:
+        # A gradient scaler meets infinite gradients as a matter of course, and skips those steps.
+        keys = ("train/loss",) if self.accelerator.scaler else ("train/loss", "train/grad_norm")
+        for row in rows:
+            for key in keys:
+                if not math.isfinite(row[key]):
+                    last = self.checkpointer.find("auto")
+                    good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+                    raise UserError(
+                        f"{key} is {row[key]} at step {row['step']}: training stopped, nothing was overwritten; "
+                        f"{good}. Lower --learning_rate, set --max_grad_norm 1, or use --mixed_precision bf16 or no, "
+                        "then go on with --resume auto."
+                    )
+
+    def _stop_if_data_is_bad(self, bad_images: int) -> None:
+        seen = self.step * self.plan.global_batch_size
+        allowed = self.config.data.max_bad_images * max(seen, self.plan.num_images or 0)
+        if bad_images > allowed:
+            self.save()
+            raise UserError(
+                f"--max_bad_images {self.config.data.max_bad_images:g}: {bad_images} images cannot be decoded, "
+                f"more than that share; the first: {'; '.join(list(self.bad_images)[:3]) or '(on another process)'}. "
+                "Mend or remove them, or raise the share; the run is saved and goes on with --resume auto."
+            )
+
+    def state_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Everything of the run's state that is a tensor, by the file it is kept in."""
+        averages = {f"ema_{decay}": average for decay, average in self.ema.averages.items()}
+        optimizer = optimizer_tensors(self.network, self.optimizers)
+        return {"model": self.network.state_dict(), **averages, "optimizer": optimizer}
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, after making sure that it is worth keeping."""
+        self.flush()
+        from accelerate.utils import gather_object
+
+        scaler = self.accelerator.scaler
+        state = {
+            "loaders": gather_object([self.loader.state_dict()]),
+            "bad_images": gather_object([list(self.bad_images)]),
+            "world_size": self.accelerator.num_processes,
+            "scaler": scaler.state_dict() if scaler else None,
+            "settings": self.config.flat(),
+            "data": describe_data(self.source),
+            "fingerprint": self.source.fingerprint,
+        }
+        path = self.checkpointer.save(self.step, self.state_tensors(), state)
+        self.say(f"Saved {path}")
+
+    def resume(self, path: Path) -> None:
+        """Continue exactly where the checkpoint was written.
+
+        Raises:
+            UserError: it belongs to another model, size, data set or seed.
+        """
+        state = read_state(path)
+        refuse_other_run(path, state, self.config.flat(), describe_data(self.source), self.source.fingerprint)
+        load_tensors(path, "model", self.network.state_dict())
+        for decay, average in self.ema.averages.items():
+            load_tensors(path, f"ema_{decay}", average)
+        load_optimizer_tensors(path, self.network, self.optimizers)
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        same_world = state["world_size"] == self.accelerator.num_processes
+        rank = self.accelerator.process_index if same_world else 0
+        self.loader.load_state_dict(state["loaders"][rank])
+        if same_world:
+            self.bad_images = dict.fromkeys(state["bad_images"][rank])
+        elif self.accelerator.is_main_process:
+            self.bad_images = dict.fromkeys(name for names in state["bad_images"] for name in names)
+        self.step = state["step"]
+        changed = [
+            f"{name} {state['settings'].get(name)} → {value}"
+            for name, value in self.config.flat().items()
+            if name not in ("resume", "output_dir") and state["settings"].get(name) != value
+        ]
+        self.say(f"Resumed from {path} at step {self.step:,}" + (f" with {', '.join(changed)}" if changed else ""))
+
+    def sample(self) -> Path:
+        """Make the sheet of samples of this step: fixed noise and classes, averaged weights, all processes."""
+        config = self.config
+        path = self.output_dir / "samples" / f"step_{self.step:08d}.png"
+        self.model.eval()
+        with self.ema.applied(config.optim.ema_decays[0]):
+            images, classes = sample_classes(
+                self.pipeline(),
+                self.accelerator,
+                num_classes=config.model.num_classes,
+                batch_size=config.optim.batch_size,
+                num_inference_steps=config.sample.num_inference_steps,
+                seed=config.run.seed,
+            )
+        if self.accelerator.is_main_process:
+            save_sheet(images, [self.class_names[label] for label in classes], path)
+            self.wandb.log_image("samples/grid", path, self.step)
+        return path
+
+    def pipeline(self) -> JiTPipeline:
+        """The diffusers pipeline around the network as it is now."""
+        objective = self.config.objective
+        scheduler = JiTScheduler(
+            prediction_type=objective.prediction, t_eps=objective.t_eps, noise_scale=objective.noise_scale
+        )
+        return JiTPipeline(
+            transformer=self.network,
+            scheduler=scheduler,
+            class_names=self.class_names,
+            guidance_scale=self.config.sample.guidance_scale,
+        )
+
+    @property
+    def class_names(self) -> list[str]:
+        known = list(self.source.class_names)
+        return known + [str(label) for label in range(len(known), self.config.model.num_classes)]
+
+    def say(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+
+    def _open_logs(self) -> None:
+        accelerator = self.accelerator
+        if accelerator.is_main_process:
+            (self.output_dir / INTERRUPTED_FILE).unlink(missing_ok=True)
+            write_config(self.config, self.output_dir / "config.yaml")
+            self.metrics_log = MetricsLog(self.output_dir, self.step)
+        self.wandb = WandbTracker(accelerator, self.config.tracking, self.recorded_config(), self.output_dir)
+
+    def recorded_config(self) -> dict:
+        """The settings, and what they ran on, for the trackers."""
+        return {
+            **self.config.flat(),
+            "global_batch_size": self.plan.global_batch_size,
+            "total_steps": self.plan.total_steps,
+            "num_parameters": self.network.num_parameters(),
+            "num_images": self.plan.num_images,
+            "num_processes": self.accelerator.num_processes,
+            "device": device_name(self.accelerator.device),
+            "torch_version": torch.__version__,
+            "jit_accel_version": __version__,
+        }
+
+    def _progress_bar(self) -> tqdm:
+        is_terminal = sys.stderr.isatty()
+        return tqdm(
+            total=self.plan.total_steps,
+            initial=self.step,
+            desc="train",
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+            mininterval=0.2 if is_terminal else 10,
+            dynamic_ncols=is_terminal,
+        )
+
+    def _is_told_to_stop_alone(self) -> bool:
+        # Several processes agree at the next flush; one need not wait for it.
+        return self.stop.number > 0 and self.accelerator.num_processes == 1
+
+    def _leave(self) -> int:
+        self.save()
+        if self.accelerator.is_main_process:
+            (self.output_dir / INTERRUPTED_FILE).write_text(f"stopped at step {self.step}; go on with --resume auto\n")
+        self.say(f"Stopped by a signal at step {self.step:,}. Go on with --resume auto.")
+        self._close()
+        return 128 + self.stop.number
+
+    def _finish(self) -> int:
+        """Leave the sample sheet, the loss curve and the pipeline folder, unless an earlier start has."""
+        pipeline_dir = self.output_dir / "pipeline"
+        curve = self.output_dir / "loss_curve.png"
+        if not (pipeline_dir / "model_index.json").exists():
+            sheet = self.sample()
+            decay = self.config.optim.ema_decays[0]
+            weights = whole_tensors(self.ema.averages[decay], keep=self.accelerator.is_main_process)
+            if self.accelerator.is_main_process:
+                draw_loss_curve(read_metrics(self.output_dir), curve)
+                export_pipeline(self.pipeline(), weights, pipeline_dir, sheet, self.recorded_config(), decay)
+        sheet = self.output_dir / "samples" / f"step_{self.step:08d}.png"
+        self.say(f"Samples:    {sheet}\nLoss curve: {curve}\nPipeline:   {pipeline_dir}")
+        if self.accelerator.is_main_process and self.bad_images:
+            self.say(f"Skipped {len(self.bad_images)} images that cannot be decoded:")
+            self.say("\n".join(f"  {name}" for name in self.bad_images))
+        self._close()
+        return 0
+
+    def _close(self) -> None:
+        self.wandb.finish()
+        self.accelerator.wait_for_everyone()
+
+
+def is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def describe_data(source: Source) -> str:
+    images = "unknown number of" if source.num_images is None else f"{source.num_images:,}"
+    return f"{source.name} ({images} images, {source.num_classes or 'unknown number of'} classes)"

@@ -1,0 +1,141 @@
+"""What the training tests share: a small real data set, and processes that run the trainer."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+
+# Half a second instead of ten for each training process: the server imports everything once.
+SPAWNER = multiprocessing.get_context("forkserver")
+SPAWNER.set_forkserver_preload(["jit_accel.startup", "jit_accel.data.loader", "diffusers.models.modeling_utils"])
+
+TINY = [
+    *("--model", "JiT-Ti/7", "--img_size", "28", "--batch_size", "4", "--max_steps", "6"),
+    *("--learning_rate", "1e-3", "--warmup_steps", "2", "--log_every_steps", "1", "--mixed_precision", "no"),
+    *("--num_workers", "0", "--num_inference_steps", "2", "--sample_every_steps", "0", "--save_every_steps", "0"),
+]
+
+
+def train_here(*flags: str) -> int:
+    """Train in this process, alone, and return the exit code."""
+    from jit_accel.train import main
+
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    try:
+        return main([*TINY, *flags])
+    finally:
+        del os.environ["ACCELERATE_USE_CPU"]
+
+
+def _record_weights(main, argv) -> int:
+    """Run the trainer; where a test asks for it, leave this process's own weights in a file."""
+    folder = os.environ.get("TEST_WEIGHTS_FOLDER")
+    if folder:
+        from jit_accel.trainer import Trainer
+
+        finish = Trainer._finish
+
+        def finish_and_record(self):
+            torch.save(self.network.state_dict(), f"{folder}/rank{self.accelerator.process_index}.pt")
+            return finish(self)
+
+        Trainer._finish = finish_and_record
+    return main(argv)
+
+
+def _process(flags, environment, log):
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    from jit_accel.train import main
+
+    code = _record_weights(main, [*TINY, *flags])
+    os._exit(code)  # without waiting for the data workers of a group that may be gone
+
+
+class Group:
+    """Real processes that train together, over gloo where there are several."""
+
+    def __init__(self, flags, log: Path, num_processes: int = 1, environment: dict[str, str] | None = None):
+        self.log = log
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        base = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        base |= environment or {}
+        self.processes = []
+        for rank in range(num_processes):
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
+            environment = base | ({k: str(v) for k, v in ranks.items()} if num_processes > 1 else {})
+            self.processes.append(SPAWNER.Process(target=_process, args=(list(flags), environment, str(log))))
+        for process in self.processes:
+            process.start()
+
+    def wait(self, timeout_s: float = 120) -> list[int]:
+        deadline = time.monotonic() + timeout_s
+        for process in self.processes:
+            process.join(max(0.1, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        if None in codes:
+            self.kill()
+            raise TimeoutError(f"still running after {timeout_s} s:\n{self.output()}")
+        return codes
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+
+def train_group(tmp_path: Path, *flags: str, num_processes: int = 1) -> str:
+    """Train to the end in real processes; return what they printed."""
+    group = Group(flags, tmp_path / f"log_{time.monotonic_ns()}.txt", num_processes)
+    codes = group.wait()
+    assert codes == [0] * num_processes, group.output()
+    assert f"{num_processes} x cpu" in group.output()
+    return group.output()
+
+
+def rows(output_dir: Path) -> list[dict]:
+    path = output_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def last_checkpoint(output_dir: Path) -> Path:
+    return sorted((output_dir / "checkpoints").glob("step_*"))[-1]
+
+
+def state(output_dir: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint."""
+    return {
+        f"{file.stem}/{name}": tensor
+        for file in sorted(last_checkpoint(output_dir).glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    one, other = state(a), state(b)
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert different == []
