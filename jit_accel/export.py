@@ -24,11 +24,12 @@ jit_accel on {images} images of {classes} for {steps:,} steps.
 ![samples](samples.png)
 
 ```python
+import torch
 from jit_accel import JiTPipeline
 
 pipe = JiTPipeline.from_pretrained("path/to/this/folder")
-images = pipe({example}, generator=0).images
-images[0].save("sample.png")
+image = pipe({example}, generator=torch.Generator().manual_seed(0)).images[0]
+image.save("sample.png")
 ```
 
 Classes: {names}.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 
@@ -67,16 +68,16 @@ class WandbTracker:
         try:
             self._start(tracking, config, output_dir)
         except Exception as error:  # a tracker's failure, whatever it is, must not stop the training
+            accelerator.trackers = []  # a half-started one would fail again at the end
             warn(
                 f"wandb could not start ({type(error).__name__}: {error}). Training goes on without it. "
                 "Run `wandb login`, or set WANDB_MODE=offline."
             )
 
     def _start(self, tracking, config: dict, output_dir: Path) -> None:
-        import wandb
 
         id_file = output_dir / "wandb_run_id.txt"
-        run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+        run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
         settings = {
             "name": tracking.wandb_name,
             "entity": tracking.wandb_entity,
@@ -111,13 +112,13 @@ class WandbTracker:
     def finish(self) -> None:
         if self.active:
             self._try("finish", self.accelerator.get_tracker("wandb").finish)
-            self.active = False
+            self.active, self.accelerator.trackers = False, []
 
     def _try(self, what: str, action) -> None:
         try:
             action()
         except Exception as error:  # see __init__
-            self.active = False
+            self.active, self.accelerator.trackers = False, []
             warn(f"wandb failed to {what} ({type(error).__name__}: {error}). Training goes on without it.")
 
 

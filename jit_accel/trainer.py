@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from jit_accel import __version__, rng
@@ -223,7 +224,7 @@ class Trainer:
         seen = self.step * self.plan.global_batch_size
         allowed = self.config.data.max_bad_images * max(seen, self.plan.num_images or 0)
         if bad_images > allowed:
-            self.save()
+            self._write_checkpoint()
             raise UserError(
                 f"--max_bad_images {self.config.data.max_bad_images:g}: {bad_images} images cannot be decoded, "
                 f"more than that share; the first: {'; '.join(list(self.bad_images)[:3]) or '(on another process)'}. "
@@ -239,8 +240,9 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this step, after making sure that it is worth keeping."""
         self.flush()
-        from accelerate.utils import gather_object
+        self._write_checkpoint()
 
+    def _write_checkpoint(self) -> None:
         scaler = self.accelerator.scaler
         state = {
             "loaders": gather_object([self.loader.state_dict()]),

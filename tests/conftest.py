@@ -12,3 +12,23 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of 44 Fashion-MNIST images in four class folders."""
+    from jit_accel.data.sources import open_source
+
+    source = open_source("builtin:fashion_mnist")
+    folder = tmp_path_factory.mktemp("data") / "clothes"
+    counts = dict.fromkeys((0, 1, 5, 8), 0)
+    for row in source.dataset:
+        label = row["label"]
+        if counts.get(label, 11) < 11:
+            path = folder / source.class_names[label].replace("/", "-") / f"{counts[label]:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(row["image"]["bytes"])
+            counts[label] += 1
+        if all(count == 11 for count in counts.values()):
+            return folder
+    raise AssertionError("the embedded data set ended early")
