@@ -74,10 +74,11 @@ install() {
   cp "$REPOSITORY/constraints.txt" "$constraints"
   # A torch that this script installed earlier follows constraints.txt; any other stays as it is.
   torch="$(torch_version "$VENV/bin/python")"
-  if has_torch "$VENV/bin/python" && [ "$torch" != "$(cat "$VENV/.torch_installed" 2>/dev/null)" ]; then
+  if has_torch "$VENV/bin/python" && ! grep -qsxF "${torch%%+*}" "$VENV/.torch_installed"; then
     sed "s/^torch==.*/torch==$torch/" "$REPOSITORY/constraints.txt" >"$constraints"
   else
     torch=""
+    sed -n "s/^torch==//p" "$REPOSITORY/constraints.txt" >>"$VENV/.torch_installed"
   fi
   [ -t 1 ] || quiet=(--quiet)
   echo "Installing jit_accel and what it needs (a few minutes the first time) ..."
@@ -85,9 +86,6 @@ install() {
     --constraint "$constraints" --editable "${REPOSITORY}[wandb,test]" ||
     die "pip could not install everything, see above. It needs a network connection (or a local package index" \
       "in pip's own configuration) and some GB of free space. Run the script again to go on."
-  if [ -z "$torch" ]; then
-    torch_version "$VENV/bin/python" >"$VENV/.torch_installed"
-  fi
   describe_torch "${torch:+kept, it was already installed}" >"$VENV/.torch_choice" ||
     die "torch is installed but cannot be imported, see above. Remove $VENV and run the script again."
   fingerprint >"$VENV/.stamp"

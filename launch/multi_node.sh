@@ -7,7 +7,7 @@
 #   #SBATCH --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64
 #   #SBATCH --signal=TERM@300 --requeue   # a checkpoint five minutes before the time limit
 #   export MAIN_PROCESS_IP="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-#   export OUTPUT_DIR=/shared/runs/imagenet256_b16
+#   export OUTPUT_DIR=/mnt/runs/imagenet256_b16
 #   srun bash launch/multi_node.sh || true   # the launcher says 1 even after a clean stop, so look for the marker:
 #   if [ -e "$OUTPUT_DIR/INTERRUPTED" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 #
