@@ -1,0 +1,72 @@
+"""What the loaders hand out, and how one row becomes pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from jit_accel.data.columns import Columns
+from jit_accel.data.decode import BadImage, decode_image
+from jit_accel.errors import UserError
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one process.
+
+    images: uint8 (B, 3, H, W), 0..255. labels: int64 (B,). positions: int64 (B,), on the CPU: the images' numbers in
+    the run, on which every random choice made for them depends. bad_images: "name: reason" of each image that could
+    not be decoded while this batch was made; one that comes again in a later epoch is named again.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    positions: np.ndarray
+    bad_images: list[str] = field(default_factory=list)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """The same batch with images and labels on `device`."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (torch's DataLoader calls this)."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+
+
+def decode_row(value: Any, columns: Columns, img_size: int, fallback_name: str) -> np.ndarray:
+    """Decode one value of the image column to uint8 (3, img_size, img_size).
+
+    Raises:
+        BadImage: with the message "name: reason".
+    """
+    data, name = columns.image_of(value)
+    try:
+        return decode_image(data, img_size)
+    except BadImage as error:
+        raise BadImage(f"{name or fallback_name}: {error}") from error
+
+
+def check_labels(labels: np.ndarray, num_classes: int | None) -> None:
+    """Refuse labels the network has no embedding for. Streams are known to be right only once they were read.
+
+    Raises:
+        UserError: a label is negative or not below `num_classes`.
+    """
+    largest, smallest = labels.max(), labels.min()
+    if smallest < 0:
+        raise UserError(
+            "--label_column: an image of the stream has no label, or a negative one; labels are 0, 1, 2, ...: remove "
+            "such images or choose another column."
+        )
+    if num_classes is not None and largest >= num_classes:
+        raise UserError(
+            f"--num_classes {num_classes}: the data has the label {largest}; labels go from 0 to num_classes - 1: "
+            f"use --num_classes {largest + 1} or more."
+        )

@@ -1,0 +1,78 @@
+"""Make fashion_mnist/train.parquet from the original files: `python make_fashion_mnist.py FOLDER_OF_IDX_FILES`.
+
+FOLDER holds train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz, from Debian's package (apt-get download
+dataset-fashion-mnist; dpkg -x) or from https://github.com/zalandoresearch/fashion-mnist. The same input gives the
+same images in the same order; the bytes of the file depend on the versions of Pillow and PyArrow.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Features, Image
+from PIL import Image as PILImage
+
+from jit_accel import rng
+
+CLASS_NAMES = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
+IMAGES_PER_CLASS = 1000
+ROW_GROUP_SIZE = 2000
+SEED = 0
+
+
+def read_idx(file: Path) -> np.ndarray:
+    """An IDX file of unsigned bytes: uint8, of the shape that its header states."""
+    data = gzip.decompress(file.read_bytes())
+    dimensions = data[3]
+    shape = np.frombuffer(data, ">u4", dimensions, offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def choose(labels: np.ndarray) -> np.ndarray:
+    """`IMAGES_PER_CLASS` random indices of each class, shuffled together."""
+    lottery = rng.hash64(SEED, "choose", np.arange(len(labels)))
+    by_class = [np.flatnonzero(labels == label) for label in range(len(CLASS_NAMES))]
+    chosen = np.concatenate([one[np.argsort(lottery[one])[:IMAGES_PER_CLASS]] for one in by_class])
+    return chosen[np.argsort(rng.hash64(SEED, "shuffle", chosen))]
+
+
+def as_png(pixels: np.ndarray) -> bytes:
+    """A grey picture (28, 28) as the smallest PNG that Pillow can make."""
+    buffer = io.BytesIO()
+    PILImage.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def main(folder: Path, target: Path) -> None:
+    """Write the subset to `target`."""
+    images = read_idx(folder / "train-images-idx3-ubyte.gz")
+    labels = read_idx(folder / "train-labels-idx1-ubyte.gz")
+    chosen = choose(labels)
+    features = Features({"image": Image(), "label": ClassLabel(names=CLASS_NAMES)})
+    rows = [{"bytes": as_png(images[i]), "path": f"train_{i:05d}.png"} for i in chosen]
+    schema = features.arrow_schema
+    table = pa.table({"image": pa.array(rows, schema.field("image").type), "label": labels[chosen].astype(np.int64)})
+    target.parent.mkdir(exist_ok=True)
+    pq.write_table(table.cast(schema), target, row_group_size=ROW_GROUP_SIZE, compression="zstd")
+    print(f"{target}: {len(table)} images, {target.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(__file__).parent / "fashion_mnist" / "train.parquet")

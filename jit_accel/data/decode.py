@@ -1,0 +1,100 @@
+"""Bytes to pixels: any picture Pillow can read becomes one uint8 RGB square, or a `BadImage`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Up to this ratio of the sides the crop is exactly ADM's; beyond it (strips, scans of receipts) the picture
+# is cropped first, because ADM's order would blow a 1 x 5000 line up to a 64 x 320,000 image.
+MAX_EXACT_ASPECT = 16
+
+
+class BadImage(Exception):
+    """These bytes are no picture that can be trained on. The message is a short reason."""
+
+
+def decode_image(data: bytes | str | os.PathLike | None, size: int) -> np.ndarray:
+    """Decode an image file (its bytes, or its path) to uint8 (3, size, size), RGB, by ADM's centre crop.
+
+    The EXIF orientation is applied; of an animation the first frame is taken; transparency is composited on
+    white; 16-bit grey is scaled to 8 bits; CMYK, palette and the like are converted as Pillow does.
+
+    Raises:
+        BadImage: empty, unreadable, truncated, not an image, a decompression bomb, floating-point pixels.
+    """
+    if data is None or (isinstance(data, bytes) and not data):
+        raise BadImage("empty")
+    try:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+            square = center_crop(to_rgb(_upright(image)), size)
+    except BadImage:
+        raise
+    except Exception as error:  # decoders raise anything on damaged files: OSError, SyntaxError, struct.error...
+        # The address of the BytesIO in Pillow's message would make each report of one file look new.
+        reason = "not an image" if "cannot identify image file" in str(error) else str(error)
+        raise BadImage(f"{type(error).__name__}: {reason}") from error
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Damaged EXIF does not make the pixels bad; damaged pixels fail again when they are converted.
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any Pillow mode to RGB; transparency is composited on white.
+
+    Raises:
+        BadImage: floating-point pixels, whose range nobody agrees on.
+    """
+    mode = image.mode
+    if mode == "RGB" and "transparency" not in image.info:
+        return image
+    if mode == "F":
+        raise BadImage("floating-point pixels have no agreed range; save the image with 8 or 16 bits")
+    if mode.startswith("I"):  # 16-bit grey; Pillow < 10.3 opens it as 32-bit "I" with the same values
+        grey = np.clip(np.asarray(image).astype(np.float64), 0, 65535)
+        return Image.fromarray(np.rint(grey / 257).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info or mode in ("RGBA", "RGBa", "LA", "La", "PA"):
+        image = _straight_alpha(image)
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _straight_alpha(image: Image.Image) -> Image.Image:
+    """To RGBA; Pillow converts some modes only by way of a neighbour."""
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's crop: halve with a box filter while the shorter side is at least twice `size`, scale it to
+    `size` bicubically, cut out the centre. Exact up to an aspect ratio of 16; an image that is already
+    `size` x `size` comes back unchanged.
+    """
+    image = _trim_strip(image)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _trim_strip(image: Image.Image) -> Image.Image:
+    longest = MAX_EXACT_ASPECT * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    width, height = min(image.width, longest), min(image.height, longest)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

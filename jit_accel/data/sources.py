@@ -1,0 +1,94 @@
+"""What `--data_path` may be. A new format is one opener and one row in `FORMATS`."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+
+import datasets
+
+from jit_accel.data.folder import has_images, open_folder
+from jit_accel.data.source import Request, Source, missing_path
+from jit_accel.data.tables import has_saved_dataset, open_builtin, open_hub, open_parquet, open_saved
+from jit_accel.data.tars import open_webdataset
+from jit_accel.errors import UserError, lookup
+
+__all__ = ["FORMATS", "Source", "detect_format", "open_source"]
+
+FORMATS = {
+    "folder": open_folder,
+    "parquet": open_parquet,
+    "webdataset": open_webdataset,
+    "saved": open_saved,
+    "hub": open_hub,
+    "builtin": open_builtin,
+}
+_BY_ENDING = {".parquet": "parquet", ".tar": "webdataset"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def open_source(
+    data_path: str | os.PathLike,
+    *,
+    data_format: str = "auto",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    streaming: bool | None = None,
+) -> Source:
+    """Open `--data_path`: a folder of images, Parquet or tar files, a saved data set, a Hub id, `builtin:NAME`.
+
+    Args:
+        data_format: a key of `FORMATS`, or "auto" to tell by what is there.
+        streaming: read sequentially (True), by random access (False), or as suits the format (None).
+
+    Raises:
+        UserError: whatever is wrong with the path, the columns or the labels, found before any training.
+    """
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()  # HF warns about a lost shuffle buffer, which holds one image here
+    path = os.fspath(data_path)
+    if not path.startswith("builtin:"):
+        path = os.path.expanduser(path)
+    if data_format == "auto":
+        data_format = detect_format(path)
+    if data_format not in FORMATS:
+        lookup({"auto": None, **FORMATS}, data_format, "--data_format")
+    return FORMATS[data_format](Request(path, image_column, label_column, streaming))
+
+
+def detect_format(path: str) -> str:
+    """The key of `FORMATS` that fits what is at `path`.
+
+    Raises:
+        UserError: nothing is there, or a file of no known kind.
+    """
+    if path.startswith("builtin:"):
+        return "builtin"
+    if os.path.isdir(path):
+        return _detect_in_folder(path)
+    if os.path.isfile(path) or glob.has_magic(path):
+        ending = os.path.splitext(path)[1].lower()
+        if ending in _BY_ENDING:
+            return _BY_ENDING[ending]
+        raise UserError(
+            f"--data_path {path}: cannot tell the format of a file ending in {ending or 'nothing'}: give *.parquet, "
+            "*.tar, or a folder of images."
+        )
+    if not _HUB_ID.fullmatch(path):
+        raise missing_path(path)
+    if os.path.isdir(os.path.dirname(path)):  # more likely a slip in a path than a name on the Hub
+        raise missing_path(path, "correct the path, or give --data_format hub if you mean the Hub's data set.")
+    return "hub"
+
+
+def _detect_in_folder(folder: str) -> str:
+    if has_saved_dataset(folder):
+        return "saved"
+    for pattern in ("*", "**/*"):  # shards at the top, then images anywhere, then shards anywhere
+        for ending, format in _BY_ENDING.items():
+            if glob.glob(os.path.join(glob.escape(folder), pattern + ending), recursive=True):
+                return format
+        if pattern == "*" and has_images(folder):
+            return "folder"
+    return "folder"

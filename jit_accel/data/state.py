@@ -1,0 +1,31 @@
+"""Refusing to resume from the state of another loader."""
+
+from __future__ import annotations
+
+from jit_accel.errors import UserError
+
+_ELASTIC = "streams resume only with the number of processes and workers they were saved with: use {saved} again, or"
+_REMEDIES = {
+    "kind": ("--streaming", "the checkpoint was made with the other way of reading the data: use it again"),
+    "seed": ("--seed", "the order of the images follows from the seed: use {saved} again"),
+    "world_size": ("the number of processes", f"{_ELASTIC} read the data by random access (--streaming false)"),
+    "rank": ("the process's rank", "each process resumes from its own state"),
+    "num_workers": ("--num_workers", f"{_ELASTIC} read the data by random access (--streaming false)"),
+    "shuffle_buffer": ("--shuffle_buffer", "the order of a stream follows from it: use {saved} again"),
+}
+
+
+def check_state(state: dict, expected: dict) -> None:
+    """Compare what a saved state says about its loader with what `expected` says about this one.
+
+    Raises:
+        UserError: naming the first difference and what to do.
+    """
+    for key, value in expected.items():
+        saved = state.get(key)
+        if saved != value:
+            flag, remedy = _REMEDIES[key]
+            raise UserError(
+                f"--resume: {flag} was {saved} when the checkpoint was saved and is {value} now; "
+                f"{remedy.format(saved=saved)}, or start anew with --resume none."
+            )
