@@ -14,10 +14,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,14 +29,17 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT_VERSION = 1
 # What must agree between a checkpoint and the run that continues it; everything else may change.
-FIXED_SETTINGS = ("model", "img_size", "num_classes", "prediction", "optimizer", "ema_decays", "seed")
+FIXED_SETTINGS = (
+    *("model", "img_size", "num_classes", "prediction", "optimizer", "ema_decays", "seed"),
+    *("image_column", "label_column"),
+)
 
 
 class Checkpointer:
-    """Saves, rotates and finds the checkpoints of one output folder.
+    """Saves and rotates the checkpoints of one output folder.
 
     Args:
-        accelerator: all processes call `save` and `load` together; the main one writes.
+        accelerator: all processes call `save` together; the main one writes.
         keep: how many of the newest stay.
     """
 
@@ -49,53 +54,99 @@ class Checkpointer:
         Args:
             tensors: file stem -> name -> tensor, on every process (sharded ones are gathered).
             state: JSON values, from the main process.
+
+        Raises:
+            UserError: on every process, where the disk does not take it.
         """
         final = self.folder / f"step_{step:08d}"
         temporary = final.with_name(f"tmp_{final.name}")
         is_writer = self.accelerator.is_main_process
-        if is_writer:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+        problem = self._try_on_writer(partial(self._make_empty, temporary))
         for stem, named in tensors.items():
             whole = whole_tensors(named, keep=is_writer)
-            if is_writer:
-                save_file(whole, temporary / f"{stem}.safetensors")
+            problem = problem or self._try_on_writer(partial(save_file, whole, temporary / f"{stem}.safetensors"))
             del whole
-        if is_writer:
-            (temporary / STATE).write_text(json.dumps({"format": FORMAT_VERSION, "step": step, **state}, indent=1))
-            _seal(temporary, final)
-            self._rotate()
-        self.accelerator.wait_for_everyone()
+        text = json.dumps({"format": FORMAT_VERSION, "step": step, **state}, indent=1)
+        problem = problem or self._try_on_writer(partial(self._seal, text, temporary, final))
+        (problem,) = broadcast_object_list([problem])
+        if problem:
+            found = complete_checkpoints(self.folder)
+            good = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+            raise UserError(
+                f"--output_dir {self.folder.parent}: the checkpoint of step {step} cannot be written ({problem}): make "
+                f"room or choose a smaller --keep_checkpoints, then go on with --resume auto; {good}."
+            )
         return final
 
-    def _rotate(self) -> None:
+    def _try_on_writer(self, write) -> str | None:
+        if self.accelerator.is_main_process:
+            try:
+                write()
+            except (OSError, SafetensorError) as error:
+                return str(error)
+        return None
+
+    def _make_empty(self, temporary: Path) -> None:
+        for left_over in self.folder.glob("tmp_*"):
+            shutil.rmtree(left_over)
+        temporary.mkdir(parents=True)
+
+    def _seal(self, state: str, temporary: Path, final: Path) -> None:
+        (temporary / STATE).write_text(state)
+        sizes = {}
+        for file in sorted(temporary.iterdir()):
+            _fsync(file)
+            sizes[file.name] = file.stat().st_size
+        manifest = temporary / MANIFEST
+        manifest.write_text(json.dumps({"format": FORMAT_VERSION, "files": sizes}, indent=1))
+        _fsync(manifest)
+        _fsync(temporary)
+        if is_complete(final):  # of this very step: a whole checkpoint is never touched
+            shutil.rmtree(temporary)
+            return
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temporary, final)
+        _fsync(final.parent)
         for old in complete_checkpoints(self.folder)[: -self.keep]:
             # Renamed first: a half-deleted folder must not look like a checkpoint.
-            os.rename(old, old.with_name(f"tmp_old_{old.name}"))
-        for left_over in self.folder.glob("tmp_*"):
-            shutil.rmtree(left_over, ignore_errors=True)
+            doomed = old.with_name(f"tmp_old_{old.name}")
+            os.rename(old, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
-    def find(self, resume: str) -> Path | None:
-        """The checkpoint that `--resume` means: None for `none`, and for `auto` where there is none.
+    def set_aside_after(self, step: int) -> list[Path]:
+        """Rename later checkpoints, which a run that goes on from `step` leaves behind; on the main process.
 
-        Raises:
-            UserError: a path that holds no complete checkpoint.
+        Otherwise the newest would not be this run's, and rotation would delete what it writes.
         """
-        if resume == "none":
-            return None
-        if resume == "auto":
-            found = complete_checkpoints(self.folder)
-            return found[-1] if found else None
-        path = Path(resume)
-        if is_complete(path):
-            return path
-        for folder in (path, path / "checkpoints"):
-            if found := complete_checkpoints(folder):
-                return found[-1]
-        raise UserError(
-            f"--resume {resume}: holds no complete checkpoint (a folder step_… with a {MANIFEST}): give the path of "
-            "one, or auto to continue where --output_dir left off, or none to start anew."
-        )
+        later = [path for path in complete_checkpoints(self.folder) if read_state(path)["step"] > step]
+        for path in later:
+            aside = path.with_name(f"abandoned_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+        return later
+
+
+def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
+    """The checkpoint that `--resume` means: None for `none`, and for `auto` where there is none.
+
+    Raises:
+        UserError: a path that holds no complete checkpoint.
+    """
+    if resume == "none":
+        return None
+    if resume == "auto":
+        found = complete_checkpoints(output_dir / "checkpoints")
+        return found[-1] if found else None
+    path = Path(resume)
+    if is_complete(path):
+        return path
+    for folder in (path, path / "checkpoints"):
+        if found := complete_checkpoints(folder):
+            return found[-1]
+    raise UserError(
+        f"--resume {resume}: holds no complete checkpoint (a folder step_… with a {MANIFEST}): give the path of "
+        "one, or auto to continue where --output_dir left off, or none to start anew."
+    )
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -113,7 +164,15 @@ def is_complete(path: Path) -> bool:
 
 
 def read_state(path: Path) -> dict:
-    return json.loads((path / STATE).read_text())
+    """What `save` was given as `state`, and the `step`.
+
+    Raises:
+        UserError: written by a newer version.
+    """
+    state = json.loads((path / STATE).read_text())
+    if state["format"] > FORMAT_VERSION:
+        raise UserError(f"--resume {path}: was written by a newer jit_accel: update this one.")
+    return state
 
 
 def refuse_other_run(path: Path, state: dict, settings: dict, data: str, fingerprint: str) -> None:
@@ -188,21 +247,6 @@ def _like(value: Tensor, reference: Tensor) -> Tensor:
 
         return distribute_tensor(value.to(reference.device), reference.device_mesh, reference.placements)
     return value.to(reference.device)
-
-
-def _seal(temporary: Path, final: Path) -> None:
-    sizes = {}
-    for file in sorted(temporary.iterdir()):
-        _fsync(file)
-        sizes[file.name] = file.stat().st_size
-    manifest = temporary / MANIFEST
-    manifest.write_text(json.dumps({"format": FORMAT_VERSION, "files": sizes}, indent=1))
-    _fsync(manifest)
-    _fsync(temporary)
-    if final.exists():  # moved, not deleted: at every moment one of the two is whole
-        os.rename(final, final.with_name(f"tmp_old_{final.name}"))
-    os.rename(temporary, final)
-    _fsync(final.parent)
 
 
 def _fsync(path: Path) -> None:

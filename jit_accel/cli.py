@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
         prog="python -m jit_accel.train",
         config=(tyro.conf.OmitArgPrefixes,),
         use_underscores=True,
+        console_outputs=os.environ.get("RANK", "0") == "0",
         description=f"{Config.__doc__} --config FILE reads settings from a YAML file; flags win over it.",
     )
     check(config)
@@ -83,5 +85,9 @@ def _yaml_as_args(path: str) -> list[str]:
                 raise UserError(f"--config {path}: {name}: {value} must be true or false.")
             args.append(f"--{name}" if value else f"--no_{name}")
         else:
-            args += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            args += [f"--{name}", *map(_as_argument, value if isinstance(value, list) else [value])]
     return args
+
+
+def _as_argument(value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -15,13 +15,15 @@ class DataConfig:
     data_path: str
     """Images: a folder of class folders, a flat folder, Parquet files, WebDataset tars, a Hub id, builtin:NAME."""
     data_format: str = "auto"
-    """What data_path is, where it cannot be told by looking: folder, parquet, webdataset, hub, arrow, builtin."""
+    """What data_path is, where it cannot be told by looking: folder, parquet, webdataset, saved, hub, builtin."""
     image_column: str | None = None
     """Column of the images (default: the one that holds images)."""
     label_column: str | None = None
     """Column of the class labels (default: label, cls, ... where present; else one class)."""
-    streaming: bool | None = None
-    """Read in order instead of at random (default: Parquet, WebDataset and Hub data stream, the rest does not)."""
+    streaming: Literal["auto", "true", "false"] = "auto"
+    """Read in order instead of at random (auto: Parquet, WebDataset and Hub data stream, the rest does not)."""
+    shuffle_buffer: int = 2048
+    """Images that a stream shuffles together; each of its workers holds them undecoded."""
     img_size: int | None = None
     """Side of the square training images in pixels (default: 16 patches)."""
     horizontal_flip: bool = True

@@ -12,8 +12,11 @@ T = TypeVar("T")
 class UserError(Exception):
     """Something the user can put right. Entry points print it without a traceback and exit with 2.
 
-    The message names the flag, the value, the rule and the remedy.
+    The message names the flag, the value, the rule and the remedy. `everywhere` tells whether every process of the
+    run meets it, so that one of them need say it.
     """
+
+    everywhere = True
 
 
 def nearest(name: str, choices) -> str:

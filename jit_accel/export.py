@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from jit_accel.pipeline import JiTPipeline
 
+CARD_PICTURE = "samples.png"
 CARD = """---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
@@ -63,11 +65,17 @@ def export_pipeline(
     temporary = folder.with_name(f"tmp_{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     JiTPipeline(network, **pipeline_settings(pipeline)).save_pretrained(temporary, safe_serialization=True)
-    shutil.copy(sheet, temporary / "samples.png")
+    shutil.copy(sheet, temporary / CARD_PICTURE)
     (temporary / "README.md").write_text(model_card(pipeline, record, decay), encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     os.rename(temporary, folder)
+
+
+def is_export_of(folder: Path, sheet: Path) -> bool:
+    """Whether `folder` is a whole pipeline folder, exported together with this sheet of samples."""
+    copy = folder / CARD_PICTURE
+    return sheet.exists() and copy.exists() and filecmp.cmp(copy, sheet, shallow=False)
 
 
 def pipeline_settings(pipeline: JiTPipeline) -> dict:

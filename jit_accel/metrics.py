@@ -12,7 +12,8 @@ class StepMetrics:
     Nothing here waits for the device, except `flush`: one all-reduce and one copy to the host.
     """
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
+        self.device = device
         self.steps: list[int] = []
         self.learning_rates: list[float] = []
         self.losses: list[Tensor] = []
@@ -35,14 +36,15 @@ class StepMetrics:
         Returns:
             One row a step, keyed as the trackers show them, and the averaged counters.
         """
-        device = self.losses[0].device if self.losses else torch.device("cpu")
         kept = len(self.steps)
-        stacked = torch.stack([*self.losses, *self.grad_norms]).float() if kept else torch.empty(0, device=device)
-        values = torch.cat([stacked, torch.tensor(counters, dtype=torch.float32, device=device)])
+        # On the device also where no step is kept: NCCL reduces nothing else.
+        values = torch.tensor(counters, dtype=torch.float32, device=self.device)
+        if kept:
+            values = torch.cat([torch.stack([*self.losses, *self.grad_norms]).float(), values])
         values = reduce_mean(values).tolist()
         rows = [
             {"step": step, "train/loss": loss, "train/grad_norm": norm, "train/learning_rate": rate}
             for step, rate, loss, norm in zip(self.steps, self.learning_rates, values, values[kept:])
         ]
-        self.__init__()
+        self.__init__(self.device)
         return rows, values[2 * kept :]

@@ -20,7 +20,7 @@ class Preset:
 
 
 PRESETS = {
-    "JiT-Ti": Preset(6, 192, 3, 64, 2, in_context_len=4),  # ours, for laptops
+    "JiT-Ti": Preset(4, 192, 3, 64, 1, in_context_len=4),  # ours, for laptops
     "JiT-S": Preset(12, 384, 6, 96, 4, in_context_len=16),  # ours
     "JiT-B": Preset(12, 768, 12, 128, 4),
     "JiT-L": Preset(24, 1024, 16, 128, 8),

@@ -25,6 +25,7 @@ def image_size(config: Config) -> int:
 # Flag, rule as a predicate, rule in words. None means "not given" and passes.
 RANGES = [
     ("img_size", lambda v: v >= 1, "at least 1"),
+    ("shuffle_buffer", lambda v: v >= 1, "at least 1"),
     ("num_workers", lambda v: v >= 0, "0 or more"),
     ("max_bad_images", lambda v: 0 <= v <= 1, "a share between 0 and 1"),
     ("num_classes", lambda v: v >= 1, "at least 1"),
@@ -134,10 +135,6 @@ class Plan:
     def epoch_of(self, step: int) -> float:
         """Passes over the data after `step` optimizer steps (0 where the length is unknown)."""
         return step * self.global_batch_size / self.num_images if self.num_images else 0.0
-
-    def ends_epoch(self, step: int) -> bool:
-        """Whether the optimizer step that brought the count to `step` completed an epoch."""
-        return math.floor(self.epoch_of(step)) > math.floor(self.epoch_of(step - 1))
 
 
 def plan_run(optim: OptimConfig, *, num_images: int | None, world_size: int) -> Plan:

@@ -7,45 +7,83 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from jit_accel import rng
+from jit_accel.config import Config
+from jit_accel.pipeline import JiTPipeline
+from jit_accel.scheduler import JiTScheduler
 
 SAMPLES_PER_CLASS = 8
 MAX_CLASSES = 10
 MIN_CELL_PIXELS = 84
 
 
-def sampled_classes(num_classes: int) -> list[int]:
-    """Up to ten classes, spread evenly."""
-    count = min(num_classes, MAX_CLASSES)
-    return [i * num_classes // count for i in range(count)]
+class SampleSheets:
+    """Draws what a run's averaged weights make of a few classes, always from the same noise.
 
-
-def sample_classes(
-    pipeline, accelerator, *, num_classes: int, batch_size: int, num_inference_steps: int, seed: int
-) -> tuple[Tensor, list[int]]:
-    """Draw eight images of each of a few classes; the noise of the n-th follows from (seed, n).
-
-    Returns:
-        Images uint8 (classes * 8, 3, H, W) on the CPU, class after class, on every process; and the classes.
+    Args:
+        network: the model without its wrapper; `ema` averages it.
+        config: resolved settings.
+        class_names: of the first classes; the others are numbered.
     """
-    classes = sampled_classes(num_classes)
-    labels = [label for label in classes for _ in range(SAMPLES_PER_CLASS)]
-    share = -(-len(labels) // accelerator.num_processes)  # padded: every process makes equally many
-    mine = [(accelerator.process_index * share + i) % len(labels) for i in range(share)]
-    size = max(batch_size, SAMPLES_PER_CLASS)
-    pipeline.set_progress_bar_config(disable=True)
-    images = [
-        pipeline(
-            [labels[i] for i in part],
-            num_inference_steps=num_inference_steps,
-            generator=[torch.Generator().manual_seed(key >> 1) for key in rng.hash64(seed, "sample", part).tolist()],
-            output_type="pt",
-        ).images
-        for part in (mine[start : start + size] for start in range(0, share, size))
-    ]
-    mine = (torch.cat(images) * 255).round().to(accelerator.device, torch.uint8)
-    return accelerator.gather(mine)[: len(labels)].cpu(), classes
+
+    def __init__(self, network, ema, accelerator, config: Config, class_names):
+        self.network, self.ema, self.accelerator, self.config = network, ema, accelerator, config
+        num_classes = config.model.num_classes
+        self.class_names = [*class_names, *map(str, range(len(class_names), num_classes))]
+        count = min(num_classes, MAX_CLASSES)
+        self.classes = [i * num_classes // count for i in range(count)]
+
+    def pipeline(self) -> JiTPipeline:
+        """The diffusers pipeline around the network as it is now."""
+        objective = self.config.objective
+        scheduler = JiTScheduler(
+            prediction_type=objective.prediction, t_eps=objective.t_eps, noise_scale=objective.noise_scale
+        )
+        return JiTPipeline(
+            transformer=self.network,
+            scheduler=scheduler,
+            class_names=self.class_names,
+            guidance_scale=self.config.sample.guidance_scale,
+        )
+
+    def draw(self, path: Path) -> None:
+        """Make a sheet, all processes together, and write it as a PNG on the main one."""
+        with self.ema.applied(self.config.optim.ema_decays[0]):
+            images = self._sample()
+            self._reshard()
+        if self.accelerator.is_main_process:
+            save_sheet(images, [self.class_names[label] for label in self.classes], path)
+
+    def _sample(self) -> Tensor:
+        """Images uint8 (classes * 8, 3, H, W) on the CPU, class after class, on every process."""
+        config, accelerator, seed = self.config, self.accelerator, self.config.run.seed
+        labels = [label for label in self.classes for _ in range(SAMPLES_PER_CLASS)]
+        share = -(-len(labels) // accelerator.num_processes)  # padded: every process makes equally many
+        mine = [(accelerator.process_index * share + i) % len(labels) for i in range(share)]
+        size = max(config.optim.batch_size, SAMPLES_PER_CLASS)
+        pipeline = self.pipeline()
+        pipeline.set_progress_bar_config(disable=True)
+        images = [
+            pipeline(
+                [labels[i] for i in part],
+                num_inference_steps=config.sample.num_inference_steps,
+                generator=[
+                    torch.Generator().manual_seed(key >> 1) for key in rng.hash64(seed, "sample", part).tolist()
+                ],
+                output_type="pt",
+            ).images
+            for part in (mine[start : start + size] for start in range(0, share, size))
+        ]
+        pixels = (torch.cat(images) * 255).round().to(accelerator.device, torch.uint8)
+        return accelerator.gather(pixels)[: len(labels)].cpu()
+
+    def _reshard(self) -> None:
+        # FSDP2 keeps gathered weights after a forward until a backward; here they are the average's.
+        for module in self.network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def save_sheet(images: Tensor, row_names: list[str], path: Path) -> None:

@@ -5,45 +5,89 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import tempfile
+import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from jit_accel.checkpoint import complete_checkpoints
+from jit_accel.checkpoint import complete_checkpoints, find_checkpoint, read_state
 from jit_accel.config import Config
 from jit_accel.data.sources import Source, open_source
 from jit_accel.errors import UserError
+from jit_accel.precision import chosen_device, default_precision, is_good_at_bf16
+from jit_accel.record import describe_data, device_name
 from jit_accel.resolve import default_output_dir, plan_run, resolve, warnings_for
-from jit_accel.tracking import wandb_installed, warn
-from jit_accel.trainer import Trainer, describe_data, device_name
+from jit_accel.tracking import METRICS_FILE, wandb_installed, warn
+from jit_accel.trainer import Trainer
+
+PRECISION_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+STREAMING = {"auto": None, "true": True, "false": False}
 
 
 def start(config: Config) -> int:
     """Build everything and train. Returns the exit code."""
-    config = config.updated(output_dir=config.run.output_dir or default_output_dir(config))
-    resuming = check_output_dir(config)
+    if os.environ.get("RANK", "0") != "0":
+        logging.getLogger("jit_accel").setLevel(logging.ERROR)
+    config = expand_paths(config)
+    check_output_dir(config)
+    config, checkpoint = choose_checkpoint(config)
     accumulation = config.optim.gradient_accumulation_steps or env_int("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1)
     precision = config.performance.mixed_precision or default_precision()
     accelerator = build_accelerator(config, accumulation, precision)
     try:
-        with accelerator.main_process_first():
-            source = open_source(
-                config.data.data_path,
-                data_format=config.data.data_format,
-                image_column=config.data.image_column,
-                label_column=config.data.label_column,
-                streaming=config.data.streaming,
-            )
+        # By every process at once: what is wrong with the data is then an error on all of them.
+        source = open_source(
+            config.data.data_path,
+            data_format=config.data.data_format,
+            image_column=config.data.image_column,
+            label_column=config.data.label_column,
+            streaming=STREAMING[config.data.streaming],
+        )
         trainer = build_trainer(config, source, accelerator, accumulation, precision)
         with contextlib.closing(trainer.loader):
-            if resuming:
-                continue_from_checkpoint(trainer)
+            # The main process chooses, so that all load the same.
+            (checkpoint,) = broadcast_object_list([checkpoint])
+            if checkpoint:
+                trainer.resume(checkpoint)
+            elif config.run.resume == "auto":
+                trainer.say(f"--resume auto: no checkpoint in {trainer.output_dir} yet, starting anew.")
             return dry_run(trainer) if config.run.dry_run else trainer.run()
     finally:
+        if accelerator.num_processes > 1:
+            # gloo's threads need the GIL to drop their last results, and destroying the process group (which the
+            # end of this function does) waits for them while it holds the GIL: one exit in twenty hung, torch 2.13.
+            time.sleep(0.2)
         accelerator.end_training()
+
+
+def expand_paths(config: Config) -> Config:
+    output_dir = os.path.expanduser(config.run.output_dir or default_output_dir(config))
+    return config.updated(output_dir=output_dir, resume=os.path.expanduser(config.run.resume))
+
+
+def choose_checkpoint(config: Config) -> tuple[Config, Path | None]:
+    """The checkpoint to go on from, if any, and the settings with its averages where the user named none.
+
+    The default averages depend on the length of the run, which may be another one now.
+    """
+    checkpoint = find_checkpoint(Path(config.run.output_dir), config.run.resume)
+    if checkpoint and config.optim.ema_decays is None:
+        config = config.updated(ema_decays=tuple(read_state(checkpoint)["settings"]["ema_decays"]))
+    return config, checkpoint
 
 
 def build_trainer(
@@ -62,6 +106,8 @@ def build_trainer(
     )
     if config.optim.optimizer == "muon" and accelerator.distributed_type.value == "FSDP":
         raise UserError("--optimizer muon: needs whole matrices, which FSDP splits: use --optimizer adamw.")
+    if config.optim.optimizer == "muon" and precision == "fp16":
+        raise UserError("--optimizer muon: does not go with --mixed_precision fp16: use bf16 or no, or adamw.")
     trainer = Trainer(config, plan, source, accelerator)
     if accelerator.is_main_process:
         introduce(trainer)
@@ -86,21 +132,41 @@ def introduce(trainer: Trainer) -> None:
     )
     for message in warnings_for(config, plan):
         warn(message)
-    if config.performance.mixed_precision == "no" and is_good_at_bf16(accelerator.device):
-        warn("float32, as accelerate's configuration says; --mixed_precision bf16 is faster on this device.")
+    for message in device_warnings(config, accelerator.device):
+        warn(message)
 
 
-def check_output_dir(config: Config) -> bool:
-    """Make sure that the run can write, and that it overwrites nobody's work. Returns whether to look for a checkpoint.
+def device_warnings(config: Config, device: torch.device) -> list[str]:
+    """What makes this device slower than it could be, each with its remedy."""
+    found = []
+    precision, good_at_bf16 = config.performance.mixed_precision, is_good_at_bf16(device)
+    if precision == "no" and good_at_bf16:
+        found.append("training in float32; --mixed_precision bf16 is faster on this device.")
+    if precision == "bf16" and not good_at_bf16:
+        found.append("this device only emulates bf16, up to a hundred times slower: use --mixed_precision no.")
+    share = num_cores() // env_int("LOCAL_WORLD_SIZE", 1)
+    if device.type == "cpu" and "OMP_NUM_THREADS" in os.environ and torch.get_num_threads() < share:
+        found.append(
+            f"training uses {torch.get_num_threads()} of {share} cores: set OMP_NUM_THREADS={share}, which "
+            "`accelerate launch` sets to 1 unless --num_cpu_threads_per_process says otherwise."
+        )
+    return found
+
+
+def check_output_dir(config: Config) -> None:
+    """Make sure that the run can write, and that it overwrites nobody's work.
 
     Raises:
         UserError: not writable, or it holds another run.
     """
     folder, resume = Path(config.run.output_dir), config.run.resume
-    held = [*complete_checkpoints(folder / "checkpoints"), *folder.glob("pipeline/model_index.json")]
-    continues_here = resume == "auto" or (resume != "none" and folder.resolve() in Path(resume).resolve().parents)
-    if resume not in ("none", "auto") and Path(resume).resolve() == folder.resolve():
-        continues_here = True
+    held = [
+        *(path for path in (folder / METRICS_FILE,) if path.exists() and path.stat().st_size),
+        *folder.glob("pipeline/model_index.json"),
+        *complete_checkpoints(folder / "checkpoints"),
+    ]
+    resumed = Path(resume).resolve()
+    continues_here = resume == "auto" or (resume != "none" and folder.resolve() in (resumed, *resumed.parents))
     if held and not continues_here:
         raise UserError(
             f"--output_dir {folder}: holds another run ({held[-1].relative_to(folder)}): add --resume auto to "
@@ -112,29 +178,15 @@ def check_output_dir(config: Config) -> bool:
     if not config.run.dry_run:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".writable_{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=folder):
+                pass
         except OSError as error:
             raise UserError(f"--output_dir {folder}: cannot be written to ({error.strerror}): give another.") from None
-    return resume != "none"
-
-
-def continue_from_checkpoint(trainer: Trainer) -> None:
-    """Load the checkpoint that `--resume` means; the main process chooses, so that all load the same."""
-    resume = trainer.config.run.resume
-    # Every process looks, so that a wrong path fails on all of them alike.
-    choice = [trainer.checkpointer.find(resume)]
-    broadcast_object_list(choice)
-    if choice[0]:
-        trainer.resume(choice[0])
-    else:
-        trainer.say(f"--resume auto: no checkpoint in {trainer.output_dir} yet, starting anew.")
 
 
 def dry_run(trainer: Trainer) -> int:
     """One forward and backward; nothing is written."""
-    loss = trainer.loss(next(trainer.loader)).mean()
+    loss = trainer.loss(trainer.next_batch()).mean()
     trainer.accelerator.backward(loss)
     trainer.say(f"Dry run: loss {loss.item():.4f} after one forward and backward. Everything is in place.")
     return 0
@@ -143,13 +195,40 @@ def dry_run(trainer: Trainer) -> int:
 def build_accelerator(config: Config, accumulation: int, precision: str) -> Accelerator:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     use_wandb = config.tracking.use_wandb and wandb_installed() and not config.run.dry_run
+    if precision == "fp16" and chosen_device().type == "cpu":
+        raise UserError("--mixed_precision fp16: needs a GPU: use bf16 or no.")
     return Accelerator(
         mixed_precision=precision,
         # As a plugin: the environment of `accelerate launch` overrides the plain argument.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         log_with="wandb" if use_wandb else None,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        fsdp_plugin=build_fsdp_plugin(precision),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # The others wait while the main process writes a checkpoint of many gigabytes.
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+        ],
     )
+
+
+def build_fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
+    """FSDP as accelerate's configuration asks for it, but with sums and outputs in float32.
+
+    Accelerate's own policy reduces gradients in bf16 and casts the inputs, and t in bf16 is wrong.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("1", "true"):
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("fsdp_version 1: accelerate's configuration must say fsdp_version: 2 (FSDP2).")
+    if precision == "no":
+        return FullyShardedDataParallelPlugin()
+    policy = MixedPrecisionPolicy(
+        param_dtype=PRECISION_DTYPES[precision],
+        reduce_dtype=torch.float32,
+        output_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
 
 
 def env_int(name: str, default: int) -> int:
@@ -157,32 +236,10 @@ def env_int(name: str, default: int) -> int:
     return int(value) if value.isdigit() and int(value) > 0 else default
 
 
-def default_precision() -> str:
-    """What accelerate's configuration says, else bf16 where the device is good at it."""
-    configured = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if configured in ("no", "fp16", "bf16"):
-        return configured
-    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    device = (
-        torch.device("cpu")
-        if use_cpu or not torch.accelerator.is_available()
-        else torch.accelerator.current_accelerator()
-    )
-    return "bf16" if is_good_at_bf16(device) else "no"
-
-
-def is_good_at_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bf16 are faster than in float32 there."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        # Without these units a CPU emulates bf16 and takes up to a hundred times longer.
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
-    return device.type in ("xpu", "hpu")
-
-
 def default_num_workers() -> int:
     """One core of each process's share is left to the training itself; more than eight rarely help."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(8, cores // env_int("LOCAL_WORLD_SIZE", 1) - 1))
+    return max(0, min(8, num_cores() // env_int("LOCAL_WORLD_SIZE", 1) - 1))
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

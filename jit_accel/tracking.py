@@ -21,14 +21,21 @@ class MetricsLog:
     def __init__(self, output_dir: Path, step: int):
         """Open the log of `output_dir` and drop what an interrupted run wrote after `step`, the one resumed from."""
         self.path = output_dir / METRICS_FILE
+        self.has_failed = False
         kept = [row for row in read_metrics(output_dir) if row["step"] <= step] if step else []
         replacement = self.path.with_suffix(".tmp")
         replacement.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(replacement, self.path)
 
     def write(self, rows: list[dict]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        """Append rows; a full disk is reported once and costs rows, never the run."""
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+        except OSError as error:
+            if not self.has_failed:
+                warn(f"{self.path} cannot be written ({error.strerror}): metrics are lost until it can.")
+            self.has_failed = True
 
 
 def read_metrics(output_dir: Path) -> list[dict]:

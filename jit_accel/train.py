@@ -18,8 +18,10 @@ def main(argv: list[str] | None = None) -> int:
 
         return start(config)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not error.everywhere:
+            where = "" if error.everywhere else f" (process {rank})"
+            print(f"error{where}: {error}", file=sys.stderr, flush=True)
         return 2
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import sys
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
-from jit_accel import __version__, rng
+from jit_accel import rng
 from jit_accel.checkpoint import (
     Checkpointer,
+    find_checkpoint,
     load_optimizer_tensors,
     load_tensors,
     optimizer_tensors,
@@ -27,17 +27,17 @@ from jit_accel.data.loader import Batch, build_loader
 from jit_accel.data.sources import Source
 from jit_accel.ema import Ema
 from jit_accel.errors import UserError
-from jit_accel.export import draw_loss_curve, export_pipeline
+from jit_accel.export import draw_loss_curve, export_pipeline, is_export_of
+from jit_accel.guards import has_too_many_bad_images, stop_if_not_finite
 from jit_accel.metrics import StepMetrics
 from jit_accel.model import build_model
 from jit_accel.objective import diffusion_loss, draw_noise, draw_times, drop_labels
 from jit_accel.optim import build_optimizers, lr_at, set_lr
-from jit_accel.pipeline import JiTPipeline
+from jit_accel.record import describe_data, record_run
 from jit_accel.resolve import Plan
-from jit_accel.samples import sample_classes, save_sheet
-from jit_accel.scheduler import JiTScheduler
+from jit_accel.samples import SampleSheets
 from jit_accel.signals import StopSignal
-from jit_accel.tracking import MetricsLog, WandbTracker, read_metrics
+from jit_accel.tracking import MetricsLog, WandbTracker, read_metrics, warn
 
 INTERRUPTED_FILE = "INTERRUPTED"
 
@@ -59,6 +59,7 @@ class Trainer:
         self.step = 0
         self.bad_images: dict[str, None] = {}  # in the order of their discovery
         self.stop = StopSignal()
+        self.is_stopping = False  # unlike the signal itself, known to all processes alike
 
         torch.manual_seed(config.run.seed)  # the same initial weights on every process
         model = build_model(
@@ -80,6 +81,7 @@ class Trainer:
         self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
         self.network = accelerator.unwrap_model(self.model)
         self.ema = Ema(self.network, optim.ema_decays)
+        self.samples = SampleSheets(self.network, self.ema, accelerator, config, source.class_names)
         self.loader = build_loader(
             source,
             img_size=config.data.img_size,
@@ -90,9 +92,10 @@ class Trainer:
             num_workers=config.data.num_workers,
             horizontal_flip=config.data.horizontal_flip,
             pin_memory=accelerator.device.type == "cuda",
+            shuffle_buffer=config.data.shuffle_buffer,
             num_classes=config.model.num_classes,
         )
-        self.metrics = StepMetrics()
+        self.metrics = StepMetrics(accelerator.device)
 
     def run(self) -> int:
         """Train to the end, or until a signal. Returns the exit code."""
@@ -103,11 +106,12 @@ class Trainer:
                 self.train_step()
                 self.bar.update()
                 at_end = self.step == plan.total_steps
-                if at_end or self.step % config.run.log_every_steps == 0 or self._is_told_to_stop_alone():
+                if is_due(self.step, config.run.log_every_steps) or self._is_told_to_stop_alone():
                     self.flush()
-                if self.stop.number:
+                if self.is_stopping:
                     return self._leave()
                 if not at_end and is_due(self.step, config.sample.sample_every_steps):
+                    self.flush()
                     self.sample()
                 if at_end or is_due(self.step, config.run.save_every_steps):
                     self.save()
@@ -122,7 +126,7 @@ class Trainer:
             is_last = micro_step == optim.gradient_accumulation_steps - 1
             # Gradients travel between processes once a step, with the last micro-step.
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
-                loss = self.loss(next(self.loader)).mean()
+                loss = self.loss(self.next_batch()).mean()
                 accelerator.backward(loss)  # divides by the number of micro-steps
             step_loss += loss.detach() / optim.gradient_accumulation_steps
 
@@ -135,6 +139,18 @@ class Trainer:
         self.step += 1
         self.ema.update(self.step)
         self.metrics.record(self.step, learning_rate, step_loss, grad_norm)
+
+    def next_batch(self) -> Batch:
+        """The next images of this process.
+
+        Raises:
+            UserError: met by this process alone, where its share of the data is at fault.
+        """
+        try:
+            return next(self.loader)
+        except UserError as error:
+            error.everywhere = False
+            raise
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Losses (B,) of a batch of uint8 images, all randomness following from their positions in the run."""
@@ -187,49 +203,37 @@ class Trainer:
         Raises:
             UserError: loss or gradient norm not finite; too many broken images.
         """
-        counters = [float(len(self.bad_images)), float(self.stop.number)]
-        rows, (bad_images, stopped) = self.metrics.flush(
-            lambda values: self.accelerator.reduce(values, "mean"), counters
-        )
+        processes = self.accelerator.num_processes
+        counters = [float(len(self.bad_images)), float(self.stop.number > 0)]
+        rows, (bad_images, stops) = self.metrics.flush(lambda values: self.accelerator.reduce(values, "mean"), counters)
         for row in rows:
             row["train/epoch"] = self.plan.epoch_of(row["step"])
         self._log(rows)
-        if stopped and not self.stop.number:  # another process was told
-            self.stop.number = signal.SIGTERM
+        self.is_stopping = stops > 0
         if rows:
             self.bar.set_postfix(loss=f"{rows[-1]['train/loss']:.4f}", epoch=f"{rows[-1]['train/epoch']:.1f}")
-        self._stop_if_not_finite(rows)
-        self._stop_if_data_is_bad(round(bad_images * self.accelerator.num_processes))
+        # A gradient scaler meets infinite gradients as a matter of course, and skips those steps.
+        keys = ("train/loss",) if self.accelerator.scaler else ("train/loss", "train/grad_norm")
+        stop_if_not_finite(rows, keys, find_checkpoint(self.output_dir, "auto"))
+        self._stop_if_data_is_bad(round(bad_images * processes))
 
     def _log(self, rows: list[dict]) -> None:
         if self.accelerator.is_main_process:
             self.metrics_log.write(rows)
             self.wandb.log(rows)
 
-    def _stop_if_not_finite(self, rows: list[dict]) -> None:
-        # A gradient scaler meets infinite gradients as a matter of course, and skips those steps.
-        keys = ("train/loss",) if self.accelerator.scaler else ("train/loss", "train/grad_norm")
-        for row in rows:
-            for key in keys:
-                if not math.isfinite(row[key]):
-                    last = self.checkpointer.find("auto")
-                    good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-                    raise UserError(
-                        f"{key} is {row[key]} at step {row['step']}: training stopped, nothing was overwritten; "
-                        f"{good}. Lower --learning_rate, set --max_grad_norm 1, or use --mixed_precision bf16 or no, "
-                        "then go on with --resume auto."
-                    )
-
     def _stop_if_data_is_bad(self, bad_images: int) -> None:
-        seen = self.step * self.plan.global_batch_size
-        allowed = self.config.data.max_bad_images * max(seen, self.plan.num_images or 0)
-        if bad_images > allowed:
+        share, images_seen = self.config.data.max_bad_images, self.step * self.plan.global_batch_size
+        if has_too_many_bad_images(bad_images, share, images_seen, self.plan.num_images):
             self._write_checkpoint()
             raise UserError(
-                f"--max_bad_images {self.config.data.max_bad_images:g}: {bad_images} images cannot be decoded, "
-                f"more than that share; the first: {'; '.join(list(self.bad_images)[:3]) or '(on another process)'}. "
-                "Mend or remove them, or raise the share; the run is saved and goes on with --resume auto."
+                f"--max_bad_images {share:g}: {bad_images} images cannot be decoded, more than that share; the first: "
+                f"{'; '.join(self._bad_images_everywhere()[:3])}. Mend or remove them, or raise the share; the run is "
+                "saved and goes on with --resume auto."
             )
+
+    def _bad_images_everywhere(self) -> list[str]:
+        return list(dict.fromkeys(gather_object(list(self.bad_images))))
 
     def state_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """Everything of the run's state that is a tensor, by the file it is kept in."""
@@ -248,6 +252,7 @@ class Trainer:
             "loaders": gather_object([self.loader.state_dict()]),
             "bad_images": gather_object([list(self.bad_images)]),
             "world_size": self.accelerator.num_processes,
+            "global_batch_size": self.plan.global_batch_size,
             "scaler": scaler.state_dict() if scaler else None,
             "settings": self.config.flat(),
             "data": describe_data(self.source),
@@ -278,6 +283,14 @@ class Trainer:
         elif self.accelerator.is_main_process:
             self.bad_images = dict.fromkeys(name for names in state["bad_images"] for name in names)
         self.step = state["step"]
+        if self.accelerator.is_main_process:
+            for later in self.checkpointer.set_aside_after(self.step):
+                self.say(f"Set aside {later.name}, which lies behind step {self.step:,}, as abandoned_{later.name}")
+        if state["global_batch_size"] != self.plan.global_batch_size and self.accelerator.is_main_process:
+            warn(
+                f"the global batch was {state['global_batch_size']} images and is now {self.plan.global_batch_size}: "
+                "--epochs and the learning rate's schedule count as if the whole run had the new one."
+            )
         changed = [
             f"{name} {state['settings'].get(name)} → {value}"
             for name, value in self.config.flat().items()
@@ -286,41 +299,13 @@ class Trainer:
         self.say(f"Resumed from {path} at step {self.step:,}" + (f" with {', '.join(changed)}" if changed else ""))
 
     def sample(self) -> Path:
-        """Make the sheet of samples of this step: fixed noise and classes, averaged weights, all processes."""
-        config = self.config
+        """Make this step's sheet of samples; all processes together. Returns its path."""
         path = self.output_dir / "samples" / f"step_{self.step:08d}.png"
         self.model.eval()
-        with self.ema.applied(config.optim.ema_decays[0]):
-            images, classes = sample_classes(
-                self.pipeline(),
-                self.accelerator,
-                num_classes=config.model.num_classes,
-                batch_size=config.optim.batch_size,
-                num_inference_steps=config.sample.num_inference_steps,
-                seed=config.run.seed,
-            )
+        self.samples.draw(path)
         if self.accelerator.is_main_process:
-            save_sheet(images, [self.class_names[label] for label in classes], path)
             self.wandb.log_image("samples/grid", path, self.step)
         return path
-
-    def pipeline(self) -> JiTPipeline:
-        """The diffusers pipeline around the network as it is now."""
-        objective = self.config.objective
-        scheduler = JiTScheduler(
-            prediction_type=objective.prediction, t_eps=objective.t_eps, noise_scale=objective.noise_scale
-        )
-        return JiTPipeline(
-            transformer=self.network,
-            scheduler=scheduler,
-            class_names=self.class_names,
-            guidance_scale=self.config.sample.guidance_scale,
-        )
-
-    @property
-    def class_names(self) -> list[str]:
-        known = list(self.source.class_names)
-        return known + [str(label) for label in range(len(known), self.config.model.num_classes)]
 
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:
@@ -331,23 +316,10 @@ class Trainer:
         accelerator = self.accelerator
         if accelerator.is_main_process:
             (self.output_dir / INTERRUPTED_FILE).unlink(missing_ok=True)
-            write_config(self.config, self.output_dir / "config.yaml")
+            if self.step < self.plan.total_steps:
+                write_config(self.config, self.output_dir / "config.yaml")
             self.metrics_log = MetricsLog(self.output_dir, self.step)
-        self.wandb = WandbTracker(accelerator, self.config.tracking, self.recorded_config(), self.output_dir)
-
-    def recorded_config(self) -> dict:
-        """The settings, and what they ran on, for the trackers."""
-        return {
-            **self.config.flat(),
-            "global_batch_size": self.plan.global_batch_size,
-            "total_steps": self.plan.total_steps,
-            "num_parameters": self.network.num_parameters(),
-            "num_images": self.plan.num_images,
-            "num_processes": self.accelerator.num_processes,
-            "device": device_name(self.accelerator.device),
-            "torch_version": torch.__version__,
-            "jit_accel_version": __version__,
-        }
+        self.wandb = WandbTracker(accelerator, self.config.tracking, record_run(self), self.output_dir)
 
     def _progress_bar(self) -> tqdm:
         is_terminal = sys.stderr.isatty()
@@ -371,24 +343,26 @@ class Trainer:
             (self.output_dir / INTERRUPTED_FILE).write_text(f"stopped at step {self.step}; go on with --resume auto\n")
         self.say(f"Stopped by a signal at step {self.step:,}. Go on with --resume auto.")
         self._close()
-        return 128 + self.stop.number
+        return 128 + (self.stop.number or signal.SIGTERM)  # this process may not have been told
 
     def _finish(self) -> int:
         """Leave the sample sheet, the loss curve and the pipeline folder, unless an earlier start has."""
-        pipeline_dir = self.output_dir / "pipeline"
+        sheet = self.output_dir / "samples" / f"step_{self.step:08d}.png"
         curve = self.output_dir / "loss_curve.png"
-        if not (pipeline_dir / "model_index.json").exists():
-            sheet = self.sample()
+        pipeline_dir = self.output_dir / "pipeline"
+        # The main process decides: the others may see another state of a shared file system.
+        (is_exported,) = broadcast_object_list([is_export_of(pipeline_dir, sheet)])
+        if not is_exported:
+            self.sample()
             decay = self.config.optim.ema_decays[0]
             weights = whole_tensors(self.ema.averages[decay], keep=self.accelerator.is_main_process)
             if self.accelerator.is_main_process:
                 draw_loss_curve(read_metrics(self.output_dir), curve)
-                export_pipeline(self.pipeline(), weights, pipeline_dir, sheet, self.recorded_config(), decay)
-        sheet = self.output_dir / "samples" / f"step_{self.step:08d}.png"
+                export_pipeline(self.samples.pipeline(), weights, pipeline_dir, sheet, record_run(self), decay)
         self.say(f"Samples:    {sheet}\nLoss curve: {curve}\nPipeline:   {pipeline_dir}")
-        if self.accelerator.is_main_process and self.bad_images:
-            self.say(f"Skipped {len(self.bad_images)} images that cannot be decoded:")
-            self.say("\n".join(f"  {name}" for name in self.bad_images))
+        if bad_images := self._bad_images_everywhere():
+            self.say(f"Skipped {len(bad_images)} images that cannot be decoded:")
+            self.say("\n".join(f"  {name}" for name in bad_images))
         self._close()
         return 0
 
@@ -399,12 +373,3 @@ class Trainer:
 
 def is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def describe_data(source: Source) -> str:
-    images = "unknown number of" if source.num_images is None else f"{source.num_images:,}"
-    return f"{source.name} ({images} images, {source.num_classes or 'unknown number of'} classes)"

@@ -10,17 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh
 set_up
 
-# `accelerate launch` knows float32 and one thread unless told, so ask what suits this machine.
-device="$(python -c '
-import torch
-from jit_accel.startup import default_precision
-
-print(default_precision(), torch.get_num_threads())')"
-read -r precision threads <<<"$device"
-
 export OMP_WAIT_POLICY=passive # threads that have nothing to do leave the core to the others
 
-accelerate launch --quiet --config_file accelerate_configs/single_device.yaml \
-  --mixed_precision "$precision" --num_cpu_threads_per_process "$threads" \
-  -m jit_accel.train --config launch/recipes/quickstart.yaml \
-  --output_dir runs/quickstart --resume auto "$@"
+# Without `accelerate launch`, which would set one thread and float32: one device chooses for itself.
+python -m jit_accel.train --config launch/recipes/quickstart.yaml --output_dir runs/quickstart --resume auto "$@"

@@ -40,20 +40,42 @@ def train_here(*flags: str) -> int:
         del os.environ["ACCELERATE_USE_CPU"]
 
 
-def _record_weights(main, argv) -> int:
-    """Run the trainer; where a test asks for it, leave this process's own weights in a file."""
-    folder = os.environ.get("TEST_WEIGHTS_FOLDER")
-    if folder:
-        from jit_accel.trainer import Trainer
+def _record_weights(folder: str) -> None:
+    """Make each process leave its own weights in a file when training ends."""
+    from jit_accel.trainer import Trainer
 
-        finish = Trainer._finish
+    finish = Trainer._finish
 
-        def finish_and_record(self):
-            torch.save(self.network.state_dict(), f"{folder}/rank{self.accelerator.process_index}.pt")
-            return finish(self)
+    def finish_and_record(self):
+        torch.save(self.network.state_dict(), f"{folder}/rank{self.accelerator.process_index}.pt")
+        return finish(self)
 
-        Trainer._finish = finish_and_record
-    return main(argv)
+    Trainer._finish = finish_and_record
+
+
+def _use_fsdp2(precision: str) -> None:
+    """Shard the model with FSDP2, which Accelerate ignores on CPUs unless told after it was built."""
+    from accelerate.utils import DistributedType
+
+    from jit_accel import startup
+
+    build = startup.build_accelerator
+
+    def build_sharding(*args):
+        accelerator = build(*args)
+        os.environ |= {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_TRANSFORMER_CLS_TO_WRAP": "JiTBlock",
+            "FSDP_RESHARD_AFTER_FORWARD": "true",
+        }
+        for state in (AcceleratorState, PartialState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = startup.build_fsdp_plugin(precision)
+        return accelerator
+
+    startup.build_accelerator = build_sharding
 
 
 def _process(flags, environment, log):
@@ -64,7 +86,11 @@ def _process(flags, environment, log):
     torch.set_num_threads(1)
     from jit_accel.train import main
 
-    code = _record_weights(main, [*TINY, *flags])
+    if "TEST_WEIGHTS_FOLDER" in environment:
+        _record_weights(environment["TEST_WEIGHTS_FOLDER"])
+    if "TEST_FSDP2_PRECISION" in environment:
+        _use_fsdp2(environment["TEST_FSDP2_PRECISION"])
+    code = main([*TINY, *flags])
     os._exit(code)  # without waiting for the data workers of a group that may be gone
 
 
@@ -107,9 +133,9 @@ class Group:
         return self.log.read_text() if self.log.exists() else ""
 
 
-def train_group(tmp_path: Path, *flags: str, num_processes: int = 1) -> str:
+def train_group(tmp_path: Path, *flags: str, num_processes: int = 1, environment=None) -> str:
     """Train to the end in real processes; return what they printed."""
-    group = Group(flags, tmp_path / f"log_{time.monotonic_ns()}.txt", num_processes)
+    group = Group(flags, tmp_path / f"log_{time.monotonic_ns()}.txt", num_processes, environment)
     codes = group.wait()
     assert codes == [0] * num_processes, group.output()
     assert f"{num_processes} x cpu" in group.output()

@@ -1,12 +1,13 @@
 """Bad input, as a user meets it: a message with flag, value, rule and remedy, exit code 2, nothing lost."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import last_checkpoint, rows, state, train_here
+from helpers import Group, last_checkpoint, rows, state, train_here
 
 from jit_accel.trainer import Trainer
 
@@ -72,7 +73,7 @@ def test_output_folder_of_another_run(refused, images, tmp_path):
     out = tmp_path / "run"
     assert train_here("--data_path", str(images), "--output_dir", str(out)) == 0
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
-    assert "holds another run (pipeline/model_index.json): add --resume auto to continue it" in refused(
+    assert "holds another run (checkpoints/step_00000006): add --resume auto to continue it" in refused(
         "--data_path", str(images), "--output_dir", str(out)
     )
     differences = refused(
@@ -100,6 +101,19 @@ def test_resume_from_a_path_into_a_new_folder(images, tmp_path):
     assert last_checkpoint(b).name == "step_00000006"
 
 
+def test_fp16_without_a_gpu(refused, images):
+    message = refused("--data_path", str(images), "--mixed_precision", "fp16")
+    assert "--mixed_precision fp16: needs a GPU: use bf16 or no" in message
+
+
+@pytest.mark.multiprocess
+def test_two_processes_refuse_together_and_one_of_them_says_why(tmp_path):
+    group = Group(["--data_path", f"{tmp_path}/photos"], tmp_path / "log.txt", 2)
+    assert group.wait() == [2, 2], group.output()
+    assert group.output().count("error: --data_path") == 1
+    assert "Traceback" not in group.output()
+
+
 def test_wrong_flag_ends_before_torch_is_loaded():
     code = "import sys, jit_accel.train as t; c = t.main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(c)"
     command = [sys.executable, "-c", code, "--data_path", "x", "--batchsize", "3"]
@@ -125,9 +139,16 @@ def test_too_many_broken_images_stop_the_run_but_lose_nothing(refused, images, t
     assert last_checkpoint(tmp_path / "out").exists()
 
 
-def copy_with_broken(images, tmp_path, count):
-    import shutil
+@pytest.mark.multiprocess
+def test_broken_images_of_every_process_are_named(images, tmp_path):
+    broken = copy_with_broken(images, tmp_path, 3)
+    flags = ["--data_path", str(broken), "--output_dir", str(tmp_path / "out"), "--max_bad_images", "0.1"]
+    group = Group([*flags, "--max_steps", "6"], tmp_path / "log.txt", 2)  # 48 images, one epoch
+    assert group.wait() == [0, 0], group.output()
+    assert "Skipped 3 images that cannot be decoded:" in group.output()
 
+
+def copy_with_broken(images, tmp_path, count):
     folder = tmp_path / "with broken"
     shutil.copytree(images, folder)
     for i in range(count):
@@ -147,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(refu
     message = refused(*flags, writes_nothing=False)
     good = last_checkpoint(tmp_path / "out")
     assert good.name == "step_00000004"
-    assert "train/loss is inf at step 5: training stopped, nothing was overwritten" in message
+    assert "train/loss is inf at step 5: training stopped and no checkpoint was overwritten" in message
     assert f"the last good checkpoint is {good}" in message
     assert all(torch.isfinite(tensor).all() for tensor in state(tmp_path / "out").values())
     assert not (tmp_path / "out" / "pipeline").exists()

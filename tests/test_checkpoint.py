@@ -10,6 +10,7 @@ from jit_accel.checkpoint import (
     FIXED_SETTINGS,
     Checkpointer,
     complete_checkpoints,
+    find_checkpoint,
     is_complete,
     load_optimizer_tensors,
     load_tensors,
@@ -26,6 +27,10 @@ ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
 @pytest.fixture
 def checkpointer(tmp_path):
     return Checkpointer(ALONE, tmp_path, keep=2)
+
+
+def find(checkpointer, resume):
+    return find_checkpoint(checkpointer.folder.parent, resume)
 
 
 def save(checkpointer, step):
@@ -45,7 +50,7 @@ def test_the_newest_stay(checkpointer):
     for step in (1, 2, 10, 9_999_999):
         save(checkpointer, step)
     assert [p.name for p in complete_checkpoints(checkpointer.folder)] == ["step_00000010", "step_09999999"]
-    assert checkpointer.find("auto").name == "step_09999999"
+    assert find(checkpointer, "auto").name == "step_09999999"
     assert sorted(p.name for p in checkpointer.folder.iterdir()) == ["step_00000010", "step_09999999"]
 
 
@@ -59,9 +64,9 @@ def test_a_damaged_folder_is_no_checkpoint(checkpointer, damage):
     else:
         (bad / "state.json").unlink()
     assert not is_complete(bad)
-    assert checkpointer.find("auto") == good
+    assert find(checkpointer, "auto") == good
     with pytest.raises(UserError, match=r"--resume .*holds no complete checkpoint"):
-        checkpointer.find(str(bad))
+        find(checkpointer, str(bad))
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(checkpointer, monkeypatch):
@@ -90,31 +95,58 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(checkpointer, 
                 finished = True
             except Killed:
                 finished = False
-        found = checkpointer.find("auto")
+        found = find(checkpointer, "auto")
         assert found is not None
         target = torch.zeros(3)
         load_tensors(found, "model", {"w": target})
         assert target[0] == read_state(found)["step"]
     assert finished  # the last moments lie behind the end of the save
-    assert checkpointer.find("auto").name == "step_00000041"
+    assert find(checkpointer, "auto").name == "step_00000041"
     save(checkpointer, 50)
     assert [p.name for p in sorted(checkpointer.folder.iterdir())] == ["step_00000041", "step_00000050"]
 
 
-def test_saving_a_step_again_replaces_it(checkpointer):
-    save(checkpointer, 3)
-    save(checkpointer, 3)
+def test_a_whole_checkpoint_is_never_touched_by_saving_its_step_again(checkpointer):
+    path = save(checkpointer, 3)
+    before = (path / "model.safetensors").stat().st_ino
+    assert save(checkpointer, 3) == path
+    assert (path / "model.safetensors").stat().st_ino == before
     assert [p.name for p in checkpointer.folder.iterdir()] == ["step_00000003"]
 
 
+def test_going_on_from_an_older_checkpoint_keeps_what_is_written_from_there(checkpointer):
+    for step in (100, 200):
+        save(checkpointer, step)
+    assert [p.name for p in checkpointer.set_aside_after(100)] == ["step_00000200"]
+    save(checkpointer, 150)
+    assert find(checkpointer, "auto").name == "step_00000150"
+    kept = sorted(p.name for p in checkpointer.folder.iterdir())
+    assert kept == ["abandoned_step_00000200", "step_00000100", "step_00000150"]
+
+
+def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_the_last_checkpoint(checkpointer, monkeypatch):
+    good = save(checkpointer, 1)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jit_accel.checkpoint.save_file", full)
+        with pytest.raises(UserError, match=r"--output_dir .*step 2 cannot be written .*No space left.*make room"):
+            save(checkpointer, 2)
+    assert find(checkpointer, "auto") == good
+    assert save(checkpointer, 2).name == "step_00000002"
+    assert sorted(p.name for p in checkpointer.folder.iterdir()) == ["step_00000001", "step_00000002"]
+
+
 def test_resume_means_what_it_says(checkpointer, tmp_path):
-    assert checkpointer.find("none") is None
-    assert checkpointer.find("auto") is None
+    assert find(checkpointer, "none") is None
+    assert find(checkpointer, "auto") is None
     with pytest.raises(UserError, match=r"--resume \S+: holds no complete checkpoint.*or auto.*or none"):
-        checkpointer.find(str(tmp_path))
+        find(checkpointer, str(tmp_path))
     path = save(checkpointer, 5)
-    assert checkpointer.find(str(path)) == checkpointer.find(str(tmp_path)) == checkpointer.find("auto") == path
-    assert checkpointer.find("none") is None
+    assert find(checkpointer, str(path)) == find(checkpointer, str(tmp_path)) == find(checkpointer, "auto") == path
+    assert find(checkpointer, "none") is None
 
 
 def test_no_pickle_is_written(checkpointer):

@@ -99,7 +99,16 @@ def validated_launch(argv: list[str]):
 # What may differ between machines and users; everything else is in each recipe, so that a changed default
 # changes no recipe.
 NOT_IN_RECIPES = {
-    *("data_path", "data_format", "image_column", "label_column", "streaming", "num_workers", "num_classes"),
+    *(
+        "data_path",
+        "data_format",
+        "image_column",
+        "label_column",
+        "streaming",
+        "shuffle_buffer",
+        "num_workers",
+        "num_classes",
+    ),
     *("in_channels", "epochs", "max_steps", "warmup_epochs", "warmup_steps", "learning_rate", "mixed_precision"),
     *("output_dir", "resume", "dry_run", "use_wandb", "wandb_project", "wandb_name", "wandb_entity"),
 }
@@ -192,8 +201,7 @@ def recorder(tmp_path) -> dict[str, str]:
     note = f"""exec {sys.executable} -c '{noting}' "$0" "$@" >>{tmp_path}/calls\n"""
     for name in ("accelerate", "ruff", "lint-imports"):
         (programs / name).write_text(f"#!/bin/sh\n{note}")
-    # `python -c` is the question of quickstart.sh for precision and threads.
-    (programs / "python").write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then echo no 1; exit; fi\n{note}')
+    (programs / "python").write_text(f"#!/bin/sh\n{note}")
     for program in programs.iterdir():
         program.chmod(0o755)
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "SLURM_", "JIT_ACCEL_"))}
@@ -433,6 +441,8 @@ def test_each_documented_command_runs(command, recorder, photos, tmp_path, monke
         for call in told:
             if call[0] == "accelerate":
                 try_here(completed(split_launch(call)[1]), photos, tmp_path, monkeypatch)
+            elif call[:3] == ["python", "-m", "jit_accel.train"]:
+                try_here(completed(call[3:]), photos, tmp_path, monkeypatch)
         assert told
     else:
         pytest.fail(f"no rule for running {command!r}: add one to this test")

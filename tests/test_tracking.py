@@ -71,7 +71,7 @@ def test_an_offline_run_holds_every_step_and_the_whole_configuration(images, tmp
         "model": "JiT-Ti/7",
         "global_batch_size": 4,
         "img_size": 28,
-        "num_parameters": 4_215_891,
+        "num_parameters": 2_881_491,
     }.items():
         assert config[key] == value, key
     assert any("samples/grid" in name for row in history.values() for name in row)

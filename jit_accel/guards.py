@@ -1,0 +1,29 @@
+"""What must stop a run before it does harm."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from jit_accel.errors import UserError
+
+# Before this many images a share of them says little.
+MIN_IMAGES_JUDGED = 1000
+
+
+def stop_if_not_finite(rows: list[dict], keys: tuple[str, ...], last_checkpoint: Path | None) -> None:
+    """Raise `UserError` at the first of these metrics that is infinite or not a number."""
+    for row in rows:
+        for key in keys:
+            if not math.isfinite(row[key]):
+                good = f"the last good checkpoint is {last_checkpoint}" if last_checkpoint else "there is none yet"
+                raise UserError(
+                    f"{key} is {row[key]} at step {row['step']}: training stopped and no checkpoint was overwritten; "
+                    f"{good}. Lower --learning_rate, set --max_grad_norm 1, or use --mixed_precision bf16 or no, "
+                    "then go on with --resume auto."
+                )
+
+
+def has_too_many_bad_images(bad_images: int, max_share: float, images_seen: int, num_images: int | None) -> bool:
+    """Whether more than `max_share` of the data cannot be decoded, judged on what was seen or on a whole epoch."""
+    return bad_images > max_share * max(images_seen, num_images or MIN_IMAGES_JUDGED)
