@@ -43,8 +43,9 @@ def flags(model: str, img_size: int, batch_size: int, *more: str) -> tuple[str, 
 TWO_EMAS = ("--ema_decays", "auto", "0.9999")
 CASES = {
     "quick": Case("the quickstart", ("--config", str(REPO / "launch/recipes/quickstart.yaml")), "cpu", 8, 4),
-    "b4": Case("JiT-B/4, 64 px, batch 8, two EMAs", flags("JiT-B/4", 64, 8, *TWO_EMAS), "cpu"),
-    "b4_compiled": Case("the same, compiled", flags("JiT-B/4", 64, 8, *TWO_EMAS, "--compile"), "cpu"),
+    "b4": Case("JiT-B/4, 64 px, batch 8", flags("JiT-B/4", 64, 8), "cpu"),
+    "b4_emas": Case("the same with two EMAs", flags("JiT-B/4", 64, 8, *TWO_EMAS), "cpu"),
+    "b4_compiled": Case("the same with two EMAs, compiled", flags("JiT-B/4", 64, 8, *TWO_EMAS, "--compile"), "cpu"),
 }
 for _size, _batch in (("B", 128), ("L", 64), ("H", 32)):
     for _compile in ((), ("--compile",)):

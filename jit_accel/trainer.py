@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from jit_accel import rng
 from jit_accel.checkpoint import (
     Checkpointer,
-    find_checkpoint,
     load_optimizer_tensors,
     load_tensors,
     optimizer_tensors,
@@ -211,10 +210,11 @@ class Trainer:
         self._log(rows)
         self.is_stopping = stops > 0
         if rows:
-            self.bar.set_postfix(loss=f"{rows[-1]['train/loss']:.4f}", epoch=f"{rows[-1]['train/epoch']:.1f}")
+            loss, epoch = rows[-1]["train/loss"], rows[-1]["train/epoch"]
+            self.bar.set_postfix(loss=f"{loss:.4f}", epoch=f"{epoch:.1f}", refresh=False)
         # A gradient scaler meets infinite gradients as a matter of course, and skips those steps.
         keys = ("train/loss",) if self.accelerator.scaler else ("train/loss", "train/grad_norm")
-        stop_if_not_finite(rows, keys, find_checkpoint(self.output_dir, "auto"))
+        stop_if_not_finite(rows, keys, self.output_dir)
         self._stop_if_data_is_bad(round(bad_images * processes))
 
     def _log(self, rows: list[dict]) -> None:
