@@ -33,8 +33,6 @@ from jit_accel.tracking import METRICS_FILE, wandb_installed, warn
 from jit_accel.trainer import Trainer
 
 PRECISION_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 STREAMING = {"auto": None, "true": True, "false": False}
 
 

@@ -283,9 +283,6 @@ class Trainer:
         elif self.accelerator.is_main_process:
             self.bad_images = dict.fromkeys(name for names in state["bad_images"] for name in names)
         self.step = state["step"]
-        if self.accelerator.is_main_process:
-            for later in self.checkpointer.set_aside_after(self.step):
-                self.say(f"Set aside {later.name}, which lies behind step {self.step:,}, as abandoned_{later.name}")
         if state["global_batch_size"] != self.plan.global_batch_size and self.accelerator.is_main_process:
             warn(
                 f"the global batch was {state['global_batch_size']} images and is now {self.plan.global_batch_size}: "
@@ -316,6 +313,8 @@ class Trainer:
         accelerator = self.accelerator
         if accelerator.is_main_process:
             (self.output_dir / INTERRUPTED_FILE).unlink(missing_ok=True)
+            for later in self.checkpointer.set_aside_after(self.step):
+                self.say(f"Set aside {later.name}, which lies behind step {self.step:,}, as abandoned_{later.name}")
             if self.step < self.plan.total_steps:
                 write_config(self.config, self.output_dir / "config.yaml")
             self.metrics_log = MetricsLog(self.output_dir, self.step)

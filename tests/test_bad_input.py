@@ -101,6 +101,19 @@ def test_resume_from_a_path_into_a_new_folder(images, tmp_path):
     assert last_checkpoint(b).name == "step_00000006"
 
 
+def test_going_on_from_an_older_checkpoint_sets_later_ones_aside_but_a_dry_run_does_not(images, tmp_path):
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path), "--save_every_steps", "3"]
+    assert train_here(*flags) == 0
+    older = [*flags, "--resume", str(tmp_path / "checkpoints" / "step_00000003")]
+    before = sorted(tmp_path.rglob("*"))
+    assert train_here(*older, "--dry_run") == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    assert train_here(*older) == 0
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["abandoned_step_00000006", "step_00000003", "step_00000006"]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_fp16_without_a_gpu(refused, images):
     message = refused("--data_path", str(images), "--mixed_precision", "fp16")
     assert "--mixed_precision fp16: needs a GPU: use bf16 or no" in message
