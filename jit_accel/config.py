@@ -22,8 +22,8 @@ class DataConfig:
     """Column of the class labels (default: label, cls, ... where present; else one class)."""
     streaming: Literal["auto", "true", "false"] = "auto"
     """Read in order instead of at random (auto: Parquet, WebDataset and Hub data stream, the rest does not)."""
-    shuffle_buffer: int = 2048
-    """Images that a stream shuffles together; each of its workers holds them undecoded."""
+    shuffle_buffer: int = 1024
+    """Images that each of the (up to eight) lanes of a stream shuffles together; held undecoded, at most 256 MiB."""
     img_size: int | None = None
     """Side of the square training images in pixels (default: 16 patches)."""
     horizontal_flip: bool = True

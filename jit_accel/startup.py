@@ -128,10 +128,21 @@ def introduce(trainer: Trainer) -> None:
         f"ema {' '.join(config.optim.ema_decays)} → {config.run.output_dir}",
         flush=True,
     )
-    for message in warnings_for(config, plan):
+    for message in [*warnings_for(config, plan), *data_warnings(trainer.source, accelerator.num_processes)]:
         warn(message)
     for message in device_warnings(config, accelerator.device):
         warn(message)
+
+
+def data_warnings(source: Source, num_processes: int) -> list[str]:
+    """What this source cannot promise."""
+    if not source.streaming or source.images.sizes is not None or num_processes == 1:
+        return []
+    return [
+        f"{source.name} does not tell how many images its files hold: no image is lost or repeated, also by a resume, "
+        "but processes begin a new epoch when their own share is read, so that epochs overlap. Prepared data "
+        "(python -m jit_accel.prepare), local files and Parquet have exact epochs."
+    ]
 
 
 def device_warnings(config: Config, device: torch.device) -> list[str]:

@@ -276,10 +276,9 @@ class Trainer:
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         same_world = state["world_size"] == self.accelerator.num_processes
-        rank = self.accelerator.process_index if same_world else 0
-        self.loader.load_state_dict(state["loaders"][rank])
+        self.loader.load_state_dict(state["loaders"])
         if same_world:
-            self.bad_images = dict.fromkeys(state["bad_images"][rank])
+            self.bad_images = dict.fromkeys(state["bad_images"][self.accelerator.process_index])
         elif self.accelerator.is_main_process:
             self.bad_images = dict.fromkeys(name for names in state["bad_images"] for name in names)
         self.step = state["step"]

@@ -22,7 +22,7 @@ def images(tmp_path_factory):
     source = open_source("builtin:fashion_mnist")
     folder = tmp_path_factory.mktemp("data") / "clothes"
     counts = dict.fromkeys((0, 1, 5, 8), 0)
-    for row in source.dataset:
+    for row in source.images.dataset:
         label = row["label"]
         if counts.get(label, 11) < 11:
             path = folder / source.class_names[label].replace("/", "-") / f"{counts[label]:02d}.png"

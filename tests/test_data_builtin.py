@@ -23,13 +23,13 @@ def source():
 def test_it_holds_a_thousand_different_images_of_each_of_ten_named_classes(source):
     assert source.num_images == 10_000
     assert (len(source.class_names), source.class_names[0], source.class_names[9]) == (10, "T-shirt/top", "Ankle boot")
-    assert np.bincount(source.dataset["label"]).tolist() == [1000] * 10
-    assert len({image["path"] for image in source.dataset["image"]}) == 10_000
+    assert np.bincount(source.images.dataset["label"]).tolist() == [1000] * 10
+    assert len({image["path"] for image in source.images.dataset["image"]}) == 10_000
     assert FOLDER.joinpath("train.parquet").stat().st_size < 5_000_000
 
 
 def test_its_order_is_shuffled(source):
-    labels = np.array(source.dataset["label"])
+    labels = np.array(source.images.dataset["label"])
     assert all(np.bincount(part, minlength=10).min() > 50 for part in labels.reshape(10, 1000))
 
 

@@ -185,7 +185,7 @@ def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
     source = open_source("someone/pictures")
     assert (source.format, source.streaming, source.num_images) == ("hub", True, None)
     assert (source.class_names, source.max_label) == (("even", "odd"), 1)
-    assert source.dataset.num_shards == 2  # by row group
+    assert source.images.num_units == 1  # the files; row groups where their sizes are known
     assert open_source("someone/pictures", streaming=False).num_images == 8
 
 

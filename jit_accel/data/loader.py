@@ -9,8 +9,7 @@ import torch
 
 from jit_accel import rng
 from jit_accel.data import order
-from jit_accel.data.batch import Batch, check_labels, decode_row
-from jit_accel.data.decode import BadImage
+from jit_accel.data.batch import Batch, check_labels
 from jit_accel.data.source import Source
 from jit_accel.data.state import check_state
 from jit_accel.data.streams import Decoding, StreamLoader
@@ -33,20 +32,20 @@ def build_loader(
     num_workers: int = 0,
     horizontal_flip: bool = True,
     pin_memory: bool = False,
-    shuffle_buffer: int = 2048,
+    shuffle_buffer: int = 1024,
     num_classes: int | None = None,
 ) -> RandomAccessLoader | StreamLoader:
     """An endless iterator of `Batch`es of `batch_size` images for process `rank` of `world_size`.
 
     It has `state_dict()` (small, JSON, describing what was handed out and not what was prefetched),
-    `load_state_dict(state)` (before the first batch), `epoch` and `close()`. Random access gives each image exactly
-    once an epoch in an order that does not depend on `world_size`, `batch_size` or `num_workers`, and a state may be
-    resumed with other values of them. A stream gives each image once an epoch as well, in an order that depends on
-    them, and is resumed with the same values only.
+    `load_state_dict(states)` (of all processes in the order of their ranks; before the first batch), `epoch` and
+    `close()`. Each image comes exactly once an epoch, and states may be resumed with other values of `world_size`,
+    `batch_size` and `num_workers`. Random access gives the images in an order that does not depend on these; the
+    order of a stream depends on the first two.
 
     Args:
         num_workers: processes that decode; 0 decodes in this one.
-        shuffle_buffer: images a stream shuffles together; held undecoded, by each worker.
+        shuffle_buffer: images that each of the (up to eight) lanes of a stream shuffles together.
         num_classes: labels from here on are refused with a `UserError` when they are met.
     """
     how = {"world_size": world_size, "num_workers": num_workers, "pin_memory": pin_memory, "num_classes": num_classes}
@@ -60,48 +59,36 @@ class _BatchView(torch.utils.data.Dataset):
     """Item `base` is the batch of this rank when the run stands at position `base`."""
 
     def __init__(self, source: Source, img_size: int, batch_size: int, seed: int, rank: int, horizontal_flip: bool):
-        self.dataset, self.columns, self.num_images = source.dataset, source.columns, len(source.dataset)
+        self.images, self.num_images = source.images, len(source.images)
         self.img_size, self.batch_size, self.seed, self.rank = img_size, batch_size, seed, rank
         self.horizontal_flip = horizontal_flip
 
     def __getitem__(self, base: int) -> Batch | UserError:
         """A UserError is returned, not raised: torch would bury its message under a worker's traceback."""
         positions = order.batch_positions(base, self.rank, self.batch_size)
-        indices = order.image_indices(self.seed, positions, self.num_images)
-        rows = self.dataset[indices.tolist()]
         images = np.empty((self.batch_size, 3, self.img_size, self.img_size), np.uint8)
-        labels = np.zeros(self.batch_size, np.int64)
-        label_values = rows[self.columns.label] if self.columns.label else itertools.repeat(None)
-        bad_images: list[str] = []
-        for i, (value, label) in enumerate(zip(rows[self.columns.image], label_values)):
-            try:
-                images[i] = decode_row(value, self.columns, self.img_size, f"image {indices[i]}")
-                labels[i] = self.columns.label_of(label)
-            except BadImage as error:
-                bad_images.append(str(error))
-                substitute = self._substitute(int(positions[i]), bad_images)
-                if isinstance(substitute, UserError):
-                    return substitute
-                images[i], labels[i] = substitute
+        labels, bad = self.images.read(order.image_indices(self.seed, positions, self.num_images), images)
+        for place, reason in bad.items():
+            label = self._substitute(int(positions[place]), images[place : place + 1])
+            if label is None:
+                return UserError(
+                    f"--data_path: an image and {MAX_SUBSTITUTES} substitutes drawn for it cannot be decoded "
+                    f"({reason}): repair the data."
+                )
+            labels[place] = label
         if self.horizontal_flip:
             mirrored = order.flips(self.seed, positions)
             images[mirrored] = images[mirrored, ..., ::-1]
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), positions, bad_images)
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), positions, list(bad.values()))
 
-    def _substitute(self, position: int, bad_images: list[str]) -> tuple[np.ndarray, int] | UserError:
+    def _substitute(self, position: int, out: np.ndarray) -> int | None:
         """Another image for a position whose own is bad, so that batches keep their shape: a pure function too."""
         draws = position * MAX_SUBSTITUTES + np.arange(MAX_SUBSTITUTES)
         for index in rng.hash64(self.seed, "substitute", draws) % np.uint64(self.num_images):
-            row = self.dataset[int(index)]
-            try:
-                pixels = decode_row(row[self.columns.image], self.columns, self.img_size, f"image {index}")
-            except BadImage:  # it is named at its own turn
-                continue
-            return pixels, self.columns.label_of(row[self.columns.label] if self.columns.label else None)
-        return UserError(
-            f"--data_path: an image and {MAX_SUBSTITUTES} substitutes drawn for it cannot be decoded "
-            f"({bad_images[-1]}): repair the data."
-        )
+            labels, bad = self.images.read(np.array([index], np.int64), out)
+            if not bad:  # one that is bad as well is named at its own turn
+                return int(labels[0])
+        return None
 
 
 class RandomAccessLoader:
@@ -144,12 +131,13 @@ class RandomAccessLoader:
         """The position of the next batch; equal on all ranks."""
         return {"kind": "random_access", "seed": self._view.seed, "position": self._position}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Continue where `state` was taken; before the first batch.
+    def load_state_dict(self, state: dict | list[dict]) -> None:
+        """Continue where `state` (or the states of all processes, which are equal) was taken; before the first batch.
 
         Raises:
             UserError: the state is of a stream, or of another seed.
         """
+        state = state[0] if isinstance(state, list) else state
         if self._batches is not None:
             raise RuntimeError("load_state_dict() after the first batch")
         check_state(state, {"kind": "random_access", "seed": self._view.seed})

@@ -11,9 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset, Image, IterableDataset
 
 from jit_accel.data.columns import Columns, Labels
+from jit_accel.data.images import Images, TableImages
+from jit_accel.data.units import Stream
 from jit_accel.errors import UserError, nearest
 
 log = logging.getLogger(__name__)
@@ -36,20 +39,24 @@ class Request:
 class Source:
     """A data set of images, opened but not read.
 
-    `dataset` keeps the images undecoded; `columns` says how to read a row. `num_images` is None where only
-    reading everything would tell, `class_names` is () and `max_label` None likewise. `fingerprint` tells data
-    sets apart at little cost (names, sizes, counts); it does not change when the data moves elsewhere.
+    `images` gives random access, or is a `Stream`. `num_images` is None where only reading everything would tell,
+    `class_names` is () and `max_label` None likewise. `is_labelled` is False where all images are of one class because
+    nothing tells them apart. `fingerprint` tells data sets apart at little cost (names, sizes, counts); it does not
+    change when the data moves elsewhere.
     """
 
     name: str
     format: str
-    dataset: Dataset | IterableDataset
-    columns: Columns
-    streaming: bool
+    images: Images | Stream
     num_images: int | None
     class_names: tuple[str, ...]
     fingerprint: str
     max_label: int | None
+    is_labelled: bool = True
+
+    @property
+    def streaming(self) -> bool:
+        return isinstance(self.images, Stream)
 
     @property
     def num_classes(self) -> int | None:
@@ -58,9 +65,19 @@ class Source:
 
 
 def make_source(
-    name: str, format: str, dataset, columns: Columns, labels: Labels, num_images: int | None, fingerprint: str
+    name: str,
+    format: str,
+    dataset: Dataset | IterableDataset,
+    columns: Columns,
+    labels: Labels,
+    num_images: int | None,
+    fingerprint: str,
+    *,
+    groups: np.ndarray | None = None,
+    sizes: np.ndarray | None = None,
+    is_remote: bool = False,
 ) -> Source:
-    """Keep the two columns we read, undecoded, and wrap them up.
+    """Keep the two columns we read, undecoded, and wrap them up; of a stream with its units (see `Stream`).
 
     Raises:
         UserError: there are no images.
@@ -73,8 +90,12 @@ def make_source(
     feature = dataset.features[columns.image]
     if isinstance(feature, Image) and feature.decode:
         dataset = dataset.cast_column(columns.image, Image(decode=False))
-    streaming = isinstance(dataset, IterableDataset)
-    return Source(name, format, dataset, columns, streaming, num_images, labels.names, fingerprint, labels.max_label)
+    if isinstance(dataset, IterableDataset):
+        images = Stream(dataset, columns, groups, sizes, is_remote)
+    else:
+        images = TableImages(dataset, columns)
+    is_labelled = columns.label is not None
+    return Source(name, format, images, num_images, labels.names, fingerprint, labels.max_label, is_labelled)
 
 
 def check_embedded(value, columns: Columns, where: str) -> None:

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from jit_accel.errors import UserError
 
-_ELASTIC = "streams resume only with the number of processes and workers they were saved with: use {saved} again, or"
 _REMEDIES = {
     "kind": ("--streaming", "the checkpoint was made with the other way of reading the data: use it again"),
     "seed": ("--seed", "the order of the images follows from the seed: use {saved} again"),
-    "world_size": ("the number of processes", f"{_ELASTIC} read the data by random access (--streaming false)"),
-    "rank": ("the process's rank", "each process resumes from its own state"),
-    "num_workers": ("--num_workers", f"{_ELASTIC} read the data by random access (--streaming false)"),
-    "shuffle_buffer": ("--shuffle_buffer", "the order of a stream follows from it: use {saved} again"),
 }
 
 

@@ -1,174 +1,225 @@
-"""Sequential data sets: exactly resumable, block-shuffled sub-streams, one a worker, merged into batches.
+"""Sequential data sets: read front to back, shuffled by blocks, resumed exactly by any number of processes.
 
-Sub-stream number s of S = processes x max(1, workers) reads every S-th shard of the epoch's shuffled shards from
-front to back, `shuffle_buffer` images at a time, and decodes each such block in a shuffled order. So its place is
-told by (epoch, HF's own state at the block's start, images of the block already decoded), without any content.
+Each process reads its share of an epoch in up to eight *lanes* (see `Partition`), a block of `shuffle_buffer` images at
+a time, which it hands out in a shuffled order, a batch from each lane in turn. Workers share the lanes, so that
+their number changes nothing. The place of a lane is told by a few numbers, without any content.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 
 import numpy as np
 import torch
-from datasets.distributed import split_dataset_by_node
 
 from jit_accel import rng
 from jit_accel.data import order
 from jit_accel.data.batch import Batch, check_labels, decode_row
 from jit_accel.data.decode import BadImage
+from jit_accel.data.partition import Partition, Place, shuffled
 from jit_accel.data.source import Source
+from jit_accel.data.spans import clipped, from_numbers
 from jit_accel.data.state import check_state
-from jit_accel.data.tables import shuffle_shards
+from jit_accel.data.units import Stream
 from jit_accel.data.workers import make_loader
 from jit_accel.errors import UserError
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where a sub-stream stands: `offset` rows into block number `block` of `epoch`.
-
-    `hf` is the state of the HF data set at the block's start, None at an epoch's start.
-    """
-
-    epoch: int = 0
-    block: int = 0
-    offset: int = 0
-    hf: dict | None = None
+MAX_LANES = 8
+MAX_BLOCK_BYTES = 2**28  # a lane's block ends here at the latest, so that photos of megabytes do not fill the memory
+MAX_SUBSTITUTES = 100
+MAX_UNREADABLE = 10_000
 
 
 @dataclass
 class Chunk:
-    """Decoded images that come next in a sub-stream, and the place after them.
+    """Decoded images that come next in a lane, and the places before and after them.
 
-    images: uint8 (k, 3, H, W), k <= chunk_size, 0 where all were bad or an epoch ends. labels: int64 (k,).
+    images: uint8 (k, 3, H, W), k <= batch_size, 0 where the lane has nothing in an epoch. labels: int64 (k,).
+    bad_images: by their places in the chunk, "name: reason" of those that another image stands in for.
     """
 
+    lane: int
+    before: Place
     images: torch.Tensor
     labels: np.ndarray
-    bad_images: list[str]
+    bad_images: dict[int, str]
     after: Place
+
+    def split(self, count: int) -> tuple[Chunk, Chunk]:
+        """The first `count` images and the rest."""
+        between = replace(self.before, offset=self.before.offset + count)
+        bad = self.bad_images.items()
+        first = replace(
+            self,
+            images=self.images[:count],
+            labels=self.labels[:count],
+            bad_images={place: reason for place, reason in bad if place < count},
+            after=between,
+        )
+        rest = replace(
+            self,
+            before=between,
+            images=self.images[count:],
+            labels=self.labels[count:],
+            bad_images={place - count: reason for place, reason in bad if place >= count},
+        )
+        return first, rest
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """What the sub-streams of a loader have in common."""
+    """What the lanes of a loader have in common."""
 
     img_size: int
-    chunk_size: int
+    batch_size: int
     seed: int
     shuffle_buffer: int
     horizontal_flip: bool
 
 
-class SubStream(torch.utils.data.IterableDataset):
-    """The endless chunks of sub-stream `index` of `count`, from `place` on."""
+class Lane:
+    """The endless chunks of one lane of process `rank`, from `place` on."""
 
-    def __init__(self, source: Source, decoding: Decoding, index: int, count: int, place: Place):
-        self.dataset, self.columns, self.decoding = source.dataset, source.columns, decoding
-        self.index, self.count, self.place = index, count, place
+    def __init__(self, source: Source, decoding: Decoding, partition: Partition, rank: int, lane: int, place: Place):
+        self.name, self.stream, self.decoding, self.partition = source.name, source.images, decoding, partition
+        self.rank, self.lane, self.place = rank, lane, place
+        self.fallback: tuple[np.ndarray, int] | None = None
 
-    def __iter__(self) -> Iterator[Chunk]:
-        place = self.place
+    def chunks(self) -> Iterator[Chunk]:
         while True:
-            for chunk in self._epoch(place):
-                place = chunk.after
+            for chunk in self._epoch(self.place):
+                self.place = chunk.after
                 yield chunk
-
-    def _shards(self, epoch: int):
-        """This sub-stream's part of the epoch.
-
-        A data set of its own for each epoch: HF's `set_epoch` would have to come before `load_state_dict`, and the
-        loaded state would have to be cleared after the first epoch.
-        """
-        shuffled = shuffle_shards(self.dataset, int(rng.hash64(self.decoding.seed, "shards", epoch) >> np.uint64(1)))
-        if shuffled.num_shards >= self.count:
-            return shuffled.shard(num_shards=self.count, index=self.index, contiguous=False)
-        return split_dataset_by_node(shuffled, rank=self.index, world_size=self.count)  # every count-th image
 
     def _epoch(self, place: Place) -> Iterator[Chunk]:
         """From `place` to the end of its epoch."""
-        shards = self._shards(place.epoch)
-        if place.hf is not None:
-            shards.load_state_dict(place.hf)
-        rows, end = iter(shards), object()
-        first = next(rows, end)
-        while True:
-            block = [] if first is end else [first, *islice(rows, self.decoding.shuffle_buffer - 1)]
-            after = Place(place.epoch, place.block + 1, 0, shards.state_dict())
-            first = next(rows, end)  # only now, as the state must lie before it
-            if first is end:
-                yield from self._block(block, place, Place(place.epoch + 1))
-                return
-            yield from self._block(block, place, after)
-            place = after
+        part = clipped(self.partition.part(place.epoch, self.rank, self.lane), place.start)
+        over = Place(place.epoch + 1)
+        rows = self._rows(place.epoch, part)
+        numbers, block = self._read_block(rows, place)
+        if not len(numbers):
+            yield self._chunk(place, [], [], {}, over)
+        while len(numbers):
+            begun = replace(place, block=tuple(from_numbers(numbers)))
+            place = Place(place.epoch, int(numbers[-1]) + 1)
+            # Read on before the last chunk is made, which must know whether the epoch ends with it.
+            next_numbers, next_block = self._read_block(rows, place)
+            yield from self._block(numbers, block, begun, place if len(next_numbers) else over)
+            numbers, block = next_numbers, next_block
 
-    def _block(self, block: list[dict], place: Place, after: Place) -> Iterator[Chunk]:
-        """Decode the rest of a block in its shuffled order; an empty block gives one empty chunk."""
-        seed, where = self.decoding.seed, f"{self.index}/{place.epoch}"
-        numbers = place.block * self.decoding.shuffle_buffer + np.arange(len(block))
-        shuffled = np.argsort(rng.hash64(seed, f"block/{where}", numbers), kind="stable")
-        mirrored = order.flips(seed, numbers, f"flip/{where}") & self.decoding.horizontal_flip
-        offset, done = place.offset, False
-        while not done:
-            images, labels, bad_images = [], [], []
-            while offset < len(block) and len(images) < self.decoding.chunk_size:
-                k = shuffled[offset]
+    def _rows(self, epoch: int, spans: list) -> Iterator[tuple[int, dict]]:
+        """Yield (number, row) of all images in `spans`."""
+        for unit, first_number, ranges in self.partition.order(epoch).in_units(spans):
+            row, missing = ranges[0][0], ranges[-1][1]
+            rows = self.stream.rows(unit, row)
+            for start, stop in ranges:
+                for value in rows:
+                    if row >= start:
+                        yield first_number + row, value
+                    row += 1
+                    if row == stop:
+                        break
+            if row < missing and self.partition.sizes is not None:
+                raise UserError(
+                    f"--data_path {self.name}: a shard ended after {row} images where there were {missing} when it was "
+                    "opened: it changed or was cut short; restore it and go on with --resume auto."
+                )
+
+    def _read_block(self, rows: Iterator, place: Place) -> tuple[np.ndarray, list[dict]]:
+        """The next images, as many as are shuffled together."""
+        numbers, block, num_bytes = [], [], 0
+        known = sum(b - a for a, b in place.block)  # a block that was begun ends where it ended
+        while len(block) < (known or self.decoding.shuffle_buffer) and (known or num_bytes < MAX_BLOCK_BYTES):
+            number, row = next(rows, (None, None))
+            if row is None:
+                break
+            data, _ = self.stream.columns.image_of(row[self.stream.columns.image])
+            num_bytes += len(data or b"")
+            numbers.append(number)
+            block.append(row)
+        return np.array(numbers, np.int64), block
+
+    def _block(self, numbers: np.ndarray, block: list[dict], place: Place, after: Place) -> Iterator[Chunk]:
+        """Decode the rest of a block in its shuffled order, in chunks that end at multiples of the batch size."""
+        decoding, epoch = self.decoding, place.epoch
+        turns = shuffled(decoding.seed, epoch, numbers)
+        mirrored = order.flips(decoding.seed, numbers, f"flip/{epoch}") & decoding.horizontal_flip
+        while place.offset < len(block):
+            stop = min((place.offset // decoding.batch_size + 1) * decoding.batch_size, len(block))
+            images, labels, bad_images = [], [], {}
+            for k in turns[place.offset : stop]:
                 try:
-                    pixels = self._decode(block[k], f"image {numbers[k]} of sub-stream {where}")
-                    images.append(pixels[..., ::-1] if mirrored[k] else pixels)
-                    labels.append(self.columns.label_of(block[k].get(self.columns.label)))
+                    pixels, label = self._decode(block[k], f"image {numbers[k]} of epoch {epoch}")
                 except BadImage as error:
-                    bad_images.append(str(error))
-                offset += 1
-            done = offset >= len(block)
-            yield self._chunk(images, labels, bad_images, after if done else replace(place, offset=offset))
+                    bad_images[len(images)] = str(error)
+                    pixels, label = self._substitute(block, numbers[k], epoch, str(error))
+                images.append(pixels[..., ::-1] if mirrored[k] else pixels)
+                labels.append(label)
+            following = replace(place, offset=stop)
+            yield self._chunk(place, images, labels, bad_images, after if stop == len(block) else following)
+            place = following
 
-    def _decode(self, row: dict, name: str) -> np.ndarray:
-        return decode_row(row[self.columns.image], self.columns, self.decoding.img_size, name)
+    def _substitute(self, block: list[dict], number: int, epoch: int, reason: str) -> tuple[np.ndarray, int]:
+        """Another image of the block for one that is bad, so that batches keep their shape and epochs their length."""
+        draws = int(number) * MAX_SUBSTITUTES + np.arange(MAX_SUBSTITUTES)
+        for k in rng.hash64(self.decoding.seed, f"substitute/{epoch}", draws) % np.uint64(len(block)):
+            try:
+                return self._decode(block[int(k)], "")
+            except BadImage:  # it is named at its own turn
+                continue
+        if self.fallback is None:
+            self.fallback = self._first_readable(reason)
+        return self.fallback
 
-    def _chunk(self, images: list, labels: list, bad_images: list[str], after: Place) -> Chunk:
+    def _first_readable(self, reason: str) -> tuple[np.ndarray, int]:
+        tried = 0
+        for unit in range(self.stream.num_units):
+            for row in self.stream.rows(unit):
+                try:
+                    return self._decode(row, "")
+                except BadImage:
+                    tried += 1
+                if tried == MAX_UNREADABLE:
+                    break
+        raise UserError(f"--data_path {self.name}: none of {tried} images can be decoded ({reason}): repair the data.")
+
+    def _decode(self, row: dict, name: str) -> tuple[np.ndarray, int]:
+        columns = self.stream.columns
+        pixels = decode_row(row[columns.image], columns, self.decoding.img_size, name)
+        return pixels, columns.label_of(row.get(columns.label))
+
+    def _chunk(self, before: Place, images: list, labels: list, bad_images: dict[int, str], after: Place) -> Chunk:
         size = self.decoding.img_size
         stacked = np.stack(images) if images else np.empty((0, 3, size, size), np.uint8)
-        return Chunk(torch.from_numpy(stacked), np.array(labels, np.int64), bad_images, after)
+        return Chunk(self.lane, before, torch.from_numpy(stacked), np.array(labels, np.int64), bad_images, after)
 
 
-class _Reader:
-    """The caller's end of a sub-stream: its place is that of what was handed out, not of what was prefetched."""
+class _Lanes(torch.utils.data.IterableDataset):
+    """The chunks of the lanes of one worker, in the order in which `StreamLoader` asks for them."""
 
-    def __init__(self) -> None:
-        self.place, self.taken = Place(), 0  # `taken` images after `place` were handed out
-        self.chunk: Chunk | None = None
-        self.chunks: Iterator[Chunk] | None = None
+    def __init__(self, lanes: list[Lane], turn: int):
+        self.lanes, self.turn = lanes, turn
 
-    def load(self, state: dict) -> None:
-        self.place, self.taken = Place(**state["place"]), state["taken"]
-
-    def state(self) -> dict:
-        return {"place": asdict(self.place), "taken": self.taken}
-
-    def take(self, most: int) -> tuple[torch.Tensor, np.ndarray, list[str]]:
-        """Up to `most` of the images of one chunk, perhaps none, and the bad ones met on the way."""
-        bad_images: list[str] = []
-        if self.chunk is None:
-            self.chunk = next(self.chunks)
-            if self.taken == 0:  # else we resume inside it, and they are reported already
-                bad_images = self.chunk.bad_images
-        size = len(self.chunk.labels)
-        start = min(self.taken, size)  # chunks are smaller after a resume with a smaller batch_size
-        stop = min(start + most, size)
-        images, labels = self.chunk.images[start:stop], self.chunk.labels[start:stop]
-        if stop == size:
-            self.place, self.taken, self.chunk = self.chunk.after, max(0, self.taken - size), None
-        else:
-            self.taken = stop
-        return images, labels, bad_images
+    def __iter__(self) -> Iterator[Chunk | UserError]:
+        """A UserError is yielded, not raised: torch would bury its message under a worker's traceback."""
+        chunks = [lane.chunks() for lane in self.lanes]
+        places, turn = [lane.place for lane in self.lanes], self.turn
+        try:
+            while True:
+                epoch = min(place.epoch for place in places)
+                for n, lane in enumerate(self.lanes):
+                    if lane.lane >= turn and places[n].epoch == epoch:
+                        chunk = next(chunks[n])
+                        places[n] = chunk.after
+                        yield chunk
+                turn = 0
+        except UserError as error:
+            yield error
 
 
 class StreamLoader:
-    """Batches merged from the sub-streams of one process, a chunk from each in turn; see `build_loader`."""
+    """Batches merged from the lanes of one process, a chunk from each in turn; see `build_loader`."""
 
     def __init__(
         self,
@@ -181,103 +232,161 @@ class StreamLoader:
         pin_memory: bool,
         num_classes: int | None,
     ):
-        self._source, self._decoding = source, decoding
-        self._rank, self._world_size, self._num_workers = rank, world_size, num_workers
+        self._source, self._decoding, self._rank = source, decoding, rank
         self._pin_memory, self._num_classes = pin_memory, num_classes
-        self._readers = [_Reader() for _ in range(max(1, num_workers))]
-        self._position, self._turn, self._epochs_without_images = 0, 0, 0
-        self._started = False
+        stream: Stream = source.images
+        units_each = stream.num_units // world_size
+        # Lanes may begin inside a unit that tells its size, at the cost of reading its beginning in vain.
+        num_lanes = min(MAX_LANES, max(1, units_each if stream.sizes is None else 4 * units_each))
+        self._num_workers = min(num_workers, num_lanes)
+        self._partition = Partition(
+            decoding.seed, stream.num_units, stream.sizes, world_size, decoding.batch_size, num_lanes
+        )
+        self._places = [Place()] * num_lanes
+        self._chunk: Chunk | None = None  # begun, of the lane whose turn it is
+        self._position, self._turn = 0, 0
+        self._images_this_epoch, self._idle_epochs = 0, 0
+        self._workers: list[Iterator[Chunk]] | None = None
 
     @property
     def epoch(self) -> int:
-        """The epoch in which the next image is looked for, counted from 0; processes may differ by a little."""
-        return min(reader.place.epoch for reader in self._readers)
+        """The epoch of the next image, counted from 0; without known sizes processes may differ by a little."""
+        if self._partition.num_images is not None:
+            return self._position // self._partition.num_images
+        return min(place.epoch for place in self._places)
 
     def __iter__(self) -> StreamLoader:
         return self
 
     def __next__(self) -> Batch:
-        if not self._started:
+        if self._workers is None:
             self._start()
-        size = self._decoding.chunk_size
+        size = self._decoding.batch_size
         images, labels, bad_images, missing = [], [], [], size
         while missing:
-            more_images, more_labels, more_bad = self._take(missing)
-            images.append(more_images)
-            labels.append(more_labels)
-            bad_images += more_bad
-            missing -= len(more_labels)
+            chunk = self._take(missing)
+            images.append(chunk.images)
+            labels.append(chunk.labels)
+            bad_images += chunk.bad_images.values()
+            missing -= len(chunk.labels)
         labels = np.concatenate(labels)
         check_labels(labels, self._num_classes)
         positions = order.batch_positions(self._position, self._rank, size)
-        self._position += self._world_size * size
+        self._position += self._partition.world_size * size
         whole = next((part for part in images if len(part) == size), None)
         batch = Batch(torch.cat(images) if whole is None else whole, torch.from_numpy(labels), positions, bad_images)
         return batch.pin_memory() if self._pin_memory else batch
 
-    def _take(self, most: int) -> tuple[torch.Tensor, np.ndarray, list[str]]:
-        """From the sub-stream whose turn it is; one that has ended its epoch waits for the others."""
-        epoch = self.epoch
-        while self._readers[self._turn].place.epoch > epoch:
-            self._turn = (self._turn + 1) % len(self._readers)
-        reader = self._readers[self._turn]
-        images, labels, bad_images = reader.take(most)
-        if reader.chunk is None:
-            self._turn = (self._turn + 1) % len(self._readers)
-        if len(labels):
-            self._epochs_without_images = 0
-        elif self.epoch > epoch:
-            self._epochs_without_images += 1
-            if self._epochs_without_images == 2:  # the first may be the end of one that had images
-                raise UserError(
-                    f"--data_path {self._source.name}: process {self._rank} found no readable image in a whole epoch"
-                    f"{' (' + bad_images[-1] + ')' if bad_images else ''}: repair the data, or use fewer processes "
-                    "and --num_workers if there are fewer images than these."
-                )
-        return images, labels, bad_images
+    def _take(self, most: int) -> Chunk:
+        """Up to `most` images of the lane whose turn it is; one that has ended its epoch waits for the others."""
+        epoch = min(place.epoch for place in self._places)
+        while self._places[self._turn].epoch > epoch:
+            self._turn = (self._turn + 1) % len(self._places)
+        lane = self._turn
+        chunk, self._chunk = self._chunk or self._next_chunk(lane), None
+        if len(chunk.labels) > most:
+            chunk, self._chunk = chunk.split(most)
+        self._places[lane] = chunk.after
+        self._images_this_epoch += len(chunk.labels)
+        if self._chunk:
+            return chunk
+        self._turn = (lane + 1) % len(self._places)
+        if min(place.epoch for place in self._places) > epoch:
+            self._turn = 0  # each epoch begins with the first lane, in the workers too
+            self._refuse_idleness()
+        return chunk
+
+    def _next_chunk(self, lane: int) -> Chunk:
+        chunk = next(self._workers[lane % len(self._workers)])
+        if isinstance(chunk, UserError):
+            raise chunk
+        assert chunk.lane == lane, f"lane {chunk.lane} came where {lane} was due"
+        return chunk
+
+    def _refuse_idleness(self) -> None:
+        """Where whole files are dealt, a process may be left with none."""
+        self._idle_epochs = 0 if self._images_this_epoch else self._idle_epochs + 1
+        self._images_this_epoch = 0
+        if self._partition.sizes is None and self._idle_epochs == 2:  # the first may be the end of one with images
+            raise UserError(
+                f"--data_path {self._source.name}: process {self._rank} of {self._partition.world_size} found no image "
+                f"in a whole epoch: there are {self._partition.num_units} files: use fewer processes, or write more "
+                "and smaller files (python -m jit_accel.prepare)."
+            )
 
     def _start(self) -> None:
-        self._started = True
-        count = self._world_size * len(self._readers)
-        for number, reader in enumerate(self._readers):
-            index = self._rank * len(self._readers) + number
-            stream = SubStream(self._source, self._decoding, index, count, reader.place)
-            # a loader of one worker each: HF divides the shards among the workers that it sees
-            reader.chunks = iter(make_loader(stream, num_workers=1) if self._num_workers else stream)
+        lanes = [
+            Lane(self._source, self._decoding, self._partition, self._rank, number, place)
+            for number, place in enumerate(self._places)
+        ]
+        count = max(1, self._num_workers)
+        groups = [_Lanes(lanes[worker::count], self._turn) for worker in range(count)]
+        # a loader of one worker each: HF divides the shards among the workers that it sees
+        self._workers = [iter(make_loader(group, num_workers=1) if self._num_workers else group) for group in groups]
 
-    def _identity(self) -> dict:
+    def _circumstances(self) -> dict:
+        """What the order of the images depends on."""
+        partition = self._partition
         return {
-            "kind": "stream",
-            "seed": self._decoding.seed,
-            "world_size": self._world_size,
-            "rank": self._rank,
-            "num_workers": self._num_workers,
+            "world_size": partition.world_size,
+            "batch_size": partition.batch_size,
+            "num_lanes": partition.num_lanes,
             "shuffle_buffer": self._decoding.shuffle_buffer,
         }
 
     def state_dict(self) -> dict:
-        """What was handed out so far; each rank has its own."""
+        """What was handed out so far; each process has its own."""
         return {
-            **self._identity(),
+            "kind": "stream",
+            "seed": self._decoding.seed,
+            **self._circumstances(),
+            "rank": self._rank,
             "position": self._position,
             "turn": self._turn,
-            "sub_streams": [reader.state() for reader in self._readers],
+            "origin": self._partition.origin,
+            "left": [[epoch, [list(span) for span in spans]] for epoch, spans in self._partition.left.items()],
+            "places": [_plain(place) for place in self._places],
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Continue where `state` was taken; before the first batch.
+    def load_state_dict(self, states: dict | list[dict]) -> None:
+        """Continue where `states` were taken, those of all processes in the order of their ranks; before the first
+        batch. Under the circumstances they were saved in the order goes on as well, otherwise what was left of the
+        epoch is divided anew.
 
         Raises:
-            UserError: the state is of random access, or of other processes, workers, seed or shuffle buffer.
+            UserError: they are of random access, or of another seed.
         """
-        if self._started:
+        if self._workers is not None:
             raise RuntimeError("load_state_dict() after the first batch")
-        check_state(state, self._identity())
-        self._position, self._turn = state["position"], state["turn"]
-        for reader, saved in zip(self._readers, state["sub_streams"]):
-            reader.load(saved)
+        states = states if isinstance(states, list) else [states]
+        for state in states:
+            check_state(state, {"kind": "stream", "seed": self._decoding.seed})
+        mine = next((state for state in states if state["rank"] == self._rank), states[0])
+        saved = replace(
+            self._partition,
+            **{name: mine[name] for name in ("world_size", "batch_size", "num_lanes", "origin")},
+            left={epoch: [tuple(span) for span in spans] for epoch, spans in mine["left"]},
+            _parts={},
+        )
+        self._position = mine["position"]
+        if all(mine[name] == value for name, value in self._circumstances().items()):
+            assert mine["rank"] == self._rank, "the state is of another process"
+            self._partition, self._turn = saved, mine["turn"]
+            self._places = [_place(place) for place in mine["places"]]
+            return
+        assert len(states) == mine["world_size"], "to divide what is left needs the states of all processes"
+        left = saved.remaining([[_place(place) for place in state["places"]] for state in states])
+        self._partition = replace(self._partition, origin=self._position, left=left, _parts={})
+        self._places = [Place(epoch=min(left))] * self._partition.num_lanes
 
     def close(self) -> None:
         """End the workers."""
-        for reader in self._readers:
-            reader.chunks = reader.chunk = None
+        self._workers = self._chunk = None
+
+
+def _plain(place: Place) -> dict:
+    return asdict(place) | {"block": [list(span) for span in place.block]}
+
+
+def _place(plain: dict) -> Place:
+    return Place(**plain | {"block": tuple(tuple(span) for span in plain["block"])})

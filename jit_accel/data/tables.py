@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, Features
+from datasets import Dataset, DatasetDict, Features, IterableDataset
 
 from jit_accel.data.columns import ONE_CLASS, Columns, Labels, find_columns, read_labels
 from jit_accel.data.source import (
@@ -26,7 +26,6 @@ from jit_accel.data.source import (
 from jit_accel.errors import UserError, lookup
 
 BUILTIN = Path(__file__).parent / "builtin"
-_MOST_FILES_TO_RESHARD_REMOTELY = 64  # the footer of each is fetched
 
 
 def open_parquet(request: Request) -> Source:
@@ -36,16 +35,17 @@ def open_parquet(request: Request) -> Source:
         UserError: missing, not Parquet, wrong columns or labels, images stored as paths only.
     """
     files = find_shards(request.path, ".parquet")
-    rows, schema = _check_files(files)
+    row_groups, schema = _check_files(files)
+    rows = sum(map(sum, row_groups))
     columns, labels = _parquet_columns(files, schema, request)
     wanted = [columns.image] + [columns.label] * (columns.label is not None)
     dataset = datasets.load_dataset(
         "parquet", data_files=files, split="train", columns=wanted, streaming=request.streaming is not False
     )
-    if request.streaming is not False:
-        dataset = by_row_group(dataset)
     identity = fingerprint_of(["parquet", str(rows), *shard_names_and_sizes(files)])
-    return make_source(request.path, "parquet", dataset, columns, labels, rows, identity)
+    return make_source(
+        request.path, "parquet", dataset, columns, labels, rows, identity, **units_of(dataset, row_groups)
+    )
 
 
 def open_builtin(request: Request) -> Source:
@@ -58,7 +58,8 @@ def open_builtin(request: Request) -> Source:
     file = lookup(choices, request.path, "--data_path")
     if request.streaming:
         raise UserError(f"--streaming true: {request.path} is small and held in memory: leave the flag out.")
-    rows, schema = _check_files([file])
+    row_groups, schema = _check_files([file])
+    rows = sum(row_groups[0])
     columns, labels = _parquet_columns([file], schema, request)
     identity = fingerprint_of(["builtin", str(rows), *shard_names_and_sizes([file])])
     dataset = Dataset(pq.read_table(file, use_threads=False))
@@ -112,33 +113,33 @@ def open_hub(request: Request) -> Source:
     labels = ONE_CLASS
     if columns.label is not None:
         labels = read_labels(dataset.features[columns.label], None, columns.label, request.path)
-    if dataset.num_shards <= _MOST_FILES_TO_RESHARD_REMOTELY:
-        dataset = by_row_group(dataset)
     split = (dataset.info.splits or {}).get("train")
     rows = split.num_examples if split else None
     identity = fingerprint_of(["hub", request.path, str(rows)])
-    source = make_source(request.path, "hub", dataset, columns, labels, rows, identity)
-    first = next(iter(source.dataset), None)
+    source = make_source(request.path, "hub", dataset, columns, labels, rows, identity, is_remote=True)
+    first = next(source.images.rows(0), None)
     check_embedded(first and first[columns.image], columns, request.path)
     return source
 
 
-def by_row_group(dataset):
-    """Split a stream of Parquet files by row group, where this version of HF datasets can."""
-    return dataset.reshard() if hasattr(dataset, "reshard") else dataset
+def units_of(dataset, row_groups: list[list[int]]) -> dict:
+    """The units of a stream of Parquet files (see `Stream`) with these numbers of rows in their row groups.
+
+    Row groups where this version of HF datasets can split a stream by them, else the files.
+    """
+    if not isinstance(dataset, IterableDataset):
+        return {}
+    if hasattr(dataset, "reshard"):
+        return {
+            "groups": np.array([len(groups) for groups in row_groups]),
+            "sizes": np.array([rows for groups in row_groups for rows in groups], np.int64),
+        }
+    return {"sizes": np.array([sum(groups) for groups in row_groups], np.int64)}
 
 
 def has_saved_dataset(folder: str) -> bool:
     """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote this folder."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
-
-
-def shuffle_shards(dataset, seed: int):
-    """Shuffle only the order of a stream's shards: HF's buffer of images would be lost on resume."""
-    one_at_a_time = {}
-    if "max_buffer_input_shards" in inspect.signature(dataset.shuffle).parameters:
-        one_at_a_time["max_buffer_input_shards"] = 1  # the default interleaves shards, and costs seconds to start
-    return dataset.shuffle(seed=seed, buffer_size=1, **one_at_a_time)
 
 
 def _random_access(request: Request, format: str, dataset: Dataset, identity: str) -> Source:
@@ -149,7 +150,7 @@ def _random_access(request: Request, format: str, dataset: Dataset, identity: st
         labels = read_labels(feature, dataset.unique(columns.label), columns.label, request.path)
     columns = _with_ids(columns, labels)
     source = make_source(request.path, format, dataset, columns, labels, len(dataset), identity)
-    check_embedded(source.dataset[0][columns.image], columns, request.path)
+    check_embedded(source.images.dataset[0][columns.image], columns, request.path)
     return source
 
 
@@ -157,9 +158,9 @@ def _with_ids(columns: Columns, labels: Labels) -> Columns:
     return Columns(columns.image, columns.label, columns.label_key, labels.ids)
 
 
-def _check_files(files: list[str]) -> tuple[int, pa.Schema]:
-    """Read every footer: the number of rows in all, and the schema of the first."""
-    rows, first = 0, None
+def _check_files(files: list[str]) -> tuple[list[list[int]], pa.Schema]:
+    """Read every footer: the numbers of rows of the row groups of each file, and the schema of the first."""
+    row_groups, first = [], None
     for file in files:
         try:
             footer = pq.read_metadata(file)
@@ -174,8 +175,8 @@ def _check_files(files: list[str]) -> tuple[int, pa.Schema]:
                 f"--data_path {file}: its columns ({', '.join(schema.names)}) differ from those of {files[0]} "
                 f"({', '.join(first.names)}): give a pattern that matches the files of one data set."
             )
-        rows += footer.num_rows
-    return rows, first
+        row_groups.append([footer.row_group(n).num_rows for n in range(footer.num_row_groups)])
+    return row_groups, first
 
 
 def _parquet_columns(files: list[str], schema: pa.Schema, request: Request) -> tuple[Columns, Labels]:

@@ -8,6 +8,7 @@ import re
 import tarfile
 
 import datasets
+import numpy as np
 from datasets import Image
 
 from jit_accel.data.columns import ONE_CLASS, Columns, read_labels
@@ -31,7 +32,8 @@ def open_webdataset(request: Request) -> Source:
     files = find_shards(request.path, ".tar")
     members = _first_sample(files[0])
     columns = _columns(members, request)
-    num_images, values = _scan(files, columns)
+    counts, values = _scan(files, columns)
+    num_images = sum(counts)
     labels = ONE_CLASS
     if columns.label is not None:
         feature = datasets.Value("int64" if all(isinstance(v, int) or v is None for v in values) else "string")
@@ -47,7 +49,8 @@ def open_webdataset(request: Request) -> Source:
             f"--image_column {columns.image}: the members .{columns.image} of {request.path} are no images."
         )
     identity = fingerprint_of(["webdataset", str(num_images), *shard_names_and_sizes(files)])
-    return make_source(request.path, "webdataset", dataset, columns, labels, num_images, identity)
+    sizes = np.array(counts, np.int64) if streaming else None
+    return make_source(request.path, "webdataset", dataset, columns, labels, num_images, identity, sizes=sizes)
 
 
 def _members(file: str):
@@ -104,15 +107,17 @@ def _load_json(data: bytes) -> dict:
     return entries if isinstance(entries, dict) else {}
 
 
-def _scan(files: list[str], columns: Columns) -> tuple[int, set]:
-    """Count the images by the tars' headers, and collect the different labels."""
-    count, values = 0, set()
+def _scan(files: list[str], columns: Columns) -> tuple[list[int], set]:
+    """Count the images of each file by the tars' headers, and collect the different labels."""
+    counts, values = [], set()
     for file in files:
+        count = 0
         for tar, member, _, key in _members(file):
             count += key == columns.image
             if key == columns.label:
                 values.add(_label(tar.extractfile(member).read(), columns, f"{file}, {member.name}"))
-    return count, values
+        counts.append(count)
+    return counts, values
 
 
 def _label(data: bytes, columns: Columns, where: str):
