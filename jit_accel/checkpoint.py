@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from jit_accel.config import SETTINGS
 from jit_accel.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -31,7 +32,7 @@ FORMAT_VERSION = 1
 # What must agree between a checkpoint and the run that continues it; everything else may change.
 FIXED_SETTINGS = (
     *("model", "img_size", "num_classes", "prediction", "optimizer", "ema_decays", "seed"),
-    *("image_column", "label_column"),
+    *("image_column", "label_column", "holdout"),
 )
 
 
@@ -182,10 +183,11 @@ def refuse_other_run(path: Path, state: dict, settings: dict, data: str, fingerp
         path, state: the checkpoint, and its `read_state`.
         data, fingerprint: the run's data in words, and what identifies it.
     """
+    saved = {name: SETTINGS[name].default for name in FIXED_SETTINGS} | state["settings"]
     differences = [
-        f"--{name} is {settings[name]}, the checkpoint has {state['settings'].get(name)}"
+        f"--{name} is {settings[name]}, the checkpoint has {saved[name]}"
         for name in FIXED_SETTINGS
-        if settings[name] != state["settings"].get(name)
+        if settings[name] != saved[name]
     ]
     if state["fingerprint"] != fingerprint:
         differences.append(f"--data_path is {data}, the checkpoint has {state['data']}")

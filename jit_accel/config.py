@@ -32,6 +32,8 @@ class DataConfig:
     """Decoding processes per training process (default: by the number of cores)."""
     max_bad_images: float = 0.01
     """Stop when more than this share of the images cannot be decoded."""
+    holdout: float = 0.0
+    """Share of the images to keep from the training, by a hash of their content, for val/loss; such as 0.02."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,10 @@ class RunConfig:
     """How many of the newest checkpoints stay."""
     log_every_steps: int = 10
     """Interval at which metrics leave the device."""
+    val_every_steps: int = 1000
+    """Interval of val/loss, where there is a holdout; the end of the run always has one. 0 = only there."""
+    val_images: int = 1024
+    """How many images of the holdout val/loss is measured on."""
     dry_run: bool = False
     """Everything up to the first step, one forward and backward, then exit; writes nothing."""
 

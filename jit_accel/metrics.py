@@ -18,6 +18,7 @@ class StepMetrics:
         self.learning_rates: list[float] = []
         self.losses: list[Tensor] = []
         self.grad_norms: list[Tensor] = []
+        self.occasional: list[tuple[int, str, Tensor]] = []
 
     def record(self, step: int, learning_rate: float, loss: Tensor, grad_norm: Tensor) -> None:
         """Keep one step's values; `loss` is this process's mean, `grad_norm` the global one, before clipping."""
@@ -25,6 +26,10 @@ class StepMetrics:
         self.learning_rates.append(learning_rate)
         self.losses.append(loss)
         self.grad_norms.append(grad_norm)
+
+    def record_occasional(self, name: str, value: Tensor) -> None:
+        """Keep a further value of the step recorded last, one that not every step has."""
+        self.occasional.append((self.steps[-1], name, value))
 
     def flush(self, reduce_mean, counters: list[float]) -> tuple[list[dict], list[float]]:
         """Read and forget the kept steps.
@@ -40,11 +45,16 @@ class StepMetrics:
         # On the device also where no step is kept: NCCL reduces nothing else.
         values = torch.tensor(counters, dtype=torch.float32, device=self.device)
         if kept:
-            values = torch.cat([torch.stack([*self.losses, *self.grad_norms]).float(), values])
+            further = [value for *_, value in self.occasional]
+            values = torch.cat([torch.stack([*self.losses, *self.grad_norms, *further]).float(), values])
         values = reduce_mean(values).tolist()
         rows = [
             {"step": step, "train/loss": loss, "train/grad_norm": norm, "train/learning_rate": rate}
             for step, rate, loss, norm in zip(self.steps, self.learning_rates, values, values[kept:])
         ]
+        by_step = {row["step"]: row for row in rows}
+        for (step, name, _), value in zip(self.occasional, values[2 * kept :]):
+            by_step[step][name] = value
+        counters = values[2 * kept + len(self.occasional) :]
         self.__init__(self.device)
-        return rows, values[2 * kept :]
+        return rows, counters

@@ -28,6 +28,7 @@ RANGES = [
     ("shuffle_buffer", lambda v: v >= 1, "at least 1"),
     ("num_workers", lambda v: v >= 0, "0 or more"),
     ("max_bad_images", lambda v: 0 <= v <= 1, "a share between 0 and 1"),
+    ("holdout", lambda v: 0 <= v <= 0.5, "a share between 0 (none) and 0.5"),
     ("num_classes", lambda v: v >= 1, "at least 1"),
     ("in_channels", lambda v: v == 3, "3: grey and transparent images are converted to RGB, so leave it out"),
     ("proj_dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
@@ -53,6 +54,8 @@ RANGES = [
     ("keep_checkpoints", lambda v: v >= 1, "at least 1"),
     ("log_every_steps", lambda v: v >= 1, "at least 1"),
     ("sample_every_steps", lambda v: v >= 0, "0 or more"),
+    ("val_every_steps", lambda v: v >= 0, "0 or more"),
+    ("val_images", lambda v: v >= 1, "at least 1"),
     ("guidance_scale", lambda v: 0 <= v < math.inf, "0 or more (1 = no guidance)"),
     ("num_inference_steps", lambda v: v >= 1, "at least 1"),
 ]

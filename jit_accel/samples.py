@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from jit_accel import rng
 from jit_accel.config import Config
 from jit_accel.pipeline import JiTPipeline
 from jit_accel.scheduler import JiTScheduler
+from jit_accel.sharding import reshard
 
 SAMPLES_PER_CLASS = 8
 MAX_CLASSES = 10
@@ -52,7 +52,7 @@ class SampleSheets:
         """Make a sheet, all processes together, and write it as a PNG on the main one."""
         with self.ema.applied(self.config.optim.ema_decays[0]):
             images = self._sample()
-            self._reshard()
+            reshard(self.network)  # the gathered weights are the average's
         if self.accelerator.is_main_process:
             save_sheet(images, [self.class_names[label] for label in self.classes], path)
 
@@ -78,12 +78,6 @@ class SampleSheets:
         ]
         pixels = (torch.cat(images) * 255).round().to(accelerator.device, torch.uint8)
         return accelerator.gather(pixels)[: len(labels)].cpu()
-
-    def _reshard(self) -> None:
-        # FSDP2 keeps gathered weights after a forward until a backward; here they are the average's.
-        for module in self.network.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
 
 def save_sheet(images: Tensor, row_names: list[str], path: Path) -> None:

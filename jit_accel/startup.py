@@ -24,11 +24,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from jit_accel.checkpoint import complete_checkpoints, find_checkpoint, read_state
 from jit_accel.config import Config
+from jit_accel.data.holdout import HeldOut, split_holdout
 from jit_accel.data.sources import Source, open_source
 from jit_accel.errors import UserError
 from jit_accel.precision import chosen_device, default_precision, is_good_at_bf16
 from jit_accel.record import describe_data, device_name
-from jit_accel.resolve import default_output_dir, plan_run, resolve, warnings_for
+from jit_accel.resolve import default_output_dir, image_size, plan_run, resolve, warnings_for
 from jit_accel.tracking import METRICS_FILE, wandb_installed, warn
 from jit_accel.trainer import Trainer
 
@@ -48,14 +49,8 @@ def start(config: Config) -> int:
     accelerator = build_accelerator(config, accumulation, precision)
     try:
         # By every process at once: what is wrong with the data is then an error on all of them.
-        source = open_source(
-            config.data.data_path,
-            data_format=config.data.data_format,
-            image_column=config.data.image_column,
-            label_column=config.data.label_column,
-            streaming=STREAMING[config.data.streaming],
-        )
-        trainer = build_trainer(config, source, accelerator, accumulation, precision)
+        source, held_out = open_data(config, accelerator)
+        trainer = build_trainer(config, source, accelerator, accumulation, precision, held_out)
         with contextlib.closing(trainer.loader):
             # The main process chooses, so that all load the same.
             (checkpoint,) = broadcast_object_list([checkpoint])
@@ -88,8 +83,35 @@ def choose_checkpoint(config: Config) -> tuple[Config, Path | None]:
     return config, checkpoint
 
 
+def open_data(config: Config, accelerator: Accelerator) -> tuple[Source, HeldOut | None]:
+    """The images to train on, and those held out, if any."""
+    data = config.data
+    source = open_source(
+        data.data_path,
+        data_format=data.data_format,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        streaming=STREAMING[data.streaming],
+    )
+    if not data.holdout:
+        return source, None
+    return split_holdout(
+        source,
+        data.holdout,
+        max_images=config.run.val_images,
+        img_size=image_size(config),
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+
+
 def build_trainer(
-    config: Config, source: Source, accelerator: Accelerator, accumulation: int, precision: str
+    config: Config,
+    source: Source,
+    accelerator: Accelerator,
+    accumulation: int,
+    precision: str,
+    held_out: HeldOut | None = None,
 ) -> Trainer:
     """Resolve the settings against data and devices, say what will happen, and build the trainer."""
     optim = replace(config.optim, gradient_accumulation_steps=accumulation)
@@ -106,7 +128,7 @@ def build_trainer(
         raise UserError("--optimizer muon: needs whole matrices, which FSDP splits: use --optimizer adamw.")
     if config.optim.optimizer == "muon" and precision == "fp16":
         raise UserError("--optimizer muon: does not go with --mixed_precision fp16: use bf16 or no, or adamw.")
-    trainer = Trainer(config, plan, source, accelerator)
+    trainer = Trainer(config, plan, source, accelerator, held_out)
     if accelerator.is_main_process:
         introduce(trainer)
     return trainer
@@ -116,9 +138,11 @@ def introduce(trainer: Trainer) -> None:
     """Say in a few lines what is about to run, and what of it will not work."""
     config, plan, accelerator = trainer.config, trainer.plan, trainer.accelerator
     parameters = sum(p.numel() for p in trainer.network.parameters())
+    validation = trainer.validation
+    held_out = f"; val/loss on {validation.num_images} of those held out" if validation else ""
     epochs = f" ({plan.epoch_of(plan.total_steps):.4g} epochs)" if plan.num_images else ""
     print(
-        f"Data:   {describe_data(trainer.source)}, {config.data.img_size} px\n"
+        f"Data:   {describe_data(trainer.source)}, {config.data.img_size} px{held_out}\n"
         f"Model:  {config.model.model}, {parameters:,} parameters, predicts {config.objective.prediction}, "
         f"loss in {config.objective.loss_space}\n"
         f"Device: {accelerator.num_processes} x {device_name(accelerator.device)}, "

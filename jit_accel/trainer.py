@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from jit_accel.checkpoint import (
     whole_tensors,
 )
 from jit_accel.config import Config, write_config
+from jit_accel.data.holdout import HeldOut
 from jit_accel.data.loader import Batch, build_loader
 from jit_accel.data.sources import Source
 from jit_accel.ema import Ema
@@ -35,8 +38,10 @@ from jit_accel.optim import build_optimizers, lr_at, set_lr
 from jit_accel.record import describe_data, record_run
 from jit_accel.resolve import Plan
 from jit_accel.samples import SampleSheets
+from jit_accel.sharding import reshard
 from jit_accel.signals import StopSignal
 from jit_accel.tracking import MetricsLog, WandbTracker, read_metrics, warn
+from jit_accel.validation import Validation
 
 INTERRUPTED_FILE = "INTERRUPTED"
 
@@ -49,9 +54,10 @@ class Trainer:
         plan: its lengths in optimizer steps.
         source: the data, opened.
         accelerator: `accelerate.Accelerator`, with the same accumulation and precision as `config`.
+        held_out: images for `val/loss`.
     """
 
-    def __init__(self, config: Config, plan: Plan, source: Source, accelerator):
+    def __init__(self, config: Config, plan: Plan, source: Source, accelerator, held_out: HeldOut | None = None):
         self.config, self.plan, self.source, self.accelerator = config, plan, source, accelerator
         self.output_dir = Path(config.run.output_dir)
         self.checkpointer = Checkpointer(accelerator, self.output_dir, config.run.keep_checkpoints)
@@ -95,6 +101,7 @@ class Trainer:
             num_classes=config.model.num_classes,
         )
         self.metrics = StepMetrics(accelerator.device)
+        self.validation = Validation(held_out, accelerator, optim.batch_size) if held_out else None
 
     def run(self) -> int:
         """Train to the end, or until a signal. Returns the exit code."""
@@ -105,6 +112,8 @@ class Trainer:
                 self.train_step()
                 self.bar.update()
                 at_end = self.step == plan.total_steps
+                if self.validation and (at_end or is_due(self.step, config.run.val_every_steps)):
+                    self.validate()
                 if is_due(self.step, config.run.log_every_steps) or self._is_told_to_stop_alone():
                     self.flush()
                 if self.is_stopping:
@@ -153,22 +162,33 @@ class Trainer:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Losses (B,) of a batch of uint8 images, all randomness following from their positions in the run."""
-        config, seed = self.config, self.config.run.seed
-        objective, positions = config.objective, batch.positions
+        config, seed, positions = self.config, self.config.run.seed, batch.positions
         self.bad_images.update(dict.fromkeys(batch.bad_images))
+        if config.model.proj_dropout or config.model.attn_dropout:
+            torch.manual_seed(int(rng.hash64(seed, "dropout", positions[0])) >> 1)
+        drop_prob = config.objective.label_drop_prob
+        labels = drop_labels(seed, positions, batch.labels, config.model.num_classes, drop_prob)
+        return self._denoising_loss(replace(batch, labels=labels), seed)
+
+    def validate(self) -> None:
+        """Measure `val/loss` with the weights of this step, all processes together."""
+        self.model.eval()
+        loss = self.validation.loss(partial(self._denoising_loss, seed=self.validation.seed))
+        reshard(self.network)
+        self.metrics.record_occasional("val/loss", loss)
+
+    def _denoising_loss(self, batch: Batch, seed: int) -> torch.Tensor:
+        objective, positions = self.config.objective, batch.positions
         batch = batch.to(self.accelerator.device, non_blocking=True)
         x = batch.images.float().div_(127.5).sub_(1)
         t = draw_times(seed, positions, objective.P_mean, objective.P_std).to(x.device, non_blocking=True)
         e = draw_noise(seed, positions, like=x, noise_scale=objective.noise_scale)
-        labels = drop_labels(seed, positions, batch.labels, config.model.num_classes, objective.label_drop_prob)
-        if config.model.proj_dropout or config.model.attn_dropout:
-            torch.manual_seed(int(rng.hash64(seed, "dropout", positions[0])) >> 1)
         return diffusion_loss(
             self.model,
             x,
             t,
             e,
-            labels,
+            batch.labels,
             prediction=objective.prediction,
             loss_space=objective.loss_space,
             t_eps=objective.t_eps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -53,6 +54,34 @@ def _record_weights(folder: str) -> None:
     Trainer._finish = finish_and_record
 
 
+def _record_images(folder: str) -> None:
+    """Make each process note, step by step, which images it trains on."""
+    from jit_accel.trainer import Trainer
+
+    next_batch = Trainer.next_batch
+
+    def next_batch_noted(self):
+        batch = next_batch(self)
+        hashes = [hashlib.sha1(image.numpy().tobytes()).hexdigest() for image in batch.images.cpu()]
+        with open(f"{folder}/images_{os.getpid()}.jsonl", "a") as file:
+            file.write(json.dumps({"step": self.step, "images": dict(zip(batch.positions.tolist(), hashes))}) + "\n")
+        return batch
+
+    Trainer.next_batch = next_batch_noted
+
+
+def images_seen(folder: Path, before_step: int) -> dict[int, str]:
+    """Of each position in the run the image that was there, as noted until `before_step`; notes are used up."""
+    seen = {}
+    for file in folder.glob("images_*.jsonl"):
+        for line in file.read_text().splitlines():
+            note = json.loads(line)
+            if note["step"] < before_step:
+                seen |= {int(position): image for position, image in note["images"].items()}
+        file.unlink()
+    return seen
+
+
 def _use_fsdp2(precision: str) -> None:
     """Shard the model with FSDP2, which Accelerate ignores on CPUs unless told after it was built."""
     from accelerate.utils import DistributedType
@@ -88,6 +117,8 @@ def _process(flags, environment, log):
 
     if "TEST_WEIGHTS_FOLDER" in environment:
         _record_weights(environment["TEST_WEIGHTS_FOLDER"])
+    if "TEST_IMAGES_FOLDER" in environment:
+        _record_images(environment["TEST_IMAGES_FOLDER"])
     if "TEST_FSDP2_PRECISION" in environment:
         _use_fsdp2(environment["TEST_FSDP2_PRECISION"])
     code = main([*TINY, *flags])

@@ -32,6 +32,7 @@ class Columns:
     label: str | None = None
     label_key: str | None = None  # where the label column holds JSON objects
     label_ids: dict[str, int] | None = None  # where the labels are text
+    key: str | None = None  # where `content_key` was stored
 
     def image_of(self, value: Any) -> tuple[bytes | str | None, str]:
         """Take the undecoded value of the image column apart into (bytes or path, name to report)."""

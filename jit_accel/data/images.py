@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +12,10 @@ from datasets import Dataset
 
 from jit_accel.data.batch import decode_row
 from jit_accel.data.columns import Columns
+from jit_accel.data.content import key_of
 from jit_accel.data.decode import BadImage
+
+_ROWS_AT_ONCE = 4096
 
 
 class Images(Protocol):
@@ -29,6 +33,9 @@ class Images(Protocol):
         Returns:
             Labels, int64 (B,), and for each bad image its place in the batch and "name: reason".
         """
+
+    def keys(self) -> np.ndarray:
+        """The content keys of all images (see `content.py`), uint64 (n,)."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,16 @@ class TableImages:
             labels[i] = self.columns.label_of(label)
         return labels, bad
 
+    def keys(self) -> np.ndarray:
+        """Reads both ends of every file; see `Images.keys`."""
+        tables = self.dataset.select_columns([self.columns.image]).with_format("arrow")
+        keys = np.empty(len(self), np.uint64)
+        with ThreadPoolExecutor(16) as pool:  # a network's disk answers late, but many at once
+            for start in range(0, len(self), _ROWS_AT_ONCE):
+                rows = tables[start : start + _ROWS_AT_ONCE][self.columns.image]
+                keys[start : start + len(rows)] = list(pool.map(key_of, rows.combine_chunks()))
+        return keys
+
 
 @dataclass(frozen=True)
 class SomeImages:
@@ -68,3 +85,7 @@ class SomeImages:
     def read(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
         """See `Images.read`."""
         return self.images.read(self.indices[indices], out)
+
+    def keys(self) -> np.ndarray:
+        """See `Images.keys`."""
+        return self.images.keys()[self.indices]

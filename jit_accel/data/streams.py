@@ -112,7 +112,7 @@ class Lane:
         """Yield (number, row) of all images in `spans`."""
         for unit, first_number, ranges in self.partition.order(epoch).in_units(spans):
             row, missing = ranges[0][0], ranges[-1][1]
-            rows = self.stream.rows(unit, row)
+            rows = self.stream.training_rows(unit, row)
             for start, stop in ranges:
                 for value in rows:
                     if row >= start:
@@ -175,7 +175,7 @@ class Lane:
     def _first_readable(self, reason: str) -> tuple[np.ndarray, int]:
         tried = 0
         for unit in range(self.stream.num_units):
-            for row in self.stream.rows(unit):
+            for row in self.stream.training_rows(unit):
                 try:
                     return self._decode(row, "")
                 except BadImage:

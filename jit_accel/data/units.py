@@ -10,6 +10,7 @@ import numpy as np
 from datasets import IterableDataset
 
 from jit_accel.data.columns import Columns
+from jit_accel.data.content import key_of
 
 _MOST_OPEN_FILES = 32
 
@@ -20,7 +21,8 @@ class Stream:
 
     dataset: one HF shard a file. groups: int64 (F,), how many units (row groups) each file has, or None where the file
     is the unit. sizes: int64 (U,), the rows of each unit in the order of the files, or None where only reading would
-    tell. is_remote: read over a network, so that failures pass.
+    tell. is_remote: read over a network, so that failures pass. min_key: images with smaller content keys are held out
+    of `training_rows`, which `sizes` then counts.
     """
 
     dataset: IterableDataset
@@ -28,6 +30,7 @@ class Stream:
     groups: np.ndarray | None
     sizes: np.ndarray | None
     is_remote: bool = False
+    min_key: int = 0
     _files: dict[int, IterableDataset] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -37,6 +40,20 @@ class Stream:
     def rows(self, unit: int, start: int = 0) -> Iterator[dict]:
         """The rows of a unit from number `start` on."""
         yield from islice(self._unit(unit), start, None)
+
+    def training_rows(self, unit: int, start: int = 0) -> Iterator[dict]:
+        """The same without those that are held out, from number `start` of these on."""
+        if not self.min_key:
+            return self.rows(unit, start)
+        return islice((row for row in self.rows(unit) if self.key_of(row) >= self.min_key), start, None)
+
+    def keys(self, unit: int) -> np.ndarray:
+        """The content keys of a unit's rows, uint64 (k,)."""
+        return np.array([self.key_of(row) for row in self.rows(unit)], np.uint64)
+
+    def key_of(self, row: dict) -> int:
+        """The content key of one row."""
+        return row[self.columns.key] if self.columns.key else key_of(row[self.columns.image])
 
     def _unit(self, unit: int) -> IterableDataset:
         if self.groups is None:

@@ -1,0 +1,133 @@
+"""Images that are kept from the training to measure the loss on: chosen by their content alone.
+
+An image is held out if its content key is below `share` of all possible keys. So the choice does not change when
+files are added, renamed, moved or prepared, and copies of one image are all on the same side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+import torch
+
+from jit_accel.data.batch import decode_row
+from jit_accel.data.decode import BadImage
+from jit_accel.data.images import Images, SomeImages
+from jit_accel.data.source import Source
+from jit_accel.data.units import Stream
+from jit_accel.errors import UserError
+
+Decoded = tuple[int, np.ndarray, int]  # key, uint8 (3, H, W), label
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One process's share of the held-out images.
+
+    images: uint8 (k, 3, H, W). labels: int64 (k,). keys: int64 (k,), 0 or more, one an image, from which its noise and
+    time follow.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    keys: np.ndarray
+
+
+def split_holdout(
+    source: Source, share: float, *, max_images: int, img_size: int, rank: int = 0, world_size: int = 1
+) -> tuple[Source, HeldOut]:
+    """Take a share of the images out of `source`, and read those `max_images` of them with the smallest keys.
+
+    Where files do not tell how many images they hold (see `Stream`), those that come first are read instead. What
+    process `rank` gets is its part of them.
+
+    Raises:
+        UserError: no image is held out, or none is left.
+    """
+    limit = int(share * 2**64)
+    split = _split_stream if source.streaming else _split_images
+    rest, decoded = split(source, limit, _Wanted(max_images, img_size, rank, world_size))
+    if rest.num_images is not None and rest.num_images in (0, source.num_images):
+        outcome, remedy = ("all", "smaller") if rest.num_images == 0 else ("none", "larger")
+        raise UserError(
+            f"--holdout {share:g}: holds out {outcome} of the {source.num_images} images of {source.name} (by a hash "
+            f"of their content): use a {remedy} share, or more images."
+        )
+    found = list(decoded)
+    images = np.stack([pixels for _, pixels, _ in found]) if found else np.empty((0, 3, img_size, img_size), np.uint8)
+    keys = np.array([key >> 1 for key, *_ in found], np.int64)
+    labels = torch.tensor([label for *_, label in found], dtype=torch.int64)
+    return rest, HeldOut(torch.from_numpy(images), labels, keys)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    max_images: int
+    img_size: int
+    rank: int
+    world_size: int
+
+    def of(self, sorted_items: list) -> list:
+        """This process's share of the first `max_images`."""
+        return sorted_items[: self.max_images][self.rank :: self.world_size]
+
+
+def _split_images(source: Source, limit: int, wanted: _Wanted) -> tuple[Source, Iterator[Decoded]]:
+    images: Images = source.images
+    keys = images.keys()
+    is_held = keys < np.uint64(limit)
+    rest = np.flatnonzero(~is_held)
+    held = sorted(zip(keys[is_held].tolist(), np.flatnonzero(is_held).tolist()))
+    return replace(source, images=SomeImages(images, rest), num_images=len(rest)), _read(
+        images, wanted.of(held), wanted
+    )
+
+
+def _read(images: Images, chosen: list[tuple[int, int]], wanted: _Wanted) -> Iterator[Decoded]:
+    for key, index in chosen:
+        out = np.empty((1, 3, wanted.img_size, wanted.img_size), np.uint8)
+        labels, bad = images.read(np.array([index]), out)
+        if not bad:
+            yield key, out[0], int(labels[0])
+
+
+def _split_stream(source: Source, limit: int, wanted: _Wanted) -> tuple[Source, Iterator[Decoded]]:
+    stream: Stream = source.images
+    kept = replace(stream, min_key=limit)
+    if stream.sizes is None:
+        units = range(wanted.rank, stream.num_units, wanted.world_size)
+        keyed = ((stream.key_of(row), row) for unit in units for row in stream.rows(unit))
+        held = ((key, row) for key, row in keyed if key < limit)
+        count = len(wanted.of(range(wanted.max_images)))
+        return replace(source, images=kept), islice(_decode(stream, held, wanted), count)
+    keys = [stream.keys(unit) for unit in range(stream.num_units)]
+    sizes = np.array([(of_unit >= np.uint64(limit)).sum() for of_unit in keys], np.int64)
+    held = sorted(
+        (key, u, row) for u, of_unit in enumerate(keys) for row, key in enumerate(of_unit.tolist()) if key < limit
+    )
+    chosen = sorted((unit, row, key) for key, unit, row in wanted.of(held))
+    rest = replace(source, images=replace(kept, sizes=sizes), num_images=int(sizes.sum()))
+    return rest, _decode(stream, _rows(stream, chosen), wanted)
+
+
+def _rows(stream: Stream, chosen: list[tuple[int, int, int]]) -> Iterator[tuple[int, dict]]:
+    """Yield (key, row) of these (unit, row number, key), which are sorted."""
+    unit, position, rows = -1, 0, iter(())
+    for wanted_unit, number, key in chosen:
+        if wanted_unit != unit:
+            unit, position, rows = wanted_unit, number, stream.rows(wanted_unit, number)
+        yield key, next(islice(rows, number - position, None))
+        position = number + 1
+
+
+def _decode(stream: Stream, held: Iterator[tuple[int, dict]], wanted: _Wanted) -> Iterator[Decoded]:
+    columns = stream.columns
+    for key, row in held:
+        try:
+            pixels = decode_row(row[columns.image], columns, wanted.img_size, "")
+        except BadImage:
+            continue
+        yield key, pixels, columns.label_of(row.get(columns.label))

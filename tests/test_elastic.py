@@ -1,0 +1,70 @@
+"""Training that is killed at any moment and goes on with other numbers of processes sees each image once an epoch."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+from helpers import Group, images_seen, last_checkpoint, train_group
+
+NUM_IMAGES = 44
+FLAGS = (
+    *("--max_steps", "33", "--gradient_accumulation_steps", "1", "--save_every_steps", "1", "--resume", "auto"),
+    *("--no_horizontal_flip", "--shuffle_buffer", "3", "--model", "JiT-Ti/14"),
+)
+
+
+@pytest.fixture(scope="module")
+def sources(images, tmp_path_factory):
+    """The same pictures in every kind of container."""
+    folder = tmp_path_factory.mktemp("kinds")
+    rows = datasets.load_dataset("imagefolder", data_dir=str(images), split="train")
+    (folder / "parquet").mkdir()
+    for shard in range(3):
+        part = rows.shard(3, shard).cast_column("image", datasets.Image(decode=False))
+        part = part.map(lambda row: {"image": {"bytes": Path(row["image"]["path"]).read_bytes(), "path": None}})
+        part.to_parquet(folder / "parquet" / f"{shard}.parquet", batch_size=4)
+    return {"folder": images, "parquet": folder / "parquet"}
+
+
+def step_reached(output):
+    return int(last_checkpoint(output).name.removeprefix("step_")) if list(output.glob("checkpoints/step_*")) else 0
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_killed_and_resumed_by_one_two_three_and_one_processes(tmp_path, sources, kind):
+    output, notes, seen = tmp_path / "run", tmp_path / "notes", {}
+    notes.mkdir()
+    chance = random.Random(kind)
+    environment = {"TEST_IMAGES_FOLDER": str(notes)}
+    flags = (*FLAGS, "--data_path", str(sources[kind]), "--output_dir", str(output))
+    for phase, (processes, batch_size, workers) in enumerate([(1, 6, 0), (2, 3, 2), (3, 2, 1)]):
+        sizes = ("--batch_size", str(batch_size), "--num_workers", str(workers))
+        group = Group((*flags, *sizes), tmp_path / f"log{phase}.txt", processes, environment)
+        goal = step_reached(output) + 4
+        while step_reached(output) < goal:
+            assert all(process.is_alive() for process in group.processes), group.output()
+            time.sleep(0.05)
+        time.sleep(chance.uniform(0, 0.3))
+        group.kill()
+        seen |= images_seen(notes, step_reached(output))
+        assert f"{processes} x cpu" in group.output()
+    train_group(tmp_path, *flags, "--batch_size", "6", environment=environment)
+    seen |= images_seen(notes, 33)
+    assert sorted(seen) == list(range(33 * 6))
+    epochs = [
+        {seen[p] for p in range(start, start + NUM_IMAGES)} for start in range(0, 33 * 6 - NUM_IMAGES, NUM_IMAGES)
+    ]
+    assert len(epochs) == 4
+    assert all(len(epoch) == NUM_IMAGES for epoch in epochs)
+
+
+@pytest.mark.multiprocess
+def test_the_state_of_a_stream_stays_small(tmp_path, sources):
+    output = tmp_path / "run"
+    train_group(tmp_path, *FLAGS, "--data_path", str(sources["parquet"]), "--output_dir", str(output))
+    state = json.loads((last_checkpoint(output) / "state.json").read_text())
+    assert len(json.dumps(state["loaders"])) < 2000
