@@ -137,8 +137,8 @@ class RunConfig:
 class SampleConfig:
     sample_every_steps: int = 2000
     """Interval of the sample sheets (PNG, fixed noise, EMA weights); the end always makes one. 0 = only there."""
-    guidance_scale: float = 2.0
-    """Classifier-free guidance of the samples, and the pipeline's default; 1 = none."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance of the samples, and the pipeline's default (default: 2; 1 = none without labels)."""
     num_inference_steps: int = 50
     """Steps of the ODE solver (Heun) for the samples."""
 

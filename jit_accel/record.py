@@ -10,7 +10,8 @@ from jit_accel.data.sources import Source
 
 def describe_data(source: Source) -> str:
     images = "unknown number of" if source.num_images is None else f"{source.num_images:,}"
-    return f"{source.name} ({images} images, {source.num_classes or 'unknown number of'} classes)"
+    classes = f"{source.num_classes or 'unknown number of'} classes" if source.is_labelled else "unlabelled"
+    return f"{source.name} ({images} images, {classes})"
 
 
 def device_name(device: torch.device) -> str:

@@ -189,8 +189,12 @@ def resolve(
     gradient_accumulation_steps: int,
     mixed_precision: str,
     num_workers: int,
+    is_labelled: bool = True,
 ) -> Config:
     """Fill in every setting that was left to the data or the device.
+
+    Args:
+        is_labelled: False where nothing tells the images apart; guidance towards their one class means nothing then.
 
     Raises:
         UserError: `--num_classes` is smaller than what the data holds.
@@ -205,7 +209,7 @@ def resolve(
             "leave the flag out, or give at least that number."
         )
     size = image_size(config)
-    optim = config.optim
+    optim, guidance = config.optim, config.sample.guidance_scale
     decays = optim.ema_decays or (
         "auto",
         *(str(d) for d in PAPER_EMA_DECAYS if ema_memory_steps(d) <= EMA_SHARE_OF_RUN * plan.total_steps),
@@ -220,6 +224,7 @@ def resolve(
         "learning_rate": optim.learning_rate or 5e-5 * plan.global_batch_size / 256,
         "ema_decays": tuple(dict.fromkeys(decays)),
         "mixed_precision": mixed_precision,
+        "guidance_scale": (2.0 if is_labelled else 1.0) if guidance is None else guidance,
         "output_dir": config.run.output_dir or default_output_dir(config),
     }
     if optim.epochs is None and optim.max_steps is None:

@@ -48,7 +48,6 @@ def start(config: Config) -> int:
     precision = config.performance.mixed_precision or default_precision()
     accelerator = build_accelerator(config, accumulation, precision)
     try:
-        # By every process at once: what is wrong with the data is then an error on all of them.
         source, held_out = open_data(config, accelerator)
         trainer = build_trainer(config, source, accelerator, accumulation, precision, held_out)
         with contextlib.closing(trainer.loader):
@@ -65,6 +64,28 @@ def start(config: Config) -> int:
             # end of this function does) waits for them while it holds the GIL: one exit in twenty hung, torch 2.13.
             time.sleep(0.2)
         accelerator.end_training()
+
+
+def open_in_turn(config: Config, accelerator: Accelerator) -> Source:
+    """Open the data, one process a machine first: the others find what it found out in the cache.
+
+    By every process in the end, so that what is wrong with the data is an error on all of them; and each waits
+    exactly once, whatever happens, so that none waits for ever.
+    """
+    goes_first = accelerator.is_local_main_process
+    if not goes_first:
+        accelerator.wait_for_everyone()
+    try:
+        return open_source(
+            config.data.data_path,
+            data_format=config.data.data_format,
+            image_column=config.data.image_column,
+            label_column=config.data.label_column,
+            streaming=STREAMING[config.data.streaming],
+        )
+    finally:
+        if goes_first:
+            accelerator.wait_for_everyone()
 
 
 def expand_paths(config: Config) -> Config:
@@ -85,14 +106,7 @@ def choose_checkpoint(config: Config) -> tuple[Config, Path | None]:
 
 def open_data(config: Config, accelerator: Accelerator) -> tuple[Source, HeldOut | None]:
     """The images to train on, and those held out, if any."""
-    data = config.data
-    source = open_source(
-        data.data_path,
-        data_format=data.data_format,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        streaming=STREAMING[data.streaming],
-    )
+    data, source = config.data, open_in_turn(config, accelerator)
     if not data.holdout:
         return source, None
     return split_holdout(
@@ -119,6 +133,7 @@ def build_trainer(
     config = resolve(
         config,
         plan,
+        is_labelled=source.is_labelled,
         data_classes=max(source.num_classes or 0, len(source.class_names)) or None,
         gradient_accumulation_steps=accumulation,
         mixed_precision=precision,

@@ -70,8 +70,8 @@ def find_columns(features: Features, image_column: str | None, label_column: str
             f"--data_path {where}: none of the columns ({columns}) is recognisable as the image: "
             "name it with --image_column."
         )
-    label = label_column or _guess_label(features, image)
-    if label is not None and _kind(features[label]) is None:
+    label = label_column or guess_label(features, image)
+    if label is not None and label_kind(features[label]) is None:
         raise UserError(
             f"--label_column {label}: its type is {features[label]}; labels are class labels, whole numbers or "
             f"text: choose another of the columns {columns}."
@@ -85,13 +85,15 @@ def _guess_image(features: Features) -> str | None:
     return next(iter([n for n in by_name if n in typed] + typed + by_name), None)
 
 
-def _guess_label(features: Features, image: str) -> str | None:
-    named = [name for name in LABEL_NAMES if name in features and name != image and _kind(features[name])]
+def guess_label(features: Features, image: str) -> str | None:
+    """The column that its name or type shows to be the labels."""
+    named = [name for name in LABEL_NAMES if name in features and name != image and label_kind(features[name])]
     typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     return next(iter(named + typed), None)
 
 
-def _kind(feature: Any) -> str | None:
+def label_kind(feature: Any) -> str | None:
+    """What labels of type `feature` are: "class", "int" or "text"; None where they are no labels."""
     if isinstance(feature, ClassLabel):
         return "class"
     dtype = feature.dtype if isinstance(feature, Value) else ""
@@ -106,7 +108,7 @@ def read_labels(feature: Any, values: Iterable | None, column: str, where: str) 
     Raises:
         UserError: labels missing or negative, text labels that cannot be listed, ids instead of classes.
     """
-    kind = _kind(feature)
+    kind = label_kind(feature)
     if kind == "text" and values is None:
         raise UserError(
             f"--label_column {column}: the labels of {where} are text, and their list is not known before the "

@@ -1,4 +1,4 @@
-"""Folders of image files: one class a subfolder, or one class in all.
+"""Folders of image files: one class a subfolder, labels from metadata files, or unlabelled.
 
 Our own walk, because HF's `imagefolder` takes folders named train or test for splits and streams in class order.
 """
@@ -7,140 +7,96 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, Image
 
 from jit_accel.data.columns import Columns, Labels
-from jit_accel.data.source import Request, Source, fingerprint_of, make_source, missing_path
+from jit_accel.data.index_cache import hash_strings, known_scan, scan_folder
+from jit_accel.data.metadata import labels_from_metadata
+from jit_accel.data.scan import IMAGE_EXTENSIONS, FolderScan
+from jit_accel.data.source import Request, Source, make_source, missing_path
 from jit_accel.errors import UserError
 
 log = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = frozenset(
-    {
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".jp2",
-        ".avif",
-    }
-)
 SPLIT_NAMES = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "dev"])
+# Pictures that Pillow cannot read: a folder full of them should not look empty.
+UNDECODABLE_EXTENSIONS = frozenset(
+    [".heic", ".heif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"]
+)
 
 
-@dataclass
-class FolderScan:
-    """Relative paths (with /) of the images under a folder, sorted, and what else was met on the way."""
-
-    images: list[str] = field(default_factory=list)
-    other_endings: Counter = field(default_factory=Counter)
-    unreadable: list[str] = field(default_factory=list)
-
-
-def scan_folder(root: str) -> FolderScan:
-    """Walk `root`, following links but no loops; hidden files and folders are ignored."""
-    scan = FolderScan()
-    scan.images = sorted(_walk(root, "", (), scan))
-    return scan
-
-
-def has_images(root: str) -> bool:
-    """Whether `scan_folder` would find any; stops at the first."""
-    return next(_walk(root, "", (), FolderScan()), None) is not None
-
-
-def _walk(folder: str, prefix: str, ancestors: tuple, scan: FolderScan) -> Iterator[str]:
-    try:
-        info = os.stat(folder)
-        if (info.st_dev, info.st_ino) in ancestors:  # a link back up; links to elsewhere are followed
-            return
-        with os.scandir(folder) as entries:
-            found = list(entries)
-    except OSError as error:
-        scan.unreadable.append(f"{folder} ({error.strerror})")
-        return
-    ancestors = (*ancestors, (info.st_dev, info.st_ino))
-    for entry in found:
-        if entry.name.startswith((".", "__MACOSX")):
-            continue
-        if _is_dir(entry):
-            yield from _walk(entry.path, f"{prefix}{entry.name}/", ancestors, scan)
-            continue
-        ending = os.path.splitext(entry.name)[1].lower()
-        if ending not in IMAGE_EXTENSIONS:
-            scan.other_endings[ending or "no ending"] += 1
-        elif not _is_utf8(entry.path):
-            scan.unreadable.append(f"{entry.path!a} (its name is not UTF-8)")
-        else:
-            yield prefix + entry.name
-
-
-def _is_dir(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # Arrow holds only UTF-8
-        return False
-    return True
+def is_known_image_folder(folder: str) -> bool:
+    """Whether the folder was opened before, has not changed since, and holds images and no files of other formats."""
+    scan = known_scan(folder)
+    return scan is not None and len(scan.images) > 0 and not scan.other_endings.keys() & {".parquet", ".tar"}
 
 
 def open_folder(request: Request) -> Source:
-    """Open a folder of class folders, or a flat folder as one class named after it.
+    """Open a folder of images.
+
+    Labels come from metadata.csv or metadata.jsonl where there are any (see `labels_from_metadata`), else from the
+    names of the subfolders. A flat folder, or one with a single subfolder, is unlabelled: one class, of its name.
 
     Raises:
-        UserError: missing, empty, without images, holding splits instead of classes; columns or streaming asked for.
+        UserError: missing, empty, without images, holding splits instead of classes, wrong metadata; image column
+            or streaming asked for, or a label column without metadata.
     """
+    root = request.path
+    _check_request(request)
+    scan = scan_folder(root)
+    _report_unreadable(root, scan)
+    if not len(scan.images):
+        raise _no_images(root, scan)
+    if scan.metadata:
+        images, ids, labels = labels_from_metadata(root, scan, request.label_column)
+        if labels is None:
+            labels = Labels((_name_of(root),), 0)
+    elif request.label_column is not None:
+        raise UserError(
+            f"--label_column {request.label_column}: {root} is a folder of images without metadata.csv or "
+            "metadata.jsonl, so it has no columns: leave the flag out."
+        )
+    else:
+        images, ids, labels = _classify(root, scan.images)
+    identity = hash_strings(images, ["folder", str(len(images))])
+    if scan.metadata and ids is not None:  # which class folders show in the paths
+        identity = hash_strings(pa.chunked_array([pa.array(ids).cast(pa.string())]), ["metadata", identity])
+    dataset = _as_dataset(os.path.abspath(root), images, ids, labels.names, identity)
+    columns = Columns("image", None if ids is None else "label")
+    return make_source(root, "folder", dataset, columns, labels, len(images), identity)
+
+
+def _check_request(request: Request) -> None:
     root = request.path
     if not os.path.isdir(root):
         raise missing_path(root)
-    for flag, value in (("--image_column", request.image_column), ("--label_column", request.label_column)):
-        if value is not None:
-            raise UserError(f"{flag} {value}: {root} is a folder of images, which has no columns: leave the flag out.")
+    if request.image_column is not None:
+        raise UserError(
+            f"--image_column {request.image_column}: {root} is a folder of images, which has no columns of images: "
+            "leave the flag out."
+        )
     if request.streaming:
         raise UserError(
             f"--streaming true: {root} is a folder of images, which is read by random access (better shuffled, and "
             "any number of processes can resume): leave the flag out."
         )
-    scan = scan_folder(root)
-    _report_unreadable(root, scan)
-    if not scan.images:
-        raise _no_images(root, scan)
-    images, labels, names = _classify(root, scan.images)
-    paths = [os.path.join(os.path.abspath(root), image) for image in images]
-    dataset = _as_dataset(paths, labels, names)
-    identity = fingerprint_of(["folder", str(len(images)), *images])
-    return make_source(
-        root, "folder", dataset, Columns("image", "label"), Labels(names, len(names) - 1), len(images), identity
-    )
+    try:
+        os.path.abspath(root).encode()
+    except UnicodeEncodeError:  # Arrow holds only UTF-8
+        raise UserError(f"--data_path {root!a}: the name of the folder is not UTF-8: rename it.") from None
 
 
-def _classify(root: str, images: list[str]) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
-    in_folders = [image for image in images if "/" in image]
-    if not in_folders:
-        name = os.path.basename(os.path.abspath(root)) or "image"
-        return images, np.zeros(len(images), np.int64), (name,)
-    folders = [image.partition("/")[0] for image in in_folders]
-    names = tuple(sorted(set(folders)))
+def _classify(root: str, images: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray | None, Labels]:
+    """Classes by the names of the subfolders of `root`."""
+    in_folders = images.filter(pc.greater_equal(pc.find_substring(images, "/"), 0))
+    if not len(in_folders):
+        return images, None, Labels((_name_of(root),), 0)
+    folders = pc.list_element(pc.split_pattern(in_folders, "/", max_splits=1), 0)
+    names = tuple(sorted(pc.unique(folders).to_pylist()))
     if all(name.lower() in SPLIT_NAMES for name in names):
         best = next((name for name in names if name.lower().startswith("train")), names[0])
         raise UserError(
@@ -148,29 +104,46 @@ def _classify(root: str, images: list[str]) -> tuple[list[str], np.ndarray, tupl
             f"use --data_path {os.path.join(root, best)}."
         )
     strays = len(images) - len(in_folders)
+    if len(names) == 1:
+        return images, None, Labels((_name_of(root) if strays else names[0],), 0)
     if strays:
         log.warning("--data_path %s: %d images beside the class folders have no class: skipped", root, strays)
-    number = {name: i for i, name in enumerate(names)}
-    return in_folders, np.fromiter((number[f] for f in folders), np.int64, len(folders)), names
+    labels = Labels(names, len(names) - 1)
+    return in_folders, pc.index_in(folders, value_set=pa.array(names)).to_numpy().astype(np.int64), labels
 
 
-def _as_dataset(paths: list[str], labels: np.ndarray, names: tuple[str, ...]) -> Dataset:
+def _name_of(root: str) -> str:
+    return os.path.basename(os.path.abspath(root)) or "image"
+
+
+def _as_dataset(
+    root: str, images: pa.ChunkedArray, ids: np.ndarray | None, names: tuple[str, ...], identity: str
+) -> Dataset:
     """Build the Arrow table by columns: `Dataset.from_dict` would encode a million paths one by one."""
-    features = Features({"image": Image(decode=False), "label": ClassLabel(names=list(names))})
-    images = pa.StructArray.from_arrays(
-        [pa.nulls(len(paths), pa.binary()), pa.array(paths, pa.string())], names=["bytes", "path"]
-    )
-    table = pa.table({"image": images, "label": pa.array(labels)}).cast(features.arrow_schema)
-    return Dataset(table)
+    features = Features({"image": Image(decode=False)})
+    paths = pc.binary_join_element_wise(root.rstrip("/"), images, "/")
+    chunks = [
+        pa.StructArray.from_arrays([pa.nulls(len(chunk), pa.binary()), chunk], names=["bytes", "path"])
+        for chunk in paths.chunks
+    ]
+    columns = {"image": pa.chunked_array(chunks)}
+    if ids is not None:
+        features["label"] = ClassLabel(names=list(names))
+        columns["label"] = pa.array(ids)
+    # HF would hash the whole table for a fingerprint
+    return Dataset(pa.table(columns).cast(features.arrow_schema), fingerprint=identity)
 
 
 def _no_images(root: str, scan: FolderScan) -> UserError:
     looked_for = " ".join(sorted(IMAGE_EXTENSIONS))
     if scan.other_endings:
         found = ", ".join(f"{count} x {ending}" for ending, count in scan.other_endings.most_common(5))
+        remedy = "give a folder of images, of Parquet files or of .tar files."
+        if UNDECODABLE_EXTENSIONS & scan.other_endings.keys():
+            remedy = "convert them to JPEG or PNG."
         return UserError(
             f"--data_path {root}: no images found. Looked for {looked_for} here and in all subfolders, and found "
-            f"{found}: give a folder of images, of Parquet files or of .tar files."
+            f"{found}: {remedy}"
         )
     return UserError(
         f"--data_path {root}: the folder is empty. Put images in it (one subfolder a class, or none): {looked_for}."
@@ -184,4 +157,11 @@ def _report_unreadable(root: str, scan: FolderScan) -> None:
             root,
             len(scan.unreadable),
             scan.unreadable[0],
+        )
+    undecodable = {end: n for end, n in scan.other_endings.most_common() if end in UNDECODABLE_EXTENSIONS}
+    if undecodable and len(scan.images):
+        log.warning(
+            "--data_path %s: %s cannot be decoded and are left out: convert them to JPEG or PNG",
+            root,
+            ", ".join(f"{count} x {ending}" for ending, count in undecodable.items()),
         )

@@ -8,7 +8,8 @@ import re
 
 import datasets
 
-from jit_accel.data.folder import has_images, open_folder
+from jit_accel.data.folder import is_known_image_folder, open_folder
+from jit_accel.data.scan import has_images
 from jit_accel.data.source import Request, Source, missing_path
 from jit_accel.data.tables import has_saved_dataset, open_builtin, open_hub, open_parquet, open_saved
 from jit_accel.data.tars import open_webdataset
@@ -85,6 +86,8 @@ def detect_format(path: str) -> str:
 def _detect_in_folder(folder: str) -> str:
     if has_saved_dataset(folder):
         return "saved"
+    if is_known_image_folder(folder):  # a pattern takes seconds where there are a million files
+        return "folder"
     for pattern in ("*", "**/*"):  # shards at the top, then images anywhere, then shards anywhere
         for ending, format in _BY_ENDING.items():
             if glob.glob(os.path.join(glob.escape(folder), pattern + ending), recursive=True):

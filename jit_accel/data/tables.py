@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, IterableDataset
 
 from jit_accel.data.columns import ONE_CLASS, Columns, Labels, find_columns, read_labels
+from jit_accel.data.index_cache import remembered
 from jit_accel.data.source import (
     Request,
     Source,
@@ -186,11 +187,14 @@ def _parquet_columns(files: list[str], schema: pa.Schema, request: Request) -> t
     check_embedded(first, columns, request.path)
     if columns.label is None:
         return columns, ONE_CLASS
-    values = set()
-    for file in files:
-        values.update(pc.unique(pq.read_table(file, columns=[columns.label], use_threads=False)[0]).to_pylist())
+    found = remembered(f"parquet {columns.label}", files, lambda file: _different_values(file, columns.label))
+    values = {value for values in found for value in values}
     labels = read_labels(features[columns.label], values, columns.label, request.path)
     return _with_ids(columns, labels), labels
+
+
+def _different_values(file: str, column: str) -> list:
+    return pc.unique(pq.read_table(file, columns=[column], use_threads=False)[0]).to_pylist()
 
 
 def _first_rows(files: list[str], column: str):

@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Image
 
 from jit_accel.data.columns import ONE_CLASS, Columns, read_labels
+from jit_accel.data.index_cache import remembered
 from jit_accel.data.source import Request, Source, find_shards, fingerprint_of, make_source, shard_names_and_sizes
 from jit_accel.errors import UserError, nearest
 
@@ -108,16 +109,19 @@ def _load_json(data: bytes) -> dict:
 
 
 def _scan(files: list[str], columns: Columns) -> tuple[list[int], set]:
-    """Count the images of each file by the tars' headers, and collect the different labels."""
-    counts, values = [], set()
-    for file in files:
-        count = 0
-        for tar, member, _, key in _members(file):
-            count += key == columns.image
-            if key == columns.label:
-                values.add(_label(tar.extractfile(member).read(), columns, f"{file}, {member.name}"))
-        counts.append(count)
-    return counts, values
+    """The images of each file by the tars' headers, as counted now or before, and the different labels."""
+    kind = f"tar {columns.image} {columns.label} {columns.label_key}"
+    found = remembered(kind, files, lambda file: _scan_one(file, columns))
+    return [count for count, _ in found], {value for _, values in found for value in values}
+
+
+def _scan_one(file: str, columns: Columns) -> tuple[int, list]:
+    count, values = 0, set()
+    for tar, member, _, key in _members(file):
+        count += key == columns.image
+        if key == columns.label:
+            values.add(_label(tar.extractfile(member).read(), columns, f"{file}, {member.name}"))
+    return count, list(values)
 
 
 def _label(data: bytes, columns: Columns, where: str):

@@ -1,0 +1,164 @@
+"""What the walks over data sets found, kept between runs, and true only while nothing has changed.
+
+The files lie in $JIT_ACCEL_CACHE, or else in jit_accel/ of $XDG_CACHE_HOME or ~/.cache. They may be deleted at any
+time; where they cannot be read or written, the work is done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jit_accel.data.scan import RACY_NS, FolderScan, walk_folder
+
+VERSION = "1"  # of what is in the files: another version's are not read
+
+
+def cache_folder() -> Path:
+    """Where the caches are; it need not exist."""
+    if named := os.environ.get("JIT_ACCEL_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jit_accel"
+
+
+def scan_folder(root: str) -> FolderScan:
+    """The images under `root`; walked only if any folder in it was changed since the last time."""
+    scan = known_scan(root)
+    if scan is None:
+        scan = walk_folder(root)
+        if scan.is_settled:
+            _write(_index_file(root), lambda file: _write_scan(scan, file))
+    return scan
+
+
+def known_scan(root: str) -> FolderScan | None:
+    """What the cache holds of the folder `root`, if that is still true."""
+    try:
+        with pa.OSFile(str(_index_file(root))) as file, pa.ipc.open_file(file) as reader:
+            facts = json.loads(reader.schema.metadata[b"scan"])
+            directories = pa.ipc.open_stream(reader.schema.metadata[b"directories"]).read_all()
+            directories = dict(zip(*(column.to_pylist() for column in directories.columns)))
+            if not _is_unchanged(root, directories, facts["doubtful"]):
+                return None
+            images = reader.read_all().column(0)
+        images.validate(full=True)
+        if hash_strings(images) != facts.pop("hash"):
+            return None
+        other_endings = Counter(facts.pop("other_endings"))
+        return FolderScan(images, other_endings=other_endings, directories=directories, **facts)
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):  # none, or a damaged one
+        return None
+
+
+def remembered(kind: str, files: list[str], look: Callable[[str], Any]) -> list[Any]:
+    """`look(file)` of each file, a JSON value, from the cache where size and mtime are as they were.
+
+    Args:
+        kind: tells what is looked for; part of the key.
+    """
+    folders: dict[str, dict] = {}
+    found, changed = [], set()
+    for file in files:
+        folder, name = os.path.split(os.path.realpath(file))
+        if folder not in folders:
+            folders[folder] = _read_facts(_facts_file(kind, folder))
+        info = os.stat(file)
+        state = [info.st_size, info.st_mtime_ns]
+        held = folders[folder].get(name)
+        if held is None or held[0] != state:
+            held = folders[folder][name] = [state, look(file)]
+            if info.st_mtime_ns < time.time_ns() - RACY_NS:
+                changed.add(folder)
+        found.append(held[1])
+    for folder in changed:
+        entries = {n: entry for n, entry in folders[folder].items() if entry[0][1] < time.time_ns() - RACY_NS}
+        data = json.dumps([VERSION, entries]).encode("utf-8", "surrogateescape")
+        _write(_facts_file(kind, folder), lambda path, data=data: path.write_bytes(data))
+    return found
+
+
+def hash_strings(strings: pa.ChunkedArray, head: Iterable[str] = ()) -> str:
+    """Sixteen hex digits of `head` and the strings, joined by zero bytes, without a Python object for each."""
+    digest = hashlib.sha256("".join(part + "\0" for part in head).encode())
+    for chunk in strings.chunks:
+        for start in range(0, len(chunk), 2**18):
+            part = chunk.slice(start, 2**18)
+            row = pa.ListArray.from_arrays(pa.array([0, len(part)], pa.int32()), part)
+            digest.update(pc.binary_join(row, "\0")[0].as_buffer())
+            digest.update(b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _is_unchanged(root: str, directories: dict[str, int], doubtful: list[str]) -> bool:
+    if any(os.stat(os.path.join(root, prefix)).st_mtime_ns != mtime for prefix, mtime in directories.items()):
+        return False
+    return not any(_is_readable(os.path.join(root, path)) for path in doubtful)
+
+
+def _is_readable(path: str) -> bool:
+    return os.path.exists(path) and (not os.path.isdir(path) or os.access(path, os.R_OK | os.X_OK))
+
+
+def _write_scan(scan: FolderScan, path: Path) -> None:
+    facts = {
+        "metadata": scan.metadata,
+        "other_endings": scan.other_endings,
+        "unreadable": scan.unreadable,
+        "doubtful": scan.doubtful,
+        "hash": hash_strings(scan.images),
+    }
+    mtimes = pa.array(scan.directories.values(), pa.int64())
+    directories = pa.table({"path": pa.array(scan.directories, pa.string()), "mtime_ns": mtimes})
+    buffer = pa.BufferOutputStream()
+    with pa.ipc.new_stream(buffer, directories.schema) as writer:
+        writer.write_table(directories)
+    schema = pa.schema(
+        [("path", pa.string())], {"scan": json.dumps(facts), "directories": buffer.getvalue().to_pybytes()}
+    )
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        writer.write_table(pa.table([scan.images], schema=schema))
+
+
+def _read_facts(path: Path) -> dict[str, list]:
+    try:
+        version, entries = json.loads(path.read_bytes())
+        return {name: [list(state), value] for name, (state, value) in entries.items()} if version == VERSION else {}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _index_file(root: str) -> Path:
+    return cache_folder() / f"folder-{_key(os.path.realpath(root))}.arrow"
+
+
+def _facts_file(kind: str, folder: str) -> Path:
+    return cache_folder() / f"files-{_key(kind, folder)}.json"
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\0".join((VERSION, *parts)).encode("utf-8", "surrogateescape")).hexdigest()[:24]
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make the file whole, or not at all; not being able to is no error."""
+    with contextlib.suppress(OSError, pa.ArrowException):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+        os.close(handle)
+        try:
+            write(Path(temporary))
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)

@@ -1,0 +1,148 @@
+"""The walk over a folder of image files: which there are, in which order, and what else was met."""
+
+from __future__ import annotations
+
+import os
+import time
+from bisect import bisect
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+IMAGE_EXTENSIONS = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif".split()
+)
+METADATA_NAMES = frozenset(["metadata.csv", "metadata.jsonl"])
+
+_PATHS_PER_CHUNK = 2**18  # far below the 2 GiB that the offsets of an Arrow string array reach
+RACY_NS = 2_000_000_000  # coarsest mtime of a usual file system (FAT: 2 s)
+
+
+@dataclass
+class FolderScan:
+    """What is under a folder; all paths are relative to it, with /.
+
+    images: strings, sorted. metadata: the metadata files. other_endings: how many files of which other kinds.
+    unreadable: "path (reason)" of what cannot be read. doubtful: those of them that may become readable without any
+    folder changing. directories: every folder with its mtime_ns from before it was read. is_settled: false where a
+    folder was changed so recently that another change might leave its mtime as it is.
+    """
+
+    images: pa.ChunkedArray
+    metadata: list[str] = field(default_factory=list)
+    other_endings: Counter = field(default_factory=Counter)
+    unreadable: list[str] = field(default_factory=list)
+    doubtful: list[str] = field(default_factory=list)
+    directories: dict[str, int] = field(default_factory=dict)
+    is_settled: bool = True
+
+
+def walk_folder(root: str) -> FolderScan:
+    """Walk `root`, following links but no loops; hidden files and folders are ignored."""
+    scan = FolderScan(pa.chunked_array([], pa.string()))
+    scan.images = pa.chunked_array(_chunks(_walk(root, scan)), pa.string())
+    return scan
+
+
+def has_images(root: str) -> bool:
+    """Whether `walk_folder` would find any; stops at the first folder that holds some."""
+    return next(_walk(root, FolderScan(pa.chunked_array([], pa.string()))), None) is not None
+
+
+def _chunks(parts: Iterable[list[str]]) -> Iterator[pa.Array]:
+    """Arrow arrays of the paths in `parts`, so that a million of them are never Python objects all at once."""
+    waiting: list[str] = []
+    for part in parts:
+        waiting += part
+        if len(waiting) >= _PATHS_PER_CHUNK:
+            yield pa.array(waiting, pa.string())
+            waiting = []
+    if waiting:
+        yield pa.array(waiting, pa.string())
+
+
+def _walk(root: str, scan: FolderScan) -> Iterator[list[str]]:
+    """Yield the images in the order of their whole paths, some at a time."""
+    stack: list = [("", ())]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, list):
+            yield item
+            continue
+        prefix, ancestors = item
+        folder = os.path.join(root, prefix)
+        try:
+            info = os.stat(folder)
+            identity = (info.st_dev, info.st_ino)
+            if identity in ancestors:  # a link back up; links to elsewhere are followed
+                continue
+            scan.is_settled &= 0 < info.st_mtime_ns < time.time_ns() - RACY_NS  # 0: a file system that keeps none
+            files, folders = _list(folder, prefix, scan)
+        except OSError as error:
+            scan.unreadable.append(f"{folder} ({error.strerror})")
+            scan.doubtful.append(prefix)
+            continue
+        scan.directories[prefix] = info.st_mtime_ns
+        stack += reversed(_in_order(files, folders, prefix, (*ancestors, identity)))
+
+
+def _in_order(files: list[str], folders: list[str], prefix: str, ancestors: tuple) -> list:
+    """Runs of files, and the folders between them: a/b.jpg comes after a.jpg and before a0.jpg."""
+    files.sort()
+    items, start = [], 0
+    for name in sorted(name + "/" for name in folders):
+        end = bisect(files, name, start)
+        items += [[prefix + file for file in files[start:end]], (f"{prefix}{name}", ancestors)]
+        start = end
+    items.append([prefix + file for file in files[start:]])
+    return [item for item in items if item]
+
+
+def _list(folder: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[str]]:
+    """The names of the images and of the folders in a folder."""
+    files, folders = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            if name.startswith((".", "__MACOSX")):
+                continue
+            kind, ending = _kind(entry), os.path.splitext(name)[1].lower()
+            if kind in _BROKEN_LINK:
+                scan.doubtful.append(prefix + name)
+            if kind == "folder" and _is_utf8(name):
+                folders.append(name)
+            elif kind != "folder" and ending not in IMAGE_EXTENSIONS:
+                scan.other_endings[ending or "no ending"] += 1
+                if name in METADATA_NAMES and kind == "file":
+                    scan.metadata.append(prefix + name)
+            elif not _is_utf8(name):
+                scan.unreadable.append(f"{entry.path!a} (its name is not UTF-8)")
+            elif kind != "file":
+                scan.unreadable.append(f"{entry.path} ({kind})")
+            else:
+                files.append(name)
+    return files, folders
+
+
+_BROKEN_LINK = ("a link to nothing", "a link in a circle")
+
+
+def _kind(entry: os.DirEntry) -> str:
+    try:
+        if entry.is_file():
+            return "file"
+        if entry.is_dir():
+            return "folder"
+    except OSError:
+        return _BROKEN_LINK[1]
+    return "neither a file nor a folder" if os.path.exists(entry.path) else _BROKEN_LINK[0]
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # Arrow holds only UTF-8
+        return False
+    return True
