@@ -14,6 +14,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The package's own cache, in place of the user's."""
+    os.environ["JIT_ACCEL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A folder of 44 Fashion-MNIST images in four class folders."""

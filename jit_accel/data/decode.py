@@ -5,14 +5,21 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import stat
 import warnings
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 # Up to this ratio of the sides the crop is exactly ADM's; beyond it (strips, scans of receipts) the picture
 # is cropped first, because ADM's order would blow a 1 x 5000 line up to a 64 x 320,000 image.
 MAX_EXACT_ASPECT = 16
+
+_HEIF_BRANDS = frozenset([b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"])
+
+# Pillow refuses PNGs with more than 1 MiB in one chunk of text or colour profile, and profiles of scanners are larger.
+PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20
 
 
 class BadImage(Exception):
@@ -23,29 +30,59 @@ def decode_image(data: bytes | str | os.PathLike | None, size: int) -> np.ndarra
     """Decode an image file (its bytes, or its path) to uint8 (3, size, size), RGB, by ADM's centre crop.
 
     The EXIF orientation is applied; of an animation the first frame is taken; transparency is composited on
-    white; 16-bit grey is scaled to 8 bits; CMYK, palette and the like are converted as Pillow does.
+    white; 16-bit grey is scaled to 8 bits; CMYK, palette and the like are converted as Pillow does. Up to 179
+    million pixels (twice Pillow's limit, which cameras of 100 megapixels pass) are decoded.
 
     Raises:
-        BadImage: empty, unreadable, truncated, not an image, a decompression bomb, floating-point pixels.
+        BadImage: empty, unreadable, truncated, not an image or no file, a decompression bomb, floating-point pixels.
     """
     if data is None or (isinstance(data, bytes) and not data):
         raise BadImage("empty")
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
-            square = center_crop(to_rgb(_upright(image)), size)
+        with _opened(data) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's about damaged EXIF, large images, palettes: one a file
+            square = _decode(file, size)
     except BadImage:
         raise
     except Exception as error:  # decoders raise anything on damaged files: OSError, SyntaxError, struct.error...
-        # The address of the BytesIO in Pillow's message would make each report of one file look new.
-        reason = "not an image" if "cannot identify image file" in str(error) else str(error)
-        raise BadImage(f"{type(error).__name__}: {reason}") from error
+        raise BadImage(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}") from error
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def _opened(data: bytes | str | os.PathLike) -> BinaryIO:
+    if isinstance(data, bytes):
+        return io.BytesIO(data)
+    # Without O_NONBLOCK, opening a named pipe waits for ever.
+    descriptor = os.open(data, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    file = os.fdopen(descriptor, "rb")
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return file
+    file.close()
+    raise BadImage("neither a file nor a link to one")
+
+
+def _decode(file: BinaryIO, size: int) -> Image.Image:
+    try:
+        image = Image.open(file)
+        if image.format == "PNG":  # Pillow decodes pixels without a look at their checksums
+            image.verify()
+            file.seek(0)
+            image = Image.open(file)
+    except UnidentifiedImageError as error:
+        file.seek(0)
+        head = file.read(12)
+        if not head:
+            raise BadImage("empty") from error
+        if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
+            raise BadImage("HEIC, which cannot be decoded here: convert it to JPEG or PNG") from error
+        raise BadImage("not an image") from error
+    with image:
+        return center_crop(to_rgb(_upright(image)), size)
 
 
 def _upright(image: Image.Image) -> Image.Image:
     # Damaged EXIF does not make the pixels bad; damaged pixels fail again when they are converted.
-    with contextlib.suppress(Exception), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
     return image
 

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from jit_accel.data.scan import RACY_NS, FolderScan, walk_folder
 
 VERSION = "1"  # of what is in the files: another version's are not read
+_DIGEST_SIZE = hashlib.sha256().digest_size  # before the Arrow file: Arrow crashes on some damaged ones
 
 
 def cache_folder() -> Path:
@@ -45,20 +46,19 @@ def scan_folder(root: str) -> FolderScan:
 def known_scan(root: str) -> FolderScan | None:
     """What the cache holds of the folder `root`, if that is still true."""
     try:
-        with pa.OSFile(str(_index_file(root))) as file, pa.ipc.open_file(file) as reader:
-            facts = json.loads(reader.schema.metadata[b"scan"])
-            directories = pa.ipc.open_stream(reader.schema.metadata[b"directories"]).read_all()
-            directories = dict(zip(*(column.to_pylist() for column in directories.columns)))
-            if not _is_unchanged(root, directories, facts["doubtful"]):
-                return None
-            images = reader.read_all().column(0)
-        images.validate(full=True)
-        if hash_strings(images) != facts.pop("hash"):
+        data = pa.py_buffer(_index_file(root).read_bytes())
+        if hashlib.sha256(data[_DIGEST_SIZE:]).digest() != data[:_DIGEST_SIZE].to_pybytes():
             return None
-        other_endings = Counter(facts.pop("other_endings"))
-        return FolderScan(images, other_endings=other_endings, directories=directories, **facts)
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):  # none, or a damaged one
+        table = pa.ipc.open_file(data[_DIGEST_SIZE:]).read_all()
+    except (OSError, pa.ArrowException):  # none, or a damaged one
         return None
+    directories = pa.ipc.open_stream(table.schema.metadata[b"directories"]).read_all()
+    directories = dict(zip(*(column.to_pylist() for column in directories.columns)))
+    facts = json.loads(table.schema.metadata[b"scan"])
+    if not _is_unchanged(root, directories, facts["doubtful"]):
+        return None
+    other_endings = Counter(facts.pop("other_endings"))
+    return FolderScan(table.column(0), other_endings=other_endings, directories=directories, **facts)
 
 
 def remembered(kind: str, files: list[str], look: Callable[[str], Any]) -> list[Any]:
@@ -101,9 +101,11 @@ def hash_strings(strings: pa.ChunkedArray, head: Iterable[str] = ()) -> str:
 
 
 def _is_unchanged(root: str, directories: dict[str, int], doubtful: list[str]) -> bool:
-    if any(os.stat(os.path.join(root, prefix)).st_mtime_ns != mtime for prefix, mtime in directories.items()):
+    try:
+        mtimes = [os.stat(os.path.join(root, prefix)).st_mtime_ns for prefix in directories]
+    except OSError:
         return False
-    return not any(_is_readable(os.path.join(root, path)) for path in doubtful)
+    return mtimes == list(directories.values()) and not any(_is_readable(os.path.join(root, path)) for path in doubtful)
 
 
 def _is_readable(path: str) -> bool:
@@ -116,7 +118,6 @@ def _write_scan(scan: FolderScan, path: Path) -> None:
         "other_endings": scan.other_endings,
         "unreadable": scan.unreadable,
         "doubtful": scan.doubtful,
-        "hash": hash_strings(scan.images),
     }
     mtimes = pa.array(scan.directories.values(), pa.int64())
     directories = pa.table({"path": pa.array(scan.directories, pa.string()), "mtime_ns": mtimes})
@@ -126,8 +127,11 @@ def _write_scan(scan: FolderScan, path: Path) -> None:
     schema = pa.schema(
         [("path", pa.string())], {"scan": json.dumps(facts), "directories": buffer.getvalue().to_pybytes()}
     )
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+    data = pa.BufferOutputStream()
+    with pa.ipc.new_file(data, schema) as writer:
         writer.write_table(pa.table([scan.images], schema=schema))
+    data = data.getvalue()
+    path.write_bytes(hashlib.sha256(data).digest() + data)
 
 
 def _read_facts(path: Path) -> dict[str, list]:
