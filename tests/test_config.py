@@ -21,6 +21,12 @@ def resolved(config, num_images=5000, world_size=1, **facts):
     return resolve(config, plan, gradient_accumulation_steps=accumulation, **defaults | facts), plan
 
 
+def test_guidance_follows_the_data_unless_it_is_given():
+    guidance = [resolved(parse(*flags), is_labelled=labelled)[0].sample.guidance_scale
+                for flags in ((), ("--guidance_scale", "3")) for labelled in (True, False)]  # fmt: skip
+    assert guidance == [2.0, 1.0, 3.0, 3.0]
+
+
 def test_defaults_are_the_papers_objective():
     config = parse()
     objective = config.objective

@@ -69,6 +69,8 @@ def _read(file: str) -> pa.Table:
             f"{', '.join(table.column_names) or 'nothing'}: rename the column, or rename the file if it is not meant "
             "for the images."
         )
+    if not table.num_rows:
+        raise UserError(f"--data_path {file}: it lists no files: add rows, or remove it.")
     return table
 
 
