@@ -75,7 +75,7 @@ def _decode(file: BinaryIO, size: int) -> Image.Image:
             raise BadImage("empty") from error
         if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
             raise BadImage("HEIC, which cannot be decoded here: convert it to JPEG or PNG") from error
-        raise BadImage("not an image") from error
+        raise BadImage(f"{type(error).__name__}: not an image") from error
     with image:
         return center_crop(to_rgb(_upright(image)), size)
 
