@@ -19,7 +19,7 @@ class DataConfig:
     image_column: str | None = None
     """Column of the images (default: the one that holds images)."""
     label_column: str | None = None
-    """Column of the class labels (default: label, cls, ... where present; else one class)."""
+    """Column of the class labels, also in metadata.csv (default: label, cls, ... where present; else unlabelled)."""
     streaming: Literal["auto", "true", "false"] = "auto"
     """Read in order instead of at random (auto: Parquet, WebDataset and Hub data stream, the rest does not)."""
     shuffle_buffer: int = 1024
