@@ -76,6 +76,7 @@ def make_source(
     groups: np.ndarray | None = None,
     sizes: np.ndarray | None = None,
     is_remote: bool = False,
+    urls: tuple[str, ...] = (),
 ) -> Source:
     """Keep the two columns we read, undecoded, and wrap them up; of a stream with its units (see `Stream`).
 
@@ -91,7 +92,7 @@ def make_source(
     if isinstance(feature, Image) and feature.decode:
         dataset = dataset.cast_column(columns.image, Image(decode=False))
     if isinstance(dataset, IterableDataset):
-        images = Stream(dataset, columns, groups, sizes, is_remote)
+        images = Stream(dataset, columns, groups, sizes, is_remote, urls)
     else:
         images = TableImages(dataset, columns)
     is_labelled = columns.label is not None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 
 import datasets
 
 from jit_accel.data.folder import is_known_image_folder, open_folder
+from jit_accel.data.hub import HUB_ID, open_hub
+from jit_accel.data.remote import ending_of, is_url, open_remote_parquet, open_remote_webdataset
 from jit_accel.data.scan import has_images
 from jit_accel.data.source import Request, Source, missing_path
-from jit_accel.data.tables import has_saved_dataset, open_builtin, open_hub, open_parquet, open_saved
+from jit_accel.data.tables import has_saved_dataset, open_builtin, open_parquet, open_saved
 from jit_accel.data.tars import open_webdataset
 from jit_accel.errors import UserError, lookup
 
@@ -25,8 +26,8 @@ FORMATS = {
     "hub": open_hub,
     "builtin": open_builtin,
 }
+_REMOTE = {"parquet": open_remote_parquet, "webdataset": open_remote_webdataset}
 _BY_ENDING = {".parquet": "parquet", ".tar": "webdataset"}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def open_source(
@@ -37,7 +38,8 @@ def open_source(
     label_column: str | None = None,
     streaming: bool | None = None,
 ) -> Source:
-    """Open `--data_path`: a folder of images, Parquet or tar files, a saved data set, a Hub id, `builtin:NAME`.
+    """Open `--data_path`: a folder of images, Parquet or tar files, their URLs (`https://host/shard-{000..009}.tar`),
+    a saved data set, a Hub id (`owner/name:config@revision`), `builtin:NAME`.
 
     Args:
         data_format: a key of `FORMATS`, or "auto" to tell by what is there.
@@ -55,7 +57,10 @@ def open_source(
         data_format = detect_format(path)
     if data_format not in FORMATS:
         lookup({"auto": None, **FORMATS}, data_format, "--data_format")
-    return FORMATS[data_format](Request(path, image_column, label_column, streaming))
+    request = Request(path, image_column, label_column, streaming)
+    if not is_url(path):
+        return FORMATS[data_format](request)
+    return lookup(_REMOTE, data_format, f"--data_path {path}: of URLs, --data_format")(request)
 
 
 def detect_format(path: str) -> str:
@@ -66,6 +71,8 @@ def detect_format(path: str) -> str:
     """
     if path.startswith("builtin:"):
         return "builtin"
+    if is_url(path):
+        return lookup(_BY_ENDING, ending_of(path), f"--data_path {path}: of URLs, the ending")
     if os.path.isdir(path):
         return _detect_in_folder(path)
     if os.path.isfile(path) or glob.has_magic(path):
@@ -76,7 +83,7 @@ def detect_format(path: str) -> str:
             f"--data_path {path}: cannot tell the format of a file ending in {ending or 'nothing'}: give *.parquet, "
             "*.tar, or a folder of images."
         )
-    if not _HUB_ID.fullmatch(path):
+    if not HUB_ID.fullmatch(path):
         raise missing_path(path)
     if os.path.isdir(os.path.dirname(path)):  # more likely a slip in a path than a name on the Hub
         raise missing_path(path, "correct the path, or give --data_format hub if you mean the Hub's data set.")

@@ -1,9 +1,10 @@
-"""Tables of images by HF datasets: Parquet, a saved data set, the Hub, and those that come with the package."""
+"""Tables of images by HF datasets: Parquet, a saved data set, and those that come with the package."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import datasets
 import numpy as np
@@ -85,42 +86,7 @@ def open_saved(request: Request) -> Source:
         dataset = lookup(dataset, "train", f"--data_path {request.path}: split")
     shards = [file["filename"] for file in dataset.cache_files]
     identity = fingerprint_of(["saved", str(len(dataset)), *shard_names_and_sizes(shards)])
-    return _random_access(request, "saved", dataset, identity)
-
-
-def open_hub(request: Request) -> Source:
-    """Open the split "train" of a data set on the Hub, as a stream unless `streaming` is False.
-
-    Raises:
-        UserError: it does not exist or cannot be reached; wrong columns or labels.
-    """
-    streaming = request.streaming is not False
-    try:
-        dataset = datasets.load_dataset(request.path, split="train", streaming=streaming)
-    except Exception as error:  # the Hub's client raises errors of five libraries
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise UserError(
-            f"--data_path {request.path}: there is no such file or folder here, and the Hub's data set of that name "
-            f"cannot be opened ({type(error).__name__}: {reason}): check the name, its split 'train', the network, "
-            "and for private data sets `hf auth login`."
-        ) from error
-    if not streaming:
-        return _random_access(request, "hub", dataset, fingerprint_of(["hub", request.path, str(len(dataset))]))
-    if dataset.features is None:
-        raise UserError(
-            f"--data_path {request.path}: its columns are not known before it was read: use --streaming false."
-        )
-    columns = find_columns(dataset.features, request.image_column, request.label_column, request.path)
-    labels = ONE_CLASS
-    if columns.label is not None:
-        labels = read_labels(dataset.features[columns.label], None, columns.label, request.path)
-    split = (dataset.info.splits or {}).get("train")
-    rows = split.num_examples if split else None
-    identity = fingerprint_of(["hub", request.path, str(rows)])
-    source = make_source(request.path, "hub", dataset, columns, labels, rows, identity, is_remote=True)
-    first = next(source.images.rows(0), None)
-    check_embedded(first and first[columns.image], columns, request.path)
-    return source
+    return random_access(request, "saved", dataset, identity)
 
 
 def units_of(dataset, row_groups: list[list[int]]) -> dict:
@@ -143,41 +109,68 @@ def has_saved_dataset(folder: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
 
 
-def _random_access(request: Request, format: str, dataset: Dataset, identity: str) -> Source:
+def random_access(request: Request, format: str, dataset: Dataset, identity: str) -> Source:
+    """The source of a table with random access.
+
+    Raises:
+        UserError: wrong columns or labels, images stored as paths only.
+    """
     columns = find_columns(dataset.features, request.image_column, request.label_column, request.path)
     labels = ONE_CLASS
     if columns.label is not None:
         feature = dataset.features[columns.label]
         labels = read_labels(feature, dataset.unique(columns.label), columns.label, request.path)
-    columns = _with_ids(columns, labels)
+    columns = with_ids(columns, labels)
     source = make_source(request.path, format, dataset, columns, labels, len(dataset), identity)
     check_embedded(source.images.dataset[0][columns.image], columns, request.path)
     return source
 
 
-def _with_ids(columns: Columns, labels: Labels) -> Columns:
+def with_ids(columns: Columns, labels: Labels) -> Columns:
+    """`columns` that know the classes of text labels."""
     return Columns(columns.image, columns.label, columns.label_key, labels.ids)
 
 
-def _check_files(files: list[str]) -> tuple[list[list[int]], pa.Schema]:
-    """Read every footer: the numbers of rows of the row groups of each file, and the schema of the first."""
-    row_groups, first = [], None
-    for file in files:
-        try:
-            footer = pq.read_metadata(file)
-            schema = pq.read_schema(file)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(
-                f"--data_path {file}: not a readable Parquet file ({error}): remove or replace it."
-            ) from error
-        first = first or schema
+def read_footer(file: str, opened: BinaryIO | None = None) -> tuple[pq.FileMetaData, pa.Schema]:
+    """The footer of a Parquet file, that may be `opened` already.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        with pq.ParquetFile(file if opened is None else opened) as parquet:
+            return parquet.metadata, parquet.schema_arrow
+    except (OSError, pa.ArrowException) as error:
+        if opened is not None and not isinstance(error, pa.ArrowException):
+            raise  # the network's
+        raise UserError(f"--data_path {file}: not a readable Parquet file ({error}): remove or replace it.") from error
+
+
+def check_schemas(files: list[str], schemas: list[pa.Schema]) -> None:
+    """Refuse files whose columns differ.
+
+    Raises:
+        UserError: naming the first.
+    """
+    first = schemas[0]
+    for file, schema in zip(files, schemas):
         if schema.names != first.names:
             raise UserError(
                 f"--data_path {file}: its columns ({', '.join(schema.names)}) differ from those of {files[0]} "
                 f"({', '.join(first.names)}): give a pattern that matches the files of one data set."
             )
-        row_groups.append([footer.row_group(n).num_rows for n in range(footer.num_row_groups)])
-    return row_groups, first
+
+
+def row_groups_of(footer: pq.FileMetaData) -> list[int]:
+    """The rows of each row group."""
+    return [footer.row_group(n).num_rows for n in range(footer.num_row_groups)]
+
+
+def _check_files(files: list[str]) -> tuple[list[list[int]], pa.Schema]:
+    """Read every footer: the numbers of rows of the row groups of each file, and the schema of the first."""
+    footers = [read_footer(file) for file in files]
+    check_schemas(files, [schema for _, schema in footers])
+    return [row_groups_of(footer) for footer, _ in footers], footers[0][1]
 
 
 def _parquet_columns(files: list[str], schema: pa.Schema, request: Request) -> tuple[Columns, Labels]:
@@ -190,7 +183,7 @@ def _parquet_columns(files: list[str], schema: pa.Schema, request: Request) -> t
     found = remembered(f"parquet {columns.label}", files, lambda file: _different_values(file, columns.label))
     values = {value for values in found for value in values}
     labels = read_labels(features[columns.label], values, columns.label, request.path)
-    return _with_ids(columns, labels), labels
+    return with_ids(columns, labels), labels
 
 
 def _different_values(file: str, column: str) -> list:

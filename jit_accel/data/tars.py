@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tarfile
+from typing import BinaryIO
 
 import datasets
 import numpy as np
@@ -31,8 +32,8 @@ def open_webdataset(request: Request) -> Source:
         UserError: missing, not tar files, no images in them, labels that are not whole numbers from 0.
     """
     files = find_shards(request.path, ".tar")
-    members = _first_sample(files[0])
-    columns = _columns(members, request)
+    members = first_sample(files[0])
+    columns = columns_of(members, request)
     counts, values = _scan(files, columns)
     num_images = sum(counts)
     labels = ONE_CLASS
@@ -54,10 +55,10 @@ def open_webdataset(request: Request) -> Source:
     return make_source(request.path, "webdataset", dataset, columns, labels, num_images, identity, sizes=sizes)
 
 
-def _members(file: str):
-    """Yield (tar, member, stem, key) of the members that HF datasets sees too."""
+def _members(file: str, opened: BinaryIO | None = None):
+    """Yield (tar, member, stem, key) of the members that HF datasets sees too; `opened` is read front to back."""
     try:
-        with tarfile.open(file, "r:") as tar:
+        with tarfile.open(file, "r:") if opened is None else tarfile.open(fileobj=opened, mode="r|") as tar:
             for member in tar:
                 match = _STEM_AND_KEY.match(member.name)
                 if member.isfile() and match and not os.path.basename(member.name).startswith((".", "__")):
@@ -66,9 +67,10 @@ def _members(file: str):
         raise UserError(f"--data_path {file}: not a readable tar file ({error}): remove or replace it.") from error
 
 
-def _first_sample(file: str) -> dict[str, bytes]:
+def first_sample(file: str, opened: BinaryIO | None = None) -> dict[str, bytes]:
+    """The members of the first sample by their endings, of a tar file that may be `opened` already."""
     sample, first_stem = {}, None
-    for tar, member, stem, key in _members(file):
+    for tar, member, stem, key in _members(file, opened):
         if first_stem not in (None, stem):
             break
         first_stem = stem
@@ -76,7 +78,12 @@ def _first_sample(file: str) -> dict[str, bytes]:
     return sample
 
 
-def _columns(sample: dict[str, bytes], request: Request) -> Columns:
+def columns_of(sample: dict[str, bytes], request: Request) -> Columns:
+    """Choose the endings of the images and the labels.
+
+    Raises:
+        UserError: there are no images, or not what the user named.
+    """
     keys = ", ".join(f".{key}" for key in sample) or "nothing"
     image = request.image_column or next((key for key in IMAGE_KEYS if key in sample), None)
     if image is None or image not in sample:
@@ -120,11 +127,16 @@ def _scan_one(file: str, columns: Columns) -> tuple[int, list]:
     for tar, member, _, key in _members(file):
         count += key == columns.image
         if key == columns.label:
-            values.add(_label(tar.extractfile(member).read(), columns, f"{file}, {member.name}"))
+            values.add(label_in(tar.extractfile(member).read(), columns, f"{file}, {member.name}"))
     return count, list(values)
 
 
-def _label(data: bytes, columns: Columns, where: str):
+def label_in(data: bytes, columns: Columns, where: str) -> int | str | None:
+    """The label in the bytes of a member.
+
+    Raises:
+        UserError: a .cls file that holds no number.
+    """
     if columns.label_key is not None:
         value = _load_json(data).get(columns.label_key)
         return value if value is None or isinstance(value, int) else str(value)

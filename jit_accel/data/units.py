@@ -9,8 +9,10 @@ from itertools import islice
 import numpy as np
 from datasets import IterableDataset
 
+from jit_accel.data import http_files
 from jit_accel.data.columns import Columns
 from jit_accel.data.content import key_of
+from jit_accel.data.outages import steady
 
 _MOST_OPEN_FILES = 32
 
@@ -21,8 +23,8 @@ class Stream:
 
     dataset: one HF shard a file. groups: int64 (F,), how many units (row groups) each file has, or None where the file
     is the unit. sizes: int64 (U,), the rows of each unit in the order of the files, or None where only reading would
-    tell. is_remote: read over a network, so that failures pass. min_key: images with smaller content keys are held out
-    of `training_rows`, which `sizes` then counts.
+    tell. is_remote: read over a network, whose failures are waited out. urls: of the files, to be named in messages.
+    min_key: images with smaller content keys are held out of `training_rows`, which `sizes` then counts.
     """
 
     dataset: IterableDataset
@@ -30,6 +32,7 @@ class Stream:
     groups: np.ndarray | None
     sizes: np.ndarray | None
     is_remote: bool = False
+    urls: tuple[str, ...] = ()
     min_key: int = 0
     _files: dict[int, IterableDataset] = field(default_factory=dict, compare=False, repr=False)
 
@@ -38,8 +41,17 @@ class Stream:
         return self.dataset.num_shards if self.groups is None else int(self.groups.sum())
 
     def rows(self, unit: int, start: int = 0) -> Iterator[dict]:
-        """The rows of a unit from number `start` on."""
-        yield from islice(self._unit(unit), start, None)
+        """The rows of a unit from number `start` on.
+
+        Raises:
+            UserError: a server refuses, or is away for too long.
+        """
+        if not self.is_remote:
+            return islice(self._unit(unit), start, None)
+        http_files.install()  # again where workers are not forked
+        file = self._place(unit)[0]
+        url = self.urls[file] if self.urls else f"file {file}"
+        return steady(lambda row: islice(self._unit(unit), row, None), start, url)
 
     def training_rows(self, unit: int, start: int = 0) -> Iterator[dict]:
         """The same without those that are held out, from number `start` of these on."""
@@ -55,13 +67,19 @@ class Stream:
         """The content key of one row."""
         return row[self.columns.key] if self.columns.key else key_of(row[self.columns.image])
 
-    def _unit(self, unit: int) -> IterableDataset:
+    def _place(self, unit: int) -> tuple[int, int]:
+        """The file a unit is in, and its number there."""
         if self.groups is None:
-            return self._file(unit)
+            return unit, 0
         ends = np.cumsum(self.groups)
         file = int(np.searchsorted(ends, unit, side="right"))
-        number = int(self.groups[file])
-        return self._file(file).shard(num_shards=number, index=unit - int(ends[file]) + number)
+        return file, unit - int(ends[file] - self.groups[file])
+
+    def _unit(self, unit: int) -> IterableDataset:
+        file, number = self._place(unit)
+        if self.groups is None:
+            return self._file(file)
+        return self._file(file).shard(num_shards=int(self.groups[file]), index=number)
 
     def _file(self, file: int) -> IterableDataset:
         # `shard` costs time in proportion to the shards there are (80 ms at 10,000): so files first, then row groups
