@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 import time
+import weakref
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 _PIECE = 4096  # bytes written at once
+_servers = weakref.WeakSet()
 
 
 class FailingServer:
@@ -18,7 +21,8 @@ class FailingServer:
 
     rate: bytes a second of each response. drop_every: each k-th GET ends after `drop_after` bytes of its body.
     error_every: each k-th request is answered with `error`. stall_every: each k-th GET gets no answer. ranges: whether
-    Range is obeyed. lengths: whether responses tell their length; else the end of the connection ends them.
+    Range is obeyed. lengths: whether responses tell their length; else the end of the connection ends them. away_at:
+    with this request the server goes away, for `away_s`.
     """
 
     def __init__(self, folder: Path):
@@ -26,7 +30,7 @@ class FailingServer:
         self.rate: float | None = None
         self.drop_every, self.drop_after = 0, 1000
         self.error_every, self.error = 0, 500
-        self.stall_every = 0
+        self.stall_every, self.away_at, self.away_s = 0, 0, 1.0
         self.ranges = self.lengths = True
         self.requests: list[str] = []  # method and path, in their order
         self.failures = 0
@@ -34,6 +38,7 @@ class FailingServer:
         self._released = threading.Event()  # ends the stalls
         self._port, self._server = 0, None
         self.come_back()
+        _servers.add(self)
 
     @property
     def url(self) -> str:
@@ -57,13 +62,12 @@ class FailingServer:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
 
-    def be_away(self, seconds: float) -> threading.Timer:
-        """Go away now and come back by itself."""
+    def be_away(self, seconds: float) -> None:
+        """Go away now and come back by itself; returns when it is away."""
         self.go_away()
         timer = threading.Timer(seconds, self.come_back)
         timer.daemon = True
         timer.start()
-        return timer
 
     def happens(self, method: str, path: str) -> str | None:
         """What befalls a request: "error", "drop", "stall" or None."""
@@ -73,9 +77,25 @@ class FailingServer:
             kinds = [("error", self.error_every, number)]
             if method == "GET":
                 kinds += [("stall", self.stall_every, gets), ("drop", self.drop_every, gets)]
+            if number == self.away_at:
+                threading.Thread(target=self.be_away, args=(self.away_s,), daemon=True).start()
+                kinds = [("stall", 1, 1)]
             what = next((kind for kind, every, count in kinds if every and count % every == 0), None)
             self.failures += what is not None
             return what
+
+
+def _leave_to_parent() -> None:
+    """Data workers are forked, and would keep connections open that the server ends."""
+    for server in list(_servers):
+        for inherited in [server._server.socket, *server._connections]:
+            descriptor = inherited.detach()
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class _Server(ThreadingHTTPServer):

@@ -118,7 +118,7 @@ class SequentialFile(io.RawIOBase):
     """A file read from front to back, in one response as long as it lasts; then the next begins where it broke off.
 
     size: bytes, or None where the server does not tell. Then a response that was cut short looks complete, so that the
-    file, a tar, has to end with zeros.
+    file has to end as tar (zeros) and Parquet files (PAR1) do.
     """
 
     def __init__(self, fs: SteadyHTTPFileSystem, url: str, size: int | None):
@@ -201,8 +201,8 @@ class SequentialFile(io.RawIOBase):
     def _check_complete(self) -> None:
         if self.size is not None and self._received != self.size:
             raise EOFError(f"a response ended after {self._received} of {self.size} bytes")
-        if self.size is None and self._tail.strip(b"\0"):
-            raise EOFError(f"a response ended after {self._received} bytes, without the mark of a tar's end")
+        if self.size is None and self._tail.strip(b"\0") and not self._tail.endswith(b"PAR1"):
+            raise EOFError(f"a response ended after {self._received} bytes, without the mark of a file's end")
         self._is_complete = True
 
     def _drop(self) -> None:
@@ -219,7 +219,7 @@ class _DownloadedFile(io.BufferedReader):
 
 def _download(file: SequentialFile) -> _DownloadedFile:
     """The whole of a file, in a nameless temporary one: random access for servers that do not obey Range."""
-    local = tempfile.TemporaryFile(buffering=0)
+    local = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed with the file returned)
     with file:
         shutil.copyfileobj(file, local, _CHUNK)
     local.seek(0)
@@ -240,6 +240,6 @@ def _check_unchanged(url: str, response: aiohttp.ClientResponse) -> None:
     size, total = _infos.get(url, {}).get("size"), _total(response.headers)
     if size is not None and total is not None and int(total) != size:
         raise UserError(
-            f"--data_path {without_secrets(url)}: it has {total} bytes now and had {size} when it was opened: data must "
-            "not change during a run; start anew, with --resume none where a checkpoint is of the old data."
+            f"--data_path {without_secrets(url)}: it has {total} bytes now and had {size} when it was opened: data "
+            "must not change during a run; start anew, with --resume none where a checkpoint is of the old data."
         )

@@ -179,7 +179,7 @@ def _is_refusal(error: Exception) -> bool:
 def _refusal(error: Exception) -> str:
     status = _status(error)
     if status == 404 or isinstance(error, FileNotFoundError):
-        return "the server has no such file (404): correct the address."
+        return "there is no such file: correct the address."
     if status in (401, 403) or isinstance(error, PermissionError):
         return f"the server denies access ({status or _reason(error)}): check your rights and the address."
     return f"the server answers with status {status}: correct the address."

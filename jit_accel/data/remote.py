@@ -161,7 +161,7 @@ def _matches(pattern: str) -> list[str]:
     found = patiently(lambda: sorted(files.glob(inside)), pattern, OPENING_PATIENCE_S)
     if not found:
         raise UserError(f"--data_path {pattern}: the pattern matches no file: correct the path.")
-    return [file if "://" in file else f"{protocol}://{file.lstrip('/')}" for file in found]
+    return [files.unstrip_protocol(file) for file in found]
 
 
 def _file_system(url: str, **options) -> tuple[Any, str]:
