@@ -328,7 +328,7 @@ class _Flaky(LocalFileSystem):
 
     @classmethod
     def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix("flaky://"))
+        return "/" + path.removeprefix("flaky://").lstrip("/")
 
     def _open(self, path, *args, **kwargs):
         file = super()._open(path, *args, **kwargs)

@@ -207,7 +207,7 @@ def _all(ask: Callable[[str], T], urls: list[str]) -> list[T]:
 
 def _load(kind: str, urls: list[str], request: Request, **how):
     try:
-        return datasets.load_dataset(kind, data_files=urls, split="train", **how)
+        return patiently(lambda: datasets.load_dataset(kind, data_files=urls, split="train", **how), urls[0])
     except UserError:
         raise
     except Exception as error:  # of many kinds

@@ -64,6 +64,8 @@ def _members(file: str, opened: BinaryIO | None = None):
                 if member.isfile() and match and not os.path.basename(member.name).startswith((".", "__")):
                     yield tar, member, match[1], match[2]
     except (tarfile.TarError, OSError) as error:
+        if opened is not None:
+            raise  # it may be the network's
         raise UserError(f"--data_path {file}: not a readable tar file ({error}): remove or replace it.") from error
 
 
