@@ -51,7 +51,7 @@ def open_hub(request: Request) -> Source:
     rows = sum(map(sum, row_groups)) if row_groups else split and split.num_examples
     identity = fingerprint_of(["hub", request.path, str(rows)])
     units = units_of(dataset, row_groups) if row_groups else {}
-    how = {"is_remote": True, "urls": files, **units}
+    how = {"is_remote": True, "urls": files or (request.path,) * dataset.num_shards, **units}
     source = make_source(request.path, "hub", dataset, columns, labels, rows, identity, **how)
     first = next(iter(source.images.rows(0)), None)
     check_embedded(first and first[columns.image], columns, request.path)

@@ -23,7 +23,7 @@ class Stream:
 
     dataset: one HF shard a file. groups: int64 (F,), how many units (row groups) each file has, or None where the file
     is the unit. sizes: int64 (U,), the rows of each unit in the order of the files, or None where only reading would
-    tell. is_remote: read over a network, whose failures are waited out. urls: of the files, to be named in messages.
+    tell. is_remote: read over a network, whose failures are waited out. urls: then of the files, for messages.
     min_key: images with smaller content keys are held out of `training_rows`, which `sizes` then counts.
     """
 
@@ -50,8 +50,7 @@ class Stream:
             return islice(self._unit(unit), start, None)
         http_files.install()  # again where workers are not forked
         file = self._place(unit)[0]
-        url = self.urls[file] if self.urls else f"file {file}"
-        return steady(lambda row: islice(self._unit(unit), row, None), start, url)
+        return steady(lambda row: islice(self._unit(unit), row, None), start, self.urls[file])
 
     def training_rows(self, unit: int, start: int = 0) -> Iterator[dict]:
         """The same without those that are held out, from number `start` of these on."""
