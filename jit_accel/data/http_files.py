@@ -45,7 +45,8 @@ class SteadyHTTPFileSystem(HTTPFileSystem):
     """Read-only; opens a file for sequential reading where `block_size` is 0, else for random access."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+        client = {"timeout": _timeout()} | (kwargs.pop("client_kwargs", None) or {})
+        super().__init__(*args, client_kwargs=client, **kwargs)
         _kept.append(self)  # few: fsspec gives each thread the same one again
 
     async def _glob(self, path, **kwargs):
@@ -71,8 +72,7 @@ class SteadyHTTPFileSystem(HTTPFileSystem):
         headers = {"Range": f"bytes={start}-{'' if end is None else end - 1}", "Accept-Encoding": "identity"}
         options = self.kwargs | {"headers": self.kwargs.get("headers", {}) | headers}
         session = await self.set_session()
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=READ_S)
-        response = await session.get(self.encode_url(url), timeout=timeout, **options)
+        response = await session.get(self.encode_url(url), timeout=_timeout(), **options)
         if response.status not in (200, 206):
             response.close()
             response.raise_for_status()
@@ -224,6 +224,10 @@ def _download(file: SequentialFile) -> _DownloadedFile:
         shutil.copyfileobj(file, local, _CHUNK)
     local.seek(0)
     return _DownloadedFile(local)
+
+
+def _timeout() -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=READ_S)
 
 
 def _total(headers) -> str | None:

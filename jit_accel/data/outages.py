@@ -53,6 +53,13 @@ class Outage:
             UserError: the server refuses for good, or there was no progress for too long.
             Exception: `error` itself, where it is not the network's.
         """
+        try:
+            self._wait(error)
+        except Exception:
+            self._end()
+            raise
+
+    def _wait(self, error: Exception) -> None:
         reason = _reason(error)
         if isinstance(error, _DAMAGE):
             self._damaged_reads += 1
@@ -71,7 +78,6 @@ class Outage:
             self._began_s = now
         self._say(reason, patience_s, now, is_first)
         if now - self._began_s >= patience_s:
-            self._end()
             raise UserError(
                 f"--data_path {self.url}: no progress for {patience_s:g} s ({reason}): check the address, the network "
                 "and the server, then go on with --resume auto."
