@@ -26,6 +26,7 @@ from jit_accel.checkpoint import complete_checkpoints, find_checkpoint, read_sta
 from jit_accel.config import Config
 from jit_accel.data.holdout import HeldOut, split_holdout
 from jit_accel.data.sources import Source, open_source
+from jit_accel.data.workers import cores_per_process
 from jit_accel.errors import UserError
 from jit_accel.precision import chosen_device, default_precision, is_good_at_bf16
 from jit_accel.record import describe_data, device_name
@@ -137,7 +138,7 @@ def build_trainer(
         data_classes=max(source.num_classes or 0, len(source.class_names)) or None,
         gradient_accumulation_steps=accumulation,
         mixed_precision=precision,
-        num_workers=default_num_workers() if config.data.num_workers is None else config.data.num_workers,
+        num_workers=default_num_workers(source) if config.data.num_workers is None else config.data.num_workers,
     )
     if config.optim.optimizer == "muon" and accelerator.distributed_type.value == "FSDP":
         raise UserError("--optimizer muon: needs whole matrices, which FSDP splits: use --optimizer adamw.")
@@ -192,7 +193,7 @@ def device_warnings(config: Config, device: torch.device) -> list[str]:
         found.append("training in float32; --mixed_precision bf16 is faster on this device.")
     if precision == "bf16" and not good_at_bf16:
         found.append("this device only emulates bf16, up to a hundred times slower: use --mixed_precision no.")
-    share = num_cores() // env_int("LOCAL_WORLD_SIZE", 1)
+    share = cores_per_process()
     if device.type == "cpu" and "OMP_NUM_THREADS" in os.environ and torch.get_num_threads() < share:
         found.append(
             f"training uses {torch.get_num_threads()} of {share} cores: set OMP_NUM_THREADS={share}, which "
@@ -284,10 +285,9 @@ def env_int(name: str, default: int) -> int:
     return int(value) if value.isdigit() and int(value) > 0 else default
 
 
-def default_num_workers() -> int:
-    """One core of each process's share is left to the training itself; more than eight rarely help."""
-    return max(0, min(8, num_cores() // env_int("LOCAL_WORLD_SIZE", 1) - 1))
+def default_num_workers(source: Source) -> int:
+    """One core of each process's share is left to the training itself; more than eight rarely help.
 
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    Pixels that need no decoding come faster without workers, whose batches travel through shared memory.
+    """
+    return max(0, min(8, cores_per_process() - 1)) if source.is_encoded else 0

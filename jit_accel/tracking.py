@@ -96,7 +96,8 @@ class WandbTracker:
         self.accelerator.init_trackers(tracking.wandb_project, config=config, init_kwargs=kwargs)
         run = self.accelerator.get_tracker("wandb", unwrap=True)
         run.define_metric("step")
-        run.define_metric("train/*", step_metric="step")
+        for room in ("train/*", "data/*"):
+            run.define_metric(room, step_metric="step")
         id_file.write_text(run_id)
         self.active = True
         print(f"Wandb initialized: project={tracking.wandb_project}, name={run.name}")

@@ -26,7 +26,10 @@ from jit_accel.checkpoint import (
 from jit_accel.config import Config, write_config
 from jit_accel.data.holdout import HeldOut
 from jit_accel.data.loader import Batch, build_loader
+from jit_accel.data.prefetch import DevicePrefetcher
 from jit_accel.data.sources import Source
+from jit_accel.data.waiting import Waiting, waiting_advice
+from jit_accel.data.workers import cores_per_process, worker_memory_gib
 from jit_accel.ema import Ema
 from jit_accel.errors import UserError
 from jit_accel.export import draw_loss_curve, export_pipeline, is_export_of
@@ -100,6 +103,9 @@ class Trainer:
             shuffle_buffer=config.data.shuffle_buffer,
             num_classes=config.model.num_classes,
         )
+        if accelerator.device.type != "cpu":  # there it would take the cores from the training
+            self.loader = DevicePrefetcher(self.loader, accelerator.device)
+        self.waiting = Waiting(accelerator.device)
         self.metrics = StepMetrics(accelerator.device)
         self.validation = Validation(held_out, accelerator, optim.batch_size) if held_out else None
 
@@ -155,7 +161,7 @@ class Trainer:
             UserError: met by this process alone, where its share of the data is at fault.
         """
         try:
-            return next(self.loader)
+            return self.waiting.next(self.loader)
         except UserError as error:
             error.everywhere = False
             raise
@@ -222,11 +228,17 @@ class Trainer:
         Raises:
             UserError: loss or gradient norm not finite; too many broken images.
         """
-        processes = self.accelerator.num_processes
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         counters = [float(len(self.bad_images)), float(self.stop.number > 0)]
-        rows, (bad_images, stops) = self.metrics.flush(lambda values: self.accelerator.reduce(values, "mean"), counters)
+        # A place for each process, whose mean is its own value: the slowest of them gates all.
+        counters += [self.waiting.seconds * processes * (place == rank) for place in range(processes)]
+        rows, (bad_images, stops, *waited_s) = self.metrics.flush(
+            lambda values: self.accelerator.reduce(values, "mean"), counters
+        )
         for row in rows:
             row["train/epoch"] = self.plan.epoch_of(row["step"])
+        if rows:
+            rows[-1] |= self._measure_feeding(len(rows), max(waited_s))
         self._log(rows)
         self.is_stopping = stops > 0
         if rows:
@@ -236,6 +248,26 @@ class Trainer:
         keys = ("train/loss",) if self.accelerator.scaler else ("train/loss", "train/grad_norm")
         stop_if_not_finite(rows, keys, self.output_dir)
         self._stop_if_data_is_bad(round(bad_images * processes))
+
+    def _measure_feeding(self, steps: int, waited_s: float) -> dict[str, float]:
+        """The metrics of the data path, one value an interval; a warning when it limits the training."""
+        measured = {"data/wait_fraction": self.waiting.end_interval(steps, waited_s)}
+        memory_gib = worker_memory_gib()
+        if memory_gib is not None:
+            measured["data/worker_rss_gib"] = memory_gib
+        share = self.waiting.reason_to_warn()
+        if share is not None and self.accelerator.is_main_process:
+            data, images = self.config.data, self.source.images
+            advice = waiting_advice(
+                data.data_path,
+                num_workers=data.num_workers,
+                cores=cores_per_process(),
+                is_remote=getattr(images, "is_remote", False),
+                is_encoded=self.source.is_encoded,
+                is_prepared=self.source.format == "prepared",
+            )
+            warn(f"the training waits for data {share:.0%} of the time: {advice}")
+        return measured
 
     def _log(self, rows: list[dict]) -> None:
         if self.accelerator.is_main_process:

@@ -15,6 +15,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
+from jit_accel.tracking import read_metrics
+
 # Half a second instead of ten for each training process: the server imports everything once.
 SPAWNER = multiprocessing.get_context("forkserver")
 SPAWNER.set_forkserver_preload(["jit_accel.startup", "jit_accel.data.loader", "diffusers.models.modeling_utils"])
@@ -107,6 +109,15 @@ def _use_fsdp2(precision: str) -> None:
     startup.build_accelerator = build_sharding
 
 
+def _read_slowly(rank: str) -> None:
+    """Make one process wait for its data."""
+    from jit_accel.data.images import TableImages
+
+    read = TableImages.read
+    if os.environ["RANK"] == rank:
+        TableImages.read = lambda *args: (time.sleep(0.3), read(*args))[1]
+
+
 def _process(flags, environment, log):
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -121,6 +132,8 @@ def _process(flags, environment, log):
         _record_images(environment["TEST_IMAGES_FOLDER"])
     if "TEST_FSDP2_PRECISION" in environment:
         _use_fsdp2(environment["TEST_FSDP2_PRECISION"])
+    if "TEST_SLOW_RANK" in environment:
+        _read_slowly(environment["TEST_SLOW_RANK"])
     code = main([*TINY, *flags])
     os._exit(code)  # without waiting for the data workers of a group that may be gone
 
@@ -174,8 +187,8 @@ def train_group(tmp_path: Path, *flags: str, num_processes: int = 1, environment
 
 
 def rows(output_dir: Path) -> list[dict]:
-    path = output_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The metrics that follow from settings and data; how long things took is left out."""
+    return [{key: row[key] for key in row if not key.startswith("data/")} for row in read_metrics(output_dir)]
 
 
 def last_checkpoint(output_dir: Path) -> Path:

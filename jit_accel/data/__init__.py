@@ -1,6 +1,18 @@
 """From `--data_path` to batches: `open_source`, then `build_loader`."""
 
-from jit_accel.data.loader import Batch, build_loader
-from jit_accel.data.sources import Source, open_source
+from importlib import import_module
 
-__all__ = ["Batch", "Source", "build_loader", "open_source"]
+_ROOMS = {
+    "Batch": "jit_accel.data.loader",
+    "Source": "jit_accel.data.sources",
+    "build_loader": "jit_accel.data.loader",
+    "open_source": "jit_accel.data.sources",
+}
+__all__ = list(_ROOMS)
+
+
+def __getattr__(name: str):
+    """Import on demand, so that `python -m jit_accel.data.benchmark --help` need not wait for torch."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_ROOMS[name]), name)

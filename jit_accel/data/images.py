@@ -19,7 +19,7 @@ _ROWS_AT_ONCE = 4096
 
 
 class Images(Protocol):
-    """What `RandomAccessLoader` reads from."""
+    """What `RandomAccessLoader` reads from. Where no image needs decoding, `is_encoded` is there and False."""
 
     def __len__(self) -> int: ...
 
@@ -78,6 +78,10 @@ class SomeImages:
 
     images: Images
     indices: np.ndarray
+
+    @property
+    def is_encoded(self) -> bool:
+        return getattr(self.images, "is_encoded", True)
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -9,7 +9,7 @@ import torch
 
 from jit_accel import rng
 from jit_accel.data import order
-from jit_accel.data.batch import Batch, check_labels
+from jit_accel.data.batch import Batch, check_labels, empty_batch, mirror
 from jit_accel.data.source import Source
 from jit_accel.data.state import check_state
 from jit_accel.data.streams import Decoding, StreamLoader
@@ -66,7 +66,8 @@ class _BatchView(torch.utils.data.Dataset):
     def __getitem__(self, base: int) -> Batch | UserError:
         """A UserError is returned, not raised: torch would bury its message under a worker's traceback."""
         positions = order.batch_positions(base, self.rank, self.batch_size)
-        images = np.empty((self.batch_size, 3, self.img_size, self.img_size), np.uint8)
+        batch = empty_batch((self.batch_size, 3, self.img_size, self.img_size))
+        images = batch.numpy()
         labels, bad = self.images.read(order.image_indices(self.seed, positions, self.num_images), images)
         for place, reason in bad.items():
             label = self._substitute(int(positions[place]), images[place : place + 1])
@@ -77,9 +78,8 @@ class _BatchView(torch.utils.data.Dataset):
                 )
             labels[place] = label
         if self.horizontal_flip:
-            mirrored = order.flips(self.seed, positions)
-            images[mirrored] = images[mirrored, ..., ::-1]
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), positions, list(bad.values()))
+            mirror(images, order.flips(self.seed, positions))
+        return Batch(batch, torch.from_numpy(labels), positions, list(bad.values()))
 
     def _substitute(self, position: int, out: np.ndarray) -> int | None:
         """Another image for a position whose own is bad, so that batches keep their shape: a pure function too."""

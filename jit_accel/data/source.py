@@ -59,6 +59,11 @@ class Source:
         return isinstance(self.images, Stream)
 
     @property
+    def is_encoded(self) -> bool:
+        """Whether its images have to be decoded; those of a store of pixels have not."""
+        return getattr(self.images, "is_encoded", True)
+
+    @property
     def num_classes(self) -> int | None:
         """Smallest number of classes that holds every label; None where the labels are not known yet."""
         return None if self.max_label is None else self.max_label + 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
 from functools import partial
 
+import psutil
 import pyarrow
 import torch
 from torch.utils.data import DataLoader
@@ -26,6 +28,33 @@ def make_loader(dataset, *, num_workers: int, sampler=None, pin_memory: bool = F
         multiprocessing_context="fork" if forked else None,  # spawning imports torch again: seconds a worker
         generator=torch.Generator(),  # else each start draws from the global generator, which dropout uses too
     )
+
+
+def num_cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_per_process() -> int:
+    """This process's share of the cores, where a launcher started several on this machine."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, num_cores() // max(1, int(local) if local.isdigit() else 1))
+
+
+def worker_memory_gib() -> float | None:
+    """Resident memory of the largest process that this one started, or None where there is none.
+
+    Without what is mapped from files or shared: batches, and the pages of a memory-mapped store, which the system
+    takes back when it needs them.
+    """
+    sizes = []
+    for process in multiprocessing.active_children():
+        try:
+            memory = psutil.Process(process.pid).memory_info()
+        except psutil.Error:  # it has just ended
+            continue
+        sizes.append(memory.rss - getattr(memory, "shared", 0))
+    return max(sizes) / 2**30 if sizes else None
 
 
 def _identity(item):
