@@ -87,7 +87,8 @@ def test_broken_images_are_left_out_unless_all_are(tmp_path):
     (tmp_path / "c0" / "0000.png").write_bytes(b"broken")
     how = {"img_size": SIZE, "batch_size": 2, "device": CPU, "seconds": 0.05}
     found = measure_stages(open_source(tmp_path), **how)
-    assert found.bad_images == 1
+    assert found.bad_images >= 1  # the sample repeats a small folder
+    assert list(found.rates) == ["read", "decode", "crop", "collate"]
     for path in (tmp_path / "c0").iterdir():
         path.write_bytes(b"broken")
     assert main(["--data_path", str(tmp_path), *QUICK]) == 2
