@@ -13,10 +13,11 @@ from typing import Any, Literal
 @dataclass(frozen=True)
 class DataConfig:
     data_path: str
-    """Images: a folder of class folders, a flat folder, Parquet files, WebDataset tars, URLs of these
-    (https://host/shard-{000..009}.tar), a Hub id (owner/name:config@revision), builtin:NAME."""
+    """Images: a folder of class folders, a flat folder, what jit_accel.prepare made of them, Parquet files, WebDataset
+    tars, URLs of these (https://host/shard-{000..009}.tar), a Hub id (owner/name:config@revision), builtin:NAME."""
     data_format: str = "auto"
-    """What data_path is, where it cannot be told by looking: folder, parquet, webdataset, saved, hub, builtin."""
+    """What data_path is, where it cannot be told by looking: folder, parquet, webdataset, saved, prepared, hub,
+    builtin."""
     image_column: str | None = None
     """Column of the images (default: the one that holds images)."""
     label_column: str | None = None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from jit_accel.data.columns import Columns
-from jit_accel.data.decode import BadImage, decode_image
+from jit_accel.data.decode import BadImage, crop_pixels, decode_image, pixels_of
 from jit_accel.errors import UserError
 
 
@@ -73,6 +73,8 @@ def decode_row(value: Any, columns: Columns, img_size: int, fallback_name: str) 
     """
     data, name = columns.image_of(value)
     try:
+        if columns.raw_size is not None:
+            return crop_pixels(pixels_of(data, columns.raw_size), img_size)
         return decode_image(data, img_size)
     except BadImage as error:
         raise BadImage(f"{name or fallback_name}: {error}") from error

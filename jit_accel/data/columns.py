@@ -26,13 +26,20 @@ class Labels:
 
 @dataclass(frozen=True)
 class Columns:
-    """How to read one row of a data set: `image` and `label` are column names."""
+    """How to read one row of a data set: `image`, `label`, `key` and `name` are column names."""
 
     image: str
     label: str | None = None
     label_key: str | None = None  # where the label column holds JSON objects
     label_ids: dict[str, int] | None = None  # where the labels are text
+    raw_size: int | None = None  # where images are bare pixels: uint8 (3, raw_size, raw_size)
     key: str | None = None  # where `content_key` was stored
+    name: str | None = None  # where names are not stored with the images
+
+    @property
+    def all(self) -> list[str]:
+        """The columns that are read."""
+        return [column for column in (self.image, self.label, self.key, self.name) if column is not None]
 
     def image_of(self, value: Any) -> tuple[bytes | str | None, str]:
         """Take the undecoded value of the image column apart into (bytes or path, name to report)."""

@@ -62,7 +62,9 @@ class TableImages:
         return labels, bad
 
     def keys(self) -> np.ndarray:
-        """Reads both ends of every file; see `Images.keys`."""
+        """Reads both ends of every file, unless keys were stored; see `Images.keys`."""
+        if self.columns.key:
+            return self.dataset.with_format("arrow")[self.columns.key][:].to_numpy().astype(np.uint64)
         tables = self.dataset.select_columns([self.columns.image]).with_format("arrow")
         keys = np.empty(len(self), np.uint64)
         with ThreadPoolExecutor(16) as pool:  # a network's disk answers late, but many at once

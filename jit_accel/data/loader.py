@@ -47,7 +47,15 @@ def build_loader(
         num_workers: processes that decode; 0 decodes in this one.
         shuffle_buffer: images that each of the (up to eight) lanes of a stream shuffles together.
         num_classes: labels from here on are refused with a `UserError` when they are met.
+
+    Raises:
+        UserError: the images were prepared smaller than `img_size`.
     """
+    if source.img_size is not None and img_size > source.img_size:
+        raise UserError(
+            f"--img_size {img_size}: the images of {source.name} were prepared with {source.img_size} px, and would "
+            f"have to be enlarged: prepare them again with --img_size {img_size}, or train at {source.img_size}."
+        )
     how = {"world_size": world_size, "num_workers": num_workers, "pin_memory": pin_memory, "num_classes": num_classes}
     if source.streaming:
         decoding = Decoding(img_size, batch_size, seed, shuffle_buffer, horizontal_flip)

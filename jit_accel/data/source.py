@@ -42,7 +42,7 @@ class Source:
     `images` gives random access, or is a `Stream`. `num_images` is None where only reading everything would tell,
     `class_names` is () and `max_label` None likewise. `is_labelled` is False where all images are of one class because
     nothing tells them apart. `fingerprint` tells data sets apart at little cost (names, sizes, counts); it does not
-    change when the data moves elsewhere.
+    change when the data moves elsewhere. `img_size` is the side in pixels of images that are all squares of one size.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Source:
     fingerprint: str
     max_label: int | None
     is_labelled: bool = True
+    img_size: int | None = None
 
     @property
     def streaming(self) -> bool:
@@ -90,9 +91,8 @@ def make_source(
     """
     if num_images == 0:
         raise UserError(f"--data_path {name}: the data set has no rows: choose one with images.")
-    wanted = [columns.image] + [columns.label] * (columns.label is not None)
-    if list(dataset.features) != wanted:
-        dataset = dataset.select_columns(wanted)
+    if list(dataset.features) != columns.all:
+        dataset = dataset.select_columns(columns.all)
     feature = dataset.features[columns.image]
     if isinstance(feature, Image) and feature.decode:
         dataset = dataset.cast_column(columns.image, Image(decode=False))

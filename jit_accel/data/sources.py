@@ -9,6 +9,8 @@ import datasets
 
 from jit_accel.data.folder import is_known_image_folder, open_folder
 from jit_accel.data.hub import HUB_ID, open_hub
+from jit_accel.data.index import is_prepared
+from jit_accel.data.prepared import open_prepared
 from jit_accel.data.remote import ending_of, is_url, open_remote_parquet, open_remote_webdataset
 from jit_accel.data.scan import has_images
 from jit_accel.data.source import Request, Source, missing_path
@@ -23,6 +25,7 @@ FORMATS = {
     "parquet": open_parquet,
     "webdataset": open_webdataset,
     "saved": open_saved,
+    "prepared": open_prepared,
     "hub": open_hub,
     "builtin": open_builtin,
 }
@@ -39,7 +42,7 @@ def open_source(
     streaming: bool | None = None,
 ) -> Source:
     """Open `--data_path`: a folder of images, Parquet or tar files, their URLs (`https://host/shard-{000..009}.tar`),
-    a saved data set, a Hub id (`owner/name:config@revision`), `builtin:NAME`.
+    a saved or prepared data set, a Hub id (`owner/name:config@revision`), `builtin:NAME`.
 
     Args:
         data_format: a key of `FORMATS`, or "auto" to tell by what is there.
@@ -91,6 +94,8 @@ def detect_format(path: str) -> str:
 
 
 def _detect_in_folder(folder: str) -> str:
+    if is_prepared(folder):
+        return "prepared"
     if has_saved_dataset(folder):
         return "saved"
     if is_known_image_folder(folder):  # a pattern takes seconds where there are a million files
