@@ -28,6 +28,7 @@ from PIL import Image
 
 from jit_accel.cli import parse_args
 from jit_accel.config import SETTINGS
+from jit_accel.prepare import main as prepare
 from jit_accel.resolve import plan_run
 
 REPOSITORY = Path(__file__).parents[1]
@@ -435,6 +436,10 @@ def test_each_documented_command_runs(command, recorder, photos, tmp_path, monke
         assert (REPOSITORY / words[words.index("-c") + 1]).is_file()
     elif words[:3] == ["python", "-m", "jit_accel.train"]:
         try_here(completed(words[3:]), photos, tmp_path, monkeypatch)
+    elif words[:3] == ["python", "-m", "jit_accel.prepare"]:
+        small = ("--img_size", "16", "--num_workers", "1")
+        places = ("--data_path", str(photos), "--output_dir", str(tmp_path / "prepared"))
+        assert prepare([*words[3:], *small, *places]) == 0
     elif words[0] == "accelerate" or words[0] == "bash":
         # An ellipsis stands for what the reader fills in.
         told = run_script(command.removesuffix(" ..."), recorder)
