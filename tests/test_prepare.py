@@ -209,6 +209,7 @@ def test_any_indices_are_read_as_the_array_has_them(stores):
     images = open_source(stores["uint8"]).images
     everything = np.concatenate([np.load(stores["uint8"] / file) for file, *_ in images.shards])
     assert len(images.shards) > 3
+    assert not open_source(stores["uint8"]).is_encoded
     for indices in ([0], [8, 9, 10], [57, 0, 57, 23], [3, 3, 1], list(range(58))):
         out = np.empty((len(indices), 3, SIZE, SIZE), np.uint8)
         labels, bad = images.read(np.array(indices), out)

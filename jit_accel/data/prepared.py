@@ -91,6 +91,10 @@ class PixelStore:
     is_labelled: bool = True
     _open: dict = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def is_encoded(self) -> bool:
+        return False
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
