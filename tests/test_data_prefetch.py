@@ -11,7 +11,7 @@ import torch
 from data_samples import SIZE, image_folder, parquet
 
 from jit_accel.data import build_loader, open_source
-from jit_accel.data.batch import Batch, empty_batch, mirror
+from jit_accel.data.batch import Batch, empty_batch
 from jit_accel.data.prefetch import DevicePrefetcher
 from jit_accel.errors import UserError
 
@@ -176,13 +176,16 @@ def test_a_program_that_forgets_to_close_it_still_ends(tmp_path, num_workers):
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
-@pytest.mark.parametrize("width", [8, 12])
-def test_mirroring_in_place_reverses_the_columns_of_the_chosen_images(width):
-    images = np.arange(4 * 3 * 2 * width, dtype=np.uint8).reshape(4, 3, 2, width)
-    expected = images.copy()
-    expected[[0, 3]] = images[[0, 3], ..., ::-1]
-    mirror(images, np.array([True, False, False, True]))
-    assert (images == expected).all()
+def test_images_are_mirrored_on_the_way_to_the_device():
+    images = torch.arange(4 * 3 * 2 * 5).to(torch.uint8).view(4, 3, 2, 5)
+    batch = Batch(
+        images, torch.zeros(4, dtype=torch.int64), np.arange(4), mirror=torch.tensor([True, False, False, True])
+    )
+    moved = batch.to("cpu")
+    assert torch.equal(moved.images[[0, 3]], images[[0, 3]].flip(-1))
+    assert torch.equal(moved.images[[1, 2]], images[[1, 2]])
+    assert torch.equal(moved.to("cpu").images, moved.images)  # not a second time
+    assert torch.equal(batch.images, images)
 
 
 def test_workers_fill_memory_that_is_shared_already(monkeypatch):

@@ -138,13 +138,14 @@ def test_broken_images_are_left_out_of_the_holdout(tmp_path):
     assert not set(bad) & set(held_numbers(held_out))
 
 
-@pytest.mark.parametrize(("share", "message"), [(1e-9, "none .* larger share"), (0.5, "all .* smaller share")])
-def test_a_share_that_leaves_nothing_is_refused(tmp_path, share, message):
-    held = expected(0.5, range(40))
-    for n in held[:3]:
+def test_a_share_that_leaves_nothing_is_refused_and_one_that_takes_nothing_is_reported(tmp_path, caplog):
+    for n in expected(0.5, range(40))[:3]:
         parquet(tmp_path / f"{n}.parquet", [n])
-    with pytest.raises(UserError, match=f"--holdout .*{message}"):
-        split(open_source(tmp_path), share=share)
+    source = open_source(tmp_path)
+    with pytest.raises(UserError, match=r"--holdout 0.5: holds out all 3 images .* smaller share"):
+        split(source, share=0.5)
+    assert split(source, share=1e-9) == (source, None)
+    assert "holds out none of the 3 images" in caplog.text
 
 
 HOLDOUT = ("--holdout", "0.3", "--val_every_steps", "2")

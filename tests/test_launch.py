@@ -111,6 +111,7 @@ NOT_IN_RECIPES = {
         "num_classes",
     ),
     *("in_channels", "epochs", "max_steps", "warmup_epochs", "warmup_steps", "learning_rate", "mixed_precision"),
+    *("val_every_steps", "val_images"),
     *("output_dir", "resume", "dry_run", "use_wandb", "wandb_project", "wandb_name", "wandb_entity"),
 }
 

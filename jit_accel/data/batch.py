@@ -20,25 +20,29 @@ class Batch:
 
     images: uint8 (B, 3, H, W), 0..255. labels: int64 (B,). positions: int64 (B,), on the CPU: the images' numbers in
     the run, on which every random choice made for them depends. bad_images: "name: reason" of each image that could
-    not be decoded while this batch was made; one that comes again in a later epoch is named again.
+    not be decoded while this batch was made; one that comes again in a later epoch is named again. mirror: bool (B,),
+    which images `to` turns left to right, or None: on a GPU that costs nothing, while for a CPU it is as much work as
+    reading pixels from a store.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     positions: np.ndarray
     bad_images: list[str] = field(default_factory=list)
+    mirror: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The same batch with images and labels on `device`."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
-        )
+        """The batch as it is trained on: images and labels on `device`, and mirrored where they are to be."""
+        images = self.images.to(device, non_blocking=non_blocking)
+        if self.mirror is not None:
+            mirror = self.mirror.to(device, non_blocking=non_blocking)
+            images = torch.where(mirror.view(-1, 1, 1, 1), images.flip(-1), images)
+        return replace(self, images=images, labels=self.labels.to(device, non_blocking=non_blocking), mirror=None)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (torch's DataLoader calls this)."""
-        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+        mirror = None if self.mirror is None else self.mirror.pin_memory()
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), mirror=mirror)
 
 
 def empty_batch(shape: tuple[int, ...]) -> torch.Tensor:
@@ -47,22 +51,6 @@ def empty_batch(shape: tuple[int, ...]) -> torch.Tensor:
         return torch.from_numpy(np.empty(shape, np.uint8))  # NumPy asks for huge pages: thrice as fast as torch.empty
     storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's default_collate does
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
-
-
-def mirror(images: np.ndarray, mirrored: np.ndarray) -> None:
-    """Turn the chosen images of a batch left to right, in place.
-
-    Args:
-        images: uint8 (B, C, H, W), contiguous.
-        mirrored: bool (B,).
-    """
-    for i in np.flatnonzero(mirrored):
-        image = images[i]
-        if image.shape[-1] % 8:
-            image[...] = image[..., ::-1].copy()
-        else:  # eight pixels at a time: copying single bytes backwards would be slower than reading them
-            words = image.view(np.uint64)
-            words[...] = words[..., ::-1].byteswap()
 
 
 def decode_row(value: Any, columns: Columns, img_size: int, fallback_name: str) -> np.ndarray:

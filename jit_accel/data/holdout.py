@@ -6,6 +6,7 @@ files are added, renamed, moved or prepared, and copies of one image are all on 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,6 +21,7 @@ from jit_accel.data.source import Source
 from jit_accel.data.units import Stream
 from jit_accel.errors import UserError
 
+log = logging.getLogger(__name__)
 Decoded = tuple[int, np.ndarray, int]  # key, uint8 (3, H, W), label
 
 
@@ -38,24 +40,32 @@ class HeldOut:
 
 def split_holdout(
     source: Source, share: float, *, max_images: int, img_size: int, rank: int = 0, world_size: int = 1
-) -> tuple[Source, HeldOut]:
+) -> tuple[Source, HeldOut | None]:
     """Take a share of the images out of `source`, and read those `max_images` of them with the smallest keys.
 
     Where files do not tell how many images they hold (see `Stream`), those that come first are read instead. What
-    process `rank` gets is its part of them.
+    process `rank` gets is its part of them; None, with a warning, where the share is too small for any.
 
     Raises:
-        UserError: no image is held out, or none is left.
+        UserError: no image is left.
     """
     limit = int(share * 2**64)
     split = _split_stream if source.streaming else _split_images
     rest, decoded = split(source, limit, _Wanted(max_images, img_size, rank, world_size))
-    if rest.num_images is not None and rest.num_images in (0, source.num_images):
-        outcome, remedy = ("all", "smaller") if rest.num_images == 0 else ("none", "larger")
+    if rest.num_images == 0:
         raise UserError(
-            f"--holdout {share:g}: holds out {outcome} of the {source.num_images} images of {source.name} (by a hash "
-            f"of their content): use a {remedy} share, or more images."
+            f"--holdout {share:g}: holds out all {source.num_images} images of {source.name} (by a hash of their "
+            "content): use a smaller share, or more images."
         )
+    if rest.num_images == source.num_images and rest.num_images is not None:
+        log.warning(
+            "--holdout %g: holds out none of the %d images of %s (by a hash of their content), so there is no "
+            "val/loss: use a larger share, or more images",
+            share,
+            source.num_images,
+            source.name,
+        )
+        return source, None
     found = list(decoded)
     images = np.stack([pixels for _, pixels, _ in found]) if found else np.empty((0, 3, img_size, img_size), np.uint8)
     keys = np.array([key >> 1 for key, *_ in found], np.int64)

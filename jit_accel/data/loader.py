@@ -9,7 +9,7 @@ import torch
 
 from jit_accel import rng
 from jit_accel.data import order
-from jit_accel.data.batch import Batch, check_labels, empty_batch, mirror
+from jit_accel.data.batch import Batch, check_labels, empty_batch
 from jit_accel.data.source import Source
 from jit_accel.data.state import check_state
 from jit_accel.data.streams import Decoding, StreamLoader
@@ -85,9 +85,8 @@ class _BatchView(torch.utils.data.Dataset):
                     f"({reason}): repair the data."
                 )
             labels[place] = label
-        if self.horizontal_flip:
-            mirror(images, order.flips(self.seed, positions))
-        return Batch(batch, torch.from_numpy(labels), positions, list(bad.values()))
+        mirror = torch.from_numpy(order.flips(self.seed, positions)) if self.horizontal_flip else None
+        return Batch(batch, torch.from_numpy(labels), positions, list(bad.values()), mirror)
 
     def _substitute(self, position: int, out: np.ndarray) -> int | None:
         """Another image for a position whose own is bad, so that batches keep their shape: a pure function too."""

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from jit_accel.data import order
-from jit_accel.data.batch import mirror
 from jit_accel.data.decode import center_crop, to_rgb
 from jit_accel.data.loader import build_loader
 from jit_accel.data.prefetch import DevicePrefetcher
@@ -185,14 +184,12 @@ def _picture_bytes(picture: Image.Image) -> int:
 
 
 def _batches(squares: list[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
-    """Batches of copies, every second image mirrored."""
+    """Batches of copies."""
     endless = itertools.cycle(squares)
-    mirrored = np.arange(batch_size) % 2 == 1
     while True:
         images = np.empty((batch_size, *squares[0].shape), np.uint8)
         for place, square in zip(range(batch_size), endless):
             images[place] = square
-        mirror(images, mirrored)
         yield images
 
 

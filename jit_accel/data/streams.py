@@ -15,7 +15,7 @@ import torch
 
 from jit_accel import rng
 from jit_accel.data import order
-from jit_accel.data.batch import Batch, check_labels, decode_row
+from jit_accel.data.batch import Batch, check_labels, decode_row, empty_batch
 from jit_accel.data.decode import BadImage
 from jit_accel.data.partition import Partition, Place, shuffled
 from jit_accel.data.source import Source
@@ -36,13 +36,14 @@ class Chunk:
     """Decoded images that come next in a lane, and the places before and after them.
 
     images: uint8 (k, 3, H, W), k <= batch_size, 0 where the lane has nothing in an epoch. labels: int64 (k,).
-    bad_images: by their places in the chunk, "name: reason" of those that another image stands in for.
+    mirror: bool (k,). bad_images: by their places in the chunk, "name: reason" of those that another image replaces.
     """
 
     lane: int
     before: Place
     images: torch.Tensor
     labels: np.ndarray
+    mirror: np.ndarray
     bad_images: dict[int, str]
     after: Place
 
@@ -54,6 +55,7 @@ class Chunk:
             self,
             images=self.images[:count],
             labels=self.labels[:count],
+            mirror=self.mirror[:count],
             bad_images={place: reason for place, reason in bad if place < count},
             after=between,
         )
@@ -62,6 +64,7 @@ class Chunk:
             before=between,
             images=self.images[count:],
             labels=self.labels[count:],
+            mirror=self.mirror[count:],
             bad_images={place - count: reason for place, reason in bad if place >= count},
         )
         return first, rest
@@ -99,7 +102,7 @@ class Lane:
         rows = self._rows(place.epoch, part)
         numbers, block = self._read_block(rows, place)
         if not len(numbers):
-            yield self._chunk(place, [], [], {}, over)
+            yield self._empty_chunk(0, place, over)
         while len(numbers):
             begun = replace(place, block=tuple(from_numbers(numbers)))
             place = Place(place.epoch, int(numbers[-1]) + 1)
@@ -147,18 +150,24 @@ class Lane:
         mirrored = order.flips(decoding.seed, numbers, f"flip/{epoch}") & decoding.horizontal_flip
         while place.offset < len(block):
             stop = min((place.offset // decoding.batch_size + 1) * decoding.batch_size, len(block))
-            images, labels, bad_images = [], [], {}
-            for k in turns[place.offset : stop]:
+            following = replace(place, offset=stop)
+            turns_now = turns[place.offset : stop]
+            chunk = self._empty_chunk(len(turns_now), place, after if stop == len(block) else following)
+            for n, k in enumerate(turns_now):
                 try:
                     pixels, label = self._decode(block[k], f"image {numbers[k]} of epoch {epoch}")
                 except BadImage as error:
-                    bad_images[len(images)] = str(error)
+                    chunk.bad_images[n] = str(error)
                     pixels, label = self._substitute(block, numbers[k], epoch, str(error))
-                images.append(pixels[..., ::-1] if mirrored[k] else pixels)
-                labels.append(label)
-            following = replace(place, offset=stop)
-            yield self._chunk(place, images, labels, bad_images, after if stop == len(block) else following)
+                chunk.images[n] = torch.from_numpy(pixels)
+                chunk.labels[n], chunk.mirror[n] = label, mirrored[k]
+            yield chunk
             place = following
+
+    def _empty_chunk(self, count: int, before: Place, after: Place) -> Chunk:
+        size = self.decoding.img_size
+        images = empty_batch((count, 3, size, size))
+        return Chunk(self.lane, before, images, np.zeros(count, np.int64), np.zeros(count, bool), {}, after)
 
     def _substitute(self, block: list[dict], number: int, epoch: int, reason: str) -> tuple[np.ndarray, int]:
         """Another image of the block for one that is bad, so that batches keep their shape and epochs their length."""
@@ -188,11 +197,6 @@ class Lane:
         columns = self.stream.columns
         pixels = decode_row(row[columns.image], columns, self.decoding.img_size, name)
         return pixels, columns.label_of(row.get(columns.label))
-
-    def _chunk(self, before: Place, images: list, labels: list, bad_images: dict[int, str], after: Place) -> Chunk:
-        size = self.decoding.img_size
-        stacked = np.stack(images) if images else np.empty((0, 3, size, size), np.uint8)
-        return Chunk(self.lane, before, torch.from_numpy(stacked), np.array(labels, np.int64), bad_images, after)
 
 
 class _Lanes(torch.utils.data.IterableDataset):
@@ -262,19 +266,21 @@ class StreamLoader:
         if self._workers is None:
             self._start()
         size = self._decoding.batch_size
-        images, labels, bad_images, missing = [], [], [], size
+        chunks, missing = [], size
         while missing:
-            chunk = self._take(missing)
-            images.append(chunk.images)
-            labels.append(chunk.labels)
-            bad_images += chunk.bad_images.values()
-            missing -= len(chunk.labels)
-        labels = np.concatenate(labels)
+            chunks.append(self._take(missing))
+            missing -= len(chunks[-1].labels)
+        labels = np.concatenate([chunk.labels for chunk in chunks])
         check_labels(labels, self._num_classes)
-        positions = order.batch_positions(self._position, self._rank, size)
+        images = [chunk.images for chunk in chunks if len(chunk.labels)]
+        batch = Batch(
+            images[0] if len(images) == 1 else torch.cat(images),
+            torch.from_numpy(labels),
+            order.batch_positions(self._position, self._rank, size),
+            [reason for chunk in chunks for reason in chunk.bad_images.values()],
+            torch.from_numpy(np.concatenate([chunk.mirror for chunk in chunks])),
+        )
         self._position += self._partition.world_size * size
-        whole = next((part for part in images if len(part) == size), None)
-        batch = Batch(torch.cat(images) if whole is None else whole, torch.from_numpy(labels), positions, bad_images)
         return batch.pin_memory() if self._pin_memory else batch
 
     def _take(self, most: int) -> Chunk:
