@@ -83,7 +83,7 @@ install() {
   [ -t 1 ] || quiet=(--quiet)
   echo "Installing jit_accel and what it needs (a few minutes the first time) ..."
   "$VENV/bin/python" -m pip install --disable-pip-version-check ${quiet[@]+"${quiet[@]}"} \
-    --constraint "$constraints" --editable "${REPOSITORY}[wandb,test]" ||
+    --constraint "$constraints" --editable "${REPOSITORY}[fast,wandb,test]" ||
     die "pip could not install everything, see above. It needs a network connection (or a local package index" \
       "in pip's own configuration) and some GB of free space. Run the script again to go on."
   describe_torch "${torch:+kept, it was already installed}" >"$VENV/.torch_choice" ||

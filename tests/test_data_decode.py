@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jit_accel.data import decode
 from jit_accel.data.decode import BadImage, decode_image
 
 NOISE = np.random.default_rng(0)
@@ -181,3 +182,45 @@ def test_what_cannot_be_decoded_is_a_bad_image_with_a_constant_reason(kind):
         reasons.add(str(caught.value))
     assert len(reasons) == 1
     assert reasons.pop()
+
+
+def pillows(data):
+    """The exact crop as Pillow alone decodes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "simplejpeg", None)
+        return decode_image(data, 32)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 30}]
+)
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 47), (100, 75), (8, 300)])
+def test_simplejpeg_gives_what_pillow_gives(options, height, width):
+    pytest.importorskip("simplejpeg")
+    smooth = Image.fromarray(noise(5, 5)).resize((width, height), Image.BICUBIC)
+    for picture in (smooth, Image.fromarray(noise(height, width))):
+        data = encoded(picture, "JPEG", **options)
+        assert decode._plain_jpeg(io.BytesIO(data)).shape == (height, width, 3)
+        assert (decode_image(data, 32) == pillows(data)).all()
+        assert (decode_image(data + b"trailing bytes", 32) == pillows(data)).all()
+
+
+def test_jpegs_that_are_no_plain_colour_or_damaged_are_left_to_pillow():
+    pytest.importorskip("simplejpeg")
+    picture = Image.fromarray(noise(40, 50))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    others = [
+        encoded(picture, "JPEG", exif=exif),
+        encoded(picture.convert("L"), "JPEG"),
+        encoded(picture.convert("CMYK"), "JPEG"),
+        encoded(picture, "PNG"),
+    ]
+    for data in others:
+        assert decode._plain_jpeg(io.BytesIO(data)) is None
+        assert (decode_image(data, 32) == pillows(data)).all()
+    whole = encoded(picture, "JPEG")
+    for length in range(0, len(whole) - 2, 97):
+        assert decode._plain_jpeg(io.BytesIO(whole[:length])) is None
+        with pytest.raises(BadImage):
+            decode_image(whole[:length], 32)

@@ -134,6 +134,22 @@ def test_a_block_is_shuffled_and_not_in_the_order_of_the_shard(tmp_path, loaders
     assert [next(k for k, lane in enumerate(lanes) if n in lane) for n in seen[:8]] == [0, 1, 2, 3] * 2
 
 
+def test_local_row_groups_are_read_as_hf_reads_them(source):
+    by_hf = replace(source.images, files=())
+    assert source.images.num_units == by_hf.num_units > len(UNEVEN)
+    for unit in range(by_hf.num_units):
+        for first in range(3):
+            assert list(source.images.rows(unit, first)) == list(by_hf.rows(unit, first))
+
+
+def test_a_row_group_that_went_away_is_named(tmp_path, loaders):
+    file = parquet(tmp_path / "a.parquet", range(40))
+    source = open_source(file)
+    file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(UserError, match=r"a.parquet: row group \d cannot be read .* --resume auto"):
+        next(loaders(source))
+
+
 def test_a_block_of_large_images_ends_early(source, loaders, monkeypatch):
     monkeypatch.setattr(streams, "MAX_BLOCK_BYTES", 3 * len(png(0)))
     whole = loaders(source, shuffle_buffer=1000)

@@ -35,14 +35,23 @@ class Batch:
         """The batch as it is trained on: images and labels on `device`, and mirrored where they are to be."""
         images = self.images.to(device, non_blocking=non_blocking)
         if self.mirror is not None:
-            mirror = self.mirror.to(device, non_blocking=non_blocking)
-            images = torch.where(mirror.view(-1, 1, 1, 1), images.flip(-1), images)
+            images = _mirrored(images, self.mirror)
         return replace(self, images=images, labels=self.labels.to(device, non_blocking=non_blocking), mirror=None)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (torch's DataLoader calls this)."""
         mirror = None if self.mirror is None else self.mirror.pin_memory()
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), mirror=mirror)
+
+
+def _mirrored(images: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
+    if images.device.type == "cpu":  # eight times as fast there as the other way
+        images = images.clone()
+        for place in np.flatnonzero(mirror.numpy()):
+            images[place] = images[place].flip(-1)
+        return images
+    mirror = mirror.to(images.device, non_blocking=True)
+    return torch.where(mirror.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 def empty_batch(shape: tuple[int, ...]) -> torch.Tensor:

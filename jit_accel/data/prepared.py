@@ -67,15 +67,16 @@ def _open_tables(request: Request, index: dict, labels: Labels, identity: str) -
         key="key",
         name="name" if is_raw else None,
     )
+    files = [os.path.join(os.path.abspath(request.path), shard["file"]) for shard in index["shards"]]
     dataset = datasets.load_dataset(
         "parquet",
-        data_files=[os.path.join(os.path.abspath(request.path), shard["file"]) for shard in index["shards"]],
+        data_files=files,
         split="train",
         columns=columns.all,
         streaming=request.streaming is not False,
     )
-    units = units_of(dataset, [shard["row_groups"] for shard in index["shards"]])
-    return make_source(request.path, "prepared", dataset, columns, labels, index["num_images"], identity, **units)
+    how = {"files": tuple(files), **units_of(dataset, [shard["row_groups"] for shard in index["shards"]])}
+    return make_source(request.path, "prepared", dataset, columns, labels, index["num_images"], identity, **how)
 
 
 @dataclass(frozen=True)

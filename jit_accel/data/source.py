@@ -81,6 +81,7 @@ def make_source(
     *,
     groups: np.ndarray | None = None,
     sizes: np.ndarray | None = None,
+    files: tuple[str, ...] = (),
     is_remote: bool = False,
     urls: tuple[str, ...] = (),
 ) -> Source:
@@ -97,7 +98,7 @@ def make_source(
     if isinstance(feature, Image) and feature.decode:
         dataset = dataset.cast_column(columns.image, Image(decode=False))
     if isinstance(dataset, IterableDataset):
-        images = Stream(dataset, columns, groups, sizes, is_remote, urls)
+        images = Stream(dataset, columns, groups, sizes, files, is_remote, urls)
     else:
         images = TableImages(dataset, columns)
     is_labelled = columns.label is not None

@@ -153,14 +153,14 @@ class Lane:
             following = replace(place, offset=stop)
             turns_now = turns[place.offset : stop]
             chunk = self._empty_chunk(len(turns_now), place, after if stop == len(block) else following)
+            images = chunk.images.numpy()
             for n, k in enumerate(turns_now):
                 try:
                     pixels, label = self._decode(block[k], f"image {numbers[k]} of epoch {epoch}")
                 except BadImage as error:
                     chunk.bad_images[n] = str(error)
                     pixels, label = self._substitute(block, numbers[k], epoch, str(error))
-                chunk.images[n] = torch.from_numpy(pixels)
-                chunk.labels[n], chunk.mirror[n] = label, mirrored[k]
+                images[n], chunk.labels[n], chunk.mirror[n] = pixels, label, mirrored[k]
             yield chunk
             place = following
 
@@ -274,7 +274,7 @@ class StreamLoader:
         check_labels(labels, self._num_classes)
         images = [chunk.images for chunk in chunks if len(chunk.labels)]
         batch = Batch(
-            images[0] if len(images) == 1 else torch.cat(images),
+            images[0] if len(images) == 1 else torch.cat(images, out=empty_batch((size, *images[0].shape[1:]))),
             torch.from_numpy(labels),
             order.batch_positions(self._position, self._rank, size),
             [reason for chunk in chunks for reason in chunk.bad_images.values()],

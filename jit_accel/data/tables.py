@@ -45,9 +45,8 @@ def open_parquet(request: Request) -> Source:
         "parquet", data_files=files, split="train", columns=wanted, streaming=request.streaming is not False
     )
     identity = fingerprint_of(["parquet", str(rows), *shard_names_and_sizes(files)])
-    return make_source(
-        request.path, "parquet", dataset, columns, labels, rows, identity, **units_of(dataset, row_groups)
-    )
+    how = {"files": tuple(files), **units_of(dataset, row_groups)}
+    return make_source(request.path, "parquet", dataset, columns, labels, rows, identity, **how)
 
 
 def open_builtin(request: Request) -> Source:

@@ -13,6 +13,7 @@ from jit_accel.data import http_files
 from jit_accel.data.columns import Columns
 from jit_accel.data.content import key_of
 from jit_accel.data.outages import steady
+from jit_accel.data.row_groups import row_group_column, row_group_rows
 
 _MOST_OPEN_FILES = 32
 
@@ -23,7 +24,8 @@ class Stream:
 
     dataset: one HF shard a file. groups: int64 (F,), how many units (row groups) each file has, or None where the file
     is the unit. sizes: int64 (U,), the rows of each unit in the order of the files, or None where only reading would
-    tell. is_remote: read over a network, whose failures are waited out. urls: then of the files, for messages.
+    tell. files: paths where they are local Parquet files, which are then read without HF. is_remote: read over a
+    network, whose failures are waited out. urls: then of the files, for messages.
     min_key: images with smaller content keys are held out of `training_rows`, which `sizes` then counts.
     """
 
@@ -31,10 +33,11 @@ class Stream:
     columns: Columns
     groups: np.ndarray | None
     sizes: np.ndarray | None
+    files: tuple[str, ...] = ()
     is_remote: bool = False
     urls: tuple[str, ...] = ()
     min_key: int = 0
-    _files: dict[int, IterableDataset] = field(default_factory=dict, compare=False, repr=False)
+    _open: dict[int, IterableDataset] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_units(self) -> int:
@@ -44,8 +47,11 @@ class Stream:
         """The rows of a unit from number `start` on.
 
         Raises:
-            UserError: a server refuses, or is away for too long.
+            UserError: a server refuses, or is away for too long; a file is damaged.
         """
+        if self.files and self.groups is not None:
+            file, number = self._place(unit)
+            return row_group_rows(self.files[file], number, self.columns, start)
         if not self.is_remote:
             return islice(self._unit(unit), start, None)
         http_files.install()  # again where workers are not forked
@@ -60,6 +66,9 @@ class Stream:
 
     def keys(self, unit: int) -> np.ndarray:
         """The content keys of a unit's rows, uint64 (k,)."""
+        if self.files and self.groups is not None and self.columns.key:
+            file, number = self._place(unit)
+            return row_group_column(self.files[file], number, self.columns.key)
         return np.array([self.key_of(row) for row in self.rows(unit)], np.uint64)
 
     def key_of(self, row: dict) -> int:
@@ -82,9 +91,9 @@ class Stream:
 
     def _file(self, file: int) -> IterableDataset:
         # `shard` costs time in proportion to the shards there are (80 ms at 10,000): so files first, then row groups
-        if file not in self._files:
-            if len(self._files) >= _MOST_OPEN_FILES:
-                self._files.pop(next(iter(self._files)))
+        if file not in self._open:
+            if len(self._open) >= _MOST_OPEN_FILES:
+                self._open.pop(next(iter(self._open)))
             dataset = self.dataset.shard(num_shards=self.dataset.num_shards, index=file)
-            self._files[file] = dataset.reshard() if self.groups is not None else dataset
-        return self._files[file]
+            self._open[file] = dataset.reshard() if self.groups is not None else dataset
+        return self._open[file]
