@@ -51,7 +51,7 @@ def start(config: Config) -> int:
     try:
         source, held_out = open_data(config, accelerator)
         trainer = build_trainer(config, source, accelerator, accumulation, precision, held_out)
-        with contextlib.closing(trainer.loader):
+        with contextlib.closing(trainer.feed):
             # The main process chooses, so that all load the same.
             (checkpoint,) = broadcast_object_list([checkpoint])
             if checkpoint:
@@ -235,7 +235,7 @@ def check_output_dir(config: Config) -> None:
 
 def dry_run(trainer: Trainer) -> int:
     """One forward and backward; nothing is written."""
-    loss = trainer.loss(trainer.next_batch()).mean()
+    loss = trainer.loss(trainer.feed.next()).mean()
     trainer.accelerator.backward(loss)
     trainer.say(f"Dry run: loss {loss.item():.4f} after one forward and backward. Everything is in place.")
     return 0

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from jit_accel import rng
@@ -25,14 +25,12 @@ from jit_accel.checkpoint import (
 )
 from jit_accel.config import Config, write_config
 from jit_accel.data.holdout import HeldOut
-from jit_accel.data.loader import Batch, build_loader
-from jit_accel.data.prefetch import DevicePrefetcher
+from jit_accel.data.loader import Batch
 from jit_accel.data.sources import Source
-from jit_accel.data.waiting import Waiting, waiting_advice
-from jit_accel.data.workers import cores_per_process, worker_memory_gib
 from jit_accel.ema import Ema
 from jit_accel.errors import UserError
 from jit_accel.export import draw_loss_curve, export_pipeline, is_export_of
+from jit_accel.feed import Feed
 from jit_accel.guards import has_too_many_bad_images, stop_if_not_finite
 from jit_accel.metrics import StepMetrics
 from jit_accel.model import build_model
@@ -65,7 +63,6 @@ class Trainer:
         self.output_dir = Path(config.run.output_dir)
         self.checkpointer = Checkpointer(accelerator, self.output_dir, config.run.keep_checkpoints)
         self.step = 0
-        self.bad_images: dict[str, None] = {}  # in the order of their discovery
         self.stop = StopSignal()
         self.is_stopping = False  # unlike the signal itself, known to all processes alike
 
@@ -90,22 +87,7 @@ class Trainer:
         self.network = accelerator.unwrap_model(self.model)
         self.ema = Ema(self.network, optim.ema_decays)
         self.samples = SampleSheets(self.network, self.ema, accelerator, config, source.class_names)
-        self.loader = build_loader(
-            source,
-            img_size=config.data.img_size,
-            batch_size=optim.batch_size,
-            seed=config.run.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            num_workers=config.data.num_workers,
-            horizontal_flip=config.data.horizontal_flip,
-            pin_memory=accelerator.device.type == "cuda",
-            shuffle_buffer=config.data.shuffle_buffer,
-            num_classes=config.model.num_classes,
-        )
-        if accelerator.device.type != "cpu":  # there it would take the cores from the training
-            self.loader = DevicePrefetcher(self.loader, accelerator.device)
-        self.waiting = Waiting(accelerator.device)
+        self.feed = Feed(config, source, accelerator)
         self.metrics = StepMetrics(accelerator.device)
         self.validation = Validation(held_out, accelerator, optim.batch_size) if held_out else None
 
@@ -140,7 +122,7 @@ class Trainer:
             is_last = micro_step == optim.gradient_accumulation_steps - 1
             # Gradients travel between processes once a step, with the last micro-step.
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
-                loss = self.loss(self.next_batch()).mean()
+                loss = self.loss(self.feed.next()).mean()
                 accelerator.backward(loss)  # divides by the number of micro-steps
             step_loss += loss.detach() / optim.gradient_accumulation_steps
 
@@ -154,22 +136,9 @@ class Trainer:
         self.ema.update(self.step)
         self.metrics.record(self.step, learning_rate, step_loss, grad_norm)
 
-    def next_batch(self) -> Batch:
-        """The next images of this process.
-
-        Raises:
-            UserError: met by this process alone, where its share of the data is at fault.
-        """
-        try:
-            return self.waiting.next(self.loader)
-        except UserError as error:
-            error.everywhere = False
-            raise
-
     def loss(self, batch: Batch) -> torch.Tensor:
         """Losses (B,) of a batch of uint8 images, all randomness following from their positions in the run."""
         config, seed, positions = self.config, self.config.run.seed, batch.positions
-        self.bad_images.update(dict.fromkeys(batch.bad_images))
         if config.model.proj_dropout or config.model.attn_dropout:
             torch.manual_seed(int(rng.hash64(seed, "dropout", positions[0])) >> 1)
         drop_prob = config.objective.label_drop_prob
@@ -228,17 +197,13 @@ class Trainer:
         Raises:
             UserError: loss or gradient norm not finite; too many broken images.
         """
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        counters = [float(len(self.bad_images)), float(self.stop.number > 0)]
-        # A place for each process, whose mean is its own value: the slowest of them gates all.
-        counters += [self.waiting.seconds * processes * (place == rank) for place in range(processes)]
-        rows, (bad_images, stops, *waited_s) = self.metrics.flush(
-            lambda values: self.accelerator.reduce(values, "mean"), counters
-        )
+        counters = [float(self.stop.number > 0), *self.feed.counters()]
+        rows, (stops, *means) = self.metrics.flush(lambda values: self.accelerator.reduce(values, "mean"), counters)
         for row in rows:
             row["train/epoch"] = self.plan.epoch_of(row["step"])
+        bad_images, measured = self.feed.read_counters(means, len(rows))
         if rows:
-            rows[-1] |= self._measure_feeding(len(rows), max(waited_s))
+            rows[-1] |= measured
         self._log(rows)
         self.is_stopping = stops > 0
         if rows:
@@ -247,27 +212,7 @@ class Trainer:
         # A gradient scaler meets infinite gradients as a matter of course, and skips those steps.
         keys = ("train/loss",) if self.accelerator.scaler else ("train/loss", "train/grad_norm")
         stop_if_not_finite(rows, keys, self.output_dir)
-        self._stop_if_data_is_bad(round(bad_images * processes))
-
-    def _measure_feeding(self, steps: int, waited_s: float) -> dict[str, float]:
-        """The metrics of the data path, one value an interval; a warning when it limits the training."""
-        measured = {"data/wait_fraction": self.waiting.end_interval(steps, waited_s)}
-        memory_gib = worker_memory_gib()
-        if memory_gib is not None:
-            measured["data/worker_rss_gib"] = memory_gib
-        share = self.waiting.reason_to_warn()
-        if share is not None and self.accelerator.is_main_process:
-            data, images = self.config.data, self.source.images
-            advice = waiting_advice(
-                data.data_path,
-                num_workers=data.num_workers,
-                cores=cores_per_process(),
-                is_remote=getattr(images, "is_remote", False),
-                is_encoded=self.source.is_encoded,
-                is_prepared=self.source.format == "prepared",
-            )
-            warn(f"the training waits for data {share:.0%} of the time: {advice}")
-        return measured
+        self._stop_if_data_is_bad(bad_images)
 
     def _log(self, rows: list[dict]) -> None:
         if self.accelerator.is_main_process:
@@ -280,12 +225,9 @@ class Trainer:
             self._write_checkpoint()
             raise UserError(
                 f"--max_bad_images {share:g}: {bad_images} images cannot be decoded, more than that share; the first: "
-                f"{'; '.join(self._bad_images_everywhere()[:3])}. Mend or remove them, or raise the share; the run is "
+                f"{'; '.join(self.feed.all_bad_images()[:3])}. Mend or remove them, or raise the share; the run is "
                 "saved and goes on with --resume auto."
             )
-
-    def _bad_images_everywhere(self) -> list[str]:
-        return list(dict.fromkeys(gather_object(list(self.bad_images))))
 
     def state_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """Everything of the run's state that is a tensor, by the file it is kept in."""
@@ -301,8 +243,7 @@ class Trainer:
     def _write_checkpoint(self) -> None:
         scaler = self.accelerator.scaler
         state = {
-            "loaders": gather_object([self.loader.state_dict()]),
-            "bad_images": gather_object([list(self.bad_images)]),
+            **self.feed.state(),
             "world_size": self.accelerator.num_processes,
             "global_batch_size": self.plan.global_batch_size,
             "scaler": scaler.state_dict() if scaler else None,
@@ -327,12 +268,7 @@ class Trainer:
         load_optimizer_tensors(path, self.network, self.optimizers)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        same_world = state["world_size"] == self.accelerator.num_processes
-        self.loader.load_state_dict(state["loaders"])
-        if same_world:
-            self.bad_images = dict.fromkeys(state["bad_images"][self.accelerator.process_index])
-        elif self.accelerator.is_main_process:
-            self.bad_images = dict.fromkeys(name for names in state["bad_images"] for name in names)
+        self.feed.load_state(state)
         self.step = state["step"]
         if state["global_batch_size"] != self.plan.global_batch_size and self.accelerator.is_main_process:
             warn(
@@ -410,7 +346,7 @@ class Trainer:
                 draw_loss_curve(read_metrics(self.output_dir), curve)
                 export_pipeline(self.samples.pipeline(), weights, pipeline_dir, sheet, record_run(self), decay)
         self.say(f"Samples:    {sheet}\nLoss curve: {curve}\nPipeline:   {pipeline_dir}")
-        if bad_images := self._bad_images_everywhere():
+        if bad_images := self.feed.all_bad_images():
             self.say(f"Skipped {len(bad_images)} images that cannot be decoded:")
             self.say("\n".join(f"  {name}" for name in bad_images))
         self._close()

@@ -60,16 +60,15 @@ def _record_images(folder: str) -> None:
     """Make each process note, step by step, which images it trains on."""
     from jit_accel.trainer import Trainer
 
-    next_batch = Trainer.next_batch
+    loss = Trainer.loss
 
-    def next_batch_noted(self):
-        batch = next_batch(self)
+    def loss_noted(self, batch):
         hashes = [hashlib.sha1(image.numpy().tobytes()).hexdigest() for image in batch.images.cpu()]
         with open(f"{folder}/images_{os.getpid()}.jsonl", "a") as file:
             file.write(json.dumps({"step": self.step, "images": dict(zip(batch.positions.tolist(), hashes))}) + "\n")
-        return batch
+        return loss(self, batch)
 
-    Trainer.next_batch = next_batch_noted
+    Trainer.loss = loss_noted
 
 
 def images_seen(folder: Path, before_step: int) -> dict[int, str]:

@@ -189,7 +189,7 @@ def metrics(folder):
 
 def test_a_training_that_waits_says_so_once_and_how_to_mend_it(images, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(waiting, "_LEAST_S", 0.2)
-    monkeypatch.setattr("jit_accel.trainer.cores_per_process", lambda: 6)
+    monkeypatch.setattr("jit_accel.feed.cores_per_process", lambda: 6)
     slow_reads(monkeypatch, 0.15)
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--max_steps", "33"]
     assert helpers.train_here(*flags, "--log_every_steps", "10") == 0

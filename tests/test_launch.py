@@ -7,6 +7,7 @@ commands run for real from end to end.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from PIL import Image
 
 from jit_accel.cli import parse_args
 from jit_accel.config import SETTINGS
+from jit_accel.data.benchmark import main as benchmark
 from jit_accel.prepare import main as prepare
 from jit_accel.resolve import plan_run
 
@@ -437,6 +439,12 @@ def test_each_documented_command_runs(command, recorder, photos, tmp_path, monke
         assert (REPOSITORY / words[words.index("-c") + 1]).is_file()
     elif words[:3] == ["python", "-m", "jit_accel.train"]:
         try_here(completed(words[3:]), photos, tmp_path, monkeypatch)
+    elif words[:3] == ["python", "-m", "jit_accel.data.benchmark"]:
+        data = [str(photos) if before == "--data_path" else word for before, word in itertools.pairwise(words)]
+        assert benchmark([*data[2:], "--seconds", "0.1", "--num_workers", "0", "--batch_size", "2"]) == 0
+    elif words[:3] == ["python", "-m", "jit_accel.prepare"] and "--verify" in words:
+        assert prepare(["--data_path", str(photos), "--output_dir", str(tmp_path / "made"), "--num_workers", "1"]) == 0
+        assert prepare(["--verify", str(tmp_path / "made")]) == 0
     elif words[:3] == ["python", "-m", "jit_accel.prepare"]:
         small = ("--img_size", "16", "--num_workers", "1")
         places = ("--data_path", str(photos), "--output_dir", str(tmp_path / "prepared"))

@@ -90,11 +90,11 @@ def test_no_host_sync_between_flushes(images, tmp_path, monkeypatch):
         real = {
             name: getattr(torch.Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "cpu", "numpy")
         }
-        before = self.loader.__class__.__next__
+        before = self.feed.loader.__class__.__next__
         try:
-            batches = [next(self.loader) for _ in range(self.config.optim.gradient_accumulation_steps)]
+            batches = [next(self.feed.loader) for _ in range(self.config.optim.gradient_accumulation_steps)]
             supply = iter(batches)
-            self.loader.__class__.__next__ = lambda loader: next(supply)
+            self.feed.loader.__class__.__next__ = lambda loader: next(supply)
             for name, method in real.items():
 
                 def recorded(tensor, *args, name=name, method=method, **kwargs):
@@ -107,7 +107,7 @@ def test_no_host_sync_between_flushes(images, tmp_path, monkeypatch):
                 setattr(torch.Tensor, name, recorded)
             honest(self)
         finally:
-            self.loader.__class__.__next__ = before
+            self.feed.loader.__class__.__next__ = before
             for name, method in real.items():
                 setattr(torch.Tensor, name, method)
 

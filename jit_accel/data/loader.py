@@ -10,9 +10,10 @@ import torch
 from jit_accel import rng
 from jit_accel.data import order
 from jit_accel.data.batch import Batch, check_labels, empty_batch
+from jit_accel.data.lanes import Decoding
 from jit_accel.data.source import Source
 from jit_accel.data.state import check_state
-from jit_accel.data.streams import Decoding, StreamLoader
+from jit_accel.data.streams import StreamLoader
 from jit_accel.data.workers import make_loader
 from jit_accel.errors import UserError
 
@@ -85,7 +86,7 @@ class _BatchView(torch.utils.data.Dataset):
                     f"({reason}): repair the data."
                 )
             labels[place] = label
-        mirror = torch.from_numpy(order.flips(self.seed, positions)) if self.horizontal_flip else None
+        mirror = order.flips(self.seed, positions) if self.horizontal_flip else None
         return Batch(batch, torch.from_numpy(labels), positions, list(bad.values()), mirror)
 
     def _substitute(self, position: int, out: np.ndarray) -> int | None:

@@ -1,0 +1,213 @@
+"""The lanes in which a process reads its share of a stream: rows in, decoded chunks in a shuffled order out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from jit_accel import rng
+from jit_accel.data import order
+from jit_accel.data.batch import decode_row, empty_batch
+from jit_accel.data.decode import BadImage
+from jit_accel.data.partition import Partition, Place, shuffled
+from jit_accel.data.source import Source
+from jit_accel.data.spans import clipped, from_numbers
+from jit_accel.errors import UserError
+
+MAX_BLOCK_BYTES = 2**28  # a lane's block ends here at the latest, so that photos of megabytes do not fill the memory
+MAX_SUBSTITUTES = 100
+MAX_UNREADABLE = 10_000
+
+
+@dataclass
+class Chunk:
+    """Decoded images that come next in a lane, and the places before and after them.
+
+    images: uint8 (k, 3, H, W), k <= batch_size, 0 where the lane has nothing in an epoch. labels: int64 (k,).
+    mirror: bool (k,). bad_images: by their places in the chunk, "name: reason" of those that another image replaces.
+    """
+
+    lane: int
+    before: Place
+    images: torch.Tensor
+    labels: np.ndarray
+    mirror: np.ndarray
+    bad_images: dict[int, str]
+    after: Place
+
+    def split(self, count: int) -> tuple[Chunk, Chunk]:
+        """The first `count` images and the rest."""
+        between = replace(self.before, offset=self.before.offset + count)
+        bad = self.bad_images.items()
+        first = replace(
+            self,
+            images=self.images[:count],
+            labels=self.labels[:count],
+            mirror=self.mirror[:count],
+            bad_images={place: reason for place, reason in bad if place < count},
+            after=between,
+        )
+        rest = replace(
+            self,
+            before=between,
+            images=self.images[count:],
+            labels=self.labels[count:],
+            mirror=self.mirror[count:],
+            bad_images={place - count: reason for place, reason in bad if place >= count},
+        )
+        return first, rest
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What the lanes of a loader have in common."""
+
+    img_size: int
+    batch_size: int
+    seed: int
+    shuffle_buffer: int
+    horizontal_flip: bool
+
+
+class Lane:
+    """The endless chunks of one lane of process `rank`, from `place` on."""
+
+    def __init__(self, source: Source, decoding: Decoding, partition: Partition, rank: int, lane: int, place: Place):
+        self.name, self.stream, self.decoding, self.partition = source.name, source.images, decoding, partition
+        self.rank, self.lane, self.place = rank, lane, place
+        self.fallback: tuple[np.ndarray, int] | None = None
+
+    def chunks(self) -> Iterator[Chunk]:
+        while True:
+            for chunk in self._epoch(self.place):
+                self.place = chunk.after
+                yield chunk
+
+    def _epoch(self, place: Place) -> Iterator[Chunk]:
+        """From `place` to the end of its epoch."""
+        part = clipped(self.partition.part(place.epoch, self.rank, self.lane), place.start)
+        over = Place(place.epoch + 1)
+        rows = self._rows(place.epoch, part)
+        numbers, block = self._read_block(rows, place)
+        if not len(numbers):
+            yield self._empty_chunk(0, place, over)
+        while len(numbers):
+            begun = replace(place, block=tuple(from_numbers(numbers)))
+            place = Place(place.epoch, int(numbers[-1]) + 1)
+            # Read on before the last chunk is made, which must know whether the epoch ends with it.
+            next_numbers, next_block = self._read_block(rows, place)
+            yield from self._block(numbers, block, begun, place if len(next_numbers) else over)
+            numbers, block = next_numbers, next_block
+
+    def _rows(self, epoch: int, spans: list) -> Iterator[tuple[int, dict]]:
+        """Yield (number, row) of all images in `spans`."""
+        for unit, first_number, ranges in self.partition.order(epoch).in_units(spans):
+            row, missing = ranges[0][0], ranges[-1][1]
+            rows = self.stream.training_rows(unit, row)
+            for start, stop in ranges:
+                for value in rows:
+                    if row >= start:
+                        yield first_number + row, value
+                    row += 1
+                    if row == stop:
+                        break
+            if row < missing and self.partition.sizes is not None:
+                raise UserError(
+                    f"--data_path {self.name}: a shard ended after {row} images where there were {missing} when it was "
+                    "opened: it changed or was cut short; restore it and go on with --resume auto."
+                )
+
+    def _read_block(self, rows: Iterator, place: Place) -> tuple[np.ndarray, list[dict]]:
+        """The next images, as many as are shuffled together."""
+        numbers, block, num_bytes = [], [], 0
+        known = sum(b - a for a, b in place.block)  # a block that was begun ends where it ended
+        while len(block) < (known or self.decoding.shuffle_buffer) and (known or num_bytes < MAX_BLOCK_BYTES):
+            number, row = next(rows, (None, None))
+            if row is None:
+                break
+            data, _ = self.stream.columns.image_of(row[self.stream.columns.image])
+            num_bytes += len(data or b"")
+            numbers.append(number)
+            block.append(row)
+        return np.array(numbers, np.int64), block
+
+    def _block(self, numbers: np.ndarray, block: list[dict], place: Place, after: Place) -> Iterator[Chunk]:
+        """Decode the rest of a block in its shuffled order, in chunks that end at multiples of the batch size."""
+        decoding, epoch = self.decoding, place.epoch
+        turns = shuffled(decoding.seed, epoch, numbers)
+        mirrored = order.flips(decoding.seed, numbers, f"flip/{epoch}") & decoding.horizontal_flip
+        while place.offset < len(block):
+            stop = min((place.offset // decoding.batch_size + 1) * decoding.batch_size, len(block))
+            following = replace(place, offset=stop)
+            turns_now = turns[place.offset : stop]
+            chunk = self._empty_chunk(len(turns_now), place, after if stop == len(block) else following)
+            images = chunk.images.numpy()
+            for n, k in enumerate(turns_now):
+                try:
+                    pixels, label = self._decode(block[k], f"image {numbers[k]} of epoch {epoch}")
+                except BadImage as error:
+                    chunk.bad_images[n] = str(error)
+                    pixels, label = self._substitute(block, numbers[k], epoch, str(error))
+                images[n], chunk.labels[n], chunk.mirror[n] = pixels, label, mirrored[k]
+            yield chunk
+            place = following
+
+    def _empty_chunk(self, count: int, before: Place, after: Place) -> Chunk:
+        size = self.decoding.img_size
+        images = empty_batch((count, 3, size, size))
+        return Chunk(self.lane, before, images, np.zeros(count, np.int64), np.zeros(count, bool), {}, after)
+
+    def _substitute(self, block: list[dict], number: int, epoch: int, reason: str) -> tuple[np.ndarray, int]:
+        """Another image of the block for one that is bad, so that batches keep their shape and epochs their length."""
+        draws = int(number) * MAX_SUBSTITUTES + np.arange(MAX_SUBSTITUTES)
+        for k in rng.hash64(self.decoding.seed, f"substitute/{epoch}", draws) % np.uint64(len(block)):
+            try:
+                return self._decode(block[int(k)], "")
+            except BadImage:  # it is named at its own turn
+                continue
+        if self.fallback is None:
+            self.fallback = self._first_readable(reason)
+        return self.fallback
+
+    def _first_readable(self, reason: str) -> tuple[np.ndarray, int]:
+        tried = 0
+        for unit in range(self.stream.num_units):
+            for row in self.stream.training_rows(unit):
+                try:
+                    return self._decode(row, "")
+                except BadImage:
+                    tried += 1
+                if tried == MAX_UNREADABLE:
+                    break
+        raise UserError(f"--data_path {self.name}: none of {tried} images can be decoded ({reason}): repair the data.")
+
+    def _decode(self, row: dict, name: str) -> tuple[np.ndarray, int]:
+        columns = self.stream.columns
+        pixels = decode_row(row[columns.image], columns, self.decoding.img_size, name)
+        return pixels, columns.label_of(row.get(columns.label))
+
+
+class Lanes(torch.utils.data.IterableDataset):
+    """The chunks of the lanes of one worker, in the order in which `StreamLoader` asks for them."""
+
+    def __init__(self, lanes: list[Lane], turn: int):
+        self.lanes, self.turn = lanes, turn
+
+    def __iter__(self) -> Iterator[Chunk | UserError]:
+        """A UserError is yielded, not raised: torch would bury its message under a worker's traceback."""
+        chunks = [lane.chunks() for lane in self.lanes]
+        places, turn = [lane.place for lane in self.lanes], self.turn
+        try:
+            while True:
+                epoch = min(place.epoch for place in places)
+                for n, lane in enumerate(self.lanes):
+                    if lane.lane >= turn and places[n].epoch == epoch:
+                        chunk = next(chunks[n])
+                        places[n] = chunk.after
+                        yield chunk
+                turn = 0
+        except UserError as error:
+            yield error
