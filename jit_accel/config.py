@@ -25,7 +25,8 @@ class DataConfig:
     streaming: Literal["auto", "true", "false"] = "auto"
     """Read in order instead of at random (auto: Parquet, WebDataset and Hub data stream, the rest does not)."""
     shuffle_buffer: int = 1024
-    """Images that each of the (up to eight) lanes of a stream shuffles together; held undecoded, at most 256 MiB."""
+    """Images that each of the (up to eight) lanes of a stream shuffles together; held undecoded, about 256 MiB at most
+    (over a network, as many again are read ahead)."""
     img_size: int | None = None
     """Side of the square training images in pixels (default: 16 patches)."""
     horizontal_flip: bool = True

@@ -96,7 +96,7 @@ class WandbTracker:
         self.accelerator.init_trackers(tracking.wandb_project, config=config, init_kwargs=kwargs)
         run = self.accelerator.get_tracker("wandb", unwrap=True)
         run.define_metric("step")
-        for room in ("train/*", "data/*"):
+        for room in ("train/*", "val/*", "data/*"):
             run.define_metric(room, step_metric="step")
         id_file.write_text(run_id)
         self.active = True

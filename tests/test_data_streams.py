@@ -1,14 +1,19 @@
 """Streams: every image once an epoch, whatever the shards; resumed exactly in the middle of anything."""
 
 import json
+import threading
+import time
 from dataclasses import replace
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from data_samples import SIZE, numbers_in, parquet, png, take, tar
 
 from jit_accel.data import build_loader, lanes, open_source
+from jit_accel.data.units import Stream
 from jit_accel.errors import UserError
 
 UNEVEN = (1, 17, 5, 8, 2)  # rows of the files; a row group has at most 5
@@ -352,3 +357,57 @@ def test_the_state_is_small(source, loaders):
     loader = loaders(source, batch_size=5)
     batches(loader, 3)
     assert len(json.dumps(loader.state_dict())) < 2000
+
+
+def test_a_broken_image_without_a_name_has_one_in_every_epoch(tmp_path, loaders):
+    rows = [{"bytes": b"damaged" if n == 7 else png(n), "path": None} for n in range(12)]
+    pq.write_table(pa.table({"image": rows}), tmp_path / "a.parquet", row_group_size=5)
+    loader = loaders(open_source(tmp_path), batch_size=1)
+    reasons = [reason for batch in batches(loader, 36) for reason in batch.bad_images]
+    assert reasons == ["a.parquet, row group 1, image 2: UnidentifiedImageError: not an image"] * 3
+
+
+def test_the_state_stays_small_when_others_resume_it(tmp_path, loaders):
+    source = open_source(parquet(tmp_path / "a.parquet", range(4000), row_group_size=50))
+    ranks = start(source, loaders, 2, shuffle_buffer=100)
+    in_turn(ranks, 30)
+    states = states_of(ranks)
+    (one,) = ranks = start(source, loaders, 1, shuffle_buffer=100)
+    one.load_state_dict(states)
+    in_turn(ranks, 3)
+    assert 500 < len(json.dumps(one.state_dict())) < 8000
+    while one.epoch < 1 or len(json.dumps(one.state_dict())) > 2000:
+        assert one.epoch < 2
+        next(one)
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_resume_is_exact_with_workers_and_unknown_sizes(unsized, loaders, num_workers):
+    whole = loaders(unsized, num_workers=0, batch_size=2)
+    states, expected = [], []
+    for _ in range(2 * N // 2):
+        states.append(whole.state_dict())
+        expected.append(next(whole))
+    for stop in range(N // 4, len(states) - 4, 3):
+        resumed = loaders(unsized, num_workers=num_workers, batch_size=2)
+        resumed.load_state_dict(states[stop])
+        assert_equal_batches(expected[stop : stop + 4], batches(resumed, 4))
+        resumed.close()
+
+
+def test_reading_ahead_changes_nothing_and_passes_errors_on(source, loaders, monkeypatch):
+    expected = batches(loaders(source), 2 * N // 3)
+    stream = source.images
+    remote = replace(source, images=replace(stream, is_remote=True))
+    rows = Stream.rows
+    monkeypatch.setattr(Stream, "rows", lambda self, unit, start=0: rows(stream, unit, start))
+    assert_equal_batches(expected, batches(loaders(remote), 2 * N // 3))
+    monkeypatch.setattr(Stream, "rows", lambda self, unit, start=0: iter(()))
+    with pytest.raises(UserError, match="a shard ended after 0 images"):
+        next(loaders(remote))
+    for _ in range(50):
+        if not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the threads that read ahead are still there")

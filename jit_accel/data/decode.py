@@ -72,7 +72,8 @@ def _plain_jpeg(file: BinaryIO) -> np.ndarray | None:
     file.seek(0)
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        is_plain = colours == "YCbCr" and b"Exif\0\0" not in data and height * width <= Image.MAX_IMAGE_PIXELS
+        may_be_rotated = b"Exif\0\0" in data or b"tiff:Orientation" in data  # the latter by XMP
+        is_plain = colours == "YCbCr" and not may_be_rotated and height * width <= Image.MAX_IMAGE_PIXELS
         return simplejpeg.decode_jpeg(data) if is_plain else None
     except ValueError:
         return None

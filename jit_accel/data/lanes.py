@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +16,9 @@ from jit_accel.data import order
 from jit_accel.data.batch import decode_row, empty_batch
 from jit_accel.data.decode import BadImage
 from jit_accel.data.partition import Partition, Place, shuffled
+from jit_accel.data.read_ahead import ReadAhead
 from jit_accel.data.source import Source
-from jit_accel.data.spans import clipped, from_numbers
+from jit_accel.data.spans import Span, clipped, from_numbers
 from jit_accel.errors import UserError
 
 MAX_BLOCK_BYTES = 2**28  # a lane's block ends here at the latest, so that photos of megabytes do not fill the memory
@@ -72,6 +76,15 @@ class Decoding:
     horizontal_flip: bool
 
 
+class Item(NamedTuple):
+    """An undecoded image: its number in the epoch, and where it lies."""
+
+    number: int
+    value: dict
+    unit: int
+    row: int
+
+
 class Lane:
     """The endless chunks of one lane of process `rank`, from `place` on."""
 
@@ -90,27 +103,26 @@ class Lane:
         """From `place` to the end of its epoch."""
         part = clipped(self.partition.part(place.epoch, self.rank, self.lane), place.start)
         over = Place(place.epoch + 1)
-        rows = self._rows(place.epoch, part)
-        numbers, block = self._read_block(rows, place)
-        if not len(numbers):
-            yield self._empty_chunk(0, place, over)
-        while len(numbers):
-            begun = replace(place, block=tuple(from_numbers(numbers)))
-            place = Place(place.epoch, int(numbers[-1]) + 1)
-            # Read on before the last chunk is made, which must know whether the epoch ends with it.
-            next_numbers, next_block = self._read_block(rows, place)
-            yield from self._block(numbers, block, begun, place if len(next_numbers) else over)
-            numbers, block = next_numbers, next_block
+        with contextlib.closing(self._ahead(self._rows(place.epoch, part))) as rows:
+            first = next(rows, None)
+            if first is None:
+                yield self._empty_chunk(0, place, over)
+            while first is not None:
+                block = self._read_block(itertools.chain([first], rows), place)
+                first = next(rows, None)  # the block's last chunk must know whether the epoch ends with it
+                begun = replace(place, block=tuple(from_numbers(np.array([item.number for item in block]))))
+                place = Place(place.epoch, block[-1].number + 1)
+                yield from self._block(block, begun, over if first is None else place)
 
-    def _rows(self, epoch: int, spans: list) -> Iterator[tuple[int, dict]]:
-        """Yield (number, row) of all images in `spans`."""
+    def _rows(self, epoch: int, spans: list[Span]) -> Iterator[Item]:
+        """All images in `spans`."""
         for unit, first_number, ranges in self.partition.order(epoch).in_units(spans):
             row, missing = ranges[0][0], ranges[-1][1]
             rows = self.stream.training_rows(unit, row)
             for start, stop in ranges:
                 for value in rows:
                     if row >= start:
-                        yield first_number + row, value
+                        yield Item(first_number + row, value, unit, row)
                     row += 1
                     if row == stop:
                         break
@@ -120,25 +132,34 @@ class Lane:
                     "opened: it changed or was cut short; restore it and go on with --resume auto."
                 )
 
-    def _read_block(self, rows: Iterator, place: Place) -> tuple[np.ndarray, list[dict]]:
+    def _ahead(self, rows: Iterator[Item]) -> Iterator[Item]:
+        """Over a network the next block is read while this one is decoded."""
+        if not self.stream.is_remote:
+            return rows
+        return ReadAhead(rows, self.decoding.shuffle_buffer, MAX_BLOCK_BYTES, self._num_bytes)
+
+    def _num_bytes(self, item: Item) -> int:
+        data, _ = self.stream.columns.image_of(item.value[self.stream.columns.image])
+        return len(data or b"")
+
+    def _read_block(self, rows: Iterator[Item], place: Place) -> list[Item]:
         """The next images, as many as are shuffled together."""
-        numbers, block, num_bytes = [], [], 0
+        block, num_bytes = [], 0
         known = sum(b - a for a, b in place.block)  # a block that was begun ends where it ended
         while len(block) < (known or self.decoding.shuffle_buffer) and (known or num_bytes < MAX_BLOCK_BYTES):
-            number, row = next(rows, (None, None))
-            if row is None:
+            item = next(rows, None)
+            if item is None:
                 break
-            data, _ = self.stream.columns.image_of(row[self.stream.columns.image])
-            num_bytes += len(data or b"")
-            numbers.append(number)
-            block.append(row)
-        return np.array(numbers, np.int64), block
+            num_bytes += self._num_bytes(item)
+            block.append(item)
+        return block
 
-    def _block(self, numbers: np.ndarray, block: list[dict], place: Place, after: Place) -> Iterator[Chunk]:
+    def _block(self, block: list[Item], place: Place, after: Place) -> Iterator[Chunk]:
         """Decode the rest of a block in its shuffled order, in chunks that end at multiples of the batch size."""
         decoding, epoch = self.decoding, place.epoch
+        numbers = np.array([item.number for item in block], np.int64)
         turns = shuffled(decoding.seed, epoch, numbers)
-        mirrored = order.flips(decoding.seed, numbers, f"flip/{epoch}") & decoding.horizontal_flip
+        mirrored = order.flips(decoding.seed, numbers, f"flip/{epoch}")
         while place.offset < len(block):
             stop = min((place.offset // decoding.batch_size + 1) * decoding.batch_size, len(block))
             following = replace(place, offset=stop)
@@ -147,11 +168,11 @@ class Lane:
             images = chunk.images.numpy()
             for n, k in enumerate(turns_now):
                 try:
-                    pixels, label = self._decode(block[k], f"image {numbers[k]} of epoch {epoch}")
+                    images[n], chunk.labels[n] = self._decode(block[k])
                 except BadImage as error:
                     chunk.bad_images[n] = str(error)
-                    pixels, label = self._substitute(block, numbers[k], epoch, str(error))
-                images[n], chunk.labels[n], chunk.mirror[n] = pixels, label, mirrored[k]
+                    images[n], chunk.labels[n] = self._substitute(block, numbers[k], epoch, str(error))
+                chunk.mirror[n] = mirrored[k]
             yield chunk
             place = following
 
@@ -160,12 +181,12 @@ class Lane:
         images = empty_batch((count, 3, size, size))
         return Chunk(self.lane, before, images, np.zeros(count, np.int64), np.zeros(count, bool), {}, after)
 
-    def _substitute(self, block: list[dict], number: int, epoch: int, reason: str) -> tuple[np.ndarray, int]:
+    def _substitute(self, block: list[Item], number: int, epoch: int, reason: str) -> tuple[np.ndarray, int]:
         """Another image of the block for one that is bad, so that batches keep their shape and epochs their length."""
         draws = int(number) * MAX_SUBSTITUTES + np.arange(MAX_SUBSTITUTES)
         for k in rng.hash64(self.decoding.seed, f"substitute/{epoch}", draws) % np.uint64(len(block)):
             try:
-                return self._decode(block[int(k)], "")
+                return self._decode(block[int(k)])
             except BadImage:  # it is named at its own turn
                 continue
         if self.fallback is None:
@@ -175,31 +196,34 @@ class Lane:
     def _first_readable(self, reason: str) -> tuple[np.ndarray, int]:
         tried = 0
         for unit in range(self.stream.num_units):
-            for row in self.stream.training_rows(unit):
+            for row, value in enumerate(self.stream.training_rows(unit)):
                 try:
-                    return self._decode(row, "")
+                    return self._decode(Item(0, value, unit, row))
                 except BadImage:
                     tried += 1
                 if tried == MAX_UNREADABLE:
                     break
         raise UserError(f"--data_path {self.name}: none of {tried} images can be decoded ({reason}): repair the data.")
 
-    def _decode(self, row: dict, name: str) -> tuple[np.ndarray, int]:
-        columns = self.stream.columns
-        pixels = decode_row(row[columns.image], columns, self.decoding.img_size, name)
-        return pixels, columns.label_of(row.get(columns.label))
+    def _decode(self, item: Item) -> tuple[np.ndarray, int]:
+        columns, value = self.stream.columns, item.value
+        name = self.stream.name_of(item.unit, item.row)
+        pixels = decode_row(value[columns.image], columns, self.decoding.img_size, name)
+        return pixels, columns.label_of(value.get(columns.label))
 
 
 class Lanes(torch.utils.data.IterableDataset):
     """The chunks of the lanes of one worker, in the order in which `StreamLoader` asks for them."""
 
-    def __init__(self, lanes: list[Lane], turn: int):
-        self.lanes, self.turn = lanes, turn
+    def __init__(self, lanes: list[Lane], epoch: int, turn: int):
+        """`turn`: the lane of the whole process that comes next, in `epoch`, the least of its lanes'."""
+        self.lanes, self.epoch, self.turn = lanes, epoch, turn
 
     def __iter__(self) -> Iterator[Chunk | UserError]:
         """A UserError is yielded, not raised: torch would bury its message under a worker's traceback."""
         chunks = [lane.chunks() for lane in self.lanes]
-        places, turn = [lane.place for lane in self.lanes], self.turn
+        places = [lane.place for lane in self.lanes]
+        turn = self.turn if min(place.epoch for place in places) == self.epoch else 0
         try:
             while True:
                 epoch = min(place.epoch for place in places)

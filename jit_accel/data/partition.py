@@ -84,7 +84,7 @@ class Partition:
     def _shares(self, epoch: int) -> list[int]:
         """How many images of `epoch` each process takes from `origin` on."""
         n, per_batch = self.num_images, self.batch_size * self.world_size
-        start, stop = max(epoch * n, self.origin) - self.origin, (epoch + 1) * n - self.origin
+        start, stop = (max(position - self.origin, 0) for position in (epoch * n, (epoch + 1) * n))
 
         def taken_before(position: int, rank: int) -> int:
             rounds, rest = divmod(position, per_batch)

@@ -6,6 +6,7 @@ from jit_accel.errors import UserError
 
 _REMEDIES = {
     "kind": ("--streaming", "the checkpoint was made with the other way of reading the data: use it again"),
+    "version": ("the way of recording a stream's position", "use the version of jit_accel that saved it"),
     "seed": ("--seed", "the order of the images follows from the seed: use {saved} again"),
 }
 

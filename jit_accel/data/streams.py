@@ -18,12 +18,14 @@ from jit_accel.data.batch import Batch, check_labels, empty_batch
 from jit_accel.data.lanes import Chunk, Decoding, Lane, Lanes
 from jit_accel.data.partition import Partition, Place
 from jit_accel.data.source import Source
+from jit_accel.data.spans import packed, unpacked
 from jit_accel.data.state import check_state
 from jit_accel.data.units import Stream
 from jit_accel.data.workers import make_loader
 from jit_accel.errors import UserError
 
 MAX_LANES = 8
+STATE_VERSION = 2
 
 
 class StreamLoader:
@@ -82,7 +84,7 @@ class StreamLoader:
             torch.from_numpy(labels),
             order.batch_positions(self._position, self._rank, size),
             [reason for chunk in chunks for reason in chunk.bad_images.values()],
-            np.concatenate([chunk.mirror for chunk in chunks]),
+            np.concatenate([chunk.mirror for chunk in chunks]) if self._decoding.horizontal_flip else None,
         )
         self._position += self._partition.world_size * size
         return batch.pin_memory() if self._pin_memory else batch
@@ -103,7 +105,7 @@ class StreamLoader:
         self._turn = (lane + 1) % len(self._places)
         if min(place.epoch for place in self._places) > epoch:
             self._turn = 0  # each epoch begins with the first lane, in the workers too
-            self._refuse_idleness()
+            self._refuse_idleness(epoch)
         return chunk
 
     def _next_chunk(self, lane: int) -> Chunk:
@@ -113,9 +115,10 @@ class StreamLoader:
         assert chunk.lane == lane, f"lane {chunk.lane} came where {lane} was due"
         return chunk
 
-    def _refuse_idleness(self) -> None:
-        """Where whole files are dealt, a process may be left with none."""
-        self._idle_epochs = 0 if self._images_this_epoch else self._idle_epochs + 1
+    def _refuse_idleness(self, epoch: int) -> None:
+        """Where whole files are dealt, a process may be left with none; of a rest, that is as it should be."""
+        is_idle = not self._images_this_epoch and epoch not in self._partition.left
+        self._idle_epochs = self._idle_epochs + 1 if is_idle else 0
         self._images_this_epoch = 0
         if self._partition.sizes is None and self._idle_epochs == 2:  # the first may be the end of one with images
             raise UserError(
@@ -130,7 +133,8 @@ class StreamLoader:
             for number, place in enumerate(self._places)
         ]
         count = max(1, self._num_workers)
-        groups = [Lanes(lanes[worker::count], self._turn) for worker in range(count)]
+        epoch = min(place.epoch for place in self._places)
+        groups = [Lanes(lanes[worker::count], epoch, self._turn) for worker in range(count)]
         # a loader of one worker each: HF divides the shards among the workers that it sees
         self._workers = [iter(make_loader(group, num_workers=1) if self._num_workers else group) for group in groups]
 
@@ -146,15 +150,17 @@ class StreamLoader:
 
     def state_dict(self) -> dict:
         """What was handed out so far; each process has its own."""
+        begun = min(place.epoch for place in self._places)
         return {
             "kind": "stream",
+            "version": STATE_VERSION,
             "seed": self._decoding.seed,
             **self._circumstances(),
             "rank": self._rank,
             "position": self._position,
             "turn": self._turn,
             "origin": self._partition.origin,
-            "left": [[epoch, [list(span) for span in spans]] for epoch, spans in self._partition.left.items()],
+            "left": [[epoch, packed(spans)] for epoch, spans in self._partition.left.items() if epoch >= begun],
             "places": [_plain(place) for place in self._places],
         }
 
@@ -170,12 +176,13 @@ class StreamLoader:
             raise RuntimeError("load_state_dict() after the first batch")
         states = states if isinstance(states, list) else [states]
         for state in states:
-            check_state(state, {"kind": "stream", "seed": self._decoding.seed})
+            check_state(state, {"kind": "stream", "seed": self._decoding.seed, "version": STATE_VERSION})
         mine = next((state for state in states if state["rank"] == self._rank), states[0])
         saved = replace(
             self._partition,
             **{name: mine[name] for name in ("world_size", "batch_size", "num_lanes", "origin")},
-            left={epoch: [tuple(span) for span in spans] for epoch, spans in mine["left"]},
+            # each process has those of the epochs it has not passed
+            left={epoch: unpacked(spans) for state in states for epoch, spans in state["left"]},
             _parts={},
         )
         self._position = mine["position"]
@@ -186,8 +193,10 @@ class StreamLoader:
             return
         assert len(states) == mine["world_size"], "to divide what is left needs the states of all processes"
         left = saved.remaining([[_place(place) for place in state["places"]] for state in states])
+        begun = min(left) if self._partition.sizes is None else self.epoch  # what lies before it is empty
+        left = {epoch: spans for epoch, spans in left.items() if epoch >= begun}
         self._partition = replace(self._partition, origin=self._position, left=left, _parts={})
-        self._places = [Place(epoch=min(left))] * self._partition.num_lanes
+        self._places = [Place(begun)] * self._partition.num_lanes
 
     def close(self) -> None:
         """End the workers."""

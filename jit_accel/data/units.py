@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -74,6 +75,14 @@ class Stream:
     def key_of(self, row: dict) -> int:
         """The content key of one row."""
         return row[self.columns.key] if self.columns.key else key_of(row[self.columns.image])
+
+    def name_of(self, unit: int, row: int) -> str:
+        """Of an image that has none: its file and place there, the same in every epoch."""
+        file, number = self._place(unit)
+        names = self.files or self.urls
+        name = posixpath.basename(names[file]) if names else f"file {file}"
+        group = f", row group {number}" if self.groups is not None else ""
+        return f"{name}{group}, image {row}" + (" of those not held out" if self.min_key else "")
 
     def _place(self, unit: int) -> tuple[int, int]:
         """The file a unit is in, and its number there."""
