@@ -224,3 +224,20 @@ def test_jpegs_that_are_no_plain_colour_or_damaged_are_left_to_pillow():
         assert decode._plain_jpeg(io.BytesIO(whole[:length])) is None
         with pytest.raises(BadImage):
             decode_image(whole[:length], 32)
+
+
+def test_no_interpreter_is_started_for_postscript(monkeypatch):
+    """Pillow would run Ghostscript on bytes from anywhere, which may never end."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n{ } loop\n"
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(BadImage, match="not an image"):
+        decode_image(eps, 32)
+
+
+def test_an_orientation_in_xmp_counts_as_pillow_counts_it():
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    data = encoded(Image.fromarray(noise(40, 60)), "JPEG", quality=95, xmp=xmp)
+    turned = encoded(Image.open(io.BytesIO(data)).convert("RGB").transpose(Image.Transpose.ROTATE_270))
+    assert (decode_image(data, 32) == decode_image(turned, 32)).all()
+    assert (decode_image(data, 32) == pillows(data)).all()

@@ -1,4 +1,4 @@
-"""Bytes to pixels: any picture Pillow can read becomes one uint8 RGB square, or a `BadImage`."""
+"""Bytes to pixels: any usual picture becomes one uint8 RGB square, or a `BadImage`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,17 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 # Up to this ratio of the sides the crop is exactly ADM's; beyond it (strips, scans of receipts) the picture
 # is cropped first, because ADM's order would blow a 1 x 5000 line up to a 64 x 320,000 image.
 MAX_EXACT_ASPECT = 16
+
+# Pillow reads more, but EPS by starting an interpreter, and others are no pictures of one's own.
+Image.init()
+_FORMATS = tuple(
+    name
+    for name in (
+        *("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000"),
+        *("ICO", "PCX", "QOI", "SGI", "TGA"),
+    )
+    if name in Image.OPEN  # not all in each version
+)
 
 _HEIF_BRANDS = frozenset([b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"])
 
@@ -101,11 +112,11 @@ def _opened(data: bytes | str | os.PathLike) -> BinaryIO:
 
 def _decode(file: BinaryIO, size: int, fast: bool) -> np.ndarray:
     try:
-        image = Image.open(file)
+        image = Image.open(file, formats=_FORMATS)
         if image.format == "PNG":  # Pillow decodes pixels without a look at their checksums
             image.verify()
             file.seek(0)
-            image = Image.open(file)
+            image = Image.open(file, formats=_FORMATS)
     except UnidentifiedImageError as error:
         file.seek(0)
         head = file.read(12)
