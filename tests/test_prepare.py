@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from jit_accel.data.sources import open_source
 from jit_accel.errors import UserError
 from jit_accel.preparation import shards
 from jit_accel.preparation.settings import PrepareConfig
+from jit_accel.preparation.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -298,3 +300,76 @@ def test_the_fingerprint_is_that_of_the_contents(stores, sources, tmp_path):
     prepare(sources["folder"], tmp_path / "c", "--seed", "1")
     prints = [open_source(path).fingerprint for path in (stores["uint8"], tmp_path / "b", tmp_path / "c")]
     assert prints[0] == prints[1] != prints[2]
+
+
+def changed_index(stores, tmp_path, format, change) -> Path:
+    """A copy of a store with another index."""
+    store = tmp_path / "copy"
+    shutil.copytree(stores[format], store)
+    index = json.loads((store / "index.json").read_text())
+    change(index)
+    (store / "index.json").write_text(json.dumps(index))
+    return store
+
+
+def set_in(*path):
+    """A change of an index: `path` is where and, at its end, what; None removes it."""
+    *parents, name, value = path
+
+    def change(index):
+        for parent in parents:
+            index = index[parent]
+        if value is None:
+            del index[name]
+        else:
+            index[name] = value
+
+    return change
+
+
+DAMAGES = {
+    "shards is missing": ("png", set_in("shards", None)),
+    "shards is no list": ("png", set_in("shards", {"file": "a"})),
+    "shards is empty": ("png", set_in("shards", [])),
+    "shards is no list of": ("png", set_in("shards", 0, "shard-00000.parquet")),
+    "file is missing": ("png", set_in("shards", 0, "file", None)),
+    "bytes is no": ("png", set_in("shards", 0, "bytes", "12")),
+    "sha256 is missing": ("uint8", set_in("shards", 0, "table", "sha256", None)),
+    "table is missing": ("uint8", set_in("shards", 0, "table", None)),
+    "table is no object": ("uint8", set_in("shards", 0, "table", [])),
+    "row_groups is missing": ("png", set_in("shards", 0, "row_groups", None)),
+    "row_groups is no list of": ("png", set_in("shards", 0, "row_groups", [True])),
+    "images is no natural number": ("png", set_in("shards", 0, "images", -1)),
+    "img_size is no": ("uint8", set_in("img_size", 16.0)),
+    "num_bytes is no": ("uint8", set_in("num_bytes", True)),
+    "is_labelled is missing": ("uint8", set_in("is_labelled", None)),
+    "class_names is no list of": ("uint8", set_in("class_names", [1, 2, 3])),
+    "settings is missing": ("raw", set_in("settings", None)),
+    "encoding is missing": ("raw", set_in("encoding", None)),
+}
+
+
+@pytest.mark.parametrize("problem", DAMAGES)
+def test_an_index_that_lacks_something_is_refused(stores, tmp_path, problem):
+    store = changed_index(stores, tmp_path, *DAMAGES[problem])
+    for read in (open_source, lambda folder: verify(str(folder))):
+        with pytest.raises(UserError) as caught:
+            read(store)
+        message = str(caught.value)
+        assert str(store) in message
+        assert "index.json is damaged" in message
+        assert problem in message
+        assert "again" in message
+
+
+@pytest.mark.parametrize("place", [("shards", 1, "file"), ("shards", 1, "table", "file")])
+@pytest.mark.parametrize("name", ["../{}", "{folder}/{}", "./{}", "", ".", "..", "a\\{}", "C:{}", "{}\0"])
+def test_an_index_names_only_files_in_its_folder(stores, tmp_path, place, name):
+    file = "shard-00001.parquet"
+    shutil.copy(stores["uint8"] / file, tmp_path / file)
+    name = name.format(file, folder=stores["uint8"])
+    store = changed_index(stores, tmp_path, "uint8", set_in(*place, name))
+    with pytest.raises(UserError) as caught:
+        open_source(store)
+    assert f"--data_path {store}" in str(caught.value)
+    assert "no name of a file in this folder" in str(caught.value)

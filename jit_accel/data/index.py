@@ -14,6 +14,21 @@ UNFINISHED = ".unfinished"
 STORE_FORMAT = "jit_accel.prepared"
 STORE_VERSION = 1
 _CHUNK_BYTES = 2**20
+_FIELDS = {  # that are used, and their types; [type]: a list of these
+    "encoding": str,
+    "img_size": int,
+    "num_images": int,
+    "num_bytes": int,
+    "num_skipped": int,
+    "is_labelled": bool,
+    "class_names": [str],
+    "settings": dict,
+    "shards": [dict],
+}
+_FILE_FIELDS = {"file": str, "bytes": int, "sha256": str}
+_PIXELS_FIELDS = _FILE_FIELDS | {"images": int, "table": dict}  # of encoding uint8
+_TABLE_FIELDS = _FILE_FIELDS | {"images": int, "row_groups": [int]}
+_TYPE_NAMES = {str: "text", int: "natural number", bool: "true or false", dict: "object"}
 
 
 def is_prepared(folder: str | os.PathLike) -> bool:
@@ -31,7 +46,7 @@ def read_index(folder: str | os.PathLike, flag: str = "--data_path") -> dict:
     """Read `index.json`, and check that the files it names are there in their sizes.
 
     Raises:
-        UserError: no finished store, of a later version, files missing or of another size.
+        UserError: no finished store, of a later version, damaged, files missing or of another size or elsewhere.
     """
     path = Path(folder) / INDEX
     where = f"{flag} {folder}"
@@ -49,6 +64,10 @@ def read_index(folder: str | os.PathLike, flag: str = "--data_path") -> dict:
             f"{where}: its {INDEX} has the version {version}, this program reads {STORE_VERSION}: prepare the images "
             "again, or update jit_accel."
         )
+    try:
+        _check_index(index)
+    except ValueError as error:
+        raise UserError(f"{where}: its {INDEX} is damaged ({error}): prepare the images again.") from None
     for file in files_of(index):
         _check_size(Path(folder) / file["file"], file["bytes"], where)
     return index
@@ -57,6 +76,37 @@ def read_index(folder: str | os.PathLike, flag: str = "--data_path") -> dict:
 def files_of(index: dict) -> list[dict]:
     """All files of a store, each with `file`, `bytes` and `sha256`."""
     return [file for shard in index["shards"] for file in (shard, shard.get("table")) if file]
+
+
+def _check_index(index: dict) -> None:
+    """Raise ValueError for what is missing or of another type, and for files elsewhere than in the folder."""
+    _check_fields(index, _FIELDS, INDEX)
+    if not index["shards"]:
+        raise ValueError("shards is empty")
+    for number, shard in enumerate(index["shards"]):
+        what = f"shard {number}"
+        _check_fields(shard, _PIXELS_FIELDS if index["encoding"] == "uint8" else _TABLE_FIELDS, what)
+        if "table" in shard:
+            _check_fields(shard["table"], _FILE_FIELDS, f"the table of {what}")
+    for name in (file["file"] for file in files_of(index)):
+        if name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
+            raise ValueError(f"{name!r} is no name of a file in this folder")
+
+
+def _check_fields(value: dict, fields: dict, what: str) -> None:
+    for name, kind in fields.items():
+        if name not in value:
+            raise ValueError(f"of {what}, {name} is missing")
+        found = value[name]
+        if not isinstance(kind, list):
+            if not _is_of(found, kind):
+                raise ValueError(f"of {what}, {name} is no {_TYPE_NAMES[kind]}")
+        elif not (isinstance(found, list) and all(_is_of(item, kind[0]) for item in found)):
+            raise ValueError(f"of {what}, {name} is no list of {_TYPE_NAMES[kind[0]]}s")
+
+
+def _is_of(value: object, kind: type) -> bool:
+    return type(value) is kind and (kind is not int or value >= 0)  # true and false are no numbers
 
 
 def _check_size(path: Path, expected: int, where: str) -> None:
