@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import time
 
 import pyarrow as pa
 
 _EDGE = 4096  # bytes at either end, so that a key costs two small reads
 UNREADABLE = 2**64 - 1
+_PAUSES_S = (0.1, 0.3, 1.0)  # between attempts
+_LASTING = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def content_key(data: bytes | memoryview) -> int:
@@ -38,10 +42,19 @@ def key_of(value: pa.Scalar | dict | bytes | str | None) -> int:
         value = value.as_py() if is_text else memoryview(value.as_buffer())  # not copied: only its ends count
     elif isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
-    try:
-        return file_key(value) if isinstance(value, str) else content_key(value or b"")
-    except OSError:
-        return UNREADABLE
+    return patient_file_key(value) if isinstance(value, str) else content_key(value or b"")
+
+
+def patient_file_key(path: str | os.PathLike) -> int:
+    """`file_key`, tried again where the failure may pass; of what cannot be read the largest number."""
+    for pause_s in (*_PAUSES_S, None):
+        try:
+            return file_key(path)
+        except OSError as error:
+            if pause_s is None or error.errno in _LASTING:
+                break
+        time.sleep(pause_s)
+    return UNREADABLE
 
 
 def _key(size: int, start: bytes, end: bytes) -> int:

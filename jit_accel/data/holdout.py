@@ -6,6 +6,8 @@ files are added, renamed, moved or prepared, and copies of one image are all on 
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,8 +18,9 @@ import torch
 
 from jit_accel.data.batch import decode_row
 from jit_accel.data.decode import BadImage
-from jit_accel.data.images import Images, SomeImages
-from jit_accel.data.source import Source
+from jit_accel.data.images import Images, SomeImages, announce_keys
+from jit_accel.data.index_cache import remembered, remembered_once
+from jit_accel.data.source import Source, find_shards, fingerprint_of
 from jit_accel.data.units import Stream
 from jit_accel.errors import UserError
 
@@ -44,7 +47,8 @@ def split_holdout(
     """Take a share of the images out of `source`, and read those `max_images` of them with the smallest keys.
 
     Where files do not tell how many images they hold (see `Stream`), those that come first are read instead. What
-    process `rank` gets is its part of them; None, with a warning, where the share is too small for any.
+    process `rank` gets is its part of them; None, with a warning, where the share is too small for any. The fingerprint
+    of the rest tells which images these are, where that is known.
 
     Raises:
         UserError: no image is left.
@@ -89,11 +93,15 @@ def _split_images(source: Source, limit: int, wanted: _Wanted) -> tuple[Source, 
     images: Images = source.images
     keys = images.keys()
     is_held = keys < np.uint64(limit)
-    rest = np.flatnonzero(~is_held)
     held = sorted(zip(keys[is_held].tolist(), np.flatnonzero(is_held).tolist()))
-    return replace(source, images=SomeImages(images, rest), num_images=len(rest)), _read(
-        images, wanted.of(held), wanted
-    )
+    rest = _without(source, is_held, SomeImages(images, np.flatnonzero(~is_held)))
+    return rest, _read(images, wanted.of(held), wanted)
+
+
+def _without(source: Source, is_held: np.ndarray, images: Images | Stream) -> Source:
+    kept = hashlib.sha256(np.packbits(is_held)).hexdigest()
+    identity = fingerprint_of([source.fingerprint, kept])
+    return replace(source, images=images, num_images=int((~is_held).sum()), fingerprint=identity)
 
 
 def _read(images: Images, chosen: list[tuple[int, int]], wanted: _Wanted) -> Iterator[Decoded]:
@@ -113,14 +121,71 @@ def _split_stream(source: Source, limit: int, wanted: _Wanted) -> tuple[Source, 
         held = ((key, row) for key, row in keyed if key < limit)
         count = len(wanted.of(range(wanted.max_images)))
         return replace(source, images=kept), islice(_decode(stream, held, wanted), count)
-    keys = [stream.keys(unit) for unit in range(stream.num_units)]
-    sizes = np.array([(of_unit >= np.uint64(limit)).sum() for of_unit in keys], np.int64)
+    keys = _stream_keys(source)
+    is_held = [of_unit < np.uint64(limit) for of_unit in keys]
+    sizes = np.array([(~of_unit).sum() for of_unit in is_held], np.int64)
     held = sorted(
         (key, u, row) for u, of_unit in enumerate(keys) for row, key in enumerate(of_unit.tolist()) if key < limit
     )
     chosen = sorted((unit, row, key) for key, unit, row in wanted.of(held))
-    rest = replace(source, images=replace(kept, sizes=sizes), num_images=int(sizes.sum()))
+    rest = _without(source, np.concatenate(is_held), replace(kept, sizes=sizes))
     return rest, _decode(stream, _rows(stream, chosen), wanted)
+
+
+def _stream_keys(source: Source) -> list[np.ndarray]:
+    """The content keys of each unit, read once and then kept, unless they were stored with the images."""
+    stream: Stream = source.images
+    if stream.is_remote:
+        return _remote_keys(source)
+    if not stream.columns.key:
+        first = next(stream.rows(0), {}).get(stream.columns.image)
+        if not isinstance(stream.columns.image_of(first)[0], str):  # as files of their own are, which change alone
+            return _local_keys(source)
+        announce_keys(source.num_images)
+    return [stream.keys(unit) for unit in range(stream.num_units)]
+
+
+def _remote_keys(source: Source) -> list[np.ndarray]:
+    stream: Stream = source.images
+
+    def look() -> list[str]:
+        log.warning(
+            "--holdout: reading all of %s once over the network, since the content of the images decides which are "
+            "held out: to avoid it, prepare the data (python -m jit_accel.prepare) or leave --holdout out",
+            source.name,
+        )
+        return [_packed(stream.keys(unit)) for unit in range(stream.num_units)]
+
+    identity = [source.fingerprint, *(url.partition("?")[0] for url in stream.urls)]  # signatures change
+    found = remembered_once(f"content keys {stream.columns.image}", "\0".join(identity), look)
+    return [_unpacked(keys) for keys in found]
+
+
+def _local_keys(source: Source) -> list[np.ndarray]:
+    stream: Stream = source.images
+    files = stream.files or tuple(find_shards(source.name, ".tar"))
+    groups = [1] * len(files) if stream.groups is None else stream.groups.tolist()
+    starts = dict(zip(files, np.cumsum([0, *groups]).tolist()))
+    counts = dict(zip(files, groups))
+    is_first = True
+
+    def look(file: str) -> list[str]:
+        nonlocal is_first
+        if is_first:
+            announce_keys(source.num_images)
+            is_first = False
+        return [_packed(stream.keys(unit)) for unit in range(starts[file], starts[file] + counts[file])]
+
+    found = remembered(f"content keys {stream.columns.image}", list(files), look)
+    return [_unpacked(keys) for of_file in found for keys in of_file]
+
+
+def _packed(keys: np.ndarray) -> str:
+    return base64.b64encode(keys.astype("<u8").tobytes()).decode()
+
+
+def _unpacked(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), "<u8").astype(np.uint64)
 
 
 def _rows(stream: Stream, chosen: list[tuple[int, int, int]]) -> Iterator[tuple[int, dict]]:

@@ -17,13 +17,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jit_accel.data.scan import RACY_NS, FolderScan, walk_folder
+from jit_accel.data.scan import RACY_NS, FolderScan, changed_ns, walk_folder
 
 VERSION = "1"  # of what is in the files: another version's are not read
-_DIGEST_SIZE = hashlib.sha256().digest_size  # before the Arrow file: Arrow crashes on some damaged ones
+FILE_STATE = np.dtype([("path", "<u8"), ("size", "<i8"), ("mtime_ns", "<i8")])  # path: a hash
+_FILE_VALUE = np.dtype([*FILE_STATE.descr, ("value", "<u8")])
+_DIGEST_SIZE = hashlib.sha256().digest_size  # before the contents: Arrow crashes on some damaged files
 
 
 def cache_folder() -> Path:
@@ -46,10 +49,7 @@ def scan_folder(root: str) -> FolderScan:
 def known_scan(root: str) -> FolderScan | None:
     """What the cache holds of the folder `root`, if that is still true."""
     try:
-        data = pa.py_buffer(_index_file(root).read_bytes())
-        if hashlib.sha256(data[_DIGEST_SIZE:]).digest() != data[:_DIGEST_SIZE].to_pybytes():
-            return None
-        table = pa.ipc.open_file(data[_DIGEST_SIZE:]).read_all()
+        table = pa.ipc.open_file(_read_sealed(_index_file(root))).read_all()
     except (OSError, pa.ArrowException):  # none, or a damaged one
         return None
     directories = pa.ipc.open_stream(table.schema.metadata[b"directories"]).read_all()
@@ -88,6 +88,51 @@ def remembered(kind: str, files: list[str], look: Callable[[str], Any]) -> list[
     return found
 
 
+def remembered_once(kind: str, identity: str, look: Callable[[], Any]) -> Any:
+    """`look()`, a JSON value, from the cache where `identity` was looked at before: it must tell every change."""
+    path = cache_folder() / f"named-{_key(kind, identity)}.json"
+    try:
+        return json.loads(_read_sealed(path).to_pybytes())
+    except (OSError, ValueError):
+        found = look()
+        _write(path, lambda file: _write_sealed(json.dumps(found).encode(), file))
+        return found
+
+
+def remembered_values(kind: str, root: str, states: np.ndarray, look: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """A number of each of many small files, as `remembered`, but compact: one cache for all of them.
+
+    Args:
+        kind, root: name the cache; what is asked for replaces what is in it.
+        states: `FILE_STATE` (n,), of a file that is missing with a negative size.
+        look: the numbers uint64 (k,) of the files int64 (k,) that are not known; the largest is not remembered.
+    """
+    path = cache_folder() / f"values-{_key(kind, os.path.realpath(root))}.bin"
+    try:
+        held = np.frombuffer(_read_sealed(path), _FILE_VALUE)
+    except (OSError, ValueError):
+        held = np.empty(0, _FILE_VALUE)
+    values, is_known = np.empty(len(states), np.uint64), np.zeros(len(states), bool)
+    if len(held):
+        places = np.minimum(np.searchsorted(held["path"], states["path"]), len(held) - 1)
+        is_known = np.logical_and.reduce([held[name][places] == states[name] for name in FILE_STATE.names])
+        values[is_known] = held["value"][places[is_known]]
+    unknown = np.flatnonzero(~is_known)
+    if len(unknown) == 0:
+        return values
+    started_ns = time.time_ns()
+    values[unknown] = look(unknown)
+    entries = np.empty(len(states), _FILE_VALUE)
+    for name in FILE_STATE.names:
+        entries[name] = states[name]
+    entries["value"] = values
+    is_settled = (states["mtime_ns"] > 0) & (states["mtime_ns"] < started_ns - RACY_NS) & (states["size"] >= 0)
+    entries = entries[is_settled & (values != np.iinfo(np.uint64).max)]
+    entries.sort(order="path")
+    _write(path, lambda file: _write_sealed(entries.tobytes(), file))
+    return values
+
+
 def hash_strings(strings: pa.ChunkedArray, head: Iterable[str] = ()) -> str:
     """Sixteen hex digits of `head` and the strings, joined by zero bytes, without a Python object for each."""
     digest = hashlib.sha256("".join(part + "\0" for part in head).encode())
@@ -102,10 +147,10 @@ def hash_strings(strings: pa.ChunkedArray, head: Iterable[str] = ()) -> str:
 
 def _is_unchanged(root: str, directories: dict[str, int], doubtful: list[str]) -> bool:
     try:
-        mtimes = [os.stat(os.path.join(root, prefix)).st_mtime_ns for prefix in directories]
+        changed = [changed_ns(os.stat(os.path.join(root, prefix))) for prefix in directories]
     except OSError:
         return False
-    return mtimes == list(directories.values()) and not any(_is_readable(os.path.join(root, path)) for path in doubtful)
+    return changed == list(directories.values()) and not any(_is_readable(os.path.join(root, path)) for path in doubtful)
 
 
 def _is_readable(path: str) -> bool:
@@ -119,8 +164,8 @@ def _write_scan(scan: FolderScan, path: Path) -> None:
         "unreadable": scan.unreadable,
         "doubtful": scan.doubtful,
     }
-    mtimes = pa.array(scan.directories.values(), pa.int64())
-    directories = pa.table({"path": pa.array(scan.directories, pa.string()), "mtime_ns": mtimes})
+    changed = pa.array(scan.directories.values(), pa.int64())
+    directories = pa.table({"path": pa.array(scan.directories, pa.string()), "changed_ns": changed})
     buffer = pa.BufferOutputStream()
     with pa.ipc.new_stream(buffer, directories.schema) as writer:
         writer.write_table(directories)
@@ -130,8 +175,18 @@ def _write_scan(scan: FolderScan, path: Path) -> None:
     data = pa.BufferOutputStream()
     with pa.ipc.new_file(data, schema) as writer:
         writer.write_table(pa.table([scan.images], schema=schema))
-    data = data.getvalue()
+    _write_sealed(data.getvalue(), path)
+
+
+def _write_sealed(data: bytes | pa.Buffer, path: Path) -> None:
     path.write_bytes(hashlib.sha256(data).digest() + data)
+
+
+def _read_sealed(path: Path) -> pa.Buffer:
+    data = pa.py_buffer(path.read_bytes())
+    if hashlib.sha256(data[_DIGEST_SIZE:]).digest() != data[:_DIGEST_SIZE].to_pybytes():
+        raise OSError(f"{path} is damaged")
+    return data[_DIGEST_SIZE:]
 
 
 def _read_facts(path: Path) -> dict[str, list]:
