@@ -19,6 +19,18 @@ class UserError(Exception):
     everywhere = True
 
 
+def common_problem(problems: list[str | None]) -> str | None:
+    """What the processes of a run met, as one message that names processes where not all met the same."""
+    met = {problem: [rank for rank, other in enumerate(problems) if other == problem] for problem in problems}
+    if list(met) == [problems[0]]:
+        return problems[0]
+    return "\n".join(
+        f"process{'es' * (len(ranks) > 1)} {', '.join(map(str, ranks))}: {problem}"
+        for problem, ranks in met.items()
+        if problem is not None
+    )
+
+
 def nearest(name: str, choices) -> str:
     """` Did you mean 'x'?`, or nothing where no choice is like `name`."""
     match = difflib.get_close_matches(name.lower(), [str(c).lower() for c in choices], n=1, cutoff=0.5)

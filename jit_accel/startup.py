@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    gather_object,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -27,7 +29,7 @@ from jit_accel.config import Config
 from jit_accel.data.holdout import HeldOut, split_holdout
 from jit_accel.data.sources import Source, open_source
 from jit_accel.data.workers import cores_per_process
-from jit_accel.errors import UserError
+from jit_accel.errors import UserError, common_problem
 from jit_accel.precision import chosen_device, default_precision, is_good_at_bf16
 from jit_accel.record import describe_data, device_name
 from jit_accel.resolve import default_output_dir, image_size, plan_run, resolve, warnings_for
@@ -67,28 +69,6 @@ def start(config: Config) -> int:
         accelerator.end_training()
 
 
-def open_in_turn(config: Config, accelerator: Accelerator) -> Source:
-    """Open the data, one process a machine first: the others find what it found out in the cache.
-
-    By every process in the end, so that what is wrong with the data is an error on all of them; and each waits
-    exactly once, whatever happens, so that none waits for ever.
-    """
-    goes_first = accelerator.is_local_main_process
-    if not goes_first:
-        accelerator.wait_for_everyone()
-    try:
-        return open_source(
-            config.data.data_path,
-            data_format=config.data.data_format,
-            image_column=config.data.image_column,
-            label_column=config.data.label_column,
-            streaming=STREAMING[config.data.streaming],
-        )
-    finally:
-        if goes_first:
-            accelerator.wait_for_everyone()
-
-
 def expand_paths(config: Config) -> Config:
     output_dir = os.path.expanduser(config.run.output_dir or default_output_dir(config))
     return config.updated(output_dir=output_dir, resume=os.path.expanduser(config.run.resume))
@@ -106,8 +86,59 @@ def choose_checkpoint(config: Config) -> tuple[Config, Path | None]:
 
 
 def open_data(config: Config, accelerator: Accelerator) -> tuple[Source, HeldOut | None]:
-    """The images to train on, and those held out, if any."""
-    data, source = config.data, open_in_turn(config, accelerator)
+    """The images to train on, and those held out, if any; the same of both on all processes.
+
+    Raises:
+        UserError: on all processes, whichever met something.
+    """
+    source, held_out, problem, bug = None, None, None, None
+    try:
+        with in_turn(accelerator):
+            source, held_out = open_and_split(config, accelerator)
+    except UserError as error:
+        problem = str(error)
+    except Exception as error:  # the others must not wait for this process
+        problem, bug = f"{type(error).__name__}: {error}", error
+    num_images, identity = (source.num_images, source.fingerprint) if source else (None, "")
+    num_held_out = len(held_out.keys) if held_out else 0
+    findings = gather_object([(problem, num_images, identity, num_held_out)])
+    if bug:
+        raise bug
+    problems, counts, identities, held_counts = zip(*findings)
+    if problem := common_problem(list(problems)) or disagreement(config, counts, identities):
+        raise UserError(problem)
+    if held_out and not sum(held_counts):
+        if accelerator.is_main_process:
+            warn("no image of the holdout can be read, or none was found: there is no val/loss.")
+        held_out = None
+    return source, held_out
+
+
+@contextlib.contextmanager
+def in_turn(accelerator: Accelerator) -> Iterator[None]:
+    """One process a machine goes first: the others find what it found out in the cache.
+
+    Each waits exactly once, whatever happens, so that none waits for ever.
+    """
+    goes_first = accelerator.is_local_main_process
+    if not goes_first:
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if goes_first:
+            accelerator.wait_for_everyone()
+
+
+def open_and_split(config: Config, accelerator: Accelerator) -> tuple[Source, HeldOut | None]:
+    data = config.data
+    source = open_source(
+        data.data_path,
+        data_format=data.data_format,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        streaming=STREAMING[data.streaming],
+    )
     if not data.holdout:
         return source, None
     return split_holdout(
@@ -117,6 +148,23 @@ def open_data(config: Config, accelerator: Accelerator) -> tuple[Source, HeldOut
         img_size=image_size(config),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+    )
+
+
+def disagreement(config: Config, counts: tuple[int | None, ...], identities: tuple[str, ...]) -> str | None:
+    """The message where processes would not train on the same images, of which these are number and fingerprint."""
+    found = list(zip(counts, identities))
+    other = next((rank for rank, finding in enumerate(found) if finding != found[0]), None)
+    if other is None:
+        return None
+    trained = ", ".join(
+        f"process {rank} trains on {'?' if counts[rank] is None else f'{counts[rank]:,}'} ({identities[rank][:8]})"
+        for rank in (0, other)
+    )
+    flag = f"--holdout {config.data.holdout:g}" if config.data.holdout else f"--data_path {config.data.data_path}"
+    return (
+        f"{flag}: the processes do not find the same images ({trained}): make sure that all machines have the same "
+        "files and can read all of them, then start again."
     )
 
 

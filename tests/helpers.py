@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -133,6 +134,9 @@ def _process(flags, environment, log):
         _use_fsdp2(environment["TEST_FSDP2_PRECISION"])
     if "TEST_SLOW_RANK" in environment:
         _read_slowly(environment["TEST_SLOW_RANK"])
+    if "TEST_SETUP" in environment:  # module:function
+        module, function = environment["TEST_SETUP"].split(":")
+        getattr(importlib.import_module(module), function)()
     code = main([*TINY, *flags])
     os._exit(code)  # without waiting for the data workers of a group that may be gone
 
