@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 
 import datasets
 import pyarrow as pa
@@ -102,6 +103,17 @@ def test_the_fingerprint_follows_the_content_not_the_place(tmp_path):
     assert open_source(tmp_path / "else" / "where").fingerprint == original
     (tmp_path / "a" / "c1" / "new.png").write_bytes(png(9))
     assert open_source(tmp_path / "a").fingerprint != original
+
+
+def test_a_folder_whose_mtime_was_set_back_is_walked_again(tmp_path):
+    image_folder(tmp_path, 4)
+    for folder in (tmp_path, tmp_path / "c0", tmp_path / "c1"):
+        os.utime(folder, (1.6e9, 1.6e9))
+    assert open_source(tmp_path).num_images == 4
+    time.sleep(0.02)  # a tick of the clock
+    (tmp_path / "c0" / "new.png").write_bytes(png(9))
+    os.utime(tmp_path / "c0", (1.6e9, 1.6e9))
+    assert open_source(tmp_path).num_images == 5
 
 
 # Tables

@@ -147,10 +147,10 @@ def hash_strings(strings: pa.ChunkedArray, head: Iterable[str] = ()) -> str:
 
 def _is_unchanged(root: str, directories: dict[str, int], doubtful: list[str]) -> bool:
     try:
-        changed = [changed_ns(os.stat(os.path.join(root, prefix))) for prefix in directories]
+        found = [changed_ns(os.stat(os.path.join(root, prefix))) for prefix in directories]
     except OSError:
         return False
-    return changed == list(directories.values()) and not any(_is_readable(os.path.join(root, path)) for path in doubtful)
+    return found == list(directories.values()) and not any(_is_readable(os.path.join(root, path)) for path in doubtful)
 
 
 def _is_readable(path: str) -> bool:

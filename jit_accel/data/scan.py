@@ -29,7 +29,7 @@ class FolderScan:
 
     images: strings, sorted. metadata: the metadata files. other_endings: how many files of which other kinds.
     unreadable: "path (reason)" of what cannot be read. doubtful: those of them that may become readable without any
-    folder changing. directories: every folder with its mtime_ns from before it was read. is_settled: false where a
+    folder changing. directories: every folder with its `changed_ns` from before it was read. is_settled: false where a
     folder was changed so recently that another change might leave its mtime as it is.
     """
 
@@ -40,6 +40,11 @@ class FolderScan:
     doubtful: list[str] = field(default_factory=list)
     directories: dict[str, int] = field(default_factory=dict)
     is_settled: bool = True
+
+
+def changed_ns(info: os.stat_result) -> int:
+    """When a folder changed last: its mtime, unless that was set back, as tar and cp -a do."""
+    return max(info.st_mtime_ns, info.st_ctime_ns)
 
 
 def walk_folder(root: str) -> FolderScan:
@@ -87,7 +92,7 @@ def _walk(root: str, scan: FolderScan) -> Iterator[list[str]]:
             scan.unreadable.append(f"{folder} ({error.strerror})")
             scan.doubtful.append(prefix)
             continue
-        scan.directories[prefix] = info.st_mtime_ns
+        scan.directories[prefix] = changed_ns(info)
         stack += reversed(_in_order(files, folders, prefix, (*ancestors, identity)))
 
 
