@@ -1,9 +1,12 @@
 """`python -m jit_accel.prepare` can be interrupted and told nonsense."""
 
+import builtins
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from jit_accel.data.sources import open_source
 from jit_accel.errors import UserError
 from jit_accel.preparation import shards
 from jit_accel.preparation.encode import Original, encode
+from jit_accel.preparation.output import OutputFolder
 from jit_accel.preparation.settings import PrepareConfig
 from jit_accel.prepare import main
 
@@ -166,6 +170,78 @@ def test_two_processes_do_not_write_one_folder(refused, sources, tmp_path, monke
         message = refused("--data_path", sources["folder"], "--output_dir", tmp_path / "out", "--img_size", SIZE)
     assert "another process is preparing images there" in message
     prepare(sources["folder"], tmp_path / "out")
+
+
+def test_who_waited_finds_the_store_finished(sources, tmp_path):
+    """The work folder is gone by the time that it gets the lock: it may be between any two of its steps."""
+    index = prepare(sources["folder"], tmp_path / "made")
+    recorded = index["settings"]
+    output = OutputFolder(str(tmp_path / "out"))
+    first = output.begun(recorded)
+    assert first.__enter__() is None
+    found, begun = [], threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        with OutputFolder(str(tmp_path / "out")).begun(recorded) as index:
+            found.append(index)
+
+    waiting = [threading.Thread(target=wait) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+    assert begun.wait(10)
+    time.sleep(0.15)  # it has the lock file open
+    shutil.copytree(tmp_path / "made", output.path, dirs_exist_ok=True)
+    first.__exit__(None, None, None)
+    for thread in waiting:
+        thread.join()
+    assert found == [index, index]
+    assert contents(output.path) == contents(tmp_path / "made")
+
+
+def test_a_work_folder_that_goes_away_before_its_lock_is_there_is_made_again(tmp_path, monkeypatch):
+    output, opened = OutputFolder(str(tmp_path / "out")), []
+    real = open
+
+    def open_late(file, *args, **kwargs):
+        if str(file).endswith("lock") and not opened:
+            opened.append(file)
+            os.rmdir(output.work)
+        return real(file, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", open_late)
+    with output.begun({"img_size": SIZE}) as index:
+        assert index is None
+        assert (output.work / "plan.json").is_file()
+
+
+@pytest.mark.multiprocess
+def test_three_at_once_make_one_store(sources, tmp_path):
+    flags = ["--data_path", str(sources["folder"]), "--output_dir", str(tmp_path / "out"), "--img_size", str(SIZE)]
+    processes = [SPAWNER.Process(target=_prepare, args=([*flags, "--num_workers", "1"],)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert not (tmp_path / "out" / ".unfinished").exists()
+    assert len(open_source(tmp_path / "out").images) == 58
+
+
+def _prepare(flags: list[str]) -> None:
+    os._exit(main(flags))
+
+
+def test_files_that_were_overwritten_are_other_images(refused, sources, tmp_path, capsys):
+    shutil.copytree(sources["folder"], tmp_path / "data")
+    out = tmp_path / "out"
+    prepare(tmp_path / "data", out)
+    shutil.move(tmp_path / "data", tmp_path / "moved")  # which the store outlives
+    prepare(tmp_path / "moved", out)
+    assert "is finished already: 58 images of 16 px, 3 classes" in capsys.readouterr().out
+    next((tmp_path / "moved").rglob("*.jpg")).write_bytes(picture(99) + b"more")
+    message = refused("--data_path", tmp_path / "moved", "--output_dir", out, "--img_size", SIZE, "--shard_images", 9)
+    assert "the images of --data_path changed" in message
 
 
 def test_running_again_changes_nothing(sources, tmp_path, capsys):

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from jit_accel.data.index import INDEX, STORE_VERSION, UNFINISHED, read_index, sync_folder, write_json
 from jit_accel.errors import UserError
@@ -20,6 +21,7 @@ except ImportError:  # Windows
     fcntl = None
 
 _LOCK_PATIENCE_S = 5  # workers of a killed run leave within a second
+_MOST_VANISHED = 9
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 
 
@@ -60,19 +62,22 @@ class OutputFolder:
         return None
 
     @contextlib.contextmanager
-    def begun(self, recorded: dict) -> Iterator[None]:
+    def begun(self, recorded: dict) -> Iterator[dict | None]:
         """Own the folder while the block runs; a preparation that was interrupted here is continued.
+
+        Yields the index where another process has just finished it.
 
         Raises:
             UserError: not writable, in use, or begun with other settings; the disk is full.
         """
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
             with self._lock():
-                self._check_plan(recorded)
-                yield
-            if (self.path / INDEX).is_file():
-                shutil.rmtree(self.work)
+                index = self.finished(recorded)
+                if index is None:
+                    self._check_plan(recorded)
+                yield index
+                if (self.path / INDEX).is_file():  # which whoever gets the lock next looks for
+                    shutil.rmtree(self.work, ignore_errors=True)
         except OSError as error:
             raise self.trouble(error) from error
 
@@ -129,9 +134,16 @@ class OutputFolder:
                 f"--output_dir{remedy}."
             )
 
+    def _lock_file(self) -> TextIO:
+        for _ in range(_MOST_VANISHED):
+            self.work.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # a process that finished has just removed the folder
+                return open(self.work / "lock", "w")
+        return open(self.work / "lock", "w")
+
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        with open(self.work / "lock", "w") as file:
+        with self._lock_file() as file:
             deadline = time.monotonic() + _LOCK_PATIENCE_S
             while fcntl:
                 try:

@@ -6,6 +6,7 @@ order: it is decoded, cropped and encoded into a spool first, from which the sha
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections import Counter
@@ -63,21 +64,47 @@ def prepare(config: PrepareConfig) -> int:
         image_column=config.image_column,
         label_column=config.label_column,
     )
-    recorded = config.recorded(source.fingerprint)
+    recorded = config.recorded(_fingerprint(source))
     index = output.finished(recorded)
     if index is not None:
-        print(f"{config.output_dir} is finished already: {_summary(index)}")
-        return 0
+        return _say_finished(config, index)
     started = time.monotonic()
     with StopSignal() as stop:
         try:
-            with output.begun(recorded):
+            with output.begun(recorded) as index:
+                if index is not None:
+                    return _say_finished(config, index)
                 index, num_made = _make(config, source, output, recorded, stop)
         except Stopped as stopped:
             print(f"Stopped. What is finished is kept in {output.work}: the same command goes on from there.")
             return 128 + stopped.number
     rate = num_made / max(time.monotonic() - started, 1e-9)
     print(f"Prepared {_summary(index)}, {rate:,.0f} images/s.")
+    return 0
+
+
+def _fingerprint(source: Source) -> str:
+    """The source's; of a folder, whose own is of the names alone, with the sizes of the files."""
+    if source.format != "folder":
+        return source.fingerprint
+    images = source.images.dataset.data.column(source.images.columns.image)
+    paths = (path for chunk in images.chunks for path in chunk.field("path").to_pylist())
+    sizes = np.fromiter(map(_size, paths), np.int64, len(source.images))
+    return hashlib.sha256(source.fingerprint.encode() + sizes.tobytes()).hexdigest()[:16]
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def _say_finished(config: PrepareConfig, index: dict) -> int:
+    print(
+        f"{config.output_dir} is finished already: {_summary(index)}. To make it anew, remove it or choose another "
+        "--output_dir."
+    )
     return 0
 
 
