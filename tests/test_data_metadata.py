@@ -158,7 +158,45 @@ def test_odd_but_readable_files_are_read(photos):
     assert labels_by_number(open_source(photos)) == {0: 1, 1: 0}
 
 
+@pytest.mark.parametrize(
+    "spell",
+    [
+        "more//{}",
+        "./more/../more/{}",
+        "more/./{}",
+        "../photos/more/{}",
+        "x/..//more/{}",
+        ".//more/{}",
+        "more\\..\\more\\{}",
+    ],
+)
+def test_paths_are_what_they_lead_to(photos, spell, caplog):
+    write_csv(photos, "file_name,label", "0.png,0", f"{spell.format('5.png')},1")
+    if spell.startswith("../"):  # out of the folder
+        assert open_source(photos).num_images == 1
+        assert "1 images listed in metadata.csv are missing" in caplog.text
+    else:
+        assert labels_by_number(open_source(photos)) == {0: 0, 5: 1}
+
+
+def test_metadata_in_a_subfolder_may_speak_of_others(photos):
+    write_csv(photos / "more", "file_name,label", "../0.png,0", "5.png,1", "../more/../1.png,2")
+    assert labels_by_number(open_source(photos)) == {0: 0, 1: 2, 5: 1}
+
+
+def test_a_repeated_column_does_no_harm_unless_it_is_needed(photos):
+    rows = [f"{n}.png,7,8,{n % 2}" for n in range(5)]
+    write_csv(photos, "file_name,x,x,label", *rows)
+    assert labels_by_number(open_source(photos)) == {n: n % 2 for n in range(5)}
+    assert "two columns named 'x'" in refusal(photos, label_column="x")
+    write_csv(photos, "file_name,label,label,id", *rows)
+    assert "two columns named 'label'" in refusal(photos)
+    assert labels_by_number(open_source(photos, label_column="id")) == {n: n % 2 for n in range(5)}
+
+
 BROKEN = {
+    "two columns of names": ("csv", "file_name,file_name,label\n0.png,1.png,1\n", "two columns named 'file_name'"),
+    "brackets": ("jsonl", "[" * 200_000, "line 1 is not JSON"),
     "an empty file": ("csv", "", "cannot be read"),
     "no file_name": ("csv", "name,label\n0.png,1\n", "no column 'file_name'"),
     "another separator": ("csv", "file_name;label\n0.png;1\n", "only file_name;label"),

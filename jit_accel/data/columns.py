@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 from datasets import ClassLabel, Features, Image, Value
 
 from jit_accel.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
 
 IMAGE_NAMES = ("image", "img", "png", "jpg", "jpeg", "webp", "picture", "photo", "pixel_values", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label", "category", "class_label", "target")
@@ -35,6 +39,7 @@ class Columns:
     raw_size: int | None = None  # where images are bare pixels: uint8 (3, raw_size, raw_size)
     key: str | None = None  # where `content_key` was stored
     name: str | None = None  # where names are not stored with the images
+    any_image: bool = False  # a sample of a tar file without `image` may have one of another ending
 
     @property
     def all(self) -> list[str]:
@@ -59,8 +64,23 @@ class Columns:
         return -1 if value is None else int(value)
 
 
-def find_columns(features: Features, image_column: str | None, label_column: str | None, where: str) -> Columns:
+def features_of(schema: pa.Schema) -> dict[str, Any]:
+    """The columns as HF datasets describes them, or by Arrow's type where it knows none like it."""
+    found = {}
+    for field in schema:
+        try:
+            found |= Features.from_arrow_schema(pa.schema([field], schema.metadata))
+        except ValueError:
+            found[field.name] = field.type
+    return found
+
+
+def find_columns(
+    features: Mapping[str, Any], image_column: str | None, label_column: str | None, where: str
+) -> Columns:
     """Choose the image column and the label column, if any, by the user's names, else by type, else by name.
+
+    A column that is named like labels and cannot be any is warned of, where there is no other.
 
     Raises:
         UserError: a named column does not exist, or no image column can be recognised.
@@ -83,16 +103,30 @@ def find_columns(features: Features, image_column: str | None, label_column: str
             f"--label_column {label}: its type is {features[label]}; labels are class labels, whole numbers or "
             f"text: choose another of the columns {columns}."
         )
+    if label is None:
+        _warn_of_no_labels(features, image, where)
     return Columns(image, label)
 
 
-def _guess_image(features: Features) -> str | None:
+def _warn_of_no_labels(features: Mapping[str, Any], image: str, where: str) -> None:
+    named = next((name for name in LABEL_NAMES if name in features and name != image), None)
+    if named is not None:
+        log.warning(
+            "--data_path %s: the column %r is %s, which is no class: the images train unlabelled. Write it as whole "
+            "numbers or text, or name another column with --label_column",
+            where,
+            named,
+            features[named],
+        )
+
+
+def _guess_image(features: Mapping[str, Any]) -> str | None:
     typed = [name for name, feature in features.items() if isinstance(feature, Image)]
     by_name = [n for n in IMAGE_NAMES if n in features and not isinstance(features[n], ClassLabel)]
     return next(iter([n for n in by_name if n in typed] + typed + by_name), None)
 
 
-def guess_label(features: Features, image: str) -> str | None:
+def guess_label(features: Mapping[str, Any], image: str) -> str | None:
     """The column that its name or type shows to be the labels."""
     named = [name for name in LABEL_NAMES if name in features and name != image and label_kind(features[name])]
     typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
@@ -113,7 +147,7 @@ def read_labels(feature: Any, values: Iterable | None, column: str, where: str) 
     """What the labels of type `feature` mean, given all different `values`, or None where they are unknown.
 
     Raises:
-        UserError: labels missing or negative, text labels that cannot be listed, ids instead of classes.
+        UserError: labels missing or negative, text and numbers mixed, text that cannot be listed, ids not classes.
     """
     kind = label_kind(feature)
     if kind == "text" and values is None:
@@ -151,7 +185,14 @@ def _check_labels(kind: str | None, values: list, column: str, where: str) -> No
             f"--label_column {column}: some images of {where} have no label: label or remove them, or choose "
             "another column."
         )
-    if kind == "text" or not values:
+    is_text = kind == "text"
+    odd = [value for value in values if isinstance(value, str) != is_text]
+    if odd:
+        raise UserError(
+            f"--label_column {column}: in {where} some labels are text and others are numbers (among "
+            f"{'texts' if is_text else 'numbers'} there is {odd[0]!r}): write all in one type."
+        )
+    if is_text or not values:
         return
     if min(values) < 0:
         raise UserError(

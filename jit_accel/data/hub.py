@@ -6,6 +6,7 @@ import logging
 import re
 
 import datasets
+import numpy as np
 
 from jit_accel.data.columns import ONE_CLASS, find_columns, read_labels
 from jit_accel.data.remote import footers_of
@@ -53,7 +54,8 @@ def open_hub(request: Request) -> Source:
     units = units_of(dataset, row_groups) if row_groups else {}
     how = {"is_remote": True, "urls": files or (request.path,) * dataset.num_shards, **units}
     source = make_source(request.path, "hub", dataset, columns, labels, rows, identity, **how)
-    first = next(iter(source.images.rows(0)), None)
+    filled = 0 if source.images.sizes is None else int(np.argmax(source.images.sizes > 0))
+    first = next(iter(source.images.rows(filled)), None)
     check_embedded(first and first[columns.image], columns, request.path)
     return source
 

@@ -6,14 +6,14 @@ import json
 import logging
 import os
 import posixpath
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-from datasets import Features
 
-from jit_accel.data.columns import Labels, guess_label, label_kind, read_labels
+from jit_accel.data.columns import LABEL_NAMES, Labels, features_of, guess_label, label_kind, read_labels
 from jit_accel.data.scan import FolderScan
 from jit_accel.errors import UserError, nearest
 
@@ -39,7 +39,7 @@ def labels_from_metadata(
     Raises:
         UserError: a file cannot be read, lacks columns, gives one image two labels, or fits no image at all.
     """
-    tables = [_read(os.path.join(root, name)) for name in scan.metadata]
+    tables = [_read(os.path.join(root, name), label_column) for name in scan.metadata]
     column = _label_column(tables, scan.metadata, label_column)
     paths = pa.chunked_array([_paths(table, name) for table, name in zip(tables, scan.metadata)], pa.string())
     places = pc.index_in(paths, value_set=scan.images)
@@ -48,7 +48,7 @@ def labels_from_metadata(
         kept = np.unique(places.drop_null().to_numpy())
         return scan.images.take(kept), None, None
     values = _one_type([table.column(column) for table in tables], column)
-    feature = Features.from_arrow_schema(pa.schema([(column, values.type)]))[column]
+    feature = features_of(pa.schema([(column, values.type)]))[column]
     is_there = places.is_valid()
     labels = read_labels(feature, pc.unique(values.filter(is_there)).to_pylist(), column, scan.metadata[0])
     if labels.ids is not None:
@@ -58,7 +58,7 @@ def labels_from_metadata(
     return scan.images.take(kept), ids, labels
 
 
-def _read(file: str) -> pa.Table:
+def _read(file: str, label_column: str | None) -> pa.Table:
     try:
         table = _read_csv(file) if file.endswith(".csv") else _read_jsonl(file)
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -71,7 +71,17 @@ def _read(file: str) -> pa.Table:
         )
     if not table.num_rows:
         raise UserError(f"--data_path {file}: it lists no files: add rows, or remove it.")
-    return table
+    return _without_repeated(table, file, label_column)
+
+
+def _without_repeated(table: pa.Table, file: str, label_column: str | None) -> pa.Table:
+    """Without the columns of which there are several of one name, none of which may be needed."""
+    counts = Counter(table.column_names)
+    needed = [FILE_NAME, *([label_column] if label_column else LABEL_NAMES)]
+    for name in needed:
+        if counts[name] > 1:
+            raise UserError(f"--data_path {file}: it has two columns named {name!r}: rename or remove one.")
+    return table.select([number for number, name in enumerate(table.column_names) if counts[name] == 1])
 
 
 def _read_csv(file: str) -> pa.Table:
@@ -94,7 +104,7 @@ def _read_jsonl(file: str) -> pa.Table:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number} is not JSON: {error}") from error
             if not isinstance(row, dict) or not isinstance(row.get(FILE_NAME, ""), str):
                 raise ValueError(f'line {number} is not like {{"{FILE_NAME}": "a.png", "label": 3}}')
@@ -118,7 +128,7 @@ def _label_column(tables: list[pa.Table], names: list[str], wanted: str | None) 
             f"--label_column {wanted}: {names[0]} has no such column; choose from "
             f"{', '.join(columns) or 'none'}.{nearest(wanted, columns)}"
         )
-    features = Features.from_arrow_schema(tables[0].select(columns).schema)
+    features = features_of(tables[0].select(columns).schema)
     if wanted is not None and label_kind(features[wanted]) is None:
         raise UserError(
             f"--label_column {wanted}: its type in {names[0]} is {tables[0].schema.field(wanted).type}; labels are "
@@ -147,7 +157,12 @@ def _paths(table: pa.Table, metadata: str) -> pa.Array:
     listed = table.column(FILE_NAME).combine_chunks().cast(pa.string())
     listed = pc.replace_substring_regex(pc.replace_substring(listed, "\\", "/"), r"^(\./+)+", "")
     folder = posixpath.dirname(metadata)
-    return pc.binary_join_element_wise(folder, listed, "/") if folder else listed
+    paths = pc.binary_join_element_wise(folder, listed, "/") if folder else listed
+    detours = pc.fill_null(pc.match_substring_regex(paths, r"//|(^|/)\.\.?(/|$)"), False)
+    if not pc.any(detours).as_py():
+        return paths
+    direct = [posixpath.normpath(path) for path in paths.filter(detours).to_pylist()]
+    return pc.replace_with_mask(paths, detours, pa.array(direct, paths.type))
 
 
 def _once(places: np.ndarray, ids: np.ndarray, scan: FolderScan, column: str) -> tuple[np.ndarray, np.ndarray]:

@@ -18,13 +18,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Features
 
 from jit_accel.data import http_files
-from jit_accel.data.columns import ONE_CLASS, Columns, Labels, find_columns, read_labels
+from jit_accel.data.columns import ONE_CLASS, label_kind, read_labels
 from jit_accel.data.outages import OPENING_PATIENCE_S, patiently, without_secrets
 from jit_accel.data.source import Request, Source, check_embedded, fingerprint_of, make_source
-from jit_accel.data.tables import check_schemas, random_access, read_footer, row_groups_of, units_of, with_ids
+from jit_accel.data.tables import (
+    check_schemas,
+    choose_columns,
+    how_to_read,
+    random_access,
+    read_footer,
+    row_groups_of,
+    units_of,
+    with_ids,
+)
 from jit_accel.data.tars import columns_of, first_sample, label_in
 from jit_accel.errors import UserError
 
@@ -93,12 +101,21 @@ def open_remote_parquet(request: Request) -> Source:
     row_groups = [row_groups_of(footer) for footer, _ in footers]
     rows = sum(map(sum, row_groups)) if ranges else None
     identity = fingerprint_of(["parquet", str(rows), *_names_and_sizes(urls, infos)])
+    schema = footers[0][1]
+    columns, features = choose_columns(schema, request)
+    filled = next((url for url, groups in zip(urls, row_groups) if any(groups)), urls[0])
+    check_embedded(_with_file(filled, lambda _, file: _first_value(file, columns.image)), columns, request.path)
+    how = how_to_read(schema, columns, row_groups if ranges else None)
     if request.streaming is False:
-        dataset = _load("parquet", urls, request, streaming=False)
+        dataset = _load("parquet", urls, request, streaming=False, **how)
         return random_access(request, "parquet", dataset, identity)
-    columns, labels = _parquet_columns(urls, footers, request, ranges)
-    wanted = [columns.image] + [columns.label] * (columns.label is not None)
-    dataset = _load("parquet", urls, request, streaming=True, columns=wanted)
+    labels = ONE_CLASS
+    if columns.label is not None:
+        feature = features[columns.label]
+        values = _labels(urls, footers, columns.label, feature) if ranges else None
+        labels = read_labels(feature, values, columns.label, request.path)
+    columns = with_ids(columns, labels)
+    dataset = _load("parquet", urls, request, streaming=True, **how)
     units = units_of(dataset, row_groups) if ranges else {}
     how = {"is_remote": True, "urls": tuple(urls), **units}
     return make_source(request.path, "parquet", dataset, columns, labels, rows, identity, **how)
@@ -226,19 +243,11 @@ def _name(url: str) -> str:
     return posixpath.basename(unquote(urlsplit(url).path))
 
 
-def _parquet_columns(urls: list[str], footers: list, request: Request, ranges: bool) -> tuple[Columns, Labels]:
-    features = Features.from_arrow_schema(footers[0][1])
-    columns = find_columns(features, request.image_column, request.label_column, request.path)
-    check_embedded(_with_file(urls[0], lambda _, file: _first_value(file, columns.image)), columns, request.path)
-    if columns.label is None:
-        return columns, ONE_CLASS
-    feature, values = features[columns.label], None
-    if getattr(feature, "dtype", "") == "string":
-        values = _values(urls, columns.label) if ranges else None
-    elif ranges:  # of class labels and numbers the bounds are enough, which footers tell
-        values = _bounds([footer for footer, _ in footers], columns.label)
-    labels = read_labels(feature, values, columns.label, request.path)
-    return with_ids(columns, labels), labels
+def _labels(urls: list[str], footers: list, column: str, feature: Any) -> set | None:
+    """All different text labels, or the bounds of others, which are enough and in the footers."""
+    if label_kind(feature) == "text":
+        return _values(urls, column)
+    return _bounds([footer for footer, _ in footers], column)
 
 
 def _first_value(file, column: str):
@@ -263,7 +272,7 @@ def _bounds(footers: Iterable[pq.FileMetaData], column: str) -> set | None:
     found = set()
     for footer in footers:
         number = footer.schema.names.index(column) if column in footer.schema.names else None
-        for group in range(footer.num_row_groups):
+        for group in np.flatnonzero(row_groups_of(footer)).tolist():
             statistics = None if number is None else footer.row_group(group).column(number).statistics
             if statistics is None or not statistics.has_min_max:
                 return None

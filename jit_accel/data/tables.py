@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, IterableDataset
 
-from jit_accel.data.columns import ONE_CLASS, Columns, Labels, find_columns, read_labels
+from jit_accel.data.columns import ONE_CLASS, Columns, Labels, features_of, find_columns, read_labels
 from jit_accel.data.index_cache import remembered
 from jit_accel.data.source import (
     Request,
@@ -28,6 +28,7 @@ from jit_accel.data.source import (
 from jit_accel.errors import UserError, lookup
 
 BUILTIN = Path(__file__).parent / "builtin"
+_ROWS_AT_ONCE = 64
 
 
 def open_parquet(request: Request) -> Source:
@@ -39,11 +40,11 @@ def open_parquet(request: Request) -> Source:
     files = find_shards(request.path, ".parquet")
     row_groups, schema = _check_files(files)
     rows = sum(map(sum, row_groups))
+    if not rows:
+        raise UserError(f"--data_path {request.path}: the data set has no rows: choose one with images.")
     columns, labels = _parquet_columns(files, schema, request)
-    wanted = [columns.image] + [columns.label] * (columns.label is not None)
-    dataset = datasets.load_dataset(
-        "parquet", data_files=files, split="train", columns=wanted, streaming=request.streaming is not False
-    )
+    how = how_to_read(schema, columns, row_groups)
+    dataset = _load(files, request, how)
     identity = fingerprint_of(["parquet", str(rows), *shard_names_and_sizes(files)])
     how = {"files": tuple(files), **units_of(dataset, row_groups)}
     return make_source(request.path, "parquet", dataset, columns, labels, rows, identity, **how)
@@ -86,6 +87,18 @@ def open_saved(request: Request) -> Source:
     shards = [file["filename"] for file in dataset.cache_files]
     identity = fingerprint_of(["saved", str(len(dataset)), *shard_names_and_sizes(shards)])
     return random_access(request, "saved", dataset, identity)
+
+
+def how_to_read(schema: pa.Schema, columns: Columns, row_groups: list[list[int]] | None) -> dict:
+    """The arguments that make HF datasets read these columns and no others, whatever is in the others.
+
+    row_groups: their numbers of rows in each file, or None where they are not known.
+    """
+    features = features_of(schema)
+    how = {"columns": columns.all, "features": Features({name: features[name] for name in columns.all})}
+    # HF takes the number of rows of the first row group for the size of a batch
+    may_be_empty = row_groups is None or any(0 in groups for groups in row_groups)
+    return how | ({"batch_size": _ROWS_AT_ONCE} if may_be_empty else {})
 
 
 def units_of(dataset, row_groups: list[list[int]]) -> dict:
@@ -160,6 +173,23 @@ def check_schemas(files: list[str], schemas: list[pa.Schema]) -> None:
             )
 
 
+def choose_columns(schema: pa.Schema, request: Request) -> tuple[Columns, dict]:
+    """The columns of Parquet files that are read, and what `features_of` says of all.
+
+    Raises:
+        UserError: there are none such, or one of them is there twice.
+    """
+    features = features_of(schema)
+    columns = find_columns(features, request.image_column, request.label_column, request.path)
+    twice = next((name for name in columns.all if schema.names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(
+            f"--data_path {request.path}: two columns are named {twice!r}: rename one, or choose others with "
+            "--image_column and --label_column."
+        )
+    return columns, features
+
+
 def row_groups_of(footer: pq.FileMetaData) -> list[int]:
     """The rows of each row group."""
     return [footer.row_group(n).num_rows for n in range(footer.num_row_groups)]
@@ -173,8 +203,7 @@ def _check_files(files: list[str]) -> tuple[list[list[int]], pa.Schema]:
 
 
 def _parquet_columns(files: list[str], schema: pa.Schema, request: Request) -> tuple[Columns, Labels]:
-    features = Features.from_arrow_schema(schema)
-    columns = find_columns(features, request.image_column, request.label_column, request.path)
+    columns, features = choose_columns(schema, request)
     first = next(_first_rows(files, columns.image), None)
     check_embedded(first, columns, request.path)
     if columns.label is None:
@@ -183,6 +212,18 @@ def _parquet_columns(files: list[str], schema: pa.Schema, request: Request) -> t
     values = {value for values in found for value in values}
     labels = read_labels(features[columns.label], values, columns.label, request.path)
     return with_ids(columns, labels), labels
+
+
+def _load(files: list[str], request: Request, how: dict) -> Dataset | IterableDataset:
+    streaming = request.streaming is not False
+    try:
+        return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming, **how)
+    except Exception as error:  # of many kinds
+        reason = error.__cause__ or error
+        raise UserError(
+            f"--data_path {request.path}: HF datasets cannot read these files ({type(reason).__name__}: {reason}): "
+            "correct them."
+        ) from error
 
 
 def _different_values(file: str, column: str) -> list:

@@ -31,7 +31,7 @@ def parts_of(stream: Stream) -> list[list[Piece]]:
     if sizes is not None and not stream.is_remote:
         cuts = max(1, min(MOST_CUTS, FEWEST_PARTS // stream.num_units))
     pieces: list[Piece] = []
-    for unit in range(stream.num_units):
+    for unit in range(stream.num_units) if sizes is None else np.flatnonzero(sizes).tolist():
         edges = [int(sizes[unit]) * n // cuts for n in range(cuts + 1)] if cuts > 1 else [0, None]
         pieces += [(unit, a, b) for a, b in pairwise(edges) if a != b]
     count = min(MOST_PARTS, len(pieces))
