@@ -86,11 +86,11 @@ def image_folder(folder: Path) -> Iterator[int]:
 
 
 def store_of_pixels(store: Path) -> Iterator[int]:
-    """Batches at random places, into memory that is there already."""
+    """Batches at random places, into memory that is there already, but not in the processor's cache: four batches."""
     images = open_source(store).images
-    out = np.empty((BATCH, 3, SIZE, SIZE), np.uint8)
+    buffers = [np.empty((BATCH, 3, SIZE, SIZE), np.uint8) for _ in range(4)]
     generator = np.random.default_rng(0)
-    while True:
+    for out in itertools.cycle(buffers):
         images.read(generator.integers(0, len(images), BATCH), out)
         yield BATCH
 
@@ -105,7 +105,8 @@ def store_of_files(store: Path) -> Iterator[int]:
 
 
 def loader(store: Path, opened: list, in_thread: bool = False) -> Iterator[int]:
-    batches = build_loader(open_source(store), img_size=SIZE, batch_size=BATCH, seed=0)
+    # mirrored on the device: here that would be this core
+    batches = build_loader(open_source(store), img_size=SIZE, batch_size=BATCH, seed=0, horizontal_flip=False)
     batches = DevicePrefetcher(batches, "cpu") if in_thread else batches
     opened.append(batches)
     for _ in batches:

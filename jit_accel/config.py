@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+STREAMING = {"auto": None, "true": True, "false": False}
+
 
 @dataclass(frozen=True)
 class DataConfig:

@@ -25,7 +25,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from jit_accel.checkpoint import complete_checkpoints, find_checkpoint, read_state
-from jit_accel.config import Config
+from jit_accel.config import STREAMING, Config
 from jit_accel.data.holdout import HeldOut, split_holdout
 from jit_accel.data.sources import Source, open_source
 from jit_accel.data.workers import cores_per_process
@@ -37,7 +37,6 @@ from jit_accel.tracking import METRICS_FILE, wandb_installed, warn
 from jit_accel.trainer import Trainer
 
 PRECISION_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-STREAMING = {"auto": None, "true": True, "false": False}
 
 
 def start(config: Config) -> int:

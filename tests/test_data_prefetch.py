@@ -188,6 +188,23 @@ def test_images_are_mirrored_on_the_way_to_the_device():
     assert torch.equal(batch.images, images)
 
 
+def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it():
+    shape = (2, 3, 5, 7)
+    held = [empty_batch(shape) for _ in range(6)]
+    held += [held[0][1:].flatten(), held[1].numpy(), torch.utils.dlpack.from_dlpack(held[2])]
+    for n, one in enumerate(held[:6]):
+        one.fill_(n)
+    views = held[6:]
+    del held, one
+    for _ in range(20):
+        empty_batch(shape).fill_(99)
+    assert [int(np.asarray(view).max()) for view in views] == [0, 1, 2]
+    first = empty_batch(shape)
+    address = first.data_ptr()
+    del first
+    assert empty_batch(shape).data_ptr() == address
+
+
 def test_workers_fill_memory_that_is_shared_already(monkeypatch):
     assert not empty_batch((2, 3, 4, 4)).is_shared()
     monkeypatch.setattr(torch.utils.data, "get_worker_info", object)

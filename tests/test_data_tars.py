@@ -1,4 +1,4 @@
-"""Local tar files: as many images as HF datasets gives rows, whatever some samples lack, and never a part of a file."""
+"""Local tar files: as many images as samples, whatever some samples lack, and never a part of a file."""
 
 import json
 
@@ -77,16 +77,48 @@ def test_there_are_as_many_images_as_rows(tmp_path, name, streaming):
     assert len(seen) == len(rows) - len(bad)
 
 
-@pytest.mark.parametrize("name", ["no picture", "another ending"])
-def test_a_sample_without_its_picture_is_one_bad_image_and_the_others_come(tmp_path, name, caplog):
-    source = open_source(tar(tmp_path / "a.tar", ODD_TARS[name]))
+def test_a_sample_without_its_picture_is_one_bad_image_and_the_others_come(tmp_path, caplog):
+    source = open_source(tar(tmp_path / "a.tar", ODD_TARS["no picture"]))
     assert source.images.sizes.tolist() == [12]
     seen, bad = epoch(source)
     assert seen == [(n, n % 2) for n in range(12) if n != 8]
     assert len(bad) == 1
     assert bad[0].endswith(": empty")
-    assert "1 of 12 samples have no .png" in caplog.text
+    assert "1 of 12 samples have no image" in caplog.text
     assert "0008" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["another ending", "another case"])
+def test_images_of_several_endings_all_come(tmp_path, name, caplog):
+    source = open_source(tar(tmp_path / "a.tar", ODD_TARS[name]))
+    assert epoch(source) == ([(n, n % 2) for n in range(source.num_images)], [])
+    assert not caplog.text
+
+
+def test_a_mask_does_not_stand_for_its_photo(tmp_path):
+    members = {f"{n}.{key}": png(n + plus) for n in range(4) for key, plus in (("jpg", 0), ("seg.png", 100))}
+    source = open_source(tar(tmp_path / "a.tar", without(members, "2.jpg")))
+    seen, bad = epoch(source)
+    assert ([n for n, _ in seen], len(bad)) == ([0, 1, 3], 1)
+    members = {f"{n}.{key}": png(n + plus) for n in range(4) for key, plus in (("jpg", 0), ("png", 100))}
+    source = open_source(tar(tmp_path / "b.tar", without(members, "2.jpg")), image_column="jpg")
+    seen, bad = epoch(source)
+    assert ([n for n, _ in seen], len(bad)) == ([0, 1, 3], 1)
+
+
+def test_members_that_nobody_reads_may_be_broken(tmp_path):
+    members = samples(range(4)) | {"0003.json": b"{", "0003.txt": b"\xff", "0003.npy": b"?"}
+    source = open_source(tar(tmp_path / "a.tar", members))
+    assert epoch(source) == ([(n, n % 2) for n in range(4)], [])
+
+
+def test_labels_in_json_that_are_no_whole_numbers_are_names(tmp_path):
+    members = {}
+    for n, label in enumerate([1.0, 2.0, "x", 1.0]):
+        members |= {f"{n}.png": png(n), f"{n}.json": json.dumps({"label": label}).encode()}
+    source = open_source(tar(tmp_path / "a.tar", members))
+    assert source.class_names == ("1.0", "2.0", "x")
+    assert epoch(source) == ([(0, 0), (1, 1), (2, 2), (3, 0)], [])
 
 
 @pytest.mark.parametrize("ending", ["JPG", "PNG", "Jpeg", "jpg"])

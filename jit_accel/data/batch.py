@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from jit_accel.data.columns import Columns
 from jit_accel.data.decode import BadImage, crop_pixels, decode_image, pixels_of
 from jit_accel.errors import UserError
+
+MAX_SUBSTITUTES = 100  # images drawn to stand in for one that is bad
 
 
 @dataclass
@@ -56,9 +59,30 @@ def _mirrored(images: torch.Tensor, mirror: np.ndarray) -> torch.Tensor:
 def empty_batch(shape: tuple[int, ...]) -> torch.Tensor:
     """Uninitialised uint8 memory for a batch; in a worker shared with the main process, which spares a copy."""
     if torch.utils.data.get_worker_info() is None:
-        return torch.from_numpy(np.empty(shape, np.uint8))  # NumPy asks for huge pages: thrice as fast as torch.empty
+        return torch.from_numpy(_free_buffer(shape))
     storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's default_collate does
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
+_buffers: list[np.ndarray] = []
+_MOST_BUFFERS = 4
+
+
+def _references(arrays: list[np.ndarray]) -> list[int]:
+    return [sys.getrefcount(array) for array in arrays]
+
+
+(_WHEN_FREE,) = _references([np.empty(0)])  # versions of Python count differently
+
+
+def _free_buffer(shape: tuple[int, ...]) -> np.ndarray:
+    """Memory of a batch that nobody holds any more: new pages would cost as much as filling them."""
+    for place, references in enumerate(_references(_buffers)):
+        if references == _WHEN_FREE and _buffers[place].shape == shape:
+            return _buffers[place]
+    _buffers.append(np.empty(shape, np.uint8))
+    del _buffers[:-_MOST_BUFFERS]
+    return _buffers[-1]
 
 
 def decode_row(value: Any, columns: Columns, img_size: int, fallback_name: str) -> np.ndarray:

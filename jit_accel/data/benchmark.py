@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jit_accel.config import STREAMING
 from jit_accel.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 # Images/s of JiT-B/16 at 256 px, bf16 and compiled, on one H100; other models by their arithmetic.
 REFERENCE_MODEL, REFERENCE_SIZE, REFERENCE_RATE = "JiT-B/16", 256, 2600
 GPU_COUNTS = (1, 8)
-STREAMING = {"auto": None, "true": True, "false": False}
 
 
 def main(argv: list[str] | None = None) -> int:

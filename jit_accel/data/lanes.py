@@ -13,7 +13,7 @@ import torch
 
 from jit_accel import rng
 from jit_accel.data import order
-from jit_accel.data.batch import decode_row, empty_batch
+from jit_accel.data.batch import MAX_SUBSTITUTES, decode_row, empty_batch
 from jit_accel.data.decode import BadImage
 from jit_accel.data.partition import Partition, Place, shuffled
 from jit_accel.data.read_ahead import ReadAhead
@@ -22,7 +22,6 @@ from jit_accel.data.spans import Span, clipped, from_numbers
 from jit_accel.errors import UserError
 
 MAX_BLOCK_BYTES = 2**28  # a lane's block ends here at the latest, so that photos of megabytes do not fill the memory
-MAX_SUBSTITUTES = 100
 MAX_UNREADABLE = 10_000
 
 

@@ -9,7 +9,7 @@ import torch
 
 from jit_accel import rng
 from jit_accel.data import order
-from jit_accel.data.batch import Batch, check_labels, empty_batch
+from jit_accel.data.batch import MAX_SUBSTITUTES, Batch, check_labels, empty_batch
 from jit_accel.data.lanes import Decoding
 from jit_accel.data.source import Source
 from jit_accel.data.state import check_state
@@ -18,8 +18,6 @@ from jit_accel.data.workers import make_loader
 from jit_accel.errors import UserError
 
 __all__ = ["Batch", "RandomAccessLoader", "StreamLoader", "build_loader"]
-
-MAX_SUBSTITUTES = 100
 
 
 def build_loader(

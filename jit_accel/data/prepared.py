@@ -75,7 +75,8 @@ def _open_tables(request: Request, index: dict, labels: Labels, identity: str) -
         columns=columns.all,
         streaming=request.streaming is not False,
     )
-    how = {"files": tuple(files), **units_of(dataset, [shard["row_groups"] for shard in index["shards"]])}
+    units = units_of(dataset, [shard["row_groups"] for shard in index["shards"]])
+    how = {"files": tuple(files), **units} if "groups" in units else units
     return make_source(request.path, "prepared", dataset, columns, labels, index["num_images"], identity, **how)
 
 

@@ -33,7 +33,8 @@ from jit_accel.data.tables import (
     units_of,
     with_ids,
 )
-from jit_accel.data.tars import columns_of, first_sample, label_in
+from jit_accel.data.tar_samples import label_in
+from jit_accel.data.tars import columns_of, first_sample
 from jit_accel.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -46,7 +46,8 @@ def open_parquet(request: Request) -> Source:
     how = how_to_read(schema, columns, row_groups)
     dataset = _load(files, request, how)
     identity = fingerprint_of(["parquet", str(rows), *shard_names_and_sizes(files)])
-    how = {"files": tuple(files), **units_of(dataset, row_groups)}
+    units = units_of(dataset, row_groups)
+    how = {"files": tuple(files), **units} if "groups" in units else units
     return make_source(request.path, "parquet", dataset, columns, labels, rows, identity, **how)
 
 

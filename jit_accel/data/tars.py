@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import re
-import tarfile
-from collections.abc import Container, Iterator
 from dataclasses import replace
 from typing import BinaryIO
 
@@ -18,15 +13,13 @@ from datasets.packaged_modules.webdataset.webdataset import IMAGE_EXTENSIONS
 from jit_accel.data.columns import ONE_CLASS, Columns, read_labels
 from jit_accel.data.index_cache import remembered
 from jit_accel.data.source import Request, Source, find_shards, fingerprint_of, make_source, shard_names_and_sizes
+from jit_accel.data.tar_samples import IMAGE_KEYS, image_key, is_image, label_in, load_json, samples_in
 from jit_accel.errors import UserError, nearest
 
 log = logging.getLogger(__name__)
 
-IMAGE_KEYS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2")
 JSON_LABELS = ("label", "class", "cls", "class_id")
-_HF_KEYS = ("__key__", "__url__")  # which HF datasets adds to each sample
 _MOST_SAMPLES = 20  # that are looked at to find the endings
-_STEM_AND_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as HF datasets and webdataset split names
 
 
 def open_webdataset(request: Request) -> Source:
@@ -63,58 +56,8 @@ def open_webdataset(request: Request) -> Source:
     except Exception as error:
         raise UserError(f"--data_path {request.path}: HF datasets cannot read these tar files: {error}") from error
     identity = fingerprint_of(["webdataset", str(num_images), *shard_names_and_sizes(files)])
-    sizes = np.array(counts, np.int64) if streaming else None
-    return make_source(request.path, "webdataset", dataset, columns, labels, num_images, identity, sizes=sizes)
-
-
-def _members(file: str, opened: BinaryIO | None = None):
-    """Yield (tar, member, stem, key) of the members that HF datasets sees too; `opened` is read front to back."""
-    try:
-        with tarfile.open(file, "r:") if opened is None else tarfile.open(fileobj=opened, mode="r|") as tar:
-            for member in tar:
-                match = _STEM_AND_KEY.match(member.name)
-                if member.isfile() and match and not os.path.basename(member.name).startswith((".", "__")):
-                    yield tar, member, match[1], match[2]
-            if opened is None:
-                _check_end(file, tar.offset)
-    except (tarfile.TarError, OSError) as error:
-        if opened is not None:
-            raise  # it may be the network's
-        raise UserError(f"--data_path {file}: not a readable tar file ({error}): remove or replace it.") from error
-
-
-def _check_end(file: str, offset: int) -> None:
-    """Python takes the end of a file, and a header that it cannot read, for the end of the archive."""
-    with open(file, "rb") as opened:
-        opened.seek(offset)
-        if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise UserError(
-                f"--data_path {file}: the tar file was cut short or is damaged: at byte {offset:,} there is neither "
-                "another member nor the block of zeros that ends it: restore it."
-            )
-
-
-def _samples(
-    file: str, opened: BinaryIO | None = None, read: Container[str] | None = None
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield (stem, the members by their endings) of each row that HF datasets makes of the file.
-
-    Only the members with the endings in `read` are read, all where it is None; the others are b"".
-    """
-    sample, stem = {}, None
-    for tar, member, next_stem, key in _members(file, opened):
-        if sample and next_stem != stem:
-            yield stem, sample
-            sample = {}
-        stem = next_stem
-        if key in sample or key in _HF_KEYS:
-            raise UserError(
-                f"--data_path {file}: the sample {stem} has a second member {member.name}, or one of a name that HF "
-                "datasets does not allow: write the file again without it."
-            )
-        sample[key] = tar.extractfile(member).read() if read is None or key in read else b""
-    if sample:
-        yield stem, sample
+    how = {"sizes": np.array(counts, np.int64), "files": tuple(files)} if streaming else {}
+    return make_source(request.path, "webdataset", dataset, columns, labels, num_images, identity, **how)
 
 
 def first_sample(file: str, opened: BinaryIO | None = None) -> dict[str, bytes]:
@@ -123,8 +66,8 @@ def first_sample(file: str, opened: BinaryIO | None = None) -> dict[str, bytes]:
     Of the very first where none of twenty seems to have one.
     """
     first: dict[str, bytes] = {}
-    for number, (_, sample) in enumerate(_samples(file, opened)):
-        if any(key.rsplit(".", 1)[-1].lower() in IMAGE_KEYS for key in sample):
+    for number, (_, sample) in enumerate(samples_in(file, opened)):
+        if any(map(is_image, sample)):
             return sample
         first = first or sample
         if number + 1 == _MOST_SAMPLES:
@@ -152,41 +95,34 @@ def columns_of(sample: dict[str, bytes], request: Request) -> Columns:
             f"ending of the images.{nearest(asked or '', sample)}"
         )
     wanted, classes, table = request.label_column, _spelled("cls", sample), _spelled("json", sample)
+    # Where there are several pictures, as of a photo and its mask, one does not stand for the other.
+    any_image = asked is None and sum(key.lower() in IMAGE_KEYS for key in sample) == 1
     if classes and (wanted or "cls").lower() == "cls":
-        return Columns(image, classes)
+        return Columns(image, classes, any_image=any_image)
     if table:
-        entries = _load_json(sample[table])
+        entries = load_json(sample[table])
         key = wanted if wanted in entries else next((k for k in JSON_LABELS if wanted is None and k in entries), None)
         if key is not None:
-            return Columns(image, table, key)
+            return Columns(image, table, key, any_image=any_image)
         keys += f" (in .json: {', '.join(entries)})"
     if wanted is not None:
         raise UserError(
             f"--label_column {wanted}: the first sample of {request.path} consists of {keys}: choose from these."
         )
-    return Columns(image)
-
-
-def _load_json(data: bytes) -> dict:
-    try:
-        entries = json.loads(data)
-    except ValueError:
-        return {}
-    return entries if isinstance(entries, dict) else {}
+    return Columns(image, any_image=any_image)
 
 
 def _scan(files: list[str], columns: Columns) -> tuple[list[int], set]:
     """The samples of each file by the tars' headers, as counted now or before, and the different labels."""
-    kind = f"tar samples {columns.image} {columns.label} {columns.label_key}"
+    kind = f"tar samples {columns.image} {columns.any_image} {columns.label} {columns.label_key}"
     found = remembered(kind, files, lambda file: _scan_one(file, columns))
     counts, lacking = ([facts[n] for facts in found] for n in (0, 2))
     if sum(lacking):
         file, example = next((file, facts[3]) for file, facts in zip(files, found) if facts[2])
         log.warning(
-            "--data_path: %d of %d samples have no .%s and count as bad images, as %s in %s: name all images alike",
+            "--data_path: %d of %d samples have no image and count as bad ones, as %s in %s",
             sum(lacking),
             sum(counts),
-            columns.image,
             example,
             file,
         )
@@ -196,31 +132,13 @@ def _scan(files: list[str], columns: Columns) -> tuple[list[int], set]:
 def _scan_one(file: str, columns: Columns) -> tuple[int, list, int, str]:
     """How many samples there are, the labels of those with images, how many have none, and the stem of one of these."""
     count, values, lacking, example = 0, set(), 0, ""
-    for stem, sample in _samples(file, read=(columns.label,)):
+    for stem, sample in samples_in(file, read=lambda _, key: key == columns.label):
         count += 1
         if columns.label in sample:
             values.add(label_in(sample[columns.label], columns, f"{file}, {stem}.{columns.label}"))
-        elif columns.label is not None and columns.image in sample:
+        elif columns.label is not None and image_key(sample, columns):
             values.add(None)
-        if columns.image not in sample:
+        if not image_key(sample, columns):
             lacking += 1
             example = example or stem
     return count, list(values), lacking, example
-
-
-def label_in(data: bytes, columns: Columns, where: str) -> int | str | None:
-    """The label in the bytes of a member.
-
-    Raises:
-        UserError: a .cls file that holds no number.
-    """
-    if columns.label_key is not None:
-        value = _load_json(data).get(columns.label_key)
-        return value if value is None or isinstance(value, int) else str(value)
-    try:
-        return int(data)
-    except ValueError as error:
-        raise UserError(
-            f"--data_path {where}: the class {data[:40]!r} is not a whole number, as .cls files must hold: write "
-            'class numbers, or put the names in .json files under "label".'
-        ) from error

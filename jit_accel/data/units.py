@@ -15,6 +15,7 @@ from jit_accel.data.columns import Columns
 from jit_accel.data.content import key_of
 from jit_accel.data.outages import steady
 from jit_accel.data.row_groups import row_group_column, row_group_rows
+from jit_accel.data.tar_samples import sample_rows
 
 _MOST_OPEN_FILES = 32
 
@@ -25,7 +26,7 @@ class Stream:
 
     dataset: one HF shard a file. groups: int64 (F,), how many units (row groups) each file has, or None where the file
     is the unit. sizes: int64 (U,), the rows of each unit in the order of the files, or None where only reading would
-    tell. files: paths where they are local Parquet files, which are then read without HF. is_remote: read over a
+    tell. files: paths where they are local, which are then read without HF. is_remote: read over a
     network, whose failures are waited out. urls: then of the files, for messages.
     min_key: images with smaller content keys are held out of `training_rows`, which `sizes` then counts.
     """
@@ -50,8 +51,12 @@ class Stream:
         Raises:
             UserError: a server refuses, or is away for too long; a file is damaged.
         """
-        if self.files and self.groups is not None:
+        if self.sizes is not None and not self.sizes[unit]:
+            return iter(())  # which HF cannot read
+        if self.files:
             file, number = self._place(unit)
+            if self.groups is None:
+                return sample_rows(self.files[file], self.columns, start)
             return row_group_rows(self.files[file], number, self.columns, start)
         if not self.is_remote:
             return islice(self._unit(unit), start, None)
