@@ -200,7 +200,7 @@ def test_simplejpeg_gives_what_pillow_gives(options, height, width):
     smooth = Image.fromarray(noise(5, 5)).resize((width, height), Image.BICUBIC)
     for picture in (smooth, Image.fromarray(noise(height, width))):
         data = encoded(picture, "JPEG", **options)
-        assert decode._plain_jpeg(io.BytesIO(data)).shape == (height, width, 3)
+        assert decode.plain_jpeg(io.BytesIO(data)).shape == (height, width, 3)
         assert (decode_image(data, 32) == pillows(data)).all()
         assert (decode_image(data + b"trailing bytes", 32) == pillows(data)).all()
 
@@ -217,11 +217,11 @@ def test_jpegs_that_are_no_plain_colour_or_damaged_are_left_to_pillow():
         encoded(picture, "PNG"),
     ]
     for data in others:
-        assert decode._plain_jpeg(io.BytesIO(data)) is None
+        assert decode.plain_jpeg(io.BytesIO(data)) is None
         assert (decode_image(data, 32) == pillows(data)).all()
     whole = encoded(picture, "JPEG")
     for length in range(0, len(whole) - 2, 97):
-        assert decode._plain_jpeg(io.BytesIO(whole[:length])) is None
+        assert decode.plain_jpeg(io.BytesIO(whole[:length])) is None
         with pytest.raises(BadImage):
             decode_image(whole[:length], 32)
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import datasets
 import pytest
+from data_samples import tar
 from helpers import Group, images_seen, last_checkpoint, train_group
+
+from jit_accel.prepare import main as prepare
 
 NUM_IMAGES = 44
 FLAGS = (
@@ -26,7 +29,12 @@ def sources(images, tmp_path_factory):
         part = rows.shard(3, shard).cast_column("image", datasets.Image(decode=False))
         part = part.map(lambda row: {"image": {"bytes": Path(row["image"]["path"]).read_bytes(), "path": None}})
         part.to_parquet(folder / "parquet" / f"{shard}.parquet", batch_size=4)
-    return {"folder": images, "parquet": folder / "parquet"}
+    files = sorted(images.glob("*/*.png"))
+    for shard in range(3):
+        members = {f"{n:04d}.png": file.read_bytes() for n, file in enumerate(files) if n % 3 == shard}
+        tar(folder / "tar" / f"{shard}.tar", members)
+    assert prepare(["--data_path", str(images), "--output_dir", str(folder / "uint8"), "--img_size", "28"]) == 0
+    return {"folder": images, **{kind: folder / kind for kind in ("parquet", "tar", "uint8")}}
 
 
 def step_reached(output):
@@ -34,7 +42,7 @@ def step_reached(output):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("kind", ["folder", "parquet"])
+@pytest.mark.parametrize("kind", ["folder", "parquet", "tar", "uint8"])
 def test_killed_and_resumed_by_one_two_three_and_one_processes(tmp_path, sources, kind):
     output, notes, seen = tmp_path / "run", tmp_path / "notes", {}
     notes.mkdir()

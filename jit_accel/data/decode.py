@@ -63,7 +63,7 @@ def decode_image(data: bytes | str | os.PathLike | None, size: int, fast: bool =
     try:
         with _opened(data) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's about damaged EXIF, large images, palettes: one a file
-            plain = None if fast else _plain_jpeg(file)
+            plain = None if fast else plain_jpeg(file)
             return _decode(file, size, fast) if plain is None else crop_pixels(plain.transpose(2, 0, 1), size)
     except BadImage:
         raise
@@ -71,7 +71,7 @@ def decode_image(data: bytes | str | os.PathLike | None, size: int, fast: bool =
         raise BadImage(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _plain_jpeg(file: BinaryIO) -> np.ndarray | None:
+def plain_jpeg(file: BinaryIO) -> np.ndarray | None:
     """Decode a JPEG to uint8 (H, W, 3), where simplejpeg is installed and gives what Pillow would, but sooner.
 
     None for all else: Pillow then judges what is damaged, turns what is rotated, and converts what is no plain colour.

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from jit_accel.data import order
-from jit_accel.data.decode import center_crop, to_rgb
+from jit_accel.data.decode import center_crop, plain_jpeg, to_rgb
 from jit_accel.data.loader import build_loader
 from jit_accel.data.prefetch import DevicePrefetcher
 from jit_accel.data.source import Source
@@ -169,6 +169,9 @@ def _pixels(source: Source, img_size: int, batch_size: int) -> Iterator[np.ndarr
 
 
 def _decode(data: bytes) -> Image.Image:
+    plain = plain_jpeg(io.BytesIO(data))
+    if plain is not None:
+        return Image.fromarray(plain)
     with Image.open(io.BytesIO(data)) as image:
         picture = to_rgb(image)
         picture.load()
