@@ -101,7 +101,7 @@ def store_of_files(store: Path) -> Iterator[int]:
     places = itertools.cycle(np.empty((4 * BATCH, 3, SIZE, SIZE), np.uint8))
     for unit in itertools.cycle(range(stream.num_units)):
         for row, place in zip(stream.rows(unit), places):
-            place[:] = decode_row(row[stream.columns.image], stream.columns, SIZE, "")
+            place[:] = decode_row(row[stream.columns.image], stream.columns, SIZE)
             yield 1
 
 

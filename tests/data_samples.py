@@ -7,8 +7,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from datasets import ClassLabel, Features, Image
 from PIL import Image as PILImage
+
+from jit_accel.data import build_loader, open_source
+from jit_accel.errors import UserError
 
 SIZE = 4
 
@@ -62,3 +66,19 @@ def tar(file: Path, members: dict[str, bytes]) -> Path:
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return file
+
+
+def labels_by_number(source) -> dict[int, int]:
+    """{number of the image: its label} over one epoch, read through the loader as training would."""
+    loader = build_loader(source, img_size=SIZE, batch_size=source.num_images, seed=0, horizontal_flip=False)
+    batch = next(loader)
+    loader.close()
+    assert not batch.bad_images
+    return dict(zip(numbers_in(batch.images), batch.labels.tolist()))
+
+
+def refusal(*args, **kwargs) -> str:
+    """The message with which `open_source` refuses these arguments."""
+    with pytest.raises(UserError) as caught:
+        open_source(*args, **kwargs)
+    return str(caught.value)

@@ -6,11 +6,10 @@ import datasets
 import numpy as np
 import pytest
 import yaml
-from data_samples import image_folder, numbers_in, png
+from data_samples import image_folder, labels_by_number, numbers_in, png, refusal
 from helpers import train_here
 
-from jit_accel.data import build_loader, open_source
-from jit_accel.errors import UserError
+from jit_accel.data import open_source
 from jit_accel.record import describe_data
 
 
@@ -30,20 +29,6 @@ def write_csv(folder, *lines):
 
 def write_jsonl(folder, *rows):
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-
-
-def labels_by_number(source):
-    """{number of the image: its label} over one epoch, read through the loader as training would."""
-    loader = build_loader(source, img_size=4, batch_size=source.num_images, seed=0, horizontal_flip=False)
-    batch = next(loader)
-    assert not batch.bad_images
-    return dict(zip(numbers_in(batch.images), batch.labels.tolist()))
-
-
-def refusal(*args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        open_source(*args, **kwargs)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("write", ["csv", "jsonl"])

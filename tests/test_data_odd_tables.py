@@ -5,12 +5,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_samples import numbers_in, png
+from data_samples import labels_by_number, png, refusal
 from http_server import FailingServer
 from prepare_samples import contents
 
-from jit_accel.data import build_loader, open_source
-from jit_accel.errors import UserError
+from jit_accel.data import open_source
 from jit_accel.prepare import main
 
 N = 6
@@ -45,20 +44,6 @@ def with_empty_row_groups(file, is_first_empty=True, labels=(0, 1) * (N // 2)):
         for part in [whole[:0]] * is_first_empty + [whole[:4], whole[:0], whole[4:], whole[:0]]:
             writer.write_table(part)
     return file
-
-
-def labels_by_number(source):
-    loader = build_loader(source, img_size=4, batch_size=N, seed=0, horizontal_flip=False)
-    batch = next(loader)
-    loader.close()
-    assert not batch.bad_images
-    return dict(zip(numbers_in(batch.images), batch.labels.tolist()))
-
-
-def refusal(*args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        open_source(*args, **kwargs)
-    return str(caught.value)
 
 
 @pytest.fixture

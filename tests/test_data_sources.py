@@ -9,30 +9,15 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_samples import image_folder, numbers_in, parquet, png, tar
+from data_samples import image_folder, labels_by_number, parquet, png, refusal, tar
 from datasets import ClassLabel, Value
 
-from jit_accel.data import build_loader, open_source
-from jit_accel.errors import UserError
+from jit_accel.data import open_source
 
 
 @pytest.fixture(autouse=True)
 def hf_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf"))
-
-
-def labels_by_number(source):
-    """{number of the image: its label} over one epoch, read through the loader as training would."""
-    loader = build_loader(source, img_size=4, batch_size=source.num_images, seed=0, horizontal_flip=False)
-    batch = next(loader)
-    assert not batch.bad_images
-    return dict(zip(numbers_in(batch.images), batch.labels.tolist()))
-
-
-def refusal(*args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        open_source(*args, **kwargs)
-    return str(caught.value)
 
 
 # Folders

@@ -411,3 +411,10 @@ def test_reading_ahead_changes_nothing_and_passes_errors_on(source, loaders, mon
         time.sleep(0.1)
     else:
         pytest.fail("the threads that read ahead are still there")
+
+
+def test_the_search_for_a_readable_image_ends(tmp_path, loaders, monkeypatch):
+    monkeypatch.setattr(lanes, "MAX_UNREADABLE", 3)
+    source = open_source(parquet(tmp_path / "a.parquet", range(20), bad=range(20), row_group_size=4))
+    with pytest.raises(UserError, match="none of 3 images can be decoded"):
+        next(loaders(source))

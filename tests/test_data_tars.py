@@ -5,10 +5,9 @@ import json
 import datasets
 import numpy as np
 import pytest
-from data_samples import numbers_in, png, tar
+from data_samples import numbers_in, png, refusal, tar
 
 from jit_accel.data import build_loader, open_source
-from jit_accel.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -32,12 +31,6 @@ def epoch(source):
         if not batch.bad_images:
             seen.append((numbers_in(batch.images)[0], batch.labels.item()))
     return sorted(seen), bad
-
-
-def refusal(*args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        open_source(*args, **kwargs)
-    return str(caught.value)
 
 
 def without(members, *names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,8 +86,10 @@ def _free_buffer(shape: tuple[int, ...]) -> np.ndarray:
     return _buffers[-1]
 
 
-def decode_row(value: Any, columns: Columns, img_size: int, fallback_name: str) -> np.ndarray:
+def decode_row(value: Any, columns: Columns, img_size: int, fallback_name: Callable[[], str] = str) -> np.ndarray:
     """Decode one value of the image column to uint8 (3, img_size, img_size).
+
+    fallback_name: asked for only where a bad image has no name of its own.
 
     Raises:
         BadImage: with the message "name: reason".
@@ -97,7 +100,7 @@ def decode_row(value: Any, columns: Columns, img_size: int, fallback_name: str) 
             return crop_pixels(pixels_of(data, columns.raw_size), img_size)
         return decode_image(data, img_size)
     except BadImage as error:
-        raise BadImage(f"{name or fallback_name}: {error}") from error
+        raise BadImage(f"{name or fallback_name()}: {error}") from error
 
 
 def check_labels(labels: np.ndarray, num_classes: int | None) -> None:

@@ -202,7 +202,7 @@ def _decode(stream: Stream, held: Iterator[tuple[int, dict]], wanted: _Wanted) -
     columns = stream.columns
     for key, row in held:
         try:
-            pixels = decode_row(row[columns.image], columns, wanted.img_size, "")
+            pixels = decode_row(row[columns.image], columns, wanted.img_size)
         except BadImage:
             continue
         yield key, pixels, columns.label_of(row.get(columns.label))

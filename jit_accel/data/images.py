@@ -64,7 +64,7 @@ class TableImages:
         label_values = rows[self.columns.label] if self.columns.label else itertools.repeat(None)
         for i, (value, label) in enumerate(zip(rows[self.columns.image], label_values)):
             try:
-                out[i] = decode_row(value, self.columns, out.shape[-1], f"image {indices[i]}")
+                out[i] = decode_row(value, self.columns, out.shape[-1], lambda i=i: f"image {indices[i]}")
             except BadImage as error:
                 bad[i] = str(error)
             labels[i] = self.columns.label_of(label)

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -193,21 +194,23 @@ class Lane:
         return self.fallback
 
     def _first_readable(self, reason: str) -> tuple[np.ndarray, int]:
+        rows = (
+            Item(0, value, unit, row)
+            for unit in range(self.stream.num_units)
+            for row, value in enumerate(self.stream.training_rows(unit))
+        )
         tried = 0
-        for unit in range(self.stream.num_units):
-            for row, value in enumerate(self.stream.training_rows(unit)):
-                try:
-                    return self._decode(Item(0, value, unit, row))
-                except BadImage:
-                    tried += 1
-                if tried == MAX_UNREADABLE:
-                    break
+        for item in itertools.islice(rows, MAX_UNREADABLE):
+            try:
+                return self._decode(item)
+            except BadImage:
+                tried += 1
         raise UserError(f"--data_path {self.name}: none of {tried} images can be decoded ({reason}): repair the data.")
 
     def _decode(self, item: Item) -> tuple[np.ndarray, int]:
         columns, value = self.stream.columns, item.value
-        name = self.stream.name_of(item.unit, item.row)
-        pixels = decode_row(value[columns.image], columns, self.decoding.img_size, name)
+        name_of = partial(self.stream.name_of, item.unit, item.row)
+        pixels = decode_row(value[columns.image], columns, self.decoding.img_size, name_of)
         return pixels, columns.label_of(value.get(columns.label))
 
 

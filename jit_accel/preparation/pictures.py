@@ -32,7 +32,7 @@ def first_images(folder: Path, shards: list[dict], layout: Layout, count: int) -
             images += [np.array(square) for square in np.load(folder / shard["file"], mmap_mode="r")[:missing]]
         else:
             columns = Columns("image", raw_size=layout.img_size if layout.encoding == "raw" else None)
-            images += [decode_row(row["image"], columns, layout.img_size, "") for row in rows]
+            images += [decode_row(row["image"], columns, layout.img_size) for row in rows]
         labels += [row.get("label", 0) for row in rows]
     return images, [layout.class_names[label] for label in labels]
 
