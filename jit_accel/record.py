@@ -14,6 +14,15 @@ def describe_data(source: Source) -> str:
     return f"{source.name} ({images} images, {classes})"
 
 
+def changed_settings(saved: dict, now: dict) -> str:
+    """What a resumed run does otherwise than the checkpoint's, in words."""
+    return ", ".join(
+        f"{name} {saved.get(name)} → {value}"
+        for name, value in now.items()
+        if name not in ("resume", "output_dir") and saved.get(name) != value
+    )
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 

@@ -1,4 +1,4 @@
-"""Where the measurements of a run go: always `metrics.jsonl`, and Weights & Biases when asked.
+"""Where the measurements of a run go: a progress bar, `metrics.jsonl`, and Weights & Biases when asked.
 
 Only the main process writes, and no failure here stops a run.
 """
@@ -11,6 +11,8 @@ import os
 import secrets
 import sys
 from pathlib import Path
+
+from tqdm.auto import tqdm
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -48,6 +50,20 @@ def read_metrics(output_dir: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def progress_bar(total_steps: int, step: int, is_shown: bool) -> tqdm:
+    """The bar of a run that stands at `step`: lively on a terminal, a line now and then in a log file."""
+    is_terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total_steps,
+        initial=step,
+        desc="train",
+        unit="step",
+        disable=not is_shown,
+        mininterval=0.2 if is_terminal else 10,
+        dynamic_ncols=is_terminal,
+    )
 
 
 def warn(message: str) -> None:

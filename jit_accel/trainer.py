@@ -36,12 +36,12 @@ from jit_accel.metrics import StepMetrics
 from jit_accel.model import build_model
 from jit_accel.objective import diffusion_loss, draw_noise, draw_times, drop_labels
 from jit_accel.optim import build_optimizers, lr_at, set_lr
-from jit_accel.record import describe_data, record_run
+from jit_accel.record import changed_settings, describe_data, record_run
 from jit_accel.resolve import Plan
 from jit_accel.samples import SampleSheets
 from jit_accel.sharding import reshard
 from jit_accel.signals import StopSignal
-from jit_accel.tracking import MetricsLog, WandbTracker, read_metrics, warn
+from jit_accel.tracking import MetricsLog, WandbTracker, progress_bar, read_metrics, warn
 from jit_accel.validation import Validation
 
 INTERRUPTED_FILE = "INTERRUPTED"
@@ -95,7 +95,7 @@ class Trainer:
         """Train to the end, or until a signal. Returns the exit code."""
         config, plan = self.config, self.plan
         self._open_logs()
-        with self.stop, self._progress_bar() as self.bar:
+        with self.stop, progress_bar(plan.total_steps, self.step, self.accelerator.is_main_process) as self.bar:
             while self.step < plan.total_steps:
                 self.train_step()
                 self.bar.update()
@@ -275,12 +275,8 @@ class Trainer:
                 f"the global batch was {state['global_batch_size']} images and is now {self.plan.global_batch_size}: "
                 "--epochs and the learning rate's schedule count as if the whole run had the new one."
             )
-        changed = [
-            f"{name} {state['settings'].get(name)} → {value}"
-            for name, value in self.config.flat().items()
-            if name not in ("resume", "output_dir") and state["settings"].get(name) != value
-        ]
-        self.say(f"Resumed from {path} at step {self.step:,}" + (f" with {', '.join(changed)}" if changed else ""))
+        changed = changed_settings(state["settings"], self.config.flat())
+        self.say(f"Resumed from {path} at step {self.step:,}" + (f" with {changed}" if changed else ""))
 
     def sample(self) -> Path:
         """Make this step's sheet of samples; all processes together. Returns its path."""
@@ -306,18 +302,6 @@ class Trainer:
                 write_config(self.config, self.output_dir / "config.yaml")
             self.metrics_log = MetricsLog(self.output_dir, self.step)
         self.wandb = WandbTracker(accelerator, self.config.tracking, record_run(self), self.output_dir)
-
-    def _progress_bar(self) -> tqdm:
-        is_terminal = sys.stderr.isatty()
-        return tqdm(
-            total=self.plan.total_steps,
-            initial=self.step,
-            desc="train",
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-            mininterval=0.2 if is_terminal else 10,
-            dynamic_ncols=is_terminal,
-        )
 
     def _is_told_to_stop_alone(self) -> bool:
         # Several processes agree at the next flush; one need not wait for it.

@@ -68,9 +68,13 @@ def tar(file: Path, members: dict[str, bytes]) -> Path:
     return file
 
 
-def labels_by_number(source) -> dict[int, int]:
-    """{number of the image: its label} over one epoch, read through the loader as training would."""
-    loader = build_loader(source, img_size=SIZE, batch_size=source.num_images, seed=0, horizontal_flip=False)
+def labels_by_number(source, count: int | None = None) -> dict[int, int]:
+    """{number of the image: its label} over one epoch, read through the loader as training would.
+
+    count: of the images, where the source may not tell.
+    """
+    size = source.num_images if count is None else count
+    loader = build_loader(source, img_size=SIZE, batch_size=size, seed=0, horizontal_flip=False)
     batch = next(loader)
     loader.close()
     assert not batch.bad_images

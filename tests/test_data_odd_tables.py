@@ -70,7 +70,7 @@ def test_empty_row_groups_hold_no_images_and_no_damage(tmp_path, serve, ranges, 
     with_empty_row_groups(tmp_path / "0.parquet")
     path = tmp_path / "0.parquet" if ranges is None else f"{serve(tmp_path, ranges=ranges)}/0.parquet"
     source = open_source(path, streaming=streaming)
-    assert labels_by_number(source) == {n: n % 2 for n in range(N)}
+    assert labels_by_number(source, N) == {n: n % 2 for n in range(N)}
     assert source.num_classes == (None if ranges is False and streaming is None else 2)
 
 
@@ -79,7 +79,7 @@ def test_a_file_without_rows_beside_others_is_no_damage(tmp_path, serve, ranges)
     whole = table(label=[0, 1] * (N // 2))
     write(tmp_path, whole[:0], whole)
     path = tmp_path if ranges is None else f"{serve(tmp_path, ranges=ranges)}/{{0..1}}.parquet"
-    assert labels_by_number(open_source(path)) == {n: n % 2 for n in range(N)}
+    assert labels_by_number(open_source(path), N) == {n: n % 2 for n in range(N)}
 
 
 def test_text_labels_of_empty_row_groups_are_read(tmp_path, serve):
@@ -120,7 +120,7 @@ def test_columns_of_types_that_hf_does_not_know_do_no_harm(tmp_path, serve, is_r
     others = pa.array([[("a", 1)]] * N, pa.map_(pa.string(), pa.int64()))
     write(tmp_path, table(label=[0, 1] * (N // 2), others=others))
     path = f"{serve(tmp_path)}/0.parquet" if is_remote else tmp_path
-    assert labels_by_number(open_source(path, streaming=streaming)) == {n: n % 2 for n in range(N)}
+    assert labels_by_number(open_source(path, streaming=streaming), N) == {n: n % 2 for n in range(N)}
     assert "its type is map<string, int64" in refusal(path, label_column="others", streaming=streaming)
     assert "--image_column others: it holds values like" in refusal(path, image_column="others", streaming=streaming)
 
@@ -133,7 +133,7 @@ def test_columns_of_one_name_matter_only_where_they_are_needed(tmp_path, serve, 
     write(tmp_path / "good", pa.Table.from_arrays([images(), twice[0], *twice], ["image", "label", "x", "x"]))
     paths = [f"{serve(tmp_path)}/{name}/0.parquet" if is_remote else tmp_path / name for name in ("bad", "good")]
     assert "two columns are named 'label'" in refusal(paths[0], streaming=streaming)
-    assert labels_by_number(open_source(paths[1], streaming=streaming)) == {n: n % 2 for n in range(N)}
+    assert labels_by_number(open_source(paths[1], streaming=streaming), N) == {n: n % 2 for n in range(N)}
 
 
 # --- labels
