@@ -158,6 +158,28 @@ class TrackingConfig:
     """Name of the run (default: generated)."""
     wandb_entity: str | None = None
     """Team or user (default: WANDB_ENTITY, else the login's)."""
+    wandb_tags: tuple[str, ...] = ()
+    """Tags of the run, to filter runs by."""
+    wandb_notes: str | None = None
+    """A longer description of the run."""
+    wandb_group: str | None = None
+    """Runs of one group are shown together, such as the seeds of one setting."""
+    report_to: tuple[str, ...] = ()
+    """Further trackers of Accelerate: tensorboard, trackio, mlflow, ...; metrics.jsonl and report.html always come."""
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    health_loss_jump: float = 3.0
+    """Report a loss of more than this many times the median of the last 100 steps. 0 = never, as below."""
+    health_max_grad_norm: float = 100.0
+    """Report gradient norms (before clipping) above this as exploding."""
+    health_min_grad_norm: float = 0.001
+    """Report gradient norms below this as vanishing."""
+    health_flat_steps: int = 1000
+    """Report a loss that has not fallen by 5% within this many steps of the start."""
+    health_max_wait: float = 0.05
+    """Report a training that waits for data for more than this share of its time."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +201,9 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     """Pictures on the way."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """Weights & Biases."""
+    """Weights & Biases, and other trackers."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """When to say that something looks wrong."""
 
     def flat(self) -> dict[str, Any]:
         """All settings by their one flat name, as plain YAML values."""
@@ -211,6 +235,7 @@ GROUPS = (
     RunConfig,
     SampleConfig,
     TrackingConfig,
+    HealthConfig,
 )
 SETTINGS = {f.name: f for group in GROUPS for f in fields(group)}
 

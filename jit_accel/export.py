@@ -88,7 +88,10 @@ def pipeline_settings(pipeline: JiTPipeline) -> dict:
 
 
 # Paths and names of the machine or the team are nobody's business once the folder is shared.
-PRIVATE = ("data_path", "output_dir", "resume", "wandb_project", "wandb_name", "wandb_entity", "use_wandb")
+PRIVATE = (
+    *("data_path", "output_dir", "resume", "use_wandb", "wandb_project", "wandb_name", "wandb_entity"),
+    *("wandb_tags", "wandb_notes", "wandb_group", "report_to"),
+)
 
 
 def model_card(pipeline: JiTPipeline, record: dict, decay: str) -> str:

@@ -58,6 +58,11 @@ RANGES = [
     ("val_images", lambda v: v >= 1, "at least 1"),
     ("guidance_scale", lambda v: 0 <= v < math.inf, "0 or more (1 = no guidance)"),
     ("num_inference_steps", lambda v: v >= 1, "at least 1"),
+    ("health_loss_jump", lambda v: v == 0 or 1 < v < math.inf, "more than 1, or 0 for never"),
+    ("health_max_grad_norm", lambda v: 0 <= v < math.inf, "positive, or 0 for never"),
+    ("health_min_grad_norm", lambda v: 0 <= v < math.inf, "positive, or 0 for never"),
+    ("health_flat_steps", lambda v: v >= 0, "positive, or 0 for never"),
+    ("health_max_wait", lambda v: 0 <= v <= 1, "a share of the time between 0 (never) and 1"),
 ]
 
 

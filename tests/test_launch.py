@@ -14,6 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from jit_accel.cli import parse_args
-from jit_accel.config import SETTINGS
+from jit_accel.config import SETTINGS, HealthConfig, TrackingConfig
 from jit_accel.data.benchmark import main as benchmark
 from jit_accel.prepare import main as prepare
 from jit_accel.resolve import plan_run
@@ -114,7 +115,8 @@ NOT_IN_RECIPES = {
     ),
     *("in_channels", "epochs", "max_steps", "warmup_epochs", "warmup_steps", "learning_rate", "mixed_precision"),
     *("val_every_steps", "val_images"),
-    *("output_dir", "resume", "dry_run", "use_wandb", "wandb_project", "wandb_name", "wandb_entity"),
+    *("output_dir", "resume", "dry_run"),
+    *(field.name for group in (TrackingConfig, HealthConfig) for field in fields(group)),
 }
 
 
