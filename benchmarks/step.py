@@ -75,17 +75,18 @@ def measure(case: Case) -> dict:
         accelerator = build_accelerator(config, 1, precision)
         trainer = build_trainer(config, open_source("builtin:fashion_mnist"), accelerator, 1, precision)
         device = accelerator.device
+        trainer.monitor.open(0, {})
         bare = BareStep(trainer)
         for _ in range(3):
             trainer.train_step()
-            trainer.metrics.flush(lambda values: values, [])
+            trainer.flush()
         memory = peak_memory_gib(device)
         bare()
         times: dict[str, list[float]] = {"trainer": [], "bare": [], "matrix": []}
         for _ in range(case.rounds):
             times["matrix"].append(timed(matrix_product(device, precision), device, 1))
             times["trainer"].append(timed(trainer.train_step, device, case.steps))
-            trainer.metrics.flush(lambda values: values, [])
+            trainer.flush()
             times["bare"].append(timed(bare, device, case.steps))
         flops = TRAIN_FLOPS_PER_FORWARD_MAC * forward_macs(trainer.network) * trainer.config.optim.batch_size
     step, rate = statistics.median(times["trainer"]), 2 * MATRIX_SIDE**3 / statistics.median(times["matrix"])

@@ -165,7 +165,9 @@ class TrackingConfig:
     wandb_group: str | None = None
     """Runs of one group are shown together, such as the seeds of one setting."""
     report_to: tuple[str, ...] = ()
-    """Further trackers of Accelerate: tensorboard, trackio, mlflow, ...; metrics.jsonl and report.html always come."""
+    """Further trackers of Accelerate: tensorboard, trackio, mlflow, ..."""
+    html_report: bool = True
+    """Keep report.html in the output folder up to date: curves, samples, settings, on one page without a network."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class HealthConfig:
     health_min_grad_norm: float = 0.001
     """Report gradient norms below this as vanishing."""
     health_flat_steps: int = 1000
-    """Report a loss that has not fallen by 5% within this many steps of the start."""
+    """Report a loss that has not fallen by a tenth this many steps after the start, and after each as many more."""
     health_max_wait: float = 0.05
     """Report a training that waits for data for more than this share of its time."""
 

@@ -11,7 +11,6 @@ from jit_accel.data.sources import Source
 from jit_accel.data.waiting import Waiting, waiting_advice
 from jit_accel.data.workers import cores_per_process, worker_memory_gib
 from jit_accel.errors import UserError
-from jit_accel.tracking import warn
 
 
 class Feed:
@@ -73,10 +72,7 @@ class Feed:
         return [float(len(self.bad_images)), *waited_s]
 
     def read_counters(self, means: list[float], steps: int) -> tuple[int, dict[str, float]]:
-        """The number of broken images, and the metrics of the last `steps` steps, from averaged `counters()`.
-
-        Warns, once, where the training waits for its data.
-        """
+        """The number of broken images, and the metrics of the last `steps` steps, from averaged `counters()`."""
         bad_images, *waited_s = means
         measured = {}
         if steps:
@@ -84,13 +80,10 @@ class Feed:
             memory_gib = worker_memory_gib()
             if memory_gib is not None:
                 measured["data/worker_rss_gib"] = memory_gib
-            self._warn_if_slow()
         return round(bad_images * self.accelerator.num_processes), measured
 
-    def _warn_if_slow(self) -> None:
-        share = self.waiting.reason_to_warn()
-        if share is None or not self.accelerator.is_main_process:
-            return
+    def lost_lately(self) -> tuple[float | None, str]:
+        """The share of the time that was lost to waiting, where there is enough to tell, and what helps against it."""
         advice = waiting_advice(
             self.config.data.data_path,
             num_workers=self.config.data.num_workers,
@@ -99,7 +92,7 @@ class Feed:
             is_encoded=self.source.is_encoded,
             is_prepared=self.source.format == "prepared",
         )
-        warn(f"the training waits for data {share:.0%} of the time: {advice}")
+        return self.waiting.lost_lately(), advice
 
     def state(self) -> dict:
         """Everything a later run needs, of all processes, which call this together."""

@@ -31,3 +31,42 @@ def is_good_at_bf16(device: torch.device) -> bool:
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
     return device.type in ("xpu", "hpu")
+
+
+# Dense peak of bf16 and fp16 matrix products with float32 sums, FLOP/s, by the vendors' datasheets. The first name
+# that is part of the device's counts, so longer ones come first.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX A6000": 155e12,
+    "RTX 5090": 209e12,
+    "RTX 4090": 165e12,
+    "RTX 4080": 97e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "MI325X": 1307e12,
+    "MI300X": 1307e12,
+    "MI250X": 383e12,
+}
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """What a device can do at most in bf16 or fp16, FLOP/s; None where that is not known."""
+    if precision not in ("bf16", "fp16"):
+        return None
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)

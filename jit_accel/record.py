@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
 import torch
 
 from jit_accel import __version__
 from jit_accel.data.sources import Source
+
+RECORD_FILE = "run.json"
+RECORDED_PACKAGES = ("torch", "accelerate", "diffusers", "datasets", "numpy", "wandb")
 
 
 def describe_data(source: Source) -> str:
@@ -37,6 +46,37 @@ def record_run(trainer) -> dict:
         "num_images": trainer.plan.num_images,
         "num_processes": trainer.accelerator.num_processes,
         "device": device_name(trainer.accelerator.device),
-        "torch_version": torch.__version__,
+        "distributed_type": trainer.accelerator.distributed_type.value,
         "jit_accel_version": __version__,
+        "git_commit": git_commit(),
+        "python_version": platform.python_version(),
+        **{f"{name}_version": _version(name) for name in RECORDED_PACKAGES},
     }
+
+
+def write_record(record: dict, output_dir: Path) -> None:
+    """Leave the record as `run.json`, for the report and for whoever looks at the folder later."""
+    (output_dir / RECORD_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def git_commit() -> str | None:
+    """The commit of the code, with `-dirty` behind it where files were changed; None where it is no checkout."""
+    folder = Path(__file__).parent
+    try:
+        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)  # not a copy inside another repository
+        commit = _git(folder, "rev-parse", "HEAD").strip()
+        return commit + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -144,6 +144,11 @@ class Plan:
         """Passes over the data after `step` optimizer steps (0 where the length is unknown)."""
         return step * self.global_batch_size / self.num_images if self.num_images else 0.0
 
+    def ends_epoch(self, step: int) -> bool:
+        """Whether a pass over the data is complete with this step, and was not before."""
+        batch, images = self.global_batch_size, self.num_images
+        return bool(images) and step * batch // images > (step - 1) * batch // images
+
 
 def plan_run(optim: OptimConfig, *, num_images: int | None, world_size: int) -> Plan:
     """Turn epochs into steps.

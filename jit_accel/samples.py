@@ -48,6 +48,15 @@ class SampleSheets:
             guidance_scale=self.config.sample.guidance_scale,
         )
 
+    def caption(self, step: int) -> str:
+        """A sheet in words."""
+        sample, decay = self.config.sample, self.config.optim.ema_decays[0]
+        rows = ", ".join(self.class_names[label] for label in self.classes)
+        return (
+            f"step {step:,}, EMA {decay}, guidance {sample.guidance_scale:g}, "
+            f"{sample.num_inference_steps} Heun steps; rows: {rows}"
+        )
+
     def draw(self, path: Path) -> None:
         """Make a sheet, all processes together, and write it as a PNG on the main one."""
         with self.ema.applied(self.config.optim.ema_decays[0]):

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import secrets
 import sys
 from pathlib import Path
-
-from tqdm.auto import tqdm
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -33,7 +32,7 @@ class MetricsLog:
         """Append rows; a full disk is reported once and costs rows, never the run."""
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+                file.write("".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows))
         except OSError as error:
             if not self.has_failed:
                 warn(f"{self.path} cannot be written ({error.strerror}): metrics are lost until it can.")
@@ -52,18 +51,9 @@ def read_metrics(output_dir: Path) -> list[dict]:
     return rows
 
 
-def progress_bar(total_steps: int, step: int, is_shown: bool) -> tqdm:
-    """The bar of a run that stands at `step`: lively on a terminal, a line now and then in a log file."""
-    is_terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total_steps,
-        initial=step,
-        desc="train",
-        unit="step",
-        disable=not is_shown,
-        mininterval=0.2 if is_terminal else 10,
-        dynamic_ncols=is_terminal,
-    )
+def _finite(row: dict) -> dict:
+    """With null in place of what JSON has no word for."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
 def warn(message: str) -> None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from tqdm.auto import tqdm
 
 from jit_accel import rng
 from jit_accel.checkpoint import (
@@ -31,17 +28,17 @@ from jit_accel.ema import Ema
 from jit_accel.errors import UserError
 from jit_accel.export import draw_loss_curve, export_pipeline, is_export_of
 from jit_accel.feed import Feed
-from jit_accel.guards import has_too_many_bad_images, stop_if_not_finite
-from jit_accel.metrics import StepMetrics
+from jit_accel.guards import has_too_many_bad_images
 from jit_accel.model import build_model
+from jit_accel.monitor import Monitor
 from jit_accel.objective import diffusion_loss, draw_noise, draw_times, drop_labels
 from jit_accel.optim import build_optimizers, lr_at, set_lr
-from jit_accel.record import changed_settings, describe_data, record_run
+from jit_accel.record import changed_settings, describe_data, record_run, write_record
 from jit_accel.resolve import Plan
 from jit_accel.samples import SampleSheets
 from jit_accel.sharding import reshard
 from jit_accel.signals import StopSignal
-from jit_accel.tracking import MetricsLog, WandbTracker, progress_bar, read_metrics, warn
+from jit_accel.tracking import read_metrics, warn
 from jit_accel.validation import Validation
 
 INTERRUPTED_FILE = "INTERRUPTED"
@@ -88,17 +85,16 @@ class Trainer:
         self.ema = Ema(self.network, optim.ema_decays)
         self.samples = SampleSheets(self.network, self.ema, accelerator, config, source.class_names)
         self.feed = Feed(config, source, accelerator)
-        self.metrics = StepMetrics(accelerator.device)
+        self.monitor = Monitor(config, plan, accelerator, self.feed, self.network, self.ema)
         self.validation = Validation(held_out, accelerator, optim.batch_size) if held_out else None
 
     def run(self) -> int:
         """Train to the end, or until a signal. Returns the exit code."""
         config, plan = self.config, self.plan
         self._open_logs()
-        with self.stop, progress_bar(plan.total_steps, self.step, self.accelerator.is_main_process) as self.bar:
+        with self.stop, self.monitor:
             while self.step < plan.total_steps:
                 self.train_step()
-                self.bar.update()
                 at_end = self.step == plan.total_steps
                 if self.validation and (at_end or is_due(self.step, config.run.val_every_steps)):
                     self.validate()
@@ -111,7 +107,7 @@ class Trainer:
                     self.sample()
                 if at_end or is_due(self.step, config.run.save_every_steps):
                     self.save()
-        return self._finish()
+            return self._finish()
 
     def train_step(self) -> None:
         """One optimizer step: predict the clean image of a noised one, over all processes and micro-steps."""
@@ -129,12 +125,13 @@ class Trainer:
         grad_norm = self._clip_gradients(optim.max_grad_norm)
         learning_rate = self.learning_rate
         set_lr(self.optimizers, learning_rate)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
         self.step += 1
-        self.ema.update(self.step)
-        self.metrics.record(self.step, learning_rate, step_loss, grad_norm)
+        with self.monitor.watched_step(self.step):
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            self.ema.update(self.step)
+            self.monitor.record(self.step, learning_rate, step_loss, grad_norm)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Losses (B,) of a batch of uint8 images, all randomness following from their positions in the run."""
@@ -143,22 +140,28 @@ class Trainer:
             torch.manual_seed(int(rng.hash64(seed, "dropout", positions[0])) >> 1)
         drop_prob = config.objective.label_drop_prob
         labels = drop_labels(seed, positions, batch.labels, config.model.num_classes, drop_prob)
-        return self._denoising_loss(replace(batch, labels=labels), seed)
+        losses, t = self._denoising_loss(replace(batch, labels=labels), seed)
+        self.monitor.record_by_t(t, losses)
+        return losses
 
     def validate(self) -> None:
-        """Measure `val/loss` with the weights of this step, all processes together."""
+        """Measure the holdout's loss with the weights of this step and with their average, all processes together."""
         self.model.eval()
-        loss = self.validation.loss(partial(self._denoising_loss, seed=self.validation.seed))
-        reshard(self.network)
-        self.metrics.record_occasional("val/loss", loss)
+        averaged = self.ema.applied(self.config.optim.ema_decays[0])
+        for name, weights in (("val/loss", contextlib.nullcontext()), ("ema/val_loss", averaged)):
+            with self.monitor.pause(), weights:
+                loss = self.validation.loss(lambda batch: self._denoising_loss(batch, self.validation.seed)[0])
+                reshard(self.network)
+            self.monitor.record_occasional(name, loss)
 
-    def _denoising_loss(self, batch: Batch, seed: int) -> torch.Tensor:
+    def _denoising_loss(self, batch: Batch, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses (B,) of uint8 images, and the times (B,) they were noised to."""
         objective, positions = self.config.objective, batch.positions
         batch = batch.to(self.accelerator.device, non_blocking=True)
         x = batch.images.float().div_(127.5).sub_(1)
         t = draw_times(seed, positions, objective.P_mean, objective.P_std).to(x.device, non_blocking=True)
         e = draw_noise(seed, positions, like=x, noise_scale=objective.noise_scale)
-        return diffusion_loss(
+        losses = diffusion_loss(
             self.model,
             x,
             t,
@@ -168,6 +171,7 @@ class Trainer:
             loss_space=objective.loss_space,
             t_eps=objective.t_eps,
         )
+        return losses, t
 
     @property
     def learning_rate(self) -> float:
@@ -197,27 +201,8 @@ class Trainer:
         Raises:
             UserError: loss or gradient norm not finite; too many broken images.
         """
-        counters = [float(self.stop.number > 0), *self.feed.counters()]
-        rows, (stops, *means) = self.metrics.flush(lambda values: self.accelerator.reduce(values, "mean"), counters)
-        for row in rows:
-            row["train/epoch"] = self.plan.epoch_of(row["step"])
-        bad_images, measured = self.feed.read_counters(means, len(rows))
-        if rows:
-            rows[-1] |= measured
-        self._log(rows)
-        self.is_stopping = stops > 0
-        if rows:
-            loss, epoch = rows[-1]["train/loss"], rows[-1]["train/epoch"]
-            self.bar.set_postfix(loss=f"{loss:.4f}", epoch=f"{epoch:.1f}", refresh=False)
-        # A gradient scaler meets infinite gradients as a matter of course, and skips those steps.
-        keys = ("train/loss",) if self.accelerator.scaler else ("train/loss", "train/grad_norm")
-        stop_if_not_finite(rows, keys, self.output_dir)
-        self._stop_if_data_is_bad(bad_images)
-
-    def _log(self, rows: list[dict]) -> None:
-        if self.accelerator.is_main_process:
-            self.metrics_log.write(rows)
-            self.wandb.log(rows)
+        self.is_stopping = self.monitor.flush(self.stop.number > 0)
+        self._stop_if_data_is_bad(self.monitor.bad_images)
 
     def _stop_if_data_is_bad(self, bad_images: int) -> None:
         share, images_seen = self.config.data.max_bad_images, self.step * self.plan.global_batch_size
@@ -244,6 +229,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         state = {
             **self.feed.state(),
+            "monitor": self.monitor.state(),
             "world_size": self.accelerator.num_processes,
             "global_batch_size": self.plan.global_batch_size,
             "scaler": scaler.state_dict() if scaler else None,
@@ -251,7 +237,8 @@ class Trainer:
             "data": describe_data(self.source),
             "fingerprint": self.source.fingerprint,
         }
-        path = self.checkpointer.save(self.step, self.state_tensors(), state)
+        with self.monitor.pause():
+            path = self.checkpointer.save(self.step, self.state_tensors(), state)
         self.say(f"Saved {path}")
 
     def resume(self, path: Path) -> None:
@@ -270,6 +257,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.feed.load_state(state)
         self.step = state["step"]
+        self.monitor.load_state(state.get("monitor"), self.step)
         if state["global_batch_size"] != self.plan.global_batch_size and self.accelerator.is_main_process:
             warn(
                 f"the global batch was {state['global_batch_size']} images and is now {self.plan.global_batch_size}: "
@@ -282,26 +270,25 @@ class Trainer:
         """Make this step's sheet of samples; all processes together. Returns its path."""
         path = self.output_dir / "samples" / f"step_{self.step:08d}.png"
         self.model.eval()
-        self.samples.draw(path)
-        if self.accelerator.is_main_process:
-            self.wandb.log_image("samples/grid", path, self.step)
+        with self.monitor.pause():
+            self.samples.draw(path)
+        self.monitor.log_samples(path, self.step, self.samples.caption(self.step))
         return path
 
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:
-            tqdm.write(message, file=sys.stdout)
-            sys.stdout.flush()
+            self.monitor.say(message)
 
     def _open_logs(self) -> None:
-        accelerator = self.accelerator
-        if accelerator.is_main_process:
+        record = record_run(self)
+        if self.accelerator.is_main_process:
             (self.output_dir / INTERRUPTED_FILE).unlink(missing_ok=True)
             for later in self.checkpointer.set_aside_after(self.step):
                 self.say(f"Set aside {later.name}, which lies behind step {self.step:,}, as abandoned_{later.name}")
             if self.step < self.plan.total_steps:
                 write_config(self.config, self.output_dir / "config.yaml")
-            self.metrics_log = MetricsLog(self.output_dir, self.step)
-        self.wandb = WandbTracker(accelerator, self.config.tracking, record_run(self), self.output_dir)
+                write_record(record, self.output_dir)
+        self.monitor.open(self.step, record)
 
     def _is_told_to_stop_alone(self) -> bool:
         # Several processes agree at the next flush; one need not wait for it.
@@ -312,8 +299,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             (self.output_dir / INTERRUPTED_FILE).write_text(f"stopped at step {self.step}; go on with --resume auto\n")
         self.say(f"Stopped by a signal at step {self.step:,}. Go on with --resume auto.")
-        self._close()
-        return 128 + (self.stop.number or signal.SIGTERM)  # this process may not have been told
+        code = 128 + (self.stop.number or signal.SIGTERM)  # this process may not have been told
+        self._close(code)
+        return code
 
     def _finish(self) -> int:
         """Leave the sample sheet, the loss curve and the pipeline folder, unless an earlier start has."""
@@ -333,11 +321,11 @@ class Trainer:
         if bad_images := self.feed.all_bad_images():
             self.say(f"Skipped {len(bad_images)} images that cannot be decoded:")
             self.say("\n".join(f"  {name}" for name in bad_images))
-        self._close()
+        self._close(0)
         return 0
 
-    def _close(self) -> None:
-        self.wandb.finish()
+    def _close(self, exit_code: int) -> None:
+        self.monitor.close(exit_code, is_preempted=exit_code != 0)
         self.accelerator.wait_for_everyone()
 
 

@@ -110,23 +110,22 @@ def test_time_between_intervals_belongs_to_none(clock):
 
 
 def intervals(clock, lost, count, wait_s, steps=5, step_s=0.2):
-    """The shares that called for a warning."""
+    """The shares told, of the intervals that were enough to tell."""
     found = []
     for _ in range(count):
         for _ in range(steps):
             lost.next(SlowLoader(clock, wait_s))
             clock.now += step_s - wait_s
         lost.end_interval(steps, lost.seconds)
-        found.append(lost.reason_to_warn())
+        found.append(lost.lost_lately())
     return [share for share in found if share is not None]
 
 
-def test_a_warning_is_due_once_and_not_for_the_start(clock):
-    assert intervals(clock, Waiting(CPU), 40, wait_s=0.02) == [pytest.approx(0.1)]
-    assert intervals(clock, Waiting(CPU), 40, wait_s=0.009) == []
+def test_a_share_is_told_of_enough_steps_and_not_of_the_start(clock):
+    assert intervals(clock, Waiting(CPU), 41, wait_s=0.02) == [pytest.approx(0.1)] * 10
     lost = Waiting(CPU)
     assert intervals(clock, lost, 1, wait_s=0.2, steps=100) == []  # workers start
-    assert intervals(clock, lost, 40, wait_s=0) == []
+    assert intervals(clock, lost, 40, wait_s=0) == [0.0] * 10
     assert intervals(clock, Waiting(CPU), 4, wait_s=0.2) == []  # 15 steps of 3 s: too little to tell
     assert intervals(clock, Waiting(CPU), 100, wait_s=0.001, step_s=0.001) == []  # half a second
     assert intervals(clock, Waiting(CPU), 2, wait_s=5, steps=2, step_s=10) == [pytest.approx(0.5)]

@@ -8,9 +8,8 @@ import torch
 
 from jit_accel.data.batch import Batch
 
-WAIT_WARNING_SHARE = 0.05
 _POLL_S = 0.001
-# A warning rests on this much: less may be chance.
+# What is said rests on this much: less may be chance.
 _LEAST_STEPS, _LEAST_S = 20, 2.0
 _ENOUGH_S = 10.0
 
@@ -19,14 +18,14 @@ class Waiting:
     """The time in which `device` had nothing to do because the next batch was not there.
 
     An interval of steps begins with its first batch and ends when its metrics are read. The first one, in which
-    workers start and code is compiled, gives no reason to warn.
+    workers start and code is compiled, is not counted by `lost_lately`.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.seconds = 0.0  # waited in this interval, by this process
         self._begun: float | None = None
-        self._is_warm = self._has_warned = False
+        self._is_warm = False
         self._recent = (0, 0.0, 0.0)  # steps, seconds, of these waited
 
     def next(self, loader) -> Batch:
@@ -69,15 +68,13 @@ class Waiting:
         self._is_warm, self._begun, self.seconds = True, None, 0.0
         return share
 
-    def reason_to_warn(self) -> float | None:
-        """The share lost of late, if it is more than `WAIT_WARNING_SHARE`; once."""
+    def lost_lately(self) -> float | None:
+        """The share lost since the last answer; None where that is too short a time to tell."""
         steps, elapsed_s, waited_s = self._recent
-        if self._has_warned or elapsed_s < (_LEAST_S if steps >= _LEAST_STEPS else _ENOUGH_S):
+        if elapsed_s < (_LEAST_S if steps >= _LEAST_STEPS else _ENOUGH_S):
             return None
         self._recent = (0, 0.0, 0.0)
-        share = min(1.0, waited_s / elapsed_s)
-        self._has_warned = share > WAIT_WARNING_SHARE
-        return share if self._has_warned else None
+        return min(1.0, waited_s / elapsed_s)
 
 
 def waiting_advice(

@@ -1,0 +1,202 @@
+"""The trainer's end of everything that watches a run: measured, judged, logged and shown here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from jit_accel.config import Config
+from jit_accel.ema import AUTO, Ema, decay_at
+from jit_accel.guards import stop_if_not_finite
+from jit_accel.health import Health
+from jit_accel.metrics import EpochMetrics, StepClock, StepMetrics, WeightWatch
+from jit_accel.model import forward_macs
+from jit_accel.precision import peak_flops
+from jit_accel.progress import Progress
+from jit_accel.record import device_name
+from jit_accel.report_process import ReportProcess
+from jit_accel.resolve import Plan
+from jit_accel.trackers import Trackers
+from jit_accel.tracking import MetricsLog
+
+TRAIN_FLOPS_PER_FORWARD_MAC = 6  # a multiply and an add, forward and twice backward
+
+
+class Monitor:
+    """What a run tells about itself. All processes call it together; only the main one writes.
+
+    Args:
+        feed: the run's `Feed`, which knows how long it was waited for.
+        network, ema: what is trained, and its averages.
+    """
+
+    def __init__(self, config: Config, plan: Plan, accelerator, feed, network, ema: Ema):
+        self.config, self.plan, self.accelerator, self.feed = config, plan, accelerator, feed
+        self.output_dir = Path(config.run.output_dir)
+        self.is_main = accelerator.is_main_process
+        self.steps = StepMetrics(accelerator.device)
+        self.weights = WeightWatch(ema.params, ema.averages, network.config.depth)
+        self.clock = StepClock(accelerator.device)
+        self.epochs = EpochMetrics(plan)
+        self.images_seen = 0
+        self.bad_images = 0
+        self.flops_per_image = TRAIN_FLOPS_PER_FORWARD_MAC * forward_macs(network)
+        self.peak_flops = peak_flops(device_name(accelerator.device), config.performance.mixed_precision)
+        self.trackers = self.progress = None
+
+    def open(self, step: int, record: dict) -> None:
+        """Start, or go on from `step`.
+
+        Args:
+            record: the run in settings and facts, as `record.record_run` gives it.
+        """
+        has_scaler = self.accelerator.scaler is not None
+        self.health = Health(self.config.health, is_new=step == 0, has_scaler=has_scaler)
+        # Before the log forgets what was written behind `step`.
+        self.trackers = Trackers(self.accelerator, self.config.tracking, record, self.output_dir, step)
+        self.log = MetricsLog(self.output_dir, step) if self.is_main else None
+        self.report = ReportProcess(self.output_dir, self.is_main and self.config.tracking.html_report)
+        self.progress = Progress(self.plan.total_steps, step, self.is_main)
+        self.clock.start()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is not None:
+            self.close(exit_code=1)
+
+    def close(self, exit_code: int = 0, is_preempted: bool = False) -> None:
+        """Build the last report and end the trackers; once."""
+        if self.trackers is None:
+            return
+        trackers, self.trackers = self.trackers, None
+        self.progress.close()
+        self.report.finish()
+        trackers.finish(exit_code, is_preempted=is_preempted)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Of what happens inside, the speed of the training is not told."""
+        with self.clock.pause():
+            yield
+
+    @contextmanager
+    def watched_step(self, step: int) -> Iterator[None]:
+        """Around the optimizer's part of a step, in which the weights change and `record` is called."""
+        is_watched = step % self.config.run.log_every_steps == 0
+        before = self.weights.copy() if is_watched else None
+        yield
+        if before is not None:
+            self.weights.record(self.steps, before)
+
+    def record(self, step: int, learning_rate: float, loss: Tensor, grad_norm: Tensor) -> None:
+        """Keep one step's values, on the device."""
+        self.steps.record(step, learning_rate, loss, grad_norm)
+        self.clock.tick()
+        self.progress.step_done()
+
+    def flush(self, is_told_to_stop: bool) -> bool:
+        """Read the kept metrics: the only place where the host waits for the device.
+
+        Returns:
+            Whether any process was told to stop.
+
+        Raises:
+            UserError: loss or gradient norm not finite.
+        """
+        memory = self._of_each_process(peak_memory_gib(self.accelerator.device))
+        counters = [float(is_told_to_stop), *memory, *self.feed.counters()]
+        rows, (stops, *means) = self.steps.flush(lambda values: self.accelerator.reduce(values, "mean"), counters)
+        durations_s, trained_s = self.clock.end_interval()
+        memory, waits = means[: len(memory)], means[len(memory) :]
+        self.bad_images, measured = self.feed.read_counters(waits, len(rows))
+        if rows:
+            rows[-1] |= {"data/bad_images": self.bad_images, **measured, "perf/peak_memory_gib": max(memory)}
+            rows[-1] |= self._speed(len(rows), trained_s)
+            self._tell(rows, durations_s)
+        return stops > 0
+
+    def _tell(self, rows: list[dict], durations_s: list[float]) -> None:
+        epoch_ended = False
+        for row, seconds in zip(rows, durations_s):
+            self.images_seen += self.plan.global_batch_size
+            row["train/images_seen"] = self.images_seen
+            if self.plan.num_images:
+                row["train/epoch"] = self.plan.epoch_of(row["step"])
+            epoch_ended |= self.epochs.add(row, seconds)
+        if AUTO in self.config.optim.ema_decays:
+            rows[-1]["ema/auto/decay"] = decay_at(AUTO, rows[-1]["step"])
+        events = self.health.examine(rows, *self.feed.lost_lately())
+        if self.is_main:
+            self.log.write(rows)
+            self.trackers.log(rows)
+            self.progress.show(rows[-1])
+            for event in events:
+                self.progress.say(f"Warning: {event}", sys.stderr)
+                self.trackers.alert(event.title, str(event))
+            if epoch_ended:
+                self.report.start()
+        # A gradient scaler meets infinite gradients as a matter of course, and skips those steps.
+        keys = ("train/loss",) if self.accelerator.scaler else ("train/loss", "train/grad_norm")
+        stop_if_not_finite(rows, keys, self.output_dir)
+
+    def _speed(self, steps: int, trained_s: float) -> dict[str, float]:
+        images_per_second = steps * self.plan.global_batch_size / trained_s
+        speed = {"perf/images_per_second": images_per_second, "perf/step_time": trained_s / steps}
+        if self.peak_flops:
+            peak = self.peak_flops * self.accelerator.num_processes
+            speed["perf/mfu"] = self.flops_per_image * images_per_second / peak
+        return speed
+
+    def _of_each_process(self, value: float) -> list[float]:
+        """Counters whose means over the processes are the processes' own values."""
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        return [value * processes * (place == rank) for place in range(processes)]
+
+    def record_by_t(self, t: Tensor, losses: Tensor) -> None:
+        self.steps.record_by_t(t, losses)
+
+    def record_occasional(self, name: str, value: Tensor) -> None:
+        self.steps.record_occasional(name, value)
+
+    def say(self, message: str) -> None:
+        """Print a line on the main process."""
+        if self.progress is not None:
+            self.progress.say(message)
+        elif self.is_main:
+            print(message, flush=True)
+
+    def log_samples(self, path: Path, step: int, caption: str) -> None:
+        self.trackers.log_image("samples/grid", path, step, caption)
+
+    def state(self) -> dict:
+        """What a later run needs to go on with, on the main process."""
+        return {"images_seen": self.images_seen, "epochs": self.epochs.state()}
+
+    def load_state(self, state: dict | None, step: int) -> None:
+        """Take what `state` gave; None in checkpoints of before there was one, of `step` steps."""
+        if state is None:
+            self.images_seen = step * self.plan.global_batch_size
+        else:
+            self.images_seen = state["images_seen"]
+            self.epochs.load_state(state["epochs"])
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Of the device's allocator on a GPU, else the process's peak resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
