@@ -77,8 +77,9 @@ class Monitor:
             return
         trackers, self.trackers = self.trackers, None
         self.progress.close()
-        self.report.finish()
+        self.report.start_last()
         trackers.finish(exit_code, is_preempted=is_preempted)
+        self.report.wait()
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from jit_accel.tracking import warn
 
 # A build takes up to a core: so it may take a hundredth of the time of one.
 _REST = 100.0
-_LAST_BUILD_S = 120.0
+_LONGEST_BUILD_S = 120.0
 
 
 class ReportProcess:
@@ -32,13 +32,22 @@ class ReportProcess:
         if self.is_wanted and self.process is None and time.monotonic() >= self.not_before:
             self._start()
 
-    def finish(self) -> None:
-        """Build it once more, and wait."""
-        if not self.is_wanted:
+    def start_last(self) -> None:
+        """Build it once more, whatever was built before."""
+        if self.is_wanted:
+            self.wait()
+            self._start()
+
+    def wait(self) -> None:
+        """Until the build that is going on is done, within reason."""
+        if self.process is None:
             return
-        self._wait()
-        self._start()
-        self._wait()
+        try:
+            self.process.wait(_LONGEST_BUILD_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._end()
 
     def _start(self) -> None:
         self.began = time.monotonic()
@@ -61,16 +70,6 @@ class ReportProcess:
     def _look(self) -> None:
         if self.process is not None and self.process.poll() is not None:
             self._end()
-
-    def _wait(self) -> None:
-        if self.process is None:
-            return
-        try:
-            self.process.wait(_LAST_BUILD_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self._end()
 
     def _end(self) -> None:
         now = time.monotonic()
