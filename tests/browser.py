@@ -33,103 +33,86 @@ class Browser:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        self.loop = asyncio.new_event_loop()
+        self.socket = self.loop.run_until_complete(self._connect())
         return self
 
-    def __exit__(self, *_) -> None:
-        self.process.terminate()
-        self.process.wait(timeout=20)
-        self.profile.cleanup()
-
-    def endpoint(self) -> str:
-        """Address of the browser's own socket, as soon as it has one."""
+    async def _connect(self) -> aiohttp.ClientWebSocketResponse:
+        self.client = aiohttp.ClientSession()
         file = Path(self.profile.name) / "DevToolsActivePort"
         deadline = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline and self.process.poll() is None:
             if file.exists() and len(lines := file.read_text().split()) == 2:
-                return f"ws://127.0.0.1:{lines[0]}{lines[1]}"
-            time.sleep(0.05)
+                return await self.client.ws_connect(f"ws://127.0.0.1:{lines[0]}{lines[1]}", max_msg_size=0)
+            await asyncio.sleep(0.05)
         raise TimeoutError("Chromium did not start")
 
-    def open(self, url: str, *scripts: str, dark: bool = False, width: int = 1280, screenshot: Path | None = None):
-        """Open a page in a tab of its own.
+    def __exit__(self, *_) -> None:
+        self.loop.run_until_complete(self.client.close())
+        self.loop.close()
+        self.process.terminate()
+        self.process.wait(timeout=20)
+        self.profile.cleanup()
 
-        Args:
-            url: the page, which tells by `<html data-ready>` that it is drawn.
-            scripts: JavaScript expressions (promises are awaited), one after the other.
-            dark: the reader prefers a dark page.
-            width: of the window in pixels; a narrow one is a phone's.
-            screenshot: where to leave a picture of the whole page.
+    def open(self, url: str, dark: bool = False, width: int = 1280) -> Page:
+        """Open a page, which tells by `<html data-ready>` that it is drawn; see `Page.look` for the rest."""
+        target = self.call(None, "Target.createTarget", url="about:blank")["targetId"]
+        page = Page(self, self.call(None, "Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
+        page.call("Network.enable")
+        page.look(dark, width)
+        page.call("Page.navigate", url=url)
+        page.until("document.documentElement?.dataset.ready === 'true'")
+        return page
 
-        Returns:
-            The values of the scripts, and the addresses that the page asked for.
-        """
-        return asyncio.run(self._open(url, scripts, dark, width, screenshot))
+    def call(self, page: Page | None, method: str, **params) -> dict:
+        return self.loop.run_until_complete(self._call(page, method, params))
 
-    async def _open(self, url, scripts, dark, width, screenshot):
-        async with aiohttp.ClientSession() as client, client.ws_connect(self.endpoint(), max_msg_size=0) as socket:
-            tab = Tab(socket)
-            target = await tab.call("Target.createTarget", url="about:blank")
-            attached = await tab.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
-            tab.session = attached["sessionId"]
-            await tab.call("Network.enable")
-            scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-            await tab.call("Emulation.setEmulatedMedia", features=[scheme])
-            await tab.resize(width, 900)
-            await tab.call("Emulation.setTouchEmulationEnabled", enabled=width < PHONE_PIXELS)
-            await tab.call("Page.enable")
-            await tab.call("Page.navigate", url=url)
-            await tab.until("document.documentElement?.dataset.ready === 'true'")
-            values = [await tab.evaluate(script) for script in scripts]
-            if screenshot:
-                await tab.take_picture(width, screenshot)
-            await tab.call("Target.closeTarget", session=None, targetId=target["targetId"])
-            return values, tab.requested
-
-
-class Tab:
-    """The protocol of one tab: a command, its answer, and the requests noticed on the way."""
-
-    def __init__(self, socket):
-        self.socket, self.session, self.number = socket, None, 0
-        self.requested: list[str] = []
-
-    async def call(self, method: str, session: str | None = "own", **params) -> dict:
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": params}
-        if session == "own" and self.session:
-            message["sessionId"] = self.session
-        await self.socket.send_json(message)
+    async def _call(self, page: Page | None, method: str, params: dict) -> dict:
+        session = {"sessionId": page.session} if page else {}
+        await self.socket.send_json({"id": 1, "method": method, "params": params, **session})
         while True:
             answer = await self.socket.receive_json(timeout=TIMEOUT_S)
-            if answer.get("method") == "Network.requestWillBeSent":
-                self.requested.append(answer["params"]["request"]["url"][:200])
-            if answer.get("id") == self.number:
+            if page and answer.get("method") == "Network.requestWillBeSent":
+                page.requested.append(answer["params"]["request"]["url"][:200])
+            if answer.get("id") == 1:
                 assert "error" not in answer, (method, answer)
                 return answer["result"]
 
-    async def evaluate(self, script: str):
-        found = await self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+
+class Page:
+    """A page in a tab of its own. `requested` holds the addresses it asked for."""
+
+    def __init__(self, browser: Browser, session: str):
+        self.browser, self.session = browser, session
+        self.requested: list[str] = []
+
+    def call(self, method: str, **params) -> dict:
+        return self.browser.call(self, method, **params)
+
+    def ask(self, script: str):
+        """The value of a JavaScript expression; a promise is awaited."""
+        found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, (script, found["exceptionDetails"])
         return found["result"].get("value")
 
-    async def until(self, script: str) -> None:
+    def until(self, script: str) -> None:
+        """Wait until a JavaScript expression is true."""
         deadline = time.monotonic() + TIMEOUT_S
-        while not await self.evaluate(script):
+        while not self.ask(script):
             assert time.monotonic() < deadline, script
-            await asyncio.sleep(0.05)
+            time.sleep(0.05)
 
-    async def resize(self, width: int, height: int) -> None:
-        await self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=width < PHONE_PIXELS,
-        )
+    def look(self, dark: bool = False, width: int = 1280, height: int = 900, media: str = "screen") -> None:
+        """Be a reader who prefers a dark page, and whose window has so many pixels; a narrow one is a phone's."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
+        is_phone = width < PHONE_PIXELS
+        self.call("Emulation.setTouchEmulationEnabled", enabled=is_phone)
+        size = {"width": width, "height": height}
+        self.call("Emulation.setDeviceMetricsOverride", **size, deviceScaleFactor=1, mobile=is_phone)
 
-    async def take_picture(self, width: int, path: Path) -> None:
-        height = await self.evaluate("document.documentElement.scrollHeight")
-        await self.resize(width, height)
-        await asyncio.sleep(0.7)
-        picture = await self.call("Page.captureScreenshot", format="png")
-        path.write_bytes(base64.b64decode(picture["data"]))
+    def picture(self, path: Path, dark: bool = False, width: int = 1280) -> None:
+        """Leave a picture of the whole page as a PNG."""
+        self.look(dark, width, self.ask("document.documentElement.scrollHeight"))
+        time.sleep(0.7)
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))

@@ -1,4 +1,4 @@
-"""Which charts a page has and what is in them; how they look is page.js's business.
+"""Which charts a page has and what is in them; how they look is charts.js's business.
 
 A chart is a JSON object: `id`, `section`, `title`, `note`, `scale` of the y axis (log or linear), `unit`, `series`, and
 where it has them `thresholds` and `events`. A series is `{run, name, style, x, y}`, x in optimizer steps; one that can
@@ -210,7 +210,7 @@ def ema_chart(runs: list[Run]) -> Chart:
         "optimization",
         "Distance of the averages",
         "From the weights to their moving average, over the length of the weights; by decay.",
-        tuple(Line(key, key.split("/")[1]) for key in keys),
+        tuple(Line(key, key.removeprefix("ema/").removesuffix("/distance")) for key in keys),
         scale="log",
     )
 

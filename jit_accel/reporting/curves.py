@@ -73,7 +73,7 @@ class Curve:
         index = step // self.width
         if index != self._index:
             self._index, self._bucket = index, self.buckets.setdefault(index, Bucket(step))
-            if len(self.buckets) > MAX_BUCKETS:
+            while len(self.buckets) > MAX_BUCKETS:  # once, or more often where the steps are far apart
                 self._double_width()
                 self._index, self._bucket = step // self.width, self.buckets[step // self.width]
         if value is not None:
@@ -129,7 +129,7 @@ class Curve:
         return {"x": [step for step, _ in points], "y": [rounded(value) for _, value in points]}
 
     def smoothed_end(self, memory_steps: float) -> float | None:
-        """The last value of the running mean with this memory, as the page draws it (`smooth` in page.js)."""
+        """The last value of the running mean with this memory, as the page draws it (`smooth` in charts.js)."""
         total = weight = 0.0
         before = None
         for bucket in self.ordered:

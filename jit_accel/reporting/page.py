@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from html import escape
@@ -43,6 +44,7 @@ def build_page(runs: list[Run]) -> str:
         settings=tables.settings(runs),
         data=embedded(data),
         plotly=get_plotlyjs(),
+        charts=part("charts.js"),
         script=part("page.js"),
     )
 
@@ -112,7 +114,5 @@ def write_page(page: str, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    try:
+    with contextlib.suppress(OSError):  # what stood in the way of writing stands in the way here
         path.unlink(missing_ok=True)
-    except OSError:  # what stood in the way of writing stands in the way here
-        pass

@@ -55,7 +55,8 @@ class Run:
             return "interrupted"
         if not self.measurements.num_rows:
             return "not started"
-        return "silent" if self.updated and time.time() - self.updated > SILENT_AFTER_S else "running"
+        is_silent = self.updated is not None and time.time() - self.updated > SILENT_AFTER_S
+        return "silent" if is_silent else "running"
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
@@ -64,10 +65,11 @@ def read_runs(folders: list[Path]) -> list[Run]:
     Raises:
         UserError: a folder that is none, or holds no run.
     """
-    by_place = {folder.resolve(): folder for folder in reversed(folders)}
-    places = list(reversed(by_place))
-    labels = distinct_names(places)
-    return [read_run(by_place[place], place, label) for place, label in zip(places, labels)]
+    by_place: dict[Path, Path] = {}
+    for folder in folders:
+        by_place.setdefault(folder.resolve(), folder)
+    labels = distinct_names(list(by_place))
+    return [read_run(folder, place, label) for (place, folder), label in zip(by_place.items(), labels)]
 
 
 def read_run(given: Path, folder: Path, label: str) -> Run:

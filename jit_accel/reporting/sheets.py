@@ -68,12 +68,17 @@ def encode(path: Path, max_bytes: int) -> dict | None:
         picture = Image.open(io.BytesIO(data)).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
+    bytes_per_pixel = 0.0
     for side, quality in SIZES:
         small = picture.copy()
         small.thumbnail((side, side), Image.Resampling.LANCZOS)
+        is_hopeless = bytes_per_pixel * small.width * small.height > 2 * max_bytes
+        if is_hopeless and side != SIZES[-1][0]:
+            continue
         file = io.BytesIO()
         small.save(file, "WEBP", quality=quality, method=2)
         if file.tell() <= max_bytes:
             break
+        bytes_per_pixel = file.tell() / (small.width * small.height)
     src = "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
     return {"src": src, "width": small.width, "height": small.height}

@@ -64,7 +64,7 @@ def progress(run: Run) -> str:
     sign, word = STATES[run.state]
     steps = f"step {run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")
     parts = [steps, *epochs_in_words(run)]
-    if run.updated:
+    if run.updated is not None:
         parts.append(f"last row {when(run.updated)}")
     bar = ""
     if run.total_steps:
