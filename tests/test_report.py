@@ -320,7 +320,7 @@ def test_sheets_that_are_broken_or_half_written_are_left_out(tmp_path):
     (samples / "step_00000600.png").mkdir()
     (samples / "notes.txt").write_text("mine")
     flipped = bytearray((samples / "step_00000300.png").read_bytes())
-    flipped[-20] ^= 1
+    flipped[-14] ^= 1  # in the checksum of the pixels
     (samples / "step_00000350.png").write_bytes(flipped)
     assert [sheet["step"] for sheet in load_sheets(folder)] == [100, 300]
 
@@ -328,10 +328,10 @@ def test_sheets_that_are_broken_or_half_written_are_left_out(tmp_path):
 def test_large_sheets_are_made_small_enough_for_a_page(tmp_path):
     folder = write_run(tmp_path / "run")
     for step in (1, 2):
-        Image.effect_noise((1200, 1500), 90).convert("RGB").save(
+        Image.effect_noise((800, 1000), 90).convert("RGB").save(
             folder / "samples" / f"step_{step:08d}.png", compress_level=1
         )
-    num_runs = 18
+    num_runs = 40
     sheets = load_sheets(folder, num_runs)
     assert len(sheets) == 2
     assert sum(len(sheet["src"]) for sheet in sheets) < 2 * BYTES_ON_PAGE / (num_runs * MIN_SHEETS) * 1.4
@@ -385,6 +385,9 @@ def test_a_page_that_cannot_be_written_whole_leaves_the_old_one(tmp_path):
     assert "cannot be written (File too large)" in ended.stderr
     assert (folder / "report.html").read_text() == "old"
     assert {path.name for path in folder.iterdir()} == {"report.html", "metrics.jsonl", "run.json", "samples"}
+    with open(folder / "report.html") as reader:
+        assert main([str(folder)]) == 0
+        assert reader.read() == "old"  # who is reading reads on in the page that was there
 
 
 def test_torch_is_not_imported(tmp_path):
@@ -426,10 +429,10 @@ def pages(tmp_path_factory):
 
 ERRORS = "document.documentElement.dataset.errors || ''"
 DRAWN = "[...document.querySelectorAll('.chart')].map(c => c.querySelectorAll('.main-svg .trace').length)"
-# Too wide for the window: the page, or a chart.
-OVERFLOW = (
-    "[document.documentElement, ...document.querySelectorAll('.main-svg')]"
-    ".filter(e => Math.round(e.getBoundingClientRect().right) > innerWidth || e.scrollWidth > innerWidth).length"
+# Where the page ends, its charts and other parts, in pixels.
+RIGHT_ENDS = (
+    "[document.documentElement.scrollWidth, ...[...document.querySelectorAll('.main-svg, h1, figure, .toolbar')]"
+    ".map(e => Math.round(e.getBoundingClientRect().right))]"
 )
 TILES = (
     "Object.fromEntries([...document.querySelectorAll('.tile')]"
@@ -458,12 +461,12 @@ def test_everything_is_drawn_in_light_and_dark_and_on_a_phone(browser, pages, wh
     page = browser.open(pages[which])
     for dark, width in [(False, 1280), (True, 1280), (True, 390), (False, 390)]:
         page.look(dark, width)
-        page.until("document.querySelector('.main-svg').getBoundingClientRect().right <= innerWidth")  # charts follow
+        page.until(f"document.querySelector('.main-svg').getBoundingClientRect().right <= {width}")  # charts follow
         page.ask(REDRAWN)
         drawn = page.ask(DRAWN)
         assert len(drawn) == 13
         assert min(drawn) >= 1
-        assert page.ask(OVERFLOW) == 0
+        assert max(page.ask(RIGHT_ENDS)) <= width
         ground, text = brightness(page.ask(GROUND)), brightness(page.ask(TEXT))
         assert (ground < 60 and text > 140) if dark else (ground > 200 and text < 130)
     assert page.ask(ERRORS) == ""
@@ -486,9 +489,18 @@ def test_the_page_follows_its_reader(browser, pages):
     assert tiles["Images/s"] == "2,000"
     assert tiles["Health"] == "⚠ 1 finding"
     assert float(tiles["Loss"]) == pytest.approx(page.ask(f"{TRAIN}.y.at(-1)"), rel=1e-3)  # Python smooths alike
+    losses = [row["train/loss"] for row in rows_of_a_run()]
+    page.ask(set_value("#smoothing", 6))  # a memory of 10%, 40 steps
+    page.ask(REDRAWN)
+    start = Curve()
+    for step in range(1, 21):
+        start.add(step, losses[step - 1])
+    assert page.ask(f"{TRAIN}.y[19]") == pytest.approx(start.smoothed_end(40), rel=1e-4)
     page.ask(set_value("#smoothing", 0))
     page.ask(REDRAWN)
-    assert page.ask(f"{TRAIN}.y") == pytest.approx([row["train/loss"] for row in rows_of_a_run()], rel=1e-4)
+    assert page.ask(f"{TRAIN}.y") == pytest.approx(losses, rel=1e-4)
+
+    assert page.ask(f"{TRAIN}.customdata") == pytest.approx([step / 100 for step in range(1, 401)])  # epochs
 
     axis = "document.querySelector('[data-chart=loss] .plot')._fullLayout.yaxis.type"
     assert page.ask(axis) == "log"

@@ -15,7 +15,7 @@ const report = (() => {
     smoothing: Math.max(0, SMOOTHING.indexOf(page.smoothing)), y: "log", x: "linear", raw: true,
     hidden: new Set(), bin: null, range: null,
   };
-  const isDark = matchMedia("(prefers-color-scheme: dark)");
+  const isDark = matchMedia("screen and (prefers-color-scheme: dark)");
   const isNarrow = matchMedia("(max-width: 800px)");
   const isCoarse = matchMedia("(pointer: coarse)");
   const one = (selector) => document.querySelector(selector);
@@ -55,8 +55,9 @@ const report = (() => {
     const epochs = page.runs[run].epochs;
     if (!epochs) return null;
     const { x, y } = epochs;
-    const i = Math.max(1, x.findIndex((other) => other >= step));
-    if (x.length < 2 || step > x[x.length - 1]) return y[y.length - 1];
+    if (x.length < 2) return y[0];
+    const near = nearest(x, step);
+    const i = Math.min(Math.max(x[near] < step ? near + 1 : near, 1), x.length - 1);
     return y[i - 1] + ((step - x[i - 1]) / (x[i] - x[i - 1])) * (y[i] - y[i - 1]);
   }
 
@@ -78,7 +79,10 @@ const report = (() => {
   function look(chart, series) {
     const names = [...new Set(chart.series.map((other) => other.name))];
     const kind = names.indexOf(series.name);
-    if (isComparison) return { colour: seriesColour(series.run), dash: DASHES[kind % 5], symbol: SYMBOLS[kind % 5] };
+    if (isComparison) {
+      const pattern = kind + Math.max(0, Math.floor(series.run / 8)); // more runs than colours
+      return { colour: seriesColour(series.run), dash: DASHES[pattern % 5], symbol: SYMBOLS[kind % 5] };
+    }
     if (series.style === "bin") return { colour: binColour(series.t), dash: "solid", symbol: "circle" };
     return { colour: seriesColour(kind), dash: "solid", symbol: SYMBOLS[kind % 5] };
   }
@@ -158,7 +162,7 @@ const report = (() => {
     if (!isComparison || names.length < 2 || chart.series[0].style === "bin") return [];
     return names.map((name) => {
       const series = chart.series.find((other) => other.name === name);
-      const { dash, symbol } = look(chart, series);
+      const { dash, symbol } = look(chart, { ...series, run: 0 });
       return {
         x: [null], y: [null], name: text(name), legendgroup: name, visible: visibility(chart, { name, run: -1 }), mode: series.style === "points" ? "lines+markers" : "lines",
         line: { color: css("soft"), dash, width: 2 }, marker: { color: css("soft"), symbol, size: 7 }, hoverinfo: "skip",
@@ -201,7 +205,8 @@ const report = (() => {
     const xaxis = chart.id === "profile"
       ? { ...axis, range: [0, 1], dtick: 0.2, title: { text: "t (0 noise, 1 image)", standoff: 8 }, fixedrange: true }
       : {
-        ...axis, type: state.x, title: { text: "optimizer step", standoff: 8 }, hoverformat: ",~r",
+        ...axis, type: state.x, title: { text: "optimizer step", standoff: 8 }, hoverformat: ",.0f",
+        unifiedhovertitle: { text: "step %{x:,.0f}" },
         ...(state.range ? { range: state.range } : { autorange: true }),
         ...(state.x === "log" ? { dtick: 1 } : { nticks: isNarrow.matches ? 5 : 8 }),
       };

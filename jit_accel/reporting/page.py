@@ -59,7 +59,8 @@ def epochs_of(run: Run) -> dict | None:
     if not curve:
         return None
     points = curve.means()
-    return {"x": points["x"], "y": points["y"]}
+    known = [(x, y) for x, y in zip(points["x"], points["y"]) if y is not None]
+    return {"x": [x for x, _ in known], "y": [y for _, y in known]}
 
 
 def sections(charts: list[dict], has_sheets: bool) -> str:
