@@ -266,14 +266,14 @@ def test_events_of_a_kind_are_one_line_with_their_remedy_and_unknown_kinds_are_s
     body = re.search(r'<table class="events">.*?</table>', page, re.S)[0]
     assert body.count("<tr>") == 1 + 4
     line = next(unescape(re.sub("<[^>]*>", " ", part)) for part in body.split("<tr>") if "grad_exploding" in part)
-    assert re.search(r"40×\s+51 – 90\s+150 – 189", line)
+    assert re.search(r"40×\s+51 – 90\s+the gradient norm is 189 ", line)  # the highest
     assert "New trouble" in body
-    for kind in ("grad_exploding", "loss_not_finite", "loss_jump"):
-        assert KINDS[kind].title in words(page)
-        assert " ".join(KINDS[kind].remedy.split()) in " ".join(unescape(re.sub("</?code>", "", body)).split())
+    for kind, value in (("grad_exploding", 189.0), ("loss_not_finite", 1), ("loss_jump", 1.5)):
+        assert KINDS[kind].describe(value) in unescape(body)
+        assert KINDS[kind].remedy[1:] in unescape(re.sub("</?code>", "", body))
     events = {event["name"]: event["x"] for chart in data_in(page)["charts"] for event in chart.get("events", ())}
-    assert events[KINDS["loss_not_finite"].title] == [200]
-    assert events[KINDS["grad_exploding"].title] == list(range(51, 91))
+    assert events["Loss not finite"] == [200]
+    assert events["Gradient exploding"] == list(range(51, 91))
     assert 'class="events"' not in page_of(write_run(tmp_path / "good", rows_of_a_run(100)[:50]))
 
 

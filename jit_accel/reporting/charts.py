@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from jit_accel.health import KINDS
 from jit_accel.reporting.curves import LOSS_BY_T, Curve, rounded
 from jit_accel.reporting.runs import Run
 
@@ -196,11 +195,16 @@ def thresholds_of(chart: Chart, runs: list[Run]) -> list[dict]:
 def events_of(chart: Chart, runs: list[Run]) -> list[dict]:
     """Steps of the health events that belong into this chart."""
     return [
-        {"run": index, "name": KINDS[kind].title, "x": event.steps.means()["x"]}
+        {"run": index, "name": event_name(kind), "x": event.steps.means()["x"]}
         for index, run in enumerate(runs)
         for kind, event in run.measurements.events.items()
-        if kind in chart.events and kind in KINDS
+        if kind in chart.events
     ]
+
+
+def event_name(kind: str) -> str:
+    """A kind of health event as a heading: `grad_exploding` as Gradient exploding."""
+    return re.sub(r"\bgrad\b", "gradient", kind.replace("_", " ")).capitalize()
 
 
 def ema_chart(runs: list[Run]) -> Chart:

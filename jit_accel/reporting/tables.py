@@ -7,14 +7,17 @@ import re
 from dataclasses import fields
 from datetime import datetime, timezone
 from html import escape
+from math import nan
 
 from jit_accel.config import GROUPS, SETTINGS
-from jit_accel.health import KINDS, Kind
-from jit_accel.reporting.charts import SMOOTHING
+from jit_accel.health import KINDS
+from jit_accel.reporting.charts import SMOOTHING, event_name
+from jit_accel.reporting.curves import Event
 from jit_accel.reporting.runs import Run
 
 GROUP_TITLES = {"Optim": "Optimization", "Sample": "Samples"}
 UNKNOWN_KIND = "Not known to this version of the report."
+WORSE_BELOW = {"grad_vanishing"}  # of other kinds the highest value is the worst
 STATES = {
     "finished": ("✓", "Finished"),
     "interrupted": ("❙❙", "Interrupted"),
@@ -116,7 +119,7 @@ def health_badge(run: Run) -> str:
 
 
 def health_remark(run: Run) -> str:
-    return ", ".join(kind_of(name).title.lower() for name in run.measurements.events) or "nothing noticed"
+    return ", ".join(event_name(name).lower() for name in run.measurements.events) or "nothing noticed"
 
 
 def runs_table(runs: list[Run]) -> str:
@@ -152,16 +155,14 @@ def health(runs: list[Run]) -> str:
     rows = []
     for run in runs:
         for name, event in sorted(run.measurements.events.items(), key=lambda item: item[1].first):
-            kind = kind_of(name)
             steps = f"{event.first:,}" if event.first == event.last else f"{event.first:,} – {event.last:,}"
-            values = "not finite" if name == "loss_not_finite" or event.high is None else span(event.low, event.high)
             cells = [
                 *([("Run", escape(run.label))] if len(runs) > 1 else []),
-                ("What", f"<strong>{escape(kind.title)}</strong> <code>health/{escape(name)}</code>"),
+                ("What", f"<strong>{escape(event_name(name))}</strong> <code>health/{escape(name)}</code>"),
                 ("Count", f"{event.count:,}×"),
                 ("Step", steps),
-                ("Value", values),
-                ("Likely cause and remedy", re.sub(r"--\w+", r"<code>\g<0></code>", escape(kind.remedy))),
+                ("At worst", escape(at_worst(name, event))),
+                ("Likely cause and remedy", remedy_of(name)),
             ]
             columns = [column for column, _ in cells]
             rows.append("".join(f'<td data-column="{column}">{cell}</td>' for column, cell in cells))
@@ -176,8 +177,18 @@ def health(runs: list[Run]) -> str:
     )
 
 
-def kind_of(name: str) -> Kind:
-    return KINDS.get(name) or Kind(name.replace("_", " ").capitalize(), UNKNOWN_KIND)
+def at_worst(name: str, event: Event) -> str:
+    """What was seen, with the value that was furthest from what it should be."""
+    value = event.low if name in WORSE_BELOW else event.high
+    if name not in KINDS:
+        return number(value)
+    return KINDS[name].describe(nan if value is None else value)
+
+
+def remedy_of(name: str) -> str:
+    """Likely cause and what to do, as HTML with its flags marked."""
+    remedy = KINDS[name].remedy if name in KINDS else UNKNOWN_KIND
+    return re.sub(r"--\w+", r"<code>\g<0></code>", escape(remedy[:1].upper() + remedy[1:]))
 
 
 def settings(runs: list[Run]) -> str:
@@ -251,10 +262,6 @@ def is_count(value) -> bool:
 
 def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
-
-
-def span(low: float, high: float) -> str:
-    return number(low) if low == high else f"{number(low)} – {number(high)}"
 
 
 def short(value: float) -> str:
