@@ -124,13 +124,13 @@ const report = (() => {
   }
 
   function profileTrace(series) {
-    const colour = seriesColour(series.run);
-    const trace = {
+    const colour = isComparison ? seriesColour(series.run) : css("soft");
+    return {
       x: series.x, y: series.y, name: text(page.runs[series.run].label), visible: !state.hidden.has(series.run),
-      customdata: series.bins, hovertemplate: "t %{customdata}: %{y:.4~g}", showlegend: false,
+      customdata: series.bins, showlegend: false, mode: "lines+markers", line: { color: colour, width: isComparison ? 2.2 : 1.5 },
+      marker: isComparison ? { color: colour, size: 7 } : { color: series.x.map(binColour), size: 13 },
+      hovertemplate: `t %{customdata}: %{y:.4~g}${isComparison ? "" : "<extra></extra>"}`,
     };
-    if (isComparison) return { ...trace, mode: "lines+markers", line: { color: colour, width: 2.2 }, marker: { size: 7 } };
-    return { ...trace, type: "bar", width: 0.088, marker: { color: series.x.map(binColour) }, hovertemplate: trace.hovertemplate + "<extra></extra>" };
   }
 
   function thresholdTraces(chart) {
