@@ -10,6 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 STREAMING = {"auto": None, "true": True, "false": False}
+# What --report_to may name, and the package to install for it.
+TRACKERS = {
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "mlflow": "mlflow",
+    "aim": "aim",
+    "comet_ml": "comet-ml",
+    "clearml": "clearml",
+    "dvclive": "dvclive",
+    "swanlab": "swanlab",
+}
 
 
 @dataclass(frozen=True)
@@ -168,6 +180,11 @@ class TrackingConfig:
     """Further trackers of Accelerate: tensorboard, trackio, mlflow, ..."""
     html_report: bool = True
     """Keep report.html in the output folder up to date: curves, samples, settings, on one page without a network."""
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of all trackers asked for."""
+        return tuple(dict.fromkeys(("wandb",) * self.use_wandb + self.report_to))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jit_accel.config import Config, OptimConfig
-from jit_accel.errors import UserError
+from jit_accel.config import TRACKERS, Config, OptimConfig
+from jit_accel.errors import UserError, lookup
 from jit_accel.presets import parse_model_name
 
 PAPER_EMA_DECAYS = (0.9996, 0.9998, 0.9999)
@@ -78,6 +78,8 @@ def check(config: Config) -> None:
             raise UserError(f"--{name} {values[name]}: must be {rule}.")
     _check_image_size(config)
     _check_lengths(config.optim)
+    for name in config.tracking.report_to:
+        lookup(TRACKERS, name, "--report_to")
     for decay in config.optim.ema_decays or ():
         check_ema_decay(decay)
     if config.optim.ema_decays is not None and not config.optim.ema_decays:

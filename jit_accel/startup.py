@@ -33,7 +33,7 @@ from jit_accel.errors import UserError, common_problem
 from jit_accel.precision import chosen_device, default_precision, is_good_at_bf16
 from jit_accel.record import describe_data, device_name
 from jit_accel.resolve import default_output_dir, image_size, plan_run, resolve, warnings_for
-from jit_accel.tracking import METRICS_FILE, wandb_installed, warn
+from jit_accel.tracking import METRICS_FILE, warn
 from jit_accel.trainer import Trainer
 
 PRECISION_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -290,14 +290,12 @@ def dry_run(trainer: Trainer) -> int:
 
 def build_accelerator(config: Config, accumulation: int, precision: str) -> Accelerator:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    use_wandb = config.tracking.use_wandb and wandb_installed() and not config.run.dry_run
     if precision == "fp16" and chosen_device().type == "cpu":
         raise UserError("--mixed_precision fp16: needs a GPU: use bf16 or no.")
     return Accelerator(
         mixed_precision=precision,
         # As a plugin: the environment of `accelerate launch` overrides the plain argument.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
-        log_with="wandb" if use_wandb else None,
         fsdp_plugin=build_fsdp_plugin(precision),
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
