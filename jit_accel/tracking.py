@@ -13,7 +13,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Append-only `metrics.jsonl`: one JSON object a line, each with its `step`; a number that is not finite is null."""
+    """Append-only `metrics.jsonl`: one JSON object a line, each with its `step`; numbers that are not finite are null."""
 
     def __init__(self, output_dir: Path, step: int):
         """Open the log of `output_dir` and drop what an interrupted run wrote after `step`, the one resumed from."""
@@ -40,7 +40,9 @@ class MetricsLog:
 
 def as_line(row: dict) -> str:
     """`row` as a line of strict JSON."""
-    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+    }
     return json.dumps(finite, allow_nan=False) + "\n"
 
 

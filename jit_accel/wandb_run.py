@@ -6,17 +6,17 @@ rows that it has are not sent again: its curves have no gap and no step twice, h
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import shlex
+import shutil
 import tempfile
 import threading
 from pathlib import Path
 
 from jit_accel.config import TrackingConfig
 from jit_accel.tracking import iterate_metrics, warn
-from jit_accel.wandb_files import read_segments, synced_mark
+from jit_accel.wandb_files import last_step, read_segments, synced_mark
 
 ID_FILE = "wandb_run_id.txt"
 # The training waits at most this long for a server that does not answer: for the check of the key (wandb's own ten
@@ -77,17 +77,15 @@ class WandbRun:
     """
 
     def __init__(self, tracking: TrackingConfig, record: dict, output_dir: Path, step: int):
-        import wandb
 
-        check_folder(output_dir / "wandb")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry delays the exit by ten seconds
-        mode = wandb.setup(settings=wandb.Settings(silent=True)).settings.mode
         self.tracking, self.record, self.output_dir = tracking, record, output_dir
         self.complaints = Complaints()
-        self.is_active, self.is_warned = mode != "disabled", False
+        mode = self._set_up()
+        self.is_active, self.is_warned, self.newest_step = mode != "disabled", False, 0
         if not self.is_active:
             return
-        wandb.termsetup(wandb.Settings(silent=True), self.complaints)
+        check_folder(output_dir / "wandb")
         self.id = self._remembered_id() or secrets.token_hex(4)
         self.earlier = read_segments(output_dir, self.id)
         self.is_offline = mode in ("offline", "dryrun")
@@ -108,34 +106,26 @@ class WandbRun:
         file = self.output_dir / ID_FILE
         return file.read_text().strip() if file.exists() else ""
 
-    def _start_online(self) -> None:
+    def _set_up(self) -> str:
+        """Quieten wandb. Returns the mode that the environment and wandb's own settings ask for."""
         import wandb
-        from wandb.errors import AuthenticationError, UsageError
 
-        try:
-            has_key = wandb.login(verify=True, prompt=False)
-        except (AuthenticationError, UsageError, ValueError) as error:
-            raise Unusable(
-                f"wandb cannot log in ({one_line(error)}): check the network, and the key (`wandb login`, or "
-                "WANDB_API_KEY)."
-            ) from None
-        if not has_key:
-            raise Unusable(
-                "wandb has no API key: run `wandb login` once, set WANDB_API_KEY, or set WANDB_MODE=offline."
-            )
+        session = wandb.setup(settings=wandb.Settings(silent=True))
+        wandb.termsetup(wandb.Settings(silent=True), self.complaints)
+        return session.settings.mode
+
+    def _start_online(self) -> None:
+        log_in()
         try:
             self._init("online")
         except Exception as error:
             self._tear_down()
-            if "deleted" not in str(error):
+            if "deleted" not in str(error) or not self._remembered_id():
                 raise Unusable(f"wandb could not start ({type(error).__name__}: {one_line(error)}).") from None
             warn(f"the run {self.id} was deleted in W&B: this training continues in a new one.")
-            self.id = secrets.token_hex(4)
-            try:
-                self._init("online")
-            except Exception as another:
-                self._tear_down()
-                raise Unusable(f"wandb could not start ({type(another).__name__}: {one_line(another)}).") from None
+            (self.output_dir / ID_FILE).unlink()
+            self.id, self.earlier = secrets.token_hex(4), []
+            return self._start_online()
         self.last_step = max(0, self.run.starting_step - 1)
         # With what is sent below the server has all that earlier starts left: `wandb sync` must not send it again.
         for segment in self.earlier:
@@ -177,20 +167,27 @@ class WandbRun:
         )
 
     def _tear_down(self) -> None:
-        """End wandb's service: after a start that failed it refuses the id."""
+        """Undo a start that failed: wandb's service would refuse the id."""
         import wandb
 
+        files = {segment.file for segment in self.earlier}
         thread = threading.Thread(target=wandb.teardown, daemon=True)
         thread.start()
         thread.join(TEARDOWN_TIMEOUT_S)
         if thread.is_alive():
-            raise RuntimeError("wandb's service does not end")
-        wandb.setup(settings=wandb.Settings(silent=True))
-        wandb.termsetup(wandb.Settings(silent=True), self.complaints)
+            raise RuntimeError("wandb's service does not end after a start that failed")
+        self._set_up()
+        for file in (self.output_dir / "wandb").glob(f"*run-*-{self.id}/*.wandb"):
+            if file not in files:
+                shutil.rmtree(file.parent)
 
     @property
     def _folder(self) -> Path:
         return Path(self.run.dir).parent
+
+    @property
+    def _file(self) -> Path:
+        return self._folder / f"run-{self.id}.wandb"
 
     @property
     def sync_command(self) -> str:
@@ -226,6 +223,7 @@ class WandbRun:
         """Send rows, each under its own true `step`; what W&B has already is left out."""
         for row in rows if self.is_active else ():
             if row["step"] > self.last_step:
+                self.newest_step = row["step"]
                 self.run.log({key: value for key, value in row.items() if value is not None}, step=row["step"])
         self._warn_if_given_up()
 
@@ -247,14 +245,20 @@ class WandbRun:
         if is_preempted:
             self.run.mark_preempting()
         failure = in_time(lambda: self.run.finish(exit_code=exit_code or int(is_preempted)), FINISH_TIMEOUT_S + 10)
-        self._warn_if_given_up()
         if isinstance(failure, TimeoutError):
             self._warn_incomplete(f"W&B's server did not take everything within {FINISH_TIMEOUT_S} s")
         elif failure:
             raise failure
-        elif not self.is_offline and not self.complaints.has_given_up:
-            with contextlib.suppress(OSError):
-                synced_mark(next(self._folder.glob("*.wandb"))).touch()
+        self._warn_if_given_up()
+        if self.is_offline:
+            self._warn_if_cut()
+        elif not self.is_warned:
+            synced_mark(self._file).touch()
+
+    def _warn_if_cut(self) -> None:
+        # wandb itself says nothing about a full disk.
+        if last_step(self._file) < self.newest_step:
+            self._warn_incomplete(f"{self._file} could not be written to its end (is the disk full?)")
 
     def _warn_if_given_up(self) -> None:
         if self.complaints.has_given_up and not self.is_offline:
@@ -267,6 +271,25 @@ class WandbRun:
                 "--resume auto, also after the last step, sends what W&B lacks."
             )
         self.is_warned = True
+
+
+def log_in() -> None:
+    """Use the key that wandb finds, and ask the server whether it is good; never asks the user.
+
+    Raises:
+        Unusable: no key, no good one, or no answer.
+    """
+    import wandb
+    from wandb.errors import AuthenticationError, UsageError
+
+    try:
+        has_key = wandb.login(verify=True, prompt=False)
+    except (AuthenticationError, UsageError, ValueError) as error:
+        if "did not respond in time" in str(error):
+            raise Unusable("W&B's server does not answer: check the network, or set WANDB_MODE=offline.") from None
+        raise Unusable(f"wandb cannot log in ({one_line(error)}): run `wandb login`, or set WANDB_API_KEY.") from None
+    if not has_key:
+        raise Unusable("wandb has no API key: run `wandb login` once, set WANDB_API_KEY, or set WANDB_MODE=offline.")
 
 
 def check_folder(folder: Path) -> None:

@@ -86,7 +86,7 @@ class WandbServer:
 
     def __init__(self):
         self.runs: dict[str, StoredRun] = {}
-        self.deleted: set[str] = set()
+        self.deleted: set[str] = set()  # ids that W&B does not give away again
         self.requests: list[str] = []
         self.failure: Failure | None = None
         self.received = bytearray()
@@ -119,6 +119,7 @@ class WandbServer:
 
     def fail(self, how: str, when: str | Callable[[str], bool] = "", times: float = float("inf")) -> None:
         """Fail requests whose name has `when` in it, `times` often."""
+        self.released.clear()
         self.failure = Failure(how, when if callable(when) else lambda name: when in name, times)
 
     def mend(self) -> None:
@@ -245,7 +246,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _result(self, query: dict, body: bytes) -> bytes:
         if query:
-            return json.dumps({"data": self.wandb.answer(query["operationName"], query.get("variables") or {})}).encode()
+            variables = query.get("variables") or {}
+            if query["operationName"] == "UpsertBucket" and variables["name"] in self.wandb.deleted:
+                message = f"run ID {variables['name']} was previously created and deleted; try a new run name"
+                return json.dumps({"errors": [{"message": message}], "data": {"upsertBucket": None}}).encode()
+            return json.dumps({"data": self.wandb.answer(query["operationName"], variables)}).encode()
         parts = self.path.strip("/").split("/")
         if parts[-1] == "file_stream":
             self.wandb.stream(parts[-2], json.loads(body))
@@ -272,7 +277,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    do_GET = do_POST = do_PUT = _take  # noqa: N815
+    do_GET = do_POST = do_PUT = _take
 
 
 def _basic(key: str) -> str:
