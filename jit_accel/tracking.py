@@ -13,7 +13,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Append-only `metrics.jsonl`: one JSON object a line, each with its `step`; numbers that are not finite are null."""
+    """Append-only `metrics.jsonl`: one JSON object a line, each with its `step`; NaN and infinity are null."""
 
     def __init__(self, output_dir: Path, step: int):
         """Open the log of `output_dir` and drop what an interrupted run wrote after `step`, the one resumed from."""

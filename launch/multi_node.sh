@@ -35,7 +35,8 @@ OUTPUT_DIR="${OUTPUT_DIR:-runs/multi_node}"               # on a file system tha
 # --- Weights & Biases
 USE_WANDB="${USE_WANDB:-false}"                           # true or false; only the main process logs
 WANDB_PROJECT="${WANDB_PROJECT:-jit-diffusion}"
-WANDB_NAME="${WANDB_NAME:-$(basename "$OUTPUT_DIR")}"     # name of this run
+WANDB_NAME="${WANDB_NAME:-$(basename "$OUTPUT_DIR")}"     # name of this run; WANDB_ENTITY, WANDB_TAGS ("a,b") and
+                                                          # WANDB_NOTES are read by wandb itself where they are exported
 
 # Seconds that a stopped run has for its checkpoint (torchrun's default is 30).
 export PET_SHUTDOWN_TIMEOUT="${PET_SHUTDOWN_TIMEOUT:-240}"

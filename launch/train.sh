@@ -31,6 +31,9 @@ USE_WANDB="${USE_WANDB:-false}"         # true or false; WANDB_MODE=offline work
 WANDB_PROJECT="${WANDB_PROJECT:-jit-diffusion}"
 WANDB_NAME="${WANDB_NAME:-jit-v1-bs32}" # name of this run
 WANDB_ENTITY="${WANDB_ENTITY:-}"        # team or user; empty = your login's
+WANDB_TAGS="${WANDB_TAGS:-}"            # tags to filter runs by, with commas: "faces, small"
+WANDB_NOTES="${WANDB_NOTES:-}"          # a longer description of the run
+WANDB_GROUP="${WANDB_GROUP:-}"          # runs of one group are shown together, such as the seeds of one setting
 
 # --- hardware: single_gpu.yaml, multi_gpu.yaml, fsdp2.yaml, or single_device.yaml for a machine without a GPU
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-$HERE/../accelerate_configs/single_gpu.yaml}"
@@ -42,6 +45,12 @@ if [ -n "$NUM_PROCESSES" ]; then launch_flags+=(--num_processes "$NUM_PROCESSES"
 flags=(--output_dir "$OUTPUT_DIR" --resume auto)
 if [ "$USE_WANDB" = true ]; then flags+=(--use_wandb --wandb_project "$WANDB_PROJECT" --wandb_name "$WANDB_NAME"); fi
 if [ "$USE_WANDB" = true ] && [ -n "$WANDB_ENTITY" ]; then flags+=(--wandb_entity "$WANDB_ENTITY"); fi
+if [ "$USE_WANDB" = true ] && [ -n "$WANDB_NOTES" ]; then flags+=(--wandb_notes "$WANDB_NOTES"); fi
+if [ "$USE_WANDB" = true ] && [ -n "$WANDB_GROUP" ]; then flags+=(--wandb_group "$WANDB_GROUP"); fi
+if [ "$USE_WANDB" = true ] && [ -n "$WANDB_TAGS" ]; then
+  IFS=, read -ra tags <<<"${WANDB_TAGS//, /,}"
+  flags+=(--wandb_tags "${tags[@]}")
+fi
 
 exec accelerate launch "${launch_flags[@]}" -m jit_accel.train \
   --data_path "$DATA_PATH" --img_size "$IMG_SIZE" --model "$MODEL" \

@@ -20,7 +20,9 @@ from jit_accel.tracking import read_metrics
 
 # Half a second instead of ten for each training process: the server imports everything once.
 SPAWNER = multiprocessing.get_context("forkserver")
-SPAWNER.set_forkserver_preload(["jit_accel.startup", "jit_accel.data.loader", "diffusers.models.modeling_utils"])
+SPAWNER.set_forkserver_preload(
+    ["jit_accel.startup", "jit_accel.data.loader", "diffusers.models.modeling_utils", "wandb"]
+)
 
 # Metrics that differ from run to run.
 OF_TIME = ("data/", "perf/", "train/epoch_time", "train/samples_per_second", "health/data_starving")

@@ -283,6 +283,9 @@ def test_train_sh_passes_its_settings_on(recorder, photos, tmp_path, monkeypatch
         "WANDB_PROJECT": "project",
         "WANDB_NAME": "a name",
         "WANDB_ENTITY": "team",
+        "WANDB_TAGS": "faces, two words,small",
+        "WANDB_NOTES": "a longer 'note' with $signs",
+        "WANDB_GROUP": "all seeds",
         "ACCELERATE_CONFIG": "accelerate_configs/multi_gpu.yaml",
     }
     (call,) = run_script("bash launch/train.sh --seed 5", recorder, **settings)
@@ -303,6 +306,9 @@ def test_train_sh_passes_its_settings_on(recorder, photos, tmp_path, monkeypatch
         "wandb_project": "project",
         "wandb_name": "a name",
         "wandb_entity": "team",
+        "wandb_tags": ["faces", "two words", "small"],
+        "wandb_notes": "a longer 'note' with $signs",
+        "wandb_group": "all seeds",
         "seed": 5,
     }
     assert {name: flat[name] for name in expected} == expected

@@ -1,80 +1,73 @@
-"""Weights & Biases as the trainer uses it: offline for real, and failing in every way that must not matter."""
+"""`metrics.jsonl`, and Accelerate's trackers: TensorBoard and trackio for real, and some that fail."""
 
 import json
 import os
-import struct
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from helpers import Group, rows, train_here
+from accelerate.state import PartialState
+from helpers import SPAWNER, rows, train_here
+from PIL import Image
 
-LEVELDB_BLOCK = 32768
-KEYS = ("train/loss", "train/learning_rate", "train/grad_norm")
+from jit_accel.config import TrackingConfig
+from jit_accel.trackers import Trackers
+from jit_accel.tracking import MetricsLog, read_metrics
 
-
-@pytest.fixture
-def wandb_mode(monkeypatch, tmp_path):
-    def use(mode, **environment):
-        monkeypatch.setenv("WANDB_MODE", mode)
-        monkeypatch.setenv("WANDB_SILENT", "true")
-        monkeypatch.setenv("HOME", str(tmp_path))
-        monkeypatch.delenv("WANDB_API_KEY", raising=False)
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-
-    return use
+MAIN = SimpleNamespace(is_main_process=True)
+RECORD = {"model": "JiT-Ti/7", "ema_decays": ["auto", "0.9996"], "holdout": None, "seed": 0}
 
 
-def offline_records(output_dir):
-    """The records of the offline run, read back from its file: a LevelDB log behind a header of 7 bytes."""
-    from wandb.proto import wandb_internal_pb2
-
-    (path,) = (output_dir / "wandb").glob("offline-run-*/*.wandb")
-    data, position, parts = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        if LEVELDB_BLOCK - position % LEVELDB_BLOCK < 7:  # no record begins in the last bytes of a block
-            position += LEVELDB_BLOCK - position % LEVELDB_BLOCK
-            continue
-        length, kind = struct.unpack_from("<HB", data, position + 4)
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            parts = b""
-            yield record
+def some_rows(first, last):
+    return [{"step": step, "train/loss": 1 / step, "train/epoch": None} for step in range(first + 1, last + 1)]
 
 
-def test_an_offline_run_holds_every_step_and_the_whole_configuration(images, tmp_path, wandb_mode, capsys):
-    wandb_mode("offline")
-    flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--log_every_steps", "4"]
-    assert train_here(*flags, "--use_wandb", "--wandb_project", "shop", "--wandb_name", "clothes-1") == 0
-    printed = capsys.readouterr().out
-    assert "Wandb initialized: project=shop, name=clothes-1" in printed
-    assert f"wandb sync {tmp_path / 'out' / 'wandb' / 'offline-run-'}" in printed
+def report(output_dir, name, first, last):
+    """As a training does that begins behind step `first` and is killed at `last`."""
+    PartialState(cpu=True)  # Accelerate's trackers want it
+    trackers = Trackers(MAIN, TrackingConfig(report_to=(name,), wandb_project="shop"), RECORD, output_dir, first)
+    MetricsLog(output_dir, first).write(some_rows(first, last))
+    trackers.log(some_rows(first, last))
+    return trackers
 
-    config, history = {}, {}
-    for record in offline_records(tmp_path / "out"):
-        if record.HasField("run"):
-            assert record.run.project == "shop"
-            assert record.run.display_name == "clothes-1"
-        updates = list(record.run.config.update) + list(record.config.update)
-        config.update({item.key: json.loads(item.value_json) for item in updates if item.key})
-        if record.HasField("history"):
-            row = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-            history.setdefault(row["_step"], {}).update(row)
-    logged = {step: tuple(row[key] for key in KEYS) for step, row in history.items() if KEYS[0] in row}
-    assert logged == {row["step"]: tuple(row[key] for key in KEYS) for row in rows(tmp_path / "out")}
-    assert sorted(logged) == [1, 2, 3, 4, 5, 6]
-    for key, value in {
-        "model": "JiT-Ti/7",
-        "global_batch_size": 4,
-        "img_size": 28,
-        "num_parameters": 2_881_491,
-    }.items():
-        assert config[key] == value, key
-    assert any("samples/grid" in name for row in history.values() for name in row)
+
+def test_rows_behind_the_step_resumed_from_are_dropped(tmp_path):
+    MetricsLog(tmp_path, 0).write(some_rows(0, 5000))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5001, "train/l')  # killed
+    MetricsLog(tmp_path, 4000).write(some_rows(4000, 4010))
+    assert read_metrics(tmp_path) == some_rows(0, 4010)
+    MetricsLog(tmp_path, 0)
+    assert read_metrics(tmp_path) == []
+
+
+def test_metrics_that_are_not_finite_are_null_in_strict_json(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.write([{"step": 1, "train/loss": float("nan"), "train/grad_norm": float("inf"), "train/epoch": 0.5}])
+    written = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert written == {"step": 1, "train/loss": None, "train/grad_norm": None, "train/epoch": 0.5}
+
+
+def test_old_files_with_nan_are_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": NaN}\n\n[]\n{"step": 2, "train/loss": 1.0}\n')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    MetricsLog(tmp_path, 2)
+    assert read_metrics(tmp_path) == [{"step": 1, "train/loss": None}, {"step": 2, "train/loss": 1.0}]
+
+
+def test_a_row_behind_one_that_a_full_disk_cut_is_whole(tmp_path, capsys):
+    log = MetricsLog(tmp_path, 0)
+    log.write(some_rows(0, 1))
+    path, log.path = log.path, tmp_path  # a folder, which cannot be written
+    log.write(some_rows(1, 3))
+    log.write(some_rows(3, 4))
+    log.path = path
+    with open(path, "a") as file:
+        file.write('{"step": 2, "tra')
+    log.write(some_rows(4, 5))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 5]
+    assert capsys.readouterr().err.count("Warning") == 1
 
 
 def test_no_host_sync_between_flushes(images, tmp_path, monkeypatch):
@@ -117,59 +110,92 @@ def test_no_host_sync_between_flushes(images, tmp_path, monkeypatch):
     assert calls == []
 
 
-def not_installed(monkeypatch):
+def tensorboard_steps(output_dir, tag):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(output_dir / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, pytest.approx(event.value)) for event in events.Scalars(tag)], events
+
+
+def test_tensorboard_has_each_step_once_after_a_resume(tmp_path):
+    pytest.importorskip("tensorboard")
+    report(tmp_path, "tensorboard", 0, 13)
+    trackers = report(tmp_path, "tensorboard", 10, 20)
+    sheet = tmp_path / "sheet.png"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(sheet)
+    trackers.log_image("samples/grid", sheet, 20, "cats")
+    trackers.finish()
+    steps, events = tensorboard_steps(tmp_path, "train/loss")
+    assert steps == [(step, 1 / step) for step in range(1, 21)]
+    assert [image.step for image in events.Images("samples/grid")] == [20]
+    (hparams,) = tmp_path.glob("tensorboard/*/hparams.yml")
+    assert "ema_decays: auto 0.9996" in hparams.read_text()
+
+
+def test_a_tracker_that_is_added_at_a_resume_gets_what_was_before(tmp_path):
+    pytest.importorskip("tensorboard")
+    MetricsLog(tmp_path, 0).write(some_rows(0, 10))
+    report(tmp_path, "tensorboard", 8, 12).finish()
+    assert [step for step, _ in tensorboard_steps(tmp_path, "train/loss")[0]] == list(range(1, 13))
+
+
+def _report_to_trackio(folder, file):
+    os.environ["TRACKIO_DIR"] = str(folder / "trackio")  # read when trackio is imported
+    report(folder, "trackio", 0, 13).finish()
+    report(folder, "trackio", 10, 20).finish()
+    from trackio.sqlite_storage import SQLiteStorage
+
+    found = SQLiteStorage.get_logs("shop", folder.name)
+    file.write_text(json.dumps([(row["step"], row["train/loss"]) for row in found]))
+
+
+def test_trackio_has_each_step_once_after_a_resume(tmp_path):
+    pytest.importorskip("trackio")
+    process = SPAWNER.Process(target=_report_to_trackio, args=(tmp_path, tmp_path / "found.json"))
+    process.start()
+    process.join(60)
+    assert json.loads((tmp_path / "found.json").read_text()) == [[step, 1 / step] for step in range(1, 21)]
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(images, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
     import importlib.util
 
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+
+    class Fails(GeneralTracker):
+        name, requires_logging_directory, tracker = "aim", False, None
+
+        def __init__(self, run_name, **kwargs):
+            super().__init__()
+
+        def log(self, values, step):
+            if step == 3:
+                raise OSError("No space left on device")
+
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else real(name, *rest))
-
-
-def log_fails(monkeypatch):
-    from accelerate import Accelerator
-
-    def fails(self, *args, **kwargs):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(Accelerator, "log", fails)
-
-
-@pytest.mark.parametrize(
-    ("break_it", "warning"),
-    [
-        (not_installed, "Warning: wandb not available. Install with: pip install wandb"),
-        (log_fails, "Warning: wandb failed to log (OSError: No space left on device)"),
-    ],
-)
-def test_a_failing_tracker_warns_once_and_training_goes_on(
-    images, tmp_path, wandb_mode, monkeypatch, capsys, break_it, warning
-):
-    wandb_mode("offline")
-    break_it(monkeypatch)
+    found = {"aim": True, "mlflow": None, "wandb": None}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: found[name] if name in found else real(name, *rest)
+    )
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "aim", Fails)
     out = tmp_path / "out"
-    assert train_here("--data_path", str(images), "--output_dir", str(out), "--use_wandb") == 0
+    flags = ["--data_path", str(images), "--output_dir", str(out), "--use_wandb"]
+    assert train_here(*flags, "--report_to", "aim", "mlflow", "tensorboard") == 0
     printed = capsys.readouterr().err
-    assert printed.count("Warning: wandb") == 1
-    assert warning in printed
-    assert len(rows(out)) == 6
+    assert [line[line.find("Warning") :] for line in printed.splitlines() if "Warning" in line][-3:] == [
+        "Warning: wandb not available. Install with: pip install wandb",
+        "Warning: mlflow not available. Install with: pip install mlflow",
+        "Warning: aim failed to log (OSError: No space left on device). Training goes on without it.",
+    ]
+    assert [step for step, _ in tensorboard_steps(out, "train/loss")[0]] == [row["step"] for row in rows(out)]
     assert (out / "pipeline" / "model_index.json").exists()
 
 
-@pytest.mark.multiprocess
-def test_a_missing_key_stops_no_process(images, tmp_path):
-    environment = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--use_wandb"]
-    group = Group(flags, tmp_path / "log.txt", 2, environment)
-    assert group.wait() == [0, 0], group.output()
-    assert group.output().count("Warning: wandb could not start") == 1
-    assert len(rows(tmp_path / "out")) == 6
+def test_an_unknown_tracker_is_refused_before_anything_is_loaded(capsys):
+    from jit_accel.train import main
 
-
-def test_no_secret_is_recorded(images, tmp_path, wandb_mode):
-    secret = "5ec2e7" * 6 + "abcd"
-    wandb_mode("offline", WANDB_API_KEY=secret, HF_TOKEN=secret)
-    out = tmp_path / "out"
-    assert train_here("--data_path", str(images), "--output_dir", str(out), "--use_wandb") == 0
-    for folder, _, files in os.walk(out):
-        for file in files:
-            path = Path(folder, file)
-            assert not path.is_file() or secret.encode() not in path.read_bytes(), file
+    assert main(["--data_path", "/no/such/folder", "--report_to", "tensorbord"]) == 2
+    printed = capsys.readouterr().err
+    assert "--report_to tensorbord: unknown; choose from wandb, tensorboard, trackio" in printed
+    assert "Did you mean 'tensorboard'?" in printed

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ pytest.importorskip("wandb")
 
 OFFLINE = {"WANDB_MODE": "offline"}
 SECRET = "5ec2e7" * 6
+LEVELDB_BLOCK = 32768
 
 
 @pytest.fixture
@@ -33,6 +35,26 @@ def server():
 @pytest.fixture
 def training(tmp_path):
     return Training(tmp_path)
+
+
+def offline_records(output_dir):
+    """The records of the offline run, read back from its file: a LevelDB log behind a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = (output_dir / "wandb").glob("offline-run-*/*.wandb")
+    data, position, parts = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        if LEVELDB_BLOCK - position % LEVELDB_BLOCK < 7:  # no record begins in the last bytes of a block
+            position += LEVELDB_BLOCK - position % LEVELDB_BLOCK
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
 
 
 class Training:
@@ -337,6 +359,34 @@ def test_how_a_training_ended_is_told(server, training):
     assert (run.is_preempting, run.exit_code) == (True, 1)
 
 
+def test_an_offline_training_has_every_step_and_the_whole_configuration_in_its_file(images, tmp_path):
+    out = tmp_path / "out"
+    environment = {"WANDB_MODE": "offline", "HOME": str(tmp_path), "WANDB_TAGS": "a,b c", "WANDB_NOTES": "two words"}
+    flags = ["--data_path", str(images), "--output_dir", str(out), "--log_every_steps", "4", "--wandb_project", "shop"]
+    group = Group([*flags, "--report_to", "wandb", "--wandb_name", "clothes-1"], tmp_path / "log", 1, environment)
+    assert group.wait() == [0], group.output()
+    assert "Wandb initialized: project=shop, name=clothes-1" in group.output()
+    config, history, tags = {}, {}, []
+    for record in offline_records(out):
+        if record.HasField("run"):
+            tags = list(record.run.tags)
+            named = (record.run.project, record.run.display_name, record.run.notes)
+            assert named == ("shop", "clothes-1", "two words")
+        updates = list(record.run.config.update) + list(record.config.update)
+        config.update({item.key: json.loads(item.value_json) for item in updates if item.key})
+        if record.HasField("history"):
+            row = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+            history.setdefault(row["_step"], {}).update(row)
+    assert tags == ["a", "b c"]
+    keys = ("train/loss", "train/learning_rate", "train/grad_norm")
+    logged = {step: tuple(row[key] for key in keys) for step, row in history.items()}
+    assert logged == {row["step"]: tuple(row[key] for key in keys) for row in rows(out)}
+    assert sorted(logged) == [1, 2, 3, 4, 5, 6]
+    known = {"model": "JiT-Ti/7", "global_batch_size": 4, "img_size": 28, "num_parameters": 2_881_491}
+    assert known.items() <= config.items()
+    assert any("samples/grid" in name for row in history.values() for name in row)
+
+
 def _smuggle() -> None:
     """Put a secret where wandb looks for facts about a run."""
     sys.argv = ["train", "--data_path", f"https://user:{SECRET}@host/x.tar?token={SECRET}"]
@@ -376,6 +426,6 @@ def test_no_process_hangs_where_the_server_fails(server, images, tmp_path, how):
     group = Group(flags, tmp_path / "log.txt", 2, environment)
     assert group.wait() == [0, 0], group.output()
     assert "2 x cpu" in group.output()
-    assert group.output().count("Warning: ") == 1
+    assert sum(group.output().count(f"Warning: {name}") for name in ("wandb", "W&B")) == 1
     assert [row["step"] for row in rows(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
     json.loads((tmp_path / "out" / "pipeline" / "model_index.json").read_text())
