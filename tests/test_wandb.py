@@ -90,7 +90,9 @@ class Training:
         folder = shlex.quote(str(self.output_dir / "wandb"))
         command = f"{shlex.quote(sys.executable)} -m wandb sync {folder}/offline-run-*-{self.id}"
         environment = os.environ | {"HOME": str(self.tmp_path)} | server.environment
-        return subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=60).stderr
+        return subprocess.run(
+            command, shell=True, env=environment, cwd=self.tmp_path, capture_output=True, text=True, timeout=60
+        ).stderr
 
 
 def _report(environment: dict, output_dir: Path, first: int, last: int, log: str, options: dict) -> None:
@@ -107,9 +109,11 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
 
     wandb_run.START_TIMEOUT_S = wandb_run.FINISH_TIMEOUT_S = 3
     wandb_run.SETTINGS |= {
-        **{"init_timeout": 3, "finish_timeout": 3},
+        "init_timeout": 3,
+        "finish_timeout": 3,
         "x_transaction_log_flush_interval": options.get("flush_s", 0.2),
-        **{"x_file_stream_transmit_interval": 0.2, "x_file_stream_retry_wait_min_seconds": 0.1},
+        "x_file_stream_transmit_interval": 0.2,
+        "x_file_stream_retry_wait_min_seconds": 0.1,
     }
     if "file_limit" in options:
         import resource
