@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from jit_accel.redact import redacted
+
 STREAMING = {"auto": None, "true": True, "false": False}
 # What --report_to may name, and the package to install for it.
 TRACKERS = {
@@ -234,6 +236,10 @@ class Config:
                 values[f.name] = list(value) if isinstance(value, tuple) else value
         return values
 
+    def recorded(self) -> dict[str, Any]:
+        """The same without secrets, for files and trackers."""
+        return {name: _without_secrets(value) for name, value in self.flat().items()}
+
     def updated(self, **settings) -> Config:
         """A copy with these flat settings replaced."""
         parts = {}
@@ -260,7 +266,13 @@ SETTINGS = {f.name: f for group in GROUPS for f in fields(group)}
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Record the settings as YAML that `--config` reads back."""
+    """Record the settings as YAML that `--config` reads back; secrets in URLs are left out."""
     import yaml
 
-    path.write_text(yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml.safe_dump(config.recorded(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _without_secrets(value):
+    if isinstance(value, list):
+        return [_without_secrets(part) for part in value]
+    return redacted(value) if isinstance(value, str) else value

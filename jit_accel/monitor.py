@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +20,11 @@ from jit_accel.model import forward_macs
 from jit_accel.precision import peak_flops
 from jit_accel.progress import Progress
 from jit_accel.record import device_name
+from jit_accel.redact import redacted
 from jit_accel.report_process import ReportProcess
 from jit_accel.resolve import Plan
 from jit_accel.trackers import Trackers
-from jit_accel.tracking import MetricsLog
+from jit_accel.tracking import FAILED_FILE, MetricsLog
 
 TRAIN_FLOPS_PER_FORWARD_MAC = 6  # a multiply and an add, forward and twice backward
 
@@ -69,7 +71,13 @@ class Monitor:
 
     def __exit__(self, kind, error, traceback) -> None:
         if kind is not None:
+            if self.is_main:
+                self._leave_word(f"{kind.__name__}: {error}")
             self.close(exit_code=1)
+
+    def _leave_word(self, problem: str) -> None:
+        with contextlib.suppress(OSError):
+            (self.output_dir / FAILED_FILE).write_text(redacted(problem) + "\n", encoding="utf-8")
 
     def close(self, exit_code: int = 0, is_preempted: bool = False) -> None:
         """Build the last report and end the trackers; once."""
@@ -140,7 +148,7 @@ class Monitor:
             self.progress.show(rows[-1])
             for event in events:
                 self.progress.say(f"Warning: {event}", sys.stderr)
-                self.trackers.alert(event.title, str(event))
+                self.trackers.alert(event.title, redacted(str(event)))
             if epoch_ended:
                 self.report.start()
         # A gradient scaler meets infinite gradients as a matter of course, and skips those steps.
@@ -171,7 +179,7 @@ class Monitor:
         if self.progress is not None:
             self.progress.say(message)
         elif self.is_main:
-            print(message, flush=True)
+            print(redacted(message), flush=True)
 
     def log_samples(self, path: Path, step: int, caption: str) -> None:
         self.trackers.log_image("samples/grid", path, step, caption)

@@ -7,6 +7,7 @@ import sys
 
 from jit_accel.errors import UserError
 from jit_accel.preparation.settings import PrepareConfig, check
+from jit_accel.redact import redacted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return prepare(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {redacted(str(error))}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

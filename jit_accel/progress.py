@@ -9,6 +9,8 @@ from datetime import timedelta
 
 from tqdm.auto import tqdm
 
+from jit_accel.redact import redacted
+
 # Between two plain lines: a fiftieth of the time so far, within these bounds.
 _LEAST_S, _MOST_S, _SHARE = 10.0, 300.0, 0.02
 
@@ -41,7 +43,7 @@ class Progress:
 
     def say(self, message: str, file=None) -> None:
         """Print a line without tearing the bar."""
-        file = file or sys.stdout
+        message, file = redacted(message), file or sys.stdout
         if self.bar is not None:
             tqdm.write(message, file=file)
         else:

@@ -12,6 +12,7 @@ import torch
 
 from jit_accel import __version__
 from jit_accel.data.sources import Source
+from jit_accel.redact import redacted
 
 RECORD_FILE = "run.json"
 RECORDED_PACKAGES = ("torch", "accelerate", "diffusers", "datasets", "numpy", "wandb")
@@ -20,7 +21,7 @@ RECORDED_PACKAGES = ("torch", "accelerate", "diffusers", "datasets", "numpy", "w
 def describe_data(source: Source) -> str:
     images = "unknown number of" if source.num_images is None else f"{source.num_images:,}"
     classes = f"{source.num_classes or 'unknown number of'} classes" if source.is_labelled else "unlabelled"
-    return f"{source.name} ({images} images, {classes})"
+    return f"{redacted(source.name)} ({images} images, {classes})"
 
 
 def changed_settings(saved: dict, now: dict) -> str:
@@ -39,7 +40,7 @@ def device_name(device: torch.device) -> str:
 def record_run(trainer) -> dict:
     """All settings of a `Trainer`, and what they run on."""
     return {
-        **trainer.config.flat(),
+        **trainer.config.recorded(),
         "global_batch_size": trainer.plan.global_batch_size,
         "total_steps": trainer.plan.total_steps,
         "num_parameters": sum(p.numel() for p in trainer.network.parameters()),

@@ -5,18 +5,16 @@ from __future__ import annotations
 import re
 
 HIDDEN = "***"
+_NAME = r"(?:api[_-]?key|token|password|passwd|secret|access[_-]?key|credentials?)\w*"
+# One slash is left of two where a URL was taken for a path.
 _URL_END = r"[^\s'\"<>|]"
 # What is replaced, and by what; 40 hexadecimal digits are left alone: they are mostly git commits.
 _PATTERNS = (
-    (re.compile(rf"(\b[a-z][a-z0-9+.-]*://)[^\s/?#'\"<>|]*@(?={_URL_END}|$)", re.IGNORECASE), rf"\1{HIDDEN}@"),
-    (re.compile(rf"(\b[a-z][a-z0-9+.-]*://[^\s?'\"<>|]*\?){_URL_END}+", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(rf"(\b[a-z][a-z0-9+.-]+:/{{1,2}})[^\s/?#'\"<>|]*@(?={_URL_END}|$)", re.IGNORECASE), rf"\1{HIDDEN}@"),
+    (re.compile(rf"(\b[a-z][a-z0-9+.-]+:/{{1,2}}[^\s?'\"<>|]*\?){_URL_END}+", re.IGNORECASE), rf"\1{HIDDEN}"),
     (re.compile(r"\b(?:hf|wandb_v1)_[A-Za-z0-9_-]{16,}"), HIDDEN),
     (
-        re.compile(
-            r"((?:api[_-]?key|token|password|passwd|secret|access[_-]?key|credentials?)\w*[\"']?(?:\s*[=:]\s*|\s+(?=\S*\d)))"
-            r"[\"']?[^\s\"',;&]+[\"']?",
-            re.IGNORECASE,
-        ),
+        re.compile(rf"({_NAME}[\"']?\s*[=:]\s*|--\w*{_NAME}\s+)[\"']?[^\s\"',;&]+[\"']?", re.IGNORECASE),
         rf"\1{HIDDEN}",
     ),
 )

@@ -9,7 +9,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from jit_accel.redact import redacted
+
 METRICS_FILE = "metrics.jsonl"
+# What a run leaves that did not reach its end: told to stop, or met something.
+INTERRUPTED_FILE, FAILED_FILE = "INTERRUPTED", "FAILED"
 
 
 class MetricsLog:
@@ -67,4 +71,4 @@ def read_metrics(output_dir: Path) -> list[dict]:
 
 
 def warn(message: str) -> None:
-    print(f"Warning: {message}", file=sys.stderr, flush=True)
+    print(f"Warning: {redacted(message)}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ import sys
 
 from jit_accel.cli import parse_args
 from jit_accel.errors import UserError
+from jit_accel.redact import redacted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not error.everywhere:
             where = "" if error.everywhere else f" (process {rank})"
-            print(f"error{where}: {error}", file=sys.stderr, flush=True)
+            print(f"error{where}: {redacted(str(error))}", file=sys.stderr, flush=True)
         return 2
 
 

@@ -38,10 +38,8 @@ from jit_accel.resolve import Plan
 from jit_accel.samples import SampleSheets
 from jit_accel.sharding import reshard
 from jit_accel.signals import StopSignal
-from jit_accel.tracking import read_metrics, warn
+from jit_accel.tracking import FAILED_FILE, INTERRUPTED_FILE, read_metrics, warn
 from jit_accel.validation import Validation
-
-INTERRUPTED_FILE = "INTERRUPTED"
 
 
 class Trainer:
@@ -233,7 +231,7 @@ class Trainer:
             "world_size": self.accelerator.num_processes,
             "global_batch_size": self.plan.global_batch_size,
             "scaler": scaler.state_dict() if scaler else None,
-            "settings": self.config.flat(),
+            "settings": self.config.recorded(),
             "data": describe_data(self.source),
             "fingerprint": self.source.fingerprint,
         }
@@ -263,7 +261,7 @@ class Trainer:
                 f"the global batch was {state['global_batch_size']} images and is now {self.plan.global_batch_size}: "
                 "--epochs and the learning rate's schedule count as if the whole run had the new one."
             )
-        changed = changed_settings(state["settings"], self.config.flat())
+        changed = changed_settings(state["settings"], self.config.recorded())
         self.say(f"Resumed from {path} at step {self.step:,}" + (f" with {changed}" if changed else ""))
 
     def sample(self) -> Path:
@@ -282,7 +280,8 @@ class Trainer:
     def _open_logs(self) -> None:
         record = record_run(self)
         if self.accelerator.is_main_process:
-            (self.output_dir / INTERRUPTED_FILE).unlink(missing_ok=True)
+            for marker in (INTERRUPTED_FILE, FAILED_FILE):
+                (self.output_dir / marker).unlink(missing_ok=True)
             for later in self.checkpointer.set_aside_after(self.step):
                 self.say(f"Set aside {later.name}, which lies behind step {self.step:,}, as abandoned_{later.name}")
             if self.step < self.plan.total_steps:

@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 
 from jit_accel.config import TrackingConfig
+from jit_accel.redact import redacted
 from jit_accel.tracking import iterate_metrics, warn
 from jit_accel.wandb_files import last_step, read_segments, synced_mark
 
@@ -156,7 +157,7 @@ class WandbRun:
             name=tracking.wandb_name,
             entity=tracking.wandb_entity or os.environ.get("WANDB_ENTITY") or None,
             tags=list(tracking.wandb_tags) or None,
-            notes=tracking.wandb_notes,
+            notes=redacted(tracking.wandb_notes) if tracking.wandb_notes else None,
             group=tracking.wandb_group,
             config=self.record,
             dir=str(self.output_dir),
@@ -279,8 +280,9 @@ def log_in() -> None:
     Raises:
         Unusable: no key, no good one, or no answer.
     """
-    import wandb
     from wandb.errors import AuthenticationError, UsageError
+
+    import wandb
 
     try:
         has_key = wandb.login(verify=True, prompt=False)

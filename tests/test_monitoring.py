@@ -162,6 +162,7 @@ def test_a_loss_that_is_not_finite_is_logged_as_valid_json(images, tmp_path, mon
     lines = (out / "metrics.jsonl").read_text().splitlines()
     last = [json.loads(line, parse_constant=refuse) for line in lines][-1]
     assert (last["step"], last["train/loss"], last["health/loss_not_finite"]) == (4, None, 1.0)
+    assert (out / "FAILED").read_text().startswith("UserError: train/loss is nan at step 4")
     err = capfd.readouterr().err
     assert err.count("Warning: step 4: the loss or the gradient norm is not finite") == 1
     assert "error: train/loss is nan at step 4" in err
@@ -207,3 +208,27 @@ def test_the_commit_is_of_the_code_and_not_of_where_it_was_copied_to(tmp_path, m
     assert record.git_commit() == git("rev-parse", "HEAD")
     code.write_text("3")
     assert record.git_commit() == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_secrets_in_settings_are_neither_kept_nor_shown(images, tmp_path, capfd, monkeypatch):
+    secret = "s3cr3tT0ken"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    out = tmp_path / "out"
+    notes = f"from https://me:{secret}@host/photos?token={secret}"
+    flags = ["--data_path", str(images), "--output_dir", str(out), "--use_wandb", "--wandb_notes", notes]
+    assert train_here(*flags, "--html_report", "--save_every_steps", "3") == 0
+    assert train_here(*flags, "--html_report", "--resume", str(out / "checkpoints" / "step_00000003")) == 0
+    for path in out.rglob("*"):
+        assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+    assert "https://***@host/photos?***" in (out / "run.json").read_text()
+    assert secret not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("flag", ["--data_path", "--config", "--resume", "--image_column"])
+def test_secrets_in_wrong_settings_are_not_printed(flag, images, tmp_path, capfd):
+    secret = "s3cr3tT0ken"
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), flag, f"https://u:{secret}@h.invalid/x"]
+    assert train_here(*flags) == 2
+    printed = "".join(capfd.readouterr())
+    assert "***" in printed
+    assert secret not in printed

@@ -19,6 +19,7 @@ HF = "hf_" + "aB3" * 11
             "read https://a.org/1.tar?*** then 'https://***@b.org/2.tar'",
         ),
         ("HTTPS://U:P@HOST/", "HTTPS://***@HOST/"),
+        ("https:/me:pw@host/x?sig=1", "https:/***@host/x?***"),
         ("--wandb_api_key=0123456789abcdef", "--wandb_api_key=***"),
         ("--wandb_api_key 0123456789abcdef", "--wandb_api_key ***"),
         ("WANDB_API_KEY='0123 4' python", "WANDB_API_KEY=*** 4' python"),
@@ -43,6 +44,7 @@ def test_secrets_are_replaced(text, safe):
         "https://host:8080/shard-000.tar#top",
         "commit 0123456789abcdef0123456789abcdef01234567",
         "64 tokens of 16 x 16 pixels; a token is a patch",
+        "tokens 64, secret 7",
         "mail me@host about https://host/x",
     ],
 )

@@ -254,6 +254,9 @@ def test_the_head_tells_what_runs_how_far_it_is_and_how_well(tmp_path):
     assert "? Unfinished" in words(page_of(folder))
     (folder / "run.json").write_text(json.dumps(SETTINGS | {"total_steps": 300}))
     assert "✓ Finished" in words(page_of(folder))
+    (folder / "FAILED").write_text("UserError: <the disk> is full")
+    assert "✗ Failed" in words(page_of(folder))
+    assert "UserError: &lt;the disk&gt; is full" in page_of(folder)
 
 
 def test_events_of_a_kind_are_one_line_with_their_remedy_and_unknown_kinds_are_shown(tmp_path):

@@ -30,6 +30,7 @@ from jit_accel.preparation.output import OutputFolder
 from jit_accel.preparation.settings import PrepareConfig
 from jit_accel.preparation.shards import Layout, write_shard
 from jit_accel.preparation.spool import Piece, Spool, part_path, parts_of, write_part
+from jit_accel.redact import redacted
 from jit_accel.signals import StopSignal
 
 
@@ -226,7 +227,11 @@ def _finish(work: Work, output: OutputFolder, num_shards: int, recorded: dict) -
         "is_labelled": layout.is_labelled,
         "class_names": list(layout.class_names),
         "class_counts": class_counts,
-        "source": {"name": work.source.name, "format": work.source.format, "fingerprint": work.source.fingerprint},
+        "source": {
+            "name": redacted(work.source.name),
+            "format": work.source.format,
+            "fingerprint": work.source.fingerprint,
+        },
         "settings": recorded,
         "shards": shards,
         "skipped": sorted(skipped, key=lambda image: image["name"]),

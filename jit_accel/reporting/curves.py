@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from math import exp, isfinite
 from pathlib import Path
 
-METRICS_FILE = "metrics.jsonl"
+from jit_accel.tracking import METRICS_FILE
+
 MAX_BUCKETS = 2000
 SIGNIFICANT_DIGITS = 5
 HEALTH = "health/"

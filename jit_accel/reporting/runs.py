@@ -8,25 +8,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jit_accel.errors import UserError
-from jit_accel.reporting.curves import METRICS_FILE, Measurements, read_measurements
+from jit_accel.reporting.curves import Measurements, read_measurements
 from jit_accel.reporting.sheets import find_sheets
+from jit_accel.tracking import FAILED_FILE, INTERRUPTED_FILE, METRICS_FILE
 
 RECORD_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
-INTERRUPTED_FILE = "INTERRUPTED"
 SILENT_AFTER_S = 1800
 MAX_NAMED_FOLDERS = 5
 
 
 @dataclass
 class Run:
-    """One run. `label` tells it from the others on the page; `updated` is the time of the last row in s, or None."""
+    """One run.
+
+    Attributes:
+        label: tells it from the others on the page.
+        failure: what ended it early, if anything did.
+        updated: time of the last row in s, or None.
+    """
 
     folder: Path
     label: str
     settings: dict
     measurements: Measurements
     is_interrupted: bool
+    failure: str | None
     updated: float | None
 
     @property
@@ -48,7 +55,9 @@ class Run:
 
     @property
     def state(self) -> str:
-        """finished, interrupted, running, silent (no row for half an hour) or not started."""
+        """failed, finished, interrupted, running, silent (no row for half an hour) or not started."""
+        if self.failure:
+            return "failed"
         if self.total_steps and self.step >= self.total_steps:
             return "finished"
         if self.is_interrupted:
@@ -85,6 +94,7 @@ def read_run(given: Path, folder: Path, label: str) -> Run:
         settings=read_settings(folder),
         measurements=read_measurements(folder),
         is_interrupted=(folder / INTERRUPTED_FILE).exists(),
+        failure=read_failure(folder),
         updated=metrics.stat().st_mtime if metrics.exists() else None,
     )
 
@@ -101,6 +111,13 @@ def other_folders(folder: Path) -> str:
         return "give the --output_dir of a training."
     more = f" ... ({len(inside)} in all)" if len(inside) > MAX_NAMED_FOLDERS else ""
     return "give one or more of those inside it: " + " ".join(map(str, inside[:MAX_NAMED_FOLDERS])) + more
+
+
+def read_failure(folder: Path) -> str | None:
+    try:
+        return (folder / FAILED_FILE).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
 
 
 def read_settings(folder: Path) -> dict:

@@ -20,6 +20,7 @@ UNKNOWN_KIND = "Not known to this version of the report."
 WORSE_BELOW = {"grad_vanishing"}  # of other kinds the highest value is the worst
 STATES = {
     "finished": ("✓", "Finished"),
+    "failed": ("✗", "Failed"),
     "interrupted": ("❙❙", "Interrupted"),
     "running": ("▶", "Running"),
     "silent": ("?", "Unfinished"),
@@ -76,6 +77,7 @@ def progress(run: Run) -> str:
     return (
         f'<div class="state"><span class="badge {run.state.replace(" ", "-")}">{sign} {word}</span>'
         f"<span>{escape(' · '.join(parts))}</span>{bar}</div>"
+        + (f'<p class="failed">{escape(run.failure)}</p>' if run.failure else "")
     )
 
 
