@@ -13,6 +13,7 @@ import torch
 from jit_accel import __version__
 from jit_accel.data.sources import Source
 from jit_accel.redact import redacted
+from jit_accel.tracking import warn
 
 RECORD_FILE = "run.json"
 RECORDED_PACKAGES = ("torch", "accelerate", "diffusers", "datasets", "numpy", "wandb")
@@ -57,7 +58,10 @@ def record_run(trainer) -> dict:
 
 def write_record(record: dict, output_dir: Path) -> None:
     """Leave the record as `run.json`, for the report and for whoever looks at the folder later."""
-    (output_dir / RECORD_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    try:
+        (output_dir / RECORD_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        warn(f"{output_dir / RECORD_FILE} cannot be written ({error.strerror}); the training does not need it.")
 
 
 def git_commit() -> str | None:

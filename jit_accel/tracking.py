@@ -24,9 +24,12 @@ class MetricsLog:
         self.path = output_dir / METRICS_FILE
         self.has_failed = False
         replacement = self.path.with_suffix(".tmp")
-        with open(replacement, "w", encoding="utf-8") as file:
-            file.writelines(as_line(row) for row in iterate_metrics(output_dir) if step and row["step"] <= step)
-        os.replace(replacement, self.path)
+        try:
+            with open(replacement, "w", encoding="utf-8") as file:
+                file.writelines(as_line(row) for row in iterate_metrics(output_dir) if step and row["step"] <= step)
+            os.replace(replacement, self.path)
+        except OSError as error:
+            self._fail(error)
 
     def write(self, rows: list[dict]) -> None:
         """Append rows; a full disk is reported once and costs rows, never the run."""
@@ -37,9 +40,12 @@ class MetricsLog:
                     text = "\n" + text  # what was written last may have been cut
                 file.write(text.encode())
         except OSError as error:
-            if not self.has_failed:
-                warn(f"{self.path} cannot be written ({error.strerror}): metrics are lost until it can.")
-            self.has_failed = True
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        if not self.has_failed:
+            warn(f"{self.path} cannot be written ({error.strerror}): metrics are lost until it can.")
+        self.has_failed = True
 
 
 def as_line(row: dict) -> str:

@@ -278,7 +278,7 @@ class Trainer:
             self.monitor.say(message)
 
     def _open_logs(self) -> None:
-        record = record_run(self)
+        record = record_run(self) if self.accelerator.is_main_process else {}
         if self.accelerator.is_main_process:
             for marker in (INTERRUPTED_FILE, FAILED_FILE):
                 (self.output_dir / marker).unlink(missing_ok=True)
