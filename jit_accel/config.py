@@ -181,7 +181,8 @@ class TrackingConfig:
     report_to: tuple[str, ...] = ()
     """Further trackers of Accelerate: tensorboard, trackio, mlflow, ..."""
     html_report: bool = True
-    """Keep report.html in the output folder up to date: curves, samples, settings, on one page without a network."""
+    """Rebuild report.html (curves, samples, settings, on one page) at each epoch and on the way, as often as that takes
+    a hundredth of the time, and at the end."""
 
     @property
     def trackers(self) -> tuple[str, ...]:
@@ -192,7 +193,7 @@ class TrackingConfig:
 @dataclass(frozen=True)
 class HealthConfig:
     health_loss_jump: float = 3.0
-    """Report a loss of more than this many times the median of the last 100 steps. 0 = never, as below."""
+    """Report losses (the mean of five) above this many times the median of the 100 before. 0 = never, as below."""
     health_max_grad_norm: float = 100.0
     """Report gradient norms (before clipping) above this as exploding."""
     health_min_grad_norm: float = 0.001

@@ -120,7 +120,7 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    points = [(row["step"], row["train/loss"]) for row in rows if row.get("train/loss") is not None]
+    points = [(row["step"], row["train/loss"]) for row in rows if isinstance(row.get("train/loss"), float)]
     steps = [step for step, _ in points]
     losses = [loss for _, loss in points]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")

@@ -88,14 +88,14 @@ class Health:
 
     Args:
         thresholds: when something is worth a word; 0 switches a sign off.
-        is_new: the run starts from untrained weights, so that its loss must fall.
+        must_fall: the run starts from untrained weights, so that its loss must fall.
         has_scaler: fp16 meets infinite gradients as a matter of course, and skips those steps.
     """
 
-    def __init__(self, thresholds: HealthConfig, is_new: bool, has_scaler: bool = False):
+    def __init__(self, thresholds: HealthConfig, must_fall: bool = True, has_scaler: bool = False):
         self.thresholds, self.has_scaler = thresholds, has_scaler
         self.losses: deque[float] = deque(maxlen=HISTORY_STEPS + JUMP_STEPS)
-        self.must_fall = is_new
+        self.must_fall = must_fall
         self.steps = 0
         window = max(min(LEVEL_STEPS, thresholds.health_flat_steps // 2), thresholds.health_flat_steps // 10, 1)
         self.first_losses: list[float] = []
@@ -124,6 +124,21 @@ class Health:
                     remedy = advice if kind == "data_starving" and advice else KINDS[kind].remedy
                     new.append(Event(kind, row["step"], value, remedy))
         return new
+
+    def state(self) -> dict:
+        """For a checkpoint."""
+        names = ("losses", "first_losses", "last_losses")
+        return {name: list(getattr(self, name)) for name in names} | {"must_fall": self.must_fall, "steps": self.steps}
+
+    def load_state(self, state: dict | None) -> None:
+        """Take what `state` gave; None where there was none, of a run that had begun."""
+        if state is None:
+            self.must_fall = False
+            return
+        self.must_fall, self.steps = state["must_fall"], state["steps"]
+        self.losses.extend(state["losses"])
+        self.first_losses = state["first_losses"][: self.last_losses.maxlen]
+        self.last_losses.extend(state["last_losses"])
 
     def _signs(self, row: dict) -> dict[str, float]:
         loss, norm = row["train/loss"], row["train/grad_norm"]

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from jit_accel.resolve import Plan
-
 T_BINS = 10
 
 
@@ -22,12 +20,15 @@ class StepMetrics:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self._forget()
+
+    def _forget(self) -> None:
         self.steps: list[int] = []
         self.learning_rates: list[float] = []
         self.losses: list[Tensor] = []
         self.grad_norms: list[Tensor] = []
         self.occasional: list[tuple[int, str, Tensor, Tensor | None]] = []
-        self.by_t = torch.zeros(2, T_BINS, device=device)  # sums of losses, and how many, by the time t
+        self.by_t = torch.zeros(2, T_BINS, device=self.device)  # sums of losses, and how many, by the time t
 
     def record_by_t(self, t: Tensor, losses: Tensor) -> None:
         """Keep the losses (B,) of one micro-step by their times (B,) in [0, 1]."""
@@ -82,7 +83,7 @@ class StepMetrics:
             rows[step][name] = value if whole is None else (value / size) ** 0.5 if size else 0.0
         if rows:
             rows[self.steps[-1]] |= loss_by_t(*by_t)
-        self.__init__(self.device)
+        self._forget()
         return list(rows.values()), counters
 
 
@@ -177,37 +178,53 @@ class StepClock:
         return [], 0.0
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
 
 class EpochMetrics:
-    """Mean loss, seconds and images/s of each pass over the data, and the lowest mean so far."""
+    """Mean loss, seconds and images/s of each pass over the data, and the lowest mean so far.
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
-        self.loss_sum, self.seconds, self.steps = 0.0, 0.0, 0
+    Counted in images, whose number at a step changes where a run goes on with another batch size.
+
+    Args:
+        num_images: of one pass; None where that is not known, and nothing ever ends.
+    """
+
+    def __init__(self, num_images: int | None):
+        self.num_images = num_images
+        self.images_seen = 0
+        self.loss_sum, self.seconds, self.images = 0.0, 0.0, 0
         self.best_loss: float | None = None
 
-    def add(self, row: dict, seconds: float) -> bool:
-        """Count a step's row; where an epoch ends with it, its metrics are put into the row. Whether one did."""
-        self.loss_sum += row["train/loss"]
-        self.seconds += seconds
-        self.steps += 1
-        if not self.plan.ends_epoch(row["step"]):
+    def add(self, row: dict, seconds: float, batch: int) -> bool:
+        """Count a step of `batch` images; where an epoch ends with it, its metrics are put into the row.
+
+        Returns:
+            Whether one did.
+        """
+        before, self.images_seen = self.images_seen, self.images_seen + batch
+        row["train/images_seen"] = self.images_seen
+        if not self.num_images:
             return False
-        loss = self.loss_sum / self.steps
+        row["train/epoch"] = self.images_seen / self.num_images
+        self.loss_sum += row["train/loss"] * batch
+        self.seconds += seconds
+        self.images += batch
+        if self.images_seen // self.num_images == before // self.num_images:
+            return False
+        loss = self.loss_sum / self.images
         self.best_loss = loss if self.best_loss is None else min(loss, self.best_loss)
         row["train/epoch_loss"], row["train/best_loss"] = loss, self.best_loss
         row["train/epoch_time"] = self.seconds
-        row["train/samples_per_second"] = self.steps * self.plan.global_batch_size / max(1e-9, self.seconds)
-        self.loss_sum, self.seconds, self.steps = 0.0, 0.0, 0
+        row["train/samples_per_second"] = self.images / max(1e-9, self.seconds)
+        self.loss_sum, self.seconds, self.images = 0.0, 0.0, 0
         return True
 
     def state(self) -> dict:
         """For a checkpoint, of an epoch that has begun."""
-        return {name: getattr(self, name) for name in ("loss_sum", "seconds", "steps", "best_loss")}
+        return {name: getattr(self, name) for name in ("images_seen", "loss_sum", "seconds", "images", "best_loss")}
 
     def load_state(self, state: dict) -> None:
         for name, value in state.items():

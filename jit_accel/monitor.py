@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from jit_accel.config import Config
+from jit_accel.console import warn
 from jit_accel.ema import AUTO, Ema, decay_at
+from jit_accel.errors import UserError
 from jit_accel.guards import stop_if_not_finite
 from jit_accel.health import Health
 from jit_accel.metrics import EpochMetrics, StepClock, StepMetrics, WeightWatch
@@ -26,6 +29,7 @@ from jit_accel.resolve import Plan
 from jit_accel.trackers import Trackers
 from jit_accel.tracking import FAILED_FILE, MetricsLog
 
+PATIENCE_S = {False: 120.0, True: 5.0}  # with the last report, by whether the run was told to stop
 TRAIN_FLOPS_PER_FORWARD_MAC = 6  # a multiply and an add, forward and twice backward
 
 
@@ -44,12 +48,12 @@ class Monitor:
         self.steps = StepMetrics(accelerator.device)
         self.weights = WeightWatch(ema.params, ema.averages, network.config.depth)
         self.clock = StepClock(accelerator.device)
-        self.epochs = EpochMetrics(plan)
-        self.images_seen = 0
+        self.epochs = EpochMetrics(plan.num_images)
+        self.health = Health(config.health, has_scaler=accelerator.scaler is not None)
         self.bad_images = 0
         self.flops_per_image = TRAIN_FLOPS_PER_FORWARD_MAC * forward_macs(network)
         self.peak_flops = peak_flops(device_name(accelerator.device), config.performance.mixed_precision)
-        self.trackers = self.progress = None
+        self.trackers = None
 
     def open(self, step: int, record: dict) -> None:
         """Start, or go on from `step`.
@@ -57,9 +61,6 @@ class Monitor:
         Args:
             record: the run in settings and facts, as `record.record_run` gives it.
         """
-        has_scaler = self.accelerator.scaler is not None
-        self.health = Health(self.config.health, is_new=step == 0, has_scaler=has_scaler)
-        # Before the log forgets what was written behind `step`.
         self.trackers = Trackers(self.accelerator, self.config.tracking, record, self.output_dir, step)
         self.log = MetricsLog(self.output_dir, step) if self.is_main else None
         self.report = ReportProcess(self.output_dir, self.is_main and self.config.tracking.html_report)
@@ -72,7 +73,7 @@ class Monitor:
     def __exit__(self, kind, error, traceback) -> None:
         if kind is not None:
             if self.is_main:
-                self._leave_word(f"{kind.__name__}: {error}")
+                self._leave_word(str(error) if kind is UserError else f"{kind.__name__}: {error}")
             self.close(exit_code=1)
 
     def _leave_word(self, problem: str) -> None:
@@ -85,9 +86,11 @@ class Monitor:
             return
         trackers, self.trackers = self.trackers, None
         self.progress.close()
-        self.report.start_last()
+        # Whoever stops a run soon loses patience.
+        patience_s = PATIENCE_S[is_preempted]
+        self.report.start_last(patience_s)
         trackers.finish(exit_code, is_preempted=is_preempted)
-        self.report.wait()
+        self.report.wait(patience_s)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -132,13 +135,10 @@ class Monitor:
         return stops > 0
 
     def _tell(self, rows: list[dict], durations_s: list[float]) -> None:
-        epoch_ended = False
         for row, seconds in zip(rows, durations_s):
-            self.images_seen += self.plan.global_batch_size
-            row["train/images_seen"] = self.images_seen
-            if self.plan.num_images:
-                row["train/epoch"] = self.plan.epoch_of(row["step"])
-            epoch_ended |= self.epochs.add(row, seconds)
+            self.epochs.add(row, seconds, self.plan.global_batch_size)
+            if not math.isfinite(row["train/grad_norm"]):  # a step that a gradient scaler skips
+                row.pop("train/update_ratio", None)
         if AUTO in self.config.optim.ema_decays:
             rows[-1]["ema/auto/decay"] = decay_at(AUTO, rows[-1]["step"])
         events = self.health.examine(rows, *self.feed.lost_lately())
@@ -147,10 +147,9 @@ class Monitor:
             self.trackers.log(rows)
             self.progress.show(rows[-1])
             for event in events:
-                self.progress.say(f"Warning: {event}", sys.stderr)
+                warn(str(event))
                 self.trackers.alert(event.title, redacted(str(event)))
-            if epoch_ended:
-                self.report.start()
+            self.report.start()
         # A gradient scaler meets infinite gradients as a matter of course, and skips those steps.
         keys = ("train/loss",) if self.accelerator.scaler else ("train/loss", "train/grad_norm")
         stop_if_not_finite(rows, keys, self.output_dir)
@@ -168,33 +167,30 @@ class Monitor:
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         return [value * processes * (place == rank) for place in range(processes)]
 
+    @property
+    def images_seen(self) -> int:
+        """Of all steps that were read, over all processes."""
+        return self.epochs.images_seen
+
     def record_by_t(self, t: Tensor, losses: Tensor) -> None:
         self.steps.record_by_t(t, losses)
 
     def record_occasional(self, name: str, value: Tensor) -> None:
         self.steps.record_occasional(name, value)
 
-    def say(self, message: str) -> None:
-        """Print a line on the main process."""
-        if self.progress is not None:
-            self.progress.say(message)
-        elif self.is_main:
-            print(redacted(message), flush=True)
-
     def log_samples(self, path: Path, step: int, caption: str) -> None:
-        self.trackers.log_image("samples/grid", path, step, caption)
+        if path.exists():
+            self.trackers.log_image("samples/grid", path, step, caption)
 
     def state(self) -> dict:
         """What a later run needs to go on with, on the main process."""
-        return {"images_seen": self.images_seen, "epochs": self.epochs.state()}
+        return {"epochs": self.epochs.state(), "health": self.health.state()}
 
     def load_state(self, state: dict | None, step: int) -> None:
         """Take what `state` gave; None in checkpoints of before there was one, of `step` steps."""
-        if state is None:
-            self.images_seen = step * self.plan.global_batch_size
-        else:
-            self.images_seen = state["images_seen"]
-            self.epochs.load_state(state["epochs"])
+        state = state or {"epochs": {"images_seen": step * self.plan.global_batch_size}, "health": None}
+        self.epochs.load_state(state["epochs"])
+        self.health.load_state(state["health"])
 
 
 def peak_memory_gib(device: torch.device) -> float:

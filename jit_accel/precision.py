@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 
@@ -33,8 +34,8 @@ def is_good_at_bf16(device: torch.device) -> bool:
     return device.type in ("xpu", "hpu")
 
 
-# Dense peak of bf16 and fp16 matrix products with float32 sums, FLOP/s, by the vendors' datasheets. The first name
-# that is part of the device's counts, so longer ones come first.
+# Dense peak of bf16 and fp16 matrix products with float32 sums, FLOP/s, of what torch shows as one device, by the
+# vendors' datasheets.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -61,12 +62,17 @@ PEAK_FLOPS = {
     "T4": 65e12,
     "MI325X": 1307e12,
     "MI300X": 1307e12,
-    "MI250X": 383e12,
+    "MI250X": 191.5e12,
 }
+FP16_ONLY = ("V100", "T4")
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
     """What a device can do at most in bf16 or fp16, FLOP/s; None where that is not known."""
     if precision not in ("bf16", "fp16"):
         return None
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    for name, peak in PEAK_FLOPS.items():
+        # The whole name, and not that of a slower or faster card behind it.
+        if re.search(rf"(?<!\w){name}(?!\w)(?! (?:D|Ti|SUPER|Laptop)\b)", device_name):
+            return peak if precision == "fp16" or name not in FP16_ONLY else None
+    return None

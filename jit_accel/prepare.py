@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 import sys
 
+from jit_accel.console import say
 from jit_accel.errors import UserError
 from jit_accel.preparation.settings import PrepareConfig, check
-from jit_accel.redact import redacted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return prepare(config)
     except UserError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr, flush=True)
+        say(f"error: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

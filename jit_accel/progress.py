@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from tqdm.auto import tqdm
 
-from jit_accel.redact import redacted
+from jit_accel.console import say
 
 # Between two plain lines: a fiftieth of the time so far, within these bounds.
 _LEAST_S, _MOST_S, _SHARE = 10.0, 300.0, 0.02
@@ -39,16 +39,7 @@ class Progress:
             self.told_at = time.monotonic()
             step = f"step {row['step']:,}/{self.total_steps:,} ({row['step'] / self.total_steps:.0%})"
             left = timedelta(seconds=round(row["perf/step_time"] * (self.total_steps - row["step"])))
-            print(" | ".join([step, *_in_words(row), f"left {left}"]), flush=True)
-
-    def say(self, message: str, file=None) -> None:
-        """Print a line without tearing the bar."""
-        message, file = redacted(message), file or sys.stdout
-        if self.bar is not None:
-            tqdm.write(message, file=file)
-        else:
-            print(message, file=file)
-        file.flush()
+            say(" | ".join([step, *_in_words(row), f"left {left}"]))
 
     def close(self) -> None:
         if self.bar is not None:
@@ -65,9 +56,9 @@ def _in_words(row: dict) -> list[str]:
     shown = []
     if "train/epoch" in row:
         shown.append(f"epoch {row['train/epoch']:.2f}")
-    speed = row["perf/images_per_second"]
+    loss, speed = row["train/loss"], row["perf/images_per_second"]
     return [
         *shown,
-        f"loss {row['train/loss']:.4f}",
+        f"loss {loss:.4f}" if abs(loss) < 1000 else f"loss {loss:.3e}",
         f"{speed:,.0f} images/s" if speed >= 100 else f"{speed:.3g} images/s",
     ]

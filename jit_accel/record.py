@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from jit_accel import __version__
+from jit_accel.config import HealthConfig, TrackingConfig
+from jit_accel.console import warn
 from jit_accel.data.sources import Source
 from jit_accel.redact import redacted
-from jit_accel.tracking import warn
 
+# Settings that leave the trained weights as they are.
+WITHOUT_EFFECT = (
+    *("output_dir", "resume", "dry_run", "num_workers", "max_bad_images", "compile", "gradient_checkpointing"),
+    *("save_every_steps", "keep_checkpoints", "log_every_steps", "val_every_steps", "val_images"),
+    *("sample_every_steps", "guidance_scale", "num_inference_steps"),
+    *(field.name for group in (TrackingConfig, HealthConfig) for field in fields(group)),
+)
 RECORD_FILE = "run.json"
 RECORDED_PACKAGES = ("torch", "accelerate", "diffusers", "datasets", "numpy", "wandb")
 
@@ -25,12 +34,12 @@ def describe_data(source: Source) -> str:
     return f"{redacted(source.name)} ({images} images, {classes})"
 
 
-def changed_settings(saved: dict, now: dict) -> str:
+def changed_settings(saved: dict, now: dict, left_out: tuple[str, ...] = ("resume", "output_dir")) -> str:
     """What a resumed run does otherwise than the checkpoint's, in words."""
     return ", ".join(
         f"{name} {saved.get(name)} → {value}"
         for name, value in now.items()
-        if name not in ("resume", "output_dir") and saved.get(name) != value
+        if name not in left_out and saved.get(name) != value
     )
 
 

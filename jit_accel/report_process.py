@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from jit_accel.tracking import warn
+from jit_accel.console import warn
 
 # A build takes up to a core: so it may take a hundredth of the time of one.
 _REST = 100.0
@@ -32,18 +34,18 @@ class ReportProcess:
         if self.is_wanted and self.process is None and time.monotonic() >= self.not_before:
             self._start()
 
-    def start_last(self) -> None:
-        """Build it once more, whatever was built before."""
+    def start_last(self, timeout_s: float = _LONGEST_BUILD_S) -> None:
+        """Build it once more, whatever was built before, which is waited for so long at most."""
         if self.is_wanted:
-            self.wait()
+            self.wait(timeout_s)
             self._start()
 
-    def wait(self) -> None:
-        """Until the build that is going on is done, within reason."""
+    def wait(self, timeout_s: float = _LONGEST_BUILD_S) -> None:
+        """Until the build that is going on is done; one that takes longer is given up."""
         if self.process is None:
             return
         try:
-            self.process.wait(_LONGEST_BUILD_S)
+            self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -51,9 +53,9 @@ class ReportProcess:
 
     def _start(self) -> None:
         self.began = time.monotonic()
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by _end)
         command = [sys.executable, "-m", "jit_accel.report", str(self.output_dir)]
         try:
+            self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by _end)
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -61,14 +63,19 @@ class ReportProcess:
                 stderr=self.errors,
                 start_new_session=True,  # Ctrl-C is for the training
             )
-            psutil.Process(self.process.pid).nice(10)
-        except psutil.Error:
-            pass
         except OSError as error:
             self._fail(str(error))
+            return
+        with contextlib.suppress(psutil.Error, OSError):
+            psutil.Process(self.process.pid).nice(psutil.BELOW_NORMAL_PRIORITY_CLASS if os.name == "nt" else 10)
 
     def _look(self) -> None:
-        if self.process is not None and self.process.poll() is not None:
+        if self.process is None:
+            return
+        if time.monotonic() - self.began > _LONGEST_BUILD_S:
+            self.process.kill()
+            self.process.wait()
+        if self.process.poll() is not None:
             self._end()
 
     def _end(self) -> None:

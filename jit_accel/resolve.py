@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jit_accel.config import TRACKERS, Config, OptimConfig
+from jit_accel.config import TRACKERS, Config, OptimConfig, TrackingConfig
 from jit_accel.errors import UserError, lookup
 from jit_accel.presets import parse_model_name
 
@@ -78,8 +78,7 @@ def check(config: Config) -> None:
             raise UserError(f"--{name} {values[name]}: must be {rule}.")
     _check_image_size(config)
     _check_lengths(config.optim)
-    for name in config.tracking.report_to:
-        lookup(TRACKERS, name, "--report_to")
+    _check_tracking(config.tracking)
     for decay in config.optim.ema_decays or ():
         check_ema_decay(decay)
     if config.optim.ema_decays is not None and not config.optim.ema_decays:
@@ -118,6 +117,20 @@ def _check_lengths(optim: OptimConfig) -> None:
         )
 
 
+def _check_tracking(tracking: TrackingConfig) -> None:
+    for name in tracking.report_to:
+        lookup(TRACKERS, name, "--report_to")
+    for tag in tracking.wandb_tags:
+        if not 1 <= len(tag.strip()) <= 64:
+            raise UserError(f"--wandb_tags {tag!r}: W&B wants 1 to 64 characters a tag: shorten it, or leave it out.")
+    project = tracking.wandb_project
+    if not 1 <= len(project) <= 128 or set(project) & set("/\\#?%:"):
+        raise UserError(
+            f"--wandb_project {project!r}: must have 1 to 128 characters, none of them / \\ # ? % or : "
+            "(the team goes into --wandb_entity)."
+        )
+
+
 def check_ema_decay(decay: str) -> None:
     """Raise `UserError` unless `decay` is `auto` or a number in [0, 1)."""
     try:
@@ -145,11 +158,6 @@ class Plan:
     def epoch_of(self, step: int) -> float:
         """Passes over the data after `step` optimizer steps (0 where the length is unknown)."""
         return step * self.global_batch_size / self.num_images if self.num_images else 0.0
-
-    def ends_epoch(self, step: int) -> bool:
-        """Whether a pass over the data is complete with this step, and was not before."""
-        batch, images = self.global_batch_size, self.num_images
-        return bool(images) and step * batch // images > (step - 1) * batch // images
 
 
 def plan_run(optim: OptimConfig, *, num_images: int | None, world_size: int) -> Plan:

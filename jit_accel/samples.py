@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from jit_accel import rng
 from jit_accel.config import Config
+from jit_accel.console import warn
 from jit_accel.pipeline import JiTPipeline
 from jit_accel.scheduler import JiTScheduler
 from jit_accel.sharding import reshard
@@ -90,7 +92,7 @@ class SampleSheets:
 
 
 def save_sheet(images: Tensor, row_names: list[str], path: Path) -> None:
-    """Write images (rows * n, 3, H, W), uint8, as a PNG with a named row for each class."""
+    """Write images (rows * n, 3, H, W), uint8, as a PNG with a named row for each class; a full disk is warned of."""
     columns = len(images) // len(row_names)
     side = images.shape[-1]
     zoom = -(-MIN_CELL_PIXELS // side)
@@ -105,5 +107,10 @@ def save_sheet(images: Tensor, row_names: list[str], path: Path) -> None:
         sheet.paste(picture, (margin + column * (cell + gap), row * (cell + gap)))
     for row, name in enumerate(row_names):
         draw.text((margin - 8, row * (cell + gap) + cell // 2), name, fill="black", font=font, anchor="rm")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        sheet.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    except OSError as error:
+        warn(f"{path} cannot be written ({error.strerror or error}): make room.")

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from jit_accel.checkpoint import complete_checkpoints, find_checkpoint, read_state
 from jit_accel.config import STREAMING, Config
+from jit_accel.console import say, warn
 from jit_accel.data.holdout import HeldOut, split_holdout
 from jit_accel.data.sources import Source, open_source
 from jit_accel.data.workers import cores_per_process
@@ -33,7 +34,7 @@ from jit_accel.errors import UserError, common_problem
 from jit_accel.precision import chosen_device, default_precision, is_good_at_bf16
 from jit_accel.record import describe_data, device_name
 from jit_accel.resolve import default_output_dir, image_size, plan_run, resolve, warnings_for
-from jit_accel.tracking import METRICS_FILE, warn
+from jit_accel.tracking import METRICS_FILE
 from jit_accel.trainer import Trainer
 
 PRECISION_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -204,7 +205,7 @@ def introduce(trainer: Trainer) -> None:
     validation = trainer.validation
     held_out = f"; val/loss on {validation.num_images} of those held out" if validation else ""
     epochs = f" ({plan.epoch_of(plan.total_steps):.4g} epochs)" if plan.num_images else ""
-    print(
+    say(
         f"Data:   {describe_data(trainer.source)}, {config.data.img_size} px{held_out}\n"
         f"Model:  {config.model.model}, {parameters:,} parameters, predicts {config.objective.prediction}, "
         f"loss in {config.objective.loss_space}\n"
@@ -213,7 +214,6 @@ def introduce(trainer: Trainer) -> None:
         f"Run:    {plan.total_steps:,} steps{epochs} of {plan.global_batch_size} images, "
         f"learning rate {config.optim.learning_rate:.3g}, {config.optim.optimizer}, "
         f"ema {' '.join(config.optim.ema_decays)} → {config.run.output_dir}",
-        flush=True,
     )
     for message in [*warnings_for(config, plan), *data_warnings(trainer.source, accelerator.num_processes)]:
         warn(message)

@@ -5,6 +5,7 @@ Only the main process reports. A tracker that fails is left out from then on, wi
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from jit_accel.config import TRACKERS, TrackingConfig
-from jit_accel.tracking import iterate_metrics, warn
-from jit_accel.wandb_run import WandbRun
+from jit_accel.console import warn
+from jit_accel.tracking import iterate_metrics
+from jit_accel.wandb_run import FINISH_TIMEOUT_S, WandbRun, in_time
 
 
 class Trackers:
@@ -39,7 +41,7 @@ class Trackers:
                     self.open[name] = WandbRun(tracking, record, output_dir, step)
                 else:
                     self.open[name] = OtherTracker(name, tracking, record, output_dir, step)
-            except Exception as error:  # a tracker's failure, whatever it is, must not stop the training
+            except (Exception, SystemExit) as error:  # a tracker's failure, whatever it is, must not stop the training
                 warn(f"{name} could not start ({describe(error)}). Training goes on without it.")
 
     def log(self, rows: list[dict]) -> None:
@@ -47,7 +49,11 @@ class Trackers:
         self._each("log", lambda tracker: tracker.log(rows))
 
     def log_image(self, name: str, path: Path, step: int, caption: str) -> None:
-        self._each("log an image", lambda tracker: tracker.log_image(name, path, step, caption))
+        for tracker_name, tracker in self.open.items():
+            try:
+                tracker.log_image(name, path, step, caption)
+            except Exception as error:  # a picture less
+                warn(f"{tracker_name} did not take {path} ({describe(error)}).")
 
     def alert(self, title: str, text: str) -> None:
         self._each("send an alert", lambda tracker: tracker.alert(title, text))
@@ -57,13 +63,24 @@ class Trackers:
         self._each("finish", lambda tracker: tracker.finish(exit_code, is_preempted))
         self.open = {}
 
+    @property
+    def newest_step(self) -> int:
+        """The newest step that any of them has of earlier starts; it takes none before that."""
+        return max((tracker.last_step for tracker in self.open.values()), default=0)
+
     def _each(self, what: str, action: Callable) -> None:
         for name, tracker in list(self.open.items()):
             try:
                 action(tracker)
             except Exception as error:  # see __init__
                 del self.open[name]
-                warn(f"{name} failed to {what} ({describe(error)}). Training goes on without it.")
+                if what != "finish":
+                    with contextlib.suppress(Exception):
+                        tracker.finish(1, False)
+                warn(
+                    f"{name} failed to {what} ({describe(error)}). Training goes on without it; metrics.jsonl has "
+                    "every row."
+                )
 
 
 class OtherTracker:
@@ -112,11 +129,13 @@ class OtherTracker:
         pass  # Accelerate has no word for it
 
     def finish(self, exit_code: int, is_preempted: bool) -> None:
-        self.tracker.finish()
+        if failure := in_time(self.tracker.finish, FINISH_TIMEOUT_S):
+            raise failure
 
 
 def is_installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None  # a mere folder of that name has no origin
 
 
 def last_trackio_step(project: str, run_name: str) -> int:
@@ -133,5 +152,5 @@ def as_scalar(value):
     return value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

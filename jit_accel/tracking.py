@@ -1,19 +1,21 @@
-"""`metrics.jsonl`, which every run keeps, and how a run warns. Only the main process writes."""
+"""`metrics.jsonl`, which every run keeps. Only the main process writes."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from jit_accel.redact import redacted
+from jit_accel.console import warn
 
 METRICS_FILE = "metrics.jsonl"
 # What a run leaves that did not reach its end: told to stop, or met something.
 INTERRUPTED_FILE, FAILED_FILE = "INTERRUPTED", "FAILED"
+# Rows that wait in memory for a disk with room.
+MOST_PENDING = 100_000
 
 
 class MetricsLog:
@@ -23,29 +25,59 @@ class MetricsLog:
         """Open the log of `output_dir` and drop what an interrupted run wrote after `step`, the one resumed from."""
         self.path = output_dir / METRICS_FILE
         self.has_failed = False
-        replacement = self.path.with_suffix(".tmp")
+        self.pending: list[dict] = []
         try:
-            with open(replacement, "w", encoding="utf-8") as file:
-                file.writelines(as_line(row) for row in iterate_metrics(output_dir) if step and row["step"] <= step)
-            os.replace(replacement, self.path)
+            if self.path.exists():
+                os.truncate(self.path, end_of_rows(self.path, step))
         except OSError as error:
             self._fail(error)
 
     def write(self, rows: list[dict]) -> None:
-        """Append rows; a full disk is reported once and costs rows, never the run."""
-        text = "".join(map(as_line, rows))
+        """Append rows, those of earlier calls that failed first; a full disk is reported once."""
+        self.pending = [*self.pending, *rows][-MOST_PENDING:]
         try:
-            with open(self.path, "ab", buffering=0) as file:
-                if self.has_failed and file.tell():
-                    text = "\n" + text  # what was written last may have been cut
-                file.write(text.encode())
+            append("".join(map(as_line, self.pending)).encode(), self.path)
+            self.pending = []
         except OSError as error:
             self._fail(error)
 
     def _fail(self, error: OSError) -> None:
         if not self.has_failed:
-            warn(f"{self.path} cannot be written ({error.strerror}): metrics are lost until it can.")
+            warn(f"{self.path} cannot be written ({error.strerror}): metrics are kept in memory until it can.")
         self.has_failed = True
+
+
+def append(data: bytes, path: Path) -> None:
+    """Write all of it behind what the file has, or nothing.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    with open(path, "a+b", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        if before and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
+            data = b"\n" + data  # behind a line that was cut
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+def end_of_rows(path: Path, step: int) -> int:
+    """Where in the file the last whole row up to `step` ends, in bytes."""
+    end = position = 0
+    with open(path, "rb") as file:
+        for line in file:
+            position += len(line)
+            row = as_row(line)
+            if row is None or not line.endswith(b"\n"):
+                continue
+            if row["step"] > step:
+                break
+            end = position
+    return end
 
 
 def as_line(row: dict) -> str:
@@ -61,20 +93,19 @@ def iterate_metrics(output_dir: Path) -> Iterator[dict]:
     path = output_dir / METRICS_FILE
     if not path.exists():
         return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict) and "step" in row:
-                yield row
+    with open(path, "rb") as file:
+        yield from (row for row in map(as_row, file) if row is not None)
+
+
+def as_row(line: bytes) -> dict | None:
+    """A line of the file; None where it was cut short or is something else."""
+    try:
+        row = json.loads(line, parse_constant=lambda name: None)  # NaN in files of other versions
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
     """All of them."""
     return list(iterate_metrics(output_dir))
-
-
-def warn(message: str) -> None:
-    print(f"Warning: {redacted(message)}", file=sys.stderr, flush=True)

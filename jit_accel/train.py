@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from jit_accel.cli import parse_args
+from jit_accel.console import say
 from jit_accel.errors import UserError
-from jit_accel.redact import redacted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,8 +23,10 @@ def main(argv: list[str] | None = None) -> int:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not error.everywhere:
             where = "" if error.everywhere else f" (process {rank})"
-            print(f"error{where}: {redacted(str(error))}", file=sys.stderr, flush=True)
+            say(f"error{where}: {error}", sys.stderr)
         return 2
+    except KeyboardInterrupt:  # the second Ctrl-C: at once
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 
 from jit_accel import rng
 from jit_accel.checkpoint import (
@@ -21,6 +22,7 @@ from jit_accel.checkpoint import (
     whole_tensors,
 )
 from jit_accel.config import Config, write_config
+from jit_accel.console import say, warn
 from jit_accel.data.holdout import HeldOut
 from jit_accel.data.loader import Batch
 from jit_accel.data.sources import Source
@@ -33,12 +35,12 @@ from jit_accel.model import build_model
 from jit_accel.monitor import Monitor
 from jit_accel.objective import diffusion_loss, draw_noise, draw_times, drop_labels
 from jit_accel.optim import build_optimizers, lr_at, set_lr
-from jit_accel.record import changed_settings, describe_data, record_run, write_record
+from jit_accel.record import WITHOUT_EFFECT, changed_settings, describe_data, record_run, write_record
 from jit_accel.resolve import Plan
 from jit_accel.samples import SampleSheets
 from jit_accel.sharding import reshard
 from jit_accel.signals import StopSignal
-from jit_accel.tracking import FAILED_FILE, INTERRUPTED_FILE, read_metrics, warn
+from jit_accel.tracking import FAILED_FILE, INTERRUPTED_FILE, read_metrics
 from jit_accel.validation import Validation
 
 
@@ -59,6 +61,7 @@ class Trainer:
         self.checkpointer = Checkpointer(accelerator, self.output_dir, config.run.keep_checkpoints)
         self.step = 0
         self.stop = StopSignal()
+        self.is_other_training = False  # than the one it goes on from
         self.is_stopping = False  # unlike the signal itself, known to all processes alike
 
         torch.manual_seed(config.run.seed)  # the same initial weights on every process
@@ -89,8 +92,8 @@ class Trainer:
     def run(self) -> int:
         """Train to the end, or until a signal. Returns the exit code."""
         config, plan = self.config, self.plan
-        self._open_logs()
         with self.stop, self.monitor:
+            self._open_logs()
             while self.step < plan.total_steps:
                 self.train_step()
                 at_end = self.step == plan.total_steps
@@ -203,7 +206,7 @@ class Trainer:
         self._stop_if_data_is_bad(self.monitor.bad_images)
 
     def _stop_if_data_is_bad(self, bad_images: int) -> None:
-        share, images_seen = self.config.data.max_bad_images, self.step * self.plan.global_batch_size
+        share, images_seen = self.config.data.max_bad_images, self.monitor.images_seen
         if has_too_many_bad_images(bad_images, share, images_seen, self.plan.num_images):
             self._write_checkpoint()
             raise UserError(
@@ -246,7 +249,7 @@ class Trainer:
             UserError: it belongs to another model, size, data set or seed.
         """
         state = read_state(path)
-        refuse_other_run(path, state, self.config.flat(), describe_data(self.source), self.source.fingerprint)
+        refuse_other_run(path, state, self.config.recorded(), describe_data(self.source), self.source.fingerprint)
         load_tensors(path, "model", self.network.state_dict())
         for decay, average in self.ema.averages.items():
             load_tensors(path, f"ema_{decay}", average)
@@ -262,6 +265,7 @@ class Trainer:
                 "--epochs and the learning rate's schedule count as if the whole run had the new one."
             )
         changed = changed_settings(state["settings"], self.config.recorded())
+        self.is_other_training = bool(changed_settings(state["settings"], self.config.recorded(), WITHOUT_EFFECT))
         self.say(f"Resumed from {path} at step {self.step:,}" + (f" with {changed}" if changed else ""))
 
     def sample(self) -> Path:
@@ -275,7 +279,7 @@ class Trainer:
 
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:
-            self.monitor.say(message)
+            say(message)
 
     def _open_logs(self) -> None:
         record = record_run(self) if self.accelerator.is_main_process else {}
@@ -285,9 +289,16 @@ class Trainer:
             for later in self.checkpointer.set_aside_after(self.step):
                 self.say(f"Set aside {later.name}, which lies behind step {self.step:,}, as abandoned_{later.name}")
             if self.step < self.plan.total_steps:
-                write_config(self.config, self.output_dir / "config.yaml")
+                with contextlib.suppress(OSError):
+                    write_config(self.config, self.output_dir / "config.yaml")
                 write_record(record, self.output_dir)
         self.monitor.open(self.step, record)
+        if self.is_other_training and self.monitor.trackers.newest_step > self.step:
+            warn(
+                f"the trackers have steps {self.step + 1:,} to {self.monitor.trackers.newest_step:,} as they were "
+                "trained with other settings, and keep them; metrics.jsonl and report.html have the new ones. For a "
+                "curve of its own give another --output_dir and the checkpoint as --resume."
+            )
 
     def _is_told_to_stop_alone(self) -> bool:
         # Several processes agree at the next flush; one need not wait for it.
@@ -296,7 +307,9 @@ class Trainer:
     def _leave(self) -> int:
         self.save()
         if self.accelerator.is_main_process:
-            (self.output_dir / INTERRUPTED_FILE).write_text(f"stopped at step {self.step}; go on with --resume auto\n")
+            with contextlib.suppress(OSError):
+                note = f"stopped at step {self.step}; go on with --resume auto\n"
+                (self.output_dir / INTERRUPTED_FILE).write_text(note)
         self.say(f"Stopped by a signal at step {self.step:,}. Go on with --resume auto.")
         code = 128 + (self.stop.number or signal.SIGTERM)  # this process may not have been told
         self._close(code)
@@ -313,15 +326,31 @@ class Trainer:
             self.sample()
             decay = self.config.optim.ema_decays[0]
             weights = whole_tensors(self.ema.averages[decay], keep=self.accelerator.is_main_process)
-            if self.accelerator.is_main_process:
-                draw_loss_curve(read_metrics(self.output_dir), curve)
-                export_pipeline(self.samples.pipeline(), weights, pipeline_dir, sheet, record_run(self), decay)
+            self._on_main(lambda: draw_loss_curve(read_metrics(self.output_dir), curve))
+            self._on_main(
+                lambda: export_pipeline(self.samples.pipeline(), weights, pipeline_dir, sheet, record_run(self), decay)
+            )
         self.say(f"Samples:    {sheet}\nLoss curve: {curve}\nPipeline:   {pipeline_dir}")
         if bad_images := self.feed.all_bad_images():
             self.say(f"Skipped {len(bad_images)} images that cannot be decoded:")
             self.say("\n".join(f"  {name}" for name in bad_images))
         self._close(0)
         return 0
+
+    def _on_main(self, write) -> None:
+        """Write on the main process; where that fails, all end alike."""
+        problem = None
+        if self.accelerator.is_main_process:
+            try:
+                write()
+            except (OSError, SafetensorError) as error:
+                problem = str(error)
+        (problem,) = broadcast_object_list([problem])
+        if problem:
+            raise UserError(
+                f"--output_dir {self.output_dir}: cannot be written to ({problem}). The training is complete and its "
+                "last checkpoint is saved: make room, and the same command with --resume auto writes the rest."
+            )
 
     def _close(self, exit_code: int) -> None:
         self.monitor.close(exit_code, is_preempted=exit_code != 0)

@@ -14,9 +14,12 @@ import tempfile
 import threading
 from pathlib import Path
 
+from PIL import Image
+
 from jit_accel.config import TrackingConfig
+from jit_accel.console import say, warn
 from jit_accel.redact import redacted
-from jit_accel.tracking import iterate_metrics, warn
+from jit_accel.tracking import iterate_metrics
 from jit_accel.wandb_files import last_step, read_segments, synced_mark
 
 ID_FILE = "wandb_run_id.txt"
@@ -78,12 +81,12 @@ class WandbRun:
     """
 
     def __init__(self, tracking: TrackingConfig, record: dict, output_dir: Path, step: int):
-
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry delays the exit by ten seconds
         self.tracking, self.record, self.output_dir = tracking, record, output_dir
         self.complaints = Complaints()
         mode = self._set_up()
         self.is_active, self.is_warned, self.newest_step = mode != "disabled", False, 0
+        self.last_step = 0
         if not self.is_active:
             return
         check_folder(output_dir / "wandb")
@@ -98,10 +101,14 @@ class WandbRun:
                 self.is_offline = True
         if self.is_offline:
             self._start_offline()
-        (output_dir / ID_FILE).write_text(self.id)
-        self._introduce()
-        self._define_metrics()
-        self._send_what_it_lacks(step)
+        try:
+            (output_dir / ID_FILE).write_text(self.id)
+            self._introduce()
+            self._define_metrics()
+            self._send_what_it_lacks(step)
+        except Exception:
+            in_time(self.run.finish, TEARDOWN_TIMEOUT_S)
+            raise
 
     def _remembered_id(self) -> str:
         file = self.output_dir / ID_FILE
@@ -130,7 +137,8 @@ class WandbRun:
         self.last_step = max(0, self.run.starting_step - 1)
         # With what is sent below the server has all that earlier starts left: `wandb sync` must not send it again.
         for segment in self.earlier:
-            synced_mark(segment.file).touch()
+            if segment.project in ("", self.tracking.wandb_project):
+                synced_mark(segment.file).touch()
 
     def _start_offline(self) -> None:
         entity = self.tracking.wandb_entity or os.environ.get("WANDB_ENTITY", "")
@@ -154,11 +162,11 @@ class WandbRun:
         tracking = self.tracking
         self.run = wandb.init(
             project=tracking.wandb_project,
-            name=tracking.wandb_name,
+            name=redacted(tracking.wandb_name) if tracking.wandb_name else None,
             entity=tracking.wandb_entity or os.environ.get("WANDB_ENTITY") or None,
-            tags=list(tracking.wandb_tags) or None,
+            tags=[redacted(tag.strip()) for tag in tracking.wandb_tags] or None,
             notes=redacted(tracking.wandb_notes) if tracking.wandb_notes else None,
-            group=tracking.wandb_group,
+            group=redacted(tracking.wandb_group) if tracking.wandb_group else None,
             config=self.record,
             dir=str(self.output_dir),
             id=self.id,
@@ -196,11 +204,11 @@ class WandbRun:
         return f"wandb sync {shlex.quote(str(self.output_dir / 'wandb'))}/offline-run-*-{self.id}"
 
     def _introduce(self) -> None:
-        print(f"Wandb initialized: project={self.tracking.wandb_project}, name={self.run.name or self.id}")
+        say(f"Wandb initialized: project={self.tracking.wandb_project}, name={self.run.name or self.id}")
         if self.is_offline:
-            print(f"Wandb is offline: files in {self._folder}; upload later with: {self.sync_command}", flush=True)
+            say(f"Wandb is offline: files in {self._folder}; upload later with: {self.sync_command}")
         else:
-            print(f"View run at: {self.run.url}", flush=True)
+            say(f"View run at: {self.run.url}")
 
     def _define_metrics(self) -> None:
         self.run.define_metric("step", hidden=True)
@@ -217,7 +225,7 @@ class WandbRun:
             if self.last_step < row["step"] <= step:
                 self.log([row])
                 sheet = sheets / f"step_{row['step']:08d}.png"
-                if sheet.exists():
+                if is_picture(sheet):
                     self.log_image("samples/grid", sheet, row["step"], f"step {row['step']}")
 
     def log(self, rows: list[dict]) -> None:
@@ -280,9 +288,8 @@ def log_in() -> None:
     Raises:
         Unusable: no key, no good one, or no answer.
     """
-    from wandb.errors import AuthenticationError, UsageError
-
     import wandb
+    from wandb.errors import AuthenticationError, UsageError
 
     try:
         has_key = wandb.login(verify=True, prompt=False)
@@ -299,6 +306,16 @@ def check_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"0" * 4096)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether it is there, and whole."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except OSError:
+        return False
+    return True
 
 
 def in_time(action, timeout_s: float) -> Exception | None:

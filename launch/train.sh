@@ -43,14 +43,21 @@ launch_flags=(--quiet --config_file "$ACCELERATE_CONFIG")
 if [ -n "$NUM_PROCESSES" ]; then launch_flags+=(--num_processes "$NUM_PROCESSES"); fi
 
 flags=(--output_dir "$OUTPUT_DIR" --resume auto)
-if [ "$USE_WANDB" = true ]; then flags+=(--use_wandb --wandb_project "$WANDB_PROJECT" --wandb_name "$WANDB_NAME"); fi
-if [ "$USE_WANDB" = true ] && [ -n "$WANDB_ENTITY" ]; then flags+=(--wandb_entity "$WANDB_ENTITY"); fi
-if [ "$USE_WANDB" = true ] && [ -n "$WANDB_NOTES" ]; then flags+=(--wandb_notes "$WANDB_NOTES"); fi
-if [ "$USE_WANDB" = true ] && [ -n "$WANDB_GROUP" ]; then flags+=(--wandb_group "$WANDB_GROUP"); fi
-if [ "$USE_WANDB" = true ] && [ -n "$WANDB_TAGS" ]; then
-  IFS=, read -ra tags <<<"${WANDB_TAGS//, /,}"
-  flags+=(--wandb_tags "${tags[@]}")
-fi
+case "${USE_WANDB,,}" in
+  true | yes | on | 1)
+    flags+=(--use_wandb --wandb_project="$WANDB_PROJECT" --wandb_name="$WANDB_NAME")
+    if [ -n "$WANDB_ENTITY" ]; then flags+=(--wandb_entity="$WANDB_ENTITY"); fi
+    if [ -n "$WANDB_NOTES" ]; then flags+=(--wandb_notes="$WANDB_NOTES"); fi
+    if [ -n "$WANDB_GROUP" ]; then flags+=(--wandb_group="$WANDB_GROUP"); fi
+    tags=()
+    while IFS= read -r tag; do
+      if [ -n "$tag" ]; then tags+=("$tag"); fi
+    done < <(tr ',' '\n' <<<"$WANDB_TAGS" | sed 's/^[[:space:]]*//; s/[[:space:]]*$//')
+    if [ "${#tags[@]}" -gt 0 ]; then flags+=(--wandb_tags "${tags[@]}"); fi
+    ;;
+  false | no | off | 0 | "") ;;
+  *) die "USE_WANDB=$USE_WANDB: must be true or false." ;;
+esac
 
 exec accelerate launch "${launch_flags[@]}" -m jit_accel.train \
   --data_path "$DATA_PATH" --img_size "$IMG_SIZE" --model "$MODEL" \

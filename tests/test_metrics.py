@@ -1,5 +1,6 @@
 """What is measured, against values worked out by other means."""
 
+import json
 import math
 
 import pytest
@@ -9,8 +10,7 @@ from jit_accel import metrics
 from jit_accel.ema import Ema
 from jit_accel.metrics import EpochMetrics, StepClock, StepMetrics, WeightWatch
 from jit_accel.model import build_model
-from jit_accel.precision import PEAK_FLOPS, peak_flops
-from jit_accel.resolve import Plan
+from jit_accel.precision import peak_flops
 
 CPU = torch.device("cpu")
 
@@ -82,16 +82,13 @@ def test_update_ratio_and_distance_of_the_average_are_what_they_say():
     assert row["ema/0.9/distance"] == pytest.approx(trail / size, rel=1e-4)
 
 
-PLAN = Plan(total_steps=100, warmup_steps=0, global_batch_size=8, num_images=44)
-
-
-def epoch_rows(epochs, steps):
+def epoch_rows(epochs, steps, batch=8):
     rows = [{"step": step, "train/loss": 10.0 / step} for step in steps]
-    return rows, [epochs.add(row, seconds=0.5) for row in rows]
+    return rows, [epochs.add(row, 0.5, batch) for row in rows]
 
 
 def test_an_epoch_ends_with_the_step_that_completes_it():
-    rows, ended = epoch_rows(EpochMetrics(PLAN), range(1, 12))
+    rows, ended = epoch_rows(EpochMetrics(44), range(1, 12))
     # 44 images are complete within the sixth batch of 8, 88 with the eleventh
     assert [row["step"] for row, is_end in zip(rows, ended) if is_end] == [6, 11]
     first, second = rows[5], rows[10]
@@ -101,31 +98,47 @@ def test_an_epoch_ends_with_the_step_that_completes_it():
     assert first["train/samples_per_second"] == pytest.approx(6 * 8 / 3.0)
     assert second["train/best_loss"] == second["train/epoch_loss"]
     assert all("train/epoch_loss" not in row for row in rows if row not in (first, second))
+    assert [row["train/images_seen"] for row in rows] == [8 * step for step in range(1, 12)]
+    assert [row["train/epoch"] for row in rows] == [8 * step / 44 for step in range(1, 12)]
 
 
 def test_the_best_loss_never_rises():
-    epochs = EpochMetrics(Plan(100, 0, 8, 8))
+    epochs = EpochMetrics(8)
     losses = [3.0, 1.0, 2.0, 0.5]
     rows = [{"step": step, "train/loss": loss} for step, loss in enumerate(losses, 1)]
-    assert all(epochs.add(row, 1.0) for row in rows)
+    assert all(epochs.add(row, 1.0, 8) for row in rows)
     assert [row["train/best_loss"] for row in rows] == [3.0, 1.0, 1.0, 0.5]
 
 
 @pytest.mark.parametrize("interrupted_after", range(1, 12))
 def test_epoch_metrics_go_on_from_their_state(interrupted_after):
-    whole, _ = epoch_rows(EpochMetrics(PLAN), range(1, 12))
-    epochs = EpochMetrics(PLAN)
+    whole, _ = epoch_rows(EpochMetrics(44), range(1, 12))
+    epochs = EpochMetrics(44)
     one, _ = epoch_rows(epochs, range(1, interrupted_after + 1))
-    resumed = EpochMetrics(PLAN)
-    resumed.load_state(epochs.state())
+    resumed = EpochMetrics(44)
+    resumed.load_state(json.loads(json.dumps(epochs.state())))
     other, _ = epoch_rows(resumed, range(interrupted_after + 1, 12))
     assert one + other == whole
 
 
+@pytest.mark.parametrize("batch", [2, 4, 16])
+def test_epochs_go_on_where_the_batch_changes(batch):
+    epochs = EpochMetrics(44)
+    rows, _ = epoch_rows(epochs, range(1, 10))  # 72 images
+    later, ended = epoch_rows(epochs, range(10, 40), batch)
+    found = [row["train/epoch"] for row in rows + later]
+    assert found == sorted(found)
+    end = later[ended.index(True)]
+    assert 88 <= end["train/images_seen"] < 88 + batch
+    images = end["train/images_seen"] - 48  # since the end of the first epoch
+    steps = 3 + ended.index(True) + 1
+    assert end["train/samples_per_second"] == pytest.approx(images / (0.5 * steps))
+
+
 def test_a_stream_of_unknown_length_has_no_epochs():
-    rows, ended = epoch_rows(EpochMetrics(Plan(100, 0, 8, None)), range(1, 12))
+    rows, ended = epoch_rows(EpochMetrics(None), range(1, 12))
     assert not any(ended)
-    assert all(row.keys() == {"step", "train/loss"} for row in rows)
+    assert all(row.keys() == {"step", "train/loss", "train/images_seen"} for row in rows)
 
 
 def test_pauses_belong_to_the_epoch_but_not_to_the_speed(monkeypatch):
@@ -158,14 +171,19 @@ def test_pauses_belong_to_the_epoch_but_not_to_the_speed(monkeypatch):
         ("NVIDIA A100-SXM4-80GB", "fp16", 312e12),
         ("NVIDIA A100-SXM4-80GB", "no", None),
         ("NVIDIA L40S", "bf16", 362e12),
-        ("Some Card 3000", "bf16", None),
+        ("NVIDIA RTX A4000", "bf16", None),  # not an A40
+        ("NVIDIA RTX A1000 Laptop GPU", "bf16", None),
+        ("NVIDIA T400", "fp16", None),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
+        ("NVIDIA GeForce RTX 3090 Ti", "bf16", None),
+        ("NVIDIA A10G", "bf16", 70e12),
+        ("Tesla T4", "fp16", 65e12),
+        ("Tesla T4", "bf16", None),  # has none
+        ("NVIDIA GB200", "bf16", None),
+        ("NVIDIA GH200 480GB", "bf16", 989e12),
         ("cpu", "bf16", None),
     ],
 )
 def test_peaks_are_told_only_where_they_are_known(device, precision, peak):
     assert peak_flops(device, precision) == peak
-
-
-def test_no_card_is_hidden_behind_a_shorter_name():
-    names = list(PEAK_FLOPS)
-    assert all(short not in long for i, short in enumerate(names) for long in names[i + 1 :])

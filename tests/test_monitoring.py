@@ -55,13 +55,13 @@ def test_every_metric_is_in_the_row_it_belongs_to(images, tmp_path):
     assert found[21]["train/samples_per_second"] == pytest.approx(44 / found[21]["train/epoch_time"])
 
 
-def test_metrics_go_on_after_a_resume_as_if_nothing_had_been(images, tmp_path):
-    """Stopped inside an epoch, at a step between two flushes."""
+def test_metrics_go_on_after_a_resume_as_if_nothing_had_been(images, tmp_path, capfd):
+    """Stopped inside an epoch, at a step between two flushes, with rows behind the last checkpoint."""
     flags = ["--data_path", str(images), "--max_steps", "24", "--log_every_steps", "4", "--ema_decays", "auto"]
     flags += ["--holdout", "0.1", "--val_every_steps", "8"]
     assert train_here(*flags, "--output_dir", str(tmp_path / "whole")) == 0
     group = Group(
-        [*flags, "--output_dir", str(tmp_path / "cut"), "--save_every_steps", "16"],
+        [*flags, "--output_dir", str(tmp_path / "cut"), "--save_every_steps", "12"],
         tmp_path / "log.txt",
         environment={"TEST_SETUP": "test_monitoring:stop_at_19"},
     )
@@ -70,6 +70,7 @@ def test_metrics_go_on_after_a_resume_as_if_nothing_had_been(images, tmp_path):
     assert train_here(*flags, "--output_dir", str(tmp_path / "cut"), "--resume", "auto") == 0
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     assert any("train/best_loss" in row and row["step"] > 16 for row in rows(tmp_path / "cut"))
+    assert "Resumed" in capfd.readouterr().out
     assert [row["step"] for row in rows(tmp_path / "cut") if "ema/val_loss" in row] == [8, 16, 24]
 
 
@@ -162,7 +163,7 @@ def test_a_loss_that_is_not_finite_is_logged_as_valid_json(images, tmp_path, mon
     lines = (out / "metrics.jsonl").read_text().splitlines()
     last = [json.loads(line, parse_constant=refuse) for line in lines][-1]
     assert (last["step"], last["train/loss"], last["health/loss_not_finite"]) == (4, None, 1.0)
-    assert (out / "FAILED").read_text().startswith("UserError: train/loss is nan at step 4")
+    assert (out / "FAILED").read_text().startswith("train/loss is nan at step 4")
     err = capfd.readouterr().err
     assert err.count("Warning: step 4: the loss or the gradient norm is not finite") == 1
     assert "error: train/loss is nan at step 4" in err
@@ -173,8 +174,9 @@ def test_watching_does_not_change_what_is_trained(images, tmp_path):
     flags = ["--data_path", str(images)]
     quiet = ["--log_every_steps", "6", "--output_dir", str(tmp_path / "quiet")]
     watched = ["--log_every_steps", "1", "--sample_every_steps", "2", "--output_dir", str(tmp_path / "watched")]
-    assert train_here(*flags, *quiet) == 0
-    assert train_here(*flags, *watched, "--html_report") == 0
+    holdout = ["--holdout", "0.1", "--val_every_steps"]
+    assert train_here(*flags, *quiet, *holdout, "0") == 0
+    assert train_here(*flags, *watched, *holdout, "1", "--html_report") == 0
     assert_same_state(tmp_path / "quiet", tmp_path / "watched")
 
 
@@ -215,7 +217,8 @@ def test_secrets_in_settings_are_neither_kept_nor_shown(images, tmp_path, capfd,
     monkeypatch.setenv("WANDB_MODE", "offline")
     out = tmp_path / "out"
     notes = f"from https://me:{secret}@host/photos?token={secret}"
-    flags = ["--data_path", str(images), "--output_dir", str(out), "--use_wandb", "--wandb_notes", notes]
+    more = ["--wandb_tags", f"https://u:{secret}@h/", "--wandb_group", f"s3://u:{secret}@h/", "--wandb_name", "a b"]
+    flags = ["--data_path", str(images), "--output_dir", str(out), "--use_wandb", "--wandb_notes", notes, *more]
     assert train_here(*flags, "--html_report", "--save_every_steps", "3") == 0
     assert train_here(*flags, "--html_report", "--resume", str(out / "checkpoints" / "step_00000003")) == 0
     for path in out.rglob("*"):
@@ -232,3 +235,65 @@ def test_secrets_in_wrong_settings_are_not_printed(flag, images, tmp_path, capfd
     printed = "".join(capfd.readouterr())
     assert "***" in printed
     assert secret not in printed
+
+
+def resumed_with(flags, out, *more, until="12"):
+    assert train_here(*flags, "--output_dir", str(out), "--max_steps", "12", "--save_every_steps", "4") == 0
+    checkpoint = str(out / "checkpoints" / "step_00000008")
+    assert train_here(*flags, "--output_dir", str(out), "--max_steps", until, "--resume", checkpoint, *more) == 0
+
+
+def test_epochs_do_not_run_backwards_with_another_batch_size(images, tmp_path):
+    out = tmp_path / "out"
+    resumed_with(["--data_path", str(images)], out, "--batch_size", "2", until="16")
+    found = read_metrics(out)
+    assert [row["step"] for row in found] == list(range(1, 17))
+    assert [row["train/images_seen"] for row in found] == [*range(4, 33, 4), *range(34, 49, 2)]
+    assert [row["train/epoch"] for row in found] == pytest.approx([row["train/images_seen"] / 44 for row in found])
+    assert [row["step"] for row in found if "train/epoch_loss" in row] == [14]
+
+
+@pytest.mark.parametrize(("more", "count"), [(("--learning_rate", "1e-4"), 1), (("--num_workers", "1"), 0)])
+def test_trackers_that_keep_what_was_abandoned_are_warned_of(images, tmp_path, capfd, monkeypatch, more, count):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    resumed_with(["--data_path", str(images), "--use_wandb"], tmp_path / "out", *more)
+    assert capfd.readouterr().err.count("the trackers have steps 9 to 12 as they were trained") == count
+
+
+def full_disk():
+    """Console and sample sheets cannot be written from the third step on."""
+    from PIL import Image
+
+    from jit_accel.trainer import Trainer
+
+    step = Trainer.train_step
+
+    def filling(self):
+        step(self)
+        if self.step == 3:
+            full = os.open("/dev/full", os.O_WRONLY)
+            os.dup2(full, 1)
+            os.dup2(full, 2)
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    Trainer.train_step = filling
+    Image.Image.save = fail
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
+def test_a_full_disk_under_the_console_and_the_samples_ends_with_a_message_at_most(images, tmp_path):
+    """The training goes on to its last checkpoint; only the pipeline folder, which needs the sheet, is refused."""
+    out = tmp_path / "out"
+    flags = ["--data_path", str(images), "--output_dir", str(out), "--sample_every_steps", "4", "--max_steps", "8"]
+    group = Group(flags, tmp_path / "log.txt", 2, {"TEST_SETUP": "test_monitoring:full_disk"})
+    assert group.wait() == [2, 2], group.output()
+    assert "2 x cpu" in group.output()
+    assert [row["step"] for row in read_metrics(out)] == list(range(1, 9))
+    assert (out / "checkpoints" / "step_00000008").is_dir()
+    assert "The training is complete" in (out / "FAILED").read_text()
+    assert train_here(*flags, "--resume", "auto") == 0
+    assert (out / "pipeline" / "model_index.json").exists()
+    assert not (out / "FAILED").exists()

@@ -1,13 +1,10 @@
 """What stands on the terminal, and what in a log file."""
 
-import fcntl
 import itertools
 import os
-import pty
 import struct
 import subprocess
 import sys
-import termios
 
 import pytest
 
@@ -16,6 +13,7 @@ from jit_accel.progress import Progress
 
 SCRIPT = """
 import sys
+from jit_accel.console import say
 from jit_accel.progress import Progress
 shown = Progress(40, 10, sys.argv[1] == "shown")
 for step in range(11, 41):
@@ -23,7 +21,7 @@ for step in range(11, 41):
     if step % 10 == 0:
         shown.show({"step": step, "train/epoch": step / 8, "train/loss": 0.25, "perf/images_per_second": 1234.5,
                     "perf/step_time": 0.5})
-        shown.say(f"Saved {step}") if sys.argv[1] == "shown" else None
+        say(f"Saved {step}") if sys.argv[1] == "shown" else None
 shown.close()
 """
 
@@ -74,6 +72,7 @@ def test_other_processes_are_silent(capsys):
 
 def on_a_terminal(argument):
     """What the script writes on a terminal of 120 columns."""
+    pty, fcntl, termios = map(pytest.importorskip, ("pty", "fcntl", "termios"))
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     environment = os.environ | {"TERM": "xterm"}

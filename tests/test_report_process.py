@@ -6,7 +6,7 @@ from helpers import train_here
 
 from jit_accel.record import write_record
 from jit_accel.report_process import ReportProcess
-from jit_accel.tracking import MetricsLog
+from jit_accel.tracking import MetricsLog, read_metrics
 
 
 def page(folder):
@@ -70,4 +70,6 @@ def test_files_that_cannot_be_written_cost_a_warning_each(tmp_path, capfd):
     err = capfd.readouterr().err
     assert err.count("metrics.jsonl cannot be written") == 1
     assert err.count("run.json cannot be written") == 1
-    assert (tmp_path / "metrics.jsonl").is_dir()
+    (tmp_path / "metrics.jsonl").rmdir()
+    log.write([{"step": 3}])
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]  # nothing was lost

@@ -1,5 +1,6 @@
 """`metrics.jsonl`, and Accelerate's trackers: TensorBoard and trackio for real, and some that fail."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from helpers import SPAWNER, rows, train_here
 from PIL import Image
 
 from jit_accel.config import TrackingConfig
-from jit_accel.trackers import Trackers
+from jit_accel.trackers import Trackers, is_installed
 from jit_accel.tracking import MetricsLog, read_metrics
 
 MAIN = SimpleNamespace(is_main_process=True)
@@ -66,7 +67,7 @@ def test_a_row_behind_one_that_a_full_disk_cut_is_whole(tmp_path, capsys):
     with open(path, "a") as file:
         file.write('{"step": 2, "tra')
     log.write(some_rows(4, 5))
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 5]
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
     assert capsys.readouterr().err.count("Warning") == 1
 
 
@@ -174,7 +175,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(images, tmp_path,
                 raise OSError("No space left on device")
 
     real = importlib.util.find_spec
-    found = {"aim": True, "mlflow": None, "wandb": None}
+    found = {"aim": real("json"), "mlflow": None, "wandb": None}
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: found[name] if name in found else real(name, *rest)
     )
@@ -186,10 +187,19 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(images, tmp_path,
     assert [line[line.find("Warning") :] for line in printed.splitlines() if "Warning" in line][-3:] == [
         "Warning: wandb not available. Install with: pip install wandb",
         "Warning: mlflow not available. Install with: pip install mlflow",
-        "Warning: aim failed to log (OSError: No space left on device). Training goes on without it.",
+        "Warning: aim failed to log (OSError: No space left on device). Training goes on without it; metrics.jsonl "
+        "has every row.",
     ]
     assert [step for step, _ in tensorboard_steps(out, "train/loss")[0]] == [row["step"] for row in rows(out)]
     assert (out / "pipeline" / "model_index.json").exists()
+
+
+def test_a_mere_folder_of_its_name_is_no_tracker(tmp_path, monkeypatch):
+    (tmp_path / "mlflow").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("mlflow") is not None
+    assert not is_installed("mlflow")
+    assert is_installed("json")
 
 
 def test_an_unknown_tracker_is_refused_before_anything_is_loaded(capsys):

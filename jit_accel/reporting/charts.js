@@ -191,7 +191,7 @@ const report = (() => {
     const decades = Math.log10(high / low);
     return {
       dtick: decades < 0.7 ? undefined : decades < 3.5 ? "D2" : Math.ceil(decades / 8),
-      tickformat: low < 1e-3 ? ".0e" : "~r",
+      tickformat: low < 1e-3 || high > 1e6 ? ".0e" : "~r",
     };
   }
 
