@@ -31,7 +31,10 @@ from PIL import Image
 from jit_accel.cli import parse_args
 from jit_accel.config import SETTINGS, HealthConfig, TrackingConfig
 from jit_accel.data.benchmark import main as benchmark
+from jit_accel.health import KINDS
 from jit_accel.prepare import main as prepare
+from jit_accel.report import main as report
+from jit_accel.report import parse_args as report_arguments
 from jit_accel.resolve import plan_run
 
 REPOSITORY = Path(__file__).parents[1]
@@ -417,7 +420,7 @@ def test_set_up_says_what_is_missing_on_the_machine(tmp_path, body, message):
 def documented_commands() -> list[str]:
     """Every command in a bash block of the documentation, and in the comments of configurations and recipes."""
     found = []
-    for page in ("README.md", "CONTRIBUTING.md"):
+    for page in ("README.md", "CONTRIBUTING.md", "docs/monitoring.md", "docs/monitoring.zh.md"):
         for block in re.findall(r"^```bash\n(.*?)^```", (REPOSITORY / page).read_text(), re.DOTALL | re.MULTILINE):
             found += re.sub(r"\\\n\s*", "", block).splitlines()
     for path in [*CONFIGS, *RECIPES, *SCRIPTS]:
@@ -457,6 +460,19 @@ def test_each_documented_command_runs(command, recorder, photos, tmp_path, monke
         small = ("--img_size", "16", "--num_workers", "1")
         places = ("--data_path", str(photos), "--output_dir", str(tmp_path / "prepared"))
         assert prepare([*words[3:], *small, *places]) == 0
+    elif words[:3] == ["python", "-m", "jit_accel.report"]:
+        monkeypatch.chdir(tmp_path)
+        for folder in report_arguments(words[3:]).folders:
+            folder.mkdir(parents=True)
+            (folder / "metrics.jsonl").write_text('{"step": 1, "train/loss": 0.5}\n')
+        assert report(words[3:]) == 0
+    elif words[0] in ("tensorboard", "trackio", "wandb"):
+        program = Path(sys.executable).with_name(words[0])
+        if not program.exists():
+            pytest.skip(f"{words[0]} is not installed")
+        part = [word for word in words[1:2] if not word.startswith("-")]
+        told = subprocess.run([program, *part, "--help"], capture_output=True, text=True, check=True).stdout
+        assert all(word in told for word in words if word.startswith("--"))
     elif words[0] == "accelerate" or words[0] == "bash":
         # An ellipsis stands for what the reader fills in.
         told = run_script(command.removesuffix(" ..."), recorder)
@@ -468,6 +484,24 @@ def test_each_documented_command_runs(command, recorder, photos, tmp_path, monke
         assert told
     else:
         pytest.fail(f"no rule for running {command!r}: add one to this test")
+
+
+def names_in(page: str) -> set[str]:
+    """Flags, metrics, variables and files that a page has in code type, outside blocks."""
+    text = re.sub(r"^```.*?^```", "", (REPOSITORY / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    return {word for code in re.findall(r"`([^`]+)`", text) for word in re.findall(r"[\w./-]*\w", code)}
+
+
+def test_the_guides_to_watching_a_run_name_the_same_things_and_none_that_is_not():
+    names = names_in("docs/monitoring.md")
+    assert names == names_in("docs/monitoring.zh.md")
+    not_ours = {"config", "relogin", "include-online", "output"}  # the last ones of wandb and of jit_accel.report
+    flags = {name.removeprefix("--") for name in names if name.startswith("--")}
+    assert flags - not_ours - {"no_html_report"} <= set(SETTINGS)
+    assert {name.removeprefix("health/") for name in names if name.startswith("health/")} >= set(KINDS)
+    thresholds = {field.name: field.default for field in fields(HealthConfig)}
+    guide = (REPOSITORY / "docs/monitoring.md").read_text()
+    assert all(f"`--{name} {value:g}`" in guide for name, value in thresholds.items())
 
 
 def completed(flags: list[str]) -> list[str]:
