@@ -28,7 +28,7 @@ WATCHED_CALLS = ("record_by_t", "record", "watched_step", "flush")
 class Silence:
     """In place of the monitor."""
 
-    bad_images = 0
+    bad_images = images_seen = 0
 
     def record_by_t(self, t, losses): ...
 
