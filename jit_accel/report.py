@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from jit_accel.errors import UserError
+from jit_accel.report_process import REPORT_FILE
 
-REPORT_FILE = "report.html"
 COMPARISON_FILE = "comparison.html"
 
 

@@ -14,6 +14,7 @@ import psutil
 
 from jit_accel.console import warn
 
+REPORT_FILE = "report.html"
 # A build takes up to a core: so it may take a hundredth of the time of one.
 _REST = 100.0
 _LONGEST_BUILD_S = 120.0

@@ -36,6 +36,7 @@ from jit_accel.monitor import Monitor
 from jit_accel.objective import diffusion_loss, draw_noise, draw_times, drop_labels
 from jit_accel.optim import build_optimizers, lr_at, set_lr
 from jit_accel.record import WITHOUT_EFFECT, changed_settings, describe_data, record_run, write_record
+from jit_accel.report_process import REPORT_FILE
 from jit_accel.resolve import Plan
 from jit_accel.samples import SampleSheets
 from jit_accel.sharding import reshard
@@ -331,6 +332,8 @@ class Trainer:
                 lambda: export_pipeline(self.samples.pipeline(), weights, pipeline_dir, sheet, record_run(self), decay)
             )
         self.say(f"Samples:    {sheet}\nLoss curve: {curve}\nPipeline:   {pipeline_dir}")
+        if self.config.tracking.html_report:
+            self.say(f"Report:     {self.output_dir / REPORT_FILE}")
         if bad_images := self.feed.all_bad_images():
             self.say(f"Skipped {len(bad_images)} images that cannot be decoded:")
             self.say("\n".join(f"  {name}" for name in bad_images))
