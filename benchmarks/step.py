@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,9 +21,6 @@ from pathlib import Path
 
 REPO = Path(__file__).parent.parent
 MATRIX_SIDE = 4096
-TRAIN_FLOPS_PER_FORWARD_MAC = 6  # a multiply and an add, forward and twice backward
-# Dense bf16 peak by the vendor's datasheet, FLOP/s.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 @dataclass(frozen=True)
@@ -60,12 +56,13 @@ for _size, _batch in (("B", 128), ("L", 64), ("H", 32)):
 
 def measure(case: Case) -> dict:
     """Run one case in this process."""
-    import torch
 
     from jit_accel.cli import parse_args
     from jit_accel.data.sources import open_source
     from jit_accel.model import forward_macs
-    from jit_accel.precision import default_precision
+    from jit_accel.monitor import TRAIN_FLOPS_PER_FORWARD_MAC, peak_memory_gib
+    from jit_accel.precision import default_precision, peak_flops
+    from jit_accel.record import device_name
     from jit_accel.startup import build_accelerator, build_trainer
 
     precision = default_precision()
@@ -91,8 +88,8 @@ def measure(case: Case) -> dict:
         flops = TRAIN_FLOPS_PER_FORWARD_MAC * forward_macs(trainer.network) * trainer.config.optim.batch_size
     step, rate = statistics.median(times["trainer"]), 2 * MATRIX_SIDE**3 / statistics.median(times["matrix"])
     overheads = [a / b - 1 for a, b in zip(times["trainer"], times["bare"])]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    peak = next((value for card, value in PEAK_FLOPS.items() if card in name), None)
+    name = device_name(device)
+    peak = peak_flops(name, precision)
     return {
         "device": name,
         "precision": precision,
@@ -101,7 +98,7 @@ def measure(case: Case) -> dict:
         "overhead": statistics.median(overheads),
         "of_matrix_rate": flops / step / rate,
         "matrix_gflops": rate / 1e9,
-        "mfu": flops / step / peak if peak and precision != "no" else None,
+        "mfu": flops / step / peak if peak else None,
         "memory_gib": memory,
     }
 
@@ -146,15 +143,6 @@ def timed(action, device, repeats: int) -> float:
         action()
     wait()
     return (time.perf_counter() - start) / repeats
-
-
-def peak_memory_gib(device) -> float:
-    """Of the device's allocator on a GPU, else the process's peak resident memory."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main() -> None:

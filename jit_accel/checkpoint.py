@@ -62,13 +62,13 @@ class Checkpointer:
         final = self.folder / f"step_{step:08d}"
         temporary = final.with_name(f"tmp_{final.name}")
         is_writer = self.accelerator.is_main_process
-        problem = self._try_on_writer(partial(self._make_empty, temporary))
+        problem = self.try_on_writer(partial(self._make_empty, temporary))
         for stem, named in tensors.items():
             whole = whole_tensors(named, keep=is_writer)
-            problem = problem or self._try_on_writer(partial(save_file, whole, temporary / f"{stem}.safetensors"))
+            problem = problem or self.try_on_writer(partial(save_file, whole, temporary / f"{stem}.safetensors"))
             del whole
         text = json.dumps({"format": FORMAT_VERSION, "step": step, **state}, indent=1)
-        problem = problem or self._try_on_writer(partial(self._seal, text, temporary, final))
+        problem = problem or self.try_on_writer(partial(self._seal, text, temporary, final))
         (problem,) = broadcast_object_list([problem])
         if problem:
             found = complete_checkpoints(self.folder)
@@ -79,7 +79,8 @@ class Checkpointer:
             )
         return final
 
-    def _try_on_writer(self, write) -> str | None:
+    def try_on_writer(self, write) -> str | None:
+        """What stood in the way of writing on the main process, if anything; None on the others."""
         if self.accelerator.is_main_process:
             try:
                 write()

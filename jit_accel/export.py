@@ -5,10 +5,12 @@ from __future__ import annotations
 import filecmp
 import os
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 from torch import Tensor
 
+from jit_accel.config import HealthConfig, TrackingConfig
 from jit_accel.pipeline import JiTPipeline
 
 CARD_PICTURE = "samples.png"
@@ -88,9 +90,10 @@ def pipeline_settings(pipeline: JiTPipeline) -> dict:
 
 
 # Paths and names of the machine or the team are nobody's business once the folder is shared.
-PRIVATE = (
-    *("data_path", "output_dir", "resume", "use_wandb", "wandb_project", "wandb_name", "wandb_entity"),
-    *("wandb_tags", "wandb_notes", "wandb_group", "report_to"),
+# How a run was watched says nothing about its weights.
+LEFT_OUT = (
+    *("data_path", "output_dir", "resume"),
+    *(field.name for group in (TrackingConfig, HealthConfig) for field in fields(group)),
 )
 
 
@@ -109,7 +112,7 @@ def model_card(pipeline: JiTPipeline, record: dict, decay: str) -> str:
         decay=decay,
         guidance_scale=record["guidance_scale"],
         num_inference_steps=record["num_inference_steps"],
-        settings="\n".join(f"| {k} | {v} |" for k, v in record.items() if k not in PRIVATE and v is not None),
+        settings="\n".join(f"| {k} | {v} |" for k, v in record.items() if k not in LEFT_OUT and v is not None),
     )
 
 

@@ -11,6 +11,7 @@ from jit_accel.data.sources import Source
 from jit_accel.data.waiting import Waiting, waiting_advice
 from jit_accel.data.workers import cores_per_process, worker_memory_gib
 from jit_accel.errors import UserError
+from jit_accel.metrics import of_each_process
 
 
 class Feed:
@@ -66,10 +67,8 @@ class Feed:
 
     def counters(self) -> list[float]:
         """What `read_counters` wants of every process, to be averaged over them."""
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        # A place for each process, whose mean is its own value: the slowest of them gates all.
-        waited_s = [self.waiting.seconds * processes * (place == rank) for place in range(processes)]
-        return [float(len(self.bad_images)), *waited_s]
+        waited_s = of_each_process(self.waiting.seconds, self.accelerator.process_index, self.accelerator.num_processes)
+        return [float(len(self.bad_images)), *waited_s]  # the slowest gates all
 
     def read_counters(self, means: list[float], steps: int) -> tuple[int, dict[str, float]]:
         """The number of broken images, and the metrics of the last `steps` steps, from averaged `counters()`."""
@@ -82,8 +81,11 @@ class Feed:
                 measured["data/worker_rss_gib"] = memory_gib
         return round(bad_images * self.accelerator.num_processes), measured
 
-    def lost_lately(self) -> tuple[float | None, str]:
+    def lost_lately(self) -> tuple[float | None, str | None]:
         """The share of the time that was lost to waiting, where there is enough to tell, and what helps against it."""
+        share = self.waiting.lost_lately()
+        if share is None:
+            return None, None
         advice = waiting_advice(
             self.config.data.data_path,
             num_workers=self.config.data.num_workers,
@@ -92,7 +94,7 @@ class Feed:
             is_encoded=self.source.is_encoded,
             is_prepared=self.source.format == "prepared",
         )
-        return self.waiting.lost_lately(), advice
+        return share, advice
 
     def state(self) -> dict:
         """Everything a later run needs, of all processes, which call this together."""

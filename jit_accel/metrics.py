@@ -87,6 +87,11 @@ class StepMetrics:
         return list(rows.values()), counters
 
 
+def of_each_process(value: float, rank: int, num_processes: int) -> list[float]:
+    """Counters whose means over the processes are the processes' own values: for what the slowest one decides."""
+    return [value * num_processes * (place == rank) for place in range(num_processes)]
+
+
 def loss_by_t(sums: list[float], counts: list[float]) -> dict[str, float]:
     """Mean loss in each tenth of t that any image fell into."""
     return {

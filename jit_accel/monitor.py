@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from jit_accel.ema import AUTO, Ema, decay_at
 from jit_accel.errors import UserError
 from jit_accel.guards import stop_if_not_finite
 from jit_accel.health import Health
-from jit_accel.metrics import EpochMetrics, StepClock, StepMetrics, WeightWatch
+from jit_accel.metrics import EpochMetrics, StepClock, StepMetrics, WeightWatch, of_each_process
 from jit_accel.model import forward_macs
 from jit_accel.precision import peak_flops
 from jit_accel.progress import Progress
@@ -29,7 +29,6 @@ from jit_accel.resolve import Plan
 from jit_accel.trackers import Trackers
 from jit_accel.tracking import FAILED_FILE, MetricsLog
 
-PATIENCE_S = {False: 120.0, True: 5.0}  # with the last report, by whether the run was told to stop
 TRAIN_FLOPS_PER_FORWARD_MAC = 6  # a multiply and an add, forward and twice backward
 
 
@@ -55,13 +54,20 @@ class Monitor:
         self.peak_flops = peak_flops(device_name(accelerator.device), config.performance.mixed_precision)
         self.trackers = None
 
-    def open(self, step: int, record: dict) -> None:
+    def open(self, step: int, record: dict, is_other_training: bool = False) -> None:
         """Start, or go on from `step`.
 
         Args:
             record: the run in settings and facts, as `record.record_run` gives it.
+            is_other_training: it goes on with other settings than before.
         """
         self.trackers = Trackers(self.accelerator, self.config.tracking, record, self.output_dir, step)
+        if is_other_training and self.trackers.newest_step > step:
+            warn(
+                f"the trackers have steps {step + 1:,} to {self.trackers.newest_step:,} as they were trained with "
+                "other settings, and keep them; metrics.jsonl and report.html have the new ones. For a curve of its "
+                "own give another --output_dir and the checkpoint as --resume."
+            )
         self.log = MetricsLog(self.output_dir, step) if self.is_main else None
         self.report = ReportProcess(self.output_dir, self.is_main and self.config.tracking.html_report)
         self.progress = Progress(self.plan.total_steps, step, self.is_main)
@@ -86,17 +92,14 @@ class Monitor:
             return
         trackers, self.trackers = self.trackers, None
         self.progress.close()
-        # Whoever stops a run soon loses patience.
-        patience_s = PATIENCE_S[is_preempted]
+        patience_s = 5.0 if is_preempted else 120.0  # whoever stops a run soon kills it
         self.report.start_last(patience_s)
         trackers.finish(exit_code, is_preempted=is_preempted)
         self.report.wait(patience_s)
 
-    @contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> AbstractContextManager:
         """Of what happens inside, the speed of the training is not told."""
-        with self.clock.pause():
-            yield
+        return self.clock.pause()
 
     @contextmanager
     def watched_step(self, step: int) -> Iterator[None]:
@@ -122,9 +125,12 @@ class Monitor:
         Raises:
             UserError: loss or gradient norm not finite.
         """
-        memory = self._of_each_process(peak_memory_gib(self.accelerator.device))
+        accelerator = self.accelerator
+        memory = of_each_process(
+            peak_memory_gib(accelerator.device), accelerator.process_index, accelerator.num_processes
+        )
         counters = [float(is_told_to_stop), *memory, *self.feed.counters()]
-        rows, (stops, *means) = self.steps.flush(lambda values: self.accelerator.reduce(values, "mean"), counters)
+        rows, (stops, *means) = self.steps.flush(lambda values: accelerator.reduce(values, "mean"), counters)
         durations_s, trained_s = self.clock.end_interval()
         memory, waits = means[: len(memory)], means[len(memory) :]
         self.bad_images, measured = self.feed.read_counters(waits, len(rows))
@@ -161,11 +167,6 @@ class Monitor:
             peak = self.peak_flops * self.accelerator.num_processes
             speed["perf/mfu"] = self.flops_per_image * images_per_second / peak
         return speed
-
-    def _of_each_process(self, value: float) -> list[float]:
-        """Counters whose means over the processes are the processes' own values."""
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        return [value * processes * (place == rank) for place in range(processes)]
 
     @property
     def images_seen(self) -> int:

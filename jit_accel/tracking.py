@@ -24,22 +24,25 @@ class MetricsLog:
     def __init__(self, output_dir: Path, step: int):
         """Open the log of `output_dir` and drop what an interrupted run wrote after `step`, the one resumed from."""
         self.path = output_dir / METRICS_FILE
-        self.has_failed = False
-        self.pending: list[dict] = []
-        try:
-            if self.path.exists():
-                os.truncate(self.path, end_of_rows(self.path, step))
-        except OSError as error:
-            self._fail(error)
+        self.step = step
+        self.has_failed = self.is_trimmed = False
+        self.pending: list[str] = []
+        self.write([])
 
     def write(self, rows: list[dict]) -> None:
         """Append rows, those of earlier calls that failed first; a full disk is reported once."""
-        self.pending = [*self.pending, *rows][-MOST_PENDING:]
+        self.pending = [*self.pending, *map(as_line, rows)][-MOST_PENDING:]
         try:
-            append("".join(map(as_line, self.pending)).encode(), self.path)
+            self._trim()
+            append("".join(self.pending).encode(), self.path)
             self.pending = []
         except OSError as error:
             self._fail(error)
+
+    def _trim(self) -> None:
+        if not self.is_trimmed and self.path.exists():
+            os.truncate(self.path, end_of_rows(self.path, self.step))
+        self.is_trimmed = True
 
     def _fail(self, error: OSError) -> None:
         if not self.has_failed:
@@ -101,9 +104,9 @@ def as_row(line: bytes) -> dict | None:
     """A line of the file; None where it was cut short or is something else."""
     try:
         row = json.loads(line, parse_constant=lambda name: None)  # NaN in files of other versions
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+    return row if type(row) is dict and type(row.get("step")) is int and row["step"] >= 0 else None
 
 
 def read_metrics(output_dir: Path) -> list[dict]:

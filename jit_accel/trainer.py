@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 
 from jit_accel import rng
 from jit_accel.checkpoint import (
@@ -283,7 +282,7 @@ class Trainer:
             say(message)
 
     def _open_logs(self) -> None:
-        record = record_run(self) if self.accelerator.is_main_process else {}
+        self.record = record_run(self) if self.accelerator.is_main_process else {}
         if self.accelerator.is_main_process:
             for marker in (INTERRUPTED_FILE, FAILED_FILE):
                 (self.output_dir / marker).unlink(missing_ok=True)
@@ -292,14 +291,8 @@ class Trainer:
             if self.step < self.plan.total_steps:
                 with contextlib.suppress(OSError):
                     write_config(self.config, self.output_dir / "config.yaml")
-                write_record(record, self.output_dir)
-        self.monitor.open(self.step, record)
-        if self.is_other_training and self.monitor.trackers.newest_step > self.step:
-            warn(
-                f"the trackers have steps {self.step + 1:,} to {self.monitor.trackers.newest_step:,} as they were "
-                "trained with other settings, and keep them; metrics.jsonl and report.html have the new ones. For a "
-                "curve of its own give another --output_dir and the checkpoint as --resume."
-            )
+                write_record(self.record, self.output_dir)
+        self.monitor.open(self.step, self.record, self.is_other_training)
 
     def _is_told_to_stop_alone(self) -> bool:
         # Several processes agree at the next flush; one need not wait for it.
@@ -329,7 +322,7 @@ class Trainer:
             weights = whole_tensors(self.ema.averages[decay], keep=self.accelerator.is_main_process)
             self._on_main(lambda: draw_loss_curve(read_metrics(self.output_dir), curve))
             self._on_main(
-                lambda: export_pipeline(self.samples.pipeline(), weights, pipeline_dir, sheet, record_run(self), decay)
+                lambda: export_pipeline(self.samples.pipeline(), weights, pipeline_dir, sheet, self.record, decay)
             )
         self.say(f"Samples:    {sheet}\nLoss curve: {curve}\nPipeline:   {pipeline_dir}")
         if self.config.tracking.html_report:
@@ -342,13 +335,7 @@ class Trainer:
 
     def _on_main(self, write) -> None:
         """Write on the main process; where that fails, all end alike."""
-        problem = None
-        if self.accelerator.is_main_process:
-            try:
-                write()
-            except (OSError, SafetensorError) as error:
-                problem = str(error)
-        (problem,) = broadcast_object_list([problem])
+        (problem,) = broadcast_object_list([self.checkpointer.try_on_writer(write)])
         if problem:
             raise UserError(
                 f"--output_dir {self.output_dir}: cannot be written to ({problem}). The training is complete and its "

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import exp, isfinite
 from pathlib import Path
 
-from jit_accel.tracking import METRICS_FILE
+from jit_accel.tracking import METRICS_FILE, as_row
 
 MAX_BUCKETS = 2000
 SIGNIFICANT_DIGITS = 5
@@ -203,7 +202,7 @@ def read_measurements(folder: Path) -> Measurements:
     """Read `metrics.jsonl` of a run's folder; what cannot be read in it is left out and counted."""
     measurements = Measurements()
     try:
-        with open(folder / METRICS_FILE, encoding="utf-8", errors="replace") as file:
+        with open(folder / METRICS_FILE, "rb") as file:
             for row in rows_of(file):
                 if row is None:
                     measurements.num_unreadable += 1
@@ -214,17 +213,12 @@ def read_measurements(folder: Path) -> Measurements:
     return measurements
 
 
-def rows_of(lines: Iterable[str]) -> Iterator[dict | None]:
+def rows_of(lines: Iterable[bytes]) -> Iterator[dict | None]:
     """The rows of a metrics file; None for a line that is none, such as a last one that was cut short."""
     for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            if line.strip():
-                yield None
-            continue
-        is_row = type(row) is dict and type(row.get("step")) is int and row["step"] >= 0
-        yield row if is_row else None
+        row = as_row(line)
+        if row is not None or line.strip():
+            yield row
 
 
 def is_number(value) -> bool:
