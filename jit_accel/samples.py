@@ -9,11 +9,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from jit_accel import rng
 from jit_accel.config import Config
 from jit_accel.console import warn
+from jit_accel.generation import SamplerSettings, generate
+from jit_accel.loading import build_pipeline
 from jit_accel.pipeline import JiTPipeline
-from jit_accel.scheduler import JiTScheduler
 from jit_accel.sharding import reshard
 
 SAMPLES_PER_CLASS = 8
@@ -39,16 +39,7 @@ class SampleSheets:
 
     def pipeline(self) -> JiTPipeline:
         """The diffusers pipeline around the network as it is now."""
-        objective = self.config.objective
-        scheduler = JiTScheduler(
-            prediction_type=objective.prediction, t_eps=objective.t_eps, noise_scale=objective.noise_scale
-        )
-        return JiTPipeline(
-            transformer=self.network,
-            scheduler=scheduler,
-            class_names=self.class_names,
-            guidance_scale=self.config.sample.guidance_scale,
-        )
+        return build_pipeline(self.network, self.config, self.class_names)
 
     def caption(self, step: int) -> str:
         """A sheet in words."""
@@ -76,18 +67,15 @@ class SampleSheets:
         size = max(config.optim.batch_size, SAMPLES_PER_CLASS)
         pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
-        images = [
-            pipeline(
-                [labels[i] for i in part],
-                num_inference_steps=config.sample.num_inference_steps,
-                generator=[
-                    torch.Generator().manual_seed(key >> 1) for key in rng.hash64(seed, "sample", part).tolist()
-                ],
-                output_type="pt",
-            ).images
-            for part in (mine[start : start + size] for start in range(0, share, size))
-        ]
-        pixels = (torch.cat(images) * 255).round().to(accelerator.device, torch.uint8)
+        images = generate(
+            pipeline,
+            mine,
+            seed=seed,
+            labels=[labels[i] for i in mine],
+            settings=SamplerSettings(config.sample.num_inference_steps),
+            batch_size=size,
+        )
+        pixels = torch.cat([part for _, part in images]).to(accelerator.device)
         return accelerator.gather(pixels)[: len(labels)].cpu()
 
 

@@ -236,6 +236,7 @@ class Trainer:
             "scaler": scaler.state_dict() if scaler else None,
             "settings": self.config.recorded(),
             "data": describe_data(self.source),
+            "class_names": self.samples.class_names,
             "fingerprint": self.source.fingerprint,
         }
         with self.monitor.pause():

@@ -20,6 +20,17 @@ def cache(tmp_path_factory):
     os.environ["JIT_ACCEL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture
+def hf_cache(tmp_path_factory, monkeypatch):
+    """A cache of HF datasets for one test: files are known again by their URL alone, and ports are used again."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("hf")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", folder / "downloads")
+    monkeypatch.setattr(datasets.config, "EXTRACTED_DATASETS_PATH", folder / "downloads" / "extracted")
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A folder of 44 Fashion-MNIST images in four class folders."""

@@ -16,8 +16,7 @@ N = 6
 
 
 @pytest.fixture(autouse=True)
-def hf_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("hf")))
+def online(hf_cache, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
 
 

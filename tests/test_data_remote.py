@@ -310,8 +310,7 @@ def test_an_address_that_cannot_be_read_is_refused(path, message):
         open_source(path)
 
 
-def test_remote_tables_can_be_downloaded_for_random_access(server, loaders, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+def test_remote_tables_can_be_downloaded_for_random_access(server, loaders, hf_cache, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     source = open_source(all_of(server, "parquet"), streaming=False)
     assert (source.streaming, source.num_images) == (False, N)

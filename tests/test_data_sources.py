@@ -14,10 +14,7 @@ from datasets import ClassLabel, Value
 
 from jit_accel.data import open_source
 
-
-@pytest.fixture(autouse=True)
-def hf_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf"))
+pytestmark = pytest.mark.usefixtures("hf_cache")
 
 
 # Folders

@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import numpy as np
 import pytest
 from data_samples import numbers_in, png, refusal, tar
@@ -11,8 +10,7 @@ from jit_accel.data import build_loader, open_source
 
 
 @pytest.fixture(autouse=True)
-def caches(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf"))
+def caches(hf_cache, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("JIT_ACCEL_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 

@@ -66,9 +66,7 @@ def stores(sources, tmp_path_factory) -> dict[str, Path]:
     return {format: root / format for format in FORMATS}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("hf_cache")
 
 
 # --- what is stored

@@ -1,0 +1,72 @@
+"""Images by number: the n-th of a seed is the same whatever the batch, the process or what else is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jit_accel import rng
+from jit_accel.pipeline import JiTPipeline
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How images are drawn; None is the pipeline's own."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    method: str | None = None
+
+
+def number_of(label: int, index: int, num_classes: int) -> int:
+    """The number of the `index`-th image of a class: numbers go round the classes, and label = number % classes."""
+    return index * num_classes + label
+
+
+def generators(seed: int, numbers: Sequence[int]) -> list[torch.Generator]:
+    """One on the CPU for each image, which gives the same noise on every device."""
+    return [torch.Generator().manual_seed(key >> 1) for key in rng.hash64(seed, "sample", numbers).tolist()]
+
+
+def share_of(numbers: Sequence[int], rank: int, world_size: int) -> Sequence[int]:
+    """This process's numbers: every `world_size`-th, so that shares differ by one at most."""
+    return numbers[rank::world_size]
+
+
+def generate(
+    pipeline: JiTPipeline,
+    numbers: Sequence[int],
+    *,
+    seed: int = 0,
+    labels: Sequence[int | None] | None = None,
+    settings: SamplerSettings = SamplerSettings(),
+    batch_size: int = 64,
+    height: int | None = None,
+    width: int | None = None,
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Yield (numbers, images uint8 (B, 3, H, W) on the pipeline's device) in batches.
+
+    Args:
+        labels: of each number; None: number % classes.
+    """
+    num_classes = pipeline.transformer.config.num_classes
+    if labels is None:
+        labels = [number % num_classes for number in numbers]
+    for start in range(0, len(numbers), batch_size):
+        part = numbers[start : start + batch_size]
+        images = pipeline(
+            list(labels[start : start + batch_size]),
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            guidance_interval=settings.guidance_interval,
+            method=settings.method,
+            generator=generators(seed, part),
+            height=height,
+            width=width,
+            output_type="pt",
+        ).images
+        yield part, (images * 255).round().to(torch.uint8)

@@ -1,0 +1,108 @@
+"""A pipeline from whatever holds one: a pipeline folder, a run, a checkpoint, a Hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from jit_accel.checkpoint import complete_checkpoints, is_complete, read_state
+from jit_accel.config import SETTINGS, Config, DataConfig
+from jit_accel.errors import UserError, nearest
+from jit_accel.model import JiTTransformer2DModel, build_model
+from jit_accel.pipeline import JiTPipeline
+from jit_accel.scheduler import JiTScheduler
+
+MODEL = "model"  # the weights themselves, not an average
+
+
+def build_pipeline(network: JiTTransformer2DModel, config: Config, class_names) -> JiTPipeline:
+    """The pipeline of a network that is or was trained with these (resolved) settings."""
+    objective = config.objective
+    scheduler = JiTScheduler(
+        prediction_type=objective.prediction, t_eps=objective.t_eps, noise_scale=objective.noise_scale
+    )
+    return JiTPipeline(
+        transformer=network,
+        scheduler=scheduler,
+        class_names=class_names,
+        guidance_scale=config.sample.guidance_scale,
+    )
+
+
+def load_pipeline(path: str, ema: str | None = None, torch_dtype: torch.dtype = torch.float32) -> JiTPipeline:
+    """Load a pipeline on the CPU.
+
+    Args:
+        path: a pipeline folder; a run's output folder (its pipeline, or its newest checkpoint); a checkpoint; a Hub id.
+        ema: decay of the averaged weights to take from the checkpoint, or "model" for the weights themselves.
+            None: what is in the pipeline folder, and of a checkpoint the first average.
+
+    Raises:
+        UserError: nothing of that kind is there, or it has no such average.
+    """
+    folder = Path(path).expanduser()
+    if ema is None:
+        for candidate in (folder, folder / "pipeline"):
+            if (candidate / "model_index.json").is_file():
+                return JiTPipeline.from_pretrained(candidate, torch_dtype=torch_dtype)
+    if checkpoint := find_checkpoint_in(folder):
+        return pipeline_of_checkpoint(checkpoint, ema).to(torch_dtype)
+    if ema is not None:
+        raise UserError(
+            f"--ema {ema}: {path} has no checkpoint to take averages from: give the output folder of a run, or leave "
+            "the flag out to use the weights of the pipeline folder."
+        )
+    if folder.exists() or path.count("/") != 1:
+        raise UserError(
+            f"--model {path}: holds no pipeline (model_index.json) and no checkpoint: give a pipeline folder, the "
+            "output folder of a run, or owner/name of the Hub."
+        )
+    try:
+        return JiTPipeline.from_pretrained(path, torch_dtype=torch_dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--model {path}: is no folder here, and cannot be had from the Hub ({reason}).") from None
+
+
+def find_checkpoint_in(folder: Path) -> Path | None:
+    """The folder itself if it is a checkpoint, else the newest of the run whose output folder it is."""
+    if is_complete(folder):
+        return folder
+    found = complete_checkpoints(folder / "checkpoints")
+    return found[-1] if found else None
+
+
+def averages_of(checkpoint: Path) -> list[str]:
+    """Names of the averaged weights that a checkpoint holds, the run's first one first."""
+    return list(read_state(checkpoint)["settings"]["ema_decays"])
+
+
+def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None) -> JiTPipeline:
+    """The pipeline of a checkpoint with its averaged weights `ema` (None: the first), or with "model" its own."""
+    state = read_state(checkpoint)
+    config = config_of(state["settings"])
+    averages = averages_of(checkpoint)
+    ema = averages[0] if ema is None else ema
+    if ema not in (MODEL, *averages):
+        choices = (*averages, MODEL)
+        raise UserError(f"--ema {ema}: {checkpoint} has {', '.join(choices)}.{nearest(ema, choices)}")
+    with torch.device("meta"):
+        network = build_model(
+            config.model.model,
+            img_size=config.data.img_size,
+            num_classes=config.model.num_classes,
+            proj_dropout=config.model.proj_dropout,
+            attn_dropout=config.model.attn_dropout,
+        )
+    stem = MODEL if ema == MODEL else f"ema_{ema}"
+    network.load_state_dict(load_file(checkpoint / f"{stem}.safetensors"), strict=True, assign=True)
+    return build_pipeline(network.eval(), config, state.get("class_names"))
+
+
+def config_of(settings: dict) -> Config:
+    """A `Config` from recorded settings; what an older version did not know has its default."""
+    known = {name: value for name, value in settings.items() if name in SETTINGS}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+    return Config(DataConfig(values.pop("data_path"))).updated(**values)
