@@ -46,7 +46,7 @@ def load_pipeline(path: str, ema: str | None = None, torch_dtype: torch.dtype = 
     if ema is None:
         for candidate in (folder, folder / "pipeline"):
             if (candidate / "model_index.json").is_file():
-                return JiTPipeline.from_pretrained(candidate, torch_dtype=torch_dtype)
+                return JiTPipeline.from_pretrained(candidate).to(torch_dtype)
     if checkpoint := find_checkpoint_in(folder):
         return pipeline_of_checkpoint(checkpoint, ema).to(torch_dtype)
     if ema is not None:
@@ -60,7 +60,7 @@ def load_pipeline(path: str, ema: str | None = None, torch_dtype: torch.dtype = 
             "output folder of a run, or owner/name of the Hub."
         )
     try:
-        return JiTPipeline.from_pretrained(path, torch_dtype=torch_dtype)
+        return JiTPipeline.from_pretrained(path).to(torch_dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--model {path}: is no folder here, and cannot be had from the Hub ({reason}).") from None
