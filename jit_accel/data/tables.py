@@ -57,8 +57,7 @@ def open_builtin(request: Request) -> Source:
     Raises:
         UserError: unknown name, or streaming asked for.
     """
-    choices = {f"builtin:{path.parent.name}": str(path) for path in sorted(BUILTIN.glob("*/train.parquet"))}
-    file = lookup(choices, request.path, "--data_path")
+    file = lookup(_builtin_files(), request.path, "--data_path")
     if request.streaming:
         raise UserError(f"--streaming true: {request.path} is small and held in memory: leave the flag out.")
     row_groups, schema = _check_files([file])
@@ -194,6 +193,13 @@ def choose_columns(schema: pa.Schema, request: Request) -> tuple[Columns, dict]:
 def row_groups_of(footer: pq.FileMetaData) -> list[int]:
     """The rows of each row group."""
     return [footer.row_group(n).num_rows for n in range(footer.num_row_groups)]
+
+
+def _builtin_files() -> dict[str, str]:
+    """`builtin:NAME` of each training split, `builtin:NAME_SPLIT` of each other one, and their files."""
+    files = sorted(BUILTIN.glob("*/*.parquet"), key=lambda path: (path.parent.name, path.stem != "train", path.stem))
+    names = [path.parent.name + ("" if path.stem == "train" else f"_{path.stem}") for path in files]
+    return {f"builtin:{name}": str(path) for name, path in zip(names, files)}
 
 
 def _check_files(files: list[str]) -> tuple[list[list[int]], pa.Schema]:

@@ -1,8 +1,8 @@
-"""Make fashion_mnist/train.parquet from the original files: `python make_fashion_mnist.py FOLDER_OF_IDX_FILES`.
+"""Make fashion_mnist/*.parquet from the original files: `python make_fashion_mnist.py FOLDER_OF_IDX_FILES [TARGET]`.
 
-FOLDER holds train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz, from Debian's package (apt-get download
-dataset-fashion-mnist; dpkg -x) or from https://github.com/zalandoresearch/fashion-mnist. The same input gives the
-same images in the same order; the bytes of the file depend on the versions of Pillow and PyArrow.
+FOLDER holds {train,t10k}-images-idx3-ubyte.gz and {train,t10k}-labels-idx1-ubyte.gz, from Debian's package (apt-get
+download dataset-fashion-mnist; dpkg -x) or from https://github.com/zalandoresearch/fashion-mnist. The same input gives
+the same images in the same order; the bytes of the files depend on the versions of Pillow and PyArrow.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import io
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +33,17 @@ CLASS_NAMES = [
     "Bag",
     "Ankle boot",
 ]
-IMAGES_PER_CLASS = 1000
 ROW_GROUP_SIZE = 2000
 SEED = 0
+
+
+@dataclass(frozen=True)
+class Split:
+    source: str  # how the names of the original files begin
+    images_per_class: int
+
+
+SPLITS = {"train": Split("train", 1000), "test": Split("t10k", 200)}
 
 
 def read_idx(file: Path) -> np.ndarray:
@@ -45,11 +54,11 @@ def read_idx(file: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
-def choose(labels: np.ndarray) -> np.ndarray:
-    """`IMAGES_PER_CLASS` random indices of each class, shuffled together."""
+def choose(labels: np.ndarray, images_per_class: int) -> np.ndarray:
+    """So many random indices of each class, shuffled together."""
     lottery = rng.hash64(SEED, "choose", np.arange(len(labels)))
     by_class = [np.flatnonzero(labels == label) for label in range(len(CLASS_NAMES))]
-    chosen = np.concatenate([one[np.argsort(lottery[one])[:IMAGES_PER_CLASS]] for one in by_class])
+    chosen = np.concatenate([one[np.argsort(lottery[one])[:images_per_class]] for one in by_class])
     return chosen[np.argsort(rng.hash64(SEED, "shuffle", chosen))]
 
 
@@ -60,19 +69,25 @@ def as_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def main(folder: Path, target: Path) -> None:
-    """Write the subset to `target`."""
-    images = read_idx(folder / "train-images-idx3-ubyte.gz")
-    labels = read_idx(folder / "train-labels-idx1-ubyte.gz")
-    chosen = choose(labels)
+def make(folder: Path, target: Path, name: str) -> None:
+    """Write the subset of the split `name` to `target`."""
+    split = SPLITS[name]
+    images = read_idx(folder / f"{split.source}-images-idx3-ubyte.gz")
+    labels = read_idx(folder / f"{split.source}-labels-idx1-ubyte.gz")
+    chosen = choose(labels, split.images_per_class)
     features = Features({"image": Image(), "label": ClassLabel(names=CLASS_NAMES)})
-    rows = [{"bytes": as_png(images[i]), "path": f"train_{i:05d}.png"} for i in chosen]
+    rows = [{"bytes": as_png(images[i]), "path": f"{name}_{i:05d}.png"} for i in chosen]
     schema = features.arrow_schema
     table = pa.table({"image": pa.array(rows, schema.field("image").type), "label": labels[chosen].astype(np.int64)})
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table.cast(schema), target, row_group_size=ROW_GROUP_SIZE, compression="zstd")
     print(f"{target}: {len(table)} images, {target.stat().st_size:,} bytes")
 
 
+def main(folder: Path, target: Path = Path(__file__).parent / "fashion_mnist") -> None:
+    for name in SPLITS:
+        make(folder, target / f"{name}.parquet", name)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(__file__).parent / "fashion_mnist" / "train.parquet")
+    main(*map(Path, sys.argv[1:]))
