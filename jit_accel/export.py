@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from jit_accel.config import HealthConfig, TrackingConfig
-from jit_accel.pipeline import JiTPipeline
+from jit_accel.pipeline import DEFAULTS, JiTPipeline
 
 CARD_PICTURE = "samples.png"
 CARD = """---
@@ -82,11 +82,7 @@ def is_export_of(folder: Path, sheet: Path) -> bool:
 
 def pipeline_settings(pipeline: JiTPipeline) -> dict:
     """What the pipeline was built with, besides the network."""
-    return {
-        "scheduler": pipeline.scheduler,
-        "class_names": pipeline.config.class_names,
-        "guidance_scale": pipeline.config.guidance_scale,
-    }
+    return {"scheduler": pipeline.scheduler} | {name: pipeline.config[name] for name in ("class_names", *DEFAULTS)}
 
 
 # Paths and names of the machine or the team are nobody's business once the folder is shared.

@@ -16,7 +16,7 @@ from jit_accel.pipeline import JiTPipeline
 class SamplerSettings:
     """How images are drawn; None is the pipeline's own."""
 
-    num_inference_steps: int = 50
+    num_inference_steps: int | None = None
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     method: str | None = None

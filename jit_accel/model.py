@@ -12,8 +12,15 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from jit_accel import functional
-from jit_accel.functional import TIME_FEATURES, modulated_rms_norm, normalised_and_rotated
+from jit_accel.functional import (
+    TIME_FEATURES,
+    gated_silu,
+    modulated_rms_norm,
+    normalised_and_rotated,
+    position_table,
+    rope_table,
+    time_frequencies,
+)
 from jit_accel.presets import parse_model_name
 
 
@@ -25,11 +32,17 @@ class JiTOutput(BaseOutput):
 
 
 class RMSNorm(nn.Module):
-    """Holds the weight of a norm; what surrounds the norm is fused with it in `functional`."""
+    """Holds the weight of a norm; what surrounds the norm is fused with it in `functional`.
+
+    The weight is had by a call, because hooks that move weights to the device (sequential offload) act on calls.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self) -> Tensor:
+        return self.weight
 
 
 class PatchProjection(nn.Conv2d):
@@ -60,7 +73,7 @@ class TimestepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        angles = t.float()[:, None] * functional.time_frequencies(t.device)
+        angles = t.float()[:, None] * time_frequencies(t.device)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(self.mlp[0].weight.dtype))
 
 
@@ -86,8 +99,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        q = normalised_and_rotated(q, self.q_norm.weight, rope)
-        k = normalised_and_rotated(k, self.k_norm.weight, rope)
+        q = normalised_and_rotated(q, self.q_norm(), rope)
+        k = normalised_and_rotated(k, self.k_norm(), rope)
         out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj_dropout(self.proj(out.transpose(1, 2).flatten(2).to(x.dtype)))
 
@@ -109,7 +122,7 @@ class SwiGLU(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w3(self.dropout(functional.gated_silu(self.w12(x))))
+        return self.w3(self.dropout(gated_silu(self.w12(x))))
 
 
 def swiglu_width(hidden_size: int, mlp_ratio: float) -> int:
@@ -128,9 +141,9 @@ class JiTBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """x (B, T, D) float32, c (B, D) -> (B, T, D) float32."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
-        attended = self.attn(modulated_rms_norm(x, self.norm1.weight, shift1, scale1), rope)
+        attended = self.attn(modulated_rms_norm(x, self.norm1(), shift1, scale1), rope)
         x = torch.addcmul(x, gate1, attended)
-        mixed = self.mlp(modulated_rms_norm(x, self.norm2.weight, shift2, scale2))
+        mixed = self.mlp(modulated_rms_norm(x, self.norm2(), shift2, scale2))
         return torch.addcmul(x, gate2, mixed)
 
 
@@ -143,7 +156,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        return self.linear(modulated_rms_norm(x, self.norm_final.weight, shift, scale))
+        return self.linear(modulated_rms_norm(x, self.norm_final(), shift, scale))
 
 
 class JiTTransformer2DModel(ModelMixin, ConfigMixin):
@@ -246,7 +259,7 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin):
 
         y_emb = self.y_embedder(class_labels)
         c = self.t_embedder(t) + y_emb
-        x = self.x_embedder(sample) + functional.position_table(config.hidden_size, grid, trained_grid, device)
+        x = self.x_embedder(sample) + position_table(config.hidden_size, grid, trained_grid, device)
 
         head_dim = config.hidden_size // config.num_heads
         prefix = 0
@@ -254,7 +267,7 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin):
             if i == config.in_context_start and config.in_context_len > 0:
                 prefix = config.in_context_len
                 x = torch.cat([(y_emb[:, None] + self.in_context_posemb).to(x.dtype), x], dim=1)
-            rope = functional.rope_table(head_dim, grid, trained_grid, prefix, device)
+            rope = rope_table(head_dim, grid, trained_grid, prefix, device)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, x, c, rope)
             else:
@@ -326,7 +339,7 @@ def load_reference_weights(model: JiTTransformer2DModel, state_dict: Mapping[str
     given = {name.removeprefix("net."): tensor for name, tensor in state_dict.items()}
     config = model.config
     grid = config.img_size // config.patch_size
-    positions = functional.position_table(config.hidden_size, (grid, grid), grid, torch.device("cpu"))
+    positions = position_table(config.hidden_size, (grid, grid), grid, torch.device("cpu"))
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if "pos_embed" in given:  # fixed, so it is compared, not loaded
         expected["pos_embed"] = positions.shape

@@ -32,7 +32,7 @@ def _at_least(value, floor: float):
     return value.clamp(min=floor) if isinstance(value, Tensor) else max(value, floor)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -41,7 +41,7 @@ def velocity(model_output: Tensor, sample: Tensor, t: Tensor | float, prediction
 
     1/(1-t), and 1/t for e, diverge at the ends; t_eps is the paper's clamp (2511.13720, Algorithm 2).
     """
-    return VELOCITIES[prediction_type](_wide(model_output), _wide(sample), t, t_eps)
+    return VELOCITIES[prediction_type](_at_least_float32(model_output), _at_least_float32(sample), t, t_eps)
 
 
 def _choose(table: dict, name: str, setting: str) -> str:
@@ -50,11 +50,15 @@ def _choose(table: dict, name: str, setting: str) -> str:
     return name
 
 
+def checked_method(method: str) -> str:
+    return _choose(CALLS_PER_STEP, method, "method")
+
+
 class JiTScheduler(SchedulerMixin, ConfigMixin):
     """Euler, or Heun whose last step is Euler, in equal steps of t.
 
     A model call at each of `timesteps`, in order, each followed by `step`. With Heun the sample between the two
-    calls of a step (`mid_step`) is the Euler guess at the step's end: hand it back unchanged.
+    calls of a step (`mid_step`) is the Euler guess at the step's end: hand it back as the next sample.
 
     Args:
         prediction_type: what the network predicts: x (clean image), e (noise) or v (velocity).
@@ -96,16 +100,30 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
         return self._start is not None
 
     @property
+    def num_steps(self) -> int:
+        """Steps of this trajectory: those set, less those left out at its start."""
+        return sum(not second for _, _, second in self._calls)
+
+    @property
     def call_times(self) -> list[float]:
         """`timesteps` on the host: the t of each model call, in order."""
         return [t for t, _, _ in self._calls]
 
-    def set_timesteps(
-        self, num_inference_steps: int, device: str | torch.device | None = None, method: str | None = None
-    ) -> None:
-        """Start a new trajectory of `num_inference_steps` equal steps.
+    @property
+    def next_time(self) -> float:
+        """The t of the sample that the next model call is given; 1 after the last call."""
+        return self._calls[self._next_call][0] if self._next_call < len(self._calls) else 1.0
 
-        Euler calls the model that many times, Heun 2n - 1 times.
+    def set_timesteps(
+        self,
+        num_inference_steps: int,
+        device: str | torch.device | None = None,
+        method: str | None = None,
+        skip_steps: int = 0,
+    ) -> None:
+        """Start a new trajectory of `num_inference_steps` equal steps, of which the first `skip_steps` are left out.
+
+        Euler calls the model once for each step, Heun twice but for the last.
 
         Raises:
             ValueError: fewer than one step, or an unknown method.
@@ -113,11 +131,11 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps {num_inference_steps} must be at least 1; the paper takes 50")
         self._forget()
-        self.method = _choose(CALLS_PER_STEP, method or self.config.solver, "method")
+        self.method = checked_method(method or self.config.solver)
         self.num_inference_steps = num_inference_steps
         # The float32 grid of the reference, so that t falls on the same side of a guidance interval's end.
         times = torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float32, device="cpu").tolist()
-        for i, (t, t_next) in enumerate(pairwise(times)):
+        for i, (t, t_next) in list(enumerate(pairwise(times)))[skip_steps:]:
             self._calls.append((t, t_next - t, False))
             if self.method == "heun" and i < num_inference_steps - 1:  # at t = 1 a prediction of x has no velocity
                 self._calls.append((t_next, t_next - t, True))
@@ -147,7 +165,7 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("step() without a timestep left: call set_timesteps(n) before each trajectory")
         t, step_size, second = self._calls[self._next_call]
         self._next_call += 1
-        sample = _wide(sample)
+        sample = _at_least_float32(sample)
         v = velocity(model_output, sample, t, self.config.prediction_type, self.config.t_eps)
         if second:
             moved = self._start + (step_size / 2) * (self._start_velocity + v)
