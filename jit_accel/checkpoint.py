@@ -32,7 +32,7 @@ FORMAT_VERSION = 1
 # What must agree between a checkpoint and the run that continues it; everything else may change.
 FIXED_SETTINGS = (
     *("model", "img_size", "num_classes", "prediction", "optimizer", "ema_decays", "seed"),
-    *("image_column", "label_column", "holdout"),
+    *("image_column", "label_column", "holdout", "lora_rank", "lora_alpha", "lora_targets"),
 )
 
 

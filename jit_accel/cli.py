@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from jit_accel.config import SETTINGS, Config
+from jit_accel.config import DEFAULT_MODEL, SETTINGS, Config
 from jit_accel.errors import UserError, nearest
 from jit_accel.resolve import check
 
@@ -34,6 +34,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
         console_outputs=os.environ.get("RANK", "0") == "0",
         description=f"{Config.__doc__} --config FILE reads settings from a YAML file; flags win over it.",
     )
+    if config.model.model is None and config.tune.init_from is None:
+        config = config.updated(model=DEFAULT_MODEL)
     check(config)
     return config
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from jit_accel.redact import redacted
 
+DEFAULT_MODEL = "JiT-B/16"
 STREAMING = {"auto": None, "true": True, "false": False}
 # What --report_to may name, and the package to install for it.
 TRACKERS = {
@@ -44,7 +45,7 @@ class DataConfig:
     """Images that each of the (up to eight) lanes of a stream shuffles together; held undecoded, about 256 MiB at most
     (over a network, as many again are read ahead)."""
     img_size: int | None = None
-    """Side of the square training images in pixels (default: 16 patches)."""
+    """Side of the square training images in pixels (default: 16 patches, or that of init_from)."""
     horizontal_flip: bool = True
     """Mirror every second image, at random. Switch off for digits and text."""
     num_workers: int | None = None
@@ -57,8 +58,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    model: str = "JiT-B/16"
-    """Size and patch: JiT-{Ti,S,B,L,H,G}/PATCH."""
+    model: str | None = None
+    """Size and patch: JiT-{Ti,S,B,L,H,G}/PATCH (default: JiT-B/16, or that of init_from)."""
     num_classes: int | None = None
     """Number of classes (default: from the data)."""
     in_channels: int = 3
@@ -67,6 +68,21 @@ class ModelConfig:
     """Dropout after attention and inside the MLP, middle half of the blocks (default: the size's, 0.2 for H, G)."""
     attn_dropout: float = 0.0
     """Dropout on the attention weights, middle half of the blocks."""
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    init_from: str | None = None
+    """Start from these weights instead of random ones: a pipeline folder, a run, a checkpoint, a Hub id. What fits is
+    kept; what does not (another number of classes, another patch size) is listed."""
+    lora_rank: int | None = None
+    """Train a LoRA adapter of this rank beside the frozen weights of init_from (needs peft); checkpoints hold only it."""
+    lora_alpha: float | None = None
+    """The adapter is scaled by alpha / rank (default: the rank)."""
+    lora_dropout: float = 0.0
+    """Dropout of the adapter's input."""
+    lora_targets: tuple[str, ...] | None = None
+    """Linear layers to adapt, by the ends of their names (default: attn.qkv attn.proj mlp.w12 mlp.w3)."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,7 @@ class ObjectiveConfig:
     P_std: float = 0.8
     """Standard deviation of logit(t)."""
     noise_scale: float | None = None
-    """Standard deviation of the noise (default: img_size / 256, at least 1)."""
+    """Standard deviation of the noise (default: img_size / 256, at least 1; at init_from's img_size, its own)."""
     t_eps: float = 0.05
     """Lower bound of 1 - t (and of t) where it divides."""
     label_drop_prob: float = 0.1
@@ -100,7 +116,7 @@ class OptimConfig:
     optimizer: str = "adamw"
     """adamw, or muon (Muon on the blocks' matrices, AdamW on the rest)."""
     learning_rate: float | None = None
-    """Peak learning rate (default: 5e-5 x global batch / 256)."""
+    """Peak learning rate (default: 5e-5 x global batch / 256; 1e-4 with lora_rank)."""
     lr_schedule: Literal["cosine", "constant"] = "cosine"
     """What follows the warm-up."""
     warmup_epochs: float | None = None
@@ -212,6 +228,8 @@ class Config:
     """What to learn from."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    """Starting from trained weights."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """Noise, prediction and loss (arXiv 2511.13720)."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -255,6 +273,7 @@ class Config:
 GROUPS = (
     DataConfig,
     ModelConfig,
+    TuneConfig,
     ObjectiveConfig,
     OptimConfig,
     PerformanceConfig,

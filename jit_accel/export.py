@@ -88,7 +88,7 @@ def pipeline_settings(pipeline: JiTPipeline) -> dict:
 # Paths and names of the machine or the team are nobody's business once the folder is shared.
 # How a run was watched says nothing about its weights.
 LEFT_OUT = (
-    *("data_path", "output_dir", "resume"),
+    *("data_path", "output_dir", "resume", "init_from"),
     *(field.name for group in (TrackingConfig, HealthConfig) for field in fields(group)),
 )
 

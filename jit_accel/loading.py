@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from jit_accel.checkpoint import complete_checkpoints, is_complete, read_state
 from jit_accel.config import SETTINGS, Config, DataConfig
 from jit_accel.errors import UserError, nearest
+from jit_accel.lora import identity_of, merged, refuse_other_base
 from jit_accel.model import JiTTransformer2DModel, build_model
 from jit_accel.pipeline import JiTPipeline
 from jit_accel.scheduler import JiTScheduler
@@ -31,13 +32,16 @@ def build_pipeline(network: JiTTransformer2DModel, config: Config, class_names) 
     )
 
 
-def load_pipeline(path: str, ema: str | None = None, torch_dtype: torch.dtype = torch.float32) -> JiTPipeline:
+def load_pipeline(
+    path: str, ema: str | None = None, torch_dtype: torch.dtype = torch.float32, flag: str = "--model"
+) -> JiTPipeline:
     """Load a pipeline on the CPU.
 
     Args:
         path: a pipeline folder; a run's output folder (its pipeline, or its newest checkpoint); a checkpoint; a Hub id.
         ema: decay of the averaged weights to take from the checkpoint, or "model" for the weights themselves.
             None: what is in the pipeline folder, and of a checkpoint the first average.
+        flag: what the path was given with, for errors.
 
     Raises:
         UserError: nothing of that kind is there, or it has no such average.
@@ -56,14 +60,14 @@ def load_pipeline(path: str, ema: str | None = None, torch_dtype: torch.dtype = 
         )
     if folder.exists() or path.count("/") != 1:
         raise UserError(
-            f"--model {path}: holds no pipeline (model_index.json) and no checkpoint: give a pipeline folder, the "
+            f"{flag} {path}: holds no pipeline (model_index.json) and no checkpoint: give a pipeline folder, the "
             "output folder of a run, or owner/name of the Hub."
         )
     try:
         return JiTPipeline.from_pretrained(path).to(torch_dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model {path}: is no folder here, and cannot be had from the Hub ({reason}).") from None
+        raise UserError(f"{flag} {path}: is no folder here, and cannot be had from the Hub ({reason}).") from None
 
 
 def find_checkpoint_in(folder: Path) -> Path | None:
@@ -97,8 +101,23 @@ def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None) -> JiTPipel
             attn_dropout=config.model.attn_dropout,
         )
     stem = MODEL if ema == MODEL else f"ema_{ema}"
-    network.load_state_dict(load_file(checkpoint / f"{stem}.safetensors"), strict=True, assign=True)
+    weights = load_file(checkpoint / f"{stem}.safetensors")
+    if config.tune.lora_rank:
+        weights = merged(base_of(checkpoint, state), weights, config.tune.lora_alpha / config.tune.lora_rank)
+    network.load_state_dict(weights, strict=True, assign=True)
     return build_pipeline(network.eval(), config, state.get("class_names"))
+
+
+def base_of(checkpoint: Path, state: dict) -> dict[str, torch.Tensor]:
+    """The weights that a checkpoint of an adapter stands on, from where its run had them.
+
+    Raises:
+        UserError: they are not there any more, or others.
+    """
+    path = state["settings"]["init_from"]
+    base = load_pipeline(path, flag=f"{checkpoint} is an adapter for --init_from").transformer.state_dict()
+    refuse_other_base(checkpoint, state, path, identity_of(base))
+    return base
 
 
 def config_of(settings: dict) -> Config:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
@@ -159,7 +160,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulated_rms_norm(x, self.norm_final(), shift, scale))
 
 
-class JiTTransformer2DModel(ModelMixin, ConfigMixin):
+class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """JiT: predicts the clean image from a noised one, its time t and its class.
 
     Parameter names are the reference's (without `net.`). The residual stream is float32 also where the

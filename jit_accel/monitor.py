@@ -30,6 +30,7 @@ from jit_accel.trackers import Trackers
 from jit_accel.tracking import FAILED_FILE, MetricsLog
 
 TRAIN_FLOPS_PER_FORWARD_MAC = 6  # a multiply and an add, forward and twice backward
+LORA_FLOPS_PER_FORWARD_MAC = 4  # frozen weights need no gradient of their own; the adapter's part is not counted
 
 
 class Monitor:
@@ -48,9 +49,12 @@ class Monitor:
         self.weights = WeightWatch(ema.params, ema.averages, network.config.depth)
         self.clock = StepClock(accelerator.device)
         self.epochs = EpochMetrics(plan.num_images)
-        self.health = Health(config.health, has_scaler=accelerator.scaler is not None)
+        self.health = Health(
+            config.health, must_fall=config.tune.init_from is None, has_scaler=accelerator.scaler is not None
+        )
         self.bad_images = 0
-        self.flops_per_image = TRAIN_FLOPS_PER_FORWARD_MAC * forward_macs(network)
+        flops_per_mac = LORA_FLOPS_PER_FORWARD_MAC if config.tune.lora_rank else TRAIN_FLOPS_PER_FORWARD_MAC
+        self.flops_per_image = flops_per_mac * forward_macs(network)
         self.peak_flops = peak_flops(device_name(accelerator.device), config.performance.mixed_precision)
         self.trackers = None
 

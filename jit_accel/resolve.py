@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jit_accel.config import TRACKERS, Config, OptimConfig, TrackingConfig
+from jit_accel.config import DEFAULT_MODEL, TRACKERS, Config, OptimConfig, TrackingConfig
 from jit_accel.errors import UserError, lookup
 from jit_accel.presets import parse_model_name
 
@@ -15,11 +15,13 @@ PAPER_WARMUP_EPOCHS = 5.0
 # The memory of an EMA, 1 / (1 - decay) steps, may be this share of a run; beyond it the average
 # still holds the random weights of the start (see `ema.py`).
 EMA_SHARE_OF_RUN = 0.1
+LORA_LEARNING_RATE = 1e-4  # what diffusers' LoRA training scripts start from
+LORA_TARGETS = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
 
 
 def image_size(config: Config) -> int:
     """Training resolution in pixels: as set, or 16 patches a side as in the paper (256 tokens)."""
-    return config.data.img_size or 16 * parse_model_name(config.model.model)[1]
+    return config.data.img_size or 16 * parse_model_name(config.model.model or DEFAULT_MODEL)[1]
 
 
 # Flag, rule as a predicate, rule in words. None means "not given" and passes.
@@ -33,6 +35,9 @@ RANGES = [
     ("in_channels", lambda v: v == 3, "3: grey and transparent images are converted to RGB, so leave it out"),
     ("proj_dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
     ("attn_dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
+    ("lora_rank", lambda v: v >= 1, "at least 1; leave it out to train all weights"),
+    ("lora_alpha", lambda v: 0 < v < math.inf, "positive"),
+    ("lora_dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
     ("P_mean", math.isfinite, "finite"),
     ("P_std", lambda v: 0 < v < math.inf, "positive"),
     ("noise_scale", lambda v: 0 < v < math.inf, "positive"),
@@ -77,6 +82,7 @@ def check(config: Config) -> None:
         if values[name] is not None and not holds(values[name]):
             raise UserError(f"--{name} {values[name]}: must be {rule}.")
     _check_image_size(config)
+    _check_tuning(config)
     _check_lengths(config.optim)
     _check_tracking(config.tracking)
     for decay in config.optim.ema_decays or ():
@@ -85,7 +91,31 @@ def check(config: Config) -> None:
         raise UserError("--ema_decays: needs at least one value; leave it out for the default, or write auto.")
 
 
+def _check_tuning(config: Config) -> None:
+    tune = config.tune
+    if tune.init_from is not None and not tune.init_from.strip():
+        raise UserError("--init_from: is empty: give a pipeline folder, a run, a checkpoint or a Hub id.")
+    if tune.lora_rank is None:
+        for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+            if getattr(tune, name):
+                raise UserError(f"--{name} {getattr(tune, name)}: is for an adapter: add --lora_rank, such as 16.")
+        return
+    if tune.init_from is None:
+        raise UserError(
+            f"--lora_rank {tune.lora_rank}: an adapter needs trained weights to stand on: add --init_from FOLDER."
+        )
+    if tune.lora_targets is not None and not any(target.strip() for target in tune.lora_targets):
+        raise UserError(f"--lora_targets: names no layer; the default is {' '.join(LORA_TARGETS)}.")
+    if config.optim.optimizer == "muon":
+        raise UserError(
+            "--optimizer muon: is for whole matrices; on the thin factors of --lora_rank every direction would get the "
+            "same step, however little it matters: use --optimizer adamw."
+        )
+
+
 def _check_image_size(config: Config) -> None:
+    if config.model.model is None:  # the source of --init_from will tell
+        return
     _, patch = parse_model_name(config.model.model)
     size = image_size(config)
     if size % patch:
@@ -229,7 +259,7 @@ def resolve(
             "leave the flag out, or give at least that number."
         )
     size = image_size(config)
-    optim, guidance = config.optim, config.sample.guidance_scale
+    optim, tune, guidance = config.optim, config.tune, config.sample.guidance_scale
     decays = optim.ema_decays or (
         "auto",
         *(str(d) for d in PAPER_EMA_DECAYS if ema_memory_steps(d) <= EMA_SHARE_OF_RUN * plan.total_steps),
@@ -241,12 +271,18 @@ def resolve(
         "proj_dropout": preset.proj_dropout if config.model.proj_dropout is None else config.model.proj_dropout,
         "noise_scale": config.objective.noise_scale or max(1.0, size / 256),
         "gradient_accumulation_steps": gradient_accumulation_steps,
-        "learning_rate": optim.learning_rate or 5e-5 * plan.global_batch_size / 256,
+        "learning_rate": optim.learning_rate
+        or (LORA_LEARNING_RATE if tune.lora_rank else 5e-5 * plan.global_batch_size / 256),
         "ema_decays": tuple(dict.fromkeys(decays)),
         "mixed_precision": mixed_precision,
         "guidance_scale": (2.0 if is_labelled else 1.0) if guidance is None else guidance,
         "output_dir": config.run.output_dir or default_output_dir(config),
     }
+    if tune.lora_rank:
+        settings |= {
+            "lora_alpha": float(tune.lora_alpha or tune.lora_rank),
+            "lora_targets": tune.lora_targets or LORA_TARGETS,
+        }
     if optim.epochs is None and optim.max_steps is None:
         settings["epochs"] = PAPER_EPOCHS
     if optim.warmup_epochs is None:
@@ -262,9 +298,16 @@ def default_output_dir(config: Config) -> str:
         name = config.tracking.wandb_name
     else:
         data = config.data.data_path.rstrip("/").rpartition("/")[2].removeprefix("builtin:")
-        name = f"{data or 'data'}-{config.model.model}-{image_size(config)}px"
+        name = f"{data or 'data'}-{_what_is_trained(config)}"
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".")
     return f"runs/{safe or 'run'}"
+
+
+def _what_is_trained(config: Config) -> str:
+    if config.model.model:
+        return f"{config.model.model}-{image_size(config)}px"
+    source = config.tune.init_from.rstrip("/").removesuffix("/pipeline").rpartition("/")[2]
+    return f"from-{source}" + (f"-lora{config.tune.lora_rank}" if config.tune.lora_rank else "")
 
 
 def ema_memory_steps(decay: float) -> float:
@@ -275,7 +318,8 @@ def ema_memory_steps(decay: float) -> float:
 def warnings_for(config: Config, plan: Plan) -> list[str]:
     """What a run of this length will not achieve with these (resolved) settings, each with its remedy."""
     total, found = plan.total_steps, []
-    for decay in config.optim.ema_decays:
+    is_from_scratch = config.tune.init_from is None  # else weights and averages start as good as the source
+    for decay in config.optim.ema_decays if is_from_scratch else ():
         if decay != "auto" and ema_memory_steps(float(decay)) > EMA_SHARE_OF_RUN * total:
             found.append(
                 f"--ema_decays {decay} averages over {ema_memory_steps(float(decay)):,.0f} steps, but the run has only "
@@ -289,7 +333,7 @@ def warnings_for(config: Config, plan: Plan) -> list[str]:
     learning_rate = config.optim.learning_rate
     # AdamW moves a weight by about the learning rate a step, so their product bounds the distance travelled;
     # the paper's shortest run travels about 50, our shortest good one 0.3.
-    if learning_rate * total < 0.3:
+    if is_from_scratch and learning_rate * total < 0.3:
         found.append(
             f"{total:,} steps at a learning rate of {learning_rate:.1e} hardly move the weights: expect grey or noisy "
             "samples. Train longer (--epochs), or see launch/recipes/my_images_64.yaml for settings that suit a "

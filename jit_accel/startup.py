@@ -31,6 +31,7 @@ from jit_accel.data.holdout import HeldOut, split_holdout
 from jit_accel.data.sources import Source, open_source
 from jit_accel.data.workers import cores_per_process
 from jit_accel.errors import UserError, common_problem
+from jit_accel.init_from import Initial, read_initial
 from jit_accel.precision import chosen_device, default_precision, is_good_at_bf16
 from jit_accel.record import describe_data, device_name
 from jit_accel.resolve import default_output_dir, image_size, plan_run, resolve, warnings_for
@@ -51,11 +52,12 @@ def start(config: Config) -> int:
     precision = config.performance.mixed_precision or default_precision()
     accelerator = build_accelerator(config, accumulation, precision)
     try:
+        # The main process chooses, so that all load the same.
+        (checkpoint,) = broadcast_object_list([checkpoint])
+        config, initial = read_weights(config, checkpoint, accelerator)
         source, held_out = open_data(config, accelerator)
-        trainer = build_trainer(config, source, accelerator, accumulation, precision, held_out)
+        trainer = build_trainer(config, source, accelerator, accumulation, precision, held_out, initial)
         with contextlib.closing(trainer.feed):
-            # The main process chooses, so that all load the same.
-            (checkpoint,) = broadcast_object_list([checkpoint])
             if checkpoint:
                 trainer.resume(checkpoint)
             elif config.run.resume == "auto":
@@ -77,12 +79,38 @@ def expand_paths(config: Config) -> Config:
 def choose_checkpoint(config: Config) -> tuple[Config, Path | None]:
     """The checkpoint to go on from, if any, and the settings with its averages where the user named none.
 
-    The default averages depend on the length of the run, which may be another one now.
+    The default averages depend on the length of the run, which may be another one now. What came from the source of
+    `--init_from` is the checkpoint's, since the source need not be there any more.
     """
     checkpoint = find_checkpoint(Path(config.run.output_dir), config.run.resume)
-    if checkpoint and config.optim.ema_decays is None:
-        config = config.updated(ema_decays=tuple(read_state(checkpoint)["settings"]["ema_decays"]))
-    return config, checkpoint
+    if checkpoint is None:
+        return config, None
+    saved, given = read_state(checkpoint)["settings"], config.flat()
+    names = ("ema_decays", *(("model", "img_size", "noise_scale") if config.tune.init_from else ()))
+    kept = {name: saved[name] for name in names if given[name] is None}
+    if "ema_decays" in kept:
+        kept["ema_decays"] = tuple(kept["ema_decays"])
+    return config.updated(**kept), checkpoint
+
+
+def read_weights(config: Config, checkpoint: Path | None, accelerator: Accelerator) -> tuple[Config, Initial | None]:
+    """The weights to start from, if they are needed, and the settings with what these leave no choice about.
+
+    Raises:
+        UserError: on all processes, whichever met something.
+    """
+    tune, initial, problem = config.tune, None, None
+    if tune.init_from is None or (checkpoint and not tune.lora_rank):
+        return config, None
+    try:
+        with in_turn(accelerator):
+            initial = read_initial(tune.init_from)
+        config = initial.settled(config)
+    except UserError as error:
+        problem = str(error)
+    if problem := common_problem(gather_object([problem])):
+        raise UserError(problem)
+    return config, initial
 
 
 def open_data(config: Config, accelerator: Accelerator) -> tuple[Source, HeldOut | None]:
@@ -175,6 +203,7 @@ def build_trainer(
     accumulation: int,
     precision: str,
     held_out: HeldOut | None = None,
+    initial: Initial | None = None,
 ) -> Trainer:
     """Resolve the settings against data and devices, say what will happen, and build the trainer."""
     optim = replace(config.optim, gradient_accumulation_steps=accumulation)
@@ -192,7 +221,7 @@ def build_trainer(
         raise UserError("--optimizer muon: needs whole matrices, which FSDP splits: use --optimizer adamw.")
     if config.optim.optimizer == "muon" and precision == "fp16":
         raise UserError("--optimizer muon: does not go with --mixed_precision fp16: use bf16 or no, or adamw.")
-    trainer = Trainer(config, plan, source, accelerator, held_out)
+    trainer = Trainer(config, plan, source, accelerator, held_out, initial)
     if accelerator.is_main_process:
         introduce(trainer)
     return trainer
@@ -202,12 +231,14 @@ def introduce(trainer: Trainer) -> None:
     """Say in a few lines what is about to run, and what of it will not work."""
     config, plan, accelerator = trainer.config, trainer.plan, trainer.accelerator
     parameters = sum(p.numel() for p in trainer.network.parameters())
+    trained = sum(p.numel() for p in trainer.network.parameters() if p.requires_grad)
+    adapter = f", {trained:,} of them trained (LoRA of rank {config.tune.lora_rank})" if trained < parameters else ""
     validation = trainer.validation
     held_out = f"; val/loss on {validation.num_images} of those held out" if validation else ""
     epochs = f" ({plan.epoch_of(plan.total_steps):.4g} epochs)" if plan.num_images else ""
     say(
         f"Data:   {describe_data(trainer.source)}, {config.data.img_size} px{held_out}\n"
-        f"Model:  {config.model.model}, {parameters:,} parameters, predicts {config.objective.prediction}, "
+        f"Model:  {config.model.model}, {parameters:,} parameters{adapter}, predicts {config.objective.prediction}, "
         f"loss in {config.objective.loss_space}\n"
         f"Device: {accelerator.num_processes} x {device_name(accelerator.device)}, "
         f"precision {config.performance.mixed_precision}\n"

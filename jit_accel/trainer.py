@@ -30,6 +30,8 @@ from jit_accel.errors import UserError
 from jit_accel.export import draw_loss_curve, export_pipeline, is_export_of
 from jit_accel.feed import Feed
 from jit_accel.guards import has_too_many_bad_images
+from jit_accel.init_from import Initial, tune
+from jit_accel.lora import refuse_other_base
 from jit_accel.model import build_model
 from jit_accel.monitor import Monitor
 from jit_accel.objective import diffusion_loss, draw_noise, draw_times, drop_labels
@@ -53,9 +55,18 @@ class Trainer:
         source: the data, opened.
         accelerator: `accelerate.Accelerator`, with the same accumulation and precision as `config`.
         held_out: images for `val/loss`.
+        initial: the weights to start from.
     """
 
-    def __init__(self, config: Config, plan: Plan, source: Source, accelerator, held_out: HeldOut | None = None):
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        source: Source,
+        accelerator,
+        held_out: HeldOut | None = None,
+        initial: Initial | None = None,
+    ):
         self.config, self.plan, self.source, self.accelerator = config, plan, source, accelerator
         self.output_dir = Path(config.run.output_dir)
         self.checkpointer = Checkpointer(accelerator, self.output_dir, config.run.keep_checkpoints)
@@ -72,6 +83,7 @@ class Trainer:
             proj_dropout=config.model.proj_dropout,
             attn_dropout=config.model.attn_dropout,
         )
+        self.tuning = tune(model, config, source, initial, self.say)
         if config.performance.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if config.performance.compile:
@@ -84,7 +96,7 @@ class Trainer:
         self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
         self.network = accelerator.unwrap_model(self.model)
         self.ema = Ema(self.network, optim.ema_decays)
-        self.samples = SampleSheets(self.network, self.ema, accelerator, config, source.class_names)
+        self.samples = SampleSheets(self.network, self.ema, accelerator, config, self.tuning.class_names)
         self.feed = Feed(config, source, accelerator)
         self.monitor = Monitor(config, plan, accelerator, self.feed, self.network, self.ema)
         self.validation = Validation(held_out, accelerator, optim.batch_size) if held_out else None
@@ -137,10 +149,10 @@ class Trainer:
     def loss(self, batch: Batch) -> torch.Tensor:
         """Losses (B,) of a batch of uint8 images, all randomness following from their positions in the run."""
         config, seed, positions = self.config, self.config.run.seed, batch.positions
-        if config.model.proj_dropout or config.model.attn_dropout:
+        if config.model.proj_dropout or config.model.attn_dropout or config.tune.lora_dropout:
             torch.manual_seed(int(rng.hash64(seed, "dropout", positions[0])) >> 1)
         drop_prob = config.objective.label_drop_prob
-        labels = drop_labels(seed, positions, batch.labels, config.model.num_classes, drop_prob)
+        labels = drop_labels(seed, positions, self.tuning.labels_of(batch), config.model.num_classes, drop_prob)
         losses, t = self._denoising_loss(replace(batch, labels=labels), seed)
         self.monitor.record_by_t(t, losses)
         return losses
@@ -151,9 +163,13 @@ class Trainer:
         averaged = self.ema.applied(self.config.optim.ema_decays[0])
         for name, weights in (("val/loss", contextlib.nullcontext()), ("ema/val_loss", averaged)):
             with self.monitor.pause(), weights:
-                loss = self.validation.loss(lambda batch: self._denoising_loss(batch, self.validation.seed)[0])
+                loss = self.validation.loss(self._validation_loss)
                 reshard(self.network)
             self.monitor.record_occasional(name, loss)
+
+    def _validation_loss(self, batch: Batch) -> torch.Tensor:
+        batch = replace(batch, labels=self.tuning.labels_of(batch))
+        return self._denoising_loss(batch, self.validation.seed)[0]
 
     def _denoising_loss(self, batch: Batch, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses (B,) of uint8 images, and the times (B,) they were noised to."""
@@ -219,7 +235,11 @@ class Trainer:
         """Everything of the run's state that is a tensor, by the file it is kept in."""
         averages = {f"ema_{decay}": average for decay, average in self.ema.averages.items()}
         optimizer = optimizer_tensors(self.network, self.optimizers)
-        return {"model": self.network.state_dict(), **averages, "optimizer": optimizer}
+        return {"model": self.trained_weights(), **averages, "optimizer": optimizer}
+
+    def trained_weights(self) -> dict[str, torch.Tensor]:
+        """All of the network, or only the adapter where one is trained."""
+        return {name: weight for name, weight in self.network.state_dict().items() if name in self.ema.params}
 
     def save(self) -> None:
         """Write a checkpoint of this step, after making sure that it is worth keeping."""
@@ -238,6 +258,7 @@ class Trainer:
             "data": describe_data(self.source),
             "class_names": self.samples.class_names,
             "fingerprint": self.source.fingerprint,
+            "base_identity": self.tuning.base_identity,
         }
         with self.monitor.pause():
             path = self.checkpointer.save(self.step, self.state_tensors(), state)
@@ -251,7 +272,9 @@ class Trainer:
         """
         state = read_state(path)
         refuse_other_run(path, state, self.config.recorded(), describe_data(self.source), self.source.fingerprint)
-        load_tensors(path, "model", self.network.state_dict())
+        if self.tuning.adapter:
+            refuse_other_base(path, state, self.config.tune.init_from, self.tuning.base_identity)
+        load_tensors(path, "model", self.trained_weights())
         for decay, average in self.ema.averages.items():
             load_tensors(path, f"ema_{decay}", average)
         load_optimizer_tensors(path, self.network, self.optimizers)
@@ -321,6 +344,9 @@ class Trainer:
             self.sample()
             decay = self.config.optim.ema_decays[0]
             weights = whole_tensors(self.ema.averages[decay], keep=self.accelerator.is_main_process)
+            if adapter := self.tuning.adapter:
+                self._on_main(lambda: adapter.save(weights, self.output_dir / "lora"))
+                weights = self.tuning.plain_weights(self.network, weights, self.accelerator.is_main_process)
             self._on_main(lambda: draw_loss_curve(read_metrics(self.output_dir), curve))
             self._on_main(
                 lambda: export_pipeline(self.samples.pipeline(), weights, pipeline_dir, sheet, self.record, decay)

@@ -1,0 +1,202 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through peft, kept and loaded the way diffusers does it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from jit_accel.errors import UserError, nearest
+
+COMPONENT = "transformer"  # what diffusers calls the network in a pipeline, and puts before the names in a file
+LORA_FILE = "pytorch_lora_weights.safetensors"
+METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps rank and alpha in the file's header
+ADAPTER = "default"
+
+
+class JiTLoraLoaderMixin(LoraBaseMixin):
+    """`load_lora_weights` and its companions, for a pipeline whose network is `transformer`."""
+
+    _lora_loadable_modules = [COMPONENT]  # noqa: RUF012 (diffusers' own class attribute)
+    transformer_name = COMPONENT
+
+    def load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, hotswap: bool = False, **kwargs
+    ) -> None:
+        """Add an adapter to the network and use it.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: a folder, file or Hub id with LoRA weights as safetensors, such as
+                `runs/x/lora`; or its tensors, whose names begin with `transformer.`.
+            adapter_name: to tell several apart (`set_adapters`); diffusers makes one up.
+            hotswap: put it in the place of the one of that name, without another compilation.
+            kwargs: of diffusers' `load_lora_adapter`, such as `weight_name`, `subfolder`, `revision` or `token`.
+
+        Raises:
+            ValueError: peft is not installed, or nothing there belongs to an adapter of this network.
+        """
+        _require_peft()
+        source = pretrained_model_name_or_path_or_dict
+        before = set(getattr(self.transformer, "peft_config", {}))
+        kwargs.setdefault("use_safetensors", True)  # never a pickle
+        self.transformer.load_lora_adapter(
+            dict(source) if isinstance(source, Mapping) else source,
+            prefix=COMPONENT,
+            adapter_name=adapter_name,
+            hotswap=hotswap,
+            _pipeline=self,
+            **kwargs,
+        )
+        if not hotswap and set(getattr(self.transformer, "peft_config", {})) == before:
+            name = "the given tensors" if isinstance(source, Mapping) else source
+            raise ValueError(f"{name}: no LoRA weights for this network; their names begin with {COMPONENT}.blocks.")
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | os.PathLike,
+        transformer_lora_layers: Mapping[str, Tensor],
+        transformer_lora_adapter_metadata: dict | None = None,
+        weight_name: str | None = None,
+        is_main_process: bool = True,
+        **kwargs,
+    ) -> None:
+        """Write an adapter as `load_lora_weights` reads it.
+
+        Args:
+            transformer_lora_layers: tensors by name as peft's `get_peft_model_state_dict` gives them.
+            transformer_lora_adapter_metadata: of its `LoraConfig`; without it alpha is taken to be the rank.
+            weight_name: of the file; default `pytorch_lora_weights.safetensors`.
+        """
+        cls._save_lora_weights(
+            save_directory=save_directory,
+            lora_layers={COMPONENT: dict(transformer_lora_layers)},
+            lora_metadata={COMPONENT: transformer_lora_adapter_metadata},
+            is_main_process=is_main_process,
+            weight_name=weight_name,
+            **kwargs,
+        )
+
+    def fuse_lora(self, components: Iterable[str] = (COMPONENT,), **kwargs) -> None:
+        """Add the active adapters into the weights, so that a call costs what it does without any."""
+        super().fuse_lora(components=list(components), **kwargs)
+
+    def unfuse_lora(self, components: Iterable[str] = (COMPONENT,), **kwargs) -> None:
+        """Take fused adapters out of the weights again, up to float rounding."""
+        super().unfuse_lora(components=list(components), **kwargs)
+
+
+def _require_peft() -> None:
+    from diffusers.utils import USE_PEFT_BACKEND
+
+    if not USE_PEFT_BACKEND:
+        raise ValueError("PEFT backend is required for this method: pip install peft")
+
+
+class Adapter:
+    """A new adapter on a network, all of whose own weights are frozen; it starts as the zero function.
+
+    Args:
+        network: a `JiTTransformer2DModel` with the weights to adapt; changed in place.
+        rank, alpha: the adapter adds alpha / rank B A to a weight, with A (rank, in) and B (out, rank).
+        dropout: of what A sees.
+        targets: ends of the names of the Linear layers to adapt.
+
+    Raises:
+        UserError: peft is missing, a target fits no Linear layer, or the rank is larger than a weight.
+    """
+
+    def __init__(self, network: nn.Module, *, rank: int, alpha: float, dropout: float, targets: Iterable[str]):
+        self.rank, self.alpha, self.dropout, self.targets = rank, alpha, dropout, list(targets)
+        layers = _targeted(network, self.targets)
+        least = min(min(layer.weight.shape) for layer in layers.values())
+        if rank > least:
+            raise UserError(f"--lora_rank {rank}: must not be above {least}, the smaller side of a weight it adapts.")
+        self.base_identity = identity_of(network.state_dict())
+        try:
+            from peft import LoraConfig
+        except ImportError:
+            raise UserError(f"--lora_rank {rank}: needs peft: pip install 'jit_accel[lora]'.") from None
+        network.requires_grad_(False)
+        network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=self.targets))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def save(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """Write these trained tensors as a file for `load_lora_weights`, whole or not at all."""
+        # What rank and alpha mean to diffusers; a whole LoraConfig would tie the file to one release of peft.
+        config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": self.targets}
+        metadata = json.dumps({f"{COMPONENT}.{name}": value for name, value in config.items()})
+        named = {f"{COMPONENT}.{name.replace(f'.{ADAPTER}.', '.')}": t.contiguous() for name, t in tensors.items()}
+        temporary = folder.with_name(f"tmp_{folder.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(named, temporary / LORA_FILE, metadata={"format": "pt", METADATA_KEY: metadata})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
+
+
+def merged(tensors: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The weights of a plain network that does what this one does with an adapter.
+
+    Args:
+        tensors: weights by name, of a network with or without the adapter's layers.
+        adapter: the adapter's own, float32, by the names they have in a network.
+        scale: alpha / rank.
+    """
+    plain = {name.replace(".base_layer.", "."): t for name, t in tensors.items() if ".lora_" not in name}
+    for name, down in adapter.items():
+        stem, is_down, _ = name.partition(f".lora_A.{ADAPTER}.weight")
+        if is_down:
+            up = adapter[f"{stem}.lora_B.{ADAPTER}.weight"]
+            plain[f"{stem}.weight"] = plain[f"{stem}.weight"] + scale * (up @ down)
+    return plain
+
+
+def identity_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def refuse_other_base(checkpoint: Path, state: dict, path: str, identity: str) -> None:
+    """Raise `UserError` where a checkpoint's adapter was trained on other weights than those from `path`."""
+    if state["base_identity"] != identity:
+        raise UserError(
+            f"--init_from {path}: holds other weights (SHA-256 {identity[:12]}) than the adapter of {checkpoint} was "
+            f"trained on ({state['base_identity'][:12]}, then from {state['settings']['init_from']}): give those, or "
+            "another --output_dir to start anew."
+        )
+
+
+def _targeted(network: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
+    """The Linear layers that each target names."""
+    modules = dict(network.named_modules())
+    found = {}
+    for target in targets:
+        named = {name: module for name, module in modules.items() if name == target or name.endswith(f".{target}")}
+        if not named or not all(isinstance(module, nn.Linear) for module in named.values()):
+            ends = {
+                name.split(".", 2)[-1] if name.startswith("blocks.") else name: module
+                for name, module in modules.items()
+            }
+            choices = [end for end, module in ends.items() if isinstance(module, nn.Linear)]
+            raise UserError(
+                f"--lora_targets {target}: must be the end of a Linear layer's name, such as "
+                f"{', '.join(choices)}.{nearest(target, choices)}"
+            )
+        found |= named
+    return found
