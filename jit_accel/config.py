@@ -76,7 +76,7 @@ class TuneConfig:
     """Start from these weights instead of random ones: a pipeline folder, a run, a checkpoint, a Hub id. What fits is
     kept; what does not (another number of classes, another patch size) is listed."""
     lora_rank: int | None = None
-    """Train a LoRA adapter of this rank beside the frozen weights of init_from (needs peft); checkpoints hold only it."""
+    """Train a LoRA adapter of this rank on top of init_from, whose weights are frozen; checkpoints hold only it."""
     lora_alpha: float | None = None
     """The adapter is scaled by alpha / rank (default: the rank)."""
     lora_dropout: float = 0.0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils import logging
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from jit_accel.errors import UserError
 from jit_accel.loading import load_pipeline
 from jit_accel.lora import Adapter, merged
 from jit_accel.model import JiTTransformer2DModel
+from jit_accel.pipeline import JiTPipeline
 from jit_accel.presets import PRESETS, parse_model_name
 
 LABELS = "y_embedder.embedding_table.weight"
@@ -288,7 +290,7 @@ def read_initial(path: str) -> Initial:
             f"{path} --output FOLDER, and give that."
         )
     try:
-        pipeline = load_pipeline(path, flag="--init_from")
+        pipeline = _load_quietly(path)
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--init_from {path}: cannot be read ({reason}): give a whole pipeline folder.") from None
@@ -301,6 +303,16 @@ def read_initial(path: str) -> Initial:
         noise_scale=scheduler.noise_scale,
         prediction=scheduler.prediction_type,
     )
+
+
+def _load_quietly(path: str) -> JiTPipeline:
+    had_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return load_pipeline(path, flag="--init_from")
+    finally:
+        if had_bar:
+            logging.enable_progress_bar()
 
 
 def refuse_what_an_adapter_cannot_learn(initial: Initial, done: Transfer, model: JiTTransformer2DModel) -> None:

@@ -189,11 +189,8 @@ def _targeted(network: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
     for target in targets:
         named = {name: module for name, module in modules.items() if name == target or name.endswith(f".{target}")}
         if not named or not all(isinstance(module, nn.Linear) for module in named.values()):
-            ends = {
-                name.split(".", 2)[-1] if name.startswith("blocks.") else name: module
-                for name, module in modules.items()
-            }
-            choices = [end for end, module in ends.items() if isinstance(module, nn.Linear)]
+            linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+            choices = list(dict.fromkeys(name.split(".", 2)[-1] if "blocks." in name else name for name in linear))
             raise UserError(
                 f"--lora_targets {target}: must be the end of a Linear layer's name, such as "
                 f"{', '.join(choices)}.{nearest(target, choices)}"

@@ -19,16 +19,8 @@ from jit_accel.redact import redacted
 
 # Settings that leave the trained weights as they are.
 WITHOUT_EFFECT = (
-    *(
-        "output_dir",
-        "resume",
-        "init_from",
-        "dry_run",
-        "num_workers",
-        "max_bad_images",
-        "compile",
-        "gradient_checkpointing",
-    ),
+    *("output_dir", "resume", "dry_run", "num_workers", "max_bad_images", "compile", "gradient_checkpointing"),
+    "init_from",  # the weights have left it behind
     *("save_every_steps", "keep_checkpoints", "log_every_steps", "val_every_steps", "val_images"),
     *("sample_every_steps", "guidance_scale", "num_inference_steps"),
     *(field.name for group in (TrackingConfig, HealthConfig) for field in fields(group)),
