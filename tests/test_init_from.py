@@ -12,7 +12,14 @@ from jit_accel.errors import UserError
 from jit_accel.init_from import Initial, real_names, resample_patches, transfer
 from jit_accel.model import build_model
 
-SIZES = {"hidden_size": 32, "depth": 2, "num_heads": 2, "bottleneck_dim": 12, "in_context_len": 2, "in_context_start": 1}
+SIZES = {
+    "hidden_size": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "bottleneck_dim": 12,
+    "in_context_len": 2,
+    "in_context_start": 1,
+}
 
 
 def network(**sizes) -> JiTTransformer2DModel:
