@@ -1,4 +1,4 @@
-"""The paper's toy experiment (arXiv 2511.13720): what should a network predict if the data fill a plane of many dimensions?
+"""The paper's toy experiment (arXiv 2511.13720): what should a network predict if the data fill a plane?
 
     python benchmarks/toy.py [--dimensions 2 8 16 512] [--steps 2000] [--seed 0] [--output docs/images/toy.png]
 
@@ -14,6 +14,7 @@ import argparse
 import math
 import os
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,7 +66,7 @@ class MLP(nn.Module):
     def __init__(self, dimensions: int):
         super().__init__()
         sizes = [dimensions + 1, *[WIDTH] * (LAYERS - 1), dimensions]
-        layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.ReLU())]
+        layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, z: Tensor, t: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
@@ -167,10 +168,11 @@ def main() -> None:
         apart = [sliced_wasserstein(found[d, prediction], truth) for prediction in SPACES]
         print(f"| {d} | " + " | ".join(f"{value:.3g}" for value in apart + distances) + " |", flush=True)
     draw(truth, found, args.output)
+    floor = sliced_wasserstein(other, truth)
     print(
-        f"\nSliced Wasserstein distance to {POINTS} true points, {sliced_wasserstein(other, truth):.3g} for as many other "
-        f"true ones; mean distance from the spiral in D dimensions.\n{args.output}, {time.process_time() - start:.0f} s "
-        f"of CPU time, torch {torch.__version__}, {args.threads} thread{'s' * (args.threads > 1)}"
+        f"\nSliced Wasserstein distance of {POINTS} points, projected back, to as many true ones ({floor:.3g} between "
+        f"two sets of true points); then\nthe mean distance from the spiral in all D dimensions.\n{args.output}, "
+        f"{time.process_time() - start:.0f} s of CPU time, torch {torch.__version__}, threads: {args.threads}"
     )
 
 
