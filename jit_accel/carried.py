@@ -19,7 +19,7 @@ PACKAGE = "jit_accel"
 PIPELINE_FILE = "pipeline.py"
 INDEX_FILE = "model_index.json"
 
-HEADER = '''"""{name} of jit_accel {version} (MIT) in one file, made from the package's modules when the pipeline was saved."""
+HEADER = '''"""{name} of jit_accel {version} (MIT), put together from its modules when the pipeline was saved."""
 
 from __future__ import annotations
 
@@ -36,10 +36,12 @@ except (ImportError, AttributeError):
 def carry_code(folder: Path, pipeline_class: type) -> None:
     """Put the code of a pipeline just saved beside its weights, and name it in `model_index.json`."""
     index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    index.pop("_name_or_path", None)  # where it was loaded from is nobody's business once it is shared
     for name, value in index.items():
         if (folder / name).is_dir() and (component := _our_class(*value)):
             (folder / name / f"jit_{name}.py").write_text(carried_source(component), encoding="utf-8")
             index[name] = [f"jit_{name}", component.__name__]
+            _forget_origin(folder / name / "config.json")
     if _our_class(pipeline_class.__module__, pipeline_class.__name__):
         (folder / PIPELINE_FILE).write_text(carried_source(pipeline_class), encoding="utf-8")
         index["_class_name"] = [Path(PIPELINE_FILE).stem, pipeline_class.__name__]
@@ -51,12 +53,22 @@ def carry_code(folder: Path, pipeline_class: type) -> None:
 
 def write_index(folder: Path, index: dict) -> None:
     """Replace `model_index.json`, whole or not at all."""
-    temporary = folder / f"{INDEX_FILE}.tmp"
+    _write_json(folder / INDEX_FILE, index)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        file.write(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, folder / INDEX_FILE)
+    os.replace(temporary, path)
+
+
+def _forget_origin(path: Path) -> None:
+    if path.is_file() and "_name_or_path" in (config := json.loads(path.read_text(encoding="utf-8"))):
+        del config["_name_or_path"]
+        _write_json(path, config)
 
 
 def _our_class(module: str | None, name: str) -> type | None:

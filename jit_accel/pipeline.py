@@ -62,7 +62,7 @@ class JiTPipeline(DiffusionPipeline, JiTLoraLoaderMixin):
 
     def __init__(
         self,
-        transformer: ModelMixin,
+        transformer: JiTTransformer2DModel | ModelMixin,  # the latter is one whose code came with a folder
         scheduler: JiTScheduler,
         class_names: list[str] | dict[str, str] | None = None,
         guidance_scale: float = 1.0,
