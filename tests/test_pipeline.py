@@ -334,9 +334,8 @@ def test_weights_may_be_brought_for_each_module_alone(pipe):
         lambda pipe: pipe.enable_attention_slicing(),
         lambda pipe: pipe.enable_xformers_memory_efficient_attention(),
         lambda pipe: pipe.transformer.set_attention_backend("native"),
-        lambda pipe: pipe.transformer.compile_repeated_blocks(backend="eager"),
     ],
-    ids=["model offload", "group offload", "slicing", "xformers", "backend", "compile"],
+    ids=["model offload", "group offload", "slicing", "xformers", "backend"],
 )
 def test_what_diffusers_users_do_to_a_pipeline_changes_no_image(pipe, prepare):
     expected = pipe([0, 1], 2, guidance_scale=2.0, generator=seeded(), output_type="pt").images
