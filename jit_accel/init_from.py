@@ -252,7 +252,11 @@ def tune(
         return Tuning(source.class_names)
     refuse_what_an_adapter_cannot_learn(initial, done, model)
     labels, names = initial.labels_for(source)
-    say("\n".join([done.in_words(initial.path), *notes(initial, model, config)]))
+    if names and list(names) == list(initial.class_names or ()):
+        how = "by name"
+    else:
+        how = "by number: the data's take the place of the source's first ones"
+    say("\n".join([done.in_words(initial.path), *notes(initial, model, config), f"  classes go {how}"]))
     adapter = Adapter(
         model,
         rank=settings.lora_rank,

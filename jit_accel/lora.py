@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) through peft, kept and loaded the way diffusers does it."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through peft: trained, merged, and kept the way diffusers does it."""
 
 from __future__ import annotations
 
@@ -10,95 +10,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from diffusers.loaders.lora_base import LoraBaseMixin
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jit_accel.errors import UserError, nearest
+from jit_accel.lora_loader import LORA_COMPONENT
 
-COMPONENT = "transformer"  # what diffusers calls the network in a pipeline, and puts before the names in a file
 LORA_FILE = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps rank and alpha in the file's header
 ADAPTER = "default"
-
-
-class JiTLoraLoaderMixin(LoraBaseMixin):
-    """`load_lora_weights` and its companions, for a pipeline whose network is `transformer`."""
-
-    _lora_loadable_modules = [COMPONENT]  # noqa: RUF012 (diffusers' own class attribute)
-    transformer_name = COMPONENT
-
-    def load_lora_weights(
-        self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, hotswap: bool = False, **kwargs
-    ) -> None:
-        """Add an adapter to the network and use it.
-
-        Args:
-            pretrained_model_name_or_path_or_dict: a folder, file or Hub id with LoRA weights as safetensors, such as
-                `runs/x/lora`; or its tensors, whose names begin with `transformer.`.
-            adapter_name: to tell several apart (`set_adapters`); diffusers makes one up.
-            hotswap: put it in the place of the one of that name, without another compilation.
-            kwargs: of diffusers' `load_lora_adapter`, such as `weight_name`, `subfolder`, `revision` or `token`.
-
-        Raises:
-            ValueError: peft is not installed, or nothing there belongs to an adapter of this network.
-        """
-        _require_peft()
-        source = pretrained_model_name_or_path_or_dict
-        before = set(getattr(self.transformer, "peft_config", {}))
-        kwargs.setdefault("use_safetensors", True)  # never a pickle
-        self.transformer.load_lora_adapter(
-            dict(source) if isinstance(source, Mapping) else source,
-            prefix=COMPONENT,
-            adapter_name=adapter_name,
-            hotswap=hotswap,
-            _pipeline=self,
-            **kwargs,
-        )
-        if not hotswap and set(getattr(self.transformer, "peft_config", {})) == before:
-            name = "the given tensors" if isinstance(source, Mapping) else source
-            raise ValueError(f"{name}: no LoRA weights for this network; their names begin with {COMPONENT}.blocks.")
-
-    @classmethod
-    def save_lora_weights(
-        cls,
-        save_directory: str | os.PathLike,
-        transformer_lora_layers: Mapping[str, Tensor],
-        transformer_lora_adapter_metadata: dict | None = None,
-        weight_name: str | None = None,
-        is_main_process: bool = True,
-        **kwargs,
-    ) -> None:
-        """Write an adapter as `load_lora_weights` reads it.
-
-        Args:
-            transformer_lora_layers: tensors by name as peft's `get_peft_model_state_dict` gives them.
-            transformer_lora_adapter_metadata: of its `LoraConfig`; without it alpha is taken to be the rank.
-            weight_name: of the file; default `pytorch_lora_weights.safetensors`.
-        """
-        cls._save_lora_weights(
-            save_directory=save_directory,
-            lora_layers={COMPONENT: dict(transformer_lora_layers)},
-            lora_metadata={COMPONENT: transformer_lora_adapter_metadata},
-            is_main_process=is_main_process,
-            weight_name=weight_name,
-            **kwargs,
-        )
-
-    def fuse_lora(self, components: Iterable[str] = (COMPONENT,), **kwargs) -> None:
-        """Add the active adapters into the weights, so that a call costs what it does without any."""
-        super().fuse_lora(components=list(components), **kwargs)
-
-    def unfuse_lora(self, components: Iterable[str] = (COMPONENT,), **kwargs) -> None:
-        """Take fused adapters out of the weights again, up to float rounding."""
-        super().unfuse_lora(components=list(components), **kwargs)
-
-
-def _require_peft() -> None:
-    from diffusers.utils import USE_PEFT_BACKEND
-
-    if not USE_PEFT_BACKEND:
-        raise ValueError("PEFT backend is required for this method: pip install peft")
 
 
 class Adapter:
@@ -136,8 +56,8 @@ class Adapter:
         """Write these trained tensors as a file for `load_lora_weights`, whole or not at all."""
         # What rank and alpha mean to diffusers; a whole LoraConfig would tie the file to one release of peft.
         config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": self.targets}
-        metadata = json.dumps({f"{COMPONENT}.{name}": value for name, value in config.items()})
-        named = {f"{COMPONENT}.{name.replace(f'.{ADAPTER}.', '.')}": t.contiguous() for name, t in tensors.items()}
+        metadata = json.dumps({f"{LORA_COMPONENT}.{name}": value for name, value in config.items()})
+        named = {f"{LORA_COMPONENT}.{name.replace(f'.{ADAPTER}.', '.')}": t.contiguous() for name, t in tensors.items()}
         temporary = folder.with_name(f"tmp_{folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

@@ -20,7 +20,7 @@ from jit_accel.errors import UserError, nearest
 from jit_accel.guidance import checked_count, checked_interval, checked_scale, guidance_weight
 from jit_accel.image_input import KnownRegion, Picture, repaint_mask, skipped_steps, start_images
 from jit_accel.labels import Label, label_ids
-from jit_accel.lora import JiTLoraLoaderMixin
+from jit_accel.lora_loader import JiTLoraLoaderMixin
 from jit_accel.model import JiTTransformer2DModel
 from jit_accel.scheduler import JiTScheduler, checked_method
 

@@ -141,7 +141,7 @@ def first_losses(output_dir, count=3):
 
 
 def test_a_run_from_trained_weights_begins_where_the_other_ended(images, base, tmp_path, capsys):
-    """The model is the source's, and its image size and noise, without a word; the loss is far below an untrained one."""
+    """Model, image size and noise are the source's without a word; the loss is far below an untrained network's."""
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path), "--warmup_steps", "6"]
     scratch = first_losses(base)
     assert train_from(base, *flags) == 0

@@ -29,7 +29,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from jit_accel.cli import parse_args
-from jit_accel.config import SETTINGS, HealthConfig, TrackingConfig
+from jit_accel.config import SETTINGS, HealthConfig, TrackingConfig, TuneConfig
 from jit_accel.data.benchmark import main as benchmark
 from jit_accel.health import KINDS
 from jit_accel.prepare import main as prepare
@@ -119,7 +119,7 @@ NOT_IN_RECIPES = {
     *("in_channels", "epochs", "max_steps", "warmup_epochs", "warmup_steps", "learning_rate", "mixed_precision"),
     *("val_every_steps", "val_images"),
     *("output_dir", "resume", "dry_run"),
-    *(field.name for group in (TrackingConfig, HealthConfig) for field in fields(group)),
+    *(field.name for group in (TuneConfig, TrackingConfig, HealthConfig) for field in fields(group)),
 }
 
 

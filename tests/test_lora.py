@@ -107,7 +107,7 @@ def test_what_the_pipeline_saves_it_loads(tmp_path):
 def test_files_without_an_adapter_for_this_network_are_refused(tmp_path):
     pipe = JiTPipeline(network(), JiTScheduler())
     save_file({"unet.x.lora_A.weight": torch.ones(1, 1)}, tmp_path / LORA_FILE)
-    with pytest.raises(ValueError, match=r"no LoRA weights for this network; their names begin with transformer"):
+    with pytest.raises(ValueError, match=r"no LoRA weights of this network, whose names begin with transformer"):
         pipe.load_lora_weights(tmp_path)
     (tmp_path / "pickle").mkdir()
     (tmp_path / "pickle" / "pytorch_lora_weights.bin").write_bytes(b"never opened")
