@@ -251,7 +251,9 @@ def try_here(flags: list[str], photos: Path, tmp_path: Path, monkeypatch) -> Non
     """Parse the flags as they are, then dry-run them with a small model of the same patch on a few images."""
     monkeypatch.chdir(REPOSITORY)
     config = parse_args(flags)
-    patch = config.model.model.partition("/")[2]
+    patch = (config.model.model or "JiT-Ti/7").partition("/")[2]
+    if config.tune.init_from:
+        flags = [*flags, "--init_from", str(untrained_pipeline(tmp_path / "source", int(patch)))]
     small = [
         *("--dry_run", "--model", f"JiT-Ti/{patch}", "--batch_size", "2", "--gradient_accumulation_steps", "1"),
         *("--num_workers", "0", "--mixed_precision", "no", "--no_compile", "--output_dir", str(tmp_path / "run")),
@@ -259,6 +261,16 @@ def try_here(flags: list[str], photos: Path, tmp_path: Path, monkeypatch) -> Non
     if not config.data.data_path.startswith("builtin:"):
         small += ["--data_path", str(photos)]
     assert train_exactly(*flags, *small) == 0
+
+
+def untrained_pipeline(folder: Path, patch: int) -> Path:
+    """A small one for the two classes of photos."""
+    from jit_accel import JiTPipeline, JiTScheduler
+    from jit_accel.model import build_model
+
+    network = build_model(f"JiT-Ti/{patch}", img_size=4 * patch, num_classes=2)
+    JiTPipeline(network, JiTScheduler()).save_pretrained(folder)
+    return folder
 
 
 def train_exactly(*flags: str) -> int:
@@ -420,7 +432,7 @@ def test_set_up_says_what_is_missing_on_the_machine(tmp_path, body, message):
 def documented_commands() -> list[str]:
     """Every command in a bash block of the documentation, and in the comments of configurations and recipes."""
     found = []
-    for page in ("README.md", "CONTRIBUTING.md", "docs/monitoring.md", "docs/monitoring.zh.md"):
+    for page in ("README.md", "CONTRIBUTING.md", "docs/generate.md", "docs/monitoring.md", "docs/monitoring.zh.md"):
         for block in re.findall(r"^```bash\n(.*?)^```", (REPOSITORY / page).read_text(), re.DOTALL | re.MULTILINE):
             found += re.sub(r"\\\n\s*", "", block).splitlines()
     for path in [*CONFIGS, *RECIPES, *SCRIPTS]:

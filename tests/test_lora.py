@@ -3,12 +3,11 @@
 import os
 import shutil
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import Group, assert_same_state, last_checkpoint, rows, state, train_group, train_here
+from helpers import assert_same_state, last_checkpoint, rows, state, train_group, train_here
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_init_from import initial, network
@@ -203,8 +202,6 @@ def test_a_run_trains_only_the_adapter_and_leaves_it_alone_and_merged(run, base)
     assert {name.split("/")[0] for name in kept} == {"model", "ema_auto", "optimizer"}
     sizes = [file.stat().st_size for file in last_checkpoint(run).iterdir()]
     assert sum(sizes) < 0.1 * (base / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
-    assert rows(run)[0]["train/learning_rate"] < rows(run)[-1]["train/learning_rate"]
-
     pipe, merged_pipe = JiTPipeline.from_pretrained(base), JiTPipeline.from_pretrained(run / "pipeline")
     assert merged_pipe.config.class_names == pipe.config.class_names  # all four, though two were trained on
     with safe_open(run / "lora" / LORA_FILE, "pt") as file:
@@ -240,23 +237,16 @@ def test_a_resumed_adapter_equals_the_uninterrupted_one_and_its_base_must_be_the
 
 
 @pytest.mark.multiprocess
-def test_two_processes_train_the_adapter_of_one_and_a_kill_changes_nothing(images, base, tmp_path):
-    flags = ["--data_path", str(images), "--init_from", str(base), *LORA, "--lora_dropout", "0"]
-    whole, broken, alone = tmp_path / "whole", tmp_path / "broken", tmp_path / "alone"
-    train_group(tmp_path, *flags, "--output_dir", str(whole), num_processes=2)
-    assert train_here(*flags, "--batch_size", "8", "--output_dir", str(alone)) == 0
-    losses = [[row["train/loss"] for row in rows(folder)] for folder in (alone, whole)]
+def test_two_processes_train_the_adapter_of_one(images, base, tmp_path):
+    flags = ["--data_path", str(images), "--init_from", str(base), *LORA, "--lora_dropout", "0", "--max_steps", "4"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train_here(*flags, "--output_dir", str(one)) == 0
+    train_group(tmp_path, *flags, "--batch_size", "2", "--output_dir", str(two), num_processes=2)
+    losses = [[row["train/loss"] for row in rows(folder)] for folder in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    flags += ["--save_every_steps", "2", "--output_dir", str(broken)]
-    group = Group(flags, tmp_path / "killed.txt", 2)
-    deadline = time.monotonic() + 60
-    while len(rows(broken)) < 4 and time.monotonic() < deadline:
-        time.sleep(0.002)
-    group.kill()
-    assert len(rows(broken)) < 8
-    assert "Resumed from" in train_group(tmp_path, *flags, num_processes=2)
-    assert rows(broken) == rows(whole)
-    assert_same_state(broken, whole)
+    a, b = (load_file(folder / "lora" / LORA_FILE) for folder in (one, two))
+    assert a.keys() == b.keys()
+    assert sum((a[name] - b[name]).norm() for name in a) < 0.02 * sum(tensor.norm() for tensor in a.values())
 
 
 @pytest.mark.parametrize(
