@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import Field
 from pathlib import Path
 
 from jit_accel.config import DEFAULT_MODEL, SETTINGS, Config
@@ -22,7 +24,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
     argv = list(sys.argv[1:] if argv is None else argv)
     argv, config_path = _take_config_path(argv)
-    _reject_unknown_flags(argv)
+    reject_unknown_flags(argv, SETTINGS)
     from_file = _yaml_as_args(config_path) if config_path else []
     # One parser for both: the file's settings are flags that stand before the user's own.
     config = tyro.cli(
@@ -55,13 +57,14 @@ def _take_config_path(argv: list[str]) -> tuple[list[str], str | None]:
     return rest, path
 
 
-def _reject_unknown_flags(argv: list[str]) -> None:
+def reject_unknown_flags(argv: list[str], settings: Mapping[str, Field]) -> None:
+    """Raise `UserError` with the nearest match for a flag that is none of these settings."""
     for argument in argv:
         if argument.startswith("--") and argument not in ("--", "--help"):
             name = argument[2:].partition("=")[0].replace("-", "_")
-            is_switch_off = name.startswith("no_") and SETTINGS.get(name[3:]) and SETTINGS[name[3:]].type == "bool"
-            if name not in SETTINGS and not is_switch_off:
-                hint = nearest(name, SETTINGS).replace("Did you mean '", "Did you mean '--")
+            is_switch_off = name.startswith("no_") and name[3:] in settings and settings[name[3:]].type == "bool"
+            if name not in settings and not is_switch_off:
+                hint = nearest(name, settings).replace("Did you mean '", "Did you mean '--")
                 raise UserError(f"{argument}: no such flag.{hint} --help lists them all.")
 
 

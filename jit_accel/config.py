@@ -221,6 +221,16 @@ class HealthConfig:
 
 
 @dataclass(frozen=True)
+class HubConfig:
+    push_to_hub: bool = False
+    """Upload the pipeline folder to the Hugging Face Hub at the end (log in before: hf auth login, or HF_TOKEN)."""
+    hub_model_id: str | None = None
+    """Where to: owner/name."""
+    hub_private: bool = False
+    """Make the repository a private one, where it does not exist yet."""
+
+
+@dataclass(frozen=True)
 class Config:
     """Train a JiT pixel-space diffusion model on a folder or data set of images."""
 
@@ -244,6 +254,8 @@ class Config:
     """Weights & Biases, and other trackers."""
     health: HealthConfig = field(default_factory=HealthConfig)
     """When to say that something looks wrong."""
+    hub: HubConfig = field(default_factory=HubConfig)
+    """Sharing the result."""
 
     def flat(self) -> dict[str, Any]:
         """All settings by their one flat name, as plain YAML values."""
@@ -281,6 +293,7 @@ GROUPS = (
     SampleConfig,
     TrackingConfig,
     HealthConfig,
+    HubConfig,
 )
 SETTINGS = {f.name: f for group in GROUPS for f in fields(group)}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from jit_accel.config import HealthConfig, TrackingConfig
+from jit_accel.config import HealthConfig, HubConfig, TrackingConfig
 from jit_accel.pipeline import DEFAULTS, JiTPipeline
 
 CARD_PICTURE = "samples.png"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
-from jit_accel.config import DEFAULT_MODEL, TRACKERS, Config, OptimConfig, TrackingConfig
+from jit_accel.config import DEFAULT_MODEL, TRACKERS, Config, HubConfig, OptimConfig, TrackingConfig
 from jit_accel.errors import UserError, lookup
 from jit_accel.presets import parse_model_name
 
@@ -85,6 +86,7 @@ def check(config: Config) -> None:
     _check_tuning(config)
     _check_lengths(config.optim)
     _check_tracking(config.tracking)
+    check_hub(config.hub)
     for decay in config.optim.ema_decays or ():
         check_ema_decay(decay)
     if config.optim.ema_decays is not None and not config.optim.ema_decays:
@@ -158,6 +160,27 @@ def _check_tracking(tracking: TrackingConfig) -> None:
         raise UserError(
             f"--wandb_project {project!r}: must have 1 to 128 characters, none of them / \\ # ? % or : "
             "(the team goes into --wandb_entity)."
+        )
+
+
+def check_hub(hub: HubConfig) -> None:
+    """Raise `UserError` unless these settings say completely, or not at all, where to push to."""
+    if not hub.push_to_hub:
+        for flag, value in (("hub_model_id", hub.hub_model_id), ("hub_private", hub.hub_private)):
+            if value:
+                raise UserError(f"--{flag} {value}: says where to push, but nothing is pushed: add --push_to_hub.")
+        return
+    if hub.hub_model_id is None:
+        raise UserError("--push_to_hub: needs the repository to push to: add --hub_model_id owner/name.")
+    # huggingface_hub.utils.validate_repo_id's rule, and an owner, so that the card can name the repository.
+    parts = hub.hub_model_id.split("/")
+    well_formed = len(parts) == 2 and len(hub.hub_model_id) <= 96 and not hub.hub_model_id.endswith(".git")
+    if not well_formed or not all(re.fullmatch(r"\w(?:[\w.-]*\w)?", part, re.ASCII) for part in parts):
+        well_formed = False
+    if not well_formed or "--" in hub.hub_model_id or ".." in hub.hub_model_id:
+        raise UserError(
+            f"--hub_model_id {hub.hub_model_id}: must be owner/name, such as alice/flowers-64: letters, digits, "
+            "and - _ . inside (no -- or ..), 96 characters at most."
         )
 
 

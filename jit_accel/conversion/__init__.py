@@ -1,0 +1,1 @@
+"""Between the paper's checkpoints, pipeline folders and safetensors files: see `jit_accel.convert`."""

@@ -1,0 +1,54 @@
+"""Entry point: `python -m jit_accel.convert --input checkpoint-last.pth --output jit-b16`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from jit_accel.cli import reject_unknown_flags
+from jit_accel.console import say
+from jit_accel.conversion.settings import SETTINGS, ConvertConfig, check
+from jit_accel.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Convert as the command line says. Returns the exit code: 0 done, 2 something to mend, 128 + signal stopped."""
+    try:
+        config = parse_args(argv)
+        check(config)
+        # torch is imported only now, so that --help and wrong flags answer at once.
+        from jit_accel.conversion.run import convert
+
+        if os.environ.get("RANK", "0") == "0":  # a launcher's other processes have nothing to do
+            convert(config)
+    except UserError as error:
+        say(f"error: {error}", sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+def parse_args(argv: list[str] | None = None) -> ConvertConfig:
+    """Read the command line.
+
+    Raises:
+        UserError: an unknown flag.
+        SystemExit: `--help` (0), a missing flag or a value of the wrong type (2).
+    """
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    reject_unknown_flags(argv, SETTINGS)
+    return tyro.cli(
+        ConvertConfig,
+        args=argv,
+        prog="python -m jit_accel.convert",
+        config=(tyro.conf.OmitArgPrefixes,),
+        use_underscores=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
