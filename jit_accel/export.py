@@ -5,48 +5,12 @@ from __future__ import annotations
 import filecmp
 import os
 import shutil
-from dataclasses import fields
 from pathlib import Path
 
 from torch import Tensor
 
-from jit_accel.config import HealthConfig, HubConfig, TrackingConfig
+from jit_accel.card import CARD_FILE, CARD_PICTURE, training_card
 from jit_accel.pipeline import DEFAULTS, JiTPipeline
-
-CARD_PICTURE = "samples.png"
-CARD = """---
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags: [jit, pixel-space-diffusion, diffusion, jit_accel]
----
-
-# {title}
-
-A JiT pixel-space diffusion transformer ([arXiv 2511.13720](https://arxiv.org/abs/2511.13720)), trained with
-jit_accel on {images} images of {classes} for {steps:,} steps.
-
-![samples](samples.png)
-
-```python
-import torch
-from jit_accel import JiTPipeline
-
-pipe = JiTPipeline.from_pretrained("path/to/this/folder")
-image = pipe({example}, generator=torch.Generator().manual_seed(0)).images[0]
-image.save("sample.png")
-```
-
-Classes: {names}.
-
-## Training
-
-Weights: moving average with decay `{decay}`. The samples above: guidance {guidance_scale}, Heun,
-{num_inference_steps} steps.
-
-| setting | value |
-| --- | --- |
-{settings}
-"""
 
 
 def export_pipeline(
@@ -68,7 +32,7 @@ def export_pipeline(
     shutil.rmtree(temporary, ignore_errors=True)
     JiTPipeline(network, **pipeline_settings(pipeline)).save_pretrained(temporary, safe_serialization=True)
     shutil.copy(sheet, temporary / CARD_PICTURE)
-    (temporary / "README.md").write_text(model_card(pipeline, record, decay), encoding="utf-8")
+    (temporary / CARD_FILE).write_text(training_card(pipeline, record, decay), encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     os.rename(temporary, folder)
@@ -83,33 +47,6 @@ def is_export_of(folder: Path, sheet: Path) -> bool:
 def pipeline_settings(pipeline: JiTPipeline) -> dict:
     """What the pipeline was built with, besides the network."""
     return {"scheduler": pipeline.scheduler} | {name: pipeline.config[name] for name in ("class_names", *DEFAULTS)}
-
-
-# Paths and names of the machine or the team are nobody's business once the folder is shared.
-# How a run was watched says nothing about its weights.
-LEFT_OUT = (
-    *("data_path", "output_dir", "resume", "init_from"),
-    *(field.name for group in (TrackingConfig, HealthConfig) for field in fields(group)),
-)
-
-
-def model_card(pipeline: JiTPipeline, record: dict, decay: str) -> str:
-    names = pipeline.config.class_names or []
-    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    images = f"{record['num_images']:,}" if record["num_images"] else "streamed"
-    data = str(record["data_path"]).rstrip("/").rpartition("/")[2]
-    return CARD.format(
-        title=f"{record['model']}, {record['img_size']} px",
-        images=images,
-        classes=f"`{data}`",
-        steps=record["total_steps"],
-        example=f'["{names[0]}"]' if names else "[0]",
-        names=shown or "none",
-        decay=decay,
-        guidance_scale=record["guidance_scale"],
-        num_inference_steps=record["num_inference_steps"],
-        settings="\n".join(f"| {k} | {v} |" for k, v in record.items() if k not in LEFT_OUT and v is not None),
-    )
 
 
 def draw_loss_curve(rows: list[dict], path: Path) -> None:

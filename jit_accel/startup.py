@@ -24,6 +24,7 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from jit_accel import hub
 from jit_accel.checkpoint import complete_checkpoints, find_checkpoint, read_state
 from jit_accel.config import STREAMING, Config
 from jit_accel.console import say, warn
@@ -52,6 +53,7 @@ def start(config: Config) -> int:
     precision = config.performance.mixed_precision or default_precision()
     accelerator = build_accelerator(config, accumulation, precision)
     try:
+        check_sharing(config, accelerator)
         # The main process chooses, so that all load the same.
         (checkpoint,) = broadcast_object_list([checkpoint])
         config, initial = read_weights(config, checkpoint, accelerator)
@@ -62,13 +64,35 @@ def start(config: Config) -> int:
                 trainer.resume(checkpoint)
             elif config.run.resume == "auto":
                 trainer.say(f"--resume auto: no checkpoint in {trainer.output_dir} yet, starting anew.")
-            return dry_run(trainer) if config.run.dry_run else trainer.run()
+            if config.run.dry_run:
+                return dry_run(trainer)
+            exit_code = trainer.run()
+        if exit_code == 0 and config.hub.push_to_hub and accelerator.is_main_process:
+            hub.share(trainer.output_dir / "pipeline", config.hub)  # last, so that nobody waits for the network
+        return exit_code
     finally:
         if accelerator.num_processes > 1:
             # gloo's threads need the GIL to drop their last results, and destroying the process group (which the
             # end of this function does) waits for them while it holds the GIL: one exit in twenty hung, torch 2.13.
             time.sleep(0.2)
         accelerator.end_training()
+
+
+def check_sharing(config: Config, accelerator: Accelerator) -> None:
+    """Find out now, not after days of training, that the result cannot be pushed.
+
+    Raises:
+        UserError: on all processes.
+    """
+    problem = None
+    if config.hub.push_to_hub and accelerator.is_main_process:
+        try:
+            hub.check_login(config.hub.hub_model_id)
+        except UserError as error:
+            problem = str(error)
+    (problem,) = broadcast_object_list([problem])
+    if problem:
+        raise UserError(problem)
 
 
 def expand_paths(config: Config) -> Config:

@@ -83,9 +83,7 @@ class ConvertConfig:
 
 
 GROUPS = {"network": NetworkFlags, "sampling": SamplingFlags, "hub": HubConfig}
-SETTINGS = {
-    f.name: f for group in (ConvertConfig, *GROUPS.values()) for f in fields(group) if f.name not in GROUPS
-}
+SETTINGS = {f.name: f for group in (ConvertConfig, *GROUPS.values()) for f in fields(group) if f.name not in GROUPS}
 
 RANGES = [
     ("num_heads", lambda v: v >= 1, "at least 1"),
@@ -116,7 +114,9 @@ def check(config: ConvertConfig) -> None:
     if config.output is None:
         _check_without_output(config, given)
     elif config.hub.push_to_hub and target_kind(config.output) != FOLDER:
-        raise UserError(f"--push_to_hub: pushes a pipeline folder, but --output {config.output} is none: name a folder.")
+        raise UserError(
+            f"--push_to_hub: pushes a pipeline folder, but --output {config.output} is none: name a folder."
+        )
 
 
 def _check_without_output(config: ConvertConfig, given: dict) -> None:
@@ -176,5 +176,7 @@ def read_class_names(path: str) -> list[str]:
             '{"0": "cat", "1": "dog"} without gaps.'
         ) from None
     if not all(isinstance(name, str) for name in names):
-        raise UserError(f"--class_names {path}: each name must be text; found {next(n for n in names if not isinstance(n, str))!r}.")
+        raise UserError(
+            f"--class_names {path}: each name must be text; found {next(n for n in names if not isinstance(n, str))!r}."
+        )
     return names

@@ -1,0 +1,161 @@
+"""What a conversion writes, whole or not at all: a `.pth`, a `.safetensors` file, a pipeline folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from jit_accel.conversion.settings import FOLDER
+from jit_accel.conversion.sizes import model_name, position_table
+from jit_accel.conversion.stated import to_arguments
+from jit_accel.errors import UserError
+from jit_accel.model import JiTTransformer2DModel
+from jit_accel.pipeline import JiTPipeline
+from jit_accel.scheduler import JiTScheduler
+
+PREFIX = "net."  # the reference's Denoiser holds the network under this name
+INDEX = "model_index.json"
+
+
+@dataclass
+class Result:
+    """What is to be written.
+
+    Attributes:
+        weights: by the network's parameter names, in the type to write.
+        config: of the network.
+        settings: of the sampling, as `sizes.sampling_settings` gives them.
+    """
+
+    weights: dict[str, Tensor]
+    config: dict
+    settings: dict
+    set_name: str
+    epoch: int | None = None
+
+
+def check_target(target: Path, kind: str, source: Path | None, overwrite: bool) -> None:
+    """Refuse a target that would lose something.
+
+    Raises:
+        UserError: it exists, is of another kind, or is the source or holds it.
+    """
+    if source is not None:
+        source = source.resolve()
+        if target == source or target in source.parents:
+            raise UserError(f"--output {target}: is, or holds, what is converted ({source}): give another place.")
+        if source in target.parents and source.is_dir() and (source / INDEX).exists():
+            raise UserError(f"--output {target}: lies inside the pipeline that is converted: give another place.")
+    if not target.exists():
+        return
+    if target.is_dir() != (kind == FOLDER):
+        raise UserError(f"--output {target}: is {'a folder' if target.is_dir() else 'a file'}: give another name.")
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.is_dir() and not (target / INDEX).is_file():
+        raise UserError(f"--output {target}: is a folder that holds other things than a pipeline: give another name.")
+    if not overwrite:
+        raise UserError(f"--output {target}: is there already: add --overwrite to replace it, or give another name.")
+
+
+@contextlib.contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write to, which takes its place at the end; nothing is left where that fails.
+
+    Raises:
+        UserError: the disk does not take it.
+    """
+    temporary = target.with_name(f"tmp_{os.getpid()}_{target.name}")
+    replaced = target.with_name(f"tmp_{os.getpid()}_old_{target.name}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        for file in [temporary] if temporary.is_file() else [p for p in temporary.rglob("*") if p.is_file()]:
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        if target.is_dir():
+            os.rename(target, replaced)
+        os.replace(temporary, target)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save says RuntimeError on a full disk
+        if replaced.exists() and not target.exists():
+            os.rename(replaced, target)
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--output {target}: cannot be written ({reason}): make room, or give another place. Nothing was changed."
+        ) from None
+    finally:
+        for left_over in (temporary, replaced):
+            shutil.rmtree(left_over, ignore_errors=True) if left_over.is_dir() else left_over.unlink(missing_ok=True)
+
+
+def write_pth(result: Result, path: Path) -> None:
+    """A checkpoint for the reference's code, which reads `model`, `model_ema1` and `model_ema2`: all three are these.
+
+    `args` is a dictionary of plain values, so that `torch.load(weights_only=True)` reads the file.
+    """
+    weights = reference_names(result)
+    arguments = to_arguments({**result.config, **result.settings, "model": model_name(result.config)})
+    sets = dict.fromkeys(("model", "model_ema1", "model_ema2"), weights)  # stored once
+    torch.save({**sets, "epoch": 0 if result.epoch is None else result.epoch, "args": _plain(arguments)}, path)
+
+
+def write_safetensors(result: Result, path: Path) -> None:
+    """One file with the reference's names; sizes and settings are JSON in its metadata."""
+    metadata = {"format": "pt", "weights": result.set_name}
+    metadata |= {"config": json.dumps(_plain(result.config)), "pipeline": json.dumps(_plain(result.settings))}
+    save_file(reference_names(result), path, metadata=metadata)
+
+
+def write_folder(result: Result, folder: Path) -> JiTPipeline:
+    """A pipeline folder, without a model card."""
+    pipeline = build(result)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return pipeline
+
+
+def build(result: Result) -> JiTPipeline:
+    """The pipeline of these weights, which are not copied."""
+    settings = result.settings
+    with torch.device("meta"):
+        network = JiTTransformer2DModel(**result.config)
+    network.load_state_dict(result.weights, strict=True, assign=True)
+    scheduler = JiTScheduler(
+        prediction_type=settings["prediction"],
+        t_eps=settings["t_eps"],
+        noise_scale=settings["noise_scale"],
+        solver=settings["solver"],
+    )
+    sampling = {name: settings[name] for name in ("class_names", "guidance_scale", "guidance_interval")}
+    return JiTPipeline(network.eval(), scheduler, **sampling)
+
+
+def reference_names(result: Result) -> dict[str, Tensor]:
+    """The weights, each with a storage of its own, and the fixed table, as the reference's state dict has them."""
+    dtype = next(iter(result.weights.values())).dtype
+    table = position_table(result.config).to(dtype).clone()
+    own = {name: _alone(tensor) for name, tensor in {"pos_embed": table, **result.weights}.items()}
+    return {PREFIX + name: tensor for name, tensor in own.items()}
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Contiguous, and no view of something larger, which would be saved whole."""
+    tensor = tensor.contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
+
+
+def _plain(values: Mapping) -> dict:
+    """Without absent values, tuples as lists: what JSON and `weights_only` take."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if value is not None
+    }
