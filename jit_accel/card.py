@@ -75,8 +75,8 @@ def training_card(pipeline: JiTPipeline, record: Mapping, decay: str) -> str:
         origin=f",\ntrained with jit_accel on {images} images of `{_inline(data)}` for {record['total_steps']:,} steps",
         has_picture=True,
         made="Training",
-        sentence=f"Weights: moving average with decay `{decay}`. The samples above: guidance {record['guidance_scale']}, Heun,"
-        f"\n{record['num_inference_steps']} steps.",
+        sentence=f"Weights: moving average with decay `{decay}`. The samples above: "
+        f"guidance {record['guidance_scale']},\nHeun, {record['num_inference_steps']} steps.",
         settings={name: value for name, value in record.items() if name not in LEFT_OUT},
     )
 
@@ -152,9 +152,9 @@ def refresh_card(folder: Path, repo_id: str | None = None) -> None:
         card.data.eval_results = evaluation_results(records) or None
     if (folder / CARD_PICTURE).exists() and CARD_PICTURE not in text:
         text = text.replace("\n```python", f"\n![samples]({CARD_PICTURE})\n\n```python", 1)
-    content = f"---\n{card.data.to_yaml(original_order=card.data._original_order)}\n---\n{text}"
-    if not path.exists() or content != path.read_text(encoding="utf-8"):
-        path.write_text(content, encoding="utf-8")
+    card.text = text
+    if not path.exists() or card.content != path.read_text(encoding="utf-8"):
+        path.write_text(card.content, encoding="utf-8")
 
 
 def _bare_card(folder: Path) -> str:

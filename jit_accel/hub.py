@@ -85,7 +85,7 @@ def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
     """
     try:
         refresh_card(folder, repo_id)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of YAML and of whatever people wrote into it; a card is worth no push
         warn(f"{folder / 'README.md'}: left as it is, because it cannot be brought up to date ({error}).")
     api = HfApi()
     try:

@@ -22,6 +22,7 @@ from jit_accel.image_input import KnownRegion, Picture, repaint_mask, skipped_st
 from jit_accel.labels import Label, label_ids
 from jit_accel.lora_loader import JiTLoraLoaderMixin
 from jit_accel.model import JiTTransformer2DModel
+from jit_accel.own_card import OwnCardMixin
 from jit_accel.scheduler import JiTScheduler, checked_method
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
@@ -42,7 +43,7 @@ DEFAULTS: dict[str, tuple[Callable, Any]] = {
 }
 
 
-class JiTPipeline(DiffusionPipeline, JiTLoraLoaderMixin):
+class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
     """Generate images of given classes with a JiT.
 
     Args:

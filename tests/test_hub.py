@@ -1,0 +1,222 @@
+"""Sharing on the Hub, against a stand-in on this machine."""
+
+import json
+import os
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from golden import load_golden
+from helpers import train_group, train_here
+from hub_server import TOKEN, HubServer
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from jit_accel import JiTPipeline, JiTScheduler, hub
+from jit_accel.card import read_evaluations, refresh_card
+from jit_accel.convert import main as convert
+from jit_accel.errors import UserError
+
+REPOSITORY = "alice/flowers-28"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """The Hub of this process is a stand-in, and somebody is logged in."""
+    server = HubServer()
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(hub, "LOGIN_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(hub, "SILENCE_TIMEOUT_S", 2.0)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A pipeline folder as a training leaves it, with things beside it that are nobody's business."""
+    folder = tmp_path / "pipeline"
+    pipeline = JiTPipeline(load_golden("tiny").model(), JiTScheduler(), class_names=[f"kind {i}" for i in range(10)])
+    pipeline.save_pretrained(folder)
+    Image.new("RGB", (8, 8)).save(folder / "samples.png")
+    record = {
+        "metrics": {"fid": 12.5, "inception_score": 3.25, "kid": None},
+        "settings": {"guidance_scale": 2.0, "guidance_interval": [0.1, 1.0], "reference": "/home/me/secret/val.npz"},
+    }
+    (folder / "evaluation.json").write_text(json.dumps([record]))
+    refresh_card(folder)
+    return folder
+
+
+def shared(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_pushed_is_the_folder_and_nothing_that_lies_about_in_it(server, folder, capsys):
+    for name in (".env", "notes.txt", "transformer/.cache", "tmp_1", "old.pth"):
+        (folder / name).write_text("secret")
+    assert convert(["--input", str(folder), "--push_to_hub", "--hub_model_id", REPOSITORY]) == 0
+    lies_about = {".env", "notes.txt", "transformer/.cache", "tmp_1", "old.pth"}
+    assert server.files[REPOSITORY] == {name: data for name, data in shared(folder).items() if name not in lies_about}
+    assert server.repositories == {REPOSITORY: False}
+    assert len(server.objects) == 1  # the weights
+    assert server.commits == [REPOSITORY]
+    printed = capsys.readouterr()
+    assert f"Pushed: {server.url}/{REPOSITORY}" in printed.out
+    assert TOKEN not in printed.out + printed.err
+
+
+def test_a_card_on_the_hub_tells_how_to_use_it_and_how_good_it_is(server, folder):
+    hub.push_folder(folder, REPOSITORY)
+    hub.push_folder(folder, REPOSITORY)  # again changes nothing
+    card = ModelCard(server.files[REPOSITORY]["README.md"].decode())
+    assert f'JiTPipeline.from_pretrained("{REPOSITORY}")' in card.text
+    assert "![samples](samples.png)" in card.text
+    assert card.text.count("## Results") == 1
+    assert "| 2.0 | 0.1 to 1.0 | val.npz | 12.5 | 3.25 |" in card.text
+    assert "/home/me" not in card.content
+    assert card.data.library_name == "diffusers"
+    (result,) = card.data.eval_results  # the Fréchet distance, and no other
+    assert (result.metric_type, result.metric_value, result.dataset_name) == ("fid", 12.5, "val.npz")
+
+
+def test_what_people_wrote_into_a_card_stays(folder):
+    path = folder / "README.md"
+    path.write_text(path.read_text().replace("tags:", "license: mit\ntags:") + "\nMy own words.\n")
+    (folder / "evaluation.json").write_text(json.dumps([{"metrics": {"fid": 9.0}, "settings": {}}]))
+    refresh_card(folder, REPOSITORY)
+    card = ModelCard.load(path)
+    assert "My own words." in card.text
+    assert card.data.license == "mit"
+    assert card.text.count("## Results") == 1
+    assert "| 9 |" in card.text
+    assert "12.5" not in card.content
+
+
+@pytest.mark.parametrize("text", ["not json", "[1, null]", '{"metrics": 3}', '[{"metrics": {"fid": NaN}}]'])
+def test_odd_evaluations_are_passed_over(tmp_path, text):
+    (tmp_path / "evaluation.json").write_text(text)
+    assert read_evaluations(tmp_path / "evaluation.json") == []
+
+
+@pytest.mark.parametrize(
+    ("part", "what", "message"),
+    [
+        ("/whoami-v2", 401, "refuses the token"),
+        ("/repos/create", 403, "may not write to alice/flowers-28"),
+        ("/repos/create", 500, "has trouble (500)"),
+        ("/commit/", 500, "has trouble (500)"),
+        ("/lfs/", 403, "may not write"),
+        ("/commit/", "hang", "does not answer"),
+    ],
+)
+def test_a_push_that_fails_says_why_and_what_helps(server, folder, capsys, part, what, message, monkeypatch):
+    monkeypatch.setattr(hub, "SILENCE_TIMEOUT_S", 0.3)
+    server.fail[part] = what
+    assert convert(["--input", str(folder), "--push_to_hub", "--hub_model_id", REPOSITORY]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert TOKEN not in told
+    assert server.commits == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda server, patch: patch.delenv("HF_TOKEN"), "nobody is logged in"),
+        (lambda server, patch: server.whoami["auth"]["accessToken"].update(role="read"), "may only read"),
+        (lambda server, patch: server.whoami.update(name="bob"), "may write to bob, garden only"),
+        (lambda server, patch: patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True), "HF_HUB_OFFLINE"),
+    ],
+)
+def test_a_login_that_cannot_work_is_refused_at_once(server, monkeypatch, change, message, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    change(server, monkeypatch)
+    with pytest.raises(UserError, match=message):
+        hub.check_login(REPOSITORY)
+
+
+@pytest.mark.parametrize("what", [500, "hang"])
+def test_a_hub_that_is_down_now_may_be_up_later(server, capsys, what):
+    server.fail["/whoami-v2"] = what
+    hub.check_login(REPOSITORY)
+    assert "cannot be checked now" in capsys.readouterr().err
+
+
+def test_a_hub_that_cannot_be_reached_is_told(server, folder, monkeypatch):
+    server.close()
+    with pytest.raises(UserError, match="cannot be reached"):
+        hub.push_folder(folder, REPOSITORY)
+
+
+def test_what_should_be_private_is_never_pushed_to_a_public_repository(server, folder):
+    server.repositories[REPOSITORY] = False
+    with pytest.raises(UserError, match="exists and is public"):
+        hub.push_folder(folder, REPOSITORY, private=True)
+    assert server.commits == []
+    hub.push_folder(folder, "garden/new", private=True)
+    assert server.repositories["garden/new"] is True
+
+
+def test_diffusers_own_ways_to_push_keep_the_card(server, folder, tmp_path):
+    pipeline = JiTPipeline.from_pretrained(folder)
+    pipeline.push_to_hub("alice/by-method")
+    card = (folder / "README.md").read_text()
+    assert server.files["alice/by-method"]["README.md"].decode() == card
+    copy = tmp_path / "copy"
+    pipeline.save_pretrained(str(copy), push_to_hub=True, repo_id="alice/by-saving")
+    assert server.files["alice/by-saving"]["README.md"].decode() == card
+    pipeline.save_pretrained(str(copy))
+    assert (copy / "README.md").read_text() == card
+
+
+def test_a_training_pushes_its_pipeline_and_survives_a_hub_that_fails(server, images, tmp_path, capsys):
+    flags = ["--data_path", str(images), "--max_steps", "1", "--warmup_steps", "0", "--num_inference_steps", "1"]
+    out = tmp_path / "run"
+    flags += ["--output_dir", str(out), "--push_to_hub", "--hub_model_id", REPOSITORY]
+    server.fail["/repos/create"] = 500
+    assert train_here(*flags) == 0
+    told = capsys.readouterr().err
+    command = f"python -m jit_accel.convert --input {out}/pipeline --push_to_hub --hub_model_id {REPOSITORY}"
+    assert command in told
+    assert server.commits == []
+    server.fail.clear()
+    assert convert(command.split()[3:]) == 0
+    assert server.files[REPOSITORY] == shared(out / "pipeline")
+    card = server.files[REPOSITORY]["README.md"].decode()
+    assert "Trouser" in card
+    assert str(tmp_path) not in card
+    assert "hub_model_id" not in card
+    ModelCard(card)
+
+
+def test_a_training_that_could_not_push_does_not_start(server, images, tmp_path, capsys):
+    server.fail["/whoami-v2"] = 401
+    out = tmp_path / "run"
+    flags = ["--data_path", str(images), "--output_dir", str(out), "--push_to_hub", "--hub_model_id", REPOSITORY]
+    assert train_here(*flags) == 2
+    assert "refuses the token" in capsys.readouterr().err
+    assert not (out / "metrics.jsonl").exists()
+
+
+@pytest.mark.multiprocess
+def test_only_one_of_several_processes_pushes(images, tmp_path):
+    server = HubServer()
+    environment = {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    flags = ["--data_path", str(images), "--max_steps", "1", "--warmup_steps", "0", "--num_inference_steps", "1"]
+    flags += ["--output_dir", str(tmp_path / "run"), "--push_to_hub", "--hub_model_id", REPOSITORY]
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    train_group(
+        tmp_path, *flags, num_processes=2, environment={**environment, "TEST_SETUP": "hub_server:use_environment"}
+    )
+    assert server.commits == [REPOSITORY]
+    assert server.requests.count("GET /api/whoami-v2") == 1
+    assert server.files[REPOSITORY] == shared(tmp_path / "run" / "pipeline")
+    server.close()
