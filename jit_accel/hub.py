@@ -10,8 +10,9 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_session
+from huggingface_hub import HfApi, constants, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import _http
 
 from jit_accel.card import refresh_card
 from jit_accel.config import HubConfig
@@ -21,7 +22,7 @@ from jit_accel.redact import redacted
 
 LOGIN_TIMEOUT_S = 10.0
 # Without a byte in either direction; by default the client waits for ever.
-SILENCE_TIMEOUT_S = 300.0
+SILENCE_TIMEOUT_S = 120.0
 # What a pipeline folder is made of; not what else may lie about in it.
 SHARED_FILES = [
     f"{folder}*.{suffix}"
@@ -34,13 +35,18 @@ HIDDEN_FILES = [".*", "*/.*", "tmp_*", "__pycache__/*"]
 @contextlib.contextmanager
 def patience(seconds: float) -> Iterator[None]:
     """Requests of the Hub's client give up after this long without an answer."""
-    session = get_session()
-    before = session.timeout
-    session.timeout = seconds
+    make_client = _http._GLOBAL_CLIENT_FACTORY  # there is no public way to ask for it
+
+    def make_patient_client():
+        client = make_client()
+        client.timeout = seconds
+        return client
+
+    set_client_factory(make_patient_client)  # not the session's timeout: it makes new ones after broken connections
     try:
         yield
     finally:
-        session.timeout = before
+        set_client_factory(make_client)
 
 
 def check_login(repo_id: str) -> None:

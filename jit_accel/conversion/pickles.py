@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,8 @@ def read_pickle(path: Path, flag: str = "--input") -> object:
         if file.read(23) == b"version https://git-lfs":
             raise UserError(f"{flag} {path}: is only a Git LFS pointer: fetch the file itself with `git lfs pull`.")
     try:
-        with only_allowed():
+        with only_allowed(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of them is said by `reason_of`
             return torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped(path))
     except Exception as error:  # a made-up file can make the reader fail in any way
         raise UserError(f"{flag} {path}: {reason_of(error)}") from None
