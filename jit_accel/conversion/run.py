@@ -91,7 +91,7 @@ def convert_weights(source: Source, flags: dict, dtype: str) -> Result:
     settings = sampling_settings(sizes, source.stated, flags)
     paper = PAPER_GUIDANCE.get(preset_of(sizes))
     if settings["guidance_scale"] == 1 and "guidance_scale" not in flags and paper:
-        notes.append(f"the checkpoint says guidance 1 (none); the paper's for this size is {paper[0]:g}.")
+        notes.append(f"--guidance_scale is 1 (none) in the input; the paper has {paper[sizes["img_size"] >= 512]:g} for this size.")
     for note in notes:
         warn(note)
     weights = {name: in_type(name, tensor, dtype) for name, tensor in source.weights.items()}
