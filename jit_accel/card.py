@@ -33,6 +33,9 @@ image = pipe({example}, generator=torch.Generator().manual_seed(0)).images[0]
 image.save("sample.png")
 ```
 
+Without jit_accel, the folder's own code does: `DiffusionPipeline.from_pretrained("{place}", custom_pipeline="{place}",
+trust_remote_code=True)` of diffusers in place of `JiTPipeline.from_pretrained("{place}")`.
+
 Classes: {names}.
 
 <!-- results -->
@@ -142,7 +145,7 @@ def refresh_card(folder: Path, repo_id: str | None = None) -> None:
     card = ModelCard(path.read_text(encoding="utf-8") if path.exists() else _bare_card(folder))
     text = card.text
     if repo_id:
-        text = re.sub(r'(JiTPipeline\.from_pretrained\(")[^"]*(")', rf"\g<1>{repo_id}\g<2>", text)
+        text = re.sub(r'((?:Pipeline\.from_pretrained\(|custom_pipeline=)")[^"]*(")', rf"\g<1>{repo_id}\g<2>", text)
     records = read_evaluations(folder / EVALUATION_FILE)
     if records:
         block = f"<!-- results -->\n{results_table(records)}\n<!-- /results -->"
@@ -161,6 +164,7 @@ def _bare_card(folder: Path) -> str:
     """A card for a folder that came without one, from its configuration files alone."""
     network = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
     names = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("class_names") or []
+    names = [names[number] for number in sorted(names, key=int)] if isinstance(names, dict) else names
     data = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", tags=TAGS)
     body = BODY.format(
         title=f"JiT, {network['img_size']} px",

@@ -18,8 +18,11 @@ def main(argv: list[str] | None = None) -> int:
         config = parse_args(argv)
         check(config)
         # torch is imported only now, so that --help and wrong flags answer at once.
+        from diffusers.utils.logging import disable_progress_bar
+
         from jit_accel.conversion.run import convert
 
+        disable_progress_bar()
         if os.environ.get("RANK", "0") == "0":  # a launcher's other processes have nothing to do
             convert(config)
     except UserError as error:

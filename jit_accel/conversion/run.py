@@ -91,7 +91,8 @@ def convert_weights(source: Source, flags: dict, dtype: str) -> Result:
     settings = sampling_settings(sizes, source.stated, flags)
     paper = PAPER_GUIDANCE.get(preset_of(sizes))
     if settings["guidance_scale"] == 1 and "guidance_scale" not in flags and paper:
-        notes.append(f"--guidance_scale is 1 (none) in the input; the paper has {paper[sizes["img_size"] >= 512]:g} for this size.")
+        papers = paper[sizes["img_size"] >= 512]
+        notes.append(f"guidance is 1 (none) in the input; the paper has {papers:g} for this size (--guidance_scale).")
     for note in notes:
         warn(note)
     weights = {name: in_type(name, tensor, dtype) for name, tensor in source.weights.items()}

@@ -229,6 +229,8 @@ def sampling_settings(config: Mapping, stated: Mapping, flags: Mapping) -> dict:
         "solver": "heun",
         "guidance_scale": guidance if config["num_classes"] > 1 else 1.0,
         "guidance_interval": (0.1, 1.0),
+        "num_inference_steps": None,
+        "method": None,
         "class_names": None,
     }
     settings = {name: flags.get(name, stated.get(name, default)) for name, default in paper.items()}

@@ -150,7 +150,10 @@ def open_pipeline(place: str, folder: Path, wanted: str | None) -> Source:
     if wanted is None:
         for candidate in (folder, folder / "pipeline"):
             if (candidate / "model_index.json").is_file():
-                return _of_pipeline(candidate, _load_folder(candidate), "the pipeline's")
+                source = _of_pipeline(candidate, _load_folder(candidate), "the pipeline's")
+                dtype = stored_dtype(candidate)  # diffusers has made all of it float32
+                source.weights = {name: tensor.to(dtype) for name, tensor in source.weights.items()}
+                return source
     checkpoint = find_checkpoint_in(folder)
     if checkpoint:
         average = average_for(checkpoint, wanted)
@@ -166,16 +169,12 @@ def open_pipeline(place: str, folder: Path, wanted: str | None) -> Source:
             f"--input {place}: holds no pipeline (model_index.json) and no checkpoint: give a pipeline folder, the "
             "output folder of a run, or a .pth or .safetensors file."
         )
-    try:
-        return _of_pipeline(None, load_pipeline(place), "the pipeline's")
-    except UserError as error:
-        raise UserError(str(error).replace("--model ", "--input ", 1)) from None
+    return _of_pipeline(None, load_pipeline(place, flag="--input"), "the pipeline's")
 
 
 def _load_folder(folder: Path) -> JiTPipeline:
     try:
-        # "auto": as it is stored; diffusers would make everything float32.
-        return JiTPipeline.from_pretrained(folder, torch_dtype=stored_dtype(folder))
+        return JiTPipeline.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError, KeyError, TypeError) as error:
         raise UserError(f"--input {folder}: the pipeline cannot be loaded ({str(error).splitlines()[0]}).") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from jit_accel.pipeline import JiTPipeline
+from jit_accel.pipeline import DEFAULTS, JiTPipeline
 from jit_accel.presets import PRESETS
 from jit_accel.scheduler import CALLS_PER_STEP, VELOCITIES
 
@@ -43,10 +43,17 @@ BELIEVED = {
     "solver": lambda v: isinstance(v, str) and v in CALLS_PER_STEP,
     "guidance_scale": lambda v: _is_number(v) and v >= 0,
     "guidance_interval": _is_interval,
+    "num_inference_steps": lambda v: _is_count(v) and v >= 1,
+    "method": lambda v: isinstance(v, str) and v in CALLS_PER_STEP,
     "class_names": _is_names,
 }
 # The reference's command line says the same in its own words.
-ARGUMENT_NAMES = {"class_num": "num_classes", "cfg": "guidance_scale", "sampling_method": "solver"}
+ARGUMENT_NAMES = {
+    "class_num": "num_classes",
+    "cfg": "guidance_scale",
+    "sampling_method": "solver",
+    "num_sampling_steps": "num_inference_steps",
+}
 
 
 def from_record(values: Mapping) -> dict:
@@ -77,5 +84,5 @@ def from_pipeline(pipeline: JiTPipeline) -> dict:
     values = {name: value for name, value in pipeline.transformer.config.items() if not name.startswith("_")}
     values |= {"prediction": scheduler.prediction_type, "noise_scale": scheduler.noise_scale, "t_eps": scheduler.t_eps}
     values |= {"solver": scheduler.solver, "class_names": pipeline.config.class_names}
-    values |= {name: pipeline.config[name] for name in ("guidance_scale", "guidance_interval")}
+    values |= {name: pipeline.config[name] for name in DEFAULTS}
     return from_record(values)

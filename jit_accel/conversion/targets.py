@@ -20,7 +20,7 @@ from jit_accel.conversion.sizes import model_name, position_table
 from jit_accel.conversion.stated import to_arguments
 from jit_accel.errors import UserError
 from jit_accel.model import JiTTransformer2DModel
-from jit_accel.pipeline import JiTPipeline
+from jit_accel.pipeline import DEFAULTS, JiTPipeline
 from jit_accel.scheduler import JiTScheduler
 
 PREFIX = "net."  # the reference's Denoiser holds the network under this name
@@ -135,7 +135,7 @@ def build(result: Result) -> JiTPipeline:
         noise_scale=settings["noise_scale"],
         solver=settings["solver"],
     )
-    sampling = {name: settings[name] for name in ("class_names", "guidance_scale", "guidance_interval")}
+    sampling = {name: settings[name] for name in ("class_names", *DEFAULTS)}
     return JiTPipeline(network.eval(), scheduler, **sampling)
 
 
