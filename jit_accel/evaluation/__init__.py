@@ -1,0 +1,1 @@
+"""Distances between generated images and real ones."""

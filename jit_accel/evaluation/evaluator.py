@@ -1,0 +1,234 @@
+"""Images in, numbers out, on all processes together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jit_accel.errors import UserError
+from jit_accel.evaluation import formulas
+from jit_accel.evaluation.features import MAIN, SPATIAL, FeatureNetwork
+from jit_accel.evaluation.images import ImageSet, find_array, open_images
+from jit_accel.evaluation.names import metric_names
+from jit_accel.evaluation.processes import on_main, together
+from jit_accel.evaluation.reference import Reference, read_reference, reference_of
+from jit_accel.evaluation.statistics import Collector, ImageStatistics
+from jit_accel.generation import SamplerSettings, generate, share_of
+from jit_accel.pipeline import JiTPipeline
+
+T = TypeVar("T")
+
+
+@dataclass
+class Seconds:
+    """Where the time of this process went."""
+
+    images: float = 0.0  # making them, or reading them
+    features: float = 0.0  # the feature network
+    sums: float = 0.0  # statistics, added up across processes
+    formulas: float = 0.0  # on the main process
+
+
+@dataclass
+class Evaluator:
+    """Measures images and pipelines with one feature network; all processes call the same methods together.
+
+    Args:
+        network: of `load_features`, on the accelerator's device.
+        metrics: names from `metric_names(network.name)`.
+        batch_size: images that a process makes, reads and looks at together.
+        max_features: of so many images at most, drawn at random, features are kept and compared one by one for kernel
+            distance, precision and recall.
+    """
+
+    network: FeatureNetwork
+    accelerator: Any
+    metrics: tuple[str, ...]
+    batch_size: int = 64
+    max_features: int = 10_000
+    seconds: Seconds = field(default_factory=Seconds)
+
+    def measure_pipeline(
+        self, pipeline: JiTPipeline, reference: Reference, num_images: int, settings: SamplerSettings, seed: int = 0
+    ) -> dict[str, float]:
+        """`compare` images 0 to `num_images` - 1 of this seed, of class number % classes, with the reference."""
+        return self.compare(self.statistics_of_pipeline(pipeline, num_images, settings, seed), reference)
+
+    def statistics_of_pipeline(
+        self, pipeline: JiTPipeline, num_images: int, settings: SamplerSettings, seed: int = 0
+    ) -> ImageStatistics:
+        """Generate on all processes, which make equally many calls of the network, and collect; nothing is stored."""
+        processes = self.accelerator.num_processes
+        padded = range(-(-num_images // processes) * processes)  # those from num_images on only fill batches up
+        numbers = share_of(padded, self.accelerator.process_index, processes)
+        collector = self._collector(num_images)
+        batches = generate(pipeline, numbers, seed=seed, settings=settings, batch_size=self.batch_size)
+        for part, images in self._timed(batches):
+            self._collect(collector, torch.tensor(part), images)
+        return self._finish(collector, images.shape[-1])
+
+    def statistics_of_images(self, images: ImageSet, img_size: int, flag: str = "--images") -> ImageStatistics:
+        """Read each image once, every process its share.
+
+        Raises:
+            UserError: the data cannot be read, or hardly anything in it is an image.
+        """
+        collector, accelerator = self._collector(images.num_images), self.accelerator
+
+        def read() -> None:
+            shares = images.shares(img_size, self.batch_size, accelerator.process_index, accelerator.num_processes)
+            for share in self._timed(shares):
+                collector.bad_images += share.bad_images
+                if len(share.numbers):
+                    self._collect(collector, share.numbers, share.images, share.labels)
+
+        together(accelerator, read)
+        statistics = self._finish(collector, img_size)
+        if statistics.num_images < 2:
+            raise UserError(f"{flag} {images.name}: has {statistics.num_images} images, too few to compare.")
+        return statistics
+
+    def load_reference(self, path: str, img_size: int | None = None) -> Reference:
+        """Read statistics from a file, or measure images, cropped to `img_size` (None: the size that they have).
+
+        Raises:
+            UserError: on all processes, whatever is wrong with it.
+        """
+        found, shape = None, None
+        if path.endswith(".npz"):
+            found = together(self.accelerator, lambda: read_reference(path, self.network))
+            shape = together(self.accelerator, lambda: find_array(path, "--reference"))
+        if found is not None and (shape is None or found.kept is not None or not self._keeps_features):
+            return found
+        images = together(self.accelerator, lambda: open_images(path, "--reference"), in_turn=True)
+        measured = reference_of(
+            path, self.statistics_of_images(images, side_of(images, img_size, "--reference"), "--reference")
+        )
+        return measured if found is None else replace(found, kept=measured.kept, img_size=measured.img_size)
+
+    def compare(self, statistics: ImageStatistics, reference: Reference) -> dict[str, float]:
+        """The metrics, the same on all processes; kernel distance and Inception Score also have `..._std`."""
+
+        def measure() -> dict[str, float]:
+            start, found = time.perf_counter(), {}
+            table = metric_names(self.network.name)
+            for name in self.metrics:
+                if name not in found:
+                    found |= MEASURES[table[name].short](name, statistics, reference)
+            self.seconds.formulas += time.perf_counter() - start
+            return {name: value for name, value in found.items() if name.removesuffix("_std") in self.metrics}
+
+        return on_main(self.accelerator, measure)
+
+    @property
+    def _keeps_features(self) -> bool:
+        table = metric_names(self.network.name)
+        return any(table[name].short in NEED_KEPT for name in self.metrics)
+
+    def _collector(self, num_images: int | None) -> Collector:
+        shorts = {metric_names(self.network.name)[name].short for name in self.metrics}
+        return Collector(
+            self.network,
+            num_images,
+            max_features=self.max_features if self._keeps_features else 0,
+            wants_scores="is" in shorts,
+            with_spatial="sfd" in shorts,
+        )
+
+    def _collect(self, collector: Collector, numbers: Tensor, images: Tensor, labels: np.ndarray | None = None) -> None:
+        with self._clock("features"):
+            layers = self.network(images)
+        with self._clock("sums"):
+            collector.add(numbers, layers, labels)
+
+    def _finish(self, collector: Collector, img_size: int) -> ImageStatistics:
+        with self._clock("sums"):
+            return collector.finish(self.accelerator, img_size)
+
+    def _timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches, made under the accelerator's precision and with their time counted."""
+        batches = iter(batches)
+        while True:
+            with self._clock("images"), self.accelerator.autocast():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    @contextmanager
+    def _clock(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.network.device.type != "cpu":  # a wait of microseconds for each batch, which takes a second
+                torch.accelerator.synchronize()
+            setattr(self.seconds, name, getattr(self.seconds, name) + time.perf_counter() - start)
+
+
+def side_of(images: ImageSet, img_size: int | None, flag: str) -> int:
+    """The side to crop images to: `img_size`, or else the one that they have.
+
+    Raises:
+        UserError: neither is known, or images that were prepared would have to be enlarged.
+    """
+    side = img_size or images.img_size
+    if side is None:
+        raise UserError(
+            f"{flag} {images.name}: the images are no squares: give the size to crop them to as --img_size."
+        )
+    return side
+
+
+def unmeasurable(metrics: tuple[str, ...], features: str, reference: Reference) -> dict[str, str]:
+    """Of the metrics those that this reference, or this installation, does not allow, and why."""
+    table, reasons = metric_names(features), {}
+    for name in metrics:
+        short = table[name].short
+        if short == "sfd" and SPATIAL not in reference.gaussians:
+            reasons[name] = "the reference has no spatial statistics (mu_s, sigma_s)"
+        elif short in NEED_KEPT and reference.kept is None:
+            reasons[name] = "the reference has only mean and covariance, no features of single images"
+    return reasons
+
+
+def _frechet(layer: str, name: str, statistics: ImageStatistics, reference: Reference) -> dict[str, float]:
+    moments, other = statistics.moments[layer], reference.gaussians[layer]
+    return {name: formulas.frechet_distance(moments.mean, moments.covariance, other.mean, other.root)}
+
+
+def _inception_score(name: str, statistics: ImageStatistics, reference: Reference) -> dict[str, float]:
+    mean, std = formulas.inception_score(statistics.scores)
+    return {name: mean, f"{name}_std": std}
+
+
+def _kernel(name: str, statistics: ImageStatistics, reference: Reference) -> dict[str, float]:
+    mean, std = formulas.kernel_distance(statistics.kept, reference.kept)
+    return {name: mean, f"{name}_std": std}
+
+
+def _precision_recall(name: str, statistics: ImageStatistics, reference: Reference) -> dict[str, float]:
+    device = statistics.moments[MAIN].total.device
+    precision, recall = formulas.precision_recall(statistics.kept.to(device), reference.kept.to(device))
+    _, _, features = name.partition("_")
+    return dict(zip((f"precision_{features}".rstrip("_"), f"recall_{features}".rstrip("_")), (precision, recall)))
+
+
+# Of each metric by its short name; a new one is a function here and a row in `METRICS`
+MEASURES: dict[str, Callable[[str, ImageStatistics, Reference], dict[str, float]]] = {
+    "fd": partial(_frechet, MAIN),
+    "sfd": partial(_frechet, SPATIAL),
+    "is": _inception_score,
+    "kd": _kernel,
+    "precision": _precision_recall,
+    "recall": _precision_recall,
+}
+NEED_KEPT = ("kd", "precision", "recall")
