@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from jit_accel.errors import UserError
 from jit_accel.evaluation import formulas
 from jit_accel.evaluation.features import MAIN, SPATIAL, FeatureNetwork
 from jit_accel.evaluation.images import ImageSet, find_array, open_images
+from jit_accel.evaluation.libraries import has_torch_fidelity
 from jit_accel.evaluation.names import metric_names
 from jit_accel.evaluation.processes import on_main, together
 from jit_accel.evaluation.reference import Reference, read_reference, reference_of
@@ -47,6 +49,7 @@ class Evaluator:
         batch_size: images that a process makes, reads and looks at together.
         max_features: of so many images at most, drawn at random, features are kept and compared one by one for kernel
             distance, precision and recall.
+        show_progress: a bar of this process's images, on the main process.
     """
 
     network: FeatureNetwork
@@ -54,26 +57,43 @@ class Evaluator:
     metrics: tuple[str, ...]
     batch_size: int = 64
     max_features: int = 10_000
+    show_progress: bool = False
     seconds: Seconds = field(default_factory=Seconds)
 
     def measure_pipeline(
-        self, pipeline: JiTPipeline, reference: Reference, num_images: int, settings: SamplerSettings, seed: int = 0
+        self,
+        pipeline: JiTPipeline,
+        reference: Reference,
+        num_images: int,
+        settings: SamplerSettings,
+        seed: int = 0,
+        img_size: int | None = None,
     ) -> dict[str, float]:
-        """`compare` images 0 to `num_images` - 1 of this seed, of class number % classes, with the reference."""
-        return self.compare(self.statistics_of_pipeline(pipeline, num_images, settings, seed), reference)
+        """`compare` images 0 to `num_images` - 1 of this seed, of class number % classes, with the reference.
+
+        Args:
+            img_size: in pixels; None: the training size.
+        """
+        statistics = self.statistics_of_pipeline(pipeline, num_images, settings, seed, img_size)
+        return self.compare(statistics, reference)
 
     def statistics_of_pipeline(
-        self, pipeline: JiTPipeline, num_images: int, settings: SamplerSettings, seed: int = 0
+        self,
+        pipeline: JiTPipeline,
+        num_images: int,
+        settings: SamplerSettings,
+        seed: int = 0,
+        img_size: int | None = None,
     ) -> ImageStatistics:
         """Generate on all processes, which make equally many calls of the network, and collect; nothing is stored."""
-        processes = self.accelerator.num_processes
+        processes, side = self.accelerator.num_processes, img_size or pipeline.transformer.config.img_size
         padded = range(-(-num_images // processes) * processes)  # those from num_images on only fill batches up
         numbers = share_of(padded, self.accelerator.process_index, processes)
         collector = self._collector(num_images)
-        batches = generate(pipeline, numbers, seed=seed, settings=settings, batch_size=self.batch_size)
-        for part, images in self._timed(batches):
+        how = {"seed": seed, "settings": settings, "batch_size": self.batch_size, "height": side, "width": side}
+        for part, images in self._timed(generate(pipeline, numbers, **how), len(numbers)):
             self._collect(collector, torch.tensor(part), images)
-        return self._finish(collector, images.shape[-1])
+        return self._finish(collector, side)
 
     def statistics_of_images(self, images: ImageSet, img_size: int, flag: str = "--images") -> ImageStatistics:
         """Read each image once, every process its share.
@@ -85,7 +105,8 @@ class Evaluator:
 
         def read() -> None:
             shares = images.shares(img_size, self.batch_size, accelerator.process_index, accelerator.num_processes)
-            for share in self._timed(shares):
+            total = images.num_images and images.num_images // accelerator.num_processes
+            for share in self._timed(shares, total):
                 collector.bad_images += share.bad_images
                 if len(share.numbers):
                     self._collect(collector, share.numbers, share.images, share.labels)
@@ -153,15 +174,18 @@ class Evaluator:
         with self._clock("sums"):
             return collector.finish(self.accelerator, img_size)
 
-    def _timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches, made under the accelerator's precision and with their time counted."""
+    def _timed(self, batches: Iterable[T], num_images: int | None) -> Iterator[T]:
+        """The same batches, made under the accelerator's precision, with their time counted and a progress bar."""
         batches = iter(batches)
-        while True:
-            with self._clock("images"), self.accelerator.autocast():
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
+        is_silent = not (self.show_progress and self.accelerator.is_main_process)
+        with tqdm(total=num_images, unit="image", leave=False, disable=is_silent) as bar:
+            while True:
+                with self._clock("images"), self.accelerator.autocast():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                yield batch
+                bar.update(len(batch[0]))
 
     @contextmanager
     def _clock(self, name: str) -> Iterator[None]:
@@ -188,15 +212,17 @@ def side_of(images: ImageSet, img_size: int | None, flag: str) -> int:
     return side
 
 
-def unmeasurable(metrics: tuple[str, ...], features: str, reference: Reference) -> dict[str, str]:
+def unmeasurable(metrics: tuple[str, ...], reference: Reference) -> dict[str, str]:
     """Of the metrics those that this reference, or this installation, does not allow, and why."""
-    table, reasons = metric_names(features), {}
+    table, reasons = metric_names(reference.features), {}
     for name in metrics:
         short = table[name].short
         if short == "sfd" and SPATIAL not in reference.gaussians:
             reasons[name] = "the reference has no spatial statistics (mu_s, sigma_s)"
         elif short in NEED_KEPT and reference.kept is None:
-            reasons[name] = "the reference has only mean and covariance, no features of single images"
+            reasons[name] = "the reference has mean and covariance alone, no features of single images"
+        elif short in NEED_KEPT and not has_torch_fidelity():
+            reasons[name] = "torch-fidelity is not installed: pip install 'jit_accel[eval]'"
     return reasons
 
 

@@ -1,0 +1,97 @@
+"""Results as a table to read and as records in a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from jit_accel import __version__
+from jit_accel.console import say
+from jit_accel.errors import UserError
+from jit_accel.evaluation.settings import EvaluateConfig
+
+FILE = "evaluation.json"
+_SETTINGS = {  # of a row of the table: its header, and how to write it
+    "guidance_scale": ("guidance", "{:g}"),
+    "guidance_interval": ("interval", "{0[0]:g}-{0[1]:g}"),
+    "num_inference_steps": ("steps", "{}"),
+    "num_images": ("images", "{:,}"),
+}
+
+
+def record_file(config: EvaluateConfig) -> Path | None:
+    """Where the results go: `--output`, or the model's folder if there is one."""
+    if config.output:
+        return Path(config.output).expanduser()
+    folder = Path(config.model).expanduser() if config.model else None
+    return folder / FILE if folder is not None and folder.is_dir() and os.access(folder, os.W_OK) else None
+
+
+def read_records(file: Path | None) -> list[dict]:
+    """The records of earlier evaluations, [] where there are none yet.
+
+    Raises:
+        UserError: the file holds something else, or its folder cannot be written to.
+    """
+    if file is None:
+        return []
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        records = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    except OSError as error:
+        raise UserError(f"--output {file}: cannot be written ({error.strerror}): give another file.") from None
+    except ValueError:
+        records = None
+    if not isinstance(records, list) or not os.access(file.parent, os.W_OK):
+        raise UserError(f"--output {file}: results cannot be added to it: give another file.")
+    return records
+
+
+def add_records(records: list[dict], file: Path | None) -> None:
+    """Add records, with date and versions, to a JSON list; written anew and then renamed."""
+    if file is None:
+        return
+    stamp = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions()}
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        every = [*read_records(file), *({**record, **stamp} for record in records)]
+        temporary.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        raise UserError(f"--output {file}: cannot be written ({error.strerror}).") from None
+    say(f"Results: {file}")
+
+
+def versions() -> dict[str, str | None]:
+    """Of what the numbers depend on."""
+    found = {"jit_accel": __version__, "torch": torch.__version__}
+    for package in ("torch-fidelity", "efficientnet-lite-pytorch"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def table_of(records: list[dict]) -> str:
+    """The records as lines of text, a metric a column."""
+    settings = [key for key in _SETTINGS if key in records[0]]
+    metrics = [name for name in records[0]["metrics"] if not name.endswith("_std")]
+    rows = [[_SETTINGS[key][0] for key in settings] + metrics]
+    for record in records:
+        rows.append(
+            [_SETTINGS[key][1].format(record[key]) for key in settings]
+            + [_with_deviation(record["metrics"], name) for name in metrics]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+
+
+def _with_deviation(found: dict[str, float], name: str) -> str:
+    value = f"{found[name]:.5g}"
+    return f"{value} ± {found[f'{name}_std']:.2g}" if f"{name}_std" in found else value

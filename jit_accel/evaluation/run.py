@@ -1,0 +1,198 @@
+"""`jit_accel.evaluate`: from settings to a table, and a record in a JSON file."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from jit_accel.console import say, warn
+from jit_accel.errors import UserError
+from jit_accel.evaluation.evaluator import Evaluator, side_of, unmeasurable
+from jit_accel.evaluation.features import MAIN, load_features
+from jit_accel.evaluation.images import ImageSet, open_images
+from jit_accel.evaluation.names import chosen_metrics
+from jit_accel.evaluation.processes import on_main, together
+from jit_accel.evaluation.records import add_records, read_records, record_file, table_of
+from jit_accel.evaluation.reference import Reference, save_reference
+from jit_accel.evaluation.settings import EvaluateConfig
+from jit_accel.generation import SamplerSettings
+from jit_accel.loading import load_pipeline
+from jit_accel.pipeline import JiTPipeline
+from jit_accel.precision import chosen_device, default_precision
+
+UNBALANCED = 0.1  # of a reference: which share of its images would have to be of other classes
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a pipeline, or images; neither where only a reference is made."""
+
+    pipeline: JiTPipeline | None = None
+    images: ImageSet | None = None
+    img_size: int | None = None
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    """Measure as the settings say. Returns the exit code.
+
+    Raises:
+        UserError: on all processes, whatever is wrong with settings, model, data or installation.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        logging.getLogger("jit_accel").setLevel(logging.ERROR)
+    accelerator = build_accelerator(config)
+    try:
+        evaluator = build_evaluator(config, accelerator)
+        file = record_file(config)
+        on_main(accelerator, lambda: read_records(file))  # a file that nothing can be added to is found at once
+        subject = together(accelerator, lambda: open_subject(config, accelerator), in_turn=True)
+        reference = evaluator.load_reference(config.reference, subject.img_size or config.img_size)
+        if accelerator.is_main_process:
+            introduce(config, evaluator, subject, reference)
+        if config.make_reference:
+            path = Path(config.make_reference).expanduser()
+            on_main(accelerator, lambda: save_reference(path, reference, evaluator.network.weights_id))
+        if subject.pipeline is None and subject.images is None:
+            return 0
+        evaluator.metrics = measurable(config, evaluator, reference)
+        records = measure(config, evaluator, subject, reference)
+        if accelerator.is_main_process:
+            say(table_of(records))
+        on_main(accelerator, lambda: add_records(records, file))
+        return 0
+    finally:
+        if accelerator.num_processes > 1:
+            time.sleep(0.2)  # see `startup.start`: gloo's threads need the GIL to end
+        accelerator.end_training()
+
+
+def build_accelerator(config: EvaluateConfig) -> Accelerator:
+    """The processes of this evaluation; formulas take minutes on the main one while the others wait."""
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    precision = config.mixed_precision or default_precision()
+    if precision == "fp16" and chosen_device().type == "cpu":
+        raise UserError("--mixed_precision fp16: needs a GPU: use bf16 or no.")
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+    return Accelerator(mixed_precision=precision, kwargs_handlers=[patience])
+
+
+def build_evaluator(config: EvaluateConfig, accelerator: Accelerator) -> Evaluator:
+    """The feature network, loaded on all processes; of one machine one looks for the weights first."""
+
+    def load():
+        return load_features(config.features, accelerator.device, config.feature_weights)
+
+    return Evaluator(
+        together(accelerator, load, in_turn=True),
+        accelerator,
+        chosen_metrics(config.features, config.metrics),
+        batch_size=config.batch_size,
+        max_features=config.max_features,
+        show_progress=True,
+    )
+
+
+def open_subject(config: EvaluateConfig, accelerator: Accelerator) -> Subject:
+    """The model or the images to measure."""
+    if config.model is not None:
+        pipeline = load_pipeline(config.model, config.ema).to(accelerator.device)
+        pipeline.set_progress_bar_config(disable=True)
+        network = pipeline.transformer.config
+        side = config.img_size or network.img_size
+        if side % network.patch_size:
+            raise UserError(f"--img_size {side}: must be a multiple of the model's patch size {network.patch_size}.")
+        if config.compile:
+            pipeline.transformer.compile_repeated_blocks()
+        return Subject(pipeline, None, side)
+    if config.images is not None:
+        images = open_images(config.images, "--images")
+        return Subject(None, images, side_of(images, config.img_size, "--images"))
+    return Subject()
+
+
+def introduce(config: EvaluateConfig, evaluator: Evaluator, subject: Subject, reference: Reference) -> None:
+    """Say what is compared, and what of it is doubtful."""
+    network, count = evaluator.network, config.num_images
+    if subject.images is not None:
+        count = subject.images.num_images
+    real = "?" if reference.num_images is None else f"{reference.num_images:,}"
+    size = f", {reference.img_size} px" if reference.img_size else ""
+    say(f"Reference: {reference.name}, {real} images{size}; features {network.name}, {network.sizes[MAIN]} numbers")
+    counts = [("--reference", reference.num_images)]
+    counts += [("--num_images" if subject.pipeline else "--images", count)] * (subject != Subject())
+    for flag, number in counts:
+        if number is not None and number <= network.sizes[MAIN]:
+            warn(
+                f"{flag}: {number:,} images do not determine a covariance of {network.sizes[MAIN]:,} features, and a "
+                "Fréchet distance of few images is too large: compare only with others of as many images."
+            )
+    if reference.img_size and subject.img_size and reference.img_size != subject.img_size:
+        warn(
+            f"--reference {reference.name}: of images of {reference.img_size} px, but those measured have "
+            f"{subject.img_size} px: make a reference of that size (--img_size {subject.img_size})."
+        )
+    if subject.pipeline is not None and (share := imbalance(reference.label_counts)) > UNBALANCED:
+        warn(
+            f"--reference {reference.name}: its classes differ in size, the model's images do not; for equal classes "
+            f"{share:.0%} of its images would have to be others, and that is part of the distance."
+        )
+
+
+def imbalance(label_counts: tuple[int, ...]) -> float:
+    """The share of images that would have to change their class for all classes to have as many; 0 if not known."""
+    total, classes = sum(label_counts), len(label_counts)
+    if not total:
+        return 0.0
+    return sum(max(0, count / total - 1 / classes) for count in label_counts)
+
+
+def measurable(config: EvaluateConfig, evaluator: Evaluator, reference: Reference) -> tuple[str, ...]:
+    """The metrics to measure: those asked for, or all that can be.
+
+    Raises:
+        UserError: one was asked for that cannot.
+    """
+    missing = unmeasurable(evaluator.metrics, reference)
+    if missing and config.metrics:
+        name, reason = next(iter(missing.items()))
+        raise UserError(f"--metrics {name}: {reason}.")
+    for reason in dict.fromkeys(missing.values()) if evaluator.accelerator.is_main_process else ():
+        warn(f"without {', '.join(name for name in missing if missing[name] == reason)}: {reason}.")
+    return tuple(name for name in evaluator.metrics if name not in missing)
+
+
+def measure(config: EvaluateConfig, evaluator: Evaluator, subject: Subject, reference: Reference) -> list[dict]:
+    """One record of a model with guidance, one without, or one of images."""
+    of_all = {"features": config.features, "feature_weights": evaluator.network.weights_id, "reference": reference.name}
+    of_all |= {"reference_images": reference.num_images, "img_size": subject.img_size}
+    if subject.images is not None:
+        statistics = evaluator.statistics_of_images(subject.images, subject.img_size)
+        found = evaluator.compare(statistics, reference)
+        return [{"images": config.images, "num_images": statistics.num_images, **of_all, "metrics": found}]
+    of_model = {"model": config.model, "ema": config.ema, "num_images": config.num_images, "seed": config.seed}
+    of_model["mixed_precision"] = evaluator.accelerator.mixed_precision
+    records = []
+    for settings in settings_to_measure(config, subject.pipeline):
+        found = evaluator.measure_pipeline(
+            subject.pipeline, reference, config.num_images, settings, config.seed, subject.img_size
+        )
+        records.append({**of_model, **of_all, **asdict(settings), "metrics": found})
+    return records
+
+
+def settings_to_measure(config: EvaluateConfig, pipeline: JiTPipeline) -> list[SamplerSettings]:
+    """As asked for, and without guidance where that is something else."""
+    own = pipeline.config
+    scale = own.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    interval = tuple(own.guidance_interval) if config.guidance_interval is None else config.guidance_interval
+    asked = SamplerSettings(config.num_inference_steps, scale, interval, config.method)
+    if scale == 1 or not config.unguided:
+        return [asked]
+    return [asked, SamplerSettings(config.num_inference_steps, 1.0, interval, config.method)]
