@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 
 from jit_accel.console import say
 from jit_accel.errors import UserError, nearest
@@ -44,13 +45,15 @@ def parse_args(argv: list[str] | None = None) -> EvaluateConfig:
         if argument.startswith("--") and name not in (*flags, "help", "") and name.removeprefix("no_") not in flags:
             hint = nearest(name, flags).replace("Did you mean '", "Did you mean '--")
             raise UserError(f"{argument}: no such flag.{hint} --help lists them all.")
-    return tyro.cli(
+    config = tyro.cli(
         EvaluateConfig,
         args=argv,
         prog="python -m jit_accel.evaluate",
         use_underscores=True,
         console_outputs=os.environ.get("RANK", "0") == "0",
     )
+    names = ",".join(config.metrics).split(",")
+    return replace(config, metrics=tuple(name.strip() for name in names if name.strip()))
 
 
 if __name__ == "__main__":

@@ -29,10 +29,12 @@ def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other
         other_root: the second Gaussian's `covariance_root`, which is computed once for many comparisons.
     """
     inner = other_root @ covariance @ other_root
-    overlap = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp(min=0).sqrt().sum()
+    values = torch.linalg.eigvalsh((inner + inner.T) / 2)
+    # The square roots of zeros that rounding made 1e-16 would add up over a thousand dimensions.
+    values = values.where(values > len(values) * torch.finfo(values.dtype).eps * values[-1], 0)
     difference = mean - other_mean
-    distance = difference @ difference + covariance.trace() + other_root.square().sum() - 2 * overlap
-    return float(distance)
+    distance = difference @ difference + covariance.trace() + other_root.square().sum() - 2 * values.sqrt().sum()
+    return max(0.0, float(distance))
 
 
 def inception_score(sums: InceptionScoreSums) -> tuple[float, float]:

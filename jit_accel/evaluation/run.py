@@ -11,6 +11,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from diffusers.utils import logging as diffusers_logging
 
 from jit_accel.console import say, warn
 from jit_accel.errors import UserError
@@ -102,6 +103,8 @@ def build_evaluator(config: EvaluateConfig, accelerator: Accelerator) -> Evaluat
 def open_subject(config: EvaluateConfig, accelerator: Accelerator) -> Subject:
     """The model or the images to measure."""
     if config.model is not None:
+        diffusers_logging.disable_progress_bar()
+        diffusers_logging.set_verbosity_error()
         pipeline = load_pipeline(config.model, config.ema).to(accelerator.device)
         pipeline.set_progress_bar_config(disable=True)
         network = pipeline.transformer.config
@@ -172,6 +175,7 @@ def measure(config: EvaluateConfig, evaluator: Evaluator, subject: Subject, refe
     """One record of a model with guidance, one without, or one of images."""
     of_all = {"features": config.features, "feature_weights": evaluator.network.weights_id, "reference": reference.name}
     of_all |= {"reference_images": reference.num_images, "img_size": subject.img_size}
+    of_all["num_processes"] = evaluator.accelerator.num_processes
     if subject.images is not None:
         statistics = evaluator.statistics_of_images(subject.images, subject.img_size)
         found = evaluator.compare(statistics, reference)
