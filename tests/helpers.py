@@ -130,8 +130,9 @@ def _process(flags, environment, log):
     os.dup2(descriptor, 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    from jit_accel.train import main
-
+    module, function = environment.get("TEST_MAIN", "jit_accel.train:main").split(":")
+    main = getattr(importlib.import_module(module), function)
+    flags = [*TINY, *flags] if module == "jit_accel.train" else flags
     if "TEST_WEIGHTS_FOLDER" in environment:
         _record_weights(environment["TEST_WEIGHTS_FOLDER"])
     if "TEST_IMAGES_FOLDER" in environment:
@@ -143,12 +144,12 @@ def _process(flags, environment, log):
     if "TEST_SETUP" in environment:  # module:function
         module, function = environment["TEST_SETUP"].split(":")
         getattr(importlib.import_module(module), function)()
-    code = main([*TINY, *flags])
+    code = main(flags)
     os._exit(code)  # without waiting for the data workers of a group that may be gone
 
 
 class Group:
-    """Real processes that train together, over gloo where there are several."""
+    """Real processes that train together, over gloo where there are several; or run what TEST_MAIN names."""
 
     def __init__(self, flags, log: Path, num_processes: int = 1, environment: dict[str, str] | None = None):
         self.log = log

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from helpers import Group
 from PIL import Image
 
 from jit_accel.config import Config, DataConfig
@@ -28,7 +29,6 @@ from jit_accel.evaluation.statistics import Collector, Moments
 from jit_accel.generation import SamplerSettings
 from jit_accel.loading import build_pipeline
 from jit_accel.model import JiTTransformer2DModel
-from tests.helpers import Group
 
 needs_torch_fidelity = pytest.mark.skipif(not has_torch_fidelity(), reason="needs torch-fidelity")
 ALL = tuple(metric_names("inception"))
@@ -309,7 +309,7 @@ def test_only_inception_measures_what_is_called_fid():
     assert all(name.endswith("_efficientnet_lite0") and "fid" not in name and "kid" not in name for name in of_others)
     assert chosen_metrics("inception", ("recall", "fd", "is")) == ("fid", "inception_score", "recall")
     assert chosen_metrics("efficientnet_lite0", ("fd",)) == ("fd_efficientnet_lite0",)
-    with pytest.raises(UserError, match="fid.*Inception network alone"):
+    with pytest.raises(UserError, match=r"fid.*Inception network alone"):
         chosen_metrics("efficientnet_lite0", ("fid",))
     with pytest.raises(UserError, match="Did you mean 'recall'"):
         chosen_metrics("inception", ("recal",))
@@ -352,7 +352,7 @@ def test_images_are_cropped_as_for_training_and_broken_ones_left_out(network, ac
     found = evaluator.statistics_of_images(images, 28)
     assert (found.num_images, found.bad_images) == (3, 1)
     assert torch.allclose(found.moments["main"].mean, network(pixels[:3])["main"].double().mean(0))
-    with pytest.raises(UserError, match="--reference .*first image is no square.*--img_size"):
+    with pytest.raises(UserError, match=r"--reference .*first image is no square.*--img_size"):
         evaluator.load_reference(str(wide))
 
 
