@@ -85,7 +85,15 @@ def folder(pixels, tmp_path_factory):
 def pipeline():
     torch.manual_seed(0)
     network = JiTTransformer2DModel(
-        img_size=28, patch_size=7, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=8, num_classes=10
+        img_size=28,
+        patch_size=7,
+        hidden_size=32,
+        depth=2,
+        num_heads=2,
+        bottleneck_dim=8,
+        in_context_len=2,
+        in_context_start=1,
+        num_classes=10,
     )
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -110,8 +118,9 @@ def as_npz(path, pixels):
 def statistics(network, accelerator, pixels, batch_size=50, order=None, num_images=None):
     collector = Collector(network, num_images or len(pixels), max_features=1000, wants_scores=True)
     order = torch.arange(len(pixels)) if order is None else order
+    layers = network(pixels)
     for numbers in order.split(batch_size):
-        collector.add(numbers, network(pixels[numbers]))
+        collector.add(numbers, {name: values[numbers] for name, values in layers.items()})
     return collector.finish(accelerator)
 
 
@@ -295,7 +304,7 @@ def test_weights_that_are_more_than_weights_are_not_run(tmp_path, monkeypatch):
             load_features("efficientnet_lite0", weights=name)
     assert not (tmp_path / "pwned").exists()
     torch.save({"weight": torch.zeros(2)}, "other.pth")
-    with pytest.raises(UserError, match="no weights of efficientnet_lite0"):
+    with pytest.raises(UserError, match="other.pth: no weights of efficientnet_lite0"):
         load_features("efficientnet_lite0", weights="other.pth")
 
 

@@ -206,9 +206,7 @@ def side_of(images: ImageSet, img_size: int | None, flag: str) -> int:
     """
     side = img_size or images.img_size
     if side is None:
-        raise UserError(
-            f"{flag} {images.name}: the images are no squares: give the size to crop them to as --img_size."
-        )
+        raise UserError(f"{flag} {images.name}: the first image is no square: give a size to crop to as --img_size.")
     return side
 
 

