@@ -86,6 +86,9 @@ install() {
     --constraint "$constraints" --editable "${REPOSITORY}[fast,wandb,test]" ||
     die "pip could not install everything, see above. It needs a network connection (or a local package index" \
       "in pip's own configuration) and some GB of free space. Run the script again to go on."
+  # Without what it asks for: it needs no torchvision here, and one that does not fit torch breaks other packages.
+  "$VENV/bin/python" -m pip install --disable-pip-version-check ${quiet[@]+"${quiet[@]}"} --no-deps \
+    "$(grep '^torch-fidelity==' "$constraints")" || die "pip could not install torch-fidelity, see above."
   describe_torch "${torch:+kept, it was already installed}" >"$VENV/.torch_choice" ||
     die "torch is installed but cannot be imported, see above. Remove $VENV and run the script again."
   fingerprint >"$VENV/.stamp"

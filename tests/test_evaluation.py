@@ -12,7 +12,6 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers import Group
 from PIL import Image
 
-from jit_accel.config import Config, DataConfig
 from jit_accel.data.sources import open_source
 from jit_accel.errors import UserError
 from jit_accel.evaluate import main, parse_args
@@ -27,8 +26,9 @@ from jit_accel.evaluation.run import imbalance
 from jit_accel.evaluation.settings import EvaluateConfig, check
 from jit_accel.evaluation.statistics import Collector, Moments
 from jit_accel.generation import SamplerSettings
-from jit_accel.loading import build_pipeline
 from jit_accel.model import JiTTransformer2DModel
+from jit_accel.pipeline import JiTPipeline
+from jit_accel.scheduler import JiTScheduler
 
 needs_torch_fidelity = pytest.mark.skipif(not has_torch_fidelity(), reason="needs torch-fidelity")
 ALL = tuple(metric_names("inception"))
@@ -97,7 +97,7 @@ def pipeline():
     )
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    pipe = build_pipeline(network.eval(), Config(DataConfig("x")), None)
+    pipe = JiTPipeline(network.eval(), JiTScheduler(noise_scale=1.0))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -304,7 +304,7 @@ def test_weights_that_are_more_than_weights_are_not_run(tmp_path, monkeypatch):
             load_features("efficientnet_lite0", weights=name)
     assert not (tmp_path / "pwned").exists()
     torch.save({"weight": torch.zeros(2)}, "other.pth")
-    with pytest.raises(UserError, match="other.pth: no weights of efficientnet_lite0"):
+    with pytest.raises(UserError, match=r"other.pth: no weights of efficientnet_lite0"):
         load_features("efficientnet_lite0", weights="other.pth")
 
 
