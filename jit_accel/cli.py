@@ -58,7 +58,7 @@ def _take_config_path(argv: list[str]) -> tuple[list[str], str | None]:
 
 
 def reject_unknown_flags(argv: list[str], settings: Mapping[str, Field]) -> None:
-    """Raise `UserError` with the nearest match for a flag that is none of these settings."""
+    """Raise `UserError` with the nearest match for a flag that is none of these fields of a configuration."""
     for argument in argv:
         if argument.startswith("--") and argument not in ("--", "--help"):
             name = argument[2:].partition("=")[0].replace("-", "_")

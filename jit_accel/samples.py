@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from jit_accel.config import Config
@@ -15,10 +14,10 @@ from jit_accel.generation import SamplerSettings, generate
 from jit_accel.loading import build_pipeline
 from jit_accel.pipeline import JiTPipeline
 from jit_accel.sharding import reshard
+from jit_accel.sheet import draw_rows
 
 SAMPLES_PER_CLASS = 8
 MAX_CLASSES = 10
-MIN_CELL_PIXELS = 84
 
 
 class SampleSheets:
@@ -82,19 +81,8 @@ class SampleSheets:
 def save_sheet(images: Tensor, row_names: list[str], path: Path) -> None:
     """Write images (rows * n, 3, H, W), uint8, as a PNG with a named row for each class; a full disk is warned of."""
     columns = len(images) // len(row_names)
-    side = images.shape[-1]
-    zoom = -(-MIN_CELL_PIXELS // side)
-    cell, gap = side * zoom, 2
-    font = ImageFont.load_default(max(12, cell // 6))
-    margin = max(int(font.getlength(name)) for name in row_names) + 16
-    sheet = Image.new("RGB", (margin + columns * (cell + gap), len(row_names) * (cell + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, image in enumerate(images):
-        row, column = divmod(i, columns)
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((cell, cell), Image.Resampling.NEAREST)
-        sheet.paste(picture, (margin + column * (cell + gap), row * (cell + gap)))
-    for row, name in enumerate(row_names):
-        draw.text((margin - 8, row * (cell + gap) + cell // 2), name, fill="black", font=font, anchor="rm")
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    sheet = draw_rows([(name, pixels[i * columns : (i + 1) * columns]) for i, name in enumerate(row_names)])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")

@@ -18,6 +18,9 @@ IMAGE_EXTENSIONS = frozenset(
     ]
 )
 METADATA_NAMES = frozenset(["metadata.csv", "metadata.jsonl"])
+# What jit_accel.sample leaves beside its class folders: a record, and pictures that are no samples.
+SAMPLES_RECORD = "samples.json"
+SAMPLES_PICTURES = frozenset(["grid.png", "trajectory.png", "animation.gif", "animation.webp"])
 
 _PATHS_PER_CHUNK = 2**18  # far below the 2 GiB that the offsets of an Arrow string array reach
 RACY_NS = 2_000_000_000  # coarsest mtime of a usual file system (FAT: 2 s)
@@ -110,12 +113,13 @@ def _in_order(files: list[str], folders: list[str], prefix: str, ancestors: tupl
 
 def _list(folder: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[str]]:
     """The names of the images and of the folders in a folder."""
-    files, folders = [], []
+    files, folders, holds_samples = [], [], False
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
             if name.startswith((".", "__MACOSX")):
                 continue
+            holds_samples |= name == SAMPLES_RECORD
             kind, ending = _kind(entry), os.path.splitext(name)[1].lower()
             if kind in _BROKEN_LINK:
                 scan.doubtful.append(prefix + name)
@@ -131,6 +135,8 @@ def _list(folder: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[s
                 scan.unreadable.append(f"{entry.path} ({kind})")
             else:
                 files.append(name)
+    if holds_samples:
+        files = [name for name in files if name not in SAMPLES_PICTURES]
     return files, folders
 
 
