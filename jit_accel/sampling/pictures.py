@@ -101,7 +101,7 @@ class Strip:
 
     def write(self, path: Path) -> None:
         rows = [
-            (f"{name}  {letter}", [column[i] for column in columns])
+            (f"{letter}: {name}", [column[i] for column in columns])
             for i, name in enumerate(self.names)
             for letter, columns in (("z", self.z), ("x", self.x))
         ]
