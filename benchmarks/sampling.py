@@ -1,0 +1,205 @@
+"""What sampling costs beside the network's own time, and what guidance costs.
+
+    python benchmarks/sampling.py             all cases that suit this device
+    python benchmarks/sampling.py quick s4    some of them
+
+The variants alternate inside one process and only their ratios are worth comparing: machines are noisy. Calls of the
+network and the rows of their batches are counted, and must be exactly those needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from jit_accel.generation import SamplerSettings, generate
+from jit_accel.model import build_model
+from jit_accel.pipeline import JiTPipeline
+from jit_accel.precision import default_precision
+from jit_accel.record import device_name
+from jit_accel.sampling.files import ImageFiles
+from jit_accel.sampling.plan import Plan
+from jit_accel.sampling.run import PRECISION_DTYPES
+from jit_accel.scheduler import JiTScheduler
+
+NUM_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    what: str
+    model: str
+    img_size: int
+    batch_size: int
+    device: str
+    steps: int = 10
+    rounds: int = 5
+
+
+CASES = {
+    "quick": Case("JiT-Ti/7, 28 px, batch 16", "JiT-Ti/7", 28, 16, "cpu"),
+    "s4": Case("JiT-S/4, 32 px, batch 8", "JiT-S/4", 32, 8, "cpu", rounds=3),
+    "b16": Case("JiT-B/16, 256 px, batch 64", "JiT-B/16", 256, 64, "cuda", steps=50),
+    "l16": Case("JiT-L/16, 256 px, batch 64", "JiT-L/16", 256, 64, "cuda", steps=50, rounds=3),
+}
+
+
+@dataclass
+class Network:
+    """Counts the calls of a network, and the time in them."""
+
+    module: torch.nn.Module
+    rows: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        self.rows.clear()
+        self.seconds = 0.0
+        hooks = [self.module.register_forward_pre_hook(self._begin), self.module.register_forward_hook(self._end)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _begin(self, module, arguments) -> None:
+        wait()
+        self.rows.append(len(arguments[0]))
+        self.began = time.perf_counter()
+
+    def _end(self, module, arguments, output) -> None:
+        wait()
+        self.seconds += time.perf_counter() - self.began
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Bench:
+    def __init__(self, case: Case):
+        self.case = case
+        network = build_model(case.model, img_size=case.img_size, num_classes=NUM_CLASSES).eval().to(case.device)
+        self.pipeline = JiTPipeline(network, JiTScheduler())
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.network = Network(network)
+        self.dtype = PRECISION_DTYPES.get(default_precision())
+
+    def sample(self, guidance_scale: float, interval: tuple[float, float], folder: Path | None = None) -> float:
+        """Seconds that a batch takes, with its files if `folder` says where."""
+        case = self.case
+        settings = SamplerSettings(case.steps, guidance_scale, interval)
+        plan = Plan(tuple(range(NUM_CLASSES)), (-(-case.batch_size // NUM_CLASSES),) * NUM_CLASSES, NUM_CLASSES)
+        items = plan.items()[: case.batch_size]
+        numbers = [item.number for item in items]
+        with contextlib.ExitStack() as stack:
+            if folder:
+                store = stack.enter_context(
+                    contextlib.closing(ImageFiles(folder, plan, "png", (case.img_size, case.img_size)))
+                )
+                store.prepare()
+            wait()
+            began = time.perf_counter()
+            with self.precision():
+                ((_, images),) = generate(self.pipeline, numbers, settings=settings, batch_size=case.batch_size)
+            pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+            if folder:
+                store.write(items, pixels)
+                store.flush()
+            return time.perf_counter() - began
+
+    @torch.no_grad()
+    def two_pass(self) -> float:
+        """Seconds of a batch with guidance 1 where both passes are made whatever the weight, as in plain samplers."""
+        case, network, scheduler = self.case, self.network.module, self.pipeline.scheduler
+        labels = torch.arange(case.batch_size, device=case.device) % NUM_CLASSES
+        no_class = torch.full_like(labels, NUM_CLASSES)
+        wait()
+        began = time.perf_counter()
+        z = torch.randn(case.batch_size, 3, case.img_size, case.img_size).to(case.device)
+        scheduler.set_timesteps(case.steps, device=case.device)
+        with self.precision():
+            for t in scheduler.timesteps:
+                conditional, unconditional = network(z, t, labels).sample, network(z, t, no_class).sample
+                z = scheduler.step(unconditional + 1.0 * (conditional - unconditional), t, z).prev_sample
+        z.cpu()
+        return time.perf_counter() - began
+
+    def precision(self):
+        return torch.autocast(self.case.device, self.dtype, enabled=self.dtype is not None)
+
+    def needed_rows(self, interval: tuple[float, float]) -> list[int]:
+        """The batch of each call: double where guidance acts."""
+        self.pipeline.scheduler.set_timesteps(self.case.steps)
+        low, high = torch.tensor(interval).tolist()
+        times = self.pipeline.scheduler.timesteps.tolist()
+        return [self.case.batch_size * (2 if low < t < high or (low == 0 and t < high) else 1) for t in times]
+
+    def measure(self) -> dict:
+        times: dict[str, list[float]] = {"one": [], "two": [], "interval": [], "always": []}
+        shares, counts = [], {}
+        self.sample(2.0, (0.0, 1.0))
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in range(self.case.rounds):
+                times["two"].append(self.two_pass())
+                times["one"].append(self.sample(1.0, (0.1, 1.0)))
+                for name, interval in (("interval", (0.1, 1.0)), ("always", (0.0, 1.0))):
+                    times[name].append(self.sample(2.0, interval))
+                with self.network.watched():
+                    seconds = self.sample(1.0, (0.1, 1.0), Path(folder))
+                shares.append(self.network.seconds / seconds)
+        for name, interval in (("interval", (0.1, 1.0)), ("always", (0.0, 1.0))):
+            with self.network.watched():
+                self.sample(2.0, interval)
+            counts[name] = list(self.network.rows)
+            assert counts[name] == self.needed_rows(interval), f"{counts[name]}, needed: {self.needed_rows(interval)}"
+        return {"times": times, "shares": shares, "counts": counts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    columns = (
+        "case",
+        "guidance 1",
+        "over two passes",
+        "rows for [0.1, 1] of [0, 1]",
+        "time of [0, 1]",
+        "in the network",
+    )
+    print(f"| {' | '.join(columns)} |\n" + "| --- " * len(columns) + "|")
+    for name in args.cases or [name for name, case in CASES.items() if case.device == device]:
+        case = CASES[name]
+        result = Bench(case).measure()
+        times, counts = result["times"], result["counts"]
+        rows, all_rows = sum(counts["interval"]), sum(counts["always"])
+        print(
+            f"| {case.what} | {case.batch_size / statistics.median(times['one']):.3g} images/s "
+            f"| {ratio(times['two'], times['one']):.2f} x | {rows} of {all_rows} ({rows / all_rows:.2f}) "
+            f"| {ratio(times['interval'], times['always']):.2f} | {statistics.median(result['shares']):.1%} |",
+            flush=True,
+        )
+    print(
+        f"\n{device_name(torch.device(device))}, precision {default_precision()}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, {case.steps} Heun steps"
+    )
+
+
+def ratio(numerators: list[float], denominators: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(numerators, denominators))
+
+
+if __name__ == "__main__":
+    main()
