@@ -25,9 +25,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import patch_environment
+from golden import load_golden
 from packaging.requirements import Requirement
 from PIL import Image
 
+from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.cli import parse_args
 from jit_accel.config import SETTINGS, HealthConfig, TrackingConfig, TuneConfig
 from jit_accel.data.benchmark import main as benchmark
@@ -36,6 +38,7 @@ from jit_accel.prepare import main as prepare
 from jit_accel.report import main as report
 from jit_accel.report import parse_args as report_arguments
 from jit_accel.resolve import plan_run
+from jit_accel.sample import main as sample
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = sorted((REPOSITORY / "accelerate_configs").glob("*.yaml"))
@@ -472,6 +475,8 @@ def test_each_documented_command_runs(command, recorder, photos, tmp_path, monke
         small = ("--img_size", "16", "--num_workers", "1")
         places = ("--data_path", str(photos), "--output_dir", str(tmp_path / "prepared"))
         assert prepare([*words[3:], *small, *places]) == 0
+    elif words[:3] == ["python", "-m", "jit_accel.sample"]:
+        sample_a_little(words[3:], tmp_path)
     elif words[:3] == ["python", "-m", "jit_accel.report"]:
         monkeypatch.chdir(tmp_path)
         for folder in report_arguments(words[3:]).folders:
@@ -489,13 +494,29 @@ def test_each_documented_command_runs(command, recorder, photos, tmp_path, monke
         # An ellipsis stands for what the reader fills in.
         told = run_script(command.removesuffix(" ..."), recorder)
         for call in told:
-            if call[0] == "accelerate":
+            if call[0] == "accelerate" and "jit_accel.sample" in call:
+                sample_a_little(validated_launch(call[2:]).training_script_args, tmp_path)
+            elif call[0] == "accelerate":
                 try_here(completed(split_launch(call)[1]), photos, tmp_path, monkeypatch)
             elif call[:3] == ["python", "-m", "jit_accel.train"]:
                 try_here(completed(call[3:]), photos, tmp_path, monkeypatch)
         assert told
     else:
         pytest.fail(f"no rule for running {command!r}: add one to this test")
+
+
+def sample_a_little(flags: list[str], tmp_path: Path) -> None:
+    """Run `jit_accel.sample` with these flags, but few images of a tiny model."""
+    pipeline = JiTPipeline(load_golden("tiny").model(), JiTScheduler())
+    pipeline.save_pretrained(tmp_path / "model")
+    counts = {"--images_per_class": "1", "--num_images": "2"}
+    words = [counts.get(before, word) for before, word in itertools.pairwise(["", *flags])]
+    small = ("--num_inference_steps", "1", "--mixed_precision", "no")
+    places = ("--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "samples"))
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    with patch_environment(ACCELERATE_USE_CPU="true"):
+        assert sample([*words, *small, *places]) == 0
 
 
 def names_in(page: str) -> set[str]:

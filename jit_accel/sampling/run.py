@@ -19,7 +19,7 @@ from jit_accel.console import say, warn
 from jit_accel.errors import UserError
 from jit_accel.generation import SamplerSettings, generate, share_of
 from jit_accel.loading import load_pipeline
-from jit_accel.pipeline import JiTPipeline
+from jit_accel.pipeline import STEPS, JiTPipeline
 from jit_accel.precision import chosen_device, default_precision, is_good_at_bf16
 from jit_accel.sampling import pictures
 from jit_accel.sampling.files import ImageFiles, trouble
@@ -67,16 +67,16 @@ def build(config: SampleConfig, precision: str, accelerator: Accelerator, stop: 
     diffusers_logging.disable_progress_bar()
     pipeline = load_pipeline(config.model, config.ema)
     pipeline.set_progress_bar_config(disable=True)
-    network = pipeline.transformer.config
-    plan = plan_images(config, network.num_classes, pipeline.config.class_names)
+    own, network = pipeline.config, pipeline.transformer.config
+    plan = plan_images(config, network.num_classes, own.class_names)
     height, width = size_of(config, network)
-    interval = pipeline.config.guidance_interval if config.guidance_interval is None else config.guidance_interval
-    scale = pipeline.config.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    interval = own.guidance_interval if config.guidance_interval is None else config.guidance_interval
+    scale = own.guidance_scale if config.guidance_scale is None else config.guidance_scale
     settings = SamplerSettings(
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=1.0 if plan.labels == (network.num_classes,) else float(scale),  # nothing to guide
+        num_inference_steps=config.num_inference_steps or own.num_inference_steps or STEPS,
+        guidance_scale=float(scale),
         guidance_interval=tuple(map(float, interval)),
-        method=config.method or pipeline.scheduler.config.solver,
+        method=config.method or own.method or pipeline.scheduler.config.solver,
     )
     model = {"path": config.model, "ema": config.ema, "fingerprint": fingerprint(pipeline)}
     pipeline.to(accelerator.device)
@@ -180,15 +180,18 @@ class Sampling:
     def _make(self, missing: Sequence[Item]) -> float:
         """Make images in rounds of a batch for each process; return images/s."""
         accelerator = self.accelerator
-        mine = share_of(missing, accelerator.process_index, accelerator.num_processes)
-        a_round = self.batch_size * accelerator.num_processes
         done = ImagesDone(sum(self.plan.counts), sum(self.plan.counts) - len(missing), accelerator.is_main_process)
+        a_round = self.batch_size * accelerator.num_processes
         try:
-            for start in range(0, len(missing), a_round):
-                first = start // accelerator.num_processes
-                batch = mine[first : first + self.batch_size]
-                together(accelerator, lambda batch=batch: self._make_batch(batch), self.stop)
-                done.add(len(missing[start : start + a_round]))
+            # Images of no class are not guided: in batches of their own all rows of a batch are, or none.
+            for has_class in (True, False):
+                items = [item for item in missing if (item.label < self.plan.num_classes) == has_class]
+                mine = share_of(items, accelerator.process_index, accelerator.num_processes)
+                for start in range(0, len(items), a_round):
+                    first = start // accelerator.num_processes
+                    batch = mine[first : first + self.batch_size]
+                    together(accelerator, lambda batch=batch: self._make_batch(batch), self.stop)
+                    done.add(len(items[start : start + a_round]))
             together(accelerator, self._flush, self.stop)
             return done.rate
         finally:

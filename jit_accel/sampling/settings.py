@@ -31,8 +31,8 @@ class SampleConfig:
     """Of the noise that the images start from."""
     batch_size: int | None = None
     """Images at once in each process (default: 64; on a CPU 16)."""
-    num_inference_steps: int = 50
-    """Steps of the ODE. Heun calls the network 2n - 1 times, Euler n times."""
+    num_inference_steps: int | None = None
+    """Steps of the ODE (default: the pipeline's, 50). Heun calls the network 2n - 1 times, Euler n times."""
     guidance_scale: float | None = None
     """Weight of classifier-free guidance; 1: none, at half the cost (default: the pipeline's)."""
     guidance_interval: tuple[float, float] | None = None
