@@ -1,8 +1,10 @@
 import ast
 import json
 import os
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,3 +228,20 @@ def test_defaults_that_make_no_sense_are_not_written(folder, settings, message):
 def test_defaults_need_a_pipeline_folder(tmp_path):
     with pytest.raises(UserError, match=r"model_index\.json"):
         write_defaults(tmp_path, guidance_scale=2.0)
+
+
+def test_the_examples_of_the_guide_run(folder, tmp_path, own_modules, monkeypatch):
+    guide = (Path(__file__).parents[1] / "docs" / "generate.md").read_text(encoding="utf-8")
+    section = guide.partition("## Pipeline\n")[2].partition("\n## ")[0]
+    examples = re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    assert len(examples) == 6
+    shutil.copytree(folder, tmp_path / "runs" / "quickstart" / "pipeline")
+    monkeypatch.chdir(tmp_path)
+    # Compilation has its own test, and takes longer than all others together.
+    monkeypatch.setattr(JiTTransformer2DModel, "compile_repeated_blocks", lambda self: None)
+    names = {}
+    for example in examples:
+        exec(compile(example, "docs/generate.md", "exec"), names)  # one after the other, as they are read
+    assert names["images"][0].size == names["repaired"].size == (16, 16)
+    assert names["image"].size == (48, 32)
+    assert names["pipe"].config.num_inference_steps == 25
