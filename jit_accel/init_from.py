@@ -295,7 +295,7 @@ def read_initial(path: str) -> Initial:
         )
     try:
         pipeline = _load_quietly(path)
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--init_from {path}: cannot be read ({reason}): give a whole pipeline folder.") from None
     names = pipeline.config.class_names

@@ -46,9 +46,7 @@ class JiTLoraLoaderMixin(LoraBaseMixin):
         )
         if not hotswap and set(getattr(self.transformer, "peft_config", {})) == before:
             name = "the given tensors" if isinstance(source, Mapping) else source
-            raise ValueError(
-                f"{name}: no LoRA weights for this network; their names begin with {LORA_COMPONENT}.blocks."
-            )
+            raise ValueError(f"{name}: no LoRA weights of this network, whose names begin with {LORA_COMPONENT}.")
 
     @classmethod
     def save_lora_weights(
