@@ -36,6 +36,7 @@ BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 256, 1e-3, 50
 P_MEAN, P_STD = 0.8, 1.0
 POINTS, SAMPLING_STEPS = 2048, 20  # steps of t_eps, so that the last one ends on the prediction of x
 DIRECTIONS = 128
+FRAME = 2.5  # half a side of each picture
 
 
 def spiral(seed: int, positions) -> Tensor:
@@ -126,20 +127,21 @@ def draw(truth: Tensor, found: dict[tuple[int, str], Tensor], file: Path) -> Non
 
     dimensions = sorted({d for d, _ in found})
     titles = {"truth": "ground truth", **{space: f"{space}-prediction" for space in SPACES}}
-    figure, rows = plt.subplots(
-        len(dimensions), len(titles), figsize=(8, 2.05 * len(dimensions)), squeeze=False, sharex=True, sharey=True
-    )
-    for row, d in zip(rows, dimensions):
-        for axis, (name, title) in zip(row, titles.items()):
+    size = (8, 0.4 + 1.78 * len(dimensions))
+    figure, axes = plt.subplots(len(dimensions), len(titles), figsize=size, squeeze=False, layout="constrained")
+    for d, row in zip(dimensions, axes):
+        for axis, name in zip(row, titles):
             points = truth if name == "truth" else found[d, name]
             axis.scatter(*points.T, s=1.5, linewidths=0, color="0.35" if name == "truth" else "C0")
-            axis.set(xlim=(-2.5, 2.5), ylim=(-2.5, 2.5), xticks=[], yticks=[], aspect="equal")
-            if row is rows[0]:
-                axis.set_title(title)
-        row[0].set_ylabel(f"D = {d}", rotation=0, ha="right", va="center", fontsize=12)
-    figure.tight_layout(pad=0.4)
+            axis.set(xlim=(-FRAME, FRAME), ylim=(-FRAME, FRAME), xticks=[], yticks=[], aspect="equal")
+            outside = (points.abs() > FRAME).any(dim=1).float().mean().item()
+            if outside > 0.01:
+                axis.text(0, -0.9 * FRAME, f"{outside:.0%} lie outside", ha="center", backgroundcolor="white")
+        row[0].set_ylabel(f"D = {d}", rotation=0, ha="right", va="center", fontsize="large")
+    for axis, title in zip(axes[0], titles.values()):
+        axis.set_title(title)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=100)
     plt.close(figure)
 
 
