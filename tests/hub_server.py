@@ -5,8 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from huggingface_hub import constants, hf_api
+
+from jit_accel import hub
 
 USER = "alice"
 TOKEN = "hf_" + "t" * 34
@@ -138,11 +143,22 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, {"commitUrl": f"{self.hub.url}/{repo_id}/commit/1", "commitOid": "1" * 40})
 
 
+def stand_in(monkeypatch) -> HubServer:
+    """A server that this process takes for the Hub from now on, with somebody logged in."""
+    server = HubServer()
+    address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(hub, "LOGIN_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(hub, "SILENCE_TIMEOUT_S", 2.0)
+    return server
+
+
 def use_environment() -> None:
     """Make a client that is imported already use the addresses of the environment."""
-    import os
-
-    from huggingface_hub import constants, hf_api
-
     constants.ENDPOINT = hf_api.api.endpoint = os.environ["HF_ENDPOINT"]
     constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = False, True

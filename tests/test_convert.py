@@ -5,6 +5,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -19,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import serialization
 
 from jit_accel import JiTPipeline, JiTScheduler
-from jit_accel.conversion.settings import read_class_names
+from jit_accel.conversion.settings import SETTINGS, read_class_names
 from jit_accel.conversion.sizes import network_config, sampling_settings
 from jit_accel.conversion.targets import written_whole
 from jit_accel.convert import main
@@ -74,6 +76,17 @@ def refusal(capsys, source, target, *flags: str) -> str:
     told = capsys.readouterr().err
     assert "Traceback" not in told
     return told
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys, jit_accel.convert\n"
+        "try: jit_accel.convert.main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert not {'torch', 'diffusers', 'safetensors', 'huggingface_hub'} & set(sys.modules)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert [name for name in SETTINGS if f"--{name}" not in shown] == []
 
 
 # --- round trips

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from golden import load_golden
 from helpers import train_group, train_here
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN, HubServer, stand_in
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -23,18 +23,7 @@ REPOSITORY = "alice/flowers-28"
 @pytest.fixture
 def server(monkeypatch):
     """The Hub of this process is a stand-in, and somebody is logged in."""
-    server = HubServer()
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(hub, "LOGIN_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(hub, "SILENCE_TIMEOUT_S", 2.0)
+    server = stand_in(monkeypatch)
     yield server
     server.close()
 

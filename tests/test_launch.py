@@ -20,18 +20,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import patch_environment
 from golden import load_golden
+from hub_server import stand_in
 from packaging.requirements import Requirement
 from PIL import Image
 
 from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.cli import parse_args
-from jit_accel.config import SETTINGS, HealthConfig, TrackingConfig, TuneConfig
+from jit_accel.config import SETTINGS, HealthConfig, HubConfig, TrackingConfig, TuneConfig
+from jit_accel.convert import main as convert
 from jit_accel.data.benchmark import main as benchmark
 from jit_accel.health import KINDS
 from jit_accel.prepare import main as prepare
@@ -122,7 +125,7 @@ NOT_IN_RECIPES = {
     *("in_channels", "epochs", "max_steps", "warmup_epochs", "warmup_steps", "learning_rate", "mixed_precision"),
     *("val_every_steps", "val_images"),
     *("output_dir", "resume", "dry_run"),
-    *(field.name for group in (TuneConfig, TrackingConfig, HealthConfig) for field in fields(group)),
+    *(field.name for group in (HealthConfig, HubConfig, TrackingConfig, TuneConfig) for field in fields(group)),
 }
 
 
@@ -463,7 +466,14 @@ def test_each_documented_command_runs(command, recorder, photos, tmp_path, monke
         extras = re.search(r"\[(.*)\]", command).group(1).split(",")
         assert set(extras) <= set(metadata.metadata("jit_accel").get_all("Provides-Extra"))
         assert (REPOSITORY / words[words.index("-c") + 1]).is_file()
+    elif words[:3] == ["python", "-m", "jit_accel.convert"]:
+        stand_in(monkeypatch)
+        monkeypatch.chdir(tmp_path)
+        make_source(Path(words[words.index("--input") + 1]))
+        assert convert(words[3:]) == 0
     elif words[:3] == ["python", "-m", "jit_accel.train"]:
+        if "--push_to_hub" in words:
+            stand_in(monkeypatch)
         try_here(completed(words[3:]), photos, tmp_path, monkeypatch)
     elif words[:3] == ["python", "-m", "jit_accel.data.benchmark"]:
         data = [str(photos) if before == "--data_path" else word for before, word in itertools.pairwise(words)]
@@ -517,6 +527,19 @@ def sample_a_little(flags: list[str], tmp_path: Path) -> None:
         state._reset_state()
     with patch_environment(ACCELERATE_USE_CPU="true"):
         assert sample([*words, *small, *places]) == 0
+
+
+def make_source(path: Path) -> None:
+    """What a documented conversion takes, with a small network: a checkpoint of the paper's code, or a pipeline."""
+    from jit_accel.model import build_model
+
+    checkpoint = path if path.suffix == ".pth" else path.with_suffix(".pth")
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    weights = build_model("JiT-Ti/16", img_size=64, num_classes=1000).state_dict()
+    named = {f"net.{name}": tensor for name, tensor in weights.items()}
+    torch.save({"model": named, "model_ema1": named, "model_ema2": named}, checkpoint)
+    if path != checkpoint:
+        assert convert(["--input", str(checkpoint), "--output", str(path), "--img_size", "64"]) == 0
 
 
 def names_in(page: str) -> set[str]:

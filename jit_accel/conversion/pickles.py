@@ -54,7 +54,7 @@ def only_allowed() -> Iterator[None]:
 
 
 def can_be_mapped(path: Path) -> bool:
-    """Whether the file is a zip archive of stored, not compressed, entries."""
+    """Whether the file is a zip archive of stored, not compressed, entries; others cannot be mapped."""
     if not zipfile.is_zipfile(path):
         return False
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
