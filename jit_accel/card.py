@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from jit_accel.config import HealthConfig, HubConfig, TrackingConfig
+from jit_accel.config import EvalConfig, HealthConfig, HubConfig, TrackingConfig
 from jit_accel.pipeline import JiTPipeline
 from jit_accel.redact import redacted
 
@@ -53,7 +53,7 @@ Classes: {names}.
 # How a run was watched and shared says nothing about its weights.
 LEFT_OUT = (
     *("data_path", "output_dir", "resume", "dry_run", "init_from"),
-    *(field.name for group in (TrackingConfig, HealthConfig, HubConfig) for field in fields(group)),
+    *(field.name for group in (EvalConfig, TrackingConfig, HealthConfig, HubConfig) for field in fields(group)),
 )
 # Settings of an evaluation that belong beside its numbers.
 EVALUATION_SETTINGS = (

@@ -179,6 +179,26 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    eval_every_steps: int = 0
+    """Interval of eval/...: how far generated images (of the averaged weights) are from real ones; the end of the run
+    has one too. 0 = never."""
+    eval_images: int = 5000
+    """How many images to generate each time, without and with guidance. Distances of few images are too large: compare
+    only those of equally many."""
+    eval_reference: str | None = None
+    """The real images: what data_path may be, or a file of jit_accel.evaluate --make_reference (default: the images of
+    the training)."""
+    eval_features: str = "inception"
+    """Network whose features are compared: inception, for the FID; efficientnet_lite0, whose weights come with its
+    package."""
+    eval_feature_weights: str | None = None
+    """File of the Inception weights, where they are not in torch hub's cache."""
+    eval_num_inference_steps: int | None = None
+    """Steps of the ODE solver (Heun) for these images (default: those of the samples)."""
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     use_wandb: bool = False
     """Log to Weights & Biases (WANDB_MODE=offline works without a network)."""
@@ -250,6 +270,8 @@ class Config:
     """Output, checkpoints, logging."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """Pictures on the way."""
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    """How good the samples are, measured on the way."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Weights & Biases, and other trackers."""
     health: HealthConfig = field(default_factory=HealthConfig)
@@ -291,6 +313,7 @@ GROUPS = (
     PerformanceConfig,
     RunConfig,
     SampleConfig,
+    EvalConfig,
     TrackingConfig,
     HealthConfig,
     HubConfig,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from jit_accel import __version__
-from jit_accel.config import HealthConfig, HubConfig, TrackingConfig
+from jit_accel.config import EvalConfig, HealthConfig, HubConfig, TrackingConfig
 from jit_accel.console import warn
 from jit_accel.data.sources import Source
 from jit_accel.redact import redacted
@@ -23,7 +23,7 @@ WITHOUT_EFFECT = (
     "init_from",  # the weights have left it behind
     *("save_every_steps", "keep_checkpoints", "log_every_steps", "val_every_steps", "val_images"),
     *("sample_every_steps", "guidance_scale", "num_inference_steps"),
-    *(field.name for group in (TrackingConfig, HealthConfig, HubConfig) for field in fields(group)),
+    *(field.name for group in (EvalConfig, HealthConfig, HubConfig, TrackingConfig) for field in fields(group)),
 )
 RECORD_FILE = "run.json"
 RECORDED_PACKAGES = ("torch", "accelerate", "diffusers", "datasets", "numpy", "wandb")

@@ -42,9 +42,12 @@ SETTINGS = {
     "console": "off",
     "x_transaction_log_flush_interval": 2,  # seconds of rows that a kill costs the local file
 }
-ROOMS = ("train", "val", "data", "perf", "ema", "health", "samples")
+ROOMS = ("train", "val", "eval", "data", "perf", "ema", "health", "samples")
 EPOCH_METRICS = ("train/epoch_loss", "train/epoch_time", "train/samples_per_second", "train/best_loss")
-LOWEST_IS_BEST = ("val/loss", "ema/val_loss")
+LOWEST_IS_BEST = (
+    *("val/loss", "ema/val_loss", "eval/fid", "eval/fid_unguided"),
+    *("eval/fd_efficientnet_lite0", "eval/fd_efficientnet_lite0_unguided"),
+)
 
 
 class Unusable(Exception):

@@ -33,7 +33,7 @@ from PIL import Image
 
 from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.cli import parse_args
-from jit_accel.config import SETTINGS, HealthConfig, HubConfig, TrackingConfig, TuneConfig
+from jit_accel.config import SETTINGS, EvalConfig, HealthConfig, HubConfig, TrackingConfig, TuneConfig
 from jit_accel.convert import main as convert
 from jit_accel.data.benchmark import main as benchmark
 from jit_accel.health import KINDS
@@ -125,7 +125,7 @@ NOT_IN_RECIPES = {
     *("in_channels", "epochs", "max_steps", "warmup_epochs", "warmup_steps", "learning_rate", "mixed_precision"),
     *("val_every_steps", "val_images"),
     *("output_dir", "resume", "dry_run"),
-    *(field.name for group in (HealthConfig, HubConfig, TrackingConfig, TuneConfig) for field in fields(group)),
+    *(field.name for group in (EvalConfig, HealthConfig, HubConfig, TrackingConfig, TuneConfig) for field in fields(group)),
 }
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from jit_accel.reporting.curves import LOSS_BY_T, Curve, rounded
+from jit_accel.reporting.curves import EVAL, LOSS_BY_T, Curve, rounded
 from jit_accel.reporting.runs import Run
 
 # The share of the run that a smoothed curve remembers before the reader moves the slider.
 SMOOTHING = 0.02
 # Further than this factor from the curve, a threshold would press it flat.
 MAX_THRESHOLD_RATIO = 10
+UNGUIDED = "_unguided"
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,8 @@ CHARTS = (
 
 def charts_of(runs: list[Run]) -> list[dict]:
     """The charts that have data, in the order of the page."""
-    charts = [steps_chart(chart, runs) for chart in [*CHARTS, ema_chart(runs)]]
-    order = ("loss", "by_t", "optimization", "speed")
+    charts = [steps_chart(chart, runs) for chart in [*CHARTS, *eval_charts(runs), ema_chart(runs)]]
+    order = ("loss", "evaluation", "by_t", "optimization", "speed")
     charts += [loss_by_t_chart(runs), profile_chart(runs)]
     return sorted((chart for chart in charts if chart["series"]), key=lambda chart: order.index(chart["section"]))
 
@@ -217,6 +218,34 @@ def ema_chart(runs: list[Run]) -> Chart:
         tuple(Line(key, key.removeprefix("ema/").removesuffix("/distance")) for key in keys),
         scale="log",
     )
+
+
+def eval_charts(runs: list[Run]) -> list[Chart]:
+    """A chart for each metric of generated images, with and without guidance."""
+    keys = {key for run in runs for key in run.measurements.curves if key.startswith(EVAL)}
+    metrics = sorted({key.removeprefix(EVAL).removesuffix(UNGUIDED) for key in keys})
+    return [
+        Chart(
+            f"eval_{metric}",
+            "evaluation",
+            metric_name(metric),
+            "Of images made with the averaged weights, against the reference",
+            (
+                Line(f"{EVAL}{metric}", "guided", "points"),
+                Line(f"{EVAL}{metric}{UNGUIDED}", "without guidance", "points"),
+            ),
+        )
+        for metric in metrics
+    ]
+
+
+def metric_name(metric: str) -> str:
+    """A key as a heading: `fid` as FID, `fd_efficientnet_lite0` as Fréchet distance, efficientnet_lite0."""
+    kind, _, features = metric.partition("_")
+    names = {"fid": "FID", "sfid": "sFID", "kid": "KID", "fd": "Fréchet distance"}
+    if kind not in names:
+        return metric.replace("_", " ").capitalize()
+    return f"{names[kind]}, {features}" if features else names[kind]
 
 
 def bins_of(run: Run) -> list[tuple[str, float]]:

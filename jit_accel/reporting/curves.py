@@ -21,7 +21,8 @@ KEPT = frozenset(
         *("perf/images_per_second", "perf/step_time", "perf/mfu", "perf/peak_memory_gib"),
     ]
 )
-KEPT_BEGINNINGS = ("ema/", LOSS_BY_T, HEALTH)
+EVAL = "eval/"
+KEPT_BEGINNINGS = ("ema/", EVAL, LOSS_BY_T, HEALTH)
 
 
 class Bucket:

@@ -16,7 +16,13 @@ from jit_accel.reporting.runs import Run
 from jit_accel.reporting.sheets import load_sheets
 
 PARTS = Path(__file__).parent
-SECTIONS = {"loss": "Loss", "by_t": "Loss by t", "optimization": "Optimization", "speed": "Speed and memory"}
+SECTIONS = {
+    "loss": "Loss",
+    "evaluation": "Generated images",
+    "by_t": "Loss by t",
+    "optimization": "Optimization",
+    "speed": "Speed and memory",
+}
 
 
 def build_page(runs: list[Run]) -> str:

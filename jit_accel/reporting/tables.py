@@ -11,11 +11,12 @@ from math import nan
 
 from jit_accel.config import GROUPS, SETTINGS
 from jit_accel.health import KINDS
-from jit_accel.reporting.charts import SMOOTHING, event_name
-from jit_accel.reporting.curves import Event
+from jit_accel.reporting.charts import SMOOTHING, UNGUIDED, event_name, metric_name
+from jit_accel.reporting.curves import EVAL, Event
 from jit_accel.reporting.runs import Run
 
-GROUP_TITLES = {"Optim": "Optimization", "Sample": "Samples"}
+GROUP_TITLES = {"Optim": "Optimization", "Sample": "Samples", "Eval": "Evaluation"}
+FRECHET = (f"{EVAL}fid", f"{EVAL}fd_")  # of the metrics of generated images, those that a tile shows
 UNKNOWN_KIND = "Not known to this version of the report."
 WORSE_BELOW = {"grad_vanishing"}  # of other kinds the highest value is the worst
 STATES = {
@@ -99,6 +100,11 @@ def numbers(run: Run) -> list[tuple[str, str, str]]:
     for key, name in (("val/loss", "Validation"), ("ema/val_loss", "Validation, EMA")):
         if curve := run.measurements.curve(key):
             found.append((name, number(curve.latest), f"lowest {number(curve.low)}"))
+    found += [
+        (metric_name(key.removeprefix(EVAL)), number(curve.latest), f"lowest {number(curve.low)}")
+        for key, curve in sorted(run.measurements.curves.items())
+        if key.startswith(FRECHET) and not key.endswith(UNGUIDED) and curve.count
+    ]
     if speed := run.measurements.curve("perf/images_per_second"):
         mfu = run.measurements.curve("perf/mfu")
         found.append(("Images/s", short(speed.latest), f"MFU {mfu.latest:.0%}" if mfu else "all processes"))
