@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 
 import pytest
+from PIL import Image
 
 from jit_accel.errors import UserError
 from jit_accel.evaluation.grid import Setting, averages, grid, intervals, methods, numbers, setting_of, whole_numbers
 from jit_accel.evaluation.sweep import Measured, SweepLog, ranked, sweep
+from jit_accel.evaluation.sweep_files import edges, write_sweep_files
 
 
 def test_a_range_holds_both_ends_and_its_decimals_are_exact():
@@ -122,7 +126,7 @@ def run(measure, tmp_path, top=2, few=10, all_images=100, select="fid", higher=F
 def misleading(setting, count):
     """Few images say 2.5, all say 2."""
     best = 2.4 if count == 10 else 2.0
-    return {"fid": 10 + abs(setting.guidance_scale - best), "is": setting.guidance_scale}
+    return {"fid": 10 + 10 * abs(setting.guidance_scale - best), "is": setting.guidance_scale}
 
 
 def test_the_best_on_all_images_wins_and_not_the_best_on_few(tmp_path):
@@ -130,7 +134,7 @@ def test_the_best_on_all_images_wins_and_not_the_best_on_few(tmp_path):
     assert [scale for scale, count in calls if count == 10] == [1.0, 1.5, 2.0, 2.5, 3.0, 3.5]
     assert [scale for scale, count in calls if count == 100] == [1.0, 2.0, 2.5]  # the unguided one always
     assert outcome.best.setting.guidance_scale == 2.0
-    assert outcome.best_unguided.values["fid"] == 11.0
+    assert outcome.best_unguided.values["fid"] == 20.0
     assert outcome.not_told_apart == []
 
 
@@ -147,9 +151,9 @@ def test_few_settings_are_measured_on_all_images_at_once(tmp_path):
 
 
 def test_of_equal_settings_the_cheaper_wins_and_near_ones_are_named(tmp_path):
-    _, outcome = run(lambda setting, count: {"fid": 10 + 0.01 * setting.guidance_scale * (count == 10)}, tmp_path)
+    _, outcome = run(lambda setting, count: {"fid": 10.0 + (setting.guidance_scale == 2)}, tmp_path, top=3)
     assert outcome.best.setting.is_unguided
-    assert [one.setting.guidance_scale for one in outcome.not_told_apart] == [1.5]
+    assert [one.setting.guidance_scale for one in outcome.not_told_apart] == [1.5, 2.5]
 
 
 def test_what_is_no_number_never_wins():
@@ -176,3 +180,47 @@ def test_what_was_measured_in_another_context_is_not_used(tmp_path):
     SweepLog(tmp_path / "sweep.jsonl", {"seed": 0}).add(Measured(SETTINGS[0], 10, {"fid": 1.0}))
     assert SweepLog(tmp_path / "sweep.jsonl", {"seed": 1}).read() == {}
     assert len(SweepLog(tmp_path / "sweep.jsonl", {"seed": 0}).read()) == 1
+
+
+def two_curves(setting, count):
+    """Two averages, of which one is better, and two intervals; few images say too much."""
+    best = {"0.9999": 2.0, "auto": 3.0}[setting.ema] + 0.5 * (setting.guidance_interval == (0.1, 1.0))
+    floor = {"0.9999": 10, "auto": 8}[setting.ema] + 300 / count
+    return {"fid": floor + (setting.guidance_scale - best) ** 2, "inception_score": setting.guidance_scale}
+
+
+def test_table_plot_and_json_say_the_same(tmp_path):
+    settings = grid(["auto", "0.9999"], numbers("", ["1:4:0.5"]), [(0.1, 1.0), (0.0, 1.0)], [4], ["heun"])
+    outcome = sweep(
+        *(settings, two_curves),
+        sweep_images=100,
+        num_images=1000,
+        top=3,
+        select="fid",
+        higher_is_better=False,
+        done={},
+        keep=lambda one: None,
+    )
+    files = write_sweep_files(outcome, tmp_path, {"model": "mine"})
+    assert [path.name for path in files] == ["sweep.json", "sweep.csv", "sweep.md", "sweep.png"]
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    assert (found["best"]["ema"], found["best"]["guidance_scale"]) == ("auto", 3.0)
+    assert found["best"]["fid"] == pytest.approx(8.3)
+    assert found["best_unguided"]["guidance_scale"] == 1.0
+    assert len(found["few_images"]) == 2 * (2 * 6 + 1)
+    with open(tmp_path / "sweep.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(found["few_images"]) + len(found["all_images"])
+    assert [line["guidance_scale"] for line in lines if line["is_best"] == "1"] == ["3.0"]
+    table = (tmp_path / "sweep.md").read_text()
+    assert len(re.findall(r"^\| \*\*auto\*\* \| \*\*0 to 1\*\* \| \*\*3\*\* .*8\.3", table, re.MULTILINE)) == 1
+    assert "Without guidance: 11.3 with EMA 0.9999" in table
+    assert Image.open(tmp_path / "sweep.png").format == "PNG"
+
+
+@pytest.mark.parametrize(("best", "end"), [(9.0, "upper end"), (0.0, "lower end"), (2.0, None)])
+def test_a_winner_at_an_end_of_the_range_is_told(tmp_path, best, end):
+    settings = grid([None], [0.5, 1.0, 2.0, 3.0], [(0.1, 1.0)], [4], ["heun"])
+    fid = {"select": "fid", "higher_is_better": False, "done": {}, "keep": lambda one: None}
+    values = lambda setting, count: {"fid": 1 + abs(setting.guidance_scale - best)}  # noqa: E731
+    assert edges(sweep(settings, values, sweep_images=2, num_images=4, top=1, **fid)) == end
