@@ -39,6 +39,7 @@ from jit_accel.optim import build_optimizers, lr_at, set_lr
 from jit_accel.record import WITHOUT_EFFECT, changed_settings, describe_data, record_run, write_record
 from jit_accel.report_process import REPORT_FILE
 from jit_accel.resolve import Plan
+from jit_accel.sample_quality import SampleQuality
 from jit_accel.samples import SampleSheets
 from jit_accel.sharding import reshard
 from jit_accel.signals import StopSignal
@@ -100,10 +101,14 @@ class Trainer:
         self.feed = Feed(config, source, accelerator)
         self.monitor = Monitor(config, plan, accelerator, self.feed, self.network, self.ema)
         self.validation = Validation(held_out, accelerator, optim.batch_size) if held_out else None
+        measures_samples = config.evaluation.eval_every_steps > 0
+        self.quality = SampleQuality(self.network, self.ema, accelerator, config, source) if measures_samples else None
 
     def run(self) -> int:
         """Train to the end, or until a signal. Returns the exit code."""
         config, plan = self.config, self.plan
+        if self.quality and self.step < plan.total_steps:
+            self.quality.prepare()
         with self.stop, self.monitor:
             self._open_logs()
             while self.step < plan.total_steps:
@@ -111,6 +116,8 @@ class Trainer:
                 at_end = self.step == plan.total_steps
                 if self.validation and (at_end or is_due(self.step, config.run.val_every_steps)):
                     self.validate()
+                if self.quality and (at_end or is_due(self.step, config.evaluation.eval_every_steps)):
+                    self.evaluate()
                 if is_due(self.step, config.run.log_every_steps) or self._is_told_to_stop_alone():
                     self.flush()
                 if self.is_stopping:
@@ -170,6 +177,16 @@ class Trainer:
     def _validation_loss(self, batch: Batch) -> torch.Tensor:
         batch = replace(batch, labels=self.tuning.labels_of(batch))
         return self._denoising_loss(batch, self.validation.seed)[0]
+
+    def evaluate(self) -> None:
+        """Measure generated images of this step's average against real ones, all processes together."""
+        self.model.eval()
+        with self.monitor.pause():
+            found = self.quality.measure()
+        for name, value in found.items():
+            self.monitor.record_occasional(name, torch.tensor(value, device=self.accelerator.device))
+        values = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in found.items())
+        self.say(f"Step {self.step:,}: {values} of {self.config.evaluation.eval_images:,} images")
 
     def _denoising_loss(self, batch: Batch, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses (B,) of uint8 images, and the times (B,) they were noised to."""

@@ -1,0 +1,153 @@
+"""How far a training's generated images are from real ones, measured on the way by all processes together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from jit_accel.config import Config
+from jit_accel.console import say, warn
+from jit_accel.data.sources import Source, open_source
+from jit_accel.errors import UserError
+from jit_accel.evaluation.evaluator import Evaluator
+from jit_accel.evaluation.features import load_features
+from jit_accel.evaluation.images import images_of_source
+from jit_accel.evaluation.names import metric_names
+from jit_accel.evaluation.processes import on_main, together
+from jit_accel.evaluation.reference import Reference, read_reference, reference_of, save_reference
+from jit_accel.generation import SamplerSettings
+from jit_accel.loading import build_pipeline
+from jit_accel.sharding import reshard
+
+REFERENCE_FILE = "eval_reference.npz"
+MEASURED = ("fd", "is")  # what sums alone give: no features of single images are kept in a training
+FLAGS = ("features", "feature_weights", "reference")
+
+
+class SampleQuality:
+    """Measures images of a run's averaged weights, always from the same noise; all processes call it together.
+
+    Args:
+        network: the model without its wrapper; `ema` averages it.
+        config: resolved settings.
+        source: the images of the training, which are the reference unless the settings name another.
+
+    Raises:
+        UserError: on all processes, where the feature network cannot be had.
+    """
+
+    def __init__(self, network, ema, accelerator, config: Config, source: Source):
+        self.network, self.ema, self.accelerator, self.config, self.source = network, ema, accelerator, config, source
+        settings = config.evaluation
+        with named_as_in_training():
+            features = together(
+                accelerator,
+                lambda: load_features(settings.eval_features, accelerator.device, settings.eval_feature_weights),
+                in_turn=True,  # the first one fetches weights that are not there yet
+            )
+        metrics = tuple(name for name, metric in metric_names(features.name).items() if metric.short in MEASURED)
+        # No gradients are kept, so that the batch of the training has room for guidance's double one.
+        batch_size = max(8, config.optim.batch_size)
+        self.evaluator = Evaluator(features, accelerator, metrics, batch_size)
+        self.reference: Reference | None = None
+
+    def prepare(self) -> None:
+        """Have the reference's statistics: from a file, or of images, which are read once and remembered.
+
+        Raises:
+            UserError: on all processes, whatever is wrong with it.
+        """
+        path, img_size = self.config.evaluation.eval_reference, self.config.data.img_size
+        with named_as_in_training():
+            if path and path.endswith(".npz"):
+                self.reference = self.evaluator.load_reference(path, img_size)
+                return
+            source = self.source
+            if path:
+                source = together(self.accelerator, lambda: open_source(path), in_turn=True)
+            self.reference = self._remembered(source) or self._measured(source)
+
+    def measure(self) -> dict[str, float]:
+        """The metrics by their keys in the log: `eval/<metric>` with the samples' guidance, and `..._unguided`."""
+        config, scale = self.config, self.config.sample.guidance_scale
+        steps = config.evaluation.eval_num_inference_steps or config.sample.num_inference_steps
+        pipeline = build_pipeline(self.network, config, None)
+        pipeline.set_progress_bar_config(disable=True)
+        found: dict[float, dict[str, float]] = {}
+        with self.ema.applied(config.optim.ema_decays[0]):
+            for guidance in dict.fromkeys((1.0, scale)):
+                found[guidance] = self.evaluator.measure_pipeline(
+                    pipeline,
+                    self.reference,
+                    config.evaluation.eval_images,
+                    SamplerSettings(steps, guidance),
+                    config.run.seed,
+                )
+            reshard(self.network)  # the gathered weights are the average's
+        return {
+            f"eval/{name}{ending}": found[guidance][name]
+            for guidance, ending in ((scale, ""), (1.0, "_unguided"))
+            for name in self.evaluator.metrics
+        }
+
+    def _key(self, source: Source) -> str:
+        """What the statistics follow from."""
+        network = self.evaluator.network
+        parts = (source.fingerprint, self.config.data.img_size, network.name, network.weights_id)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _remembered(self, source: Source) -> Reference | None:
+        """What an earlier start of this run measured; the main process alone compares with it."""
+        path, key = Path(self.config.run.output_dir) / REFERENCE_FILE, self._key(source)
+        found = None
+        if self.accelerator.is_main_process and is_of(path, key):
+            try:
+                found = read_reference(str(path), self.evaluator.network)
+            except UserError:  # a broken file is made again
+                found = None
+        is_there = on_main(self.accelerator, lambda: found is not None)
+        return (found or Reference(key, self.evaluator.network.name, {})) if is_there else None
+
+    def _measured(self, source: Source) -> Reference:
+        if self.accelerator.is_main_process:
+            count = "" if source.num_images is None else f"{source.num_images:,} "
+            say(f"Evaluation: looks at the {count}images of {source.name} once, to compare with them ...")
+        images = images_of_source(source)
+        statistics = self.evaluator.statistics_of_images(images, self.config.data.img_size, "--reference")
+        reference = reference_of(self._key(source), statistics)
+        if self.accelerator.is_main_process:
+            path = Path(self.config.run.output_dir) / REFERENCE_FILE
+            try:
+                save_reference(path, reference, self.evaluator.network.weights_id)
+            except UserError:
+                warn(f"{path} cannot be written: the next start looks at the reference's images again.")
+        return reference
+
+
+def is_of(path: Path, key: str) -> bool:
+    """Whether a file of statistics is there and was made under this name."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return json.loads(str(file["about"]))["source"] == key
+    except Exception:  # whatever is broken about it, it is made again
+        return False
+
+
+@contextmanager
+def named_as_in_training() -> Iterator[None]:
+    """The evaluation's errors, with the training's names for its flags."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error).replace("--data_path", "--eval_reference")
+        for flag in FLAGS:
+            message = message.replace(f"--{flag} ", f"--eval_{flag} ")
+            message = message.replace(f"--{flag}:", f"--eval_{flag}:").replace(f"--{flag}.", f"--eval_{flag}.")
+        renamed = UserError(message)
+        renamed.everywhere = error.everywhere
+        raise renamed from None

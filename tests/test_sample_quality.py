@@ -1,0 +1,115 @@
+"""The distance of generated images that a training measures on its way."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import tiny_features
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from helpers import assert_same_state, rows, state, train_group, train_here
+
+from jit_accel.evaluation.evaluator import Evaluator
+from jit_accel.evaluation.features import LOADERS, load_features
+from jit_accel.generation import SamplerSettings
+from jit_accel.loading import load_pipeline
+from jit_accel.tracking import read_metrics
+
+EVAL = [
+    *("--eval_every_steps", "3", "--eval_images", "12", "--eval_features", "tiny"),
+    *("--max_steps", "6", "--ema_decays", "0.5", "--guidance_scale", "3"),
+]
+KEY = "eval/fd_tiny"
+
+
+def measured(folder) -> dict[int, tuple[float, float]]:
+    return {row["step"]: (row[KEY], row[f"{KEY}_unguided"]) for row in read_metrics(folder) if KEY in row}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    tiny_features.install()
+    yield
+    del LOADERS["tiny"]
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    """A run that measured at steps 3 and 6."""
+    folder = tmp_path_factory.mktemp("quality") / "run"
+    assert train_here("--data_path", str(images), "--output_dir", str(folder), *EVAL) == 0
+    return folder
+
+
+def test_the_distances_stand_in_the_rows_of_their_steps_and_the_last_is_that_of_the_pipeline(run, images):
+    found = measured(run)
+    assert list(found) == [3, 6]
+    assert all(value > 0 and guided != value for guided, value in found.values())
+
+    for known in (AcceleratorState, PartialState, GradientState):
+        known._reset_state()
+    evaluator = Evaluator(load_features("tiny"), Accelerator(cpu=True), ("fd_tiny",))
+    reference = evaluator.load_reference(str(images), 28)
+    pipeline = load_pipeline(str(run))
+    for scale, value in zip((3.0, 1.0), found[6]):
+        values = evaluator.measure_pipeline(pipeline, reference, 12, SamplerSettings(2, scale))
+        assert values["fd_tiny"] == pytest.approx(value, rel=1e-4)
+
+
+def test_measuring_changes_no_weight_and_a_resumed_run_measures_the_same(run, images, tmp_path):
+    data = ("--data_path", str(images))
+    never = [flag if flag != "3" or i != 1 else "0" for i, flag in enumerate(EVAL)]
+    assert train_here(*data, "--output_dir", str(tmp_path / "never"), *never) == 0
+    assert measured(tmp_path / "never") == {}
+    assert_same_state(run, tmp_path / "never")
+    assert train_here(*data, "--output_dir", str(tmp_path / "cut"), *EVAL, "--save_every_steps", "4") == 0
+    for path in (tmp_path / "cut" / "checkpoints").glob("step_00000006*"):
+        path.rename(path.with_name("gone"))
+    stamp = (tmp_path / "cut" / "eval_reference.npz").stat().st_mtime_ns
+    assert train_here(*data, "--output_dir", str(tmp_path / "cut"), *EVAL, "--resume", "auto") == 0
+    assert rows(tmp_path / "cut") == rows(run)
+    assert_same_state(run, tmp_path / "cut")
+    assert (tmp_path / "cut" / "eval_reference.npz").stat().st_mtime_ns == stamp  # looked at once
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("environment", [{}, {"TEST_FSDP2_PRECISION": "no"}], ids=["ddp", "fsdp2"])
+def test_two_processes_measure_together_what_one_does(images, tmp_path, environment):
+    flags = ["--data_path", str(images), *EVAL, "--eval_images", "11", "--max_steps", "2", "--eval_every_steps", "1"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train_here(*flags, "--output_dir", str(one), "--batch_size", "4") == 0
+    output = train_group(
+        *(tmp_path, *flags, "--output_dir", str(two), "--batch_size", "2"),
+        num_processes=2,
+        environment={"TEST_SETUP": "tiny_features:install", **environment},
+    )
+    assert "Step 2: fd_tiny " in output
+    assert torch.tensor(list(measured(two).values())).allclose(torch.tensor(list(measured(one).values())), rtol=1e-3)
+    same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(state(one).values(), state(two).values())]
+    assert all(same)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--eval_features", "efficientnet"],
+            "--eval_features efficientnet: unknown.*Did you mean 'efficientnet_lite0'",
+        ),
+        (["--eval_features", "inception"], "--eval_features inception: .*--eval_features efficientnet_lite0 works"),
+        (["--eval_feature_weights", "nowhere.pth"], "--eval_feature_weights nowhere.pth: cannot be read"),
+        (["--eval_reference", "nowhere"], "--eval_reference nowhere: no such"),
+        (["--eval_reference", "nowhere.npz"], "--eval_reference nowhere.npz: cannot be read"),
+        (["--eval_images", "1"], "--eval_images 1: must be at least 2"),
+    ],
+)
+def test_what_is_missing_is_said_before_the_first_step(images, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    code = train_here("--data_path", str(images), "--output_dir", str(tmp_path / "run"), *EVAL, *flags)
+    assert code == 2
+    errors = capsys.readouterr().err
+    assert re.search(message, errors.replace("\n", " ")), errors
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
