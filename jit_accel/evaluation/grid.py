@@ -77,6 +77,28 @@ def grid(
     return list(dict.fromkeys(found))
 
 
+@dataclass(frozen=True)
+class Axes:
+    """What a sweep goes over; nothing on an axis means the pipeline's own. `emas` are names as they were given."""
+
+    emas: list[str]
+    guidance_scales: list[float]
+    guidance_intervals: list[Interval]
+    num_inference_steps: list[int]
+    methods: list[str]
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether there is more than one setting."""
+        axes = (self.emas, self.guidance_scales, self.guidance_intervals, self.num_inference_steps, self.methods)
+        return ALL in self.emas or any(len(axis) > 1 for axis in axes)
+
+
+def names(parts: Iterable[str]) -> list[str]:
+    """Names with commas or spaces between them, each once."""
+    return list(dict.fromkeys(_split(parts)))
+
+
 def numbers(flag: str, parts: Iterable[str], at_least: float = 0.0) -> list[float]:
     """The values of a flag: numbers and ranges `start:stop:step` that hold both ends, exact in decimals, in order.
 

@@ -7,7 +7,9 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
@@ -22,12 +24,14 @@ from jit_accel.evaluation.names import chosen_metrics
 from jit_accel.evaluation.processes import on_main, together
 from jit_accel.evaluation.records import add_records, read_records, record_file, table_of
 from jit_accel.evaluation.reference import Reference, save_reference
-from jit_accel.evaluation.settings import EvaluateConfig
+from jit_accel.evaluation.settings import EvaluateConfig, axes_of
+from jit_accel.evaluation.sweep_run import run_sweep
 from jit_accel.generation import SamplerSettings
 from jit_accel.loading import load_pipeline
-from jit_accel.pipeline import JiTPipeline
+from jit_accel.pipeline import STEPS, JiTPipeline
 from jit_accel.precision import chosen_device, default_precision
 
+T = TypeVar("T")
 UNBALANCED = 0.1  # of a reference: which share of its images would have to be of other classes
 
 
@@ -53,7 +57,9 @@ def evaluate(config: EvaluateConfig) -> int:
         evaluator = build_evaluator(config, accelerator)
         file = record_file(config)
         on_main(accelerator, lambda: read_records(file))  # a file that nothing can be added to is found at once
-        subject = together(accelerator, lambda: open_subject(config, accelerator), in_turn=True)
+        is_sweep = axes_of(config).is_sweep
+        ema = config.ema[0] if config.ema and not is_sweep else None
+        subject = together(accelerator, lambda: open_subject(config, accelerator, ema), in_turn=True)
         reference = evaluator.load_reference(config.reference, subject.img_size or config.img_size)
         if accelerator.is_main_process:
             introduce(config, evaluator, subject, reference)
@@ -63,6 +69,11 @@ def evaluate(config: EvaluateConfig) -> int:
         if subject.pipeline is None and subject.images is None:
             return 0
         evaluator.metrics = measurable(config, evaluator, reference)
+        if is_sweep:
+            about = about_model(config, evaluator, subject, reference)
+            del subject
+            run_sweep(config, evaluator, partial(open_model, config, accelerator), reference, about, file)
+            return 0
         records = measure(config, evaluator, subject, reference)
         if accelerator.is_main_process:
             say(table_of(records))
@@ -100,24 +111,30 @@ def build_evaluator(config: EvaluateConfig, accelerator: Accelerator) -> Evaluat
     )
 
 
-def open_subject(config: EvaluateConfig, accelerator: Accelerator) -> Subject:
-    """The model or the images to measure."""
+def open_subject(config: EvaluateConfig, accelerator: Accelerator, ema: str | None) -> Subject:
+    """The model, with these averaged weights, or the images to measure."""
     if config.model is not None:
-        diffusers_logging.disable_progress_bar()
-        diffusers_logging.set_verbosity_error()
-        pipeline = load_pipeline(config.model, config.ema).to(accelerator.device)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = open_model(config, accelerator, ema)
         network = pipeline.transformer.config
         side = config.img_size or network.img_size
         if side % network.patch_size:
             raise UserError(f"--img_size {side}: must be a multiple of the model's patch size {network.patch_size}.")
-        if config.compile:
-            pipeline.transformer.compile_repeated_blocks()
         return Subject(pipeline, None, side)
     if config.images is not None:
         images = open_images(config.images, "--images")
         return Subject(None, images, side_of(images, config.img_size, "--images"))
     return Subject()
+
+
+def open_model(config: EvaluateConfig, accelerator: Accelerator, ema: str | None) -> JiTPipeline:
+    """The pipeline with these averaged weights (None: its own), on the device."""
+    diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    pipeline = load_pipeline(config.model, ema).to(accelerator.device)
+    pipeline.set_progress_bar_config(disable=True)
+    if config.compile:
+        pipeline.transformer.compile_repeated_blocks()
+    return pipeline
 
 
 def introduce(config: EvaluateConfig, evaluator: Evaluator, subject: Subject, reference: Reference) -> None:
@@ -173,30 +190,56 @@ def measurable(config: EvaluateConfig, evaluator: Evaluator, reference: Referenc
 
 def measure(config: EvaluateConfig, evaluator: Evaluator, subject: Subject, reference: Reference) -> list[dict]:
     """One record of a model with guidance, one without, or one of images."""
-    of_all = {"features": config.features, "feature_weights": evaluator.network.weights_id, "reference": reference.name}
-    of_all |= {"reference_images": reference.num_images, "img_size": subject.img_size}
-    of_all["num_processes"] = evaluator.accelerator.num_processes
     if subject.images is not None:
         statistics = evaluator.statistics_of_images(subject.images, subject.img_size)
         found = evaluator.compare(statistics, reference)
-        return [{"images": config.images, "num_images": statistics.num_images, **of_all, "metrics": found}]
-    of_model = {"model": config.model, "ema": config.ema, "num_images": config.num_images, "seed": config.seed}
-    of_model["mixed_precision"] = evaluator.accelerator.mixed_precision
+        of_images = {"images": config.images, "num_images": statistics.num_images}
+        return [{**of_images, **about_all(config, evaluator, subject, reference), "metrics": found}]
+    of_model = about_model(config, evaluator, subject, reference)
+    of_model |= {"ema": config.ema[0] if config.ema else None, "num_images": config.num_images}
     records = []
     for settings in settings_to_measure(config, subject.pipeline):
         found = evaluator.measure_pipeline(
             subject.pipeline, reference, config.num_images, settings, config.seed, subject.img_size
         )
-        records.append({**of_model, **of_all, **asdict(settings), "metrics": found})
+        records.append({**of_model, **asdict(settings), "metrics": found})
     return records
 
 
 def settings_to_measure(config: EvaluateConfig, pipeline: JiTPipeline) -> list[SamplerSettings]:
     """As asked for, and without guidance where that is something else."""
-    own = pipeline.config
-    scale = own.guidance_scale if config.guidance_scale is None else config.guidance_scale
-    interval = tuple(own.guidance_interval) if config.guidance_interval is None else config.guidance_interval
-    asked = SamplerSettings(config.num_inference_steps, scale, interval, config.method)
+    own, axes = pipeline.config, axes_of(config)
+    scale = first_of(axes.guidance_scales, own.guidance_scale)
+    interval = first_of(axes.guidance_intervals, tuple(own.guidance_interval))
+    steps = first_of(axes.num_inference_steps, own.num_inference_steps or STEPS)
+    method = first_of(axes.methods, own.method)
+    asked = SamplerSettings(steps, scale, interval, method)
     if scale == 1 or not config.unguided:
         return [asked]
-    return [asked, SamplerSettings(config.num_inference_steps, 1.0, interval, config.method)]
+    return [asked, SamplerSettings(steps, 1.0, interval, method)]
+
+
+def first_of(given: list[T], otherwise: T) -> T:
+    return given[0] if given else otherwise
+
+
+def about_all(config: EvaluateConfig, evaluator: Evaluator, subject: Subject, reference: Reference) -> dict:
+    """What every record says of how it was measured."""
+    return {
+        "features": config.features,
+        "feature_weights": evaluator.network.weights_id,
+        "reference": reference.name,
+        "reference_images": reference.num_images,
+        "img_size": subject.img_size,
+        "num_processes": evaluator.accelerator.num_processes,
+    }
+
+
+def about_model(config: EvaluateConfig, evaluator: Evaluator, subject: Subject, reference: Reference) -> dict:
+    """What every record of a model says."""
+    return {
+        "model": config.model,
+        "seed": config.seed,
+        "mixed_precision": evaluator.accelerator.mixed_precision,
+        **about_all(config, evaluator, subject, reference),
+    }

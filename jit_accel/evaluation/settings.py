@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jit_accel.errors import UserError, lookup
+from jit_accel.evaluation.grid import Axes, intervals, methods, names, numbers, whole_numbers
 from jit_accel.evaluation.names import FEATURES, INCEPTION, chosen_metrics
 
 
@@ -20,9 +21,9 @@ class EvaluateConfig:
     reference: str | None = None
     """The real images: whatever --data_path of training may be; or statistics, an .npz that --make_reference wrote, or
     ADM's or JiT's."""
-    ema: str | None = None
-    """Which averaged weights of a run or checkpoint: a decay, or "model" for the weights themselves (default: those of
-    the pipeline folder, or the first average)."""
+    ema: tuple[str, ...] = ()
+    """Which averaged weights of a run or checkpoint: a decay, "model" for the weights themselves (default: those of the
+    pipeline folder, or the first average); several or "all" for a sweep."""
     features: str = INCEPTION
     """The network to compare by: inception (FID, sFID, Inception Score, KID, precision and recall), or
     efficientnet_lite0 (fd_efficientnet_lite0 and others; its weights come with a package, without a download)."""
@@ -41,14 +42,25 @@ class EvaluateConfig:
     """How many images, drawn at random, are compared one by one for KID, precision and recall."""
     seed: int = 0
     """Of the noise."""
-    num_inference_steps: int = 50
-    """ODE steps."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance (default: the pipeline's own); where it is not 1, images without it are measured too."""
-    guidance_interval: tuple[float, float] | None = None
-    """Where guidance acts, from t to t (default: the pipeline's own)."""
-    method: Literal["heun", "euler"] | None = None
-    """How the ODE is solved (default: the pipeline's own)."""
+    num_inference_steps: tuple[str, ...] = ()
+    """ODE steps (default: the pipeline's own); several for a sweep: 25,50."""
+    guidance_scale: tuple[str, ...] = ()
+    """Classifier-free guidance (default: the pipeline's own); where it is not 1, images without it are measured too.
+    Several for a sweep: 1,1.5,2 or start:stop:step, both ends included, 1.0:4.0:0.1."""
+    guidance_interval: tuple[str, ...] = ()
+    """Where guidance acts, low:high in t, such as 0.1:1.0 (default: the pipeline's own); several for a sweep:
+    0.1:1.0,0:1."""
+    method: tuple[str, ...] = ()
+    """How the ODE is solved, heun or euler (default: the pipeline's own); both for a sweep."""
+    sweep_images: int | None = None
+    """In a sweep, how many images each setting is measured on (default: a tenth of --num_images)."""
+    sweep_top: int = 3
+    """In a sweep, how many of the best settings are then measured on all of --num_images, beside the best without
+    guidance; the best of these wins."""
+    select: str | None = None
+    """The metric that a sweep goes by (default: the first one, fid or fd_FEATURES)."""
+    write_best: bool = True
+    """Make the setting that wins a sweep the default of the pipeline folder: guidance, steps, solver, weights."""
     unguided: bool = True
     """Measure the images without guidance too."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -75,11 +87,12 @@ def check(config: EvaluateConfig) -> None:
         raise UserError(f"--images {config.images}: does not go with --model: give the one or the other.")
     if config.model is None and config.images is None and config.make_reference is None:
         raise UserError("--model: not given: name what makes the images, or measure others with --images.")
-    if config.ema is not None and config.model is None:
-        raise UserError(f"--ema {config.ema}: chooses among the weights of --model, which is not given.")
+    if config.ema and config.model is None:
+        raise UserError(f"--ema {','.join(config.ema)}: chooses among the weights of --model, which is not given.")
     if config.make_reference is not None and not config.make_reference.endswith(".npz"):
         raise UserError(f"--make_reference {config.make_reference}: must end in .npz.")
-    for flag, least in (("num_images", 2), ("batch_size", 1), ("img_size", 1), ("num_inference_steps", 1)):
+    check_sweep(config)
+    for flag, least in (("num_images", 2), ("sweep_images", 2), ("sweep_top", 1), ("batch_size", 1), ("img_size", 1)):
         value = getattr(config, flag)
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: must be at least {least}.")
@@ -87,8 +100,37 @@ def check(config: EvaluateConfig) -> None:
         raise UserError(f"--max_features {config.max_features}: must be at least 4, for three neighbours of each.")
     if config.seed < 0:
         raise UserError(f"--seed {config.seed}: must not be negative.")
-    interval = config.guidance_interval
-    if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
-        raise UserError(
-            f"--guidance_interval {interval[0]:g} {interval[1]:g}: must be two times from 0 to 1, the lower first."
-        )
+
+
+def axes_of(config: EvaluateConfig) -> Axes:
+    """The values of the flags that a sweep goes over.
+
+    Raises:
+        UserError: one that is none.
+    """
+    return Axes(
+        names(config.ema),
+        numbers("guidance_scale", config.guidance_scale) if config.guidance_scale else [],
+        intervals("guidance_interval", config.guidance_interval) if config.guidance_interval else [],
+        whole_numbers("num_inference_steps", config.num_inference_steps) if config.num_inference_steps else [],
+        methods("method", config.method) if config.method else [],
+    )
+
+
+def check_sweep(config: EvaluateConfig) -> None:
+    """Refuse what is no grid of settings, or has nothing to sweep over.
+
+    Raises:
+        UserError: naming the flag, its value and the rule.
+    """
+    axes = axes_of(config)
+    if axes.is_sweep and (config.images is not None or config.model is None):
+        raise UserError("--guidance_scale, --ema, ...: several settings need --model, to make images with each.")
+    chosen = chosen_metrics(config.features, config.metrics)
+    if config.select is not None and chosen_metrics(config.features, (config.select,))[0] not in chosen:
+        raise UserError(f"--select {config.select}: is not among --metrics {','.join(config.metrics)}: add it.")
+
+
+def selected_metric(config: EvaluateConfig) -> str:
+    """The name of the metric that a sweep goes by."""
+    return chosen_metrics(config.features, (config.select,) if config.select else config.metrics)[0]
