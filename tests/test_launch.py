@@ -125,7 +125,11 @@ NOT_IN_RECIPES = {
     *("in_channels", "epochs", "max_steps", "warmup_epochs", "warmup_steps", "learning_rate", "mixed_precision"),
     *("val_every_steps", "val_images"),
     *("output_dir", "resume", "dry_run"),
-    *(field.name for group in (EvalConfig, HealthConfig, HubConfig, TrackingConfig, TuneConfig) for field in fields(group)),
+    *(
+        field.name
+        for group in (EvalConfig, HealthConfig, HubConfig, TrackingConfig, TuneConfig)
+        for field in fields(group)
+    ),
 }
 
 
