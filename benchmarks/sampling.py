@@ -3,8 +3,9 @@
     python benchmarks/sampling.py             all cases that suit this device
     python benchmarks/sampling.py quick s4    some of them
 
-The variants alternate inside one process and only their ratios are worth comparing: machines are noisy. Calls of the
-network and the rows of their batches are counted, and must be exactly those needed.
+The variants alternate inside one process and only their ratios are worth comparing. On a CPU the clock is that of the
+process's own time on all cores, so that other programs matter little. Calls of the network and the rows of their
+batches are counted, and must be exactly those needed.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Case:
 
 
 CASES = {
-    "quick": Case("JiT-Ti/7, 28 px, batch 16", "JiT-Ti/7", 28, 16, "cpu"),
-    "s4": Case("JiT-S/4, 32 px, batch 8", "JiT-S/4", 32, 8, "cpu", rounds=3),
+    "quick": Case("JiT-Ti/7, 28 px, batch 16", "JiT-Ti/7", 28, 16, "cpu", rounds=6),
+    "s4": Case("JiT-S/4, 32 px, batch 4", "JiT-S/4", 32, 4, "cpu", steps=5, rounds=3),
     "b16": Case("JiT-B/16, 256 px, batch 64", "JiT-B/16", 256, 64, "cuda", steps=50),
     "l16": Case("JiT-L/16, 256 px, batch 64", "JiT-L/16", 256, 64, "cuda", steps=50, rounds=3),
 }
@@ -72,18 +73,19 @@ class Network:
                 hook.remove()
 
     def _begin(self, module, arguments) -> None:
-        wait()
         self.rows.append(len(arguments[0]))
-        self.began = time.perf_counter()
+        self.began = now()
 
     def _end(self, module, arguments, output) -> None:
-        wait()
-        self.seconds += time.perf_counter() - self.began
+        self.seconds += now() - self.began
 
 
-def wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def now() -> float:
+    """Seconds: of the clock when a GPU has done its work, or the CPU time of this process."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Bench:
@@ -108,15 +110,14 @@ class Bench:
                     contextlib.closing(ImageFiles(folder, plan, "png", (case.img_size, case.img_size)))
                 )
                 store.prepare()
-            wait()
-            began = time.perf_counter()
+            began = now()
             with self.precision():
                 ((_, images),) = generate(self.pipeline, numbers, settings=settings, batch_size=case.batch_size)
             pixels = images.permute(0, 2, 3, 1).cpu().numpy()
             if folder:
                 store.write(items, pixels)
                 store.flush()
-            return time.perf_counter() - began
+            return now() - began
 
     @torch.no_grad()
     def two_pass(self) -> float:
@@ -124,8 +125,7 @@ class Bench:
         case, network, scheduler = self.case, self.network.module, self.pipeline.scheduler
         labels = torch.arange(case.batch_size, device=case.device) % NUM_CLASSES
         no_class = torch.full_like(labels, NUM_CLASSES)
-        wait()
-        began = time.perf_counter()
+        began = now()
         z = torch.randn(case.batch_size, 3, case.img_size, case.img_size).to(case.device)
         scheduler.set_timesteps(case.steps, device=case.device)
         with self.precision():
@@ -133,7 +133,7 @@ class Bench:
                 conditional, unconditional = network(z, t, labels).sample, network(z, t, no_class).sample
                 z = scheduler.step(unconditional + 1.0 * (conditional - unconditional), t, z).prev_sample
         z.cpu()
-        return time.perf_counter() - began
+        return now() - began
 
     def precision(self):
         return torch.autocast(self.case.device, self.dtype, enabled=self.dtype is not None)
@@ -186,14 +186,14 @@ def main() -> None:
         times, counts = result["times"], result["counts"]
         rows, all_rows = sum(counts["interval"]), sum(counts["always"])
         print(
-            f"| {case.what} | {case.batch_size / statistics.median(times['one']):.3g} images/s "
+            f"| {case.what} | {case.steps} | {case.batch_size / statistics.median(times['one']):.3g} images/s "
             f"| {ratio(times['two'], times['one']):.2f} x | {rows} of {all_rows} ({rows / all_rows:.2f}) "
             f"| {ratio(times['interval'], times['always']):.2f} | {statistics.median(result['shares']):.1%} |",
             flush=True,
         )
     print(
         f"\n{device_name(torch.device(device))}, precision {default_precision()}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, {case.steps} Heun steps"
+        f"{torch.get_num_threads()} threads; Heun"
     )
 
 

@@ -11,7 +11,6 @@ import shutil
 import struct
 import zipfile
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from jit_accel.sampling.plan import Item, Plan
 
 FILE = "samples.npz"
 PARTS = ".parts"
+Place = tuple[Path, int]  # part, offset of the record in bytes
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the same images make the same file
 
 
@@ -31,7 +31,6 @@ class NpzFile:
     def __init__(self, folder: Path, plan: Plan, size: tuple[int, int]):
         self.path, self.parts, self.plan, self.size = folder / FILE, folder / PARTS, plan, size
         self.record = np.dtype([("number", "<i8"), ("label", "<i8"), ("image", "u1", (*size, 3))])
-        self._map = lru_cache(maxsize=256)(lambda path: np.load(path, mmap_mode="r"))
 
     def prepare(self) -> None:
         """Make the folder of parts, and make sure that there is room. On one process alone."""
@@ -94,31 +93,34 @@ class NpzFile:
         if not self.path.exists():
             places, items = self._places(), self.plan.items()
             write_whole(self.path, lambda temporary: self._merge(temporary, items, places))
-        self._map.cache_clear()
         shutil.rmtree(self.parts, ignore_errors=True)
         return str(self.path)
 
-    def _merge(self, temporary: Path, items: list[Item], places: dict[Item, tuple[Path, int]]) -> None:
+    def _merge(self, temporary: Path, items: list[Item], places: dict[Item, Place]) -> None:
         labels = np.array([item.label for item in items], np.int64)
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy", _LONG_AGO), "w", force_zip64=True) as file:
                 _write_header(file, (len(items), *self.size, 3), "|u1")
                 for item in items:
-                    part, row = places[item]
-                    file.write(self._map(part)["image"][row].tobytes())
+                    part, offset = places[item]
+                    with open(part, "rb") as records:
+                        records.seek(offset)
+                        (record,) = np.frombuffer(records.read(self.record.itemsize), self.record)
+                    file.write(record["image"].tobytes())
             with archive.open(zipfile.ZipInfo("arr_1.npy", _LONG_AGO), "w") as file:
                 _write_header(file, labels.shape, "<i8")
                 file.write(labels.astype("<i8").tobytes())
 
-    def _places(self) -> dict[Item, tuple[Path, int]]:
-        """Of each image in a whole part of this size the part and the row."""
+    def _places(self) -> dict[Item, Place]:
+        """Of each image in a whole part of this size the part, and where in it."""
         places = {}
         for path in sorted(self.parts.glob("*.npy")):
             with contextlib.suppress(OSError, ValueError):  # cut off: its images are made again
-                records = self._map(path)
+                records = np.load(path, mmap_mode="r")
                 if records.dtype == self.record:
                     pairs = zip(records["number"].tolist(), records["label"].tolist())
-                    places |= {Item(*pair): (path, row) for row, pair in enumerate(pairs)}
+                    offsets = range(records.offset, records.offset + records.nbytes, self.record.itemsize)
+                    places |= {Item(*pair): (path, offset) for pair, offset in zip(pairs, offsets)}
         return places
 
 

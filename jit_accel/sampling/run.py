@@ -65,6 +65,7 @@ def sample(config: SampleConfig) -> int:
 def build(config: SampleConfig, precision: str, accelerator: Accelerator, stop: StopSignal) -> Sampling:
     """Load the pipeline and check the settings against it; writes nothing."""
     diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
     pipeline = load_pipeline(config.model, config.ema)
     pipeline.set_progress_bar_config(disable=True)
     own, network = pipeline.config, pipeline.transformer.config
