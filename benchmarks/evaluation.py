@@ -1,0 +1,61 @@
+"""What an evaluation costs beside making the images and looking at them with the feature network.
+
+    python benchmarks/evaluation.py --reference builtin:fashion_mnist
+    python benchmarks/evaluation.py --reference photos --model JiT-B/16 --img_size 256 --features inception
+
+The network is untrained, which costs the same. Bookkeeping is all else: float64 sums while images are made, and the
+formulas at the end, whose cost does not grow with the number of images once that reaches --max_features.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from accelerate import Accelerator
+
+from jit_accel.evaluation.evaluator import Evaluator, Seconds
+from jit_accel.evaluation.features import load_features
+from jit_accel.evaluation.names import chosen_metrics
+from jit_accel.generation import SamplerSettings
+from jit_accel.model import build_model
+from jit_accel.pipeline import JiTPipeline
+from jit_accel.precision import default_precision
+from jit_accel.scheduler import JiTScheduler
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", required=True)
+    parser.add_argument("--model", default="JiT-Ti/7")
+    parser.add_argument("--img_size", type=int, default=28)
+    parser.add_argument("--features", default="efficientnet_lite0")
+    parser.add_argument("--feature_weights")
+    parser.add_argument("--metrics", nargs="*", default=[])
+    parser.add_argument("--num_images", type=int, default=2000)
+    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--guidance_scale", type=float, default=2.0)
+    parser.add_argument("--max_features", type=int, default=10_000)
+    args = parser.parse_args()
+
+    accelerator = Accelerator(mixed_precision=default_precision())
+    network = load_features(args.features, accelerator.device, args.feature_weights)
+    metrics = chosen_metrics(args.features, tuple(args.metrics))
+    evaluator = Evaluator(network, accelerator, metrics, max_features=args.max_features)
+    evaluator.show_progress = True
+    reference = evaluator.load_reference(args.reference, args.img_size)
+    transformer = build_model(args.model, img_size=args.img_size, num_classes=10).eval().to(accelerator.device)
+    pipeline = JiTPipeline(transformer, JiTScheduler(noise_scale=1.0))
+    pipeline.set_progress_bar_config(disable=True)
+    evaluator.seconds = Seconds()
+    found = evaluator.measure_pipeline(
+        pipeline, reference, args.num_images, SamplerSettings(args.num_inference_steps, args.guidance_scale)
+    )
+    seconds = evaluator.seconds
+    print(f"{args.model}, {args.img_size} px, {args.num_images:,} images; {', '.join(found)}")
+    for part, value in vars(seconds).items():
+        print(f"  {part:9} {value:8.2f} s  {value / seconds.images:7.2%} of generation")
+    print(f"  bookkeeping {(seconds.sums + seconds.formulas) / seconds.images:.2%} of generation")
+
+
+if __name__ == "__main__":
+    main()
