@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers import Group
 from PIL import Image
+from toy_features import load_toy
 
 from jit_accel.data.sources import open_source
 from jit_accel.errors import UserError
@@ -47,37 +48,6 @@ def alone(monkeypatch):
 @pytest.fixture
 def accelerator(alone):
     return Accelerator(cpu=True)
-
-
-class Toy(torch.nn.Module):
-    """Stands for Inception, with 16 features: it is quick, and its features are those of real pixels."""
-
-    sizes = {"main": 16, "spatial": 7, "logits": 5}  # noqa: RUF012
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        shapes = {"main": (3 * 28 * 28, 16), "spatial": (3 * 28 * 28, 7), "logits": (16, 5)}
-        self.weights = {name: torch.randn(*shape, generator=generator) / 50 for name, shape in shapes.items()}
-
-    def forward(self, images):
-        pixels = images.float().flatten(1) / 32
-        features = (pixels @ self.weights["main"]).relu()
-        return {
-            "main": features,
-            "spatial": pixels @ self.weights["spatial"],
-            "logits": features @ self.weights["logits"],
-        }
-
-
-def load_toy(weights=None):
-    toy = Toy()
-    return toy, toy.sizes, toy.forward, "toy"
-
-
-def use_toy():
-    """In a process of its own."""
-    LOADERS["inception"] = load_toy
 
 
 @pytest.fixture
@@ -487,7 +457,7 @@ def test_two_processes_measure_what_one_does_and_fail_together(alone, network, s
     assert "do not determine a covariance" in printed.err
 
     log = tmp_path / "log.txt"
-    environment = {"TEST_MAIN": "jit_accel.evaluate:main", "TEST_SETUP": "test_evaluation:use_toy"}
+    environment = {"TEST_MAIN": "jit_accel.evaluate:main", "TEST_SETUP": "toy_features:use_toy"}
     group = Group([*flags, "--output", str(tmp_path / "two.json")], log, 2, environment)
     wrong = Group([*FLAGS, "--model", str(saved), "--reference", str(folder / "no")], log, 2, environment)
     assert group.wait() == [0, 0], group.output()

@@ -30,13 +30,17 @@ from golden import load_golden
 from hub_server import stand_in
 from packaging.requirements import Requirement
 from PIL import Image
+from toy_features import load_toy
 
 from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.cli import parse_args
 from jit_accel.config import SETTINGS, EvalConfig, HealthConfig, HubConfig, TrackingConfig, TuneConfig
 from jit_accel.convert import main as convert
 from jit_accel.data.benchmark import main as benchmark
+from jit_accel.evaluate import main as evaluate
+from jit_accel.evaluation.features import LOADERS
 from jit_accel.health import KINDS
+from jit_accel.model import build_model
 from jit_accel.prepare import main as prepare
 from jit_accel.report import main as report
 from jit_accel.report import parse_args as report_arguments
@@ -491,6 +495,8 @@ def test_each_documented_command_runs(command, recorder, photos, tmp_path, monke
         assert prepare([*words[3:], *small, *places]) == 0
     elif words[:3] == ["python", "-m", "jit_accel.sample"]:
         sample_a_little(words[3:], tmp_path)
+    elif words[:3] == ["python", "-m", "jit_accel.evaluate"]:
+        evaluate_a_little(words[3:], photos, tmp_path, monkeypatch)
     elif words[:3] == ["python", "-m", "jit_accel.report"]:
         monkeypatch.chdir(tmp_path)
         for folder in report_arguments(words[3:]).folders:
@@ -510,6 +516,8 @@ def test_each_documented_command_runs(command, recorder, photos, tmp_path, monke
         for call in told:
             if call[0] == "accelerate" and "jit_accel.sample" in call:
                 sample_a_little(validated_launch(call[2:]).training_script_args, tmp_path)
+            elif call[0] == "accelerate" and "jit_accel.evaluate" in call:
+                evaluate_a_little(validated_launch(call[2:]).training_script_args, photos, tmp_path, monkeypatch)
             elif call[0] == "accelerate":
                 try_here(completed(split_launch(call)[1]), photos, tmp_path, monkeypatch)
             elif call[:3] == ["python", "-m", "jit_accel.train"]:
@@ -544,6 +552,21 @@ def make_source(path: Path) -> None:
     torch.save({"model": named, "model_ema1": named, "model_ema2": named}, checkpoint)
     if path != checkpoint:
         assert convert(["--input", str(checkpoint), "--output", str(path), "--img_size", "64"]) == 0
+
+
+def evaluate_a_little(flags: list[str], photos: Path, tmp_path: Path, monkeypatch) -> None:
+    """Run `jit_accel.evaluate` with these flags, but on few images, and with features that cost nothing."""
+    for name in list(LOADERS):
+        monkeypatch.setitem(LOADERS, name, load_toy)
+    monkeypatch.chdir(tmp_path)
+    JiTPipeline(build_model("JiT-Ti/7", img_size=28, num_classes=2), JiTScheduler()).save_pretrained("model")
+    places = {"--model": "model", "--reference": str(photos), "--images": str(photos), "--num_images": "2"}
+    words = [places.get(before, word) for before, word in itertools.pairwise(["", *flags])]
+    small = ("--img_size", "28", "--num_inference_steps", "1", "--mixed_precision", "no")
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    with patch_environment(ACCELERATE_USE_CPU="true"):
+        assert evaluate([*words, *small]) == 0
 
 
 def names_in(page: str) -> set[str]:
