@@ -116,9 +116,11 @@ def make_repository(api: HfApi, repo_id: str, private: bool) -> None:
     try:
         api.create_repo(repo_id, private=private or None)  # None: as the owner has it by default
     except HfHubHTTPError as error:
-        if status_of(error) != 409:
+        if status_of(error) not in (403, 409):
             raise
-        if private and not api.model_info(repo_id).private:
+        # 409: it is there. 403: a token for certain repositories only, of which this may be one.
+        info = api.model_info(repo_id) if private or status_of(error) == 403 else None
+        if private and not info.private:
             raise UserError(
                 f"--hub_private: {repo_id} exists and is public: make it private in its settings on the Hub, or give "
                 "another --hub_model_id."
@@ -147,7 +149,7 @@ def status_of(error: Exception) -> int | None:
 REASONS = {
     401: "the Hub refuses the token: log in again (hf auth login), or set HF_TOKEN to a valid one.",
     403: "the token may not write to {repo_id}: log in with one that may (hf auth login), or change --hub_model_id.",
-    404: "the Hub knows no {repo_id} that this token may write to: check --hub_model_id and the token's rights.",
+    404: "the token may not write to {repo_id}, or make it: check --hub_model_id, or log in with one that may.",
     413: "the Hub finds it too large.",
     429: "the Hub asks to wait (429): try again later.",
 }

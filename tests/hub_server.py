@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif parts[-2:] == ["preupload", "main"]:
             files = json.loads(body)["files"]
             modes = [
-                {"path": f["path"], "shouldIgnore": False, "uploadMode": "lfs" if f["size"] > 50_000 else "regular"}
+                {"path": f["path"], "shouldIgnore": False, "uploadMode": "lfs" if f["size"] > 500_000 else "regular"}
                 for f in files
             ]
             self.answer(200, {"files": modes})

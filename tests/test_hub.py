@@ -150,6 +150,9 @@ def test_what_should_be_private_is_never_pushed_to_a_public_repository(server, f
     with pytest.raises(UserError, match="exists and is public"):
         hub.push_folder(folder, REPOSITORY, private=True)
     assert server.commits == []
+    server.fail["/repos/create"] = 403  # a token for one repository cannot make any
+    hub.push_folder(folder, REPOSITORY)
+    server.fail.clear()
     hub.push_folder(folder, "garden/new", private=True)
     assert server.repositories["garden/new"] is True
 
