@@ -279,9 +279,6 @@ def try_here(flags: list[str], photos: Path, tmp_path: Path, monkeypatch) -> Non
 
 def untrained_pipeline(folder: Path, patch: int) -> Path:
     """A small one for the two classes of photos."""
-    from jit_accel import JiTPipeline, JiTScheduler
-    from jit_accel.model import build_model
-
     network = build_model(f"JiT-Ti/{patch}", img_size=4 * patch, num_classes=2)
     JiTPipeline(network, JiTScheduler()).save_pretrained(folder)
     return folder
@@ -543,8 +540,6 @@ def sample_a_little(flags: list[str], tmp_path: Path) -> None:
 
 def make_source(path: Path) -> None:
     """What a documented conversion takes, with a small network: a checkpoint of the paper's code, or a pipeline."""
-    from jit_accel.model import build_model
-
     checkpoint = path if path.suffix == ".pth" else path.with_suffix(".pth")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     weights = build_model("JiT-Ti/16", img_size=64, num_classes=1000).state_dict()
