@@ -214,6 +214,19 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         kwargs.setdefault("dynamic", False)
         super().compile_repeated_blocks(*args, **kwargs)
 
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """diffusers' own, which writes names that it cannot read again where an adapter is attached.
+
+        Raises:
+            ValueError: one is.
+        """
+        if getattr(self, "peft_config", None):
+            raise ValueError(
+                "a LoRA adapter is attached: fuse_lora() and unload_lora_weights() first to save the weights with it, "
+                "or save it alone with save_lora_weights()"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the initial weights (SPEC section 2): the network starts as the zero function."""

@@ -103,6 +103,24 @@ def test_what_the_pipeline_saves_it_loads(tmp_path):
     assert torch.equal(predict(pipe.transformer), predict(model))
 
 
+def test_a_pipeline_is_saved_with_its_adapter_merged_or_not_at_all(tmp_path):
+    """diffusers alone would write weights under names that load as random ones."""
+    model, adapter = adapted()
+    adapter.save(trained(model), tmp_path / "lora")
+    pipe = JiTPipeline(network(), JiTScheduler())
+    pipe.load_lora_weights(tmp_path / "lora")
+    with pytest.raises(
+        ValueError, match=r"a LoRA adapter is attached: fuse_lora\(\) and unload_lora_weights\(\) first"
+    ):
+        pipe.save_pretrained(tmp_path / "pipeline")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "pipeline")
+    assert torch.allclose(
+        predict(JiTPipeline.from_pretrained(tmp_path / "pipeline").transformer), predict(model), atol=1e-5
+    )
+
+
 def test_files_without_an_adapter_for_this_network_are_refused(tmp_path):
     pipe = JiTPipeline(network(), JiTScheduler())
     save_file({"unet.x.lora_A.weight": torch.ones(1, 1)}, tmp_path / LORA_FILE)
