@@ -110,7 +110,7 @@ def test_a_pipeline_is_saved_with_its_adapter_merged_or_not_at_all(tmp_path):
     pipe = JiTPipeline(network(), JiTScheduler())
     pipe.load_lora_weights(tmp_path / "lora")
     with pytest.raises(
-        ValueError, match=r"a LoRA adapter is attached: fuse_lora\(\) and unload_lora_weights\(\) first"
+        ValueError, match=r"adapter is attached: fuse_lora\(\) and unload_lora_weights\(\) first"
     ):
         pipe.save_pretrained(tmp_path / "pipeline")
     pipe.fuse_lora()
