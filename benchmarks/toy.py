@@ -136,7 +136,8 @@ def draw(truth: Tensor, found: dict[tuple[int, str], Tensor], file: Path) -> Non
             axis.set(xlim=(-FRAME, FRAME), ylim=(-FRAME, FRAME), xticks=[], yticks=[], aspect="equal")
             outside = (points.abs() > FRAME).any(dim=1).float().mean().item()
             if outside > 0.01:
-                axis.text(0, -0.9 * FRAME, f"{outside:.0%} lie outside", ha="center", backgroundcolor="white")
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+                axis.text(0, -0.9 * FRAME, f"{outside:.0%} lie outside", ha="center", bbox=box)
         row[0].set_ylabel(f"D = {d}", rotation=0, ha="right", va="center", fontsize="large")
     for axis, title in zip(axes[0], titles.values()):
         axis.set_title(title)
