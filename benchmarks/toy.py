@@ -146,12 +146,23 @@ def draw(truth: Tensor, found: dict[tuple[int, str], Tensor], file: Path) -> Non
     plt.close(figure)
 
 
+def at_least(least: int):
+    """A type of argparse."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        return int(text)
+
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dimensions", type=int, nargs="+", default=[2, 8, 16, 512], metavar="D")
-    parser.add_argument("--steps", type=int, default=2000, help="of training, each")
+    parser.add_argument("--dimensions", type=at_least(2), nargs="+", default=[2, 8, 16, 512], metavar="D")
+    parser.add_argument("--steps", type=at_least(1), default=2000, help="of training, each")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="more hardly help networks this small")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="more hardly help networks this small")
     parser.add_argument("--output", type=Path, default=Path("toy.png"), help="where the figure goes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
