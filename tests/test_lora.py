@@ -109,9 +109,7 @@ def test_a_pipeline_is_saved_with_its_adapter_merged_or_not_at_all(tmp_path):
     adapter.save(trained(model), tmp_path / "lora")
     pipe = JiTPipeline(network(), JiTScheduler())
     pipe.load_lora_weights(tmp_path / "lora")
-    with pytest.raises(
-        ValueError, match=r"adapter is attached: fuse_lora\(\) and unload_lora_weights\(\) first"
-    ):
+    with pytest.raises(ValueError, match=r"adapter is attached: fuse_lora\(\) and unload_lora_weights\(\) first"):
         pipe.save_pretrained(tmp_path / "pipeline")
     pipe.fuse_lora()
     pipe.unload_lora_weights()
