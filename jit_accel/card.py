@@ -190,12 +190,32 @@ def read_evaluations(path: Path) -> list[dict]:
     kept = []
     for record in records:
         if isinstance(record, dict) and isinstance(record.get("metrics"), dict):
-            settings = record.get("settings")
+            settings = record.get("settings")  # beside the numbers, or in a mapping of their own
             numbers = {str(k): v for k, v in record["metrics"].items() if _is_number(v)}
-            kept += (
-                [{"metrics": numbers, "settings": settings if isinstance(settings, dict) else {}}] if numbers else []
-            )
+            one = {"metrics": numbers, "settings": settings if isinstance(settings, dict) else record}
+            kept += [one] if numbers else []
     return kept[-MOST_RESULTS:]
+
+
+def forget_places(path: Path) -> None:
+    """Leave of absolute paths in a JSON file only the last part: where something was is nobody's business."""
+
+    def forgotten(value):
+        if isinstance(value, dict):
+            return {name: forgotten(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [forgotten(part) for part in value]
+        is_place = isinstance(value, str) and re.match(r"[/~\\]|[A-Za-z]:[/\\]", value)
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if is_place else value
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if forgotten(content) != content:
+        temporary = path.with_name(f"tmp_{path.name}")
+        temporary.write_text(json.dumps(forgotten(content), indent=1, ensure_ascii=False), encoding="utf-8")
+        temporary.replace(path)
 
 
 def _is_number(value) -> bool:

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, constants, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import _http
 
-from jit_accel.card import refresh_card
+from jit_accel.card import EVALUATION_FILE, forget_places, refresh_card
 from jit_accel.config import HubConfig
 from jit_accel.console import say, warn
 from jit_accel.errors import UserError
@@ -90,6 +90,7 @@ def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
         UserError: the Hub did not take it; the folder is as it was, but for the card.
     """
     try:
+        forget_places(folder / EVALUATION_FILE)
         refresh_card(folder, repo_id)
     except Exception as error:  # of YAML and of whatever people wrote into it; a card is worth no push
         warn(f"{folder / 'README.md'}: left as it is, because it cannot be brought up to date ({error}).")
