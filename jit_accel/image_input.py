@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 Picture = Image.Image | np.ndarray | Tensor
@@ -69,7 +70,7 @@ def _fitted(name: str, given, channels: int, size: tuple[int, int], batch: int) 
 def _tensor(name: str, picture: Picture, channels: int) -> Tensor:
     """(B, channels, H, W), float32 in [0, 1]."""
     if isinstance(picture, Image.Image):
-        picture = np.array(picture.convert("RGB" if channels == 3 else "L"))
+        picture = np.array(ImageOps.exif_transpose(picture).convert("RGB" if channels == 3 else "L"))
     if isinstance(picture, np.ndarray):
         pixels = torch.from_numpy(np.ascontiguousarray(picture))
         if pixels.ndim > 2 and pixels.shape[-1] in (1, 3):
@@ -79,7 +80,8 @@ def _tensor(name: str, picture: Picture, channels: int) -> Tensor:
     else:
         raise ValueError(f"{name} of {type(picture).__name__}: give a PIL image, an array or a tensor, or a list")
     kind, shape = pixels.dtype, tuple(picture.shape)
-    pixels = pixels.float() / 255 if kind == torch.uint8 else pixels.float()
+    is_bytes = kind == torch.uint8 and not (channels == 1 and pixels.max() <= 1)  # masks are also made of 0 and 1
+    pixels = pixels.float() / 255 if is_bytes else pixels.float()
     if pixels.ndim == 2 or (channels == 1 and pixels.ndim == 3 and pixels.shape[0] not in (1, 3)):
         pixels = pixels.unsqueeze(-3)
     pixels = pixels[None] if pixels.ndim == 3 else pixels
@@ -117,6 +119,6 @@ def skipped_steps(steps: int, image, strength: float | None, mask_image) -> int:
                 raise ValueError(f"{name} without image: give the image to start from")
         return 0
     strength = STRENGTH if strength is None else strength
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 < strength <= 1:
         raise ValueError(f"strength {strength} must be above 0 and at most 1, such as {STRENGTH}")
     return steps - max(1, round(strength * steps))

@@ -167,8 +167,8 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
             latents: (B, 3, H, W), the noise that the ODE starts from, already scaled, instead of `generator`.
             output_type: "pil"; "pt" (B, 3, H, W) or "np" (B, H, W, 3) in [0, 1];
                 "latent", the state at t = 1, unclamped.
-            callback_on_step_end: called as `(pipe, step, t, {"latents": z})` after each ODE step; may return
-                `{"latents": z}` to replace the state, or set `pipe._interrupt = True` to stop there.
+            callback_on_step_end: called as `(pipe, step, t, {"latents": z})` after each ODE step, with the t that the
+                step began at; may return `{"latents": z}` to replace the state, or set `pipe._interrupt = True` to stop there.
             height, width: pixels, multiples of the patch size; None: those of `latents`, else the training size.
             callback_on_step_end_tensor_inputs: what the callback is given; there is only "latents".
             num_images_per_label: images of each label, side by side.
@@ -220,16 +220,18 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
     ) -> Tensor:
         """Run the steps that the scheduler is set to, from z at their first t."""
         scheduler = self.scheduler
-        self._interrupt, self._num_timesteps, steps_done = False, len(scheduler), 0
+        self._interrupt, self._num_timesteps = False, len(scheduler)
+        steps_done, start_t = 0, None
         with evaluating(self.transformer), self.progress_bar(total=scheduler.num_steps) as progress:
             for t_host, t in zip(scheduler.call_times, scheduler.timesteps):
+                start_t = start_t if scheduler.mid_step else t
                 weight = guidance_weight(t_host, scale, interval)
                 z = scheduler.step(self.predict(z, t, labels, weight, guided), t, z).prev_sample
                 if known is not None:  # also between the calls of a Heun step: the network never sees it off its path
                     z = known.put_back(z, scheduler.next_time)
                 if scheduler.mid_step:
                     continue
-                z = on_step_end(steps_done, t, z)
+                z = on_step_end(steps_done, start_t, z)
                 steps_done += 1
                 progress.update()
                 if self._interrupt:

@@ -241,7 +241,7 @@ def test_the_callback_sees_each_step_and_may_replace_the_state(pipe):
         return {"latents": torch.zeros_like(kwargs["latents"])} if step == 3 else None
 
     images = pipe(0, 4, callback_on_step_end=callback, output_type="pt").images
-    assert [step for step, _ in seen] == [0, 1, 2, 3]
+    assert seen == [(0, 0), (1, 0.25), (2, 0.5), (3, 0.75)]
     assert (images == 0.5).all()
 
 
