@@ -168,7 +168,8 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
             output_type: "pil"; "pt" (B, 3, H, W) or "np" (B, H, W, 3) in [0, 1];
                 "latent", the state at t = 1, unclamped.
             callback_on_step_end: called as `(pipe, step, t, {"latents": z})` after each ODE step, with the t that the
-                step began at; may return `{"latents": z}` to replace the state, or set `pipe._interrupt = True` to stop there.
+                step began at; may return `{"latents": z}` to replace the state, or set `pipe._interrupt = True` to
+                stop there.
             height, width: pixels, multiples of the patch size; None: those of `latents`, else the training size.
             callback_on_step_end_tensor_inputs: what the callback is given; there is only "latents".
             num_images_per_label: images of each label, side by side.
