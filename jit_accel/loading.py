@@ -50,9 +50,9 @@ def load_pipeline(
     if ema is None:
         for candidate in (folder, folder / "pipeline"):
             if (candidate / "model_index.json").is_file():
-                return JiTPipeline.from_pretrained(candidate).to(torch_dtype)
+                return _cast(JiTPipeline.from_pretrained(candidate), torch_dtype)
     if checkpoint := find_checkpoint_in(folder):
-        return pipeline_of_checkpoint(checkpoint, ema).to(torch_dtype)
+        return _cast(pipeline_of_checkpoint(checkpoint, ema), torch_dtype)
     if ema is not None:
         raise UserError(
             f"--ema {ema}: {path} has no checkpoint to take averages from: give the output folder of a run, or leave "
@@ -64,10 +64,15 @@ def load_pipeline(
             "output folder of a run, or owner/name of the Hub."
         )
     try:
-        return JiTPipeline.from_pretrained(path).to(torch_dtype)
+        return _cast(JiTPipeline.from_pretrained(path), torch_dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{flag} {path}: is no folder here, and cannot be had from the Hub ({reason}).") from None
+
+
+def _cast(pipeline: JiTPipeline, dtype: torch.dtype) -> JiTPipeline:
+    # diffusers warns of modules to keep in float32, of which there are none
+    return pipeline if pipeline.dtype == dtype else pipeline.to(dtype)
 
 
 def find_checkpoint_in(folder: Path) -> Path | None:
