@@ -339,7 +339,7 @@ def test_every_kind_of_images_is_read_once_by_any_number_of_processes(pixels, fo
             assert sorted(number for share in shares for number in share.numbers.tolist()) == list(range(31))
 
 
-def test_images_are_cropped_as_for_training_and_broken_ones_left_out(network, accelerator, folder, tmp_path, pixels):
+def test_images_are_cropped_as_for_training_and_broken_ones_left_out(network, accelerator, tmp_path, pixels, capsys):
     wide = tmp_path / "wide"
     wide.mkdir()
     for number in range(3):
@@ -352,6 +352,7 @@ def test_images_are_cropped_as_for_training_and_broken_ones_left_out(network, ac
     images = open_images(str(wide), "--images")
     found = evaluator.statistics_of_images(images, 28)
     assert (found.num_images, found.bad_images) == (3, 1)
+    assert "1 images cannot be read and are left out" in capsys.readouterr().err
     assert torch.allclose(found.moments["main"].mean, network(pixels[:3])["main"].double().mean(0), rtol=1e-4)
     with pytest.raises(UserError, match=r"--reference .*first image is no square.*--img_size"):
         evaluator.load_reference(str(wide))
@@ -496,7 +497,7 @@ def test_results_are_added_to_those_in_the_models_folder(alone, network, saved, 
         (["--num_images", "1"], "--num_images 1: must be at least 2"),
         (["--features", "inseption"], "Did you mean 'inception'"),
         (["--images", "a", "--model", "b"], "does not go with --model"),
-        (["--guidance_interval", "0.5", "0.1"], "the lower first"),
+        (["--guidance_interval", "0.5", "0.1"], "low <= high <= 1"),
         (["--make_reference", "file"], "must end in .npz"),
     ],
 )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from jit_accel.console import warn
 from jit_accel.errors import UserError
 from jit_accel.evaluation import formulas
 from jit_accel.evaluation.features import MAIN, SPATIAL, FeatureNetwork
@@ -113,6 +114,9 @@ class Evaluator:
 
         together(accelerator, read)
         statistics = self._finish(collector, img_size)
+        if statistics.bad_images and accelerator.is_main_process:
+            first = f" ({collector.bad_images[0]}, ...)" if collector.bad_images else ""
+            warn(f"{flag} {images.name}: {statistics.bad_images:,} images cannot be read and are left out{first}.")
         if statistics.num_images < 2:
             raise UserError(f"{flag} {images.name}: has {statistics.num_images} images, too few to compare.")
         return statistics
