@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers import assert_same_state, rows, train_group, train_here
 
 from jit_accel.evaluation.evaluator import Evaluator
-from jit_accel.evaluation.features import LOADERS, load_features
+from jit_accel.evaluation.features import load_features
 from jit_accel.generation import SamplerSettings
 from jit_accel.loading import load_pipeline
 from jit_accel.tracking import read_metrics
@@ -33,7 +33,7 @@ def measured(folder) -> dict[int, tuple[float, float]]:
 def tiny():
     tiny_features.install()
     yield
-    del LOADERS["tiny"]
+    tiny_features.remove()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from jit_accel.evaluation import features
+from jit_accel.evaluation import features, names, settings
 
 
 def load_tiny(weights: str | None) -> tuple:
@@ -22,3 +22,10 @@ def load_tiny(weights: str | None) -> tuple:
 def install() -> None:
     """Make it known as `--features tiny`."""
     features.LOADERS["tiny"] = load_tiny
+    names.FEATURES = settings.FEATURES = (*dict.fromkeys([*names.FEATURES, "tiny"]),)
+
+
+def remove() -> None:
+    """Forget it again."""
+    del features.LOADERS["tiny"]
+    names.FEATURES = settings.FEATURES = tuple(name for name in names.FEATURES if name != "tiny")
