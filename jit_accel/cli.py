@@ -1,16 +1,21 @@
-"""From the command line and a YAML file to a checked `Config`."""
+"""From the command line and a YAML file to checked settings; what every program's `main` does."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Mapping
-from dataclasses import Field
+from collections.abc import Callable, Mapping
+from dataclasses import Field, fields
 from pathlib import Path
+from typing import TypeVar
 
 from jit_accel.config import DEFAULT_MODEL, SETTINGS, Config
+from jit_accel.console import say
 from jit_accel.errors import UserError, nearest
 from jit_accel.resolve import check
+
+T = TypeVar("T")
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
@@ -40,6 +45,40 @@ def parse_args(argv: list[str] | None = None) -> Config:
         config = config.updated(model=DEFAULT_MODEL)
     check(config)
     return config
+
+
+def exit_code_of(run: Callable[[], int]) -> int:
+    """What `run` returns; 2 where the user has something to mend, which one process says; 130 after Ctrl-C."""
+    try:
+        return run()
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not error.everywhere:
+            where = "" if error.everywhere else f" (process {rank})"
+            say(f"error{where}: {error}", sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # for programs that stop in order, the second one: at once
+        return 128 + signal.SIGINT
+
+
+def parse_flags(settings: type[T], argv: list[str] | None, prog: str) -> T:
+    """Read the command line of a program whose settings are the fields of this one dataclass.
+
+    Raises:
+        UserError: an unknown flag.
+        SystemExit: `--help` (0), a missing flag or a value of the wrong type (2).
+    """
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    reject_unknown_flags(argv, {field.name: field for field in fields(settings)})
+    return tyro.cli(
+        settings,
+        args=argv,
+        prog=prog,
+        use_underscores=True,
+        console_outputs=os.environ.get("RANK", "0") == "0",
+    )
 
 
 def _take_config_path(argv: list[str]) -> tuple[list[str], str | None]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 
-from jit_accel.cli import reject_unknown_flags
-from jit_accel.console import say
+from jit_accel.cli import exit_code_of, reject_unknown_flags
 from jit_accel.conversion.settings import SETTINGS, ConvertConfig, check
-from jit_accel.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Convert as the command line says. Returns the exit code: 0 done, 2 something to mend, 128 + signal stopped."""
-    try:
+
+    def run() -> int:
         config = parse_args(argv)
         check(config)
         # torch is imported only now, so that --help and wrong flags answer at once.
@@ -25,12 +23,9 @@ def main(argv: list[str] | None = None) -> int:
         disable_progress_bar()
         if os.environ.get("RANK", "0") == "0":  # a launcher's other processes have nothing to do
             convert(config)
-    except UserError as error:
-        say(f"error: {error}", sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+        return 0
+
+    return exit_code_of(run)
 
 
 def parse_args(argv: list[str] | None = None) -> ConvertConfig:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 
-from jit_accel.console import say
-from jit_accel.errors import UserError
+from jit_accel.cli import exit_code_of, parse_flags
 from jit_accel.preparation.settings import PrepareConfig, check
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prepare images as the command line says. Returns the exit code: 0 done, 2 something to mend, 128 + signal."""
-    try:
+
+    def run() -> int:
         config = parse_args(argv)
         check(config)
         # torch is imported only now, so that --help and wrong flags answer at once.
@@ -23,22 +22,18 @@ def main(argv: list[str] | None = None) -> int:
         from jit_accel.preparation.run import prepare
 
         return prepare(config)
-    except UserError as error:
-        say(f"error: {error}", sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+
+    return exit_code_of(run)
 
 
 def parse_args(argv: list[str] | None = None) -> PrepareConfig:
     """Read the command line.
 
     Raises:
-        SystemExit: `--help` (0), an unknown flag or a value of the wrong type (2).
+        UserError: an unknown flag.
+        SystemExit: `--help` (0), a value of the wrong type (2).
     """
-    import tyro
-
-    return tyro.cli(PrepareConfig, args=argv, prog="python -m jit_accel.prepare", use_underscores=True)
+    return parse_flags(PrepareConfig, argv, "python -m jit_accel.prepare")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from jit_accel.evaluation.evaluator import Evaluator
 from jit_accel.evaluation.features import load_features
 from jit_accel.evaluation.images import images_of_source
 from jit_accel.evaluation.names import metric_names
-from jit_accel.evaluation.processes import on_main, together
 from jit_accel.evaluation.reference import Reference, read_reference, reference_of, save_reference
 from jit_accel.generation import SamplerSettings
 from jit_accel.loading import build_pipeline
+from jit_accel.processes import on_main, together
 from jit_accel.sharding import reshard
 
 REFERENCE_FILE = "eval_reference.npz"

@@ -6,8 +6,6 @@ import contextlib
 import logging
 import os
 import tempfile
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -31,9 +29,10 @@ from jit_accel.console import say, warn
 from jit_accel.data.holdout import HeldOut, split_holdout
 from jit_accel.data.sources import Source, open_source
 from jit_accel.data.workers import cores_per_process
-from jit_accel.errors import UserError, common_problem
+from jit_accel.errors import UserError
 from jit_accel.init_from import Initial, read_initial
 from jit_accel.precision import chosen_device, default_precision, is_good_at_bf16
+from jit_accel.processes import ended, on_main, together
 from jit_accel.record import describe_data, device_name
 from jit_accel.resolve import default_output_dir, image_size, plan_run, resolve, warnings_for
 from jit_accel.tracking import METRICS_FILE
@@ -52,8 +51,9 @@ def start(config: Config) -> int:
     accumulation = config.optim.gradient_accumulation_steps or env_int("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1)
     precision = config.performance.mixed_precision or default_precision()
     accelerator = build_accelerator(config, accumulation, precision)
-    try:
-        check_sharing(config, accelerator)
+    with ended(accelerator):
+        if config.hub.push_to_hub:  # found out now, not after days of training
+            on_main(accelerator, lambda: hub.check_login(config.hub.hub_model_id))
         # The main process chooses, so that all load the same.
         (checkpoint,) = broadcast_object_list([checkpoint])
         config, initial = read_weights(config, checkpoint, accelerator)
@@ -70,29 +70,6 @@ def start(config: Config) -> int:
         if exit_code == 0 and config.hub.push_to_hub and accelerator.is_main_process:
             hub.share(trainer.output_dir / "pipeline", config.hub)  # last, so that nobody waits for the network
         return exit_code
-    finally:
-        if accelerator.num_processes > 1:
-            # gloo's threads need the GIL to drop their last results, and destroying the process group (which the
-            # end of this function does) waits for them while it holds the GIL: one exit in twenty hung, torch 2.13.
-            time.sleep(0.2)
-        accelerator.end_training()
-
-
-def check_sharing(config: Config, accelerator: Accelerator) -> None:
-    """Find out now, not after days of training, that the result cannot be pushed.
-
-    Raises:
-        UserError: on all processes.
-    """
-    problem = None
-    if config.hub.push_to_hub and accelerator.is_main_process:
-        try:
-            hub.check_login(config.hub.hub_model_id)
-        except UserError as error:
-            problem = str(error)
-    (problem,) = broadcast_object_list([problem])
-    if problem:
-        raise UserError(problem)
 
 
 def expand_paths(config: Config) -> Config:
@@ -123,18 +100,15 @@ def read_weights(config: Config, checkpoint: Path | None, accelerator: Accelerat
     Raises:
         UserError: on all processes, whichever met something.
     """
-    tune, initial, problem = config.tune, None, None
+    tune = config.tune
     if tune.init_from is None or (checkpoint and not tune.lora_rank):
         return config, None
-    try:
-        with in_turn(accelerator):
-            initial = read_initial(tune.init_from)
-        config = initial.settled(config)
-    except UserError as error:
-        problem = str(error)
-    if problem := common_problem(gather_object([problem])):
-        raise UserError(problem)
-    return config, initial
+
+    def read() -> tuple[Config, Initial]:
+        initial = read_initial(tune.init_from)
+        return initial.settled(config), initial
+
+    return together(accelerator, read, in_turn=True)
 
 
 def open_data(config: Config, accelerator: Accelerator) -> tuple[Source, HeldOut | None]:
@@ -143,43 +117,16 @@ def open_data(config: Config, accelerator: Accelerator) -> tuple[Source, HeldOut
     Raises:
         UserError: on all processes, whichever met something.
     """
-    source, held_out, problem, bug = None, None, None, None
-    try:
-        with in_turn(accelerator):
-            source, held_out = open_and_split(config, accelerator)
-    except UserError as error:
-        problem = str(error)
-    except Exception as error:  # the others must not wait for this process
-        problem, bug = f"{type(error).__name__}: {error}", error
-    num_images, identity = (source.num_images, source.fingerprint) if source else (None, "")
+    source, held_out = together(accelerator, lambda: open_and_split(config, accelerator), in_turn=True)
     num_held_out = len(held_out.keys) if held_out else 0
-    findings = gather_object([(problem, num_images, identity, num_held_out)])
-    if bug:
-        raise bug
-    problems, counts, identities, held_counts = zip(*findings)
-    if problem := common_problem(list(problems)) or disagreement(config, counts, identities):
+    counts, identities, held_counts = zip(*gather_object([(source.num_images, source.fingerprint, num_held_out)]))
+    if problem := disagreement(config, counts, identities):
         raise UserError(problem)
     if held_out and not sum(held_counts):
         if accelerator.is_main_process:
             warn("no image of the holdout can be read, or none was found: there is no val/loss.")
         held_out = None
     return source, held_out
-
-
-@contextlib.contextmanager
-def in_turn(accelerator: Accelerator) -> Iterator[None]:
-    """One process a machine goes first: the others find what it found out in the cache.
-
-    Each waits exactly once, whatever happens, so that none waits for ever.
-    """
-    goes_first = accelerator.is_local_main_process
-    if not goes_first:
-        accelerator.wait_for_everyone()
-    try:
-        yield
-    finally:
-        if goes_first:
-            accelerator.wait_for_everyone()
 
 
 def open_and_split(config: Config, accelerator: Accelerator) -> tuple[Source, HeldOut | None]:

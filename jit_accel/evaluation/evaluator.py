@@ -21,11 +21,11 @@ from jit_accel.evaluation.features import MAIN, SPATIAL, FeatureNetwork
 from jit_accel.evaluation.images import ImageSet, find_array, open_images
 from jit_accel.evaluation.libraries import has_torch_fidelity
 from jit_accel.evaluation.names import metric_names
-from jit_accel.evaluation.processes import on_main, together
 from jit_accel.evaluation.reference import Reference, read_reference, reference_of
 from jit_accel.evaluation.statistics import Collector, ImageStatistics
 from jit_accel.generation import SamplerSettings, generate, share_of
 from jit_accel.pipeline import JiTPipeline
+from jit_accel.processes import on_main, together
 
 T = TypeVar("T")
 

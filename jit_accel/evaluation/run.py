@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -21,7 +20,6 @@ from jit_accel.evaluation.evaluator import Evaluator, side_of, unmeasurable
 from jit_accel.evaluation.features import MAIN, load_features
 from jit_accel.evaluation.images import ImageSet, open_images
 from jit_accel.evaluation.names import chosen_metrics
-from jit_accel.evaluation.processes import on_main, together
 from jit_accel.evaluation.records import add_records, read_records, record_file, table_of
 from jit_accel.evaluation.reference import Reference, save_reference
 from jit_accel.evaluation.settings import EvaluateConfig, axes_of
@@ -30,6 +28,7 @@ from jit_accel.generation import SamplerSettings
 from jit_accel.loading import load_pipeline
 from jit_accel.pipeline import STEPS, JiTPipeline
 from jit_accel.precision import chosen_device, default_precision
+from jit_accel.processes import ended, on_main, together
 
 T = TypeVar("T")
 UNBALANCED = 0.1  # of a reference: which share of its images would have to be of other classes
@@ -53,7 +52,7 @@ def evaluate(config: EvaluateConfig) -> int:
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("jit_accel").setLevel(logging.ERROR)
     accelerator = build_accelerator(config)
-    try:
+    with ended(accelerator):
         evaluator = build_evaluator(config, accelerator)
         file = record_file(config)
         on_main(accelerator, lambda: read_records(file))  # a file that nothing can be added to is found at once
@@ -79,10 +78,6 @@ def evaluate(config: EvaluateConfig) -> int:
             say(table_of(records))
         on_main(accelerator, lambda: add_records(records, file))
         return 0
-    finally:
-        if accelerator.num_processes > 1:
-            time.sleep(0.2)  # see `startup.start`: gloo's threads need the GIL to end
-        accelerator.end_training()
 
 
 def build_accelerator(config: EvaluateConfig) -> Accelerator:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jit_accel.evaluation.features import LOGITS, MAIN, SPATIAL, FeatureNetwork, Layers
-from jit_accel.evaluation.processes import gather_rows
+from jit_accel.processes import gather_rows
 
 INCEPTION_SCORE_SPLITS = 10
 _SHUFFLE_SEED = 2020  # torch-fidelity's

@@ -14,7 +14,6 @@ from jit_accel.errors import UserError
 from jit_accel.evaluation.evaluator import Evaluator
 from jit_accel.evaluation.grid import Axes, Setting, averages, grid
 from jit_accel.evaluation.names import is_better_higher
-from jit_accel.evaluation.processes import on_main, together
 from jit_accel.evaluation.records import FILE, add_records
 from jit_accel.evaluation.reference import Reference
 from jit_accel.evaluation.settings import EvaluateConfig, axes_of, selected_metric
@@ -25,6 +24,7 @@ from jit_accel.generation import SamplerSettings
 from jit_accel.loading import averages_of, find_checkpoint_in
 from jit_accel.lora import identity_of
 from jit_accel.pipeline import STEPS, JiTPipeline
+from jit_accel.processes import on_main, together
 
 SWEEP_FOLDER = "sweep"
 Opened = Callable[[str | None], JiTPipeline]

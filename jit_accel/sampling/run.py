@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs
 from diffusers.utils import logging as diffusers_logging
 
 from jit_accel.console import say, warn
@@ -21,6 +20,7 @@ from jit_accel.generation import SamplerSettings, generate, share_of
 from jit_accel.loading import load_pipeline
 from jit_accel.pipeline import STEPS, JiTPipeline
 from jit_accel.precision import chosen_device, default_precision, is_good_at_bf16
+from jit_accel.processes import Stopped, ended, on_main, together
 from jit_accel.sampling import pictures
 from jit_accel.sampling.files import ImageFiles, trouble
 from jit_accel.sampling.folder import open_folder
@@ -28,7 +28,6 @@ from jit_accel.sampling.npz import NpzFile
 from jit_accel.sampling.plan import Item, Plan, plan_images
 from jit_accel.sampling.progress import ImagesDone
 from jit_accel.sampling.settings import SampleConfig
-from jit_accel.sampling.together import Stopped, together
 from jit_accel.signals import StopSignal
 
 PRECISION_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,18 +47,14 @@ def sample(config: SampleConfig) -> int:
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
     folder = Path(config.output_dir).expanduser()
-    with StopSignal() as stop:
+    with ended(accelerator), StopSignal() as stop:
         try:
-            sampling = together(accelerator, lambda: build(config, precision, accelerator, stop), stop)
+            sampling = together(accelerator, lambda: build(config, precision, accelerator, stop), stop=stop)
             return sampling.run()
         except Stopped as stopped:
             if accelerator.is_main_process:
                 say(f"Stopped. What is finished is kept in {folder}: the same command with --resume goes on.")
             return 128 + stopped.number
-        finally:
-            if accelerator.num_processes > 1:
-                time.sleep(0.2)  # startup.start says why
-            accelerator.end_training()
 
 
 def build(config: SampleConfig, precision: str, accelerator: Accelerator, stop: StopSignal) -> Sampling:
@@ -137,10 +132,9 @@ class Sampling:
         """Make what is missing, and the pictures. Returns the exit code."""
         accelerator, stop = self.accelerator, self.stop
         with contextlib.closing(self.store):
-            missing = together(accelerator, self._begin, stop, on_main=True)
-            (missing,) = broadcast_object_list([missing])
+            missing = on_main(accelerator, self._begin, stop)
             rate = self._make(missing)
-            together(accelerator, lambda: self._finish(len(missing), rate), stop, on_main=True)
+            on_main(accelerator, lambda: self._finish(len(missing), rate), stop)
         return 0
 
     def recorded(self) -> dict:
@@ -191,9 +185,9 @@ class Sampling:
                 for start in range(0, len(items), a_round):
                     first = start // accelerator.num_processes
                     batch = mine[first : first + self.batch_size]
-                    together(accelerator, lambda batch=batch: self._make_batch(batch), self.stop)
+                    together(accelerator, lambda batch=batch: self._make_batch(batch), stop=self.stop)
                     done.add(len(items[start : start + a_round]))
-            together(accelerator, self._flush, self.stop)
+            together(accelerator, self._flush, stop=self.stop)
             return done.rate
         finally:
             done.close()
