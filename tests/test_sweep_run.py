@@ -149,6 +149,14 @@ def test_a_run_without_a_pipeline_gets_one(run, images):
     assert JiTPipeline.from_pretrained(run / "pipeline").config.guidance_scale == best_of(run)["guidance_scale"]
 
 
+def test_the_results_of_a_runs_pipeline_stand_on_its_card(run, images):
+    flags = ("--features", "tiny", "--metrics", "fd", "--num_images", "4", "--num_inference_steps", "1")
+    assert evaluate_here("--model", str(run), "--reference", str(images), *flags, "--guidance_scale", "1") == 0
+    (record,) = json.loads((run / "evaluation.json").read_text())
+    assert json.loads((run / "pipeline" / "evaluation.json").read_text())[0]["metrics"] == record["metrics"]
+    assert f"{record['metrics']['fd_tiny']:.5g}" in (run / "pipeline" / "README.md").read_text()
+
+
 def sweep_in_process(rank: int, command: list[str], port: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}

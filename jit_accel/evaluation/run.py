@@ -14,16 +14,18 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from diffusers.utils import logging as diffusers_logging
 
+from jit_accel.carried import INDEX_FILE
 from jit_accel.console import say, warn
 from jit_accel.errors import UserError
 from jit_accel.evaluation.evaluator import Evaluator, side_of, unmeasurable
 from jit_accel.evaluation.features import MAIN, load_features
 from jit_accel.evaluation.images import ImageSet, open_images
 from jit_accel.evaluation.names import chosen_metrics
-from jit_accel.evaluation.records import add_records, read_records, record_file, table_of
+from jit_accel.evaluation.records import FILE, add_records, read_records, record_file, table_of
 from jit_accel.evaluation.reference import Reference, save_reference
 from jit_accel.evaluation.settings import EvaluateConfig, axes_of
 from jit_accel.evaluation.sweep_run import run_sweep
+from jit_accel.evaluation.winner import pipeline_folder_of, show_on_card
 from jit_accel.generation import SamplerSettings
 from jit_accel.loading import load_pipeline
 from jit_accel.pipeline import STEPS, JiTPipeline
@@ -76,7 +78,7 @@ def evaluate(config: EvaluateConfig) -> int:
         records = measure(config, evaluator, subject, reference)
         if accelerator.is_main_process:
             say(table_of(records))
-        on_main(accelerator, lambda: add_records(records, file))
+        on_main(accelerator, lambda: keep(config, records, file))
         return 0
 
 
@@ -199,6 +201,16 @@ def measure(config: EvaluateConfig, evaluator: Evaluator, subject: Subject, refe
         )
         records.append({**of_model, **asdict(settings), "metrics": found})
     return records
+
+
+def keep(config: EvaluateConfig, records: list[dict], file: Path | None) -> None:
+    """Add the records to `file`, and to the model card where they are of a pipeline folder's own weights."""
+    add_records(records, file)
+    folder = pipeline_folder_of(config.model) if config.model and not (config.ema or config.output) else None
+    if folder and (folder / INDEX_FILE).is_file() and os.access(folder, os.W_OK):
+        if file is None or file.resolve() != (folder / FILE).resolve():
+            add_records(records, folder / FILE)
+        show_on_card(folder)
 
 
 def settings_to_measure(config: EvaluateConfig, pipeline: JiTPipeline) -> list[SamplerSettings]:

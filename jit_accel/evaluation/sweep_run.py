@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from jit_accel.carried import INDEX_FILE
 from jit_accel.checkpoint import MANIFEST, STATE
 from jit_accel.console import say
 from jit_accel.errors import UserError
@@ -19,7 +20,7 @@ from jit_accel.evaluation.reference import Reference
 from jit_accel.evaluation.settings import EvaluateConfig, axes_of, selected_metric
 from jit_accel.evaluation.sweep import LOG_FILE, Measured, Outcome, SweepLog, sweep
 from jit_accel.evaluation.sweep_files import as_markdown, verdict, write_sweep_files
-from jit_accel.evaluation.winner import INDEX_FILE, pipeline_folder_of, write_winner
+from jit_accel.evaluation.winner import pipeline_folder_of, show_on_card, write_winner
 from jit_accel.generation import SamplerSettings
 from jit_accel.loading import averages_of, find_checkpoint_in
 from jit_accel.lora import identity_of
@@ -178,6 +179,7 @@ def leave(config: EvaluateConfig, outcome: Outcome, folder: Path, about: dict, f
     if file is None or (pipeline_folder / FILE).resolve() != file.resolve():  # the model card reads it there
         best = {outcome.best.setting, outcome.best_unguided and outcome.best_unguided.setting}
         add_records([r for r, one in zip(records, outcome.full) if one.setting in best], pipeline_folder / FILE)
+    show_on_card(pipeline_folder)
 
 
 def record_of(one: Measured, about: dict) -> dict:

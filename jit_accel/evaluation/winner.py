@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from jit_accel.card import CARD_FILE, refresh_card
+from jit_accel.carried import INDEX_FILE
 from jit_accel.console import warn
 from jit_accel.evaluation.grid import MODEL, Setting
 from jit_accel.evaluation.sweep import Outcome
 from jit_accel.loading import find_checkpoint_in, pipeline_of_checkpoint
 from jit_accel.pipeline import JiTPipeline, write_defaults
 
-INDEX_FILE, CARD_FILE = "model_index.json", "README.md"
 WEIGHTS = "diffusion_pytorch_model*.safetensors"
 BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"
 
@@ -100,6 +101,15 @@ def update_card(card: Path, setting: Setting, outcome: Outcome, is_other_average
         os.replace(temporary, card)
     except (OSError, UnicodeDecodeError) as error:
         warn(f"{card} cannot be brought up to date ({error}).")
+
+
+def show_on_card(folder: Path) -> None:
+    """Bring the results on a pipeline folder's model card up to date, if it has one."""
+    if (folder / CARD_FILE).is_file():
+        try:
+            refresh_card(folder)
+        except (OSError, ValueError) as error:
+            warn(f"{folder / CARD_FILE} cannot be brought up to date ({error}).")
 
 
 def with_average(text: str, ema: str) -> str:
