@@ -67,6 +67,11 @@ def add_records(records: list[dict], file: Path | None) -> None:
     say(f"Results: {file}")
 
 
+def without_stamp(record: dict) -> dict:
+    """A record as it was before `add_records` put date and versions to it."""
+    return {name: value for name, value in record.items() if name not in ("date", "versions")}
+
+
 def versions() -> dict[str, str | None]:
     """Of what the numbers depend on."""
     found = {"jit_accel": __version__, "torch": torch.__version__}

@@ -15,7 +15,7 @@ from jit_accel.errors import UserError
 from jit_accel.evaluation.evaluator import Evaluator
 from jit_accel.evaluation.grid import Axes, Setting, averages, grid
 from jit_accel.evaluation.names import is_better_higher
-from jit_accel.evaluation.records import FILE, add_records
+from jit_accel.evaluation.records import FILE, add_records, read_records, without_stamp
 from jit_accel.evaluation.reference import Reference
 from jit_accel.evaluation.settings import EvaluateConfig, axes_of, selected_metric
 from jit_accel.evaluation.sweep import LOG_FILE, Measured, Outcome, SweepLog, sweep
@@ -178,7 +178,10 @@ def leave(config: EvaluateConfig, outcome: Outcome, folder: Path, about: dict, f
     say(writing(pipeline_folder, lambda: write_winner(config.model, pipeline_folder, outcome)))
     if file is None or (pipeline_folder / FILE).resolve() != file.resolve():  # the model card reads it there
         best = {outcome.best.setting, outcome.best_unguided and outcome.best_unguided.setting}
-        add_records([r for r, one in zip(records, outcome.full) if one.setting in best], pipeline_folder / FILE)
+        known = [without_stamp(record) for record in read_records(pipeline_folder / FILE)]
+        shown = [record for record, one in zip(records, outcome.full) if one.setting in best]
+        shown = [record for record in shown if json.loads(json.dumps(record)) not in known]
+        add_records(shown, pipeline_folder / FILE)
     show_on_card(pipeline_folder)
 
 
