@@ -11,19 +11,25 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from jit_accel.carried import INDEX_FILE
 from jit_accel.config import EvalConfig, HealthConfig, HubConfig, TrackingConfig
 from jit_accel.pipeline import JiTPipeline
 from jit_accel.redact import redacted
+from jit_accel.whole import write_text
 
 CARD_FILE = "README.md"
 CARD_PICTURE = "samples.png"
 EVALUATION_FILE = "evaluation.json"
 PLACEHOLDER = "path/to/this/folder"  # until the folder has a repository
+UNNAMED = "JiT"  # what results are of until then
+IN_USE = re.compile(r"<!-- use -->.*?<!-- /use -->", re.DOTALL)
+PLACE = re.compile(r'((?:Pipeline\.from_pretrained\(|custom_pipeline=)")([^"]*)(")')
 TAGS = ["jit", "pixel-space-diffusion", "diffusion", "jit_accel"]
 BODY = """# {title}
 
 A JiT pixel-space diffusion transformer ([arXiv 2511.13720](https://arxiv.org/abs/2511.13720)){origin}.
 {picture}
+<!-- use -->
 ```python
 import torch
 from jit_accel import JiTPipeline
@@ -35,6 +41,7 @@ image.save("sample.png")
 
 Without jit_accel, the folder's own code does: `DiffusionPipeline.from_pretrained("{place}", custom_pipeline="{place}",
 trust_remote_code=True)` of diffusers in place of `JiTPipeline.from_pretrained("{place}")`.
+<!-- /use -->
 
 Classes: {names}.
 
@@ -60,6 +67,8 @@ EVALUATION_SETTINGS = (
     *("ema", "guidance_scale", "guidance_interval", "method", "num_inference_steps", "num_images", "features"),
     "reference",
 )
+# Of these, whatever they look like, only the last part is shown.
+PLACES = ("model", "images", "reference", "feature_weights", "make_reference", "output")
 MOST_RESULTS = 20
 
 
@@ -73,7 +82,8 @@ def training_card(pipeline: JiTPipeline, record: Mapping, decay: str) -> str:
     images = f"{record['num_images']:,}" if record["num_images"] else "streamed"
     data = str(record["data_path"]).rstrip("/").rpartition("/")[2]
     return _card(
-        pipeline,
+        pipeline.transformer.config.num_classes,
+        pipeline.config.class_names,
         title=f"{record['model']}, {record['img_size']} px",
         origin=f",\ntrained with jit_accel on {images} images of `{_inline(data)}` for {record['total_steps']:,} steps",
         has_picture=True,
@@ -90,10 +100,9 @@ def conversion_card(pipeline: JiTPipeline, name: str, set_name: str, facts: Mapp
     sampling = {"prediction": scheduler.prediction_type, "noise_scale": scheduler.noise_scale, "t_eps": scheduler.t_eps}
     sampling |= {name: pipeline.config[name] for name in ("guidance_scale", "guidance_interval")}
     return _card(
-        pipeline,
+        config.num_classes,
+        pipeline.config.class_names,
         title=f"{name}, {config.img_size} px",
-        origin="",
-        has_picture=False,
         made="Origin",
         sentence=f"Converted with `python -m jit_accel.convert`. Weights: {_inline(set_name)}.",
         settings={**{k: v for k, v in config.items() if not k.startswith("_")}, **sampling, **facts},
@@ -101,17 +110,26 @@ def conversion_card(pipeline: JiTPipeline, name: str, set_name: str, facts: Mapp
 
 
 def _card(
-    pipeline: JiTPipeline, title: str, origin: str, has_picture: bool, made: str, sentence: str, settings: Mapping
+    num_classes: int,
+    names: list[str] | None,
+    title: str,
+    made: str,
+    sentence: str,
+    settings: Mapping,
+    origin: str = "",
+    has_picture: bool = False,
 ) -> str:
-    names = pipeline.config.class_names or []
+    names = names or []
     shown = ", ".join(map(_inline, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    numbers = f"{num_classes} numbers, without names" if num_classes else "none"
+    example = names[:1] or [0 if num_classes else None]
     body = BODY.format(
         title=title,
         origin=origin,
         picture=f"\n![samples]({CARD_PICTURE})\n" if has_picture else "",
         place=PLACEHOLDER,
-        example=json.dumps(names[:1], ensure_ascii=False) if names else "[0]",
-        names=shown or f"{pipeline.transformer.config.num_classes} numbers, without names",
+        example=json.dumps(example, ensure_ascii=False) if example[0] is not None else "[None]",
+        names=shown or numbers,
         made=made,
         sentence=sentence,
         settings="\n".join(_rows(settings)),
@@ -142,42 +160,51 @@ def refresh_card(folder: Path, repo_id: str | None = None) -> None:
         OSError: it cannot be read or written.
     """
     path = folder / CARD_FILE
-    card = ModelCard(path.read_text(encoding="utf-8") if path.exists() else _bare_card(folder))
-    text = card.text
+    before = path.read_text(encoding="utf-8") if path.exists() else None
+    card = ModelCard(_bare_card(folder) if before is None else before)
+    text, named = card.text, {None, UNNAMED}
     if repo_id:
-        text = re.sub(r'((?:Pipeline\.from_pretrained\(|custom_pipeline=)")[^"]*(")', rf"\g<1>{repo_id}\g<2>", text)
+        named |= {place.rpartition("/")[2] for place in _places_in_use(text)}
+        text = _with_repository(text, repo_id)
     records = read_evaluations(folder / EVALUATION_FILE)
     if records:
         block = f"<!-- results -->\n{results_table(records)}\n<!-- /results -->"
         marked = re.compile(r"<!-- results -->.*?<!-- /results -->", re.DOTALL)
         text = marked.sub(lambda _: block, text) if marked.search(text) else f"{text.rstrip()}\n\n{block}\n"
-        card.data.model_name = repo_id.partition("/")[2] if repo_id else card.data.model_name or "JiT"
+        if card.data.model_name in named:  # and not a name that somebody has chosen
+            card.data.model_name = repo_id.rpartition("/")[2] if repo_id else UNNAMED
         card.data.eval_results = evaluation_results(records) or None
     if (folder / CARD_PICTURE).exists() and CARD_PICTURE not in text:
-        text = text.replace("\n```python", f"\n![samples]({CARD_PICTURE})\n\n```python", 1)
+        start = "\n<!-- use -->" if "\n<!-- use -->" in text else "\n```python"
+        text = text.replace(start, f"\n![samples]({CARD_PICTURE})\n{start}", 1)
     card.text = text
-    if not path.exists() or card.content != path.read_text(encoding="utf-8"):
-        path.write_text(card.content, encoding="utf-8")
+    if card.content != before:
+        write_text(path, card.content)
+
+
+def _places_in_use(text: str) -> list[str]:
+    """Where the card's own lines on how to use the model take it from."""
+    return [match[2] for block in IN_USE.finditer(text) for match in PLACE.finditer(block[0])]
+
+
+def _with_repository(text: str, repo_id: str) -> str:
+    """The card's own lines on how to use the model with this repository; what people wrote elsewhere is theirs."""
+    text = IN_USE.sub(lambda block: PLACE.sub(lambda match: f"{match[1]}{repo_id}{match[3]}", block[0]), text)
+    return text.replace(f'"{PLACEHOLDER}"', f'"{repo_id}"')
 
 
 def _bare_card(folder: Path) -> str:
     """A card for a folder that came without one, from its configuration files alone."""
     network = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-    names = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("class_names") or []
-    names = [names[number] for number in sorted(names, key=int)] if isinstance(names, dict) else names
-    data = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", tags=TAGS)
-    body = BODY.format(
+    names = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")).get("class_names") or []
+    return _card(
+        network["num_classes"],
+        [names[number] for number in sorted(names, key=int)] if isinstance(names, dict) else names,
         title=f"JiT, {network['img_size']} px",
-        origin="",
-        picture="",
-        place=PLACEHOLDER,
-        example=json.dumps(names[:1], ensure_ascii=False) if names else "[0]",
-        names=", ".join(map(_inline, names[:20])) or f"{network['num_classes']} numbers, without names",
         made="Network",
         sentence="Its configuration:",
-        settings="\n".join(_rows({k: v for k, v in network.items() if not k.startswith("_")})),
+        settings={name: value for name, value in network.items() if not name.startswith("_")},
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 
 def read_evaluations(path: Path) -> list[dict]:
@@ -197,25 +224,25 @@ def read_evaluations(path: Path) -> list[dict]:
     return kept[-MOST_RESULTS:]
 
 
-def forget_places(path: Path) -> None:
-    """Leave of absolute paths in a JSON file only the last part: where something was is nobody's business."""
+def without_places(value, name: str = ""):
+    """A JSON value that has of all places only the last part, and no secrets: where something was is nobody's business.
 
-    def forgotten(value):
-        if isinstance(value, dict):
-            return {name: forgotten(part) for name, part in value.items()}
-        if isinstance(value, list):
-            return [forgotten(part) for part in value]
-        is_place = isinstance(value, str) and re.match(r"[/~\\]|[A-Za-z]:[/\\]", value)
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if is_place else value
+    Args:
+        name: the key that the value stands under.
+    """
+    if isinstance(value, dict):
+        return {name: without_places(part, name) for name, part in value.items()}
+    if isinstance(value, list):
+        return [without_places(part, name) for part in value]
+    if not isinstance(value, str):
+        return value
+    return _last_part(value) if name in PLACES or re.match(r"[/~\\]|[A-Za-z]:[/\\]", value) else redacted(value)
 
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if forgotten(content) != content:
-        temporary = path.with_name(f"tmp_{path.name}")
-        temporary.write_text(json.dumps(forgotten(content), indent=1, ensure_ascii=False), encoding="utf-8")
-        temporary.replace(path)
+
+def _last_part(place: str) -> str:
+    """`val.npz` of any path, or URL with whatever it asks for."""
+    bare = re.split(r"[?#]", redacted(place))[0] if "://" in place else redacted(place)
+    return re.split(r"[/\\]", bare.rstrip("/\\"))[-1]
 
 
 def _is_number(value) -> bool:
@@ -226,7 +253,7 @@ def _evaluation_settings(settings: Mapping) -> dict[str, str]:
     """What belongs beside the numbers; of paths only the last part."""
     shown = {name: settings[name] for name in EVALUATION_SETTINGS if settings.get(name) is not None}
     shown = {name: " to ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for name, v in shown.items()}
-    return {name: redacted(value).rstrip("/").rpartition("/")[2] for name, value in shown.items()}
+    return {name: without_places(value, name) for name, value in shown.items()}
 
 
 def results_table(records: list[dict]) -> str:

@@ -6,15 +6,16 @@ The client finds the token by itself (`hf auth login`, HF_TOKEN): it is no setti
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, set_client_factory
+from huggingface_hub import CommitOperationAdd, HfApi, constants, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import _http
 
-from jit_accel.card import EVALUATION_FILE, forget_places, refresh_card
+from jit_accel.card import refresh_card, without_places
 from jit_accel.config import HubConfig
 from jit_accel.console import say, warn
 from jit_accel.errors import UserError
@@ -24,12 +25,10 @@ LOGIN_TIMEOUT_S = 10.0
 # Without a byte in either direction; by default the client waits for ever.
 SILENCE_TIMEOUT_S = 120.0
 # What a pipeline folder is made of; not what else may lie about in it.
-SHARED_FILES = [
-    f"{folder}*.{suffix}"
-    for folder in ("", "transformer/", "scheduler/")
-    for suffix in ("json", "safetensors", "md", "png", "webp", "gif", "svg", "csv", "py")
-]
-HIDDEN_FILES = [".*", "*/.*", "tmp_*", "__pycache__/*"]
+SHARED_FOLDERS = (".", "transformer", "scheduler")
+SHARED_SUFFIXES = (".json", ".safetensors", ".md", ".png", ".webp", ".gif", ".svg", ".csv", ".py")
+UNFINISHED = (".", "tmp_")  # how hidden files begin, and those that a stopped process left
+EVALUATIONS = "evaluation*.json"
 
 
 @contextlib.contextmanager
@@ -90,7 +89,6 @@ def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
         UserError: the Hub did not take it; the folder is as it was, but for the card.
     """
     try:
-        forget_places(folder / EVALUATION_FILE)
         refresh_card(folder, repo_id)
     except Exception as error:  # of YAML and of whatever people wrote into it; a card is worth no push
         warn(f"{folder / 'README.md'}: left as it is, because it cannot be brought up to date ({error}).")
@@ -98,18 +96,31 @@ def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
     try:
         with patience(SILENCE_TIMEOUT_S):
             make_repository(api, repo_id, private)
-            api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message="Upload pipeline",
-                allow_patterns=SHARED_FILES,
-                ignore_patterns=HIDDEN_FILES,
-            )
+            operations = [CommitOperationAdd(name, as_shared(folder / name)) for name in shared_files(folder)]
+            api.create_commit(repo_id, operations, commit_message="Upload pipeline")
     except UserError:
         raise
     except Exception as error:  # of the client, of the network, of the disk
         raise UserError(f"--push_to_hub: {folder} was not pushed: {reason_of(error, repo_id)}") from None
     return f"{api.endpoint}/{repo_id}"
+
+
+def shared_files(folder: Path) -> list[str]:
+    """What is pushed of a pipeline folder, as paths inside it. Its other folders are not looked into."""
+    files = [file for name in SHARED_FOLDERS for file in (folder / name).glob("*") if file.is_file()]
+    kept = [file for file in files if file.suffix in SHARED_SUFFIXES and not file.name.startswith(UNFINISHED)]
+    return sorted(file.relative_to(folder).as_posix() for file in kept)
+
+
+def as_shared(file: Path) -> Path | bytes:
+    """The file, or in place of an evaluation its content without the places of this machine."""
+    if not file.match(EVALUATIONS):
+        return file
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return file
+    return json.dumps(without_places(content), indent=1, ensure_ascii=False).encode()
 
 
 def make_repository(api: HfApi, repo_id: str, private: bool) -> None:

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from jit_accel import JiTPipeline, JiTScheduler, hub
-from jit_accel.card import read_evaluations, refresh_card
+from jit_accel.card import read_evaluations, refresh_card, without_places
 from jit_accel.convert import main as convert
 from jit_accel.errors import UserError
 
@@ -49,10 +49,14 @@ def shared(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_is_pushed_is_the_folder_and_nothing_that_lies_about_in_it(server, folder, capsys):
-    for name in (".env", "notes.txt", "transformer/.cache", "tmp_1", "old.pth"):
+    lies_about = {".env", "notes.txt", "transformer/.cache", "tmp_1", "old.pth", "tmp_1_README.md", "[x].npz"}
+    lies_about |= {"notes/keys.json", "private/me.png", "sweep/sweep.json", "transformer/old/config.json"}
+    for name in lies_about:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("secret")
+    (folder / "[odd] *.png").write_text("picture")
+    (folder / "evaluation.json").unlink()
     assert convert(["--input", str(folder), "--push_to_hub", "--hub_model_id", REPOSITORY]) == 0
-    lies_about = {".env", "notes.txt", "transformer/.cache", "tmp_1", "old.pth"}
     assert server.files[REPOSITORY] == {name: data for name, data in shared(folder).items() if name not in lies_about}
     assert server.repositories == {REPOSITORY: False}
     assert len(server.objects) == 1  # the weights
@@ -63,8 +67,10 @@ def test_what_is_pushed_is_the_folder_and_nothing_that_lies_about_in_it(server, 
 
 
 def test_a_card_on_the_hub_tells_how_to_use_it_and_how_good_it_is(server, folder):
+    kept = (folder / "evaluation.json").read_bytes()
     hub.push_folder(folder, REPOSITORY)
     hub.push_folder(folder, REPOSITORY)  # again changes nothing
+    assert (folder / "evaluation.json").read_bytes() == kept  # the user's own file knows its places
     card = ModelCard(server.files[REPOSITORY]["README.md"].decode())
     assert f'JiTPipeline.from_pretrained("{REPOSITORY}")' in card.text
     assert "![samples](samples.png)" in card.text
@@ -96,6 +102,48 @@ def test_what_people_wrote_into_a_card_stays(folder):
     assert card.text.count("## Results") == 1
     assert "| 9 |" in card.text
     assert "12.5" not in card.content
+
+
+def test_a_card_is_renamed_where_it_was_not_named_by_people(folder):
+    path = folder / "README.md"
+    theirs = 'Better: `JiTPipeline.from_pretrained("bob/base")`.'
+    path.write_text(f"{path.read_text()}\n{theirs}\n")
+    for repository in ("alice/first", "alice/second"):
+        refresh_card(folder, repository)
+        card = ModelCard.load(path)
+        assert theirs in card.text
+        assert card.text.count(f'"{repository}"') == card.text.count('"alice/') == 4
+        assert card.data.model_name == repository[6:]
+    card.data.model_name = "Flora"
+    card.save(path)
+    refresh_card(folder, "alice/third")
+    assert ModelCard.load(path).data.model_name == "Flora"
+
+
+def test_a_card_is_there_whole_or_as_it_was(folder, monkeypatch):
+    before = shared(folder)
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        refresh_card(folder, REPOSITORY)
+    assert shared(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("model", "runs/secret/pipeline", "pipeline"),
+        ("model", "..\\secret\\pipeline\\", "pipeline"),
+        ("reference", "https://me:pw@secret.org/a/val.npz?token=abcdefgh", "val.npz"),
+        ("images", ["~/secret/x", "builtin:fashion_mnist"], ["x", "builtin:fashion_mnist"]),
+        ("feature_weights", "secret/w?1.pt", "w?1.pt"),
+        ("notes", "/home/secret/n.txt", "n.txt"),
+        ("notes", "guidance 2/3", "guidance 2/3"),
+        ("notes", "api_key=secret123", "api_key=***"),
+        ("seed", 3, 3),
+    ],
+)
+def test_places_are_nobodys_business(key, value, shown):
+    assert without_places([{"settings": {key: value}}]) == [{"settings": {key: shown}}]
 
 
 @pytest.mark.parametrize("text", ["not json", "[1, null]", '{"metrics": 3}', '[{"metrics": {"fid": NaN}}]'])
