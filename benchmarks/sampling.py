@@ -147,7 +147,8 @@ class Bench:
 
     def measure(self) -> dict:
         times: dict[str, list[float]] = {"one": [], "two": [], "interval": [], "always": []}
-        shares, counts = [], {}
+        shares: dict[float, list[float]] = {1.0: [], 2.0: []}
+        counts = {}
         self.sample(2.0, (0.0, 1.0))
         with tempfile.TemporaryDirectory() as folder:
             for _ in range(self.case.rounds):
@@ -155,9 +156,10 @@ class Bench:
                 times["one"].append(self.sample(1.0, (0.1, 1.0)))
                 for name, interval in (("interval", (0.1, 1.0)), ("always", (0.0, 1.0))):
                     times[name].append(self.sample(2.0, interval))
-                with self.network.watched():
-                    seconds = self.sample(1.0, (0.1, 1.0), Path(folder))
-                shares.append(self.network.seconds / seconds)
+                for scale, of_network in shares.items():
+                    with self.network.watched():
+                        seconds = self.sample(scale, (0.1, 1.0), Path(folder))
+                    of_network.append(self.network.seconds / seconds)
         for name, interval in (("interval", (0.1, 1.0)), ("always", (0.0, 1.0))):
             with self.network.watched():
                 self.sample(2.0, interval)
@@ -173,11 +175,13 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     columns = (
         "case",
+        "steps",
         "guidance 1",
         "over two passes",
         "rows for [0.1, 1] of [0, 1]",
         "time of [0, 1]",
         "in the network",
+        "guided",
     )
     print(f"| {' | '.join(columns)} |\n" + "| --- " * len(columns) + "|")
     for name in args.cases or [name for name, case in CASES.items() if case.device == device]:
@@ -188,7 +192,8 @@ def main() -> None:
         print(
             f"| {case.what} | {case.steps} | {case.batch_size / statistics.median(times['one']):.3g} images/s "
             f"| {ratio(times['two'], times['one']):.2f} x | {rows} of {all_rows} ({rows / all_rows:.2f}) "
-            f"| {ratio(times['interval'], times['always']):.2f} | {statistics.median(result['shares']):.1%} |",
+            f"| {ratio(times['interval'], times['always']):.2f} | {statistics.median(result['shares'][1.0]):.1%} "
+            f"| {statistics.median(result['shares'][2.0]):.1%} |",
             flush=True,
         )
     print(

@@ -57,14 +57,14 @@ def generate(
     """Yield (numbers, images uint8 (B, 3, H, W) on the pipeline's device) in batches.
 
     Args:
-        labels: of each number; None: number % classes. A label of None is no class.
+        labels: of each number; None: number % classes, and without classes none. A label of None is no class.
         batch_multiple: batches are filled up to a multiple of this, by images that are thrown away. None: 4 on a CPU,
             where images are then the same in every bit at any batch size, else 1.
         on_step: the pipeline's `callback_on_step_end`.
     """
     num_classes = pipeline.transformer.config.num_classes
     if labels is None:
-        labels = [number % num_classes for number in numbers]
+        labels = [number % num_classes if num_classes else None for number in numbers]
     if batch_multiple is None:
         batch_multiple = CPU_BATCH_MULTIPLE if pipeline.transformer.device.type == "cpu" else 1
     for start in range(0, len(numbers), batch_size):

@@ -80,6 +80,9 @@ def _tensor(name: str, picture: Picture, channels: int) -> Tensor:
     else:
         raise ValueError(f"{name} of {type(picture).__name__}: give a PIL image, an array or a tensor, or a list")
     kind, shape = pixels.dtype, tuple(picture.shape)
+    if isinstance(picture, np.ndarray) and picture.ndim > 2 and shape[-1] == 4:
+        what = "black and white (H, W)" if channels == 1 else "RGB (H, W, 3)"
+        raise ValueError(f"{name} has the shape {shape}, with an alpha channel: give it as {what}")
     is_bytes = kind == torch.uint8 and not (channels == 1 and pixels.max() <= 1)  # masks are also made of 0 and 1
     pixels = pixels.float() / 255 if is_bytes else pixels.float()
     if pixels.ndim == 2 or (channels == 1 and pixels.ndim == 3 and pixels.shape[0] not in (1, 3)):

@@ -153,7 +153,8 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
         """Generate images of classes, from noise or from images.
 
         Args:
-            class_labels: a class number, its name (case does not matter), or None for "no class"; or a list.
+            class_labels: a class number, its name (case does not matter), or None for "no class"; or a list. Left
+                out, "no class"; but of a network with one class, as unlabelled data make it, that one.
             num_inference_steps: ODE steps. Heun calls the network 2n - 1 times, Euler n times.
                 None: the pipeline's own, which is 50 unless it was saved with another number.
             guidance_scale: classifier-free guidance weight inside the interval; 1 is no guidance and costs half.
@@ -272,6 +273,12 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
     ) -> Tensor:
         """The start of the ODE (batch, 3, H, W), float32: `latents`, or noise at the scheduler's scale."""
         config = self.transformer.config
+        if latents is not None and not (isinstance(latents, Tensor) and latents.ndim == 4):
+            kind = f"shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(f"latents of {kind}: give a tensor (B, {config.in_channels}, H, W)")
+        for name, side in (("height", height), ("width", width)):
+            if side is not None:
+                checked_count(name, side)
         natural = (config.img_size,) * 2 if latents is None else latents.shape[-2:]
         size = tuple(own if given is None else given for own, given in zip(natural, (height, width)))
         shape = (config.in_channels, *size)
@@ -328,12 +335,13 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
     """Dropout off, and back to what it was: a trainer samples from the network that it trains."""
-    was_training = module.training
+    trained = [part for part in module.modules() if part.training]  # a part may be frozen
     module.eval()
     try:
         yield
     finally:
-        module.train(was_training)
+        for part in trained:
+            part.training = True
 
 
 def write_defaults(folder: str | os.PathLike, **settings) -> None:

@@ -138,6 +138,8 @@ def test_masks_are_black_or_white():
         ({"image": torch.rand(3, 16, 16) * 2 - 1}, "floats from 0 to 1"),
         ({"image": torch.full((3, 16, 16), float("nan"))}, "floats from 0 to 1"),
         ({"image": torch.rand(5, 16, 16)}, "has the shape"),
+        ({"image": np.zeros((16, 16, 4), np.uint8)}, "alpha channel: give it as RGB"),
+        ({"image": torch.rand(3, 16, 16), "mask_image": np.zeros((16, 16, 4), np.uint8)}, "black and white"),
         ({"image": torch.rand(3, 3, 16, 16)}, "3 pictures as image for 2 images"),
         ({"image": "cat.png"}, "image of str"),
         ({"image": []}, "0 pictures"),

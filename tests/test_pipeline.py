@@ -167,7 +167,10 @@ def test_a_name_in_its_own_case_comes_first():
         ({"class_labels": torch.tensor([0.0, 1.0])}, "whole numbers from 0 to 9"),
         ({"class_labels": np.zeros((2, 2), int)}, "whole numbers from 0 to 9"),
         ({"class_labels": 0, "height": 18}, "multiples of the patch, 4"),
-        ({"class_labels": 0, "width": 0}, "multiples of the patch, 4"),
+        ({"class_labels": 0, "width": 0}, "width 0 must be a whole number and at least 1"),
+        ({"class_labels": 0, "height": 16.0}, "height 16.0 must be a whole number"),
+        ({"class_labels": 0, "latents": [[0.0]]}, r"latents of list: give a tensor \(B, 3, H, W\)"),
+        ({"class_labels": 0, "latents": torch.zeros(16)}, r"latents of shape \(16,\)"),
         ({"class_labels": 0, "latents": torch.zeros(2, 3, 16, 16)}, r"\(1, 3, 16, 16\)"),
         ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "1 generators for 2 images"),
         ({"class_labels": 0, "generator": 7}, r"manual_seed\(7\)"),
@@ -184,6 +187,18 @@ def test_a_name_in_its_own_case_comes_first():
 def test_a_wrong_call_is_told_what_would_do(pipe, call, message):
     with pytest.raises(ValueError, match=message):
         pipe(**call)
+
+
+def test_labels_left_out_mean_the_only_class_where_there_is_one():
+    assert (label_ids(None, 1, None), label_ids([None], 1, None)) == ([0], [1])
+    assert (label_ids(None, 3, None), label_ids([None, 2], 3, None)) == ([3], [3, 2])
+    assert label_ids(None, 0, None) == label_ids([None], 0, []) == [0]
+
+
+def test_labels_may_be_tensors_and_arrays():
+    for labels in (torch.tensor([1, 2]), np.array([1, 2]), [torch.tensor(1), np.array(2)], [np.int64(1), 2]):
+        assert label_ids(labels, 3, None) == [1, 2]
+    assert label_ids(torch.tensor(1), 3, None) == [1]
 
 
 def test_a_pipeline_without_names_asks_for_numbers():
@@ -295,7 +310,11 @@ def test_sampling_turns_dropout_off_and_back_on(pipe):
     pipe.transformer.register_forward_pre_hook(lambda module, _: seen.append(module.training))
     pipe(0, 1, output_type="pt")
     assert seen == [False]
-    assert pipe.transformer.training
+    assert all(module.training for module in pipe.transformer.modules())
+    pipe.transformer.blocks[0].eval()  # as a trainer freezes a part
+    before = [module.training for module in pipe.transformer.modules()]
+    pipe(0, 1, output_type="pt")
+    assert [module.training for module in pipe.transformer.modules()] == before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import struct
 import time
@@ -21,11 +22,13 @@ from PIL import Image
 
 from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.data.sources import open_source
+from jit_accel.generation import SamplerSettings, generate
+from jit_accel.model import JiTTransformer2DModel
 from jit_accel.sample import main, parse_args
 from jit_accel.sampling.files import ImageFiles, is_whole_png
 from jit_accel.sampling.npz import NpzFile, open_array
 from jit_accel.sampling.pictures import Denoising, pixels, start_noise, strip_items
-from jit_accel.sampling.plan import Item, Plan, plan_images
+from jit_accel.sampling.plan import Item, Plan, label_of, plan_images
 
 NAMES = ["T-shirt/top", "../up", "crème brûlée", "猫", "a" * 300, "cat", "Cat", "cat", ".", "with, comma"]
 FAST = ("--num_inference_steps", "2", "--mixed_precision", "no")
@@ -83,6 +86,31 @@ def test_classes_are_named_in_any_way_people_write_them():
     assert chosen("3,1,3") == (1, 3)
     assert chosen("with, comma") == (9,)
     assert chosen("猫") == (3,)
+    assert chosen("Cat") == (6,)
+
+
+def test_a_class_may_be_called_none():
+    def label(name: str, *names: str) -> int:
+        return label_of(name, len(names), names)
+
+    assert [label(name, "None", "b") for name in ("None", "NONE", "none")] == [0, 0, 2]
+    assert [label(name, "none", "b") for name in ("none", "None")] == [0, 0]
+    assert [label(name, "a", "b") for name in ("none", "None")] == [2, 2]
+
+
+def test_a_network_without_classes_makes_images_of_no_class(sample, tmp_path, capsys):
+    network = JiTTransformer2DModel(**load_golden("tiny").config | {"num_classes": 0, "depth": 2})
+    pipe = JiTPipeline(network.eval(), JiTScheduler(), guidance_scale=2.0)
+    pipe.save_pretrained(tmp_path / "free")
+    assert sample("--model", str(tmp_path / "free"), "--num_images", "2", "--grid") == 0
+    assert list(files(tmp_path / "out")) == ["grid.png", "none/000000.png", "none/000001.png"]
+    ((_, images),) = generate(pipe, [1], settings=SamplerSettings(2))
+    made = np.asarray(Image.open(tmp_path / "out" / "none" / "000001.png")).astype(int)
+    assert np.abs(images[0].permute(1, 2, 0).numpy() - made).max() <= 1
+    assert sample("--model", str(tmp_path / "free"), "--classes", "0", output="other") == 2
+    assert "--classes 0: the model knows no classes" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="knows no classes"):
+        pipe(0)
 
 
 def test_folders_of_classes_are_safe_and_distinct_and_in_the_order_of_the_labels():
@@ -175,6 +203,17 @@ def test_resume_with_other_settings_is_refused(sample, tmp_path, capsys):
     assert len(files(tmp_path / "out")) == 4
 
 
+def test_a_copy_of_the_model_goes_on(sample, model, tmp_path):
+    assert sample("--num_images", "1") == 0
+    shutil.copytree(model, tmp_path / "copy")
+    assert sample("--num_images", "1", "--resume", "--model", str(tmp_path / "copy")) == 0
+
+
+def test_empty_folders_of_a_sampling_that_was_stopped_are_in_nobodys_way(sample, tmp_path):
+    (tmp_path / "out" / "000_T-shirt-top").mkdir(parents=True)
+    assert sample("--num_images", "1") == 0
+
+
 def test_resume_with_other_weights_is_refused(sample, model, tmp_path, capsys):
     assert sample("--num_images", "1") == 0
     pipe = JiTPipeline.from_pretrained(model)
@@ -224,6 +263,7 @@ def test_an_npz_that_was_stopped_is_finished_by_two_processes(sample, model, tmp
     assert sample(*flags) == 0
     assert sample("--num_images", "9", "--format", "npz", "--resume") == 2
     assert "samples.npz holds 7 images, and not the 9" in capsys.readouterr().err
+    assert sample(*flags) == 0  # what was refused has changed nothing
 
 
 def test_a_part_that_is_cut_off_counts_for_nothing(tmp_path):

@@ -15,18 +15,23 @@ from jit_accel.sampling.plan import Plan
 VERSION = 1
 
 
-def open_folder(folder: Path, settings: dict, model: dict, plan: Plan, resume: bool) -> None:
-    """Make the folder and record in samples.json what its images are, or make sure that it is for such images.
+def record_of(settings: dict, model: dict, plan: Plan) -> dict:
+    """What stands in samples.json.
 
     Args:
         settings: what the images follow from, by the names of the flags.
         model: what tells the weights, with its `fingerprint`.
+    """
+    record = {"version": VERSION, "settings": settings, "model": model, "num_images": sum(plan.counts)}
+    return {**record, "classes": plan.classes()}
+
+
+def open_folder(folder: Path, record: dict, resume: bool) -> None:
+    """Make the folder, or make sure that it is for the images of `record`; what it holds stays as it is.
 
     Raises:
         UserError: it holds anything and `resume` is not set, it holds other images, or it cannot be written to.
     """
-    record = {"version": VERSION, "settings": settings, "model": model, "num_images": sum(plan.counts)}
-    record["classes"] = plan.classes()
     path = folder / SAMPLES_RECORD
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -36,16 +41,27 @@ def open_folder(folder: Path, settings: dict, model: dict, plan: Plan, resume: b
                     f"--output_dir {folder}: holds samples already: add --resume to go on, or give another folder."
                 )
             _compare(_read(path, folder), record, folder)
-        elif found := sorted(name for name in os.listdir(folder) if not name.startswith(".")):
+        elif found := [name for name in sorted(os.listdir(folder)) if holds_files(folder / name)]:
             raise UserError(
                 f"--output_dir {folder}: is not empty ({found[0]}) and holds no {SAMPLES_RECORD} of a sampling to go "
                 "on with: give a new folder."
             )
-        write_json(path, record)
     except FileExistsError:
         raise UserError(f"--output_dir {folder}: is a file: give a new folder.") from None
     except OSError as error:
         raise trouble(folder, error) from error
+
+
+def write_record(folder: Path, record: dict) -> None:
+    """Write samples.json, when nothing more can be against the images. Raises `OSError`."""
+    write_json(folder / SAMPLES_RECORD, record)
+
+
+def holds_files(path: Path) -> bool:
+    """Whether something in a folder is more than empty folders, as a sampling that was stopped leaves them."""
+    if path.name.startswith("."):
+        return False
+    return not path.is_dir() or any(not part.is_dir() for part in path.rglob("*"))
 
 
 def _read(path: Path, folder: Path) -> dict:

@@ -62,9 +62,7 @@ class Denoising:
 
 def start_noise(pipeline, seed: int, numbers: list[int], height: int, width: int) -> Tensor:
     """What the ODE of these images starts from (B, 3, H, W), float32 on the CPU."""
-    shape = (pipeline.transformer.config.in_channels, height, width)
-    draws = [torch.randn(shape, generator=generator) for generator in generators(seed, numbers)]
-    return torch.stack(draws) * pipeline.scheduler.init_noise_sigma
+    return pipeline.prepare_latents(len(numbers), generators(seed, numbers), None, height, width).cpu()
 
 
 def pixels(z: Tensor) -> np.ndarray:

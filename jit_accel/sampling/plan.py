@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jit_accel.errors import UserError, nearest
+from jit_accel.generation import number_of
+from jit_accel.labels import find_name
 from jit_accel.sampling.settings import DEFAULT_NUM_IMAGES, SampleConfig
 
 NO_CLASS = "none"
@@ -42,7 +44,7 @@ class Plan:
 
     def item(self, label: int, index: int) -> Item:
         """The `index`-th image of a class."""
-        return Item(index if label == self.num_classes else index * self.num_classes + label, label)
+        return Item(index if label == self.num_classes else number_of(label, index, self.num_classes), label)
 
     def some(self, max_classes: int, max_images: int) -> list[tuple[int, list[Item]]]:
         """The first images of some classes, evenly spread over them: to look at."""
@@ -81,7 +83,7 @@ def plan_images(config: SampleConfig, num_classes: int, class_names: Sequence[st
     Raises:
         UserError: no such class.
     """
-    labels = tuple(range(num_classes))
+    labels = tuple(range(num_classes)) or (0,)  # without classes 0 is "no class"
     if config.classes:
         labels = tuple(sorted({label_of(name, num_classes, class_names) for name in _split(config, class_names)}))
     if config.images_per_class is not None:
@@ -104,18 +106,21 @@ def _split(config: SampleConfig, class_names: Sequence[str] | None) -> list[str]
 
 def label_of(name: str, num_classes: int, class_names: Sequence[str] | None) -> int:
     """The label of a class by its name (case does not matter) or number; `num_classes` for "none"."""
-    by_name = {known.lower(): label for label, known in reversed(list(enumerate(class_names or ())))}
-    if name.lower() in by_name:
-        return by_name[name.lower()]
+    names = list(class_names or ())
+    if name == NO_CLASS and NO_CLASS not in names:  # though there may be a class "None"
+        return num_classes
+    if (label := find_name(name, names)) is not None:
+        return label
     if name.lower() == NO_CLASS:
         return num_classes
+    if num_classes == 0:
+        raise UserError(f"--classes {name}: the model knows no classes: leave the flag out.")
     if re.fullmatch(r"\d+", name, re.ASCII) and int(name) < num_classes:
         return int(name)
     rule = f"use 0 to {num_classes - 1}" if num_classes > 1 else "use 0"
-    if class_names:
-        shown = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
-        rule += f", or a name: {shown}"
-    raise UserError(f"--classes {name}: no such class; {rule}; or none.{nearest(name, list(class_names or ()))}")
+    if names:
+        rule += f", or a name: {', '.join(names[:10])}" + (", ..." if len(names) > 10 else "")
+    raise UserError(f"--classes {name}: no such class; {rule}; or none.{nearest(name, names)}")
 
 
 def safe_name(name: str) -> str:

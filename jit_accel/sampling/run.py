@@ -23,7 +23,7 @@ from jit_accel.precision import chosen_device, default_precision, is_good_at_bf1
 from jit_accel.processes import Stopped, ended, on_main, together
 from jit_accel.sampling import pictures
 from jit_accel.sampling.files import ImageFiles, trouble
-from jit_accel.sampling.folder import open_folder
+from jit_accel.sampling.folder import open_folder, record_of, write_record
 from jit_accel.sampling.npz import NpzFile
 from jit_accel.sampling.plan import Item, Plan, plan_images
 from jit_accel.sampling.progress import ImagesDone
@@ -97,8 +97,11 @@ def size_of(config: SampleConfig, network) -> tuple[int, int]:
 
 def fingerprint(pipeline: JiTPipeline) -> str:
     """Tells networks apart, by their configuration and some values of each tensor; training changes all."""
-    found = hashlib.sha256(repr(sorted(pipeline.transformer.config.items())).encode())
-    found.update(repr(sorted(pipeline.scheduler.config.items())).encode())
+    found = hashlib.sha256()
+    for part in (pipeline.transformer, pipeline.scheduler):
+        # diffusers' own entries, with an underscore, say where it lay and what wrote it
+        settings = sorted((name, value) for name, value in part.config.items() if not name.startswith("_"))
+        found.update(repr(settings).encode())
     for name, tensor in sorted(pipeline.transformer.state_dict().items()):
         values = tensor.flatten()[:: max(1, tensor.numel() // 1024)].float().cpu()
         found.update(name.encode() + values.numpy().tobytes())
@@ -151,13 +154,15 @@ class Sampling:
 
     def _begin(self) -> list[Item]:
         """Open the folder; return what is missing in it."""
-        open_folder(self.folder, self.recorded(), self.model, self.plan, self.config.resume)
+        record = record_of(self.recorded(), self.model, self.plan)
+        open_folder(self.folder, record, self.config.resume)
         device = self.accelerator.device
         if self.precision == "bf16" and not is_good_at_bf16(device):
             warn("this device only emulates bf16, up to a hundred times slower: use --mixed_precision no.")
         with self._writing():
             self.store.prepare()
             missing = self.store.missing()
+            write_record(self.folder, record)  # last, so that a command that is refused changes nothing
         total = sum(self.plan.counts)
         there = f", {total - len(missing):,} of them there already" if len(missing) < total else ""
         height, width = self.size

@@ -53,7 +53,8 @@ class SampleConfig:
     """png, webp (lossless): a file for each image, in class folders that --data_path reads. npz: one file
     samples.npz with arr_0, uint8 (N, H, W, 3), and arr_1, the labels, as ADM's evaluator reads it."""
     resume: bool = False
-    """Go on in output_dir: make what is missing or broken there. More images than there are is no difference."""
+    """Go on in output_dir: make what is missing or broken there; with larger counts more images, but for a finished
+    .npz."""
     grid: bool = False
     """Also draw grid.png: a named row for each class."""
     trajectory: bool = False
