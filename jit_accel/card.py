@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -13,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from jit_accel.carried import INDEX_FILE
 from jit_accel.config import EvalConfig, HealthConfig, HubConfig, TrackingConfig
+from jit_accel.guidance import is_number
 from jit_accel.pipeline import JiTPipeline
 from jit_accel.redact import redacted
 from jit_accel.whole import write_text
@@ -218,7 +218,7 @@ def read_evaluations(path: Path) -> list[dict]:
     for record in records:
         if isinstance(record, dict) and isinstance(record.get("metrics"), dict):
             settings = record.get("settings")  # beside the numbers, or in a mapping of their own
-            numbers = {str(k): v for k, v in record["metrics"].items() if _is_number(v)}
+            numbers = {str(k): v for k, v in record["metrics"].items() if is_number(v)}
             one = {"metrics": numbers, "settings": settings if isinstance(settings, dict) else record}
             kept += [one] if numbers else []
     return kept[-MOST_RESULTS:]
@@ -243,10 +243,6 @@ def _last_part(place: str) -> str:
     """`val.npz` of any path, or URL with whatever it asks for."""
     bare = re.split(r"[?#]", redacted(place))[0] if "://" in place else redacted(place)
     return re.split(r"[/\\]", bare.rstrip("/\\"))[-1]
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _evaluation_settings(settings: Mapping) -> dict[str, str]:

@@ -57,8 +57,8 @@ def exit_code_of(run: Callable[[], int]) -> int:
             where = "" if error.everywhere else f" (process {rank})"
             say(f"error{where}: {error}", sys.stderr)
         return 2
-    except KeyboardInterrupt:  # for programs that stop in order, the second one: at once
-        return 128 + signal.SIGINT
+    except KeyboardInterrupt as stop:  # for programs that stop in order, the second one: at once
+        return 128 + getattr(stop, "number", signal.SIGINT)
 
 
 def parse_flags(settings: type[T], argv: list[str] | None, prog: str) -> T:

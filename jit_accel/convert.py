@@ -7,6 +7,7 @@ import sys
 
 from jit_accel.cli import exit_code_of, reject_unknown_flags
 from jit_accel.conversion.settings import SETTINGS, ConvertConfig, check
+from jit_accel.signals import terminated_as_interrupted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
 
         disable_progress_bar()
         if os.environ.get("RANK", "0") == "0":  # a launcher's other processes have nothing to do
-            convert(config)
+            with terminated_as_interrupted():
+                convert(config)
         return 0
 
     return exit_code_of(run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from jit_accel.card import CARD_FILE, CARD_PICTURE, training_card
 from jit_accel.pipeline import DEFAULTS, JiTPipeline
+from jit_accel.whole import replace_folder
 
 
 def export_pipeline(
@@ -33,9 +33,7 @@ def export_pipeline(
     JiTPipeline(network, **pipeline_settings(pipeline)).save_pretrained(temporary, safe_serialization=True)
     shutil.copy(sheet, temporary / CARD_PICTURE)
     (temporary / CARD_FILE).write_text(training_card(pipeline, record, decay), encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.rename(temporary, folder)
+    replace_folder(temporary, folder)
 
 
 def is_export_of(folder: Path, sheet: Path) -> bool:

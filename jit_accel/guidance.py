@@ -20,6 +20,10 @@ def guidance_weight(t: float, guidance_scale: float, interval: Sequence[float]) 
     return guidance_scale if t < high and (low == 0 or t > low) else 1.0
 
 
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def checked_interval(interval: Sequence[float]) -> tuple[float, float]:
     try:
         low, high = (float(end) for end in interval)

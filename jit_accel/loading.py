@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from jit_accel.carried import INDEX_FILE
 from jit_accel.checkpoint import complete_checkpoints, is_complete, read_state
 from jit_accel.config import SETTINGS, Config, DataConfig
 from jit_accel.errors import UserError, nearest
@@ -16,6 +18,8 @@ from jit_accel.pipeline import JiTPipeline
 from jit_accel.scheduler import JiTScheduler
 
 MODEL = "model"  # the weights themselves, not an average
+# What diffusers, safetensors and torch make of folders that are broken, cut off or of other sizes than they say.
+BROKEN = (OSError, ValueError, SafetensorError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
 def build_pipeline(network: JiTTransformer2DModel, config: Config, class_names) -> JiTPipeline:
@@ -49,10 +53,10 @@ def load_pipeline(
     folder = Path(path).expanduser()
     if ema is None:
         for candidate in (folder, folder / "pipeline"):
-            if (candidate / "model_index.json").is_file():
-                return _cast(JiTPipeline.from_pretrained(candidate), torch_dtype)
+            if (candidate / INDEX_FILE).is_file():
+                return _cast(load_folder(candidate, flag), torch_dtype)
     if checkpoint := find_checkpoint_in(folder):
-        return _cast(pipeline_of_checkpoint(checkpoint, ema), torch_dtype)
+        return _cast(pipeline_of_checkpoint(checkpoint, ema, flag), torch_dtype)
     if ema is not None:
         raise UserError(
             f"--ema {ema}: {path} has no checkpoint to take averages from: give the output folder of a run, or leave "
@@ -65,9 +69,29 @@ def load_pipeline(
         )
     try:
         return _cast(JiTPipeline.from_pretrained(path), torch_dtype)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{flag} {path}: is no folder here, and cannot be had from the Hub ({reason}).") from None
+    except BROKEN as error:
+        raise UserError(
+            f"{flag} {path}: is no folder here, and cannot be had from the Hub ({_first(error)})."
+        ) from None
+
+
+def load_folder(folder: Path, flag: str = "--model") -> JiTPipeline:
+    """The pipeline in a folder that has a `model_index.json`.
+
+    Raises:
+        UserError: it is broken.
+    """
+    try:
+        return JiTPipeline.from_pretrained(folder)
+    except BROKEN as error:
+        raise UserError(
+            f"{flag} {folder}: the pipeline cannot be loaded ({_first(error)}): get it again, or give another."
+        ) from None
+
+
+def _first(error: Exception) -> str:
+    """The first line of an error that others have written, which may go on for pages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
 def _cast(pipeline: JiTPipeline, dtype: torch.dtype) -> JiTPipeline:
@@ -88,8 +112,12 @@ def averages_of(checkpoint: Path) -> list[str]:
     return list(read_state(checkpoint)["settings"]["ema_decays"])
 
 
-def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None) -> JiTPipeline:
-    """The pipeline of a checkpoint with its averaged weights `ema` (None: the first), or with "model" its own."""
+def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, flag: str = "--model") -> JiTPipeline:
+    """The pipeline of a checkpoint with its averaged weights `ema` (None: the first), or with "model" its own.
+
+    Raises:
+        UserError: it has no such weights, or they cannot be read; `flag` is what the checkpoint was given with.
+    """
     state = read_state(checkpoint)
     config = config_of(state["settings"])
     averages = averages_of(checkpoint)
@@ -106,7 +134,11 @@ def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None) -> JiTPipel
             attn_dropout=config.model.attn_dropout,
         )
     stem = MODEL if ema == MODEL else f"ema_{ema}"
-    weights = load_file(checkpoint / f"{stem}.safetensors")
+    file = checkpoint / f"{stem}.safetensors"
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{flag} {file}: cannot be read ({_first(error)}): give another checkpoint.") from None
     if config.tune.lora_rank:
         weights = merged(base_of(checkpoint, state), weights, config.tune.lora_alpha / config.tune.lora_rank)
     network.load_state_dict(weights, strict=True, assign=True)

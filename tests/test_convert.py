@@ -5,6 +5,8 @@ import io
 import json
 import os
 import pickle
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -23,11 +25,14 @@ from torch import serialization
 from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.conversion.settings import SETTINGS, read_class_names
 from jit_accel.conversion.sizes import network_config, sampling_settings
+from jit_accel.conversion.stated import from_arguments
 from jit_accel.conversion.targets import written_whole
 from jit_accel.convert import main
 from jit_accel.errors import UserError
+from jit_accel.loading import load_pipeline
 from jit_accel.model import JiTTransformer2DModel
 from jit_accel.presets import PRESETS
+from jit_accel.whole import replace_folder
 
 CONTEXT = ("--in_context_start", "1")  # of the golden network, which has no preset's sizes
 
@@ -182,6 +187,8 @@ def test_a_run_and_its_checkpoints_are_converted_by_decay(images, tmp_path, caps
         torch.equal(written["net." + n.partition("/")[2]], t) for n, t in saved.items() if n.startswith("ema_0.5/")
     )
     assert "0.5, 0.9996" not in refusal(capsys, run, tmp_path / "x.pth", "--weights", "ema7")
+    _cut(last_checkpoint(run) / "model.safetensors")
+    assert "cannot be read" in refusal(capsys, run, tmp_path / "x.pth", "--weights", "model")
 
 
 def test_types_are_kept_or_changed_as_asked(folder, tmp_path, capsys):
@@ -362,6 +369,7 @@ def test_a_wrong_flag_is_told_with_its_remedy(reference, tmp_path, capsys, flags
 
 def test_flags_win_and_contradictions_are_told(tmp_path, capsys):
     odd = arguments(model="JiT-B/16", img_size=32, class_num="ten", noise_scale=float("nan"), cfg=None, t_eps=True)
+    assert not {"guidance_interval"} & from_arguments({"interval_min": 0.1, "interval_max": 100}).keys()
     torch.save({"model": golden_weights(), "args": odd}, tmp_path / "c.pth")
     (tmp_path / "names.json").write_text(json.dumps({str(i): [f"n{i}", f"kind {i}"] for i in range(10)}))
     flags = ["--class_names", tmp_path / "names.json", "--prediction", "v", "--guidance_interval", "0", "0.5"]
@@ -453,6 +461,78 @@ def test_a_card_goes_along_from_folder_to_folder(folder, tmp_path):
     pipeline.save_pretrained(tmp_path / "a")
     (tmp_path / "a" / "README.md").write_text("---\nlicense: mit\n---\nMine.")
     (tmp_path / "a" / "evaluation.json").write_text("[]")
-    assert convert(tmp_path / "a", tmp_path / "b", "--dtype", "float16") == 0
-    assert (tmp_path / "b" / "README.md").read_text().endswith("Mine.")
-    assert (tmp_path / "b" / "evaluation.json").exists()
+    for target, *flags in (("b",), ("c", "--noise_scale", "1", "--attn_dropout", "0.5")):
+        assert convert(tmp_path / "a", tmp_path / target, *flags) == 0
+        assert (tmp_path / target / "README.md").read_text().endswith("Mine.")
+        assert (tmp_path / target / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("flags", [("--dtype", "float16"), ("--noise_scale", "2"), ("--guidance_interval", "0", "1")])
+def test_what_was_said_of_other_images_does_not_go_along(tmp_path, flags):
+    JiTPipeline(load_golden("tiny").model(), JiTScheduler()).save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "README.md").write_text("---\nlicense: mit\n---\nFID 1.8")
+    (tmp_path / "a" / "evaluation.json").write_text("[]")
+    assert convert(tmp_path / "a", tmp_path / "b", *flags) == 0
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "FID" not in card
+    assert "## Origin" in card
+    assert not (tmp_path / "b" / "evaluation.json").exists()
+
+
+def test_a_conversion_that_is_stopped_leaves_nothing(folder, tmp_path, monkeypatch):
+    target = _made(tmp_path / "old")
+    (target / "model_index.json").write_text("old")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f"tmp_{dead.pid}_old").mkdir()  # of one that was killed
+    (tmp_path / f"tmp_{os.getppid()}_old").touch()  # of one that is running
+    monkeypatch.setattr("jit_accel.conversion.run.write_folder", lambda _, place: _stop(place))
+    assert convert(folder, target, "--overwrite") == 128 + signal.SIGTERM
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", f"tmp_{os.getppid()}_old"]
+    assert (target / "model_index.json").read_text() == "old"
+
+
+def _stop(place: Path) -> None:
+    place.mkdir()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_bug_is_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="shape"), written_whole(tmp_path / "out"):
+        raise RuntimeError("shape")
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    for name in ("old", "new"):
+        (_made(tmp_path / name) / name).touch()
+    with pytest.raises(OSError, match="gone"):
+        replace_folder(tmp_path / "gone", tmp_path / "old")
+    assert (tmp_path / "old" / "old").exists()
+    replace_folder(tmp_path / "new", tmp_path / "old")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["old", "old/new"]
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: _cut(folder / WEIGHTS),
+        lambda folder: (folder / WEIGHTS).unlink(),
+        lambda folder: (folder / "model_index.json").write_text("{"),
+        lambda folder: (folder / "model_index.json").write_text("{}"),
+        lambda folder: (folder / "transformer/config.json").write_text('{"depth": "many"}'),
+        lambda folder: save_file({"x": torch.zeros(1)}, folder / WEIGHTS),
+    ],
+)
+def test_a_broken_pipeline_folder_is_told(folder, tmp_path, capsys, spoil):
+    shutil.copytree(folder, tmp_path / "broken")
+    spoil(tmp_path / "broken")
+    assert "cannot be loaded" in refusal(capsys, tmp_path / "broken", tmp_path / "out")
+    with pytest.raises(UserError, match=r"^--init_from .*cannot be loaded"):
+        load_pipeline(str(tmp_path / "broken"), flag="--init_from")

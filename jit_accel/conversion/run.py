@@ -10,12 +10,12 @@ from torch import Tensor
 
 from jit_accel import hub
 from jit_accel.card import CARD_FILE, CARD_PICTURE, conversion_card
+from jit_accel.carried import INDEX_FILE
 from jit_accel.console import say, warn
 from jit_accel.conversion.settings import FOLDER, ConvertConfig, given_flags, read_class_names, target_kind
 from jit_accel.conversion.sizes import PAPER_GUIDANCE, model_name, network_config, preset_of, sampling_settings
 from jit_accel.conversion.sources import Source, open_source
 from jit_accel.conversion.targets import (
-    INDEX,
     Result,
     check_target,
     write_folder,
@@ -28,6 +28,7 @@ from jit_accel.errors import UserError
 WRITERS = {"pth": write_pth, "safetensors": write_safetensors}
 # What else a pipeline folder may hold that belongs to its weights.
 BELONGINGS = (CARD_FILE, CARD_PICTURE, "pipeline.py", "evaluation*")
+ONLY_IN_TRAINING = ("proj_dropout", "attn_dropout")
 
 
 def convert(config: ConvertConfig) -> None:
@@ -48,10 +49,10 @@ def pipeline_folder(place: str) -> Path:
     """The pipeline folder that is, or lies in, the folder of this name."""
     folder = Path(place).expanduser()
     for candidate in (folder, folder / "pipeline"):
-        if (candidate / INDEX).is_file():
+        if (candidate / INDEX_FILE).is_file():
             return candidate
     raise UserError(
-        f"--input {place}: is no pipeline folder ({INDEX}), which alone can be pushed as it is: add --output FOLDER to "
+        f"--input {place}: is no pipeline folder ({INDEX_FILE}), which alone can be pushed as it is: add --output FOLDER to "
         "make one of it."
     )
 
@@ -71,7 +72,8 @@ def write(config: ConvertConfig) -> Path:
     with written_whole(target) as temporary:
         if kind == FOLDER:
             pipeline = write_folder(result, temporary)
-            keep_belongings(source.path, temporary)
+            if makes_the_same_images(source, result):
+                keep_belongings(source.path, temporary)
             if not (temporary / CARD_FILE).exists():
                 card = conversion_card(pipeline, model_name(result.config), source.set_name, source.facts)
                 (temporary / CARD_FILE).write_text(card, encoding="utf-8")
@@ -130,9 +132,24 @@ def describe(place: str, source: Source, result: Result) -> None:
     )
 
 
+def makes_the_same_images(source: Source, result: Result) -> bool:
+    """Whether what was said and measured of the source holds of the result."""
+    is_exact = all(
+        torch.promote_types(tensor.dtype, source.weights[name].dtype) == tensor.dtype
+        for name, tensor in result.weights.items()
+    )
+    now = {**result.config, **result.settings}
+    stated = {name: value for name, value in source.stated.items() if name in now and name not in ONLY_IN_TRAINING}
+    return is_exact and all(_plain(now[name]) == _plain(value) for name, value in stated.items())
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
 def keep_belongings(source: Path | None, target: Path) -> None:
     """Copy what belongs to a pipeline's weights beside them."""
-    if source is None or not (source / INDEX).is_file():
+    if source is None or not (source / INDEX_FILE).is_file():
         return
     for pattern in BELONGINGS:
         for file in source.glob(pattern):

@@ -12,10 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from jit_accel.carried import INDEX_FILE
 from jit_accel.conversion.pickles import read_pickle
 from jit_accel.conversion.stated import from_arguments, from_pipeline, from_record
 from jit_accel.errors import UserError, nearest
-from jit_accel.loading import averages_of, find_checkpoint_in, load_pipeline, pipeline_of_checkpoint
+from jit_accel.loading import averages_of, find_checkpoint_in, load_folder, load_pipeline, pipeline_of_checkpoint
 from jit_accel.pipeline import JiTPipeline
 
 MODEL = "model"
@@ -149,15 +150,15 @@ def open_pipeline(place: str, folder: Path, wanted: str | None) -> Source:
     """A pipeline folder, a run, one of its checkpoints, or a pipeline of the Hub."""
     if wanted is None:
         for candidate in (folder, folder / "pipeline"):
-            if (candidate / "model_index.json").is_file():
-                source = _of_pipeline(candidate, _load_folder(candidate), "the pipeline's")
+            if (candidate / INDEX_FILE).is_file():
+                source = _of_pipeline(candidate, load_folder(candidate, "--input"), "the pipeline's")
                 dtype = stored_dtype(candidate)  # diffusers has made all of it float32
                 source.weights = {name: tensor.to(dtype) for name, tensor in source.weights.items()}
                 return source
     checkpoint = find_checkpoint_in(folder)
     if checkpoint:
         average = average_for(checkpoint, wanted)
-        pipeline = pipeline_of_checkpoint(checkpoint, average)
+        pipeline = pipeline_of_checkpoint(checkpoint, average, "--input")
         return _of_pipeline(checkpoint, pipeline, average if average == MODEL else f"average of decay {average}")
     if wanted is not None:
         raise UserError(
@@ -166,17 +167,10 @@ def open_pipeline(place: str, folder: Path, wanted: str | None) -> Source:
         )
     if folder.exists():
         raise UserError(
-            f"--input {place}: holds no pipeline (model_index.json) and no checkpoint: give a pipeline folder, the "
+            f"--input {place}: holds no pipeline ({INDEX_FILE}) and no checkpoint: give a pipeline folder, the "
             "output folder of a run, or a .pth or .safetensors file."
         )
     return _of_pipeline(None, load_pipeline(place, flag="--input"), "the pipeline's")
-
-
-def _load_folder(folder: Path) -> JiTPipeline:
-    try:
-        return JiTPipeline.from_pretrained(folder)
-    except (OSError, ValueError, SafetensorError, KeyError, TypeError) as error:
-        raise UserError(f"--input {folder}: the pipeline cannot be loaded ({str(error).splitlines()[0]}).") from None
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
+from jit_accel.guidance import is_number
 from jit_accel.pipeline import DEFAULTS, JiTPipeline
 from jit_accel.presets import PRESETS
 from jit_accel.scheduler import CALLS_PER_STEP, VELOCITIES
@@ -14,12 +14,9 @@ def _is_count(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_interval(value) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value)) and value[0] <= value[1]
+    is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(map(is_number, value))
+    return is_pair and 0 <= value[0] <= value[1] <= 1
 
 
 def _is_names(value) -> bool:
@@ -33,15 +30,15 @@ SIZES = (
 # What may be stated, and when it is believed.
 BELIEVED = {
     **dict.fromkeys(SIZES, _is_count),
-    "mlp_ratio": lambda v: _is_number(v) and v > 0,
-    "attn_dropout": lambda v: _is_number(v) and 0 <= v < 1,
-    "proj_dropout": lambda v: _is_number(v) and 0 <= v < 1,
+    "mlp_ratio": lambda v: is_number(v) and v > 0,
+    "attn_dropout": lambda v: is_number(v) and 0 <= v < 1,
+    "proj_dropout": lambda v: is_number(v) and 0 <= v < 1,
     "model": lambda v: isinstance(v, str) and v.partition("/")[0] in PRESETS,
     "prediction": lambda v: isinstance(v, str) and v in VELOCITIES,
-    "noise_scale": lambda v: _is_number(v) and v > 0,
-    "t_eps": lambda v: _is_number(v) and 0 < v < 1,
+    "noise_scale": lambda v: is_number(v) and v > 0,
+    "t_eps": lambda v: is_number(v) and 0 < v < 1,
     "solver": lambda v: isinstance(v, str) and v in CALLS_PER_STEP,
-    "guidance_scale": lambda v: _is_number(v) and v >= 0,
+    "guidance_scale": lambda v: is_number(v) and v >= 0,
     "guidance_interval": _is_interval,
     "num_inference_steps": lambda v: _is_count(v) and v >= 1,
     "method": lambda v: isinstance(v, str) and v in CALLS_PER_STEP,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from jit_accel.carried import INDEX_FILE
 from jit_accel.conversion.settings import FOLDER
 from jit_accel.conversion.sizes import model_name, position_table
 from jit_accel.conversion.stated import to_arguments
@@ -22,9 +24,10 @@ from jit_accel.errors import UserError
 from jit_accel.model import JiTTransformer2DModel
 from jit_accel.pipeline import DEFAULTS, JiTPipeline
 from jit_accel.scheduler import JiTScheduler
+from jit_accel.whole import replace_folder
 
 PREFIX = "net."  # the reference's Denoiser holds the network under this name
-INDEX = "model_index.json"
+UNFINISHED = "tmp_"  # and the number of the process, before the name of what it writes
 
 
 @dataclass
@@ -54,7 +57,7 @@ def check_target(target: Path, kind: str, source: Path | None, overwrite: bool) 
         source = source.resolve()
         if target == source or target in source.parents:
             raise UserError(f"--output {target}: is, or holds, what is converted ({source}): give another place.")
-        if source in target.parents and source.is_dir() and (source / INDEX).exists():
+        if source in target.parents and source.is_dir() and (source / INDEX_FILE).exists():
             raise UserError(f"--output {target}: lies inside the pipeline that is converted: give another place.")
     if not target.exists():
         return
@@ -62,7 +65,7 @@ def check_target(target: Path, kind: str, source: Path | None, overwrite: bool) 
         raise UserError(f"--output {target}: is {'a folder' if target.is_dir() else 'a file'}: give another name.")
     if target.is_dir() and not any(target.iterdir()):
         return
-    if target.is_dir() and not (target / INDEX).is_file():
+    if target.is_dir() and not (target / INDEX_FILE).is_file():
         raise UserError(f"--output {target}: is a folder that holds other things than a pipeline: give another name.")
     if not overwrite:
         raise UserError(f"--output {target}: is there already: add --overwrite to replace it, or give another name.")
@@ -75,27 +78,47 @@ def written_whole(target: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk does not take it.
     """
-    temporary = target.with_name(f"tmp_{os.getpid()}_{target.name}")
-    replaced = target.with_name(f"tmp_{os.getpid()}_old_{target.name}")
+    clear_up(target)
+    temporary = target.with_name(f"{UNFINISHED}{os.getpid()}_{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         for file in [temporary] if temporary.is_file() else [p for p in temporary.rglob("*") if p.is_file()]:
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-        if target.is_dir():
-            os.rename(target, replaced)
-        os.replace(temporary, target)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save says RuntimeError on a full disk
-        if replaced.exists() and not target.exists():
-            os.rename(replaced, target)
-        reason = str(error).strip().splitlines()[0]
+        if temporary.is_dir():
+            replace_folder(temporary, target)
+        else:
+            os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"--output {target}: cannot be written ({reason}): make room, or give another place. Nothing was changed."
         ) from None
     finally:
-        for left_over in (temporary, replaced):
-            shutil.rmtree(left_over, ignore_errors=True) if left_over.is_dir() else left_over.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def clear_up(target: Path) -> None:
+    """Remove what conversions to this target have left that were killed."""
+    for left_over in target.parent.glob(f"{UNFINISHED}*"):
+        match = re.fullmatch(rf"{UNFINISHED}(\d+)_{re.escape(target.name)}", left_over.name)
+        if match and not _is_running(int(match[1])):
+            _remove(left_over)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass  # somebody else's, or none that could be asked for
+    return True
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_pth(result: Result, path: Path) -> None:
@@ -106,7 +129,11 @@ def write_pth(result: Result, path: Path) -> None:
     weights = reference_names(result)
     arguments = to_arguments({**result.config, **result.settings, "model": model_name(result.config)})
     sets = dict.fromkeys(("model", "model_ema1", "model_ema2"), weights)  # stored once
-    torch.save({**sets, "epoch": 0 if result.epoch is None else result.epoch, "args": _plain(arguments)}, path)
+    content = {**sets, "epoch": 0 if result.epoch is None else result.epoch, "args": _plain(arguments)}
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # torch's word for a full disk
+        raise OSError(str(error)) from error
 
 
 def write_safetensors(result: Result, path: Path) -> None:
