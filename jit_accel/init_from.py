@@ -224,7 +224,7 @@ class Tuning:
 
     def labels_of(self, batch: Batch) -> Tensor:
         """Labels (B,) as the network knows them."""
-        return batch.labels if self.labels is None else self.labels[batch.labels]
+        return batch.labels if self.labels is None else self.labels.to(batch.labels.device)[batch.labels]
 
     def plain_weights(self, network: torch.nn.Module, adapter: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
         """The network's weights with these of the adapter merged in, whole, for those that `keep` them; all call it."""

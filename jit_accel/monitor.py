@@ -183,6 +183,13 @@ class Monitor:
     def record_occasional(self, name: str, value: Tensor) -> None:
         self.steps.record_occasional(name, value)
 
+    def amend(self, step: int, values: dict[str, float]) -> None:
+        """Put values into the row of the newest step, which is written already; they are the same on all processes."""
+        if self.is_main:
+            self.log.amend(step, values)
+            self.trackers.log([{"step": step, **values}])
+            self.report.start()
+
     def log_samples(self, path: Path, step: int, caption: str) -> None:
         if path.exists():
             self.trackers.log_image("samples/grid", path, step, caption)

@@ -23,10 +23,15 @@ from jit_accel.generation import SamplerSettings
 from jit_accel.loading import build_pipeline
 from jit_accel.processes import on_main, together
 from jit_accel.sharding import reshard
+from jit_accel.tracking import iterate_metrics
 
 REFERENCE_FILE = "eval_reference.npz"
 MEASURED = ("fd", "is")  # what sums alone give: no features of single images are kept in a training
 FLAGS = ("features", "feature_weights", "reference")
+
+
+class Unmeasured(Exception):
+    """All processes know that the images could not be measured, and can go on without."""
 
 
 class SampleQuality:
@@ -55,6 +60,32 @@ class SampleQuality:
         batch_size = max(8, config.optim.batch_size)
         self.evaluator = Evaluator(features, accelerator, metrics, batch_size)
         self.reference: Reference | None = None
+        self._open_reference(settings.eval_reference)
+
+    def _open_reference(self, path: str | None) -> None:
+        """Find at once, also in a dry run, what is wrong with `--eval_reference`; images are read in `prepare`."""
+        if path is None:
+            return
+        with named_as_in_training():
+            if path.endswith(".npz"):
+                network = self.evaluator.network
+                self.reference = together(self.accelerator, lambda: read_reference(path, network))
+            else:
+                self.source = together(self.accelerator, lambda: open_source(path), in_turn=True)
+
+    @property
+    def keys(self) -> list[str]:
+        """What the values are called in the log."""
+        return [f"eval/{name}{ending}" for ending in ("", "_unguided") for name in self.evaluator.metrics]
+
+    def is_lacking(self, step: int) -> bool:
+        """Whether the log has this step, but without the values; the main process looks."""
+
+        def look() -> bool:
+            row = next((row for row in iterate_metrics(Path(self.config.run.output_dir)) if row["step"] == step), None)
+            return row is not None and not any(key in row for key in self.keys)
+
+        return on_main(self.accelerator, look)
 
     def prepare(self) -> None:
         """Have the reference's statistics: from a file, or of images, which are read once and remembered.
@@ -63,32 +94,45 @@ class SampleQuality:
             UserError: on all processes, whatever is wrong with it.
         """
         path, img_size = self.config.evaluation.eval_reference, self.config.data.img_size
+        if self.reference is not None:
+            return
         with named_as_in_training():
-            if path and path.endswith(".npz"):
+            if path and path.endswith(".npz"):  # of images
                 self.reference = self.evaluator.load_reference(path, img_size)
-                return
-            source = self.source
-            if path:
-                source = together(self.accelerator, lambda: open_source(path), in_turn=True)
-            self.reference = self._remembered(source) or self._measured(source)
+            else:
+                self.reference = self._remembered(self.source) or self._measured(self.source)
 
     def measure(self) -> dict[str, float]:
-        """The metrics by their keys in the log: `eval/<metric>` with the samples' guidance, and `..._unguided`."""
+        """The metrics by their keys in the log: `eval/<metric>` with the samples' guidance, and `..._unguided`.
+
+        Raises:
+            Unmeasured: on all processes, whatever one of them met.
+        """
+        # What FSDP's shards meet inside the network one process meets alone: it must end, as in a training step.
+        met = UserError if self.evaluator.is_sharded else Exception
+        try:
+            return self._measured_values()
+        except met as error:
+            raise Unmeasured(str(error) or type(error).__name__) from error
+
+    def _measured_values(self) -> dict[str, float]:
         config, scale = self.config, self.config.sample.guidance_scale
         steps = config.evaluation.eval_num_inference_steps or config.sample.num_inference_steps
         pipeline = build_pipeline(self.network, config, None)
         pipeline.set_progress_bar_config(disable=True)
         found: dict[float, dict[str, float]] = {}
         with self.ema.applied(config.optim.ema_decays[0]):
-            for guidance in dict.fromkeys((1.0, scale)):
-                found[guidance] = self.evaluator.measure_pipeline(
-                    pipeline,
-                    self.reference,
-                    config.evaluation.eval_images,
-                    SamplerSettings(steps, guidance),
-                    config.run.seed,
-                )
-            reshard(self.network)  # the gathered weights are the average's
+            try:
+                for guidance in dict.fromkeys((1.0, scale)):
+                    found[guidance] = self.evaluator.measure_pipeline(
+                        pipeline,
+                        self.reference,
+                        config.evaluation.eval_images,
+                        SamplerSettings(steps, guidance),
+                        config.run.seed,
+                    )
+            finally:
+                reshard(self.network)  # the gathered weights are the average's
         return {
             f"eval/{name}{ending}": found[guidance][name]
             for guidance, ending in ((scale, ""), (1.0, "_unguided"))

@@ -39,6 +39,31 @@ class MetricsLog:
         except OSError as error:
             self._fail(error)
 
+    def amend(self, step: int, values: dict) -> None:
+        """Put further values into the row of `step`, which must be the newest; without such a row they are dropped."""
+        if self.pending:
+            row = as_row(self.pending[-1].encode())
+            self.pending[-1] = as_line({**row, **values} if row["step"] == step else row)
+            return self.write([])
+        try:
+            start = end_of_rows(self.path, step - 1)
+            with open(self.path, "r+b", buffering=0) as file:
+                file.seek(start)
+                row = as_row(file.readline())
+                if row is None or row["step"] != step:
+                    return None
+                line = as_line({**row, **values})
+                file.seek(start)  # what the row has is written over itself: a process that dies here loses nothing
+                try:
+                    if file.write(line.encode()) < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(start)
+                    self.pending = [line]
+                    raise
+        except OSError as error:
+            self._fail(error)
+
     def _trim(self) -> None:
         if not self.is_trimmed and self.path.exists():
             os.truncate(self.path, end_of_rows(self.path, self.step))

@@ -39,7 +39,7 @@ from jit_accel.optim import build_optimizers, lr_at, set_lr
 from jit_accel.record import WITHOUT_EFFECT, changed_settings, describe_data, record_run, write_record
 from jit_accel.report_process import REPORT_FILE
 from jit_accel.resolve import Plan
-from jit_accel.sample_quality import SampleQuality
+from jit_accel.sample_quality import SampleQuality, Unmeasured
 from jit_accel.samples import SampleSheets
 from jit_accel.sharding import reshard
 from jit_accel.signals import StopSignal
@@ -73,6 +73,7 @@ class Trainer:
         self.checkpointer = Checkpointer(accelerator, self.output_dir, config.run.keep_checkpoints)
         self.step = 0
         self.stop = StopSignal()
+        self.saved_step: int | None = None  # by this start
         self.is_other_training = False  # than the one it goes on from
         self.is_stopping = False  # unlike the signal itself, known to all processes alike
 
@@ -107,26 +108,33 @@ class Trainer:
     def run(self) -> int:
         """Train to the end, or until a signal. Returns the exit code."""
         config, plan = self.config, self.plan
-        if self.quality and self.step < plan.total_steps:
+        lacks_evaluation = self._lacks_evaluation()
+        if self.quality and (self.step < plan.total_steps or lacks_evaluation):
             self.quality.prepare()
         with self.stop, self.monitor:
             self._open_logs()
+            if lacks_evaluation:
+                self.evaluate()
             while self.step < plan.total_steps:
                 self.train_step()
                 at_end = self.step == plan.total_steps
                 if self.validation and (at_end or is_due(self.step, config.run.val_every_steps)):
                     self.validate()
-                if self.quality and (at_end or is_due(self.step, config.evaluation.eval_every_steps)):
-                    self.evaluate()
                 if is_due(self.step, config.run.log_every_steps) or self._is_told_to_stop_alone():
                     self.flush()
                 if self.is_stopping:
                     return self._leave()
+                if at_end or is_due(self.step, config.run.save_every_steps):
+                    self.save()
+                # Only after the checkpoint, so that whatever happens to them costs no step.
                 if not at_end and is_due(self.step, config.sample.sample_every_steps):
                     self.flush()
                     self.sample()
-                if at_end or is_due(self.step, config.run.save_every_steps):
-                    self.save()
+                if self._evaluates_now():
+                    self.flush()
+                    if self.is_stopping:
+                        return self._leave()
+                    self.evaluate()
             return self._finish()
 
     def train_step(self) -> None:
@@ -179,14 +187,29 @@ class Trainer:
         return self._denoising_loss(batch, self.validation.seed)[0]
 
     def evaluate(self) -> None:
-        """Measure generated images of this step's average against real ones, all processes together."""
+        """Measure generated images of this step's average against real ones, all processes together.
+
+        The values go into the row of this step, which is written already; a failure costs them alone.
+        """
         self.model.eval()
-        with self.monitor.pause():
-            found = self.quality.measure()
-        for name, value in found.items():
-            self.monitor.record_occasional(name, torch.tensor(value, device=self.accelerator.device))
+        try:
+            with self.monitor.pause():
+                found = self.quality.measure()
+        except Unmeasured as problem:  # met by all processes
+            if self.accelerator.is_main_process:
+                warn(f"step {self.step:,} is not evaluated, and training goes on: {problem}")
+            return
+        self.monitor.amend(self.step, found)
         values = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in found.items())
         self.say(f"Step {self.step:,}: {values} of {self.config.evaluation.eval_images:,} images")
+
+    def _evaluates_now(self) -> bool:
+        at_end = self.step == self.plan.total_steps
+        return bool(self.quality) and (at_end or is_due(self.step, self.config.evaluation.eval_every_steps))
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether an earlier start saved this step, but was stopped before it was evaluated."""
+        return self.step > 0 and self._evaluates_now() and self.quality.is_lacking(self.step)
 
     def _denoising_loss(self, batch: Batch, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses (B,) of uint8 images, and the times (B,) they were noised to."""
@@ -259,9 +282,10 @@ class Trainer:
         return {name: weight for name, weight in self.network.state_dict().items() if name in self.ema.params}
 
     def save(self) -> None:
-        """Write a checkpoint of this step, after making sure that it is worth keeping."""
+        """Write a checkpoint of this step, after making sure that it is worth keeping; once."""
         self.flush()
-        self._write_checkpoint()
+        if self.saved_step != self.step:
+            self._write_checkpoint()
 
     def _write_checkpoint(self) -> None:
         scaler = self.accelerator.scaler
@@ -279,6 +303,7 @@ class Trainer:
         }
         with self.monitor.pause():
             path = self.checkpointer.save(self.step, self.state_tensors(), state)
+        self.saved_step = self.step
         self.say(f"Saved {path}")
 
     def resume(self, path: Path) -> None:

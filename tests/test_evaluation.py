@@ -143,6 +143,17 @@ def test_a_set_is_at_distance_zero_from_itself_also_with_fewer_images_than_featu
     assert 0 <= distance < 1e-8 * float(moments.covariance.trace())
 
 
+def test_the_distance_is_computed_on_the_device_of_the_features_wherever_the_reference_is():
+    mean, matrix = torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+    assert formulas._frechet_distance(mean.to("meta"), matrix.to("meta"), mean, matrix).device.type == "meta"
+
+
+def test_the_distance_of_what_is_not_finite_is_no_number():
+    mean, matrix = torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+    assert np.isnan(formulas.frechet_distance(mean, matrix * np.nan, mean, matrix))
+    assert np.isnan(formulas.frechet_distance(mean * np.nan, matrix, mean, matrix))
+
+
 @needs_torch_fidelity
 @pytest.mark.parametrize("count", [12, 120])  # fewer and more than features
 def test_all_numbers_agree_with_torch_fidelity_on_the_same_features(network, accelerator, pixels, count):

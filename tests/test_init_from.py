@@ -8,8 +8,9 @@ from helpers import assert_same_state, last_checkpoint, rows, state, train_here
 from safetensors.torch import load_file
 
 from jit_accel import JiTPipeline, JiTScheduler, JiTTransformer2DModel
+from jit_accel.data.batch import Batch
 from jit_accel.errors import UserError
-from jit_accel.init_from import Initial, real_names, resample_patches, transfer
+from jit_accel.init_from import Initial, Tuning, real_names, resample_patches, transfer
 from jit_accel.model import build_model
 
 SIZES = {
@@ -252,3 +253,8 @@ def test_a_pipeline_without_a_run_or_names_serves_as_source(images, tmp_path, ca
     printed = capsys.readouterr().out
     assert f"From {tmp_path}/mine: kept 70 tensors" in printed
     assert "new:" not in printed
+
+
+def test_labels_are_looked_up_on_the_device_of_the_batch():
+    batch = Batch(torch.empty(3, 3, 4, 4), torch.zeros(3, dtype=torch.int64, device="meta"), torch.arange(3))
+    assert Tuning((), torch.arange(5)).labels_of(batch).device.type == "meta"

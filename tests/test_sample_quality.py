@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from jit_accel.evaluation.features import load_features
 from jit_accel.generation import SamplerSettings
 from jit_accel.loading import load_pipeline
 from jit_accel.tracking import read_metrics
+from jit_accel.trainer import Trainer
 
 EVAL = [
     *("--eval_every_steps", "3", "--eval_images", "12", "--eval_features", "tiny"),
@@ -72,6 +74,49 @@ def test_measuring_changes_no_weight_and_a_resumed_run_measures_the_same(run, im
     assert rows(tmp_path / "cut") == rows(run)
     assert_same_state(run, tmp_path / "cut")
     assert (tmp_path / "cut" / "eval_reference.npz").stat().st_mtime_ns == stamp  # looked at once
+
+
+def test_a_failure_of_an_evaluation_costs_neither_a_step_nor_the_run(run, images, tmp_path, monkeypatch, capsys):
+    measure, saved = Evaluator.measure_pipeline, []
+
+    def fail_at_first(self, *args, **kwargs):
+        saved.append(sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()))
+        if len(saved) == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return measure(self, *args, **kwargs)
+
+    monkeypatch.setattr(Evaluator, "measure_pipeline", fail_at_first)
+    flags = ("--output_dir", str(tmp_path / "run"), *EVAL, "--save_every_steps", "3")
+    assert train_here("--data_path", str(images), *flags) == 0
+    assert "step 3 is not evaluated, and training goes on: no memory" in capsys.readouterr().err
+    assert saved[0] == ["step_00000003"]  # before anything can happen
+    assert measured(tmp_path / "run") == {6: measured(run)[6]}
+    assert_same_state(run, tmp_path / "run")
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_run_told_to_stop_evaluates_only_when_it_goes_on(run, images, tmp_path, monkeypatch, step):
+    save = Trainer.save
+
+    def save_and_be_told(self):
+        save(self)
+        if self.step == step and not (tmp_path / "told").exists():
+            (tmp_path / "told").touch()
+            self.stop.number = signal.SIGTERM
+
+    monkeypatch.setattr(Trainer, "save", save_and_be_told)
+    command = ("--data_path", str(images), "--output_dir", str(tmp_path / "run"), *EVAL, "--save_every_steps", "3")
+    assert train_here(*command) == 128 + signal.SIGTERM
+    assert list(measured(tmp_path / "run")) == [3][: step // 6]
+    assert train_here(*command, "--resume", "auto") == 0
+    assert rows(tmp_path / "run") == rows(run)
+
+
+def test_a_dry_run_finds_a_wrong_reference(images, tmp_path, capsys):
+    command = ("--data_path", str(images), "--output_dir", str(tmp_path / "run"), *EVAL, "--dry_run")
+    for wrong in ("nowhere", "nowhere.npz"):
+        assert train_here(*command, "--eval_reference", str(tmp_path / wrong)) == 2
+        assert f"--eval_reference {tmp_path / wrong}: " in capsys.readouterr().err
 
 
 SHORT = ["--eval_images", "11", "--max_steps", "2", "--eval_every_steps", "1"]

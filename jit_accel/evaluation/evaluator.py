@@ -92,8 +92,15 @@ class Evaluator:
         numbers = share_of(padded, self.accelerator.process_index, processes)
         collector = self._collector(num_images)
         how = {"seed": seed, "settings": settings, "batch_size": self.batch_size, "height": side, "width": side}
-        for part, images in self._timed(generate(pipeline, numbers, **how), len(numbers)):
-            self._collect(collector, torch.tensor(part), images)
+
+        def draw() -> None:
+            for part, images in self._timed(generate(pipeline, numbers, **how), len(numbers)):
+                self._collect(collector, torch.tensor(part), images)
+
+        if self.is_sharded:
+            draw()  # a process that meets something must end: no other could be told
+        else:
+            together(self.accelerator, draw)
         return self._finish(collector, side)
 
     def statistics_of_images(self, images: ImageSet, img_size: int, flag: str = "--images") -> ImageStatistics:
@@ -152,6 +159,11 @@ class Evaluator:
             return {name: value for name, value in found.items() if name.removesuffix("_std") in self.metrics}
 
         return on_main(self.accelerator, measure)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold shards of the generating network, and wait for each other inside it."""
+        return self.accelerator.distributed_type.value == "FSDP"
 
     @property
     def _keeps_features(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,15 +28,27 @@ def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other
     cannot come out complex, also where covariances are singular because there are fewer images than features.
 
     Args:
+        mean, covariance: the first Gaussian's, on the device that computes.
         other_root: the second Gaussian's `covariance_root`, which is computed once for many comparisons.
+
+    Returns:
+        NaN where anything is not finite.
     """
+    if not all(bool(part.isfinite().all()) for part in (mean, covariance, other_mean, other_root)):
+        return math.nan  # of which no eigenvalues can be had
+    return float(_frechet_distance(mean, covariance, other_mean, other_root))
+
+
+def _frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_root: Tensor) -> Tensor:
+    # A reference that was read from a file is on the CPU, whatever the device of the features.
+    other_mean, other_root = other_mean.to(mean.device), other_root.to(mean.device)
     inner = other_root @ covariance @ other_root
     values = torch.linalg.eigvalsh((inner + inner.T) / 2)
     # The square roots of zeros that rounding made 1e-16 would add up over a thousand dimensions.
     values = values.where(values > len(values) * torch.finfo(values.dtype).eps * values[-1], 0)
     difference = mean - other_mean
     distance = difference @ difference + covariance.trace() + other_root.square().sum() - 2 * values.sqrt().sum()
-    return max(0.0, float(distance))
+    return distance.clamp(min=0)  # NaN stays
 
 
 def inception_score(sums: InceptionScoreSums) -> tuple[float, float]:
