@@ -510,10 +510,12 @@ def test_results_are_added_to_those_in_the_models_folder(alone, network, saved, 
         (["--images", "a", "--model", "b"], "does not go with --model"),
         (["--guidance_interval", "0.5", "0.1"], "low <= high <= 1"),
         (["--make_reference", "file"], "must end in .npz"),
+        (["--images", "a", "--guidance_scale", "2"], "--guidance_scale 2: says how --model makes images"),
+        (["--images", "a", "--method", "heun"], "--method heun: says how --model makes images"),
     ],
 )
 def test_wrong_settings_are_answered_without_a_traceback(capsys, flags, message):
-    model = [] if "--model" in flags else ["--model", "x"]
+    model = [] if {"--model", "--images"} & {*flags} else ["--model", "x"]
     assert main([*model, "--reference", "y", *flags]) == 2
     assert message in capsys.readouterr().err
 

@@ -182,6 +182,24 @@ def test_what_was_measured_in_another_context_is_not_used(tmp_path):
     assert len(SweepLog(tmp_path / "sweep.jsonl", {"seed": 0}).read()) == 1
 
 
+def test_what_lacks_a_wanted_metric_is_measured_again_and_both_are_remembered(tmp_path):
+    log, settings = SweepLog(tmp_path / "sweep.jsonl", {}), SETTINGS[:2]
+
+    def swept(select):
+        calls = []
+
+        def measure(setting, count):
+            calls.append(count)
+            return {select: 1.0}
+
+        sizes = {"sweep_images": 10, "num_images": 10, "top": 1}
+        how = {"select": select, "higher_is_better": False, "done": log.read(), "keep": log.add}
+        sweep(settings, measure, **sizes, **how, wanted=lambda count: [select])
+        return len(calls)
+
+    assert [swept(select) for select in ("fid", "kid", "fid", "kid")] == [2, 2, 0, 0]
+
+
 def two_curves(setting, count):
     """Two averages, of which one is better, and two intervals; few images say too much."""
     best = {"0.9999": 2.0, "auto": 3.0}[setting.ema] + 0.5 * (setting.guidance_interval == (0.1, 1.0))

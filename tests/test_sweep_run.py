@@ -11,7 +11,7 @@ import tiny_features
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers import SPAWNER, train_here
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from jit_accel.evaluate import main
 from jit_accel.evaluation import sweep_run
@@ -147,6 +147,26 @@ def test_a_run_without_a_pipeline_gets_one(run, images):
     flags = [flag for flag in GRID if flag not in ("--ema", "all", "--guidance_interval", "0.1:1,0:1")]
     assert evaluate_here("--model", str(run), "--reference", str(images), *flags, "--guidance_scale", "1,2") == 0
     assert JiTPipeline.from_pretrained(run / "pipeline").config.guidance_scale == best_of(run)["guidance_scale"]
+
+
+def test_an_older_checkpoint_changes_nothing_but_the_runs_records(run, images, capsys):
+    (older,) = (run / "checkpoints").glob("step_*")
+    shutil.copytree(older, older.with_name("step_00000009"))
+    file = run / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: weight + 1 for name, weight in load_file(file).items()}, file)  # those of step 9
+    before = {path: path.read_bytes() for path in (*older.iterdir(), *(run / "pipeline").rglob("*.*"))}
+    flags = ("--features", "tiny", "--metrics", "fd", "--num_images", "4", "--num_inference_steps", "1")
+    command = ("--model", str(older), "--reference", str(images), *flags)
+    assert evaluate_here(*command, "--ema", "0.30", "--guidance_scale", "1,2") == 0
+    assert "is not the newest checkpoint of its run, so nothing is written" in capsys.readouterr().out
+    assert evaluate_here(*command, "--ema", "0.30", "--guidance_scale", "2") == 0
+    assert evaluate_here(*command, "--guidance_scale", "1") == 0
+    assert {path: path.read_bytes() for path in (*older.iterdir(), *(run / "pipeline").rglob("*.*"))} == before
+    records = json.loads((run / "evaluation.json").read_text())
+    assert [record["ema"] for record in records] == ["0.3"] * 4 + ["0.9999"]
+    assert {record["method"] for record in records} == {"heun"}
+    assert [record["metrics"] for record in records[2:4]] == [record["metrics"] for record in records[1::-1]]
+    assert (run / "sweep" / "sweep.json").exists()
 
 
 def test_the_results_of_a_runs_pipeline_stand_on_its_card(run, images):

@@ -13,6 +13,7 @@ import torch
 from jit_accel import __version__
 from jit_accel.console import say
 from jit_accel.errors import UserError
+from jit_accel.evaluation.place import run_folder_of
 from jit_accel.evaluation.settings import EvaluateConfig
 
 FILE = "evaluation.json"
@@ -25,10 +26,10 @@ _SETTINGS = {  # of a row of the table: its header, and how to write it
 
 
 def record_file(config: EvaluateConfig) -> Path | None:
-    """Where the results go: `--output`, or the model's folder if there is one."""
+    """Where the results go: `--output`, or the folder of the model, or of its run, if there is one."""
     if config.output:
         return Path(config.output).expanduser()
-    folder = Path(config.model).expanduser() if config.model else None
+    folder = run_folder_of(Path(config.model).expanduser()) if config.model else None
     return folder / FILE if folder is not None and folder.is_dir() and os.access(folder, os.W_OK) else None
 
 
@@ -90,7 +91,7 @@ def table_of(records: list[dict]) -> str:
     rows = [[_SETTINGS[key][0] for key in settings] + metrics]
     for record in records:
         rows.append(
-            [_SETTINGS[key][1].format(record[key]) for key in settings]
+            ["" if record[key] is None else _SETTINGS[key][1].format(record[key]) for key in settings]
             + [_with_deviation(record["metrics"], name) for name in metrics]
         )
     widths = [max(map(len, column)) for column in zip(*rows)]

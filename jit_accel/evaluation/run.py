@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
@@ -21,18 +20,18 @@ from jit_accel.evaluation.evaluator import Evaluator, side_of, unmeasurable
 from jit_accel.evaluation.features import MAIN, load_features
 from jit_accel.evaluation.images import ImageSet, open_images
 from jit_accel.evaluation.names import chosen_metrics
+from jit_accel.evaluation.place import weights_of
 from jit_accel.evaluation.records import FILE, add_records, read_records, record_file, table_of
 from jit_accel.evaluation.reference import Reference, save_reference
 from jit_accel.evaluation.settings import EvaluateConfig, axes_of
-from jit_accel.evaluation.sweep_run import run_sweep
-from jit_accel.evaluation.winner import pipeline_folder_of, show_on_card
-from jit_accel.generation import SamplerSettings
+from jit_accel.evaluation.sweep import Measured
+from jit_accel.evaluation.sweep_run import Opened, emas_of, record_of, run_sweep, sampler, settings_of
+from jit_accel.evaluation.winner import show_on_card
 from jit_accel.loading import load_pipeline
-from jit_accel.pipeline import STEPS, JiTPipeline
+from jit_accel.pipeline import JiTPipeline
 from jit_accel.precision import chosen_device, default_precision
 from jit_accel.processes import ended, on_main, together
 
-T = TypeVar("T")
 UNBALANCED = 0.1  # of a reference: which share of its images would have to be of other classes
 
 
@@ -58,9 +57,12 @@ def evaluate(config: EvaluateConfig) -> int:
         evaluator = build_evaluator(config, accelerator)
         file = record_file(config)
         on_main(accelerator, lambda: read_records(file))  # a file that nothing can be added to is found at once
-        is_sweep = axes_of(config).is_sweep
-        ema = config.ema[0] if config.ema and not is_sweep else None
-        subject = together(accelerator, lambda: open_subject(config, accelerator, ema), in_turn=True)
+        axes, weights, emas = axes_of(config), "", [None]
+        if config.model:
+            weights = on_main(accelerator, lambda: weights_of(config.model, wants_average=bool(axes.emas)))
+            emas = together(accelerator, lambda: emas_of(config.model, weights, axes))
+        opened = partial(open_model, replace(config, model=weights), accelerator)
+        subject = together(accelerator, lambda: open_subject(config, opened, emas[0]), in_turn=True)
         reference = evaluator.load_reference(config.reference, subject.img_size or config.img_size)
         if accelerator.is_main_process:
             introduce(config, evaluator, subject, reference)
@@ -70,15 +72,15 @@ def evaluate(config: EvaluateConfig) -> int:
         if subject.pipeline is None and subject.images is None:
             return 0
         evaluator.metrics = measurable(config, evaluator, reference)
-        if is_sweep:
+        if axes.is_sweep:
             about = about_model(config, evaluator, subject, reference)
             del subject
-            run_sweep(config, evaluator, partial(open_model, config, accelerator), reference, about, file)
+            run_sweep(config, weights, evaluator, opened, reference, about, file)
             return 0
-        records = measure(config, evaluator, subject, reference)
+        records = measure(config, evaluator, subject, reference, emas)
         if accelerator.is_main_process:
             say(table_of(records))
-        on_main(accelerator, lambda: keep(config, records, file))
+        on_main(accelerator, lambda: keep(config, weights, records, file))
         return 0
 
 
@@ -108,10 +110,10 @@ def build_evaluator(config: EvaluateConfig, accelerator: Accelerator) -> Evaluat
     )
 
 
-def open_subject(config: EvaluateConfig, accelerator: Accelerator, ema: str | None) -> Subject:
+def open_subject(config: EvaluateConfig, open_pipeline: Opened, ema: str | None) -> Subject:
     """The model, with these averaged weights, or the images to measure."""
     if config.model is not None:
-        pipeline = open_model(config, accelerator, ema)
+        pipeline = open_pipeline(ema)
         network = pipeline.transformer.config
         side = config.img_size or network.img_size
         if side % network.patch_size:
@@ -185,49 +187,33 @@ def measurable(config: EvaluateConfig, evaluator: Evaluator, reference: Referenc
     return tuple(name for name in evaluator.metrics if name not in missing)
 
 
-def measure(config: EvaluateConfig, evaluator: Evaluator, subject: Subject, reference: Reference) -> list[dict]:
+def measure(
+    config: EvaluateConfig, evaluator: Evaluator, subject: Subject, reference: Reference, emas: list[str | None]
+) -> list[dict]:
     """One record of a model with guidance, one without, or one of images."""
     if subject.images is not None:
         statistics = evaluator.statistics_of_images(subject.images, subject.img_size)
         found = evaluator.compare(statistics, reference)
         of_images = {"images": config.images, "num_images": statistics.num_images}
         return [{**of_images, **about_all(config, evaluator, subject, reference), "metrics": found}]
-    of_model = about_model(config, evaluator, subject, reference)
-    of_model |= {"ema": config.ema[0] if config.ema else None, "num_images": config.num_images}
-    records = []
-    for settings in settings_to_measure(config, subject.pipeline):
+    about, records = about_model(config, evaluator, subject, reference), []
+    settings = settings_of(config, axes_of(config), emas, subject.pipeline)
+    for setting in sorted(settings, key=lambda setting: setting.is_unguided):  # as asked for, then without guidance
         found = evaluator.measure_pipeline(
-            subject.pipeline, reference, config.num_images, settings, config.seed, subject.img_size
+            subject.pipeline, reference, config.num_images, sampler(setting), config.seed, subject.img_size
         )
-        records.append({**of_model, **asdict(settings), "metrics": found})
+        records.append(record_of(Measured(setting, config.num_images, found), about))
     return records
 
 
-def keep(config: EvaluateConfig, records: list[dict], file: Path | None) -> None:
+def keep(config: EvaluateConfig, weights: str, records: list[dict], file: Path | None) -> None:
     """Add the records to `file`, and to the model card where they are of a pipeline folder's own weights."""
     add_records(records, file)
-    folder = pipeline_folder_of(config.model) if config.model and not (config.ema or config.output) else None
-    if folder and (folder / INDEX_FILE).is_file() and os.access(folder, os.W_OK):
+    folder = Path(weights).expanduser()
+    if weights and not config.output and (folder / INDEX_FILE).is_file() and os.access(folder, os.W_OK):
         if file is None or file.resolve() != (folder / FILE).resolve():
             add_records(records, folder / FILE)
         show_on_card(folder)
-
-
-def settings_to_measure(config: EvaluateConfig, pipeline: JiTPipeline) -> list[SamplerSettings]:
-    """As asked for, and without guidance where that is something else."""
-    own, axes = pipeline.config, axes_of(config)
-    scale = first_of(axes.guidance_scales, own.guidance_scale)
-    interval = first_of(axes.guidance_intervals, tuple(own.guidance_interval))
-    steps = first_of(axes.num_inference_steps, own.num_inference_steps or STEPS)
-    method = first_of(axes.methods, own.method)
-    asked = SamplerSettings(steps, scale, interval, method)
-    if scale == 1 or not config.unguided:
-        return [asked]
-    return [asked, SamplerSettings(steps, 1.0, interval, method)]
-
-
-def first_of(given: list[T], otherwise: T) -> T:
-    return given[0] if given else otherwise
 
 
 def about_all(config: EvaluateConfig, evaluator: Evaluator, subject: Subject, reference: Reference) -> dict:

@@ -70,7 +70,8 @@ class EvaluateConfig:
     make_reference: str | None = None
     """Write the statistics of --reference to this .npz, to be used as --reference later; no model is needed."""
     output: str | None = None
-    """JSON file that the results are added to (default: evaluation.json in the model's folder)."""
+    """JSON file that the results are added to (default: evaluation.json in the model's folder, of a
+    checkpoint in its run's)."""
 
 
 def check(config: EvaluateConfig) -> None:
@@ -123,9 +124,11 @@ def check_sweep(config: EvaluateConfig) -> None:
     Raises:
         UserError: naming the flag, its value and the rule.
     """
-    axes = axes_of(config)
-    if axes.is_sweep and (config.images is not None or config.model is None):
-        raise UserError("--guidance_scale, --ema, ...: several settings need --model, to make images with each.")
+    axes_of(config)
+    for flag in ("guidance_scale", "guidance_interval", "num_inference_steps", "method"):
+        if getattr(config, flag) and config.model is None:
+            value = " ".join(getattr(config, flag))
+            raise UserError(f"--{flag} {value}: says how --model makes images, which is not given: leave it out.")
     chosen = chosen_metrics(config.features, config.metrics)
     if config.select is not None and chosen_metrics(config.features, (config.select,))[0] not in chosen:
         raise UserError(f"--select {config.select}: is not among --metrics {','.join(config.metrics)}: add it.")

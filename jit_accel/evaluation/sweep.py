@@ -52,8 +52,10 @@ class SweepLog:
             try:
                 row = json.loads(line)
                 if row["key"] == self.key:
-                    measured = Measured(setting_of(row["setting"]), row["num_images"], row["values"])
-                    found[measured.setting, measured.num_images] = measured
+                    setting, count, values = setting_of(row["setting"]), row["num_images"], row["values"]
+                    if (setting, count) in found:  # other metrics were asked for then
+                        values = found[setting, count].values | values
+                    found[setting, count] = Measured(setting, count, values)
             except (ValueError, KeyError, TypeError):
                 continue
         return found
@@ -125,6 +127,7 @@ def sweep(
     higher_is_better: bool,
     done: dict[tuple[Setting, int], Measured],
     keep: Callable[[Measured], None],
+    wanted: Callable[[int], Sequence[str]] | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
     """Measure all settings on `sweep_images` images, the `top` best and the best unguided one on `num_images`.
@@ -135,12 +138,17 @@ def sweep(
         measure: values of a setting over the images 0 to n - 1; called by all processes alike.
         done: what is measured already; extended.
         keep: called with each new measurement.
+        wanted: the metrics that a measurement of so many images must have to be used again (None: `select`).
     """
+
+    def is_done(setting: Setting, count: int) -> bool:
+        known = done.get((setting, count))
+        return known is not None and {select, *(wanted(count) if wanted else ())} <= known.values.keys()
 
     def measured(these: Iterable[Setting], count: int) -> list[Measured]:
         these, found = list(these), []
         for i, setting in enumerate(these, 1):
-            if (setting, count) not in done:
+            if not is_done(setting, count):
                 done[setting, count] = Measured(setting, count, measure(setting, count))
                 keep(done[setting, count])
             found.append(done[setting, count])

@@ -8,21 +8,21 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from jit_accel.carried import INDEX_FILE
 from jit_accel.checkpoint import MANIFEST, STATE
 from jit_accel.console import say
 from jit_accel.errors import UserError
 from jit_accel.evaluation.evaluator import Evaluator
 from jit_accel.evaluation.grid import Axes, Setting, averages, grid
 from jit_accel.evaluation.names import is_better_higher
+from jit_accel.evaluation.place import checkpoint_at, pipeline_folder_of
 from jit_accel.evaluation.records import FILE, add_records, read_records, without_stamp
 from jit_accel.evaluation.reference import Reference
 from jit_accel.evaluation.settings import EvaluateConfig, axes_of, selected_metric
 from jit_accel.evaluation.sweep import LOG_FILE, Measured, Outcome, SweepLog, sweep
 from jit_accel.evaluation.sweep_files import as_markdown, verdict, write_sweep_files
-from jit_accel.evaluation.winner import pipeline_folder_of, show_on_card, write_winner
+from jit_accel.evaluation.winner import show_on_card, write_winner
 from jit_accel.generation import SamplerSettings
-from jit_accel.loading import averages_of, find_checkpoint_in
+from jit_accel.loading import averages_of
 from jit_accel.lora import identity_of
 from jit_accel.pipeline import STEPS, JiTPipeline
 from jit_accel.processes import on_main, together
@@ -33,6 +33,7 @@ Opened = Callable[[str | None], JiTPipeline]
 
 def run_sweep(
     config: EvaluateConfig,
+    weights: str,
     evaluator: Evaluator,
     open_pipeline: Opened,
     reference: Reference,
@@ -42,6 +43,7 @@ def run_sweep(
     """Measure the grid, write its files beside `file`, and the winner into the pipeline folder.
 
     Args:
+        weights: what `weights_of` found for `--model`.
         open_pipeline: the pipeline with these averaged weights, on the device; None: as it is.
         about: what all records of this evaluation share.
         file: where the records of what was measured on all images are added.
@@ -51,7 +53,7 @@ def run_sweep(
     """
     accelerator = evaluator.accelerator
     pipelines = Pipelines(open_pipeline, accelerator)
-    settings, model_identity = open_grid(config, pipelines)
+    settings, model_identity = open_grid(config, weights, pipelines)
     select, every_metric = selected_metric(config), evaluator.metrics
     if select not in every_metric:
         raise UserError(f"--select {select}: cannot be measured here; choose from {', '.join(every_metric)}.")
@@ -71,9 +73,12 @@ def run_sweep(
         known = f"; {len(done)} measurements are there already" if done else ""
         say(f"Sweep:     {len(settings)} settings by {select} → {folder}{known}")
 
-    def measure(setting: Setting, count: int) -> dict[str, float]:
+    def wanted(count: int) -> tuple[str, ...]:
         # What compares images one by one takes its time: of few images only what decides.
-        evaluator.metrics = every_metric if count == config.num_images else (select,)
+        return every_metric if count == config.num_images else (select,)
+
+    def measure(setting: Setting, count: int) -> dict[str, float]:
+        evaluator.metrics = wanted(count)
         return evaluator.measure_pipeline(
             pipelines.get(setting.ema), reference, count, sampler(setting), config.seed, about["img_size"]
         )
@@ -88,35 +93,34 @@ def run_sweep(
         higher_is_better=is_better_higher(select),
         done=done,
         keep=lambda one: on_main(accelerator, lambda: writing(folder, lambda: log.add(one))),
+        wanted=wanted,
         tell=say if is_main else lambda line: None,
     )
     pipelines.close()
-    on_main(accelerator, lambda: leave(config, outcome, folder, about, file))
+    on_main(accelerator, lambda: leave(config, weights, outcome, folder, about, file))
 
 
-def open_grid(config: EvaluateConfig, pipelines: Pipelines) -> tuple[list[Setting], str]:
+def open_grid(config: EvaluateConfig, weights: str, pipelines: Pipelines) -> tuple[list[Setting], str]:
     """The settings to measure, and what tells these weights from others."""
     accelerator, axes = pipelines.accelerator, axes_of(config)
-    emas = together(accelerator, lambda: emas_of(config, axes))
+    emas = together(accelerator, lambda: emas_of(config.model, weights, axes))
     first = pipelines.get(emas[0])
-    identity = on_main(accelerator, lambda: identity_of_model(config.model, emas, first))
+    identity = on_main(accelerator, lambda: identity_of_model(weights, emas, first))
     return settings_of(config, axes, emas, first), identity
 
 
-def emas_of(config: EvaluateConfig, axes: Axes) -> list[str | None]:
-    """The averages to measure; [None] for the weights that are there.
+def emas_of(model: str, weights: str, axes: Axes) -> list[str | None]:
+    """The averages to measure, by their names in the checkpoint; [None] for the weights of a pipeline folder.
 
     Raises:
         UserError: there is no such average, or no checkpoint that has any.
     """
-    folder = Path(config.model).expanduser()
-    checkpoint = find_checkpoint_in(folder)
+    checkpoint = checkpoint_at(weights)
     if not axes.emas:
-        has_pipeline = any((place / INDEX_FILE).is_file() for place in (folder, folder / "pipeline"))
-        return [None] if has_pipeline or checkpoint is None else averages_of(checkpoint)[:1]
+        return [None] if checkpoint is None else averages_of(checkpoint)[:1]
     if checkpoint is None:
         raise UserError(
-            f"--ema {','.join(axes.emas)}: {config.model} has no checkpoint to take averages from: give the output "
+            f"--ema {','.join(axes.emas)}: {model} has no checkpoint to take averages from: give the output "
             "folder of a run, or leave the flag out to use the weights of the pipeline folder."
         )
     return averages("ema", axes.emas, averages_of(checkpoint))
@@ -161,7 +165,7 @@ def sampler(setting: Setting) -> SamplerSettings:
     )
 
 
-def leave(config: EvaluateConfig, outcome: Outcome, folder: Path, about: dict, file: Path | None) -> None:
+def leave(config: EvaluateConfig, weights: str, outcome: Outcome, folder: Path, about: dict, file: Path | None) -> None:
     """Write and say what was found; on the main process."""
     records = [record_of(one, about) for one in outcome.full]
     paths = writing(folder, lambda: write_sweep_files(outcome, folder, about))
@@ -169,13 +173,14 @@ def leave(config: EvaluateConfig, outcome: Outcome, folder: Path, about: dict, f
     say(verdict(outcome))
     say("Sweep:     " + ", ".join(map(str, paths)))
     add_records(records, file)
-    pipeline_folder = pipeline_folder_of(config.model)
     if not config.write_best:
         return
+    checkpoint, pipeline_folder = checkpoint_at(weights), pipeline_folder_of(config.model, weights)
     if pipeline_folder is None:
-        say(f"Pipeline:  {config.model} is no folder here, so the defaults of the pipeline stay as they are.")
+        what = "has no pipeline folder here" if checkpoint is None else "is not the newest checkpoint of its run"
+        say(f"Pipeline:  {config.model} {what}, so nothing is written: the defaults and weights stay as they are.")
         return
-    say(writing(pipeline_folder, lambda: write_winner(config.model, pipeline_folder, outcome)))
+    say(writing(pipeline_folder, lambda: write_winner(checkpoint, pipeline_folder, outcome)))
     if file is None or (pipeline_folder / FILE).resolve() != file.resolve():  # the model card reads it there
         best = {outcome.best.setting, outcome.best_unguided and outcome.best_unguided.setting}
         known = [without_stamp(record) for record in read_records(pipeline_folder / FILE)]
@@ -190,10 +195,10 @@ def record_of(one: Measured, about: dict) -> dict:
     return {**about, **one.setting.plain(), "num_images": one.num_images, "metrics": one.values}
 
 
-def identity_of_model(model: str, emas: list[str | None], pipeline: JiTPipeline) -> str:
+def identity_of_model(weights: str, emas: list[str | None], pipeline: JiTPipeline) -> str:
     """Tells weights apart: of a checkpoint by what seals it, of a pipeline by its tensors; and how they are sampled."""
     digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
-    checkpoint = find_checkpoint_in(Path(model).expanduser())
+    checkpoint = checkpoint_at(weights)
     if emas == [None] or checkpoint is None:
         digest.update(str(identity_of(pipeline.transformer.state_dict())).encode())
     else:

@@ -5,83 +5,72 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
-from safetensors.torch import load_file
 
 from jit_accel.card import CARD_FILE, refresh_card
 from jit_accel.carried import INDEX_FILE
 from jit_accel.console import warn
 from jit_accel.evaluation.grid import MODEL, Setting
+from jit_accel.evaluation.place import holds
 from jit_accel.evaluation.sweep import Outcome
-from jit_accel.loading import find_checkpoint_in, pipeline_of_checkpoint
+from jit_accel.loading import pipeline_of_checkpoint
 from jit_accel.pipeline import JiTPipeline, write_defaults
 
-WEIGHTS = "diffusion_pytorch_model*.safetensors"
 BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"
 
 
-def pipeline_folder_of(model: str) -> Path | None:
-    """Where the pipeline of `--model` is, or would be: itself, or `pipeline` in the run's folder; None for the Hub."""
-    folder = Path(model).expanduser()
-    if (folder / INDEX_FILE).is_file():
-        return folder
-    if not folder.is_dir():
-        return None
-    if folder.parent.name == "checkpoints":  # a checkpoint of a run
-        return folder.parent.parent / "pipeline"
-    return folder / "pipeline" if (folder / "checkpoints").is_dir() or (folder / "pipeline").is_dir() else None
-
-
-def write_winner(model: str, folder: Path, outcome: Outcome) -> str:
+def write_winner(checkpoint: Path | None, folder: Path, outcome: Outcome) -> str:
     """Make the winner the default of this pipeline folder, weights included, and say what was done.
+
+    Args:
+        checkpoint: where the averages that were compared come from; None: they are the folder's own weights.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    setting = outcome.best.setting
-    checkpoint = find_checkpoint_in(Path(model).expanduser()) if setting.ema else None
-    is_new = not (folder / INDEX_FILE).is_file()
-    replaces = checkpoint is not None and (is_new or not holds(folder, checkpoint, setting.ema))
+    setting, is_new = outcome.best.setting, not (folder / INDEX_FILE).is_file()
+    comes_from_there = checkpoint is not None and setting.ema is not None
+    replaces = comes_from_there and (is_new or not holds(folder, checkpoint, setting.ema))
+
+    def write_settings(into: Path) -> None:
+        interval = setting.guidance_interval
+        write_defaults(
+            into,
+            guidance_scale=setting.guidance_scale,
+            **({} if interval is None else {"guidance_interval": interval}),
+            num_inference_steps=setting.num_inference_steps,
+            method=setting.method,
+        )
+        update_card(into / CARD_FILE, setting, outcome, replaces and not is_new)
+
     if replaces:
-        export_average(pipeline_of_checkpoint(checkpoint, setting.ema), folder)
-    interval = setting.guidance_interval
-    write_defaults(
-        folder,
-        guidance_scale=setting.guidance_scale,
-        **({} if interval is None else {"guidance_interval": interval}),
-        num_inference_steps=setting.num_inference_steps,
-        method=setting.method,
-    )
-    update_card(folder / CARD_FILE, setting, outcome, replaces and not is_new)
+        export_average(pipeline_of_checkpoint(checkpoint, setting.ema), folder, write_settings)
+    else:
+        write_settings(folder)
     weights = f", with the weights {setting.ema}" if replaces else ""
     return f"Pipeline:  {folder} {'made' if is_new else 'has new defaults'}{weights}"
 
 
-def holds(folder: Path, checkpoint: Path, ema: str) -> bool:
-    """Whether a pipeline folder has exactly these weights of a checkpoint."""
-    wanted = pipeline_of_checkpoint(checkpoint, ema).transformer.state_dict()
-    held = {}
-    for file in sorted((folder / "transformer").glob(WEIGHTS)):
-        held |= load_file(file)
-    return held.keys() == wanted.keys() and all(torch.equal(held[name], wanted[name]) for name in wanted)
+def export_average(pipeline: JiTPipeline, folder: Path, complete: Callable[[Path], None]) -> None:
+    """Write the pipeline into the folder's place, whole or not at all; what else the folder held stays in it.
 
-
-def export_average(pipeline: JiTPipeline, folder: Path) -> None:
-    """Write the pipeline into the folder's place, whole or not at all; what else the folder held stays in it."""
+    Args:
+        complete: writes what else changes with the weights, before they take their place.
+    """
     temporary, old = folder.with_name(f"tmp_{folder.name}"), folder.with_name(f"old_{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     if old.exists() and not folder.exists():  # stopped between the two renamings
         os.rename(old, folder)
     shutil.rmtree(old, ignore_errors=True)
     pipeline.save_pretrained(temporary, safe_serialization=True)
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.is_dir() and not (temporary / path.name).exists():
+            shutil.copytree(path, temporary / path.name)
+        elif path.is_file() and not (temporary / path.name).exists():
+            shutil.copy2(path, temporary / path.name)
+    complete(temporary)
     if folder.exists():
-        for path in folder.iterdir():
-            if path.is_dir() and not (temporary / path.name).exists():
-                shutil.copytree(path, temporary / path.name)
-            elif path.is_file() and not (temporary / path.name).exists():
-                shutil.copy2(path, temporary / path.name)
         os.rename(folder, old)
     os.rename(temporary, folder)
     shutil.rmtree(old, ignore_errors=True)
