@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -32,6 +34,19 @@ def is_good_at_bf16(device: torch.device) -> bool:
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
     return device.type in ("xpu", "hpu")
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Inside, products and convolutions in float32 keep all its bits, whatever the program allows elsewhere (TF32)."""
+    before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    names = ("enabled", "benchmark", "benchmark_limit", "deterministic")  # `flags` has other defaults
+    with cudnn.flags(**{name: getattr(cudnn, name) for name in names}, allow_tf32=False):
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 # Dense peak of bf16 and fp16 matrix products with float32 sums, FLOP/s, of what torch shows as one device, by the

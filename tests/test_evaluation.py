@@ -18,7 +18,7 @@ from jit_accel.errors import UserError
 from jit_accel.evaluate import main, parse_args
 from jit_accel.evaluation import formulas
 from jit_accel.evaluation.evaluator import Evaluator
-from jit_accel.evaluation.features import LOADERS, inception_file, load_features
+from jit_accel.evaluation.features import LOADERS, FeatureNetwork, inception_file, load_features
 from jit_accel.evaluation.images import open_images
 from jit_accel.evaluation.libraries import has_torch_fidelity, import_torch_fidelity, swapped
 from jit_accel.evaluation.names import chosen_metrics, is_better_higher, metric_names
@@ -26,6 +26,7 @@ from jit_accel.evaluation.reference import Gaussian, Reference, reference_of, sa
 from jit_accel.evaluation.run import imbalance
 from jit_accel.evaluation.settings import EvaluateConfig, check
 from jit_accel.evaluation.statistics import Collector, Moments
+from jit_accel.evaluation.sweep_run import identity_of_reference
 from jit_accel.generation import SamplerSettings
 from jit_accel.model import JiTTransformer2DModel
 from jit_accel.pipeline import JiTPipeline
@@ -220,12 +221,15 @@ def test_images_that_only_fill_batches_up_are_not_counted(network, accelerator, 
     assert torch.equal(exact.kept, filled.kept)
 
 
-def test_the_images_compared_one_by_one_are_drawn_from_all(network, accelerator, pixels):
-    collector = Collector(network, len(pixels), max_features=10)
-    collector.add(torch.arange(len(pixels)), network(pixels))
+@pytest.mark.parametrize("is_counted", [True, False])
+def test_the_images_compared_one_by_one_are_drawn_from_all(network, accelerator, pixels, is_counted):
+    collector = Collector(network, len(pixels) if is_counted else None, max_features=10)
+    for numbers in torch.arange(len(pixels)).split(7):
+        collector.add(numbers, network(pixels[numbers]))
+    assert sum(map(len, collector._numbers)) < 30
     kept = collector.finish(accelerator).kept
     every = network(pixels)["main"]
-    places = [int((every == row).all(1).nonzero()[0]) for row in kept]
+    places = [int((every - row).abs().sum(1).argmin()) for row in kept]
     assert len(places) == 10
     assert places == sorted(places)
     assert max(places) >= 60
@@ -424,6 +428,78 @@ def test_a_file_that_is_no_reference_is_refused(network, accelerator, tmp_path, 
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(UserError, match=f"--reference .*bad.npz.*{message}"):
         Evaluator(network, accelerator, ("fid",)).load_reference(str(tmp_path / "bad.npz"))
+
+
+ABOUT = {"maker": "jit_accel", "features": "inception", "weights_id": "toy"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kept": np.zeros((5, 3), np.float32)}, "kept is float32 .5, 3."),
+        ({"kept": np.full((5, 16), np.nan, np.float32)}, "kept is .*not finite"),
+        ({"kept": np.array(["a"])}, "kept is"),
+        ({"mu": np.array(["a"] * 16)}, "have the shapes"),
+        ({"about": json.dumps({**ABOUT, "maker": "other"})}, "no one of ours"),
+        ({"about": "[1]"}, "no one of ours"),
+        ({"about": json.dumps({**ABOUT, "label_counts": ["x"]})}, "counts that are none"),
+        ({"about": json.dumps({**ABOUT, "label_counts": None})}, None),
+    ],
+)
+def test_a_reference_of_ours_that_was_changed_is_refused(network, accelerator, tmp_path, changes, message):
+    arrays = {"about": json.dumps(ABOUT), "mu": np.zeros(16), "sigma": np.eye(16), "kept": np.zeros((5, 16))}
+    np.savez(tmp_path / "bad.npz", **{**arrays, **changes})
+    evaluator = Evaluator(network, accelerator, ("fid",))
+    if message is None:
+        assert evaluator.load_reference(str(tmp_path / "bad.npz")).label_counts == ()
+        return
+    with pytest.raises(UserError, match=f"--reference .*bad.npz: .*{message}"):
+        evaluator.load_reference(str(tmp_path / "bad.npz"))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("name", ["mu", "arr_0"])
+def test_a_damaged_file_is_refused(network, accelerator, pixels, tmp_path, save, name):
+    arrays = (
+        {"mu": np.arange(16.0), "sigma": np.eye(16)}
+        if name == "mu"
+        else {"arr_0": pixels[:40].numpy().reshape(40, 28, 28, 3)}
+    )
+    save(tmp_path / "bad.npz", **arrays)
+    data = bytearray((tmp_path / "bad.npz").read_bytes())
+    for place in range(180, 200):
+        data[place] ^= 0xFF
+    (tmp_path / "bad.npz").write_bytes(data)
+    with pytest.raises(UserError, match=r"--reference .*bad.npz: .*cannot be read"):
+        Evaluator(network, accelerator, ("fid",)).load_reference(str(tmp_path / "bad.npz"))
+
+
+def test_another_data_set_at_the_same_place_is_another_reference(network, accelerator, pixels, tmp_path):
+    evaluator, found = Evaluator(network, accelerator, ("fid",)), []
+    for shift in (0, 5):
+        for number in range(3):
+            Image.fromarray(pixels[number + shift].permute(1, 2, 0).numpy()).save(tmp_path / f"{number}.png")
+        found.append(identity_of_reference(evaluator.load_reference(str(tmp_path))))
+    assert found[0] != found[1]
+
+
+def test_features_are_of_full_float32_whatever_is_allowed_elsewhere(monkeypatch):
+    seen = []
+
+    def forward(images):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+        return {}
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        FeatureNetwork("", {}, "", torch.device("cpu"), forward)(torch.zeros(1))
+        assert seen == [(False, "highest")]
+        assert torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_imbalance_is_the_share_of_images_in_the_wrong_class():

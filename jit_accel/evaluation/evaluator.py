@@ -141,9 +141,8 @@ class Evaluator:
         if found is not None and (shape is None or found.kept is not None or not self._keeps_features):
             return found
         images = together(self.accelerator, lambda: open_images(path, "--reference"), in_turn=True)
-        measured = reference_of(
-            path, self.statistics_of_images(images, side_of(images, img_size, "--reference"), "--reference")
-        )
+        statistics = self.statistics_of_images(images, side_of(images, img_size, "--reference"), "--reference")
+        measured = reference_of(path, statistics, images.fingerprint)
         return measured if found is None else replace(found, kept=measured.kept, img_size=measured.img_size)
 
     def compare(self, statistics: ImageStatistics, reference: Reference) -> dict[str, float]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from jit_accel.errors import UserError, lookup
 from jit_accel.evaluation.libraries import import_package, import_torch_fidelity, swapped
 from jit_accel.evaluation.names import EFFICIENTNET_LITE0, INCEPTION
+from jit_accel.precision import full_float32
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
@@ -49,8 +50,8 @@ class FeatureNetwork:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Layers:
-        # Full float32 also in autocast: the features' rounding is part of the distance.
-        with torch.autocast(self.device.type, enabled=False):
+        # Also in autocast, and where TF32 is allowed: the features' rounding is part of the distance.
+        with torch.autocast(self.device.type, enabled=False), full_float32():
             return self._forward(images.to(self.device))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from jit_accel.data.units import Stream
 from jit_accel.data.workers import cores_per_process
 from jit_accel.errors import UserError
 
+BROKEN = (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)  # what an .npz may raise
 ARRAY = "arr_0"  # the name of images in ADM's .npz, and in those of jit_accel.sample
 
 
@@ -43,6 +45,7 @@ class ImageSet:
     num_images: None where only reading would tell. img_size: the side of the first image in pixels, None where it is no
     square. num_classes: 0 where images have no labels. `shares(img_size, batch_size, rank, world_size)` reads them,
     scaled and cropped as for training; all numbers differ, and are below `num_images` where that is known.
+    fingerprint: of the data set, "" where there is none.
     """
 
     name: str
@@ -50,6 +53,7 @@ class ImageSet:
     img_size: int | None
     num_classes: int
     shares: Callable[[int, int, int, int], Iterator[Share]]
+    fingerprint: str = ""
 
 
 def open_images(path: str, flag: str) -> ImageSet:
@@ -73,7 +77,7 @@ def images_of_source(source: Source) -> ImageSet:
     counts = len(source.images) if not source.streaming else None if sizes is None else int(sizes.sum())
     shares = partial(_stream_shares if source.streaming else _random_shares, source)
     classes = max(source.num_classes or 0, len(source.class_names)) if source.is_labelled else 0
-    return ImageSet(source.name, counts, source.img_size or _first_side(source), classes, shares)
+    return ImageSet(source.name, counts, source.img_size or _first_side(source), classes, shares, source.fingerprint)
 
 
 def _first_side(source: Source) -> int | None:
@@ -166,7 +170,7 @@ def open_array(path: str, flag: str) -> ImageSet:
     if found is None:
         raise UserError(f"{flag} {path}: has no {ARRAY}, uint8 (N, H, W, 3): give a file with images.")
     count, height, width, _ = found
-    return ImageSet(path, count, height if height == width else None, 0, partial(_array_shares, path, found))
+    return ImageSet(path, count, height if height == width else None, 0, partial(_array_shares, path, flag, found))
 
 
 def find_array(path: str, flag: str) -> tuple[int, int, int, int] | None:
@@ -181,12 +185,16 @@ def find_array(path: str, flag: str) -> tuple[int, int, int, int] | None:
                 return None
             with archive.open(f"{ARRAY}.npy") as file:
                 shape, is_fortran, dtype = _header(file)
-    except (OSError, zipfile.BadZipFile, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{flag} {path}: cannot be read ({reason}): correct the path.") from None
+    except BROKEN as error:
+        raise UserError(f"{flag} {path}: cannot be read ({reason_of(error)}): correct the path.") from None
     if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or is_fortran:
         raise UserError(f"{flag} {path}: {ARRAY} is {dtype} {shape}, but images are uint8 (N, H, W, 3).")
     return shape
+
+
+def reason_of(error: Exception) -> str:
+    """In a few words."""
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -195,9 +203,16 @@ def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     return read(file)
 
 
-def _array_shares(
-    path: str, shape: tuple, img_size: int, batch_size: int, rank: int, world_size: int
-) -> Iterator[Share]:
+def _array_shares(path: str, flag: str, *how) -> Iterator[Share]:
+    try:
+        yield from _read_array(path, *how)
+    except BROKEN as error:
+        raise UserError(
+            f"{flag} {path}: {ARRAY} cannot be read to its end ({reason_of(error)}): make it again."
+        ) from None
+
+
+def _read_array(path: str, shape: tuple, img_size: int, batch_size: int, rank: int, world_size: int) -> Iterator[Share]:
     count, height, width, _ = shape
     with zipfile.ZipFile(path) as archive, archive.open(f"{ARRAY}.npy") as file:
         _header(file)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from jit_accel.errors import UserError
 from jit_accel.evaluation.features import MAIN, SPATIAL, FeatureNetwork
 from jit_accel.evaluation.formulas import covariance_root
-from jit_accel.evaluation.images import find_array
+from jit_accel.evaluation.images import BROKEN, find_array, reason_of
 from jit_accel.evaluation.names import INCEPTION
 from jit_accel.evaluation.statistics import ImageStatistics
 
@@ -46,6 +45,7 @@ class Reference:
 
     gaussians: by layer. kept: float32 (n, D), features for the metrics that compare images one by one, None where
     there are none. num_images: None where a file does not say. label_counts: images of each class, where known.
+    fingerprint: of the data set that was measured, "" where there is none.
     """
 
     name: str
@@ -55,9 +55,10 @@ class Reference:
     num_images: int | None = None
     img_size: int | None = None
     label_counts: tuple[int, ...] = ()
+    fingerprint: str = ""
 
 
-def reference_of(name: str, statistics: ImageStatistics) -> Reference:
+def reference_of(name: str, statistics: ImageStatistics, fingerprint: str = "") -> Reference:
     """Measured statistics as a reference."""
     gaussians = {layer: Gaussian(moments.mean, moments.covariance) for layer, moments in statistics.moments.items()}
     return Reference(
@@ -68,6 +69,7 @@ def reference_of(name: str, statistics: ImageStatistics) -> Reference:
         statistics.num_images,
         statistics.img_size,
         statistics.label_counts,
+        fingerprint,
     )
 
 
@@ -132,7 +134,7 @@ def read_reference(path: str, network: FeatureNetwork) -> Reference | None:
     }
     if MAIN not in gaussians:
         raise UserError(f"--reference {path}: has neither statistics (mu, sigma) nor images (arr_0): give another.")
-    kept = torch.from_numpy(arrays["kept"]).float() if "kept" in arrays else None
+    kept = _kept(path, arrays, network.sizes[MAIN])
     counts = tuple(about.get("label_counts", ()))
     return Reference(path, features, gaussians, kept, about.get("num_images"), about.get("img_size"), counts)
 
@@ -143,9 +145,8 @@ def _read_arrays(path: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name in known}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"--reference {path}: cannot be read ({reason}): give another file.") from None
+    except BROKEN as error:
+        raise UserError(f"--reference {path}: cannot be read ({reason_of(error)}): give another file.") from None
 
 
 def _about(path: str, arrays: dict[str, np.ndarray]) -> dict:
@@ -153,14 +154,29 @@ def _about(path: str, arrays: dict[str, np.ndarray]) -> dict:
         return {}
     try:
         about = json.loads(str(arrays["about"]))
-        assert about["maker"] == MAKER
-        return about
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise UserError(f"--reference {path}: its description is no one of ours: make it again.") from None
+    except ValueError:
+        about = None
+    if not isinstance(about, dict) or about.get("maker") != MAKER:
+        raise UserError(f"--reference {path}: its description is no one of ours: make it again.")
+    counts, sizes = about.get("label_counts") or [], (about.get("num_images"), about.get("img_size"))
+    numbers = [*counts, *(size for size in sizes if size is not None)] if isinstance(counts, list) else [None]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise UserError(f"--reference {path}: its description has counts that are none: make it again.")
+    return about | {"label_counts": counts}
+
+
+def _kept(path: str, arrays: dict[str, np.ndarray], size: int) -> Tensor | None:
+    if "kept" not in arrays:
+        return None
+    kept = arrays["kept"]
+    if kept.ndim != 2 or kept.shape[1] != size or kept.dtype.kind != "f" or not np.isfinite(kept).all():
+        raise UserError(f"--reference {path}: kept is {kept.dtype} {kept.shape}, not finite floats (n, {size}).")
+    return torch.from_numpy(kept).float()
 
 
 def _gaussian(path: str, arrays: dict[str, np.ndarray], layer: str, size: int) -> Gaussian:
-    found = [torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in NAMES[layer] if name in arrays]
+    names = [name for name in NAMES[layer] if name in arrays and arrays[name].dtype.kind in "fiu"]
+    found = [torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in names]
     shapes = [tuple(array.shape) for array in found]
     if shapes != [(size,), (size, size)] or not all(bool(array.isfinite().all()) for array in found):
         names, wanted = ", ".join(NAMES[layer]), f"{(size,)} and {(size, size)}"

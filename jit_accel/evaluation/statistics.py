@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jit_accel import rng
 from jit_accel.evaluation.features import LOGITS, MAIN, SPATIAL, FeatureNetwork, Layers
 from jit_accel.processes import gather_rows
 
@@ -165,7 +166,7 @@ class Collector:
         if self.scores is not None:
             self.scores.add(numbers, layers[LOGITS])
         if self.max_features:
-            chosen = numbers < self.max_features if self._is_kept is None else self._is_kept[numbers]
+            chosen = self._may_be_kept(numbers)
             self._numbers.append(numbers[chosen])
             self._kept.append(layers[MAIN][chosen.to(layers[MAIN].device)].float().cpu())
         if labels is not None and len(labels):
@@ -198,11 +199,30 @@ class Collector:
             int(bad_images),
         )
 
+    def _may_be_kept(self, numbers: Tensor) -> Tensor:
+        """Which of these images' features to keep for now, bool (B,)."""
+        if self._is_kept is not None:
+            return self._is_kept[numbers]
+        if sum(map(len, self._numbers)) >= 2 * self.max_features:
+            kept_numbers, kept = torch.cat(self._numbers), torch.cat(self._kept)
+            places = lowest_keys(kept_numbers, self.max_features)
+            self._numbers, self._kept = [kept_numbers[places]], [kept[places]]
+        return torch.ones(len(numbers), dtype=torch.bool)
+
     def _gather_kept(self, accelerator) -> Tensor:
         size = self.network.sizes[MAIN]
         numbers = gather_rows(torch.cat([*self._numbers, torch.empty(0, dtype=torch.int64)]), accelerator)
         kept = gather_rows(torch.cat([*self._kept, torch.empty(0, size)]), accelerator)
+        if self._is_kept is None:
+            places = lowest_keys(numbers, self.max_features)
+            numbers, kept = numbers[places], kept[places]
         return kept[numbers.argsort()[: self.max_features]]
+
+
+def lowest_keys(numbers: Tensor, count: int) -> Tensor:
+    """The places of `count` random ones of these numbers, int64: a lottery that needs not know how many there will be."""
+    keys = rng.hash64(_SHUFFLE_SEED, "kept", numbers.numpy())
+    return torch.from_numpy(np.argsort(keys, kind="stable")[:count])
 
 
 def kept_images(num_images: int | None, max_features: int) -> Tensor | None:

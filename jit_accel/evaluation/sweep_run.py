@@ -208,11 +208,11 @@ def identity_of_model(weights: str, emas: list[str | None], pipeline: JiTPipelin
 
 
 def identity_of_reference(reference: Reference) -> str:
-    """A file of statistics by its content, images by where they are and how many."""
+    """A file of statistics by its content, images by where they are, how many, and what else tells data sets apart."""
     path = Path(reference.name).expanduser()
     if path.suffix == ".npz" and path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return f"{reference.name} ({reference.num_images}, {reference.img_size} px)"
+    return f"{reference.name} ({reference.num_images}, {reference.img_size} px) {reference.fingerprint}".rstrip()
 
 
 def writing(folder: Path, write: Callable):
