@@ -70,6 +70,10 @@ def _fitted(name: str, given, channels: int, size: tuple[int, int], batch: int) 
 def _tensor(name: str, picture: Picture, channels: int) -> Tensor:
     """(B, channels, H, W), float32 in [0, 1]."""
     if isinstance(picture, Image.Image):
+        if picture.mode.startswith(("I", "F")):  # Pillow cuts such values off at 255
+            raise ValueError(
+                f"{name} has the mode {picture.mode}: give 8 bits a channel, or an array of floats from 0 to 1"
+            )
         picture = np.array(ImageOps.exif_transpose(picture).convert("RGB" if channels == 3 else "L"))
     if isinstance(picture, np.ndarray):
         pixels = torch.from_numpy(np.ascontiguousarray(picture))

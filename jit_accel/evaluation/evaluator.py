@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -225,8 +226,10 @@ def side_of(images: ImageSet, img_size: int | None, flag: str) -> int:
     return side
 
 
-def unmeasurable(metrics: tuple[str, ...], reference: Reference) -> dict[str, str]:
-    """Of the metrics those that this reference, or this installation, does not allow, and why."""
+def unmeasurable(metrics: tuple[str, ...], reference: Reference, num_images: int | None = None) -> dict[str, str]:
+    """Of the metrics those that this reference, number of images or installation does not allow, and why."""
+    counts = (num_images, None if reference.kept is None else len(reference.kept))
+    fewest = min((count for count in counts if count is not None), default=math.inf)
     table, reasons = metric_names(reference.features), {}
     for name in metrics:
         short = table[name].short
@@ -236,6 +239,8 @@ def unmeasurable(metrics: tuple[str, ...], reference: Reference) -> dict[str, st
             reasons[name] = "the reference has mean and covariance alone, no features of single images"
         elif short in NEED_KEPT and not has_torch_fidelity():
             reasons[name] = "torch-fidelity is not installed: pip install 'jit_accel[eval]'"
+        elif short in ("precision", "recall") and fewest <= formulas.NEIGHBOURS:
+            reasons[name] = f"of {fewest} images none has {formulas.NEIGHBOURS} neighbours"
     return reasons
 
 

@@ -71,7 +71,7 @@ def evaluate(config: EvaluateConfig) -> int:
             on_main(accelerator, lambda: save_reference(path, reference, evaluator.network.weights_id))
         if subject.pipeline is None and subject.images is None:
             return 0
-        evaluator.metrics = measurable(config, evaluator, reference)
+        evaluator.metrics = measurable(config, evaluator, subject, reference)
         if axes.is_sweep:
             about = about_model(config, evaluator, subject, reference)
             del subject
@@ -172,13 +172,14 @@ def imbalance(label_counts: tuple[int, ...]) -> float:
     return sum(max(0, count / total - 1 / classes) for count in label_counts)
 
 
-def measurable(config: EvaluateConfig, evaluator: Evaluator, reference: Reference) -> tuple[str, ...]:
+def measurable(config: EvaluateConfig, evaluator: Evaluator, subject: Subject, reference: Reference) -> tuple[str, ...]:
     """The metrics to measure: those asked for, or all that can be.
 
     Raises:
         UserError: one was asked for that cannot.
     """
-    missing = unmeasurable(evaluator.metrics, reference)
+    num_images = subject.images.num_images if subject.images else config.num_images
+    missing = unmeasurable(evaluator.metrics, reference, num_images)
     if missing and config.metrics:
         name, reason = next(iter(missing.items()))
         raise UserError(f"--metrics {name}: {reason}.")

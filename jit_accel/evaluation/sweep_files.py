@@ -126,14 +126,15 @@ def draw_sweep(outcome: Outcome, file) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    few, full = curves_of(outcome.few, outcome.select), curves_of(outcome.full, outcome.select)
-    for index, name in enumerate(dict.fromkeys([*few, *full])):
-        colour, points = f"C{index % 10}", few.get(name, [])
-        dots = full.get(name, [])
-        line = "-" if index < 10 else "--"
-        axes.plot(*zip(*points or dots), line, color=colour, label=name, marker=".", linewidth=1.4)
-        if points and dots:
-            axes.plot(*zip(*dots), "o", color=colour, markersize=8, markeredgecolor="black")
+    every = [*outcome.few, *outcome.full]
+    lines, dots = curves_of(outcome.few or outcome.full, outcome.select, every), {}
+    if outcome.few:
+        dots = curves_of(outcome.full, outcome.select, every)
+    for index, (name, points) in enumerate(lines.items()):
+        colour, line = f"C{index % 10}", "-" if index < 10 else "--"
+        axes.plot(*zip(*points), line, color=colour, label=name, linewidth=1.4)
+        if name in dots:
+            axes.plot(*zip(*dots[name]), "o", color=colour, markersize=8, markeredgecolor="black")
     best = outcome.best
     at = (best.setting.guidance_scale, best.values[outcome.select])
     text = f"best of {best.num_images:,} images: {_number(at[1])} at guidance {at[0]:g}"
@@ -148,24 +149,27 @@ def draw_sweep(outcome: Outcome, file) -> None:
     pyplot.close(figure)
 
 
-def curves_of(these: list[Measured], select: str) -> dict[str, list[tuple[float, float]]]:
-    """(guidance, value) by the curve's name. An unguided setting belongs to the curves of all intervals."""
+def curves_of(these: list[Measured], select: str, every: list[Measured]) -> dict[str, list[tuple[float, float]]]:
+    """(guidance, value) by the curve's name, which tells it from all those of `every`.
+
+    An unguided setting belongs to the curves of all intervals.
+    """
+    intervals = {one.setting.guidance_interval for one in every if not one.setting.is_unguided}
+    solvers = {(one.setting.num_inference_steps, one.setting.method) for one in every}
     curves: dict[tuple, list[tuple[float, float]]] = {}
     for one in these:
         setting = one.setting
         solver = (setting.ema, setting.num_inference_steps, setting.method)
-        intervals = {other.setting.guidance_interval for other in these if not other.setting.is_unguided}
         for interval in (intervals or {None}) if setting.is_unguided else (setting.guidance_interval,):
             value = one.values[select]
             curves.setdefault((*solver, interval), []).append((setting.guidance_scale, nan if value is None else value))
-    return {_curve_name(key, curves): sorted(points) for key, points in curves.items()}
+    return {_curve_name(key, len(solvers) > 1): sorted(points) for key, points in curves.items()}
 
 
-def _curve_name(key: tuple, curves: dict) -> str:
-    """What tells it from the other curves."""
+def _curve_name(key: tuple, names_solver: bool) -> str:
     ema, steps, method, interval = key
     parts = [f"EMA {ema}"] if ema else []
-    if len({other[1:3] for other in curves}) > 1:
+    if names_solver:
         parts.append(f"{steps} {method} steps")
     if interval:
         parts.append("t in {:g} to {:g}".format(*interval))
