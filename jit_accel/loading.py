@@ -82,11 +82,15 @@ def load_folder(folder: Path, flag: str = "--model") -> JiTPipeline:
         UserError: it is broken.
     """
     try:
-        return JiTPipeline.from_pretrained(folder)
+        pipeline = JiTPipeline.from_pretrained(folder)
+        missing = [name for name, tensor in pipeline.transformer.state_dict().items() if tensor.is_meta]
+        if missing:  # diffusers only warns of them
+            raise KeyError(f"{len(missing)} weights are missing, such as {missing[0]}")
     except BROKEN as error:
         raise UserError(
             f"{flag} {folder}: the pipeline cannot be loaded ({_first(error)}): get it again, or give another."
         ) from None
+    return pipeline
 
 
 def _first(error: Exception) -> str:
