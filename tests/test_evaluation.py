@@ -478,8 +478,10 @@ def test_another_data_set_at_the_same_place_is_another_reference(network, accele
     evaluator, found = Evaluator(network, accelerator, ("fid",)), []
     for shift in (0, 5):
         for number in range(3):
-            Image.fromarray(pixels[number + shift].permute(1, 2, 0).numpy()).save(tmp_path / f"{number}.png")
+            Image.fromarray(pixels[number].permute(1, 2, 0).numpy()).save(tmp_path / f"{number + shift}.png")
         found.append(identity_of_reference(evaluator.load_reference(str(tmp_path))))
+        for path in tmp_path.iterdir():
+            path.unlink()
     assert found[0] != found[1]
 
 

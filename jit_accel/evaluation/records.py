@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from jit_accel import __version__
+from jit_accel.card import EVALUATION_FILE
 from jit_accel.console import say
 from jit_accel.errors import UserError
 from jit_accel.evaluation.place import run_folder_of
 from jit_accel.evaluation.settings import EvaluateConfig
 
-FILE = "evaluation.json"
+FILE = EVALUATION_FILE  # where the model card looks for it
 _SETTINGS = {  # of a row of the table: its header, and how to write it
     "guidance_scale": ("guidance", "{:g}"),
     "guidance_interval": ("interval", "{0[0]:g}-{0[1]:g}"),

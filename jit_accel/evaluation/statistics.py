@@ -220,7 +220,7 @@ class Collector:
 
 
 def lowest_keys(numbers: Tensor, count: int) -> Tensor:
-    """The places of `count` random ones of these numbers, int64; how many will come need not be known."""
+    """The places of `count` random ones of these numbers, int64; who draws need not know how many there will be."""
     keys = rng.hash64(_SHUFFLE_SEED, "kept", numbers.numpy())
     return torch.from_numpy(np.argsort(keys, kind="stable")[:count])
 
