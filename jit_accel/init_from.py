@@ -38,6 +38,7 @@ class Initial:
         network: its weights, float32 on the CPU.
         class_names: None where its classes have numbers only.
         noise_scale, prediction: what it was trained with.
+        guidance_scale: of its samples.
     """
 
     path: str
@@ -45,6 +46,7 @@ class Initial:
     class_names: tuple[str, ...] | None
     noise_scale: float
     prediction: str
+    guidance_scale: float | None = None
 
     def settled(self, config: Config) -> Config:
         """The settings with what was left to the source filled in.
@@ -306,6 +308,7 @@ def read_initial(path: str) -> Initial:
         class_names=real_names(names),
         noise_scale=scheduler.noise_scale,
         prediction=scheduler.prediction_type,
+        guidance_scale=pipeline.config.guidance_scale,
     )
 
 

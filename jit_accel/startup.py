@@ -87,7 +87,7 @@ def choose_checkpoint(config: Config) -> tuple[Config, Path | None]:
     if checkpoint is None:
         return config, None
     saved, given = read_state(checkpoint)["settings"], config.flat()
-    names = ("ema_decays", *(("model", "img_size", "noise_scale") if config.tune.init_from else ()))
+    names = ("ema_decays", *(("model", "img_size", "noise_scale", "guidance_scale") if config.tune.init_from else ()))
     kept = {name: saved[name] for name in names if given[name] is None}
     if "ema_decays" in kept:
         kept["ema_decays"] = tuple(kept["ema_decays"])
@@ -177,6 +177,10 @@ def build_trainer(
     initial: Initial | None = None,
 ) -> Trainer:
     """Resolve the settings against data and devices, say what will happen, and build the trainer."""
+    if initial and config.tune.lora_rank:
+        initial.labels_for(source)  # of other classes it says so better than `resolve` would
+    if initial and source.is_labelled and config.sample.guidance_scale is None:
+        config = config.updated(guidance_scale=initial.guidance_scale)
     optim = replace(config.optim, gradient_accumulation_steps=accumulation)
     plan = plan_run(optim, num_images=source.num_images, world_size=accelerator.num_processes)
     config = resolve(

@@ -133,6 +133,7 @@ def base(images, tmp_path_factory):
     """A run of 30 steps on the four classes."""
     folder = tmp_path_factory.mktemp("base") / "run"
     flags = ["--data_path", str(images), "--max_steps", "30", "--batch_size", "8", "--noise_scale", "0.8"]
+    flags += ["--guidance_scale", "1.5"]
     assert train_here(*flags, "--output_dir", str(folder)) == 0
     return folder
 
@@ -142,7 +143,7 @@ def first_losses(output_dir, count=3):
 
 
 def test_a_run_from_trained_weights_begins_where_the_other_ended(images, base, tmp_path, capsys):
-    """Model, image size and noise are the source's without a word; the loss is far below an untrained network's."""
+    """Model, image size, noise and guidance are the source's without a word; the loss is far below an untrained network's."""
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path), "--max_steps", "3", "--batch_size", "8"]
     scratch = first_losses(base)
     assert train_from(base, *flags) == 0
@@ -155,6 +156,7 @@ def test_a_run_from_trained_weights_begins_where_the_other_ended(images, base, t
     settings = (tmp_path / "config.yaml").read_text()
     assert "model: JiT-Ti/7" in settings
     assert "noise_scale: 0.8" in settings
+    assert "guidance_scale: 1.5" in settings
     assert str(base) not in (tmp_path / "pipeline" / "README.md").read_text()
 
 
@@ -168,6 +170,13 @@ def train_from(source, *flags) -> int:
         return train_here("--init_from", str(source), *flags)
     finally:
         helpers.TINY = given
+
+
+def test_an_adapter_for_data_of_other_classes_is_refused_for_that_reason(base, tmp_path, capsys):
+    flags = ("--data_path", "builtin:fashion_mnist", "--output_dir", str(tmp_path / "out"), "--lora_rank", "2")
+    assert train_from(base, *flags, "--dry_run") == 2
+    assert "has 10 classes" in (printed := capsys.readouterr().err)
+    assert "an adapter learns no new class" in printed
 
 
 def test_other_classes_size_and_patch_train_from_it_too(images, base, tmp_path, capsys):
