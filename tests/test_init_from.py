@@ -143,7 +143,7 @@ def first_losses(output_dir, count=3):
 
 
 def test_a_run_from_trained_weights_begins_where_the_other_ended(images, base, tmp_path, capsys):
-    """Model, image size, noise and guidance are the source's without a word; the loss is far below an untrained network's."""
+    """Model, image size, noise and guidance are the source's without a word; the loss is far below an untrained one's."""
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path), "--max_steps", "3", "--batch_size", "8"]
     scratch = first_losses(base)
     assert train_from(base, *flags) == 0
@@ -228,7 +228,7 @@ def test_the_first_step_sees_the_weights_of_a_checkpoint_and_so_do_the_averages(
             "depth 12, hidden_size 384, num_heads 6, mlp_ratio 4: leave --model out",
         ),
         (["--init_from", "{base}", "--prediction", "v"], "predicts x, and --prediction is v: .*use --prediction x"),
-        (["--init_from", "{broken}"], "--init_from {broken}: cannot be read"),
+        (["--init_from", "{broken}"], "--init_from {broken}: the pipeline cannot be loaded"),
     ],
 )
 def test_sources_that_cannot_be_used_are_refused(images, base, tmp_path, capsys, flags, message):
