@@ -143,7 +143,7 @@ def first_losses(output_dir, count=3):
 
 
 def test_a_run_from_trained_weights_begins_where_the_other_ended(images, base, tmp_path, capsys):
-    """Model, image size, noise and guidance are the source's without a word; the loss is far below an untrained one's."""
+    """Model, image size, noise and guidance are the source's; the loss is far below an untrained network's."""
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path), "--max_steps", "3", "--batch_size", "8"]
     scratch = first_losses(base)
     assert train_from(base, *flags) == 0
