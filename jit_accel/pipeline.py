@@ -293,6 +293,8 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
         generators = generator if isinstance(generator, list | tuple) else [generator] * batch
         if len(generators) != batch:
             raise ValueError(f"{len(generators)} generators for {batch} images: give one, or one for each image")
+        if wrong := [g for g in generators if not (g is None or isinstance(g, torch.Generator))]:
+            raise ValueError(f"generator {wrong[0]!r}: give a torch.Generator, or a list with one for each image")
         device = self._execution_device
         draws = [torch.randn(shape, generator=g, device=g.device if g is not None else device) for g in generators]
         return torch.stack([draw.to(device) for draw in draws]) * self.scheduler.init_noise_sigma

@@ -173,6 +173,7 @@ def test_a_name_in_its_own_case_comes_first():
         ({"class_labels": 0, "latents": torch.zeros(16)}, r"latents of shape \(16,\)"),
         ({"class_labels": 0, "latents": torch.zeros(2, 3, 16, 16)}, r"\(1, 3, 16, 16\)"),
         ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "1 generators for 2 images"),
+        ({"class_labels": 0, "generator": "a"}, "give a torch.Generator"),
         ({"class_labels": 0, "generator": 7}, r"manual_seed\(7\)"),
         ({"class_labels": 0, "output_type": "jpg"}, "pil, pt"),
         ({"class_labels": 0, "num_inference_steps": 0}, "at least 1"),

@@ -55,7 +55,10 @@ class ImageFiles:
         self.pending: list[Future] = []
 
     def path(self, item: Item) -> Path:
-        return self.folder / self.plan.folder(item.label) / f"{item.number:06d}.{self.extension}"
+        return self.folder / self.plan.folder(item.label) / self.name(item)
+
+    def name(self, item: Item) -> str:
+        return f"{item.number:06d}.{self.extension}"
 
     def prepare(self) -> None:
         """Make the class folders, and remove what a killed process left half-written. On one process alone."""
@@ -65,10 +68,19 @@ class ImageFiles:
             for leftover in class_folder.glob(f".*.{self.extension}.tmp"):
                 leftover.unlink(missing_ok=True)
 
-    def missing(self) -> list[Item]:
-        """The images that are not there, or not whole."""
-        is_whole = IS_WHOLE[self.extension]
-        return [item for item in self.plan.items() if not is_whole(self.path(item), self.size)]
+    def missing(self, stop_here: Callable[[], object] = lambda: None) -> list[Item]:
+        """The images that are not there, or not whole.
+
+        Args:
+            stop_here: called on the way, since there may be millions; may raise.
+        """
+        is_whole, missing = IS_WHOLE[self.extension], []
+        there = {label: set(os.listdir(self.folder / self.plan.folder(label))) for label in self.plan.labels}
+        for item in self.plan.items():
+            stop_here()
+            if self.name(item) not in there[item.label] or not is_whole(self.path(item), self.size):
+                missing.append(item)
+        return missing
 
     def write(self, items: Sequence[Item], images: np.ndarray) -> None:
         """Begin to write images uint8 (B, H, W, 3), when the ones before are written.

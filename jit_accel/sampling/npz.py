@@ -10,7 +10,7 @@ import contextlib
 import shutil
 import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +48,16 @@ class NpzFile:
                 f"disk has {free / 2**30:,.1f} GiB left: make room, or choose another disk."
             )
 
-    def missing(self) -> list[Item]:
+    def missing(self, stop_here: Callable[[], object] = lambda: None) -> list[Item]:
         """The images that no whole part holds.
+
+        Args:
+            stop_here: called once; may raise.
 
         Raises:
             UserError: an .npz of other images is there.
         """
+        stop_here()
         if not self.path.exists():
             there = self._places()
             return [item for item in self.plan.items() if item not in there]

@@ -161,7 +161,7 @@ class Sampling:
             warn("this device only emulates bf16, up to a hundred times slower: use --mixed_precision no.")
         with self._writing():
             self.store.prepare()
-            missing = self.store.missing()
+            missing = self.store.missing(self._stop_here)
             write_record(self.folder, record)  # last, so that a command that is refused changes nothing
         total = sum(self.plan.counts)
         there = f", {total - len(missing):,} of them there already" if len(missing) < total else ""
