@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from jit_accel import rng
-from jit_accel.objective import SPACES, diffusion_loss, draw_noise, draw_times
+from jit_accel.objective import diffusion_loss, draw_noise, draw_times
 from jit_accel.optim import lr_at, set_lr
 from jit_accel.scheduler import JiTScheduler
+from jit_accel.spaces import SPACES
 
 WIDTH, LAYERS = 256, 5
 BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 256, 1e-3, 50

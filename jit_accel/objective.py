@@ -1,13 +1,4 @@
-"""What JiT minimises (arXiv 2511.13720), and the one place where its time convention is stated.
-
-Time `t` runs from 0 (pure noise) to 1 (clean image). With a clean image `x` in [-1, 1] and noise `e`,
-
-    z = t x + (1 - t) e        the noised image, and
-    v = x - e                  the velocity dz/dt.
-
-Given `z` and `t`, each of x, e and v determines the other two by a linear map, so the network may predict
-any of them and the squared error may be taken in any of them.
-"""
+"""What JiT minimises (arXiv 2511.13720), and what is drawn for each image: its time, noise and dropped label."""
 
 from __future__ import annotations
 
@@ -15,32 +6,7 @@ import torch
 from torch import Tensor
 
 from jit_accel import rng
-
-SPACES = ("x", "e", "v")
-
-# (from, to): the map, with 1 - t and t bounded below by t_eps where they divide, since 1/(1-t) diverges
-# as t -> 1. The paper bounds 1 - t by 0.05; e-prediction needs the same of t.
-CONVERSIONS = {
-    ("x", "x"): lambda x, z, t, t_eps: x,
-    ("x", "e"): lambda x, z, t, t_eps: (z - t * x) / (1 - t).clamp_min(t_eps),
-    ("x", "v"): lambda x, z, t, t_eps: (x - z) / (1 - t).clamp_min(t_eps),
-    ("e", "x"): lambda e, z, t, t_eps: (z - (1 - t) * e) / t.clamp_min(t_eps),
-    ("e", "e"): lambda e, z, t, t_eps: e,
-    ("e", "v"): lambda e, z, t, t_eps: (z - e) / t.clamp_min(t_eps),
-    ("v", "x"): lambda v, z, t, t_eps: z + (1 - t) * v,
-    ("v", "e"): lambda v, z, t, t_eps: z - t * v,
-    ("v", "v"): lambda v, z, t, t_eps: v,
-}
-
-
-def convert(value: Tensor, z: Tensor, t: Tensor, source: str, target: str, t_eps: float = 0.05) -> Tensor:
-    """Express a prediction of `source` ("x", "e" or "v") as one of `target`.
-
-    Args:
-        value, z: prediction and noised image (B, C, H, W).
-        t: times in [0, 1], of a shape that broadcasts against them.
-    """
-    return CONVERSIONS[source, target](value, z, t, t_eps)
+from jit_accel.spaces import convert, noised
 
 
 def diffusion_loss(
@@ -67,7 +33,7 @@ def diffusion_loss(
         Losses (B,), float32, on the device.
     """
     per_image = t.view(-1, 1, 1, 1)
-    z = per_image * x + (1 - per_image) * e
+    z = noised(x, e, t)
     output = model(z, t, labels).sample.float()
     truth = {"x": x, "e": e, "v": x - e}[prediction]
     error = convert(output, z, per_image, prediction, loss_space, t_eps) - convert(

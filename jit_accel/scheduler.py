@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import pairwise
 
 import torch
@@ -10,26 +11,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from jit_accel.errors import nearest
+from jit_accel.spaces import SPACES, convert, noised
 
-
-def _velocity_of_x(output: Tensor, sample: Tensor, t, t_eps: float) -> Tensor:
-    return (output - sample) / _at_least(1 - t, t_eps)
-
-
-def _velocity_of_e(output: Tensor, sample: Tensor, t, t_eps: float) -> Tensor:
-    return (sample - output) / _at_least(t, t_eps)
-
-
-def _velocity_of_v(output: Tensor, sample: Tensor, t, t_eps: float) -> Tensor:
-    return output
-
-
-VELOCITIES = {"x": _velocity_of_x, "e": _velocity_of_e, "v": _velocity_of_v}
 CALLS_PER_STEP = {"euler": 1, "heun": 2}
-
-
-def _at_least(value, floor: float):
-    return value.clamp(min=floor) if isinstance(value, Tensor) else max(value, floor)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -41,10 +25,10 @@ def velocity(model_output: Tensor, sample: Tensor, t: Tensor | float, prediction
 
     1/(1-t), and 1/t for e, diverge at the ends; t_eps is the paper's clamp (2511.13720, Algorithm 2).
     """
-    return VELOCITIES[prediction_type](_at_least_float32(model_output), _at_least_float32(sample), t, t_eps)
+    return convert(_at_least_float32(model_output), _at_least_float32(sample), t, prediction_type, "v", t_eps)
 
 
-def _choose(table: dict, name: str, setting: str) -> str:
+def _choose(table: Collection[str], name: str, setting: str) -> str:
     if name not in table:
         raise ValueError(f"{setting} {name!r}: unknown; choose from {', '.join(table)}.{nearest(str(name), table)}")
     return name
@@ -72,7 +56,7 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, prediction_type: str = "x", t_eps: float = 0.05, noise_scale: float = 1.0, solver: str = "heun"):
-        _choose(VELOCITIES, prediction_type, "prediction_type")
+        _choose(SPACES, prediction_type, "prediction_type")
         _choose(CALLS_PER_STEP, solver, "solver")
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0)
@@ -178,8 +162,7 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """`z = t x + (1 - t) e` for x (B, 3, H, W), noise e that is already scaled, and t (B,) in [0, 1]."""
-        t = timesteps.to(original_samples).reshape(-1, *[1] * (original_samples.ndim - 1))
-        return t * original_samples + (1 - t) * noise
+        return noised(original_samples, noise, timesteps.to(original_samples))
 
     def __len__(self) -> int:
         return len(self.timesteps)

@@ -7,7 +7,8 @@ import torch
 from safetensors import safe_open
 
 from jit_accel.model import JiTTransformer2DModel, load_reference_weights
-from jit_accel.objective import SPACES, convert, diffusion_loss, draw_noise, draw_times, drop_labels
+from jit_accel.objective import diffusion_loss, draw_noise, draw_times, drop_labels
+from jit_accel.spaces import SPACES, convert
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PAIRS = list(product(SPACES, SPACES))

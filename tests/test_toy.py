@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from jit_accel.objective import SPACES, convert, diffusion_loss
+from jit_accel.objective import diffusion_loss
 from jit_accel.scheduler import velocity
+from jit_accel.spaces import SPACES, convert
 
 _spec = importlib.util.spec_from_file_location("toy", Path(__file__).parents[1] / "benchmarks" / "toy.py")
 toy = importlib.util.module_from_spec(_spec)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from jit_accel.guidance import is_number
 from jit_accel.pipeline import DEFAULTS, JiTPipeline
 from jit_accel.presets import PRESETS
-from jit_accel.scheduler import CALLS_PER_STEP, VELOCITIES
+from jit_accel.scheduler import CALLS_PER_STEP
+from jit_accel.spaces import SPACES
 
 
 def _is_count(value) -> bool:
@@ -34,7 +35,7 @@ BELIEVED = {
     "attn_dropout": lambda v: is_number(v) and 0 <= v < 1,
     "proj_dropout": lambda v: is_number(v) and 0 <= v < 1,
     "model": lambda v: isinstance(v, str) and v.partition("/")[0] in PRESETS,
-    "prediction": lambda v: isinstance(v, str) and v in VELOCITIES,
+    "prediction": lambda v: isinstance(v, str) and v in SPACES,
     "noise_scale": lambda v: is_number(v) and v > 0,
     "t_eps": lambda v: is_number(v) and 0 < v < 1,
     "solver": lambda v: isinstance(v, str) and v in CALLS_PER_STEP,
