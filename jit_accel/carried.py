@@ -11,9 +11,10 @@ import ast
 import importlib
 import inspect
 import json
-import os
 import sys
 from pathlib import Path
+
+from jit_accel.whole import write_text
 
 PACKAGE = "jit_accel"
 PIPELINE_FILE = "pipeline.py"
@@ -57,12 +58,7 @@ def write_index(folder: Path, index: dict) -> None:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def _forget_origin(path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from jit_accel.errors import UserError, nearest
 from jit_accel.lora_loader import LORA_COMPONENT
+from jit_accel.whole import replace_folder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps rank and alpha in the file's header
@@ -62,8 +62,7 @@ class Adapter:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(named, temporary / LORA_FILE, metadata={"format": "pt", METADATA_KEY: metadata})
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
+        replace_folder(temporary, folder)
 
 
 def merged(tensors: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

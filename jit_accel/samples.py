@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from jit_accel.loading import build_pipeline
 from jit_accel.pipeline import JiTPipeline
 from jit_accel.sharding import reshard
 from jit_accel.sheet import draw_rows
+from jit_accel.whole import write_whole
 
 SAMPLES_PER_CLASS = 8
 MAX_CLASSES = 10
@@ -85,8 +85,6 @@ def save_sheet(images: Tensor, row_names: list[str], path: Path) -> None:
     sheet = draw_rows([(name, pixels[i * columns : (i + 1) * columns]) for i, name in enumerate(row_names)])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        sheet.save(temporary, format="PNG")
-        os.replace(temporary, path)
+        write_whole(path, lambda temporary: sheet.save(temporary, format="PNG"))
     except OSError as error:
         warn(f"{path} cannot be written ({error.strerror or error}): make room.")

@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by this text.
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a hidden file beside `path`, which takes its place when it is complete.
 
     Raises:
-        OSError: it cannot be written; the old one is there then.
+        OSError: it cannot be written; the old file is there then.
     """
-    temporary = path.with_name(f"tmp_{os.getpid()}_{path.name}")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by this text, which is on the disk when this returns.
+
+    Raises:
+        OSError: it cannot be written; the old file is there then.
+    """
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    write_whole(path, write)
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:

@@ -16,6 +16,7 @@ from jit_accel.console import say
 from jit_accel.errors import UserError
 from jit_accel.evaluation.place import run_folder_of
 from jit_accel.evaluation.settings import EvaluateConfig
+from jit_accel.whole import write_text
 
 FILE = EVALUATION_FILE  # where the model card looks for it
 _SETTINGS = {  # of a row of the table: its header, and how to write it
@@ -59,11 +60,9 @@ def add_records(records: list[dict], file: Path | None) -> None:
     if file is None:
         return
     stamp = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions()}
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
         every = [*read_records(file), *({**record, **stamp} for record in records)]
-        temporary.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
+        write_text(file, json.dumps(every, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--output {file}: cannot be written ({error.strerror}).") from None
     say(f"Results: {file}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from jit_accel.evaluation.formulas import covariance_root
 from jit_accel.evaluation.images import BROKEN, find_array, reason_of
 from jit_accel.evaluation.names import INCEPTION
 from jit_accel.evaluation.statistics import ImageStatistics
+from jit_accel.whole import write_whole
 
 MAKER = "jit_accel"
 # Names in the .npz of means and covariances, as ADM's evaluator and torch-fidelity's users have them
@@ -94,14 +94,15 @@ def save_reference(path: Path, reference: Reference, weights_id: str) -> None:
         arrays |= {mean: gaussian.mean.cpu().numpy(), covariance: gaussian.covariance.cpu().numpy()}
     if reference.kept is not None:
         arrays["kept"] = reference.kept.numpy()
-    temporary = path.with_name(f".{path.name}.tmp")
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # a name would get another ending
+            np.savez(file, **arrays)
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
+        write_whole(path, write)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"--make_reference {path}: cannot be written ({error.strerror or error}).") from None
 
 

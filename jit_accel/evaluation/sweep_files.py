@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from math import nan
 from pathlib import Path
 
 from jit_accel.evaluation.grid import Setting
 from jit_accel.evaluation.sweep import Measured, Outcome, noise_of
+from jit_accel.whole import write_text, write_whole
 
 JSON_FILE, CSV_FILE, TABLE_FILE, PLOT_FILE = "sweep.json", "sweep.csv", "sweep.md", "sweep.png"
 COLUMNS = ("ema", "guidance_scale", "guidance_interval", "num_inference_steps", "method", "num_images")
@@ -29,10 +29,8 @@ def write_sweep_files(outcome: Outcome, folder: Path, about: dict) -> list[Path]
         TABLE_FILE: as_markdown(outcome) + "\n\n" + verdict(outcome) + "\n",
     }
     for name, text in texts.items():
-        _replace(folder / name, text.encode())
-    picture = io.BytesIO()
-    draw_sweep(outcome, picture)
-    _replace(folder / PLOT_FILE, picture.getvalue())
+        write_text(folder / name, text)
+    write_whole(folder / PLOT_FILE, lambda temporary: draw_sweep(outcome, temporary))
     return [folder / name for name in (*texts, PLOT_FILE)]
 
 
@@ -197,9 +195,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"tmp_{path.name}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from jit_accel.evaluation.place import holds
 from jit_accel.evaluation.sweep import Outcome
 from jit_accel.loading import pipeline_of_checkpoint
 from jit_accel.pipeline import JiTPipeline, write_defaults
+from jit_accel.whole import replace_folder, write_text
 
 BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"
 
@@ -58,11 +58,8 @@ def export_average(pipeline: JiTPipeline, folder: Path, complete: Callable[[Path
     Args:
         complete: writes what else changes with the weights, before they take their place.
     """
-    temporary, old = folder.with_name(f"tmp_{folder.name}"), folder.with_name(f"old_{folder.name}")
+    temporary = folder.with_name(f"tmp_{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    if old.exists() and not folder.exists():  # stopped between the two renamings
-        os.rename(old, folder)
-    shutil.rmtree(old, ignore_errors=True)
     pipeline.save_pretrained(temporary, safe_serialization=True)
     for path in folder.iterdir() if folder.exists() else ():
         if path.is_dir() and not (temporary / path.name).exists():
@@ -70,10 +67,7 @@ def export_average(pipeline: JiTPipeline, folder: Path, complete: Callable[[Path
         elif path.is_file() and not (temporary / path.name).exists():
             shutil.copy2(path, temporary / path.name)
     complete(temporary)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(temporary, folder)
 
 
 def update_card(card: Path, setting: Setting, outcome: Outcome, is_other_average: bool) -> None:
@@ -85,9 +79,7 @@ def update_card(card: Path, setting: Setting, outcome: Outcome, is_other_average
         if is_other_average:
             text = with_average(text, setting.ema)
         text = with_defaults(text, setting, outcome)
-        temporary = card.with_name(f"tmp_{card.name}")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, card)
+        write_text(card, text)
     except (OSError, UnicodeDecodeError) as error:
         warn(f"{card} cannot be brought up to date ({error}).")
 

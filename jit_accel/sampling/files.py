@@ -15,6 +15,7 @@ from PIL import Image
 
 from jit_accel.errors import UserError
 from jit_accel.sampling.plan import Item, Plan
+from jit_accel.whole import write_whole
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
@@ -29,17 +30,6 @@ def trouble(folder: Path, error: OSError) -> UserError:
             "again with --resume."
         )
     return UserError(f"--output_dir {folder}: cannot be written to ({error}): choose a folder that can.")
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a hidden file beside `path`, which takes its place when it is complete."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class ImageFiles:

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from jit_accel.errors import UserError
-from jit_accel.sampling.files import write_whole
 from jit_accel.sampling.plan import Item, Plan
+from jit_accel.whole import write_whole
 
 FILE = "samples.npz"
 PARTS = ".parts"

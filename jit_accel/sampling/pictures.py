@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from jit_accel.generation import generators
-from jit_accel.sampling.files import write_whole
 from jit_accel.sampling.plan import Item, Plan
 from jit_accel.sheet import draw_rows
+from jit_accel.whole import write_whole
 
 GRID_CLASSES, GRID_IMAGES, GRID_CELL_PIXELS = 10, 8, 256
 STRIP_IMAGES, STRIP_COLUMNS, STRIP_CELL_PIXELS = 6, 11, 192
