@@ -24,11 +24,10 @@ import torch
 from jit_accel.generation import SamplerSettings, generate
 from jit_accel.model import build_model
 from jit_accel.pipeline import JiTPipeline
-from jit_accel.precision import default_precision
+from jit_accel.precision import DTYPES, default_precision
 from jit_accel.record import device_name
 from jit_accel.sampling.files import ImageFiles
 from jit_accel.sampling.plan import Plan
-from jit_accel.sampling.run import PRECISION_DTYPES
 from jit_accel.scheduler import JiTScheduler
 
 NUM_CLASSES = 10
@@ -95,7 +94,7 @@ class Bench:
         self.pipeline = JiTPipeline(network, JiTScheduler())
         self.pipeline.set_progress_bar_config(disable=True)
         self.network = Network(network)
-        self.dtype = PRECISION_DTYPES.get(default_precision())
+        self.dtype = DTYPES.get(default_precision())
 
     def sample(self, guidance_scale: float, interval: tuple[float, float], folder: Path | None = None) -> float:
         """Seconds that a batch takes, with its files if `folder` says where."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from jit_accel.redact import redacted
 
 DEFAULT_MODEL = "JiT-B/16"
+UNAVERAGED = "model"  # in place of a decay: the weights themselves
 STREAMING = {"auto": None, "true": True, "false": False}
 # What --report_to may name, and the package to install for it.
 TRACKERS = {

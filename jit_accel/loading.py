@@ -10,16 +10,26 @@ from safetensors.torch import load_file
 
 from jit_accel.carried import INDEX_FILE
 from jit_accel.checkpoint import complete_checkpoints, is_complete, read_state
-from jit_accel.config import SETTINGS, Config, DataConfig
+from jit_accel.config import SETTINGS, UNAVERAGED, Config, DataConfig
 from jit_accel.errors import UserError, nearest
 from jit_accel.lora import identity_of, merged, refuse_other_base
 from jit_accel.model import JiTTransformer2DModel, build_model
 from jit_accel.pipeline import JiTPipeline
 from jit_accel.scheduler import JiTScheduler
 
-MODEL = "model"  # the weights themselves, not an average
 # What diffusers, safetensors and torch make of folders that are broken, cut off or of other sizes than they say.
 BROKEN = (OSError, ValueError, SafetensorError, KeyError, TypeError, AttributeError, RuntimeError)
+
+
+def build_network(config: Config) -> JiTTransformer2DModel:
+    """The network of these (resolved) settings, with new weights."""
+    return build_model(
+        config.model.model,
+        img_size=config.data.img_size,
+        num_classes=config.model.num_classes,
+        proj_dropout=config.model.proj_dropout,
+        attn_dropout=config.model.attn_dropout,
+    )
 
 
 def build_pipeline(network: JiTTransformer2DModel, config: Config, class_names) -> JiTPipeline:
@@ -126,18 +136,12 @@ def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, flag: str =
     config = config_of(state["settings"])
     averages = averages_of(checkpoint)
     ema = averages[0] if ema is None else ema
-    if ema not in (MODEL, *averages):
-        choices = (*averages, MODEL)
+    if ema not in (UNAVERAGED, *averages):
+        choices = (*averages, UNAVERAGED)
         raise UserError(f"--ema {ema}: {checkpoint} has {', '.join(choices)}.{nearest(ema, choices)}")
     with torch.device("meta"):
-        network = build_model(
-            config.model.model,
-            img_size=config.data.img_size,
-            num_classes=config.model.num_classes,
-            proj_dropout=config.model.proj_dropout,
-            attn_dropout=config.model.attn_dropout,
-        )
-    stem = MODEL if ema == MODEL else f"ema_{ema}"
+        network = build_network(config)
+    stem = UNAVERAGED if ema == UNAVERAGED else f"ema_{ema}"
     file = checkpoint / f"{stem}.safetensors"
     try:
         weights = load_file(file)

@@ -9,6 +9,22 @@ from contextlib import contextmanager
 
 import torch
 
+from jit_accel.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast; "no" has none
+
+
+def chosen_precision(mixed_precision: str | None) -> str:
+    """`--mixed_precision`, or where it is not given the default.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    precision = mixed_precision or default_precision()
+    if precision == "fp16" and chosen_device().type == "cpu":
+        raise UserError("--mixed_precision fp16: needs a GPU: use bf16 or no.")
+    return precision
+
 
 def default_precision() -> str:
     """What accelerate's configuration says, else bf16 where the device is good at it."""

@@ -72,8 +72,9 @@ def on_main(accelerator, work: Callable[[], T], stop: StopSignal | None = None) 
         raise bug
     if problem:
         raise UserError(problem)
-    numbers = gather_object([max(number, stop.number if stop else 0)])
-    if number := max(numbers):
+    if stop:
+        number = max(gather_object([number or stop.number]))
+    if number:
         raise Stopped(number)
     return result
 

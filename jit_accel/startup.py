@@ -31,14 +31,12 @@ from jit_accel.data.sources import Source, open_source
 from jit_accel.data.workers import cores_per_process
 from jit_accel.errors import UserError
 from jit_accel.init_from import Initial, read_initial
-from jit_accel.precision import chosen_device, default_precision, is_good_at_bf16
+from jit_accel.precision import DTYPES, chosen_precision, is_good_at_bf16
 from jit_accel.processes import ended, on_main, together
 from jit_accel.record import describe_data, device_name
 from jit_accel.resolve import default_output_dir, image_size, plan_run, resolve, warnings_for
 from jit_accel.tracking import METRICS_FILE
 from jit_accel.trainer import Trainer
-
-PRECISION_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def start(config: Config) -> int:
@@ -49,7 +47,7 @@ def start(config: Config) -> int:
     check_output_dir(config)
     config, checkpoint = choose_checkpoint(config)
     accumulation = config.optim.gradient_accumulation_steps or env_int("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1)
-    precision = config.performance.mixed_precision or default_precision()
+    precision = chosen_precision(config.performance.mixed_precision)
     accelerator = build_accelerator(config, accumulation, precision)
     with ended(accelerator):
         if config.hub.push_to_hub:  # found out now, not after days of training
@@ -296,8 +294,6 @@ def dry_run(trainer: Trainer) -> int:
 
 def build_accelerator(config: Config, accumulation: int, precision: str) -> Accelerator:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    if precision == "fp16" and chosen_device().type == "cpu":
-        raise UserError("--mixed_precision fp16: needs a GPU: use bf16 or no.")
     return Accelerator(
         mixed_precision=precision,
         # As a plugin: the environment of `accelerate launch` overrides the plain argument.
@@ -323,7 +319,7 @@ def build_fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
     if precision == "no":
         return FullyShardedDataParallelPlugin()
     policy = MixedPrecisionPolicy(
-        param_dtype=PRECISION_DTYPES[precision],
+        param_dtype=DTYPES[precision],
         reduce_dtype=torch.float32,
         output_dtype=torch.float32,
         cast_forward_inputs=False,

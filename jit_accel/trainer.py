@@ -31,8 +31,8 @@ from jit_accel.export import draw_loss_curve, export_pipeline, is_export_of
 from jit_accel.feed import Feed
 from jit_accel.guards import has_too_many_bad_images
 from jit_accel.init_from import Initial, tune
+from jit_accel.loading import build_network
 from jit_accel.lora import refuse_other_base
-from jit_accel.model import build_model
 from jit_accel.monitor import Monitor
 from jit_accel.objective import diffusion_loss, draw_noise, draw_times, drop_labels
 from jit_accel.optim import build_optimizers, lr_at, set_lr
@@ -78,13 +78,7 @@ class Trainer:
         self.is_stopping = False  # unlike the signal itself, known to all processes alike
 
         torch.manual_seed(config.run.seed)  # the same initial weights on every process
-        model = build_model(
-            config.model.model,
-            img_size=config.data.img_size,
-            num_classes=config.model.num_classes,
-            proj_dropout=config.model.proj_dropout,
-            attn_dropout=config.model.attn_dropout,
-        )
+        model = build_network(config)
         self.tuning = tune(model, config, source, initial, self.say)
         if config.performance.gradient_checkpointing:
             model.enable_gradient_checkpointing()

@@ -13,15 +13,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jit_accel.carried import INDEX_FILE
+from jit_accel.config import UNAVERAGED
 from jit_accel.conversion.pickles import read_pickle
 from jit_accel.conversion.stated import from_arguments, from_pipeline, from_record
 from jit_accel.errors import UserError, nearest
 from jit_accel.loading import averages_of, find_checkpoint_in, load_folder, load_pipeline, pipeline_of_checkpoint
 from jit_accel.pipeline import JiTPipeline
 
-MODEL = "model"
 # The reference's keys (SPEC section 3), and what they are called here; its decays.
-REFERENCE_SETS = {"model": MODEL, "model_ema1": "ema1", "model_ema2": "ema2", "state_dict": MODEL}
+REFERENCE_SETS = {"model": UNAVERAGED, "model_ema1": "ema1", "model_ema2": "ema2", "state_dict": UNAVERAGED}
 REFERENCE_DECAYS = {"ema1": "0.9999", "ema2": "0.9996"}
 # Parts of names that wrappers have put in: the reference's Denoiser, DDP, torch.compile.
 WRAPPERS = {"net", "module", "_orig_mod"}
@@ -84,7 +84,7 @@ def open_checkpoint(path: Path, wanted: str | None) -> Source:
     """A `.pth` of the reference, or any plain state dict of its names."""
     content = read_pickle(path)
     if isinstance(content, Mapping) and is_state_dict(content):
-        content = {MODEL: content}
+        content = {UNAVERAGED: content}
     sets = {}
     if isinstance(content, Mapping):
         for key, value in content.items():
@@ -135,7 +135,7 @@ def open_tensors(path: Path, wanted: str | None) -> Source:
         raise UserError(f"--input {path}: cannot be read as safetensors ({error}): get it again.") from None
     if not is_state_dict(tensors):
         raise UserError(f"--input {path}: holds no weights of a JiT: there is no {TELLTALE} in it.")
-    choose(path, {MODEL: tensors}, wanted, {})
+    choose(path, {UNAVERAGED: tensors}, wanted, {})
     weights, positions = plain_names(path, tensors)
     stated = {}
     for key in ("config", "pipeline"):
@@ -143,7 +143,7 @@ def open_tensors(path: Path, wanted: str | None) -> Source:
             stated |= from_record(json.loads(metadata.get(key, "{}")))
         except ValueError:
             continue
-    return Source(path, weights, metadata.get("weights") or MODEL, stated, positions)
+    return Source(path, weights, metadata.get("weights") or UNAVERAGED, stated, positions)
 
 
 def open_pipeline(place: str, folder: Path, wanted: str | None) -> Source:
@@ -159,7 +159,7 @@ def open_pipeline(place: str, folder: Path, wanted: str | None) -> Source:
     if checkpoint:
         average = average_for(checkpoint, wanted)
         pipeline = pipeline_of_checkpoint(checkpoint, average, "--input")
-        return _of_pipeline(checkpoint, pipeline, average if average == MODEL else f"average of decay {average}")
+        return _of_pipeline(checkpoint, pipeline, average if average == UNAVERAGED else f"average of decay {average}")
     if wanted is not None:
         raise UserError(
             f"--weights {wanted}: {place} holds one set of weights only: leave the flag out, or give the output folder "
@@ -194,8 +194,8 @@ def average_for(checkpoint: Path, wanted: str | None) -> str:
     if set(REFERENCE_DECAYS.values()) <= set(averages):
         named |= REFERENCE_DECAYS
     average = named.get(wanted, wanted)
-    if average not in (MODEL, *averages):
-        there = [MODEL, *(f"{name} (decay {decay})" for name, decay in named.items())]
+    if average not in (UNAVERAGED, *averages):
+        there = [UNAVERAGED, *(f"{name} (decay {decay})" for name, decay in named.items())]
         raise UserError(f"--weights {wanted}: {checkpoint} has {', '.join(there)}.")
     return average
 

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal, InvalidOperation
 
+from jit_accel.config import UNAVERAGED
 from jit_accel.errors import UserError, nearest
 
-ALL, MODEL = "all", "model"
+ALL = "all"
 METHODS = ("heun", "euler")
 MAX_VALUES = 10_000
 Interval = tuple[float, float]
@@ -171,7 +172,7 @@ def averages(flag: str, parts: Iterable[str], available: Sequence[str]) -> list[
     """
     found: list[str] = []
     for part in _split(parts):
-        known = {MODEL: MODEL, **{name: name for name in available}}
+        known = {UNAVERAGED: UNAVERAGED, **{name: name for name in available}}
         by_value = {_as_number(name): name for name in available if _as_number(name) is not None}
         if part == ALL:
             found += available
@@ -180,10 +181,10 @@ def averages(flag: str, parts: Iterable[str], available: Sequence[str]) -> list[
         elif _as_number(part) in by_value:  # 0.99990 is 0.9999
             found.append(by_value[_as_number(part)])
         else:
-            choices = (*available, MODEL, ALL)
+            choices = (*available, UNAVERAGED, ALL)
             raise UserError(f"--{flag} {part}: not there; choose from {', '.join(choices)}.{nearest(part, choices)}")
     if not found:
-        raise UserError(f"--{flag}: no average: choose from {', '.join((*available, MODEL, ALL))}.")
+        raise UserError(f"--{flag}: no average: choose from {', '.join((*available, UNAVERAGED, ALL))}.")
     return list(dict.fromkeys(found))
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from jit_accel.carried import INDEX_FILE
 from jit_accel.checkpoint import complete_checkpoints, is_complete
-from jit_accel.evaluation.grid import MODEL
+from jit_accel.config import UNAVERAGED
 from jit_accel.loading import averages_of, find_checkpoint_in, pipeline_of_checkpoint
 
 WEIGHTS = "diffusion_pytorch_model*.safetensors"
@@ -57,7 +57,7 @@ def pipeline_folder_of(model: str, weights: str) -> Path | None:
         return None
     if checkpoint is None or is_newest(checkpoint):
         return pipeline
-    return pipeline if any(holds(pipeline, checkpoint, ema) for ema in (*averages_of(checkpoint), MODEL)) else None
+    return pipeline if any(holds(pipeline, checkpoint, ema) for ema in (*averages_of(checkpoint), UNAVERAGED)) else None
 
 
 def is_newest(checkpoint: Path) -> bool:

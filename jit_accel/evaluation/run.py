@@ -29,7 +29,7 @@ from jit_accel.evaluation.sweep_run import Opened, emas_of, record_of, run_sweep
 from jit_accel.evaluation.winner import show_on_card
 from jit_accel.loading import load_pipeline
 from jit_accel.pipeline import JiTPipeline
-from jit_accel.precision import chosen_device, default_precision
+from jit_accel.precision import chosen_precision
 from jit_accel.processes import ended, on_main, together
 
 UNBALANCED = 0.1  # of a reference: which share of its images would have to be of other classes
@@ -87,11 +87,8 @@ def evaluate(config: EvaluateConfig) -> int:
 def build_accelerator(config: EvaluateConfig) -> Accelerator:
     """The processes of this evaluation; formulas take minutes on the main one while the others wait."""
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    precision = config.mixed_precision or default_precision()
-    if precision == "fp16" and chosen_device().type == "cpu":
-        raise UserError("--mixed_precision fp16: needs a GPU: use bf16 or no.")
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
-    return Accelerator(mixed_precision=precision, kwargs_handlers=[patience])
+    return Accelerator(mixed_precision=chosen_precision(config.mixed_precision), kwargs_handlers=[patience])
 
 
 def build_evaluator(config: EvaluateConfig, accelerator: Accelerator) -> Evaluator:

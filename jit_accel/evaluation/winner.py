@@ -9,8 +9,9 @@ from pathlib import Path
 
 from jit_accel.card import CARD_FILE, refresh_card
 from jit_accel.carried import INDEX_FILE
+from jit_accel.config import UNAVERAGED
 from jit_accel.console import warn
-from jit_accel.evaluation.grid import MODEL, Setting
+from jit_accel.evaluation.grid import Setting
 from jit_accel.evaluation.place import holds
 from jit_accel.evaluation.sweep import Outcome
 from jit_accel.loading import pipeline_of_checkpoint
@@ -99,7 +100,7 @@ def with_average(text: str, ema: str) -> str:
         r"Weights: (?:moving average with decay `(?P<now>[^`]+)`|those of the last step)\."
         r"(?P<space>\s+)The samples above(?: are of decay `(?P<first>[^`]+)`)?: "
     )
-    weights = "those of the last step" if ema == MODEL else f"moving average with decay `{ema}`"
+    weights = "those of the last step" if ema == UNAVERAGED else f"moving average with decay `{ema}`"
 
     def replaced(match: re.Match) -> str:
         of = match["first"] or match["now"]

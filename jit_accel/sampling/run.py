@@ -19,7 +19,7 @@ from jit_accel.errors import UserError
 from jit_accel.generation import SamplerSettings, generate, share_of
 from jit_accel.loading import load_pipeline
 from jit_accel.pipeline import STEPS, JiTPipeline
-from jit_accel.precision import chosen_device, default_precision, is_good_at_bf16
+from jit_accel.precision import DTYPES, chosen_precision, is_good_at_bf16
 from jit_accel.processes import Stopped, ended, on_main, together
 from jit_accel.sampling import pictures
 from jit_accel.sampling.files import ImageFiles, trouble
@@ -30,7 +30,6 @@ from jit_accel.sampling.progress import ImagesDone
 from jit_accel.sampling.settings import SampleConfig
 from jit_accel.signals import StopSignal
 
-PRECISION_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GRID, STRIP, ANIMATION = "grid.png", "trajectory.png", "animation"
 
 
@@ -40,9 +39,7 @@ def sample(config: SampleConfig) -> int:
     Raises:
         UserError: whatever the user can mend, on all processes.
     """
-    precision = config.mixed_precision or default_precision()
-    if precision == "fp16" and chosen_device().type == "cpu":
-        raise UserError("--mixed_precision fp16: needs a GPU: use bf16 or no.")
+    precision = chosen_precision(config.mixed_precision)
     # The others wait while the main process puts an .npz together or draws pictures.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
@@ -209,7 +206,7 @@ class Sampling:
     def _draw(self, items: Sequence[Item], on_step):
         """Images uint8 (B, H, W, 3)."""
         device = self.accelerator.device.type
-        dtype = PRECISION_DTYPES.get(self.precision)
+        dtype = DTYPES.get(self.precision)
         no_class = self.plan.num_classes
         try:
             with torch.autocast(device, dtype, enabled=dtype is not None):
