@@ -8,18 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from jit_accel import rng
-from jit_accel.checkpoint import (
-    Checkpointer,
-    load_optimizer_tensors,
-    load_tensors,
-    optimizer_tensors,
-    read_state,
-    refuse_other_run,
-    whole_tensors,
-)
+from jit_accel.checkpoint import Checkpointer
 from jit_accel.config import Config, write_config
 from jit_accel.console import say, warn
 from jit_accel.data.holdout import HeldOut
@@ -27,23 +18,22 @@ from jit_accel.data.loader import Batch
 from jit_accel.data.sources import Source
 from jit_accel.ema import Ema
 from jit_accel.errors import UserError
-from jit_accel.export import draw_loss_curve, export_pipeline, is_export_of
 from jit_accel.feed import Feed
 from jit_accel.guards import has_too_many_bad_images
 from jit_accel.init_from import Initial, tune
 from jit_accel.loading import build_network
-from jit_accel.lora import refuse_other_base
 from jit_accel.monitor import Monitor
 from jit_accel.objective import diffusion_loss, draw_noise, draw_times, drop_labels
 from jit_accel.optim import build_optimizers, lr_at, set_lr
-from jit_accel.record import WITHOUT_EFFECT, changed_settings, describe_data, record_run, write_record
-from jit_accel.report_process import REPORT_FILE
+from jit_accel.record import record_run, write_record
 from jit_accel.resolve import Plan
+from jit_accel.results import leave_results
+from jit_accel.run_state import resume_state, save_state
 from jit_accel.sample_quality import SampleQuality, Unmeasured
 from jit_accel.samples import SampleSheets
 from jit_accel.sharding import reshard
 from jit_accel.signals import StopSignal
-from jit_accel.tracking import FAILED_FILE, INTERRUPTED_FILE, read_metrics
+from jit_accel.tracking import FAILED_FILE, INTERRUPTED_FILE
 from jit_accel.validation import Validation
 
 
@@ -265,16 +255,6 @@ class Trainer:
                 "saved and goes on with --resume auto."
             )
 
-    def state_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Everything of the run's state that is a tensor, by the file it is kept in."""
-        averages = {f"ema_{decay}": average for decay, average in self.ema.averages.items()}
-        optimizer = optimizer_tensors(self.network, self.optimizers)
-        return {"model": self.trained_weights(), **averages, "optimizer": optimizer}
-
-    def trained_weights(self) -> dict[str, torch.Tensor]:
-        """All of the network, or only the adapter where one is trained."""
-        return {name: weight for name, weight in self.network.state_dict().items() if name in self.ema.params}
-
     def save(self) -> None:
         """Write a checkpoint of this step, after making sure that it is worth keeping; once."""
         self.flush()
@@ -282,21 +262,8 @@ class Trainer:
             self._write_checkpoint()
 
     def _write_checkpoint(self) -> None:
-        scaler = self.accelerator.scaler
-        state = {
-            **self.feed.state(),
-            "monitor": self.monitor.state(),
-            "world_size": self.accelerator.num_processes,
-            "global_batch_size": self.plan.global_batch_size,
-            "scaler": scaler.state_dict() if scaler else None,
-            "settings": self.config.recorded(),
-            "data": describe_data(self.source),
-            "class_names": self.samples.class_names,
-            "fingerprint": self.source.fingerprint,
-            "base_identity": self.tuning.base_identity,
-        }
         with self.monitor.pause():
-            path = self.checkpointer.save(self.step, self.state_tensors(), state)
+            path = save_state(self)
         self.saved_step = self.step
         self.say(f"Saved {path}")
 
@@ -306,27 +273,7 @@ class Trainer:
         Raises:
             UserError: it belongs to another model, size, data set or seed.
         """
-        state = read_state(path)
-        refuse_other_run(path, state, self.config.recorded(), describe_data(self.source), self.source.fingerprint)
-        if self.tuning.adapter:
-            refuse_other_base(path, state, self.config.tune.init_from, self.tuning.base_identity)
-        load_tensors(path, "model", self.trained_weights())
-        for decay, average in self.ema.averages.items():
-            load_tensors(path, f"ema_{decay}", average)
-        load_optimizer_tensors(path, self.network, self.optimizers)
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.feed.load_state(state)
-        self.step = state["step"]
-        self.monitor.load_state(state.get("monitor"), self.step)
-        if state["global_batch_size"] != self.plan.global_batch_size and self.accelerator.is_main_process:
-            warn(
-                f"the global batch was {state['global_batch_size']} images and is now {self.plan.global_batch_size}: "
-                "--epochs and the learning rate's schedule count as if the whole run had the new one."
-            )
-        changed = changed_settings(state["settings"], self.config.recorded())
-        self.is_other_training = bool(changed_settings(state["settings"], self.config.recorded(), WITHOUT_EFFECT))
-        self.say(f"Resumed from {path} at step {self.step:,}" + (f" with {changed}" if changed else ""))
+        resume_state(self, path)
 
     def sample(self) -> Path:
         """Make this step's sheet of samples; all processes together. Returns its path."""
@@ -370,40 +317,9 @@ class Trainer:
         return code
 
     def _finish(self) -> int:
-        """Leave the sample sheet, the loss curve and the pipeline folder, unless an earlier start has."""
-        sheet = self.output_dir / "samples" / f"step_{self.step:08d}.png"
-        curve = self.output_dir / "loss_curve.png"
-        pipeline_dir = self.output_dir / "pipeline"
-        # The main process decides: the others may see another state of a shared file system.
-        (is_exported,) = broadcast_object_list([is_export_of(pipeline_dir, sheet)])
-        if not is_exported:
-            self.sample()
-            decay = self.config.optim.ema_decays[0]
-            weights = whole_tensors(self.ema.averages[decay], keep=self.accelerator.is_main_process)
-            if adapter := self.tuning.adapter:
-                self._on_main(lambda: adapter.save(weights, self.output_dir / "lora"))
-                weights = self.tuning.plain_weights(self.network, weights, self.accelerator.is_main_process)
-            self._on_main(lambda: draw_loss_curve(read_metrics(self.output_dir), curve))
-            self._on_main(
-                lambda: export_pipeline(self.samples.pipeline(), weights, pipeline_dir, sheet, self.record, decay)
-            )
-        self.say(f"Samples:    {sheet}\nLoss curve: {curve}\nPipeline:   {pipeline_dir}")
-        if self.config.tracking.html_report:
-            self.say(f"Report:     {self.output_dir / REPORT_FILE}")
-        if bad_images := self.feed.all_bad_images():
-            self.say(f"Skipped {len(bad_images)} images that cannot be decoded:")
-            self.say("\n".join(f"  {name}" for name in bad_images))
+        leave_results(self)
         self._close(0)
         return 0
-
-    def _on_main(self, write) -> None:
-        """Write on the main process; where that fails, all end alike."""
-        (problem,) = broadcast_object_list([self.checkpointer.try_on_writer(write)])
-        if problem:
-            raise UserError(
-                f"--output_dir {self.output_dir}: cannot be written to ({problem}). The training is complete and its "
-                "last checkpoint is saved: make room, and the same command with --resume auto writes the rest."
-            )
 
     def _close(self, exit_code: int) -> None:
         self.monitor.close(exit_code, is_preempted=exit_code != 0)
