@@ -10,10 +10,10 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import TypeVar
 
+from jit_accel.checks import check
 from jit_accel.config import DEFAULT_MODEL, SETTINGS, Config
 from jit_accel.console import say
 from jit_accel.errors import UserError, nearest
-from jit_accel.resolve import check
 
 T = TypeVar("T")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from jit_accel.card import CARD_FILE, CARD_PICTURE, training_card
-from jit_accel.pipeline import DEFAULTS, JiTPipeline
+from jit_accel.defaults import DEFAULTS
+from jit_accel.pipeline import JiTPipeline
 from jit_accel.whole import replace_folder
 
 

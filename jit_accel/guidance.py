@@ -54,3 +54,7 @@ def checked_count(name: str, count: int) -> int:
     if value < 1:
         raise ValueError(f"{name} {count} must be a whole number and at least 1")
     return value
+
+
+def checked_steps(steps: int) -> int:
+    return checked_count("num_inference_steps", steps)

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from jit_accel import hub
 from jit_accel.checkpoint import complete_checkpoints, find_checkpoint, read_state
+from jit_accel.checks import image_size
 from jit_accel.config import STREAMING, Config
 from jit_accel.console import say, warn
 from jit_accel.data.holdout import HeldOut, split_holdout
@@ -34,7 +35,7 @@ from jit_accel.init_from import Initial, read_initial
 from jit_accel.precision import DTYPES, chosen_precision, is_good_at_bf16
 from jit_accel.processes import ended, on_main, together
 from jit_accel.record import describe_data, device_name
-from jit_accel.resolve import default_output_dir, image_size, plan_run, resolve, warnings_for
+from jit_accel.resolve import default_output_dir, plan_run, resolve, warnings_for
 from jit_accel.tracking import METRICS_FILE
 from jit_accel.trainer import Trainer
 

@@ -15,8 +15,8 @@ from test_pipeline import NAMES, count_calls, make_pipe, seeded
 
 from jit_accel import JiTPipeline, JiTScheduler, JiTTransformer2DModel
 from jit_accel.carried import carried_source
+from jit_accel.defaults import write_defaults
 from jit_accel.errors import UserError
-from jit_accel.pipeline import write_defaults
 
 
 class NotInstalled:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from jit_accel.checks import check_hub
 from jit_accel.config import HubConfig
 from jit_accel.errors import UserError
-from jit_accel.resolve import check_hub
 
 # What the name of --output ends in, and what is written then; other names are folders.
 TARGET_KINDS = {".pth": "pth", ".pt": "pth", ".safetensors": "safetensors"}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from jit_accel.defaults import DEFAULTS
 from jit_accel.guidance import is_number
-from jit_accel.pipeline import DEFAULTS, JiTPipeline
+from jit_accel.pipeline import JiTPipeline
 from jit_accel.presets import PRESETS
 from jit_accel.scheduler import CALLS_PER_STEP
 from jit_accel.spaces import SPACES

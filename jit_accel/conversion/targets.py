@@ -20,9 +20,10 @@ from jit_accel.carried import INDEX_FILE
 from jit_accel.conversion.settings import FOLDER
 from jit_accel.conversion.sizes import model_name, position_table
 from jit_accel.conversion.stated import to_arguments
+from jit_accel.defaults import DEFAULTS
 from jit_accel.errors import UserError
 from jit_accel.model import JiTTransformer2DModel
-from jit_accel.pipeline import DEFAULTS, JiTPipeline
+from jit_accel.pipeline import JiTPipeline
 from jit_accel.scheduler import JiTScheduler
 from jit_accel.whole import replace_folder
 

@@ -11,11 +11,12 @@ from jit_accel.card import CARD_FILE, refresh_card
 from jit_accel.carried import INDEX_FILE
 from jit_accel.config import UNAVERAGED
 from jit_accel.console import warn
+from jit_accel.defaults import write_defaults
 from jit_accel.evaluation.grid import Setting
 from jit_accel.evaluation.place import holds
 from jit_accel.evaluation.sweep import Outcome
 from jit_accel.loading import pipeline_of_checkpoint
-from jit_accel.pipeline import JiTPipeline, write_defaults
+from jit_accel.pipeline import JiTPipeline
 from jit_accel.whole import replace_folder, write_text
 
 BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"
