@@ -31,6 +31,16 @@ def hf_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "EXTRACTED_DATASETS_PATH", folder / "downloads" / "extracted")
 
 
+@pytest.fixture(scope="module")
+def tiny():
+    """The feature network `tiny`, which costs nothing."""
+    import tiny_features
+
+    tiny_features.install()
+    yield
+    tiny_features.remove()
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A folder of 44 Fashion-MNIST images in four class folders."""

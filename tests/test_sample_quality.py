@@ -7,7 +7,6 @@ import signal
 
 import numpy as np
 import pytest
-import tiny_features
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -24,6 +23,7 @@ EVAL = [
     *("--eval_every_steps", "3", "--eval_images", "12", "--eval_features", "tiny"),
     *("--max_steps", "6", "--ema_decays", "0.5", "--guidance_scale", "3"),
 ]
+pytestmark = pytest.mark.usefixtures("tiny")
 KEY = "eval/fd_tiny"
 
 
@@ -31,15 +31,8 @@ def measured(folder) -> dict[int, tuple[float, float]]:
     return {row["step"]: (row[KEY], row[f"{KEY}_unguided"]) for row in read_metrics(folder) if KEY in row}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tiny():
-    tiny_features.install()
-    yield
-    tiny_features.remove()
-
-
 @pytest.fixture(scope="module")
-def run(images, tmp_path_factory):
+def run(tiny, images, tmp_path_factory):
     """A run that measured at steps 3 and 6."""
     folder = tmp_path_factory.mktemp("quality") / "run"
     assert train_here("--data_path", str(images), "--output_dir", str(folder), *EVAL) == 0

@@ -17,6 +17,7 @@ from jit_accel.evaluate import main
 from jit_accel.evaluation import sweep_run
 from jit_accel.pipeline import JiTPipeline
 
+pytestmark = pytest.mark.usefixtures("tiny")
 GRID = [
     *("--features", "tiny", "--metrics", "fd", "--num_images", "24", "--sweep_images", "8", "--sweep_top", "2"),
     *("--num_inference_steps", "2", "--batch_size", "16", "--mixed_precision", "no"),
@@ -24,15 +25,8 @@ GRID = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tiny():
-    tiny_features.install()
-    yield
-    tiny_features.remove()
-
-
 @pytest.fixture(scope="module")
-def trained(images, tmp_path_factory):
+def trained(tiny, images, tmp_path_factory):
     """A run with two averages, of which the pipeline folder holds the worse: nearly the random weights of the start."""
     folder = tmp_path_factory.mktemp("sweep") / "run"
     flags = ("--ema_decays", "0.9999", "0.3", "--max_steps", "8", "--learning_rate", "4e-3")
