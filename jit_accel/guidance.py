@@ -21,7 +21,11 @@ def guidance_weight(t: float, guidance_scale: float, interval: Sequence[float]) 
 
 
 def is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def checked_interval(interval: Sequence[float]) -> tuple[float, float]:

@@ -371,6 +371,7 @@ def test_a_wrong_flag_is_told_with_its_remedy(reference, tmp_path, capsys, flags
 def test_flags_win_and_contradictions_are_told(tmp_path, capsys):
     odd = arguments(model="JiT-B/16", img_size=32, class_num="ten", noise_scale=float("nan"), cfg=None, t_eps=True)
     assert not {"guidance_interval"} & from_arguments({"interval_min": 0.1, "interval_max": 100}).keys()
+    assert from_arguments({"cfg": 10**400, "noise_scale": -(10**400)}) == {}
     torch.save({"model": golden_weights(), "args": odd}, tmp_path / "c.pth")
     (tmp_path / "names.json").write_text(json.dumps({str(i): [f"n{i}", f"kind {i}"] for i in range(10)}))
     flags = ["--class_names", tmp_path / "names.json", "--prediction", "v", "--guidance_interval", "0", "0.5"]
@@ -396,6 +397,7 @@ def test_flags_win_and_contradictions_are_told(tmp_path, capsys):
         (lambda w: w.update({"net.pos_embed": torch.zeros(1, 15, 96)}), "no square image"),
         (lambda w: w.update({"module.blocks.0.norm1.weight": torch.zeros(96)}), "there twice"),
         (lambda w: w.update({"net.t_embedder.mlp.0.bias": torch.zeros(96, dtype=torch.int8)}), "floating-point"),
+        (lambda w: w.update({"net.t_embedder.mlp.0.bias": torch.zeros(96, device="meta")}), "meta torch.float32"),
         (lambda w: w.update({"net.blocks.9999999999.norm1.weight": torch.zeros(1)}), "of the blocks only"),
         (lambda w: w.update({"net.blocks.1.norm1.weight": torch.zeros(95)}), "(95,) instead of (96,)"),
     ],

@@ -27,7 +27,7 @@ from jit_accel.errors import UserError
 
 WRITERS = {"pth": write_pth, "safetensors": write_safetensors}
 # What else a pipeline folder may hold that belongs to its weights.
-BELONGINGS = (CARD_FILE, CARD_PICTURE, "pipeline.py", "evaluation*")
+BELONGINGS = (CARD_FILE, CARD_PICTURE, "evaluation*")
 ONLY_IN_TRAINING = ("proj_dropout", "attn_dropout")
 
 

@@ -228,8 +228,9 @@ def plain_names(path: Path, state_dict: Mapping) -> tuple[dict[str, Tensor], Ten
             continue
         if name in weights:
             raise UserError(f"--input {path}: {full_name} is there twice, under different prefixes.")
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
-            kind = f"{tensor.layout} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        is_tensor = isinstance(tensor, Tensor)
+        if not is_tensor or not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            kind = f"{tensor.layout} {tensor.device.type} {tensor.dtype}" if is_tensor else type(tensor).__name__
             raise UserError(f"--input {path}: {full_name} is no plain floating-point tensor but {kind}.")
         weights[name] = tensor.detach()
     return weights, weights.pop(POSITIONS, None)
