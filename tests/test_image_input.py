@@ -139,6 +139,7 @@ def test_masks_are_black_or_white():
         ({"image": torch.full((3, 16, 16), float("nan"))}, "floats from 0 to 1"),
         ({"image": torch.rand(5, 16, 16)}, "has the shape"),
         ({"image": np.zeros((16, 16, 4), np.uint8)}, "alpha channel: give it as RGB"),
+        ({"image": Image.fromarray(np.full((16, 16), 40000, np.uint16))}, "has the mode I;16: give 8 bits a channel"),
         ({"image": torch.rand(3, 16, 16), "mask_image": np.zeros((16, 16, 4), np.uint8)}, "black and white"),
         ({"image": torch.rand(3, 3, 16, 16)}, "3 pictures as image for 2 images"),
         ({"image": "cat.png"}, "image of str"),
