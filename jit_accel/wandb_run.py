@@ -257,13 +257,13 @@ class WandbRun:
         if is_preempted:
             self.run.mark_preempting()
         failure = in_time(lambda: self.run.finish(exit_code=exit_code or int(is_preempted)), FINISH_TIMEOUT_S + 10)
-        if isinstance(failure, TimeoutError):
-            self._warn_incomplete(f"W&B's server did not take everything within {FINISH_TIMEOUT_S} s")
-        elif failure:
+        if failure and not isinstance(failure, TimeoutError):
             raise failure
         self._warn_if_given_up()
-        if self.is_offline:
+        if self.is_offline:  # where wandb was slow, its file alone tells whether something is missing
             self._warn_if_cut()
+        elif failure:
+            self._warn_incomplete(f"W&B's server did not take everything within {FINISH_TIMEOUT_S} s")
         elif not self.is_warned:
             synced_mark(self._file).touch()
 
