@@ -13,7 +13,7 @@ from pathlib import Path
 import aiohttp
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome-headless-shell")
-TIMEOUT_S = 60
+TIMEOUT_S = 180
 PHONE_PIXELS = 600  # a narrower window is a phone's, with a touch screen
 
 

@@ -166,7 +166,7 @@ class Group:
         for process in self.processes:
             process.start()
 
-    def wait(self, timeout_s: float = 120) -> list[int]:
+    def wait(self, timeout_s: float = 300) -> list[int]:
         deadline = time.monotonic() + timeout_s
         for process in self.processes:
             process.join(max(0.1, deadline - time.monotonic()))

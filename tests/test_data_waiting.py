@@ -167,11 +167,11 @@ def test_the_memory_of_the_largest_worker_is_found():
     workers = [context.Process(target=_hold, args=(gib, ready, end)) for gib, ready in zip(sizes, readies)]
     for worker in workers:
         worker.start()
-    assert all(ready.wait(10) for ready in readies)
+    assert all(ready.wait(120) for ready in readies)
     assert 0.25 < worker_memory_gib() < 2
     end.set()
     for worker in workers:
-        worker.join(10)
+        worker.join(60)
     assert worker_memory_gib() is None
 
 

@@ -91,7 +91,7 @@ def test_a_folder_comes_back_whole(folder):
 def test_plain_diffusers_loads_a_folder_where_the_package_is_not_installed(folder, tmp_path):
     process = SPAWNER.Process(target=draw_without_the_package, args=(str(folder), str(tmp_path)))
     process.start()
-    process.join(120)
+    process.join(240)
     log = (tmp_path / "log").read_text()
     assert process.exitcode == 0, log
     assert "jit_accel" not in log  # no advice to install anything of that name

@@ -73,13 +73,13 @@ def interrupted(flags: list[str], slow: str, output: Path, pattern: str, number:
     """Prepare slowly, and send the signal when two files of this pattern are there; the exit code."""
     process = SPAWNER.Process(target=_slowly, args=(flags, slow))
     process.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while len(list((output / ".unfinished").glob(pattern))) < 2:
         assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     (os.killpg if group else os.kill)(process.pid, number)
-    process.join(30)
+    process.join(240)
     return process.exitcode
 
 
@@ -222,7 +222,7 @@ def test_three_at_once_make_one_store(sources, tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(240)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert not (tmp_path / "out" / ".unfinished").exists()
     assert len(open_source(tmp_path / "out").images) == 58

@@ -196,7 +196,7 @@ def test_two_processes_find_the_same(run, trained, images, tmp_path):
     for process in together:
         process.start()
     for process in together:
-        process.join(120)
+        process.join(240)
     assert [process.exitcode for process in together] == [0, 0]
     records = json.loads((run / "evaluation.json").read_text())
     assert {record["num_processes"] for record in records} == {2}

@@ -154,7 +154,7 @@ def test_trackio_has_each_step_once_after_a_resume(tmp_path):
     pytest.importorskip("trackio")
     process = SPAWNER.Process(target=_report_to_trackio, args=(tmp_path, tmp_path / "found.json"))
     process.start()
-    process.join(60)
+    process.join(240)
     assert json.loads((tmp_path / "found.json").read_text()) == [[step, 1 / step] for step in range(1, 21)]
 
 

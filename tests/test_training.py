@@ -149,7 +149,7 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(images, tmp_path,
     train_group(tmp_path, *flags, "--output_dir", str(whole), num_processes=processes)
     for kill_at in (1, 5, 10):
         group = Group([*flags, "--output_dir", str(broken)], tmp_path / "killed.txt", processes)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while len(rows(broken)) < kill_at and time.monotonic() < deadline:
             time.sleep(0.002)
         group.kill()
@@ -246,7 +246,7 @@ def test_a_killed_stream_resumes_exactly(images, tmp_path, workers):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train_group(tmp_path, *flags, "--output_dir", str(whole), num_processes=2)
     group = Group([*flags, "--output_dir", str(broken)], tmp_path / "killed.txt", 2)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while len(rows(broken)) < 8 and time.monotonic() < deadline:
         time.sleep(0.002)
     group.kill()

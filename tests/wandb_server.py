@@ -131,7 +131,7 @@ class WandbServer:
         """Variables with which wandb logs in here, and not as the user of this machine."""
         return {"WANDB_BASE_URL": f"http://127.0.0.1:{self.port}", "WANDB_API_KEY": KEY, "WANDB_MODE": "online"}
 
-    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, "the server waited in vain"
