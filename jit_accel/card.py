@@ -70,6 +70,8 @@ EVALUATION_SETTINGS = (
 # Of these, whatever they look like, only the last part is shown.
 PLACES = ("model", "images", "reference", "feature_weights", "make_reference", "output")
 MOST_RESULTS = 20
+FRECHET = re.compile(r"fid|fr[eé]chet|(?:^|_)fd(?:_|$)", re.IGNORECASE)
+TASK = "unconditional-image-generation"
 
 
 def training_card(pipeline: JiTPipeline, record: Mapping, decay: str) -> str:
@@ -134,7 +136,7 @@ def _card(
         sentence=sentence,
         settings="\n".join(_rows(settings)),
     )
-    data = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", tags=TAGS)
+    data = ModelCardData(library_name="diffusers", pipeline_tag=TASK, tags=TAGS)
     return redacted(f"---\n{data.to_yaml()}\n---\n\n{body}")
 
 
@@ -173,7 +175,8 @@ def refresh_card(folder: Path, repo_id: str | None = None) -> None:
         text = marked.sub(lambda _: block, text) if marked.search(text) else f"{text.rstrip()}\n\n{block}\n"
         if card.data.model_name in named:  # and not a name that somebody has chosen
             card.data.model_name = repo_id.rpartition("/")[2] if repo_id else UNNAMED
-        card.data.eval_results = evaluation_results(records) or None
+        others = [result for result in card.data.eval_results or () if not _is_ours(result)]
+        card.data.eval_results = [*others, *evaluation_results(records)] or None
     if (folder / CARD_PICTURE).exists() and CARD_PICTURE not in text:
         start = "\n<!-- use -->" if "\n<!-- use -->" in text else "\n```python"
         text = text.replace(start, f"\n![samples]({CARD_PICTURE})\n{start}", 1)
@@ -272,10 +275,10 @@ def evaluation_results(records: list[dict]) -> list[EvalResult]:
         reference = settings.get("reference", "unknown")
         details = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "reference")
         for name, value in record["metrics"].items():
-            if re.search(r"fid|fr[eé]chet|(?:^|_)fd(?:_|$)", name, re.IGNORECASE):
+            if FRECHET.search(name):
                 found.append(
                     EvalResult(
-                        task_type="unconditional-image-generation",
+                        task_type=TASK,
                         dataset_type=re.sub(r"[^\w.-]+", "-", reference) or "unknown",
                         dataset_name=reference or "unknown",
                         metric_type=name,
@@ -284,3 +287,10 @@ def evaluation_results(records: list[dict]) -> list[EvalResult]:
                     )
                 )
     return found
+
+
+def _is_ours(result: EvalResult) -> bool:
+    """Whether `evaluation_results` made it; what people have added to the card stays there."""
+    kind, name = result.metric_type, result.metric_name or ""
+    is_named_so = name == kind or name.startswith(f"{kind} (")
+    return result.task_type == TASK and is_named_so and bool(FRECHET.search(kind))

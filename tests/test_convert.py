@@ -388,6 +388,21 @@ def test_flags_win_and_contradictions_are_told(tmp_path, capsys):
     assert "/home/me" not in card
 
 
+def test_names_that_several_classes_share_are_told(reference, tmp_path, capsys):
+    names = ["crane", "dog", "cat", "crane", *"abcdef"]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    assert convert(reference, tmp_path / "p", *CONTEXT, "--class_names", tmp_path / "names.txt") == 0
+    assert "'crane' names the classes 0, 3: asked for by name it is 0" in capsys.readouterr().err
+    assert JiTPipeline.from_pretrained(tmp_path / "p").config.class_names == names
+
+
+def test_class_tokens_that_weights_do_not_have_do_not_start_anywhere():
+    sizes = {"hidden_size": 48, "depth": 2, "num_heads": 3, "bottleneck_dim": 8, "in_context_len": 0, "img_size": 8}
+    weights, _ = empty_weights(**sizes, patch_size=2, num_classes=1, in_context_start=0)
+    with pytest.raises(UserError, match="--in_context_start 1: these weights have no class tokens"):
+        network_config(weights, None, {}, {"img_size": 8, "in_context_start": 1})
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -9,7 +9,7 @@ import pytest
 from golden import load_golden
 from helpers import train_group, train_here
 from hub_server import TOKEN, HubServer, stand_in
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 
 from jit_accel import JiTPipeline, JiTScheduler, hub
@@ -89,6 +89,27 @@ def test_settings_beside_the_numbers_are_shown_as_well(folder):
     card = ModelCard.load(folder / "README.md")
     assert "| 3.0 | val | 7.5 |" in card.text
     assert card.data.eval_results[0].metric_type == "fd_lite0"
+
+
+def test_results_that_people_added_to_a_card_stay_and_ours_are_replaced(folder):
+    path = folder / "README.md"
+    refresh_card(folder)
+    card = ModelCard.load(path)
+    card.data.model_name = "mine"
+    mine = EvalResult("text-to-image", "coco", "COCO", "clip_score", 0.3, metric_name="CLIP score")
+    theirs = EvalResult("unconditional-image-generation", "val", "val", "fid", 9.0, metric_name="FID by another tool")
+    card.data.eval_results += [mine, theirs]
+    card.save(path)
+    record = {"guidance_scale": 3.0, "reference": "val", "metrics": {"fid": 7.5}}
+    (folder / "evaluation.json").write_text(json.dumps([record]))
+    for _ in range(2):
+        refresh_card(folder)
+        results = ModelCard.load(path).data.eval_results
+        assert sorted((r.metric_type, r.metric_value) for r in results) == [
+            ("clip_score", 0.3),
+            ("fid", 7.5),
+            ("fid", 9.0),
+        ]
 
 
 def test_what_people_wrote_into_a_card_stays(folder):

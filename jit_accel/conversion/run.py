@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -95,6 +96,7 @@ def convert_weights(source: Source, flags: dict, dtype: str) -> Result:
     if settings["guidance_scale"] == 1 and "guidance_scale" not in flags and paper:
         papers = paper[sizes["img_size"] >= 512]
         notes.append(f"guidance is 1 (none) in the input; the paper has {papers:g} for this size (--guidance_scale).")
+    notes += _shared_names(settings["class_names"] or ())
     for note in notes:
         warn(note)
     weights = {name: in_type(name, tensor, dtype) for name, tensor in source.weights.items()}
@@ -102,6 +104,17 @@ def convert_weights(source: Source, flags: dict, dtype: str) -> Result:
     if broken:
         warn(f"{len(broken)} tensors hold values that are not finite, {broken[0]} among them: images will be black.")
     return Result(weights, sizes, settings, source.set_name, source.epoch)
+
+
+def _shared_names(names: Sequence[str]) -> Iterator[str]:
+    """What should be told of names that several classes have, as ImageNet's crane."""
+    labels: dict[str, list[int]] = {}
+    for label, name in enumerate(names):
+        labels.setdefault(name, []).append(label)
+    for name, same in labels.items():
+        if len(same) > 1:
+            listed = ", ".join(map(str, same))
+            yield f"{name!r} names the classes {listed}: asked for by name it is {same[0]}, the others by number."
 
 
 def in_type(name: str, tensor: Tensor, dtype: str) -> Tensor:

@@ -164,7 +164,12 @@ def _image_size(sizes: Mapping, preset_name: str | None, stated: Mapping, flags:
 
 def _in_context_start(sizes: Mapping, preset_name: str | None, stated: Mapping, flags: Mapping) -> int:
     if not sizes["in_context_len"]:
-        return flags.get("in_context_start", stated.get("in_context_start", 0))
+        if flags.get("in_context_start"):
+            raise UserError(
+                f"--in_context_start {flags['in_context_start']}: these weights have no class tokens "
+                "(in_context_posemb): leave the flag out."
+            )
+        return stated.get("in_context_start", 0)
     named = PRESETS.get(stated.get("model", "").partition("/")[0])
     fits = named and (named.hidden_size, named.depth) == (sizes["hidden_size"], sizes["depth"])
     known = [
