@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -33,6 +35,18 @@ TINY = [
     *("--num_workers", "0", "--num_inference_steps", "2", "--sample_every_steps", "0", "--save_every_steps", "0"),
     "--no_html_report",
 ]
+
+
+# Below the ports that systems hand out, so that nobody is given one between its choice and its use.
+PORTS = itertools.count(10_000 + os.getpid() % 200 * 100)
+
+
+def free_port() -> int:
+    """A port of this machine for processes to meet at; each call gives another one."""
+    for port in PORTS:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def train_here(*flags: str) -> int:
@@ -153,10 +167,7 @@ class Group:
 
     def __init__(self, flags, log: Path, num_processes: int = 1, environment: dict[str, str] | None = None):
         self.log = log
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        base = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        base = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         base |= environment or {}
         self.processes = []
         for rank in range(num_processes):

@@ -10,7 +10,7 @@ import pytest
 import tiny_features
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from helpers import SPAWNER, train_here
+from helpers import SPAWNER, free_port, train_here
 from safetensors.torch import load_file, save_file
 
 from jit_accel.evaluate import main
@@ -181,11 +181,7 @@ def sweep_in_process(rank: int, command: list[str], port: int, folder: str) -> N
 
 @pytest.mark.multiprocess
 def test_two_processes_find_the_same(run, trained, images, tmp_path):
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = ["--reference", str(images), *GRID, "--ema", "0.3", "--num_images", "23", "--sweep_images", "7"]
     one = shutil.copytree(trained, tmp_path / "one")
     assert evaluate_here("--model", str(one), *command) == 0
