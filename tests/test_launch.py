@@ -563,7 +563,7 @@ def evaluate_a_little(flags: list[str], photos: Path, tmp_path: Path, monkeypatc
         words = words[:at] + words[at + 2 :]
     small = ["--img_size", "28", "--mixed_precision", "no"]
     if "--model" in words:
-        small += ["--num_inference_steps", "1"]
+        small += ["--num_inference_steps", "1", "--num_images", "2"]
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     with patch_environment(ACCELERATE_USE_CPU="true"):

@@ -14,10 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 from helpers import SPAWNER, Group, rows
 from PIL import Image
 from wandb_server import KEY, WandbServer
+
+from jit_accel.wandb_files import last_step
 
 pytest.importorskip("wandb")
 
@@ -71,6 +74,7 @@ class Training:
         arguments = (environment, self.output_dir, first, last, str(self.log), options)
         process = SPAWNER.Process(target=_report, args=arguments)
         process.start()
+        self.process = process
         return process
 
     def run(self, environment, first: int, last: int, exit_code: int = 0, **options) -> str:
@@ -80,6 +84,19 @@ class Training:
         printed = self.log.read_text()
         assert process.exitcode == exit_code, printed
         return printed
+
+    def kill(self) -> None:
+        """Kill -9 the training of `start`, and wait until wandb's service has noticed."""
+        self.process.kill()
+        self.process.join()
+        of_it = f"--pid {self.process.pid}"
+        services = [p for p in psutil.process_iter(["cmdline"]) if of_it in " ".join(p.info["cmdline"] or ())]
+        psutil.wait_procs(services, timeout=120)
+
+    @property
+    def num_rows(self) -> int:
+        log = self.output_dir / "metrics.jsonl"
+        return len(log.read_text().splitlines()) if log.exists() else 0
 
     @property
     def id(self) -> str:
@@ -212,10 +229,9 @@ def test_everything_arrives(server, training):
 
 
 def test_a_training_that_was_killed_goes_on_in_the_same_curve(server, training):
-    process = training.start(server.environment, 0, 130, kill_after_s=60)
+    training.start(server.environment, 0, 130, wait_for="never")
     server.wait_for(lambda: any(len(run.history) > 100 for run in server.runs.values()))
-    process.kill()
-    process.join()
+    training.kill()
     (run,) = server.runs.values()
     known = len(run.history)
     training.run(server.environment, 100, 200)
@@ -225,13 +241,19 @@ def test_a_training_that_was_killed_goes_on_in_the_same_curve(server, training):
 
 @pytest.mark.parametrize("flush_s", [0, 0.1])
 def test_synced_offline_files_make_one_whole_curve(server, training, flush_s):
-    training.run(OFFLINE, 0, 130, exit_code=-signal.SIGKILL, kill_after_s=1, flush_s=flush_s)
+    training.start(OFFLINE, 0, 130, wait_for="never", flush_s=flush_s)
+    server.wait_for(lambda: training.num_rows == 130)
+    (file,) = training.output_dir.glob("wandb/offline-run-*/run-*.wandb")
+    if flush_s:  # wandb keeps the newest row until the next one comes
+        server.wait_for(lambda: last_step(file) == 129)
+    training.kill()
+    known = last_step(file)
     printed = training.run(OFFLINE, 100, 200)
     assert f"upload later with: wandb sync {training.output_dir}/wandb/offline-run-*-{training.id}\n" in printed
     training.sync(server)
     (run,) = server.runs.values()
     # What reached no file before the kill comes from metrics.jsonl, with the rows of the start that wrote it.
-    assert_whole(run, 200, {1: 0, 130 if flush_s else 101: 100})
+    assert_whole(run, 200, {1: 0, max(known, 100) + 1: 100})
     assert "Skipped" in training.sync(server)
     training.run(server.environment, 150, 210)
     training.sync(server)
