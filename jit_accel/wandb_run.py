@@ -12,6 +12,7 @@ import shlex
 import shutil
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 from PIL import Image
@@ -28,6 +29,8 @@ ID_FILE = "wandb_run_id.txt"
 START_TIMEOUT_S = 20
 FINISH_TIMEOUT_S = 60
 TEARDOWN_TIMEOUT_S = 5
+# wandb's service may write the last rows after it has said that it is done.
+FILE_TIMEOUT_S = 20
 
 SETTINGS = {
     "silent": True,  # what matters of it is said by us, once
@@ -269,7 +272,10 @@ class WandbRun:
 
     def _warn_if_cut(self) -> None:
         # wandb itself says nothing about a full disk.
-        if last_step(self._file) < self.newest_step:
+        deadline = time.monotonic() + FILE_TIMEOUT_S
+        while (is_cut := last_step(self._file) < self.newest_step) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if is_cut:
             self._warn_incomplete(f"{self._file} could not be written to its end (is the disk full?)")
 
     def _warn_if_given_up(self) -> None:

@@ -23,7 +23,14 @@ from jit_accel.tracking import read_metrics
 # Half a second instead of ten for each training process: the server imports everything once.
 SPAWNER = multiprocessing.get_context("forkserver")
 SPAWNER.set_forkserver_preload(
-    ["jit_accel.startup", "jit_accel.data.loader", "diffusers.models.modeling_utils", "wandb"]
+    [
+        "jit_accel.startup",
+        "jit_accel.data.loader",
+        "diffusers.models.modeling_utils",
+        "wandb",
+        "tyro",
+        "matplotlib.pyplot",
+    ]
 )
 
 # Metrics that differ from run to run.
@@ -32,7 +39,7 @@ OF_TIME = ("data/", "perf/", "train/epoch_time", "train/samples_per_second", "he
 TINY = [
     *("--model", "JiT-Ti/7", "--img_size", "28", "--batch_size", "4", "--max_steps", "6"),
     *("--learning_rate", "1e-3", "--warmup_steps", "2", "--log_every_steps", "1", "--mixed_precision", "no"),
-    *("--num_workers", "0", "--num_inference_steps", "2", "--sample_every_steps", "0", "--save_every_steps", "0"),
+    *("--num_workers", "0", "--num_inference_steps", "1", "--sample_every_steps", "0", "--save_every_steps", "0"),
     "--no_html_report",
 ]
 

@@ -115,7 +115,8 @@ class Training:
 def _report(environment: dict, output_dir: Path, first: int, last: int, log: str, options: dict) -> None:
     """Options: `kill_after_s` (-9), `image_at` and `alert_at` a step, `exit_code`, `is_preempted`, `settings`,
     `file_limit` (bytes) of wandb's service, `flush_s` (of its file; 0 = only at the end), `wait_for` a file,
-    `patience_s` with the server; `is_slow`: wandb needs too long to end."""
+    `patience_s` with the server, `file_patience_s` with its file; `is_slow`: wandb needs too long to end, and writes
+    even later."""
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -127,6 +128,7 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
 
     patience_s = options.get("patience_s", 40)
     wandb_run.START_TIMEOUT_S = wandb_run.FINISH_TIMEOUT_S = patience_s
+    wandb_run.FILE_TIMEOUT_S = options.get("file_patience_s", 60)
     wandb_run.SETTINGS |= {
         "init_timeout": patience_s,
         "finish_timeout": patience_s,
@@ -170,9 +172,11 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
     if options.get("is_slow"):
         in_time = wandb_run.in_time
         wandb_run.in_time = lambda action, timeout_s: in_time(action, timeout_s) or TimeoutError()
+        early = iter([-1, -1])
+        wandb_run.last_step = lambda file: next(early, None) or last_step(file)
     begin = time.monotonic()
     trackers.finish(options.get("exit_code", 0), options.get("is_preempted", False))
-    assert time.monotonic() - begin < patience_s + 15
+    assert time.monotonic() - begin < patience_s + 75
 
 
 def assert_whole(run, last: int, changes: dict[int, int]) -> None:
@@ -369,7 +373,7 @@ def test_a_server_that_comes_back_gets_everything(server, training, tmp_path):
 
 
 def test_a_disk_that_is_full_costs_a_warning(server, training):
-    printed = training.run(OFFLINE, 0, 500, file_limit=60_000)
+    printed = training.run(OFFLINE, 0, 500, file_limit=60_000, file_patience_s=3)
     assert printed.count("Warning") == 1
     assert "could not be written to its end (is the disk full?)" in printed
     training.run(OFFLINE, 500, 500)
