@@ -177,6 +177,7 @@ class Health:
         self.last_losses.append(loss)
         if self.steps % patience:
             return None
-        level = median(self.last_losses) / median(self.first_losses)
+        first = median(self.first_losses)
+        level = median(self.last_losses) / first if first > 0 else 0.0
         self.must_fall = level > FALLEN
         return level if self.must_fall else None

@@ -277,9 +277,8 @@ def check_output_dir(config: Config) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--output_dir {folder}: {existing} is not a folder that can be written to: give another.")
     if not config.run.dry_run:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
+        try:  # the folder itself is made where training begins, after all that may be refused
+            with tempfile.TemporaryFile(dir=existing):
                 pass
         except OSError as error:
             raise UserError(f"--output_dir {folder}: cannot be written to ({error.strerror}): give another.") from None

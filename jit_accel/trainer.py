@@ -25,6 +25,7 @@ from jit_accel.loading import build_network
 from jit_accel.monitor import Monitor
 from jit_accel.objective import diffusion_loss, draw_noise, draw_times, drop_labels
 from jit_accel.optim import build_optimizers, lr_at, set_lr
+from jit_accel.processes import on_main
 from jit_accel.record import record_run, write_record
 from jit_accel.resolve import Plan
 from jit_accel.results import leave_results
@@ -92,10 +93,13 @@ class Trainer:
     def run(self) -> int:
         """Train to the end, or until a signal. Returns the exit code."""
         config, plan = self.config, self.plan
+        self.output_dir.mkdir(parents=True, exist_ok=True)
         lacks_evaluation = self._lacks_evaluation()
         if self.quality and (self.step < plan.total_steps or lacks_evaluation):
             self.quality.prepare()
         with self.stop, self.monitor:
+            if self._lacks_samples():
+                self.draw_samples()  # before the trackers are opened, which then are sent the sheets they lack
             self._open_logs()
             if lacks_evaluation:
                 self.evaluate()
@@ -111,14 +115,12 @@ class Trainer:
                 if at_end or is_due(self.step, config.run.save_every_steps):
                     self.save()
                 # Only after the checkpoint, so that whatever happens to them costs no step.
-                if not at_end and is_due(self.step, config.sample.sample_every_steps):
-                    self.flush()
-                    self.sample()
-                if self._evaluates_now():
-                    self.flush()
-                    if self.is_stopping:
-                        return self._leave()
-                    self.evaluate()
+                for is_now, action in ((self._samples_now(), self.sample), (self._evaluates_now(), self.evaluate)):
+                    if is_now:
+                        self.flush()
+                        if self.is_stopping:
+                            return self._leave()
+                        action()
             return self._finish()
 
     def train_step(self) -> None:
@@ -186,6 +188,16 @@ class Trainer:
         self.monitor.amend(self.step, found)
         values = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in found.items())
         self.say(f"Step {self.step:,}: {values} of {self.config.evaluation.eval_images:,} images")
+
+    def _samples_now(self) -> bool:
+        at_end = self.step == self.plan.total_steps  # where there is a sheet in any case
+        return not at_end and is_due(self.step, self.config.sample.sample_every_steps)
+
+    def _lacks_samples(self) -> bool:
+        """Whether an earlier start saved this step, but was stopped before its sheet was drawn."""
+        if self.step == 0 or not self._samples_now():
+            return False
+        return on_main(self.accelerator, lambda: not self.sheet_path.exists())
 
     def _evaluates_now(self) -> bool:
         at_end = self.step == self.plan.total_steps
@@ -276,13 +288,19 @@ class Trainer:
         resume_state(self, path)
 
     def sample(self) -> Path:
-        """Make this step's sheet of samples; all processes together. Returns its path."""
-        path = self.output_dir / "samples" / f"step_{self.step:08d}.png"
-        self.model.eval()
+        """Make this step's sheet of samples, all processes together, and report it. Returns its path."""
         with self.monitor.pause():
-            self.samples.draw(path)
-        self.monitor.log_samples(path, self.step, self.samples.caption(self.step))
-        return path
+            self.draw_samples()
+        self.monitor.log_samples(self.sheet_path, self.step, self.samples.caption(self.step))
+        return self.sheet_path
+
+    def draw_samples(self) -> None:
+        self.model.eval()
+        self.samples.draw(self.sheet_path)
+
+    @property
+    def sheet_path(self) -> Path:
+        return self.output_dir / "samples" / f"step_{self.step:08d}.png"
 
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:

@@ -23,7 +23,7 @@ def refused(tmp_path, capsys):
         printed = capsys.readouterr()
         assert "Traceback" not in printed.err + printed.out
         if writes_nothing and "--output_dir" not in flags:
-            assert not [p for p in out.rglob("*") if p.is_file()]
+            assert not out.exists()
         return next(line for line in printed.err.splitlines() if line.startswith("error: "))
 
     return run
@@ -31,6 +31,17 @@ def refused(tmp_path, capsys):
 
 def test_missing_folder(refused, tmp_path):
     assert f"--data_path {tmp_path}/photos: no such file or folder" in refused("--data_path", f"{tmp_path}/photos")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--resume", "nowhere"), "--resume nowhere"),
+        (("--eval_every_steps", "2", "--eval_features", "nope"), "--eval_features nope"),
+    ],
+)
+def test_what_is_named_but_not_there(refused, images, flags, message):
+    assert message in refused("--data_path", str(images), *flags)
 
 
 def test_folder_without_images(refused, tmp_path):

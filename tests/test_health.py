@@ -85,6 +85,10 @@ def test_a_loss_that_does_not_fall_from_the_start_is_flat():
     assert Health(thresholds, must_fall=True).examine(falling) == []
 
 
+def test_a_loss_of_zero_is_no_trouble():
+    assert Health(HealthConfig(health_flat_steps=50), must_fall=True).examine(rows_of([0.0] * 200)) == []
+
+
 def test_waiting_for_data_names_what_helps_this_run():
     health = Health(HealthConfig(), must_fall=False)
     assert health.examine(rows_of([1.0]), 0.04, "more workers") == []

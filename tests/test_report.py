@@ -518,6 +518,16 @@ def test_the_page_follows_its_reader(browser, pages):
     assert page.ask(ERRORS) == ""
 
 
+def test_a_point_without_neighbours_is_seen(browser, tmp_path):
+    values = [2.0, None, None, 0.5, 0.4, None, 0.3]
+    write_run(tmp_path / "run", [{"step": i + 1, "train/loss": value} for i, value in enumerate(values)])
+    assert main([str(tmp_path / "run")]) == 0
+    page = browser.open((tmp_path / "run" / "report.html").as_uri())
+    assert page.ask(f"{TRAIN}.marker.size") == [7, 0, 0, 0, 0, 0, 7]
+    assert page.ask("[...document.querySelectorAll('[data-chart=loss] .point')].length") == 4
+    assert page.ask(ERRORS) == ""
+
+
 def test_zooming_into_one_chart_shows_the_same_steps_in_all(browser, pages):
     page = browser.open(pages[0])
     ranges = "[...document.querySelectorAll('.plot')].map(plot => plot._fullLayout.xaxis.range.map(Math.round))"

@@ -12,6 +12,7 @@ from PIL import Image as PILImage
 from jit_accel import JiTPipeline
 from jit_accel.metrics import StepMetrics
 from jit_accel.tracking import MetricsLog, read_metrics
+from jit_accel.trainer import Trainer
 
 
 def losses(output_dir):
@@ -186,6 +187,25 @@ def test_sigterm_saves_and_leaves_a_note(images, tmp_path, processes):
     step = rows(out)[-1]["step"]
     assert last_checkpoint(out).name == f"step_{step:08d}"
     assert "go on with --resume auto" in (out / "INTERRUPTED").read_text()
+
+
+def test_a_stop_while_saving_costs_no_sheet(images, tmp_path, monkeypatch):
+    flags = ("--data_path", str(images), "--save_every_steps", "3", "--sample_every_steps", "3")
+    whole, stopped, sheet = tmp_path / "whole", tmp_path / "stopped", "samples/step_00000003.png"
+    assert train_here(*flags, "--output_dir", str(whole)) == 0
+    write = Trainer._write_checkpoint
+
+    def write_and_be_told(self):
+        write(self)
+        self.stop.number = signal.SIGTERM
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_write_checkpoint", write_and_be_told)
+        assert train_here(*flags, "--output_dir", str(stopped)) == 128 + signal.SIGTERM
+    assert last_checkpoint(stopped).name == "step_00000003"
+    assert not (stopped / sheet).exists()  # whoever stops a run soon kills it
+    assert train_here(*flags, "--output_dir", str(stopped), "--resume", "auto") == 0
+    assert (stopped / sheet).read_bytes() == (whole / sheet).read_bytes()
 
 
 def test_the_log_of_a_resumed_run_has_no_doubled_and_no_missing_step(tmp_path):

@@ -93,7 +93,10 @@ const report = (() => {
     const legendgroup = isComparison ? series.name : undefined;
     const name = isComparison ? text(page.runs[series.run].label) : text(series.name);
     const isSmoothed = series.style === "smooth" || series.style === "bin";
-    const isMarked = series.style === "points" && series.x.length <= MOST_MARKERS || series.x.length === 1;
+    const isMarked = series.style === "points" && series.x.length <= MOST_MARKERS;
+    const isAt = (i) => (series.y[i] ?? null) !== null;
+    // A point without neighbours would be a line of no length.
+    const isAlone = series.x.map((_, i) => isAt(i) && !isAt(i - 1) && !isAt(i + 1));
     const memory = SMOOTHING[state.smoothing] * page.runs[series.run].steps;
     const traces = [];
     if (series.raw && state.raw) {
@@ -107,9 +110,9 @@ const report = (() => {
     const isFirst = !chart.series.slice(0, chart.series.indexOf(series)).some((other) => other.run === series.run);
     traces.push({
       x: series.x, y: isSmoothed ? smooth(series, memory) : series.y, name, visible, legendgroup, showlegend: !isComparison,
-      mode: isMarked ? "lines+markers" : "lines",
+      mode: isMarked || isAlone.includes(true) ? "lines+markers" : "lines",
       line: { color: colour, width: series.style === "bin" ? 1.6 : 2.2, dash },
-      marker: { color: colour, size: 7, symbol },
+      marker: { color: colour, size: isMarked ? 7 : isAlone.map((alone) => alone ? 7 : 0), symbol },
       customdata: epochs,
       hovertemplate: isFirst && epochs[0] !== null
         ? "%{y:.4~g}  (epoch %{customdata:.2f})" : "%{y:.4~g}",
@@ -190,7 +193,7 @@ const report = (() => {
     const low = values.reduce((a, b) => Math.min(a, b)), high = values.reduce((a, b) => Math.max(a, b));
     const decades = Math.log10(high / low);
     return {
-      dtick: decades < 0.7 ? undefined : decades < 3.5 ? "D2" : Math.ceil(decades / 8),
+      dtick: decades > 0 && decades < 0.7 ? undefined : decades < 3.5 ? "D2" : Math.ceil(decades / 8),
       tickformat: low < 1e-3 || high > 1e6 ? ".0e" : "~r",
     };
   }
