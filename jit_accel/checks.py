@@ -5,7 +5,17 @@ from __future__ import annotations
 import math
 import re
 
-from jit_accel.config import DEFAULT_MODEL, TRACKERS, Config, HubConfig, OptimConfig, TrackingConfig
+from jit_accel.config import (
+    DEFAULT_MODEL,
+    MOST_IMAGES,
+    MOST_PIXELS,
+    MOST_STEPS,
+    TRACKERS,
+    Config,
+    HubConfig,
+    OptimConfig,
+    TrackingConfig,
+)
 from jit_accel.errors import UserError, lookup
 from jit_accel.presets import parse_model_name
 
@@ -19,7 +29,7 @@ def image_size(config: Config) -> int:
 
 # Flag, rule as a predicate, rule in words. None means "not given" and passes.
 RANGES = [
-    ("img_size", lambda v: v >= 1, "at least 1"),
+    ("img_size", lambda v: 1 <= v <= MOST_PIXELS, f"at least 1 and at most {MOST_PIXELS:,}"),
     ("shuffle_buffer", lambda v: v >= 1, "at least 1"),
     ("num_workers", lambda v: v >= 0, "0 or more"),
     ("max_bad_images", lambda v: 0 <= v <= 1, "a share between 0 and 1"),
@@ -55,10 +65,10 @@ RANGES = [
     ("val_every_steps", lambda v: v >= 0, "0 or more"),
     ("val_images", lambda v: v >= 1, "at least 1"),
     ("eval_every_steps", lambda v: v >= 0, "0 or more"),
-    ("eval_images", lambda v: v >= 2, "at least 2"),
-    ("eval_num_inference_steps", lambda v: v >= 1, "at least 1"),
+    ("eval_images", lambda v: 2 <= v <= MOST_IMAGES, f"at least 2 and at most {MOST_IMAGES:,}"),
+    ("eval_num_inference_steps", lambda v: 1 <= v <= MOST_STEPS, f"at least 1 and at most {MOST_STEPS:,}"),
     ("guidance_scale", lambda v: 0 <= v < math.inf, "0 or more (1 = no guidance)"),
-    ("num_inference_steps", lambda v: v >= 1, "at least 1"),
+    ("num_inference_steps", lambda v: 1 <= v <= MOST_STEPS, f"at least 1 and at most {MOST_STEPS:,}"),
     ("health_loss_jump", lambda v: v == 0 or 1 < v < math.inf, "more than 1, or 0 for never"),
     ("health_max_grad_norm", lambda v: 0 <= v < math.inf, "positive, or 0 for never"),
     ("health_min_grad_norm", lambda v: 0 <= v < math.inf, "positive, or 0 for never"),

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from jit_accel.redact import redacted
 
 DEFAULT_MODEL = "JiT-B/16"
+# More is a slip of the finger; it would end in an overflow, or without memory.
+MOST_STEPS, MOST_IMAGES, MOST_PIXELS = 10_000, 10_000_000, 16_384
 UNAVERAGED = "model"  # in place of a decay: the weights themselves
 STREAMING = {"auto": None, "true": True, "false": False}
 # What --report_to may name, and the package to install for it.

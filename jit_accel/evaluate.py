@@ -32,7 +32,8 @@ def parse_args(argv: list[str] | None = None) -> EvaluateConfig:
     """
     config = parse_flags(EvaluateConfig, argv, "python -m jit_accel.evaluate")
     names = ",".join(config.metrics).split(",")
-    return replace(config, metrics=tuple(name.strip() for name in names if name.strip()))
+    named = tuple(name.strip() for name in names if name.strip())
+    return replace(config, metrics=named or config.metrics)  # a mere comma is refused, not left out
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor
 from jit_accel.card import CARD_FILE, CARD_PICTURE, training_card
 from jit_accel.defaults import DEFAULTS
 from jit_accel.pipeline import JiTPipeline
-from jit_accel.whole import replace_folder
+from jit_accel.whole import new_folder, replace_folder
 
 
 def export_pipeline(
@@ -29,8 +29,7 @@ def export_pipeline(
     """
     network = type(pipeline.transformer).from_config(pipeline.transformer.config)
     network.load_state_dict(weights, strict=True)
-    temporary = folder.with_name(f"tmp_{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = new_folder(folder)
     JiTPipeline(network, **pipeline_settings(pipeline)).save_pretrained(temporary, safe_serialization=True)
     shutil.copy(sheet, temporary / CARD_PICTURE)
     (temporary / CARD_FILE).write_text(training_card(pipeline, record, decay), encoding="utf-8")

@@ -30,7 +30,7 @@ def is_number(value) -> bool:
 
 def checked_interval(interval: Sequence[float]) -> tuple[float, float]:
     try:
-        low, high = (float(end) for end in interval)
+        low, high = (math.nan, math.nan) if isinstance(interval, str) else (float(end) for end in interval)
     except (TypeError, ValueError):
         low, high = math.nan, math.nan
     if not 0 <= low <= high <= 1:

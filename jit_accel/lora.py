@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from jit_accel.errors import UserError, nearest
 from jit_accel.lora_loader import LORA_COMPONENT
-from jit_accel.whole import replace_folder
+from jit_accel.whole import new_folder, replace_folder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps rank and alpha in the file's header
@@ -58,8 +57,7 @@ class Adapter:
         config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": self.targets}
         metadata = json.dumps({f"{LORA_COMPONENT}.{name}": value for name, value in config.items()})
         named = {f"{LORA_COMPONENT}.{name.replace(f'.{ADAPTER}.', '.')}": t.contiguous() for name, t in tensors.items()}
-        temporary = folder.with_name(f"tmp_{folder.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = new_folder(folder)
         temporary.mkdir(parents=True)
         save_file(named, temporary / LORA_FILE, metadata={"format": "pt", METADATA_KEY: metadata})
         replace_folder(temporary, folder)

@@ -304,7 +304,7 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
             if callback is None:
                 return z
             given = {"latents": z} if "latents" in tensor_inputs else {}
-            return (callback(self, step, t, given) or {}).get("latents", z)
+            return (callback(self, step, t, given) or {}).get("latents", z).float()
 
         return step_end
 

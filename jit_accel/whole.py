@@ -39,20 +39,43 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, write)
 
 
+def new_folder(folder: Path) -> Path:
+    """Where to write what is to replace `folder`: a hidden place beside it, which is empty, and not made yet.
+
+    Raises:
+        OSError: `put_back` fails.
+    """
+    put_back(folder)
+    temporary = _beside(folder, "new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    return temporary
+
+
 def replace_folder(temporary: Path, folder: Path) -> None:
     """Put a finished folder into the place of another, which is removed only when the new one is there.
 
     Raises:
         OSError: they cannot be renamed; the old folder is in its place then.
     """
-    aside = folder.with_name(f"tmp_old_{folder.name}")
+    put_back(folder)
+    aside = _beside(folder, "old")
     if folder.exists():
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(folder, aside)
     try:
         os.rename(temporary, folder)
     except BaseException:
-        if aside.exists() and not folder.exists():
-            os.rename(aside, folder)
+        put_back(folder)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Undo the replacing of a folder that was killed between its two renamings."""
+    aside = _beside(folder, "old")
+    if aside.exists() and not folder.exists():
+        os.rename(aside, folder)
+
+
+def _beside(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.jit_accel_{what}")

@@ -32,7 +32,7 @@ from jit_accel.errors import UserError
 from jit_accel.loading import load_pipeline
 from jit_accel.model import JiTTransformer2DModel
 from jit_accel.presets import PRESETS
-from jit_accel.whole import replace_folder
+from jit_accel.whole import new_folder, replace_folder
 
 CONTEXT = ("--in_context_start", "1")  # of the golden network, which has no preset's sizes
 
@@ -388,6 +388,31 @@ def test_flags_win_and_contradictions_are_told(tmp_path, capsys):
     assert "/home/me" not in card
 
 
+def test_places_that_cannot_be_are_told(reference, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for place in ("file/x", "file/x.pth", 300 * "x", f"{300 * 'x'}.pth"):
+        assert convert(reference, tmp_path / place, *CONTEXT) == 2
+        told = capsys.readouterr().err
+        assert "cannot be written" in told
+        assert "Traceback" not in told
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_types_in_which_nothing_computes_are_refused(tmp_path, capsys):
+    weights = {
+        name: tensor.to(torch.float8_e4m3fn) for name, tensor in golden_weights().items() if name != "net.pos_embed"
+    }
+    torch.save(weights, tmp_path / "w.pth")
+    message = refusal(capsys, tmp_path / "w.pth", tmp_path / "out", *CONTEXT, "--img_size", "16", "--dtype", "same")
+    assert "is torch.float8_e4m3fn, in which no JiT computes" in message
+
+
+def test_folders_of_others_beside_the_target_stay(folder, tmp_path):
+    (tmp_path / "tmp_old_p").mkdir()
+    assert convert(folder, tmp_path / "p") == 0
+    assert (tmp_path / "tmp_old_p").is_dir()
+
+
 def test_names_that_several_classes_share_are_told(reference, tmp_path, capsys):
     names = ["crane", "dog", "cat", "crane", *"abcdef"]
     (tmp_path / "names.txt").write_text("\n".join(names))
@@ -408,6 +433,11 @@ def test_class_tokens_that_weights_do_not_have_do_not_start_anywhere():
     [
         (lambda w: w.pop("net.blocks.2.mlp.w3.bias"), "missing: blocks.2.mlp.w3.bias"),
         (lambda w: w.update({"net.extra": torch.zeros(1)}), "unexpected: extra"),
+        (lambda w: w.update({"net.blocks": torch.zeros(1)}), "unexpected: blocks"),
+        (
+            lambda w: w.update({"net.y_embedder.embedding_table.weight": torch.zeros(0, 96)}),
+            "table of classes has no row",
+        ),
         (lambda w: w.update({"net.pos_embed": torch.zeros(1, 16, 96)}), "not the fixed 2-D sin-cos table"),
         (lambda w: w.update({"net.pos_embed": torch.zeros(1, 15, 96)}), "no square image"),
         (lambda w: w.update({"module.blocks.0.norm1.weight": torch.zeros(96)}), "there twice"),
@@ -520,14 +550,26 @@ def test_a_bug_is_not_taken_for_a_full_disk(tmp_path):
         raise RuntimeError("shape")
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     for name in ("old", "new"):
         (_made(tmp_path / name) / name).touch()
     with pytest.raises(OSError, match="gone"):
         replace_folder(tmp_path / "gone", tmp_path / "old")
     assert (tmp_path / "old" / "old").exists()
+    # Killed between the renamings: the next one puts the old folder back first.
+    monkeypatch.setattr(os, "rename", lambda old, new: _die() if Path(new).name == "old" else Path(old).replace(new))
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder(tmp_path / "new", tmp_path / "old")
+    monkeypatch.undo()
+    assert not (tmp_path / "old").exists()
+    assert not new_folder(tmp_path / "old").exists()
+    assert (tmp_path / "old" / "old").exists()
     replace_folder(tmp_path / "new", tmp_path / "old")
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["old", "old/new"]
+
+
+def _die(*_, **__):
+    raise KeyboardInterrupt
 
 
 def _cut(file: Path) -> None:

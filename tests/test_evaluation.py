@@ -443,6 +443,10 @@ ABOUT = {"maker": "jit_accel", "features": "inception", "weights_id": "toy"}
         ({"about": json.dumps({**ABOUT, "maker": "other"})}, "no one of ours"),
         ({"about": "[1]"}, "no one of ours"),
         ({"about": json.dumps({**ABOUT, "label_counts": ["x"]})}, "counts that are none"),
+        ({"about": json.dumps({**ABOUT, "num_images": 0})}, "counts that are none"),
+        ({"kept": np.zeros((3, 16), np.float32)}, "of 4 images or more"),
+        ({"sigma": -np.eye(16)}, "sigma is no covariance"),
+        ({"sigma": np.eye(16) + np.eye(16, k=1)}, "sigma is no covariance"),
         ({"about": json.dumps({**ABOUT, "label_counts": None})}, None),
     ],
 )
@@ -575,8 +579,9 @@ def test_results_are_added_to_those_in_the_models_folder(alone, network, saved, 
     assert list(records[0]["metrics"]) == ["fid", "recall"]
     (of_itself,) = json.loads((tmp_path / "a.json").read_text())
     assert of_itself["metrics"]["fid"] < 1e-6
-    (tmp_path / "a.json").write_text("{}")
-    assert main(["--images", str(folder), "--reference", reference, "--output", f"{tmp_path}/a.json"]) == 2
+    for other in ("{}", "[1]"):
+        (tmp_path / "a.json").write_text(other)
+        assert main(["--images", str(folder), "--reference", reference, "--output", f"{tmp_path}/a.json"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -590,6 +595,11 @@ def test_results_are_added_to_those_in_the_models_folder(alone, network, saved, 
         (["--make_reference", "file"], "must end in .npz"),
         (["--images", "a", "--guidance_scale", "2"], "--guidance_scale 2: says how --model makes images"),
         (["--images", "a", "--method", "heun"], "--method heun: says how --model makes images"),
+        (["--metrics", ","], "--metrics ,: names nothing"),
+        (["--ema", ","], "--ema ,: names nothing"),
+        (["--select", "foo"], "--select foo: unknown"),
+        (["--num_images", "1" + 20 * "0"], "at most 10,000,000"),
+        (["--num_inference_steps", "1e30"], "at most 10,000"),
     ],
 )
 def test_wrong_settings_are_answered_without_a_traceback(capsys, flags, message):

@@ -181,6 +181,7 @@ def test_a_name_in_its_own_case_comes_first():
         ({"class_labels": 0, "method": "heum"}, "Did you mean 'heun'"),
         ({"class_labels": 0, "guidance_scale": float("nan")}, "must be a number"),
         ({"class_labels": 0, "guidance_interval": (10, 100)}, "low <= high <= 1"),
+        ({"class_labels": 0, "guidance_interval": "01"}, "low <= high <= 1"),
         ({"class_labels": 0, "num_images_per_label": 0}, "num_images_per_label 0"),
         ({"class_labels": 0, "callback_on_step_end_tensor_inputs": ["noise"]}, "only 'latents'"),
     ],
@@ -188,6 +189,16 @@ def test_a_name_in_its_own_case_comes_first():
 def test_a_wrong_call_is_told_what_would_do(pipe, call, message):
     with pytest.raises(ValueError, match=message):
         pipe(**call)
+
+
+def test_the_state_stays_float32_whatever_a_callback_gives(pipe):
+    made = pipe(
+        0,
+        num_inference_steps=2,
+        output_type="latent",
+        callback_on_step_end=lambda *a: {"latents": a[3]["latents"].half()},
+    )
+    assert made.images.dtype == torch.float32
 
 
 def test_labels_left_out_mean_the_only_class_where_there_is_one():

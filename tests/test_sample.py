@@ -172,8 +172,9 @@ def test_files_are_the_same_from_two_processes_and_at_any_batch_size(sample, mod
 def test_resume_makes_what_is_missing_or_broken_and_leaves_the_rest(sample, tmp_path, capsys):
     assert sample("--num_images", "6", "--batch_size", "4") == 0
     folder, before = tmp_path / "out", files(tmp_path / "out")
-    gone, cut, *kept = (folder / name for name in before)
+    gone, cut, scratched, *kept = (folder / name for name in before)
     gone.unlink()
+    scratched.write_bytes(scratched.read_bytes()[:200] + b"scratched" + scratched.read_bytes()[209:])
     cut.write_bytes(cut.read_bytes()[:-7])
     (gone.parent / f".{gone.name}.tmp").write_bytes(b"half")
     ages = [path.stat().st_mtime_ns for path in kept]
@@ -181,11 +182,35 @@ def test_resume_makes_what_is_missing_or_broken_and_leaves_the_rest(sample, tmp_
     assert files(folder) == before
     assert [path.stat().st_mtime_ns for path in kept] == ages
     assert not list(folder.rglob("*.tmp"))
-    assert "2 of them now" in capsys.readouterr().out
+    assert "3 of them now" in capsys.readouterr().out
     assert sample("--num_images", "8", "--resume") == 0  # more of the same
     assert before.items() < files(folder).items()
     assert sample("--num_images", "8", "--resume") == 0
     assert "all of them before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change", [{"settings": []}, {"model": {"fingerprint": 1}}, {"classes": [{}]}, {"classes": 1}, {"version": 0}]
+)
+def test_a_record_that_is_broken_is_told(sample, tmp_path, capsys, change):
+    assert sample("--num_images", "1") == 0
+    record = tmp_path / "out" / "samples.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    assert sample("--num_images", "1", "--resume") == 2
+    assert "samples.json is broken, or of another version" in capsys.readouterr().err
+
+
+def test_an_image_that_breaks_on_the_way_is_named(sample, tmp_path, monkeypatch, capsys):
+    flush = ImageFiles.flush
+
+    def flush_and_spoil(self):
+        flush(self)
+        for path in self.folder.rglob("*.png"):
+            path.write_bytes(b"spoilt")
+
+    monkeypatch.setattr(ImageFiles, "flush", flush_and_spoil)
+    assert sample("--num_images", "1", "--grid") == 2
+    assert ".png: cannot be read" in capsys.readouterr().err
 
 
 def test_resume_with_other_settings_is_refused(sample, tmp_path, capsys):
@@ -326,7 +351,13 @@ def test_a_signal_in_the_middle_of_a_batch_keeps_what_is_whole(sample, tmp_path,
         (("--classes", "Kat"), "--classes Kat: no such class; use 0 to 9, or a name: T-shirt/top"),
         (("--classes", "Kat"), "Did you mean 'cat'?"),
         (("--classes", "10"), "--classes 10: no such class; use 0 to 9"),
+        (("--classes", ","), "--classes ,: names no class"),
+        (("--classes", "", "--images_per_class", "2"), "--classes : names no class"),
         (("--num_images", "0"), "--num_images 0: must be at least 1"),
+        (("--num_images", "1" + 20 * "0"), "must be at least 1 and at most 10,000,000"),
+        (("--images_per_class", "2000000"), "20,000,000 images are more than 10,000,000"),
+        (("--num_inference_steps", "1" + 20 * "0"), "must be at least 1 and at most 10,000"),
+        (("--img_size", "4" + 20 * "0"), "must be at least 1 and at most 16,384"),
         (("--images_per_class", "2", "--num_images", "2"), "--images_per_class 2: contradicts --num_images 2"),
         (("--img_size", "30"), "--img_size 30: must be a multiple of the patch size, 4: use 28 or 32"),
         (("--width", "30"), "--width 30: must be a multiple"),

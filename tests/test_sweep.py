@@ -47,6 +47,8 @@ def test_numbers_lists_and_ranges_may_be_mixed(parts, values):
         ("1:inf:1", "is no number"),
         ("-1", "at least 0"),
         ("0:1:0.000001", "larger step"),
+        ("1e400", "is no number"),
+        ("1e-300:1e300:1e-300", "10,000 values: take"),
         (",", "no value"),
     ],
 )

@@ -29,6 +29,7 @@ from jit_accel.errors import UserError
 WRITERS = {"pth": write_pth, "safetensors": write_safetensors}
 # What else a pipeline folder may hold that belongs to its weights.
 BELONGINGS = (CARD_FILE, CARD_PICTURE, "evaluation*")
+COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ONLY_IN_TRAINING = ("proj_dropout", "attn_dropout")
 
 
@@ -124,6 +125,8 @@ def in_type(name: str, tensor: Tensor, dtype: str) -> Tensor:
         UserError: values that the type cannot hold.
     """
     if dtype == "same":
+        if tensor.dtype not in COMPUTED:
+            raise UserError(f"--dtype same: {name} is {tensor.dtype}, in which no JiT computes: leave the flag out.")
         return tensor
     converted = tensor.to(getattr(torch, dtype))
     if dtype == "float16" and not converted.isfinite().all() and tensor.isfinite().all():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 import torch
@@ -69,7 +70,7 @@ def sizes_of_shapes(weights: Mapping[str, Tensor]) -> dict:
         raise UserError(
             f"--input: the weights are not those of a JiT: {error} is missing or has another shape."
         ) from None
-    blocks = {int(parts[1]) for name in weights if (parts := name.split("."))[0] == "blocks" and parts[1].isdecimal()}
+    blocks = {int(match[1]) for name in weights if (match := re.match(r"blocks\.([0-9]+)\.", name))}
     if blocks != set(range(len(blocks))):
         raise UserError(
             f"--input: the weights are not those of a JiT: of the blocks only {sorted(blocks)[:9]} are there."
@@ -79,6 +80,8 @@ def sizes_of_shapes(weights: Mapping[str, Tensor]) -> dict:
             f"--input: the weights are not those of a JiT: patches of {patch} x {patch_across}, {hidden} channels in "
             f"heads of {head_dim}."
         )
+    if classes < 0:
+        raise UserError("--input: the weights are not those of a JiT: the table of classes has no row.")
     context = weights.get("in_context_posemb")
     return {
         "patch_size": patch,

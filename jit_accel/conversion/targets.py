@@ -54,6 +54,10 @@ def check_target(target: Path, kind: str, source: Path | None, overwrite: bool) 
     Raises:
         UserError: it exists, is of another kind, or is the source or holds it.
     """
+    try:
+        target.exists()
+    except OSError as error:  # a name that is too long, say
+        raise UserError(f"--output {target}: cannot be written ({error.strerror}): give another place.") from None
     if source is not None:
         source = source.resolve()
         if target == source or target in source.parents:
@@ -119,7 +123,8 @@ def _is_running(process: int) -> bool:
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_pth(result: Result, path: Path) -> None:

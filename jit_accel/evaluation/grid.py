@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal, InvalidOperation
 
-from jit_accel.config import UNAVERAGED
+from jit_accel.config import MOST_STEPS, UNAVERAGED
 from jit_accel.errors import UserError, nearest
 
 ALL = "all"
@@ -123,6 +123,8 @@ def whole_numbers(flag: str, parts: Iterable[str]) -> list[int]:
     """The same for numbers of steps, 1 or more."""
     values = numbers(flag, parts, at_least=1)
     for value in values:
+        if value > MOST_STEPS:
+            raise UserError(f"--{flag} {value:g}: must be at most {MOST_STEPS:,}.")
         if value != int(value):
             raise UserError(f"--{flag} {value:g}: must be a whole number.")
     return [int(value) for value in values]
@@ -202,7 +204,7 @@ def _range(flag: str, text: str) -> list[float]:
         raise UserError(f"--{flag} {text}: must have start <= stop and a step above 0, such as 1.0:4.0:0.1.")
     count = int((stop - start) / step) + 1
     if count > MAX_VALUES:
-        raise UserError(f"--{flag} {text}: {count:,} values, more than {MAX_VALUES:,}: take a larger step.")
+        raise UserError(f"--{flag} {text}: more than {MAX_VALUES:,} values: take a larger step.")
     return [float(start + i * step) for i in range(count)]
 
 
@@ -211,7 +213,7 @@ def _decimal(flag: str, text: str, whole: str) -> Decimal:
         value = Decimal(text)
     except InvalidOperation:
         value = Decimal("nan")
-    if not value.is_finite():
+    if not value.is_finite() or math.isinf(float(value)):
         raise UserError(
             f"--{flag} {whole}: {text!r} is no number: give numbers such as 1.5, lists such as 1,1.5,2 and ranges "
             "start:stop:step such as 1.0:4.0:0.1."

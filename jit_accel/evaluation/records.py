@@ -50,7 +50,8 @@ def read_records(file: Path | None) -> list[dict]:
         raise UserError(f"--output {file}: cannot be written ({error.strerror}): give another file.") from None
     except ValueError:
         records = None
-    if not isinstance(records, list) or not os.access(file.parent, os.W_OK):
+    is_ours = isinstance(records, list) and all(isinstance(record, dict) for record in records)
+    if not is_ours or not os.access(file.parent, os.W_OK):
         raise UserError(f"--output {file}: results cannot be added to it: give another file.")
     return records
 

@@ -19,6 +19,7 @@ from jit_accel.evaluation.statistics import ImageStatistics
 from jit_accel.whole import write_whole
 
 MAKER = "jit_accel"
+LEAST_FEATURES = 4  # three neighbours of each
 # Names in the .npz of means and covariances, as ADM's evaluator and torch-fidelity's users have them
 NAMES = {MAIN: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
 
@@ -161,7 +162,7 @@ def _about(path: str, arrays: dict[str, np.ndarray]) -> dict:
         raise UserError(f"--reference {path}: its description is no one of ours: make it again.")
     counts, sizes = about.get("label_counts") or [], (about.get("num_images"), about.get("img_size"))
     numbers = [*counts, *(size for size in sizes if size is not None)] if isinstance(counts, list) else [None]
-    if not all(type(number) is int and number >= 0 for number in numbers):
+    if not all(type(number) is int and number >= 0 for number in numbers) or 0 in sizes:
         raise UserError(f"--reference {path}: its description has counts that are none: make it again.")
     return about | {"label_counts": counts}
 
@@ -170,8 +171,17 @@ def _kept(path: str, arrays: dict[str, np.ndarray], size: int) -> Tensor | None:
     if "kept" not in arrays:
         return None
     kept = arrays["kept"]
-    if kept.ndim != 2 or kept.shape[1] != size or kept.dtype.kind != "f" or not np.isfinite(kept).all():
-        raise UserError(f"--reference {path}: kept is {kept.dtype} {kept.shape}, not finite floats (n, {size}).")
+    if (
+        kept.ndim != 2
+        or len(kept) < LEAST_FEATURES
+        or kept.shape[1] != size
+        or kept.dtype.kind != "f"
+        or not np.isfinite(kept).all()
+    ):
+        raise UserError(
+            f"--reference {path}: kept is {kept.dtype} {kept.shape}, not finite floats (n, {size}) of {LEAST_FEATURES} "
+            "images or more: make it again."
+        )
     return torch.from_numpy(kept).float()
 
 
@@ -182,4 +192,6 @@ def _gaussian(path: str, arrays: dict[str, np.ndarray], layer: str, size: int) -
     if shapes != [(size,), (size, size)] or not all(bool(array.isfinite().all()) for array in found):
         names, wanted = ", ".join(NAMES[layer]), f"{(size,)} and {(size, size)}"
         raise UserError(f"--reference {path}: {names} have the shapes {shapes}, not {wanted}, or are not finite.")
+    if (found[1].diagonal() < 0).any() or not torch.allclose(found[1], found[1].T, rtol=1e-4, atol=1e-6):
+        raise UserError(f"--reference {path}: {NAMES[layer][1]} is no covariance: give another file.")
     return Gaussian(*found)

@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jit_accel.config import MOST_IMAGES, MOST_PIXELS
 from jit_accel.errors import UserError, lookup
 from jit_accel.evaluation.grid import Axes, intervals, methods, names, numbers, whole_numbers
 from jit_accel.evaluation.names import FEATURES, INCEPTION, chosen_metrics
+
+RANGES = {
+    **dict.fromkeys(("num_images", "sweep_images"), (2, MOST_IMAGES)),
+    **dict.fromkeys(("sweep_top", "batch_size"), (1, MOST_IMAGES)),
+    "img_size": (1, MOST_PIXELS),
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,9 @@ def check(config: EvaluateConfig) -> None:
         UserError: naming the flag, its value and the rule.
     """
     lookup(dict.fromkeys(FEATURES), config.features, "--features")
+    for flag in ("ema", "metrics", "method"):
+        if (value := getattr(config, flag)) and not names(value):
+            raise UserError(f"--{flag} {' '.join(value)}: names nothing: give some, or leave the flag out.")
     chosen_metrics(config.features, config.metrics)
     if config.reference is None:
         raise UserError("--reference: not given: name the real images, or a file of their statistics.")
@@ -93,14 +103,14 @@ def check(config: EvaluateConfig) -> None:
     if config.make_reference is not None and not config.make_reference.endswith(".npz"):
         raise UserError(f"--make_reference {config.make_reference}: must end in .npz.")
     check_sweep(config)
-    for flag, least in (("num_images", 2), ("sweep_images", 2), ("sweep_top", 1), ("batch_size", 1), ("img_size", 1)):
+    for flag, (least, most) in RANGES.items():
         value = getattr(config, flag)
-        if value is not None and value < least:
-            raise UserError(f"--{flag} {value}: must be at least {least}.")
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{flag} {value}: must be at least {least} and at most {most:,}.")
     if config.max_features < 4:
         raise UserError(f"--max_features {config.max_features}: must be at least 4, for three neighbours of each.")
-    if config.seed < 0:
-        raise UserError(f"--seed {config.seed}: must not be negative.")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"--seed {config.seed}: must be from 0 to 2^63 - 1.")
 
 
 def axes_of(config: EvaluateConfig) -> Axes:
@@ -130,7 +140,7 @@ def check_sweep(config: EvaluateConfig) -> None:
             value = " ".join(getattr(config, flag))
             raise UserError(f"--{flag} {value}: says how --model makes images, which is not given: leave it out.")
     chosen = chosen_metrics(config.features, config.metrics)
-    if config.select is not None and chosen_metrics(config.features, (config.select,))[0] not in chosen:
+    if config.select is not None and chosen_metrics(config.features, (config.select,), "--select")[0] not in chosen:
         raise UserError(f"--select {config.select}: is not among --metrics {','.join(config.metrics)}: add it.")
 
 

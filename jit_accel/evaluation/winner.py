@@ -17,7 +17,7 @@ from jit_accel.evaluation.place import holds
 from jit_accel.evaluation.sweep import Outcome
 from jit_accel.loading import pipeline_of_checkpoint
 from jit_accel.pipeline import JiTPipeline
-from jit_accel.whole import replace_folder, write_text
+from jit_accel.whole import new_folder, put_back, replace_folder, write_text
 
 BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"
 
@@ -31,6 +31,7 @@ def write_winner(checkpoint: Path | None, folder: Path, outcome: Outcome) -> str
     Raises:
         OSError: the folder cannot be written.
     """
+    put_back(folder)
     setting, is_new = outcome.best.setting, not (folder / INDEX_FILE).is_file()
     comes_from_there = checkpoint is not None and setting.ema is not None
     replaces = comes_from_there and (is_new or not holds(folder, checkpoint, setting.ema))
@@ -60,8 +61,7 @@ def export_average(pipeline: JiTPipeline, folder: Path, complete: Callable[[Path
     Args:
         complete: writes what else changes with the weights, before they take their place.
     """
-    temporary = folder.with_name(f"tmp_{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = new_folder(folder)
     pipeline.save_pretrained(temporary, safe_serialization=True)
     for path in folder.iterdir() if folder.exists() else ():
         if path.is_dir() and not (temporary / path.name).exists():

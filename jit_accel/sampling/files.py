@@ -88,8 +88,13 @@ class ImageFiles:
             future.result()
 
     def read(self, item: Item) -> np.ndarray:
-        with Image.open(self.path(item)) as image:
-            return np.asarray(image.convert("RGB"))
+        try:
+            with Image.open(self.path(item)) as image:
+                return np.asarray(image.convert("RGB"))
+        except OSError as error:
+            raise UserError(
+                f"{self.path(item)}: cannot be read ({error}): remove it, and make it with --resume."
+            ) from None
 
     def finish(self) -> str:
         """Return what is there, in words."""
@@ -108,18 +113,26 @@ ENCODINGS = {"png": {"format": "PNG"}, "webp": {"format": "WEBP", "lossless": Tr
 
 
 def is_whole_png(path: Path, size: tuple[int, int]) -> bool:
-    """Whether a file begins as a PNG of this height and width, and ends as one."""
+    """Whether a file is a PNG of this height and width whose checksums are right."""
     start, end, _ = _ends(path)
-    return start[:8] == PNG_START and end == PNG_END and struct.unpack(">II", start[16:24]) == size[::-1]
+    if start[:8] != PNG_START or end != PNG_END or struct.unpack(">II", start[16:24]) != size[::-1]:
+        return False
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError):  # the latter is Pillow's word for a wrong checksum
+        return False
+    return True
 
 
 def is_whole_webp(path: Path, size: tuple[int, int]) -> bool:
-    """Whether a file is a WebP of the length and the height and width that it states."""
+    """Whether a file is a WebP of the length that it states and of this height and width, and can be decoded."""
     start, _, num_bytes = _ends(path)
     if start[:4] != b"RIFF" or start[8:12] != b"WEBP" or struct.unpack("<I", start[4:8])[0] + 8 != num_bytes:
         return False
     try:
         with Image.open(path) as image:
+            image.load()
             return image.size == size[::-1]
     except OSError:
         return False

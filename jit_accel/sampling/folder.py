@@ -67,9 +67,12 @@ def holds_files(path: Path) -> bool:
 def _read(path: Path, folder: Path) -> dict:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["version"] == VERSION:
+        parts = [(record, {"settings", "model", "classes"}), (record["model"], {"path", "ema", "fingerprint"})]
+        parts += [(entry, {"label", "name", "num_images"}) for entry in record["classes"]]
+        is_whole = all(needed <= part.keys() for part, needed in parts) and isinstance(record["settings"], dict)
+        if is_whole and record["version"] == VERSION and all(type(e["num_images"]) is int for e in record["classes"]):
             return record
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise UserError(
         f"--output_dir {folder}: its {SAMPLES_RECORD} is broken, or of another version of this program: give a new "

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from jit_accel.config import MOST_IMAGES
 from jit_accel.errors import UserError, nearest
 from jit_accel.generation import number_of
 from jit_accel.labels import find_name
@@ -86,11 +87,18 @@ def plan_images(config: SampleConfig, num_classes: int, class_names: Sequence[st
     labels = tuple(range(num_classes)) or (0,)  # without classes 0 is "no class"
     if config.classes:
         labels = tuple(sorted({label_of(name, num_classes, class_names) for name in _split(config, class_names)}))
+        if not labels:
+            raise UserError(f"--classes {' '.join(config.classes)}: names no class: give some, or leave the flag out.")
     if config.images_per_class is not None:
         counts = (config.images_per_class,) * len(labels)
     else:
         share, rest = divmod(config.num_images or DEFAULT_NUM_IMAGES, len(labels))
         counts = tuple(share + (k < rest) for k in range(len(labels)))
+    if sum(counts) > MOST_IMAGES:
+        raise UserError(
+            f"--images_per_class {config.images_per_class}: {sum(counts):,} images are more than {MOST_IMAGES:,}: make "
+            "them in several folders, each with its own --seed."
+        )
     kept = [(label, count) for label, count in zip(labels, counts) if count]
     return Plan(*zip(*kept), num_classes, tuple(class_names) if class_names else None)
 

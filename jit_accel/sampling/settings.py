@@ -6,9 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from jit_accel.config import MOST_IMAGES, MOST_PIXELS, MOST_STEPS
 from jit_accel.errors import UserError
 
 DEFAULT_NUM_IMAGES = 64
+MOST = {
+    **dict.fromkeys(("images_per_class", "num_images", "batch_size"), MOST_IMAGES),
+    **dict.fromkeys(("img_size", "height", "width"), MOST_PIXELS),
+    "num_inference_steps": MOST_STEPS,
+}
 
 
 @dataclass(frozen=True)
@@ -91,10 +97,9 @@ def check(config: SampleConfig) -> None:
 
 
 def _check_ranges(config: SampleConfig) -> None:
-    counts = ("images_per_class", "num_images", "batch_size", "num_inference_steps", "img_size", "height", "width")
-    for flag in counts:
+    for flag, most in MOST.items():
         value = getattr(config, flag)
-        if value is not None and value < 1:
-            raise UserError(f"--{flag} {value}: must be at least 1.")
+        if value is not None and not 1 <= value <= most:
+            raise UserError(f"--{flag} {value}: must be at least 1 and at most {most:,}.")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"--seed {config.seed}: must be from 0 to 2^63 - 1.")
