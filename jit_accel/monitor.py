@@ -190,9 +190,9 @@ class Monitor:
             self.trackers.log([{"step": step, **values}])
             self.report.start()
 
-    def log_samples(self, path: Path, step: int, caption: str) -> None:
+    def log_samples(self, path: Path, step: int, caption: str, is_late: bool) -> None:
         if path.exists():
-            self.trackers.log_image("samples/grid", path, step, caption)
+            self.trackers.log_image("samples/grid", path, step, caption, is_late)
 
     def state(self) -> dict:
         """What a later run needs to go on with, on the main process."""

@@ -171,7 +171,7 @@ def warnings_for(config: Config, plan: Plan) -> list[str]:
         if decay != "auto" and ema_memory_steps(float(decay)) > EMA_SHARE_OF_RUN * total:
             found.append(
                 f"--ema_decays {decay} averages over {ema_memory_steps(float(decay)):,.0f} steps, but the run has only "
-                f"{total:,}: its samples will be noise. Use auto, or a longer run."
+                f"{total:,}: its samples will be noise, or far behind the weights. Use auto, or a longer run."
             )
     if plan.warmup_steps > 0.5 * total:
         found.append(

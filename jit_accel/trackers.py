@@ -48,10 +48,11 @@ class Trackers:
         """Report rows in order, each under its own `step`."""
         self._each("log", lambda tracker: tracker.log(rows))
 
-    def log_image(self, name: str, path: Path, step: int, caption: str) -> None:
+    def log_image(self, name: str, path: Path, step: int, caption: str, is_late: bool = False) -> None:
+        """Report a picture; one that `is_late` also where an earlier start has reported this step."""
         for tracker_name, tracker in self.open.items():
             try:
-                tracker.log_image(name, path, step, caption)
+                tracker.log_image(name, path, step, caption, is_late)
             except Exception as error:  # a picture less
                 warn(f"{tracker_name} did not take {path} ({describe(error)}).")
 
@@ -116,11 +117,12 @@ class OtherTracker:
                 values = {key: value for key, value in row.items() if key != "step" and value is not None}
                 self.tracker.log(values, step=row["step"])
 
-    def log_image(self, name: str, path: Path, step: int, caption: str) -> None:
+    def log_image(self, name: str, path: Path, step: int, caption: str, is_late: bool) -> None:
         if self.name == "tensorboard":
             image = np.asarray(Image.open(path).convert("RGB"))
             self.tracker.log_images({name: image[None]}, step=step, dataformats="NHWC")
-        elif self.name == "trackio" and step > self.last_step:
+            self.tracker.writer.flush()  # as accelerate does with numbers
+        elif self.name == "trackio" and (is_late or step > self.last_step):
             import trackio
 
             self.tracker.log({name: trackio.Image(str(path), caption=caption)}, step=step)

@@ -98,9 +98,9 @@ class Trainer:
         if self.quality and (self.step < plan.total_steps or lacks_evaluation):
             self.quality.prepare()
         with self.stop, self.monitor:
-            if self._lacks_samples():
-                self.draw_samples()  # before the trackers are opened, which then are sent the sheets they lack
             self._open_logs()
+            if self._lacks_samples():
+                self.sample(is_late=True)
             if lacks_evaluation:
                 self.evaluate()
             while self.step < plan.total_steps:
@@ -287,16 +287,17 @@ class Trainer:
         """
         resume_state(self, path)
 
-    def sample(self) -> Path:
-        """Make this step's sheet of samples, all processes together, and report it. Returns its path."""
-        with self.monitor.pause():
-            self.draw_samples()
-        self.monitor.log_samples(self.sheet_path, self.step, self.samples.caption(self.step))
-        return self.sheet_path
+    def sample(self, is_late: bool = False) -> Path:
+        """Make this step's sheet of samples, all processes together, and report it. Returns its path.
 
-    def draw_samples(self) -> None:
+        Args:
+            is_late: the trackers may have this step already.
+        """
         self.model.eval()
-        self.samples.draw(self.sheet_path)
+        with self.monitor.pause():
+            self.samples.draw(self.sheet_path)
+        self.monitor.log_samples(self.sheet_path, self.step, self.samples.caption(self.step), is_late)
+        return self.sheet_path
 
     @property
     def sheet_path(self) -> Path:

@@ -242,11 +242,12 @@ class WandbRun:
                 self.run.log({key: value for key, value in row.items() if value is not None}, step=row["step"])
         self._warn_if_given_up()
 
-    def log_image(self, name: str, path: Path, step: int, caption: str) -> None:
-        if self.is_active and step > self.last_step:
+    def log_image(self, name: str, path: Path, step: int, caption: str, is_late: bool = False) -> None:
+        """Send a picture; W&B takes nothing for a step it has, so that a late one goes with the next."""
+        if self.is_active and (is_late or step > self.last_step):
             import wandb
 
-            self.run.log({name: wandb.Image(str(path), caption=caption)}, step=step)
+            self.run.log({name: wandb.Image(str(path), caption=caption)}, step=max(step, self.last_step + 1))
 
     def alert(self, title: str, text: str) -> None:
         if self.is_active:

@@ -60,20 +60,22 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     put_back(folder)
     aside = _beside(folder, "old")
     if folder.exists():
-        shutil.rmtree(aside, ignore_errors=True)
         os.rename(folder, aside)
     try:
         os.rename(temporary, folder)
     except BaseException:
-        put_back(folder)
+        if aside.exists() and not folder.exists():
+            os.rename(aside, folder)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def put_back(folder: Path) -> None:
-    """Undo the replacing of a folder that was killed between its two renamings."""
+    """Undo the replacing of a folder that was killed between its two renamings, or finish it where it was later."""
     aside = _beside(folder, "old")
-    if aside.exists() and not folder.exists():
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    elif aside.exists():
         os.rename(aside, folder)
 
 

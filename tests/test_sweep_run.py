@@ -91,11 +91,13 @@ def test_the_winner_is_the_pipelines_default_with_its_weights_and_another_sweep_
     records = json.loads((run / "pipeline" / "evaluation.json").read_text())
     assert found["best"]["fd_tiny"] in [record["metrics"]["fd_tiny"] for record in records]
 
+    kept = [(run / "evaluation.json").read_bytes(), (run / "pipeline" / "evaluation.json").read_bytes()]
     monkeypatch.setattr(sweep_run.Pipelines, "close", lambda self: None)
     monkeypatch.setattr("jit_accel.evaluation.evaluator.Evaluator.measure_pipeline", None)  # nothing is measured again
     assert evaluate_here(*command) == 0
     assert lines(run) == rows
     assert (run / "pipeline" / "README.md").read_text() == card
+    assert kept == [(run / "evaluation.json").read_bytes(), (run / "pipeline" / "evaluation.json").read_bytes()]
     assert "Best fd_tiny over 24 images" in capsys.readouterr().out
 
 

@@ -191,6 +191,7 @@ def test_sigterm_saves_and_leaves_a_note(images, tmp_path, processes):
 
 def test_a_stop_while_saving_costs_no_sheet(images, tmp_path, monkeypatch):
     flags = ("--data_path", str(images), "--save_every_steps", "3", "--sample_every_steps", "3")
+    flags += ("--report_to", "tensorboard")
     whole, stopped, sheet = tmp_path / "whole", tmp_path / "stopped", "samples/step_00000003.png"
     assert train_here(*flags, "--output_dir", str(whole)) == 0
     write = Trainer._write_checkpoint
@@ -206,6 +207,11 @@ def test_a_stop_while_saving_costs_no_sheet(images, tmp_path, monkeypatch):
     assert not (stopped / sheet).exists()  # whoever stops a run soon kills it
     assert train_here(*flags, "--output_dir", str(stopped), "--resume", "auto") == 0
     assert (stopped / sheet).read_bytes() == (whole / sheet).read_bytes()
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(stopped / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [image.step for image in events.Images("samples/grid")] == [3, 6]
 
 
 def test_the_log_of_a_resumed_run_has_no_doubled_and_no_missing_step(tmp_path):

@@ -112,11 +112,15 @@ class Training:
         ).stderr
 
 
+def draw(path: Path) -> None:
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
+
+
 def _report(environment: dict, output_dir: Path, first: int, last: int, log: str, options: dict) -> None:
-    """Options: `kill_after_s` (-9), `image_at` and `alert_at` a step, `exit_code`, `is_preempted`, `settings`,
-    `file_limit` (bytes) of wandb's service, `flush_s` (of its file; 0 = only at the end), `wait_for` a file,
-    `patience_s` with the server, `file_patience_s` with its file; `is_slow`: wandb needs too long to end, and writes
-    even later."""
+    """Options: `kill_after_s` (-9), `image_at`, `late_image_at` and `alert_at` a step, `exit_code`, `is_preempted`,
+    `settings`, `file_limit` (bytes) of wandb's service, `flush_s` (of its file; 0 = only at the end), `wait_for` a
+    file, `patience_s` with the server, `file_patience_s` with its file; `is_slow`: wandb needs too long to end, and
+    writes even later."""
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -147,6 +151,9 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
     if "file_limit" in options:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     metrics = MetricsLog(output_dir, first)
+    if "late_image_at" in options:
+        draw(output_dir / "late.png")
+        trackers.log_image("samples/grid", output_dir / "late.png", options["late_image_at"], "step 20", is_late=True)
     slowest_s = 0.0
     for step in range(first + 1, last + 1):
         row = {"step": step, "train/loss": 1 / step, "train/epoch": step / 10, "from": first}
@@ -157,8 +164,7 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
         trackers.log([row])
         slowest_s = max(slowest_s, time.monotonic() - begin)
         if step == options.get("image_at"):
-            sheet = output_dir / "sheet.png"
-            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(sheet)
+            draw(sheet := output_dir / "sheet.png")
             trackers.log_image("samples/grid", sheet, step, "cats and dogs")
         if step == options.get("alert_at"):
             trackers.alert("Loss jump", "Lower the learning rate.")
@@ -293,6 +299,17 @@ def test_an_offline_start_behind_a_killed_online_one_begins_a_whole_run_of_its_o
     training.sync(server)
     assert training.id != first
     assert_whole(server.runs[training.id], 40, {1: 0, 21: 20})
+
+
+@pytest.mark.parametrize("end", [{}, {"exit_code": -signal.SIGKILL, "kill_after_s": 1}], ids=["stopped", "killed"])
+def test_a_picture_that_comes_late_is_sent_with_the_next_row_that_is_taken(server, training, end):
+    training.run(server.environment, 0, 20, **end)
+    training.run(server.environment, 20, 30, late_image_at=20)
+    (run,) = server.runs.values()
+    assert_whole(run, 30, {1: 0, 21: 20})
+    (row,) = (row for row in run.history if "samples/grid" in row)
+    assert row["step"] in ((21,) if not end else (20, 21))
+    assert row["samples/grid"]["caption"] == "step 20"
 
 
 def test_a_run_deleted_in_wandb_is_replaced(server, training):

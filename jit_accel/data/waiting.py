@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 
 import torch
@@ -103,6 +104,6 @@ def waiting_advice(
     if is_encoded:
         return (
             "all cores decode already: decode once and for all with "
-            f"`python -m jit_accel.prepare --data_path {data_path} --format uint8`."
+            f"`python -m jit_accel.prepare --data_path {shlex.quote(data_path)} --format uint8 --output_dir FOLDER`."
         )
     return "the images need no decoding, so it is the disk that is slow: move them to a faster one, or more memory."

@@ -23,7 +23,7 @@ from jit_accel.evaluation.images import ImageSet, find_array, open_images
 from jit_accel.evaluation.libraries import has_torch_fidelity
 from jit_accel.evaluation.names import metric_names
 from jit_accel.evaluation.reference import Reference, read_reference, reference_of
-from jit_accel.evaluation.statistics import Collector, ImageStatistics
+from jit_accel.evaluation.statistics import INCEPTION_SCORE_SPLITS, Collector, ImageStatistics
 from jit_accel.generation import SamplerSettings, generate, share_of
 from jit_accel.pipeline import JiTPipeline
 from jit_accel.processes import on_main, together
@@ -241,6 +241,8 @@ def unmeasurable(metrics: tuple[str, ...], reference: Reference, num_images: int
             reasons[name] = "torch-fidelity is not installed: pip install 'jit_accel[eval]'"
         elif short in ("precision", "recall") and fewest <= formulas.NEIGHBOURS:
             reasons[name] = f"of {fewest} images none has {formulas.NEIGHBOURS} neighbours"
+        elif short == "is" and num_images is not None and num_images < 2 * INCEPTION_SCORE_SPLITS:
+            reasons[name] = f"{num_images} images are fewer than two for each of {INCEPTION_SCORE_SPLITS} parts"
     return reasons
 
 

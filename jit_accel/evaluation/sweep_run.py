@@ -172,7 +172,7 @@ def leave(config: EvaluateConfig, weights: str, outcome: Outcome, folder: Path, 
     say(as_markdown(outcome))
     say(verdict(outcome))
     say("Sweep:     " + ", ".join(map(str, paths)))
-    add_records(records, file)
+    add_new_records(records, file)
     if not config.write_best:
         return
     checkpoint, pipeline_folder = checkpoint_at(weights), pipeline_folder_of(config.model, weights)
@@ -183,11 +183,15 @@ def leave(config: EvaluateConfig, weights: str, outcome: Outcome, folder: Path, 
     say(writing(pipeline_folder, lambda: write_winner(checkpoint, pipeline_folder, outcome)))
     if file is None or (pipeline_folder / FILE).resolve() != file.resolve():  # the model card reads it there
         best = {outcome.best.setting, outcome.best_unguided and outcome.best_unguided.setting}
-        known = [without_stamp(record) for record in read_records(pipeline_folder / FILE)]
         shown = [record for record, one in zip(records, outcome.full) if one.setting in best]
-        shown = [record for record in shown if json.loads(json.dumps(record)) not in known]
-        add_records(shown, pipeline_folder / FILE)
+        add_new_records(shown, pipeline_folder / FILE)
     show_on_card(pipeline_folder)
+
+
+def add_new_records(records: list[dict], file: Path | None) -> None:
+    """Add those that are not there yet: a sweep that goes on, or is run again, leaves each once."""
+    known = [without_stamp(record) for record in read_records(file)]
+    add_records([record for record in records if json.loads(json.dumps(record)) not in known], file)
 
 
 def record_of(one: Measured, about: dict) -> dict:
