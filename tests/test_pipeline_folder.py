@@ -243,5 +243,5 @@ def test_the_examples_of_the_guide_run(folder, tmp_path, own_modules, monkeypatc
     for example in examples:
         exec(compile(example, "docs/generate.md", "exec"), names)  # one after the other, as they are read
     assert names["images"][0].size == names["repaired"].size == (16, 16)
-    assert names["image"].size == (48, 32)
+    assert names["image"].size == (56, 28)
     assert names["pipe"].config.num_inference_steps == 25
