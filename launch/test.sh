@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check everything: style, the direction of imports, and all tests. About ten minutes on 2 cores.
+# Check everything: style, the direction of imports, and all tests. Ten to twelve minutes on 2 cores.
 #   bash launch/test.sh                         all of it
 #   bash launch/test.sh -x tests/test_optim.py  arguments go to pytest
 set -euo pipefail

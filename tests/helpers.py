@@ -39,7 +39,7 @@ OF_TIME = ("data/", "perf/", "train/epoch_time", "train/samples_per_second", "he
 TINY = [
     *("--model", "JiT-Ti/7", "--img_size", "28", "--batch_size", "4", "--max_steps", "6"),
     *("--learning_rate", "1e-3", "--warmup_steps", "2", "--log_every_steps", "1", "--mixed_precision", "no"),
-    *("--num_workers", "0", "--num_inference_steps", "1", "--sample_every_steps", "0", "--save_every_steps", "0"),
+    *("--num_workers", "0", "--num_inference_steps", "2", "--sample_every_steps", "0", "--save_every_steps", "0"),
     "--no_html_report",
 ]
 

@@ -21,7 +21,7 @@ from jit_accel.trainer import Trainer
 
 EVAL = [
     *("--eval_every_steps", "3", "--eval_images", "12", "--eval_features", "tiny"),
-    *("--max_steps", "6", "--ema_decays", "0.5", "--guidance_scale", "3", "--num_inference_steps", "2"),
+    *("--max_steps", "6", "--ema_decays", "0.5", "--guidance_scale", "3"),
 ]
 pytestmark = pytest.mark.usefixtures("tiny")
 KEY = "eval/fd_tiny"

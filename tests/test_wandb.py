@@ -168,7 +168,7 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
             trackers.log_image("samples/grid", sheet, step, "cats and dogs")
         if step == options.get("alert_at"):
             trackers.alert("Loss jump", "Lower the learning rate.")
-    assert slowest_s < patience_s, "a step waited for the server"
+    assert slowest_s < 2, "a step waited for the server"
     if "kill_after_s" in options:
         time.sleep(options["kill_after_s"])
         os.kill(os.getpid(), signal.SIGKILL)
@@ -182,7 +182,7 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
         wandb_run.last_step = lambda file: next(early, None) or last_step(file)
     begin = time.monotonic()
     trackers.finish(options.get("exit_code", 0), options.get("is_preempted", False))
-    assert time.monotonic() - begin < patience_s + 75
+    assert time.monotonic() - begin < options.get("patience_s", 3) + 7
 
 
 def assert_whole(run, last: int, changes: dict[int, int]) -> None:
