@@ -261,6 +261,10 @@ def check_output_dir(config: Config) -> None:
         UserError: not writable, or it holds another run.
     """
     folder, resume = Path(config.run.output_dir), config.run.resume
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError as error:  # a name that is too long, say
+        raise UserError(f"--output_dir {folder}: cannot be written to ({error.strerror}): give another.") from None
     held = [
         *(path for path in (folder / METRICS_FILE,) if path.exists() and path.stat().st_size),
         *folder.glob("pipeline/model_index.json"),
@@ -273,7 +277,6 @@ def check_output_dir(config: Config) -> None:
             f"--output_dir {folder}: holds another run ({held[-1].relative_to(folder)}): add --resume auto to "
             "continue it, or give another folder."
         )
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--output_dir {folder}: {existing} is not a folder that can be written to: give another.")
     if not config.run.dry_run:

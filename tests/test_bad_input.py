@@ -74,6 +74,11 @@ def test_output_folder_under_a_file(refused, images, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_output_folder_with_too_long_a_name(refused, images, tmp_path):
+    message = refused("--data_path", str(images), "--output_dir", f"{tmp_path}/{300 * 'x'}")
+    assert "cannot be written to (File name too long)" in message
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_read_only_output_folder(refused, images, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
