@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 from jit_accel.cli import exit_code_of, parse_flags
+from jit_accel.evaluation.grid import names
 from jit_accel.evaluation.settings import EvaluateConfig, check
 
 
@@ -31,9 +32,7 @@ def parse_args(argv: list[str] | None = None) -> EvaluateConfig:
         SystemExit: `--help` (0), a value of the wrong type (2).
     """
     config = parse_flags(EvaluateConfig, argv, "python -m jit_accel.evaluate")
-    names = ",".join(config.metrics).split(",")
-    named = tuple(name.strip() for name in names if name.strip())
-    return replace(config, metrics=named or config.metrics)  # a mere comma is refused, not left out
+    return replace(config, metrics=tuple(names(config.metrics)) or config.metrics)  # a mere comma is refused later
 
 
 if __name__ == "__main__":
