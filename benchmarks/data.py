@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 
 from jit_accel.data import build_loader, open_source
-from jit_accel.data.batch import decode_row
-from jit_accel.data.prefetch import DevicePrefetcher
+from jit_accel.data.batches.batch import decode_row
+from jit_accel.data.batches.prefetch import DevicePrefetcher
 
 REPO = Path(__file__).parent.parent
 WIDTH, HEIGHT, SIZE, BATCH = 500, 375, 256, 64

@@ -13,14 +13,14 @@ import argparse
 
 from accelerate import Accelerator
 
-from jit_accel.evaluation.evaluator import Evaluator, Seconds
-from jit_accel.evaluation.features import load_features
-from jit_accel.evaluation.names import chosen_metrics
-from jit_accel.generation import SamplerSettings
-from jit_accel.model import build_model
-from jit_accel.pipeline import JiTPipeline
-from jit_accel.precision import default_precision
-from jit_accel.scheduler import JiTScheduler
+from jit_accel.base.devices import default_precision
+from jit_accel.evaluate.evaluator import Evaluator, Seconds
+from jit_accel.evaluate.features import load_features
+from jit_accel.evaluate.names import chosen_metrics
+from jit_accel.model.generation import SamplerSettings
+from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.model.scheduler import JiTScheduler
+from jit_accel.model.transformer import build_model
 
 
 def main() -> None:

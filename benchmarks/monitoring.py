@@ -78,11 +78,11 @@ def main() -> None:
 
     import torch
 
-    from jit_accel.cli import parse_args
-    from jit_accel.data.sources import open_source
-    from jit_accel.precision import default_precision
-    from jit_accel.record import device_name, record_run
-    from jit_accel.startup import build_accelerator, build_trainer
+    from jit_accel.base.devices import default_precision, device_name
+    from jit_accel.config.command_line import parse_args
+    from jit_accel.data.formats.sources import open_source
+    from jit_accel.train.build import build_accelerator, build_trainer
+    from jit_accel.train.record import record_run
 
     precision = default_precision()
     with tempfile.TemporaryDirectory() as folder:

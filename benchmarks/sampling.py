@@ -21,14 +21,13 @@ from pathlib import Path
 
 import torch
 
-from jit_accel.generation import SamplerSettings, generate
-from jit_accel.model import build_model
-from jit_accel.pipeline import JiTPipeline
-from jit_accel.precision import DTYPES, default_precision
-from jit_accel.record import device_name
-from jit_accel.sampling.files import ImageFiles
-from jit_accel.sampling.plan import Plan
-from jit_accel.scheduler import JiTScheduler
+from jit_accel.base.devices import DTYPES, default_precision, device_name
+from jit_accel.model.generation import SamplerSettings, generate
+from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.model.scheduler import JiTScheduler
+from jit_accel.model.transformer import build_model
+from jit_accel.sample.files import ImageFiles
+from jit_accel.sample.plan import Plan
 
 NUM_CLASSES = 10
 

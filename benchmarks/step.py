@@ -57,13 +57,12 @@ for _size, _batch in (("B", 128), ("L", 64), ("H", 32)):
 def measure(case: Case) -> dict:
     """Run one case in this process."""
 
-    from jit_accel.cli import parse_args
-    from jit_accel.data.sources import open_source
-    from jit_accel.model import forward_macs
-    from jit_accel.monitor import TRAIN_FLOPS_PER_FORWARD_MAC, peak_memory_gib
-    from jit_accel.precision import default_precision, peak_flops
-    from jit_accel.record import device_name
-    from jit_accel.startup import build_accelerator, build_trainer
+    from jit_accel.base.devices import default_precision, device_name, peak_flops
+    from jit_accel.config.command_line import parse_args
+    from jit_accel.config.presets import forward_macs, parse_model_name
+    from jit_accel.data.formats.sources import open_source
+    from jit_accel.monitor.monitor import TRAIN_FLOPS_PER_FORWARD_MAC, peak_memory_gib
+    from jit_accel.train.build import build_accelerator, build_trainer
 
     precision = default_precision()
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +84,11 @@ def measure(case: Case) -> dict:
             times["trainer"].append(timed(trainer.train_step, device, case.steps))
             trainer.flush()
             times["bare"].append(timed(bare, device, case.steps))
-        flops = TRAIN_FLOPS_PER_FORWARD_MAC * forward_macs(trainer.network) * trainer.config.optim.batch_size
+        flops = (
+            TRAIN_FLOPS_PER_FORWARD_MAC
+            * forward_macs(*parse_model_name(trainer.config.model.model), *(trainer.config.data.img_size,) * 2)
+            * trainer.config.optim.batch_size
+        )
     step, rate = statistics.median(times["trainer"]), 2 * MATRIX_SIDE**3 / statistics.median(times["matrix"])
     overheads = [a / b - 1 for a, b in zip(times["trainer"], times["bare"])]
     name = device_name(device)

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jit_accel import rng
-from jit_accel.objective import diffusion_loss, draw_noise, draw_times
-from jit_accel.optim import lr_at, set_lr
-from jit_accel.scheduler import JiTScheduler
-from jit_accel.spaces import SPACES
+from jit_accel.base import rng
+from jit_accel.model.objective import diffusion_loss, draw_noise, draw_times
+from jit_accel.model.scheduler import JiTScheduler
+from jit_accel.model.spaces import SPACES
+from jit_accel.train.optimizers import lr_at, set_lr
 
 WIDTH, LAYERS = 256, 5
 BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 256, 1e-3, 50

@@ -3,9 +3,9 @@
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "JiTTransformer2DModel": "jit_accel.model",
-    "JiTScheduler": "jit_accel.scheduler",
-    "JiTPipeline": "jit_accel.pipeline",
+    "JiTTransformer2DModel": "jit_accel.model.transformer",
+    "JiTScheduler": "jit_accel.model.scheduler",
+    "JiTPipeline": "jit_accel.model.pipeline",
 }
 __all__ = ["JiTPipeline", "JiTScheduler", "JiTTransformer2DModel", "__version__"]
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Check everything: style, the direction of imports, and all tests. Ten to twelve minutes on 2 cores.
 #   bash launch/test.sh                         all of it
-#   bash launch/test.sh -x tests/test_optim.py  arguments go to pytest
+#   bash launch/test.sh -x tests/train/test_optimizers.py  arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh

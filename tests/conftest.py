@@ -44,7 +44,7 @@ def tiny():
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A folder of 44 Fashion-MNIST images in four class folders."""
-    from jit_accel.data.sources import open_source
+    from jit_accel.data.formats.sources import open_source
 
     source = open_source("builtin:fashion_mnist")
     folder = tmp_path_factory.mktemp("data") / "clothes"

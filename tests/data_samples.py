@@ -11,8 +11,8 @@ import pytest
 from datasets import ClassLabel, Features, Image
 from PIL import Image as PILImage
 
+from jit_accel.base.errors import UserError
 from jit_accel.data import build_loader, open_source
-from jit_accel.errors import UserError
 
 SIZE = 4
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from jit_accel.model import JiTTransformer2DModel, load_reference_weights
+from jit_accel.model.transformer import JiTTransformer2DModel, load_reference_weights
 
 FILES = ("tiny", "nocontext")
 

@@ -18,14 +18,14 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
-from jit_accel.tracking import read_metrics
+from jit_accel.monitor.log import read_metrics
 
 # Half a second instead of ten for each training process: the server imports everything once.
 SPAWNER = multiprocessing.get_context("forkserver")
 SPAWNER.set_forkserver_preload(
     [
-        "jit_accel.startup",
-        "jit_accel.data.loader",
+        "jit_accel.train.build",
+        "jit_accel.data.batches.loader",
         "diffusers.models.modeling_utils",
         "wandb",
         "tyro",
@@ -73,7 +73,7 @@ def train_here(*flags: str) -> int:
 
 def _record_weights(folder: str) -> None:
     """Make each process leave its own weights in a file when training ends."""
-    from jit_accel.trainer import Trainer
+    from jit_accel.train.trainer import Trainer
 
     finish = Trainer._finish
 
@@ -86,7 +86,7 @@ def _record_weights(folder: str) -> None:
 
 def _record_images(folder: str) -> None:
     """Make each process note, step by step, which images it trains on."""
-    from jit_accel.trainer import Trainer
+    from jit_accel.train.trainer import Trainer
 
     loss = Trainer.loss
 
@@ -115,7 +115,7 @@ def _use_fsdp2(precision: str) -> None:
     """Shard the model with FSDP2, which Accelerate ignores on CPUs unless told after it was built."""
     from accelerate.utils import DistributedType
 
-    from jit_accel import startup
+    from jit_accel.train import build as startup
 
     build = startup.build_accelerator
 
@@ -138,7 +138,7 @@ def _use_fsdp2(precision: str) -> None:
 
 def _read_slowly(rank: str) -> None:
     """Make one process wait for its data."""
-    from jit_accel.data.images import TableImages
+    from jit_accel.data.reading.images import TableImages
 
     read = TableImages.read
     if os.environ["RANK"] == rank:

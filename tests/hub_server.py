@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from huggingface_hub import constants, hf_api
 
-from jit_accel import hub
+from jit_accel.model import hub
 
 USER = "alice"
 TOKEN = "hf_" + "t" * 34

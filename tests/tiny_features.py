@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from jit_accel.evaluation import features, names, settings
+from jit_accel.evaluate import features, names, settings
 
 
 def load_tiny(weights: str | None) -> tuple:

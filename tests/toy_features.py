@@ -2,7 +2,7 @@
 
 import torch
 
-from jit_accel.evaluation.features import LOADERS
+from jit_accel.evaluate.features import LOADERS
 
 
 class Toy(torch.nn.Module):

@@ -3,10 +3,10 @@
 from importlib import import_module
 
 _ROOMS = {
-    "Batch": "jit_accel.data.loader",
-    "Source": "jit_accel.data.sources",
-    "build_loader": "jit_accel.data.loader",
-    "open_source": "jit_accel.data.sources",
+    "Batch": "jit_accel.data.batches.loader",
+    "Source": "jit_accel.data.formats.sources",
+    "build_loader": "jit_accel.data.batches.loader",
+    "open_source": "jit_accel.data.formats.sources",
 }
 __all__ = list(_ROOMS)
 

@@ -13,12 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jit_accel.config import STREAMING
-from jit_accel.errors import UserError
+from jit_accel.base.errors import UserError
+from jit_accel.config.presets import forward_macs, parse_model_name
+from jit_accel.config.settings import STREAMING
 
 if TYPE_CHECKING:
-    from jit_accel.data.source import Source
-    from jit_accel.data.stages import EndToEnd, Stages
+    from jit_accel.data.batches.stages import EndToEnd, Stages
+    from jit_accel.data.formats.source import Source
 
 # Images/s of JiT-B/16 at 256 px, bf16 and compiled, on one H100; other models by their arithmetic.
 REFERENCE_MODEL, REFERENCE_SIZE, REFERENCE_RATE = "JiT-B/16", 256, 2600
@@ -68,7 +69,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: a value out of range, a model that does not go with the image size, a file that cannot be written.
     """
-    from jit_accel.presets import parse_model_name
+    from jit_accel.config.presets import parse_model_name
 
     _, patch_size = parse_model_name(args.model)
     for name, least in (("img_size", 1), ("batch_size", 1), ("num_workers", 0)):
@@ -93,10 +94,10 @@ def measure(args: argparse.Namespace) -> dict:
     """Measure and print. Returns all figures."""
     import torch
 
-    from jit_accel.data.sources import open_source
-    from jit_accel.data.stages import measure_loader, measure_stages
-    from jit_accel.data.workers import num_cores
-    from jit_accel.precision import chosen_device
+    from jit_accel.base.devices import chosen_device
+    from jit_accel.data.batches.stages import measure_loader, measure_stages
+    from jit_accel.data.batches.workers import num_cores
+    from jit_accel.data.formats.sources import open_source
 
     torch.set_num_threads(1)
     device, cores = chosen_device(), num_cores()
@@ -176,12 +177,8 @@ def images_per_s_needed(model: str, img_size: int) -> float:
 
 
 def _macs(model: str, img_size: int) -> int:
-    import torch
-
-    from jit_accel.model import build_model, forward_macs
-
-    with torch.device("meta"):
-        return forward_macs(build_model(model, img_size=img_size, num_classes=1000))
+    preset, patch_size = parse_model_name(model)
+    return forward_macs(preset, patch_size, img_size, img_size)
 
 
 def verdict(gpus: int, need_each: float, runs: list[EndToEnd], cores: int) -> tuple[str, bool]:
@@ -204,7 +201,7 @@ def verdict(gpus: int, need_each: float, runs: list[EndToEnd], cores: int) -> tu
 
 
 def remedy(source: Source, data_path: str, cores: int) -> str:
-    from jit_accel.data.waiting import waiting_advice
+    from jit_accel.data.batches.waiting import waiting_advice
 
     return waiting_advice(
         data_path,

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, Image
 from PIL import Image as PILImage
 
-from jit_accel import rng
+from jit_accel.base import rng
 
 CLASS_NAMES = [
     "T-shirt/top",

@@ -1,0 +1,113 @@
+"""The device of a run, and the precision that suits it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from jit_accel.base.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast; "no" has none
+
+
+def chosen_precision(mixed_precision: str | None) -> str:
+    """`--mixed_precision`, or where it is not given the default.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    precision = mixed_precision or default_precision()
+    if precision == "fp16" and chosen_device().type == "cpu":
+        raise UserError("--mixed_precision fp16: needs a GPU: use bf16 or no.")
+    return precision
+
+
+def default_precision() -> str:
+    """What accelerate's configuration says, else bf16 where the device is good at it."""
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if configured in ("no", "fp16", "bf16"):
+        return configured
+    return "bf16" if is_good_at_bf16(chosen_device()) else "no"
+
+
+def chosen_device() -> torch.device:
+    """The device that Accelerate will choose."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def is_good_at_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bf16 are faster than in float32 there."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # Without these units a CPU emulates bf16 and takes up to a hundred times longer.
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+    return device.type in ("xpu", "hpu")
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Inside, products and convolutions in float32 keep all its bits, whatever the program allows elsewhere (TF32)."""
+    before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    names = ("enabled", "benchmark", "benchmark_limit", "deterministic")  # `flags` has other defaults
+    with cudnn.flags(**{name: getattr(cudnn, name) for name in names}, allow_tf32=False):
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+# Dense peak of bf16 and fp16 matrix products with float32 sums, FLOP/s, of what torch shows as one device, by the
+# vendors' datasheets.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX A6000": 155e12,
+    "RTX 5090": 209e12,
+    "RTX 4090": 165e12,
+    "RTX 4080": 97e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "MI325X": 1307e12,
+    "MI300X": 1307e12,
+    "MI250X": 191.5e12,
+}
+FP16_ONLY = ("V100", "T4")
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """What a device can do at most in bf16 or fp16, FLOP/s; None where that is not known."""
+    if precision not in ("bf16", "fp16"):
+        return None
+    for name, peak in PEAK_FLOPS.items():
+        # The whole name, and not that of a slower or faster card behind it.
+        if re.search(rf"(?<!\w){name}(?!\w)(?! (?:D|Ti|SUPER|Laptop)\b)", device_name):
+            return peak if precision == "fp16" or name not in FP16_ONLY else None
+    return None

@@ -1,0 +1,1 @@
+"""Every setting of a training: stated, checked, completed. Imports no torch."""

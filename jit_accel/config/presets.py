@@ -1,0 +1,70 @@
+"""The sizes of JiT. A new size is a row here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from jit_accel.base.errors import UserError, lookup
+
+TIME_FEATURES = 256  # sinusoidal features of the time t
+
+
+@dataclass(frozen=True)
+class Preset:
+    depth: int
+    hidden_size: int
+    num_heads: int
+    bottleneck_dim: int
+    in_context_start: int
+    in_context_len: int = 32
+    in_channels: int = 3
+    mlp_ratio: float = 4.0
+    proj_dropout: float = 0.0  # 2511.13720: 0.2 for H and G
+
+
+PRESETS = {
+    "JiT-Ti": Preset(4, 192, 3, 64, 1, in_context_len=4),  # ours, for laptops
+    "JiT-S": Preset(12, 384, 6, 96, 4, in_context_len=16),  # ours
+    "JiT-B": Preset(12, 768, 12, 128, 4),
+    "JiT-L": Preset(24, 1024, 16, 128, 8),
+    "JiT-H": Preset(32, 1280, 16, 256, 10, proj_dropout=0.2),
+    "JiT-G": Preset(40, 1664, 16, 256, 10, proj_dropout=0.2),
+}
+
+
+def parse_model_name(name: str) -> tuple[Preset, int]:
+    """Split `JiT-B/16` into its preset and patch size.
+
+    Raises:
+        UserError: unknown size, or no patch size behind the slash.
+    """
+    size, _, patch = name.partition("/")
+    preset = lookup(PRESETS, size, "--model")
+    if not re.fullmatch(r"[1-9]\d*", patch):
+        raise UserError(f"--model {name}: the name is SIZE/PATCH, as in {size}/4: add the patch size in pixels.")
+    return preset, int(patch)
+
+
+def swiglu_width(hidden_size: int, mlp_ratio: float) -> int:
+    return int(int(hidden_size * mlp_ratio) * 2 / 3)
+
+
+def forward_macs(preset: Preset, patch_size: int, height: int, width: int) -> int:
+    """Multiply-adds of the matmuls of one image's forward pass; FLOPs are 2x this, with backward 6x.
+
+    Counted: every Linear and patch projection (the modulation and the time embedding once an image, the rest
+    once a token) and attention's two products. Elementwise work, norms and softmax are not.
+
+    Args:
+        preset: sizes of the network; its `config` does as well.
+    """
+    dim, tokens = preset.hidden_size, (height // patch_size) * (width // patch_size)
+    pixels = patch_size * patch_size * preset.in_channels
+    block_macs_per_token = 4 * dim * dim + 3 * dim * swiglu_width(dim, preset.mlp_ratio)
+    macs = TIME_FEATURES * dim + dim * dim
+    macs += tokens * preset.bottleneck_dim * (pixels + dim)
+    for i in range(preset.depth):
+        length = tokens + (preset.in_context_len if i >= preset.in_context_start else 0)
+        macs += 6 * dim * dim + length * block_macs_per_token + 2 * length * length * dim
+    return macs + 2 * dim * dim + tokens * dim * pixels

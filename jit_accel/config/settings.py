@@ -1,0 +1,337 @@
+"""Every setting, by one flat name: a flag, a YAML key and a key of the recorded configuration.
+
+Defaults < YAML file (`--config`) < command line. Nothing here imports torch, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jit_accel.base.redaction import redacted
+
+DEFAULT_MODEL = "JiT-B/16"
+# More is a slip of the finger; it would end in an overflow, or without memory.
+MOST_STEPS, MOST_IMAGES, MOST_PIXELS = 10_000, 10_000_000, 16_384
+UNAVERAGED = "model"  # in place of a decay: the weights themselves
+STREAMING = {"auto": None, "true": True, "false": False}
+# What --report_to may name, and the package to install for it.
+TRACKERS = {
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "mlflow": "mlflow",
+    "aim": "aim",
+    "comet_ml": "comet-ml",
+    "clearml": "clearml",
+    "dvclive": "dvclive",
+    "swanlab": "swanlab",
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    data_path: str
+    """Images: a folder of class folders, a flat folder, what jit_accel.prepare made of them, Parquet files, WebDataset
+    tars, URLs of these (https://host/shard-{000..009}.tar), a Hub id (owner/name:config@revision), builtin:NAME."""
+    data_format: str = "auto"
+    """What data_path is, where it cannot be told by looking: folder, parquet, webdataset, saved, prepared, hub,
+    builtin."""
+    image_column: str | None = None
+    """Column of the images (default: the one that holds images)."""
+    label_column: str | None = None
+    """Column of the class labels, also in metadata.csv (default: label, cls, ... where present; else unlabelled)."""
+    streaming: Literal["auto", "true", "false"] = "auto"
+    """Read in order instead of at random (auto: Parquet, WebDataset and Hub data stream, the rest does not)."""
+    shuffle_buffer: int = 1024
+    """Images that each of the (up to eight) lanes of a stream shuffles together; held undecoded, about 256 MiB at most
+    (over a network, as many again are read ahead)."""
+    img_size: int | None = None
+    """Side of the square training images in pixels (default: 16 patches, or that of init_from)."""
+    horizontal_flip: bool = True
+    """Mirror every second image, at random. Switch off for digits and text."""
+    num_workers: int | None = None
+    """Decoding processes per training process (default: by the number of cores)."""
+    max_bad_images: float = 0.01
+    """Stop when more than this share of the images cannot be decoded."""
+    holdout: float = 0.0
+    """Share of the images to keep from the training, by a hash of their content, for val/loss; such as 0.02."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model: str | None = None
+    """Size and patch: JiT-{Ti,S,B,L,H,G}/PATCH (default: JiT-B/16, or that of init_from)."""
+    num_classes: int | None = None
+    """Number of classes (default: from the data)."""
+    in_channels: int = 3
+    """Colour channels; always 3, other images are converted."""
+    proj_dropout: float | None = None
+    """Dropout after attention and inside the MLP, middle half of the blocks (default: the size's, 0.2 for H, G)."""
+    attn_dropout: float = 0.0
+    """Dropout on the attention weights, middle half of the blocks."""
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    init_from: str | None = None
+    """Start from these weights instead of random ones: a pipeline folder, a run, a checkpoint, a Hub id. What fits is
+    kept; what does not (another number of classes, another patch size) is listed."""
+    lora_rank: int | None = None
+    """Train a LoRA adapter of this rank on top of init_from, whose weights are frozen; checkpoints hold only it."""
+    lora_alpha: float | None = None
+    """The adapter is scaled by alpha / rank (default: the rank)."""
+    lora_dropout: float = 0.0
+    """Dropout of the adapter's input."""
+    lora_targets: tuple[str, ...] | None = None
+    """Linear layers to adapt, by the ends of their names (default: attn.qkv attn.proj mlp.w12 mlp.w3)."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    prediction: Literal["x", "e", "v"] = "x"
+    """What the network predicts: clean image, noise or velocity."""
+    loss_space: Literal["x", "e", "v"] = "v"
+    """Where the squared error is taken."""
+    P_mean: float = -0.8
+    """Mean of logit(t); lower is noisier."""
+    P_std: float = 0.8
+    """Standard deviation of logit(t)."""
+    noise_scale: float | None = None
+    """Standard deviation of the noise (default: img_size / 256, at least 1; at init_from's img_size, its own)."""
+    t_eps: float = 0.05
+    """Lower bound of 1 - t (and of t) where it divides."""
+    label_drop_prob: float = 0.1
+    """Share of labels replaced by "no class", for classifier-free guidance."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    batch_size: int = 32
+    """Images per process and micro-step."""
+    gradient_accumulation_steps: int | None = None
+    """Micro-steps per optimizer step (default: accelerate's configuration, else 1)."""
+    epochs: float | None = None
+    """Length of the run in passes over the data (default: 200; or give max_steps)."""
+    max_steps: int | None = None
+    """Length of the run in optimizer steps."""
+    optimizer: str = "adamw"
+    """adamw, or muon (Muon on the blocks' matrices, AdamW on the rest)."""
+    learning_rate: float | None = None
+    """Peak learning rate (default: 5e-5 x global batch / 256; 1e-4 with lora_rank)."""
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    """What follows the warm-up."""
+    warmup_epochs: float | None = None
+    """Linear warm-up from 0 (default: 5 epochs, at most a tenth of the run)."""
+    warmup_steps: int | None = None
+    """The same in optimizer steps."""
+    min_learning_rate: float = 0.0
+    """Where the cosine ends."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; never on biases, norms and embeddings."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's moments."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's L2 norm; 0 = never, as in the paper."""
+    ema_decays: tuple[str, ...] | None = None
+    """Decays of the averaged weights, or auto = memory of a tenth of the run so far
+    (default: auto, and the paper's 0.9996 0.9998 0.9999 where the run is long enough for them)."""
+
+
+@dataclass(frozen=True)
+class PerformanceConfig:
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Autocast (default: accelerate's configuration, else bf16 where the device is good at it)."""
+    gradient_checkpointing: bool = False
+    """Recompute the blocks in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """torch.compile each block: faster steps after a slower start."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    output_dir: str | None = None
+    """Checkpoints, samples, pipeline (default: runs/ + wandb_name, or a name made of data, model and size)."""
+    resume: str = "none"
+    """none; auto = newest checkpoint of output_dir, if any; or the path of a checkpoint."""
+    seed: int = 0
+    """Everything random follows from it."""
+    save_every_steps: int = 2000
+    """Interval of the checkpoints; the end of the run always makes one. 0 = only there."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    log_every_steps: int = 10
+    """Interval at which metrics leave the device."""
+    val_every_steps: int = 1000
+    """Interval of val/loss, where there is a holdout; the end of the run always has one. 0 = only there."""
+    val_images: int = 1024
+    """How many images of the holdout val/loss is measured on."""
+    dry_run: bool = False
+    """Everything up to the first step, one forward and backward, then exit; writes nothing."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    sample_every_steps: int = 2000
+    """Interval of the sample sheets (PNG, fixed noise, EMA weights); the end always makes one. 0 = only there."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance of the samples, and the pipeline's default (default: 2; 1 = none without labels)."""
+    num_inference_steps: int = 50
+    """Steps of the ODE solver (Heun) for the samples."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    eval_every_steps: int = 0
+    """Interval of eval/...: how far generated images (of the averaged weights) are from real ones; the end of the run
+    has one too. 0 = never."""
+    eval_images: int = 5000
+    """How many images to generate each time, without and with guidance. Distances of few images are too large: compare
+    only those of equally many."""
+    eval_reference: str | None = None
+    """The real images: what data_path may be, or a file of jit_accel.evaluate --make_reference (default: the images of
+    the training)."""
+    eval_features: str = "inception"
+    """Network whose features are compared: inception, for the FID; efficientnet_lite0, whose weights come with its
+    package."""
+    eval_feature_weights: str | None = None
+    """File of the Inception weights, where they are not in torch hub's cache."""
+    eval_num_inference_steps: int | None = None
+    """Steps of the ODE solver (Heun) for these images (default: those of the samples)."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    use_wandb: bool = False
+    """Log to Weights & Biases (WANDB_MODE=offline works without a network)."""
+    wandb_project: str = "jit-diffusion"
+    """Project to log to."""
+    wandb_name: str | None = None
+    """Name of the run (default: generated)."""
+    wandb_entity: str | None = None
+    """Team or user (default: WANDB_ENTITY, else the login's)."""
+    wandb_tags: tuple[str, ...] = ()
+    """Tags of the run, to filter runs by."""
+    wandb_notes: str | None = None
+    """A longer description of the run."""
+    wandb_group: str | None = None
+    """Runs of one group are shown together, such as the seeds of one setting."""
+    report_to: tuple[str, ...] = ()
+    """Further trackers of Accelerate: tensorboard, trackio, mlflow, ..."""
+    html_report: bool = True
+    """Rebuild report.html (curves, samples, settings, on one page) at each epoch and on the way, as often as that takes
+    a hundredth of the time, and at the end."""
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of all trackers asked for."""
+        return tuple(dict.fromkeys(("wandb",) * self.use_wandb + self.report_to))
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    health_loss_jump: float = 3.0
+    """Report losses (the mean of five) above this many times the median of the 100 before. 0 = never, as below."""
+    health_max_grad_norm: float = 100.0
+    """Report gradient norms (before clipping) above this as exploding."""
+    health_min_grad_norm: float = 0.001
+    """Report gradient norms below this as vanishing."""
+    health_flat_steps: int = 1000
+    """Report a loss that has not fallen by a tenth this many steps after the start, and after each as many more."""
+    health_max_wait: float = 0.05
+    """Report a training that waits for data for more than this share of its time."""
+
+
+@dataclass(frozen=True)
+class HubConfig:
+    push_to_hub: bool = False
+    """Upload the pipeline folder to the Hugging Face Hub at the end (log in before: hf auth login, or HF_TOKEN)."""
+    hub_model_id: str | None = None
+    """Where to: owner/name."""
+    hub_private: bool = False
+    """Make the repository a private one, where it does not exist yet."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a JiT pixel-space diffusion model on a folder or data set of images."""
+
+    data: DataConfig
+    """What to learn from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    """Starting from trained weights."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Noise, prediction and loss (arXiv 2511.13720)."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Batch, length, learning rate, averaging."""
+    performance: PerformanceConfig = field(default_factory=PerformanceConfig)
+    """Speed and memory."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Output, checkpoints, logging."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """Pictures on the way."""
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    """How good the samples are, measured on the way."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Weights & Biases, and other trackers."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """When to say that something looks wrong."""
+    hub: HubConfig = field(default_factory=HubConfig)
+    """Sharing the result."""
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by their one flat name, as plain YAML values."""
+        values = {}
+        for group in fields(self):
+            part = getattr(self, group.name)
+            for f in fields(part):
+                value = getattr(part, f.name)
+                values[f.name] = list(value) if isinstance(value, tuple) else value
+        return values
+
+    def recorded(self) -> dict[str, Any]:
+        """The same without secrets, for files and trackers."""
+        return {name: _without_secrets(value) for name, value in self.flat().items()}
+
+    def updated(self, **settings) -> Config:
+        """A copy with these flat settings replaced."""
+        parts = {}
+        for group in fields(self):
+            part = getattr(self, group.name)
+            mine = {f.name: settings.pop(f.name) for f in fields(part) if f.name in settings}
+            parts[group.name] = replace(part, **mine)
+        assert not settings, f"no such settings: {sorted(settings)}"
+        return Config(**parts)
+
+
+GROUPS = (
+    DataConfig,
+    ModelConfig,
+    TuneConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PerformanceConfig,
+    RunConfig,
+    SampleConfig,
+    EvalConfig,
+    TrackingConfig,
+    HealthConfig,
+    HubConfig,
+)
+SETTINGS = {f.name: f for group in GROUPS for f in fields(group)}
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Record the settings as YAML that `--config` reads back; secrets in URLs are left out."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(config.recorded(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _without_secrets(value):
+    if isinstance(value, list):
+        return [_without_secrets(part) for part in value]
+    return redacted(value) if isinstance(value, str) else value

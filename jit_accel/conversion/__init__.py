@@ -1,1 +1,0 @@
-"""Between the paper's checkpoints, pipeline folders and safetensors files: see `jit_accel.convert`."""

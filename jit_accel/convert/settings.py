@@ -1,0 +1,182 @@
+"""The settings of `jit_accel.convert`; imports no torch, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from jit_accel.base.errors import UserError
+from jit_accel.config.checks import check_hub
+from jit_accel.config.settings import HubConfig
+
+# What the name of --output ends in, and what is written then; other names are folders.
+TARGET_KINDS = {".pth": "pth", ".pt": "pth", ".safetensors": "safetensors"}
+FOLDER = "folder"
+# Names like these would make odd folders.
+OTHER_KINDS = (".ckpt", ".bin", ".pkl", ".npz", ".npy", ".zip", ".tar", ".onnx", ".gguf", ".h5", ".msgpack")
+
+
+@dataclass(frozen=True)
+class NetworkFlags:
+    """Sizes: read from the weights; needed where these do not tell, else compared with them."""
+
+    num_heads: int | None = None
+    """Attention heads (from the shape of q_norm)."""
+    in_context_start: int | None = None
+    """Block before which the class tokens join in, counted from 0 (from the preset with these sizes)."""
+    patch_size: int | None = None
+    """Side of a patch in pixels."""
+    img_size: int | None = None
+    """Side of the training images in pixels (from pos_embed; without one 16 patches)."""
+    proj_dropout: float | None = None
+    """Dropout for a training that goes on (default: the checkpoint's or the preset's)."""
+    attn_dropout: float | None = None
+    """The same on the attention weights."""
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """What weights do not tell: taken from the source where it says so, else from the paper."""
+
+    prediction: Literal["x", "e", "v"] | None = None
+    """What the network predicts (default: x)."""
+    noise_scale: float | None = None
+    """Standard deviation of the noise (default: img_size / 256, at least 1)."""
+    t_eps: float | None = None
+    """Lower bound of 1 - t (default: 0.05)."""
+    guidance_scale: float | None = None
+    """The pipeline's default guidance (default: the paper's for the size, else 2)."""
+    guidance_interval: tuple[float, float] | None = None
+    """Where guidance acts (default: 0.1 1.0)."""
+    class_names: str | None = None
+    """File with the name of each class: one a line, or JSON, a list or {"0": "name", ...}."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Convert the paper's checkpoints to pipeline folders, and pipelines to its checkpoints or one safetensors file.
+
+    The end of --output's name says which: .pth, .safetensors, else a folder.
+    """
+
+    input: str
+    """A checkpoint of the paper's code (.pth), a plain state dict, a .safetensors file, a pipeline folder, a run's
+    output folder, one of its checkpoints, or owner/name of the Hub."""
+    output: str | None = None
+    """Where to. May be left out to push a pipeline folder as it is."""
+    weights: str | None = None
+    """model, ema1 or ema2 of a checkpoint; in the paper's, ema1 has decay 0.9999 and ema2 0.9996. A run's averages also
+    by their decay, such as 0.9998 (default: ema1)."""
+    dtype: Literal["float32", "bfloat16", "float16", "same"] = "float32"
+    """Of the weights written; same keeps the source's."""
+    overwrite: bool = False
+    """Replace what is at --output: a file, or a pipeline folder."""
+    network: NetworkFlags = field(default_factory=NetworkFlags)
+    """Sizes."""
+    sampling: SamplingFlags = field(default_factory=SamplingFlags)
+    """Sampling."""
+    hub: HubConfig = field(default_factory=HubConfig)
+    """Sharing."""
+
+
+GROUPS = {"network": NetworkFlags, "sampling": SamplingFlags, "hub": HubConfig}
+SETTINGS = {f.name: f for group in (ConvertConfig, *GROUPS.values()) for f in fields(group) if f.name not in GROUPS}
+
+RANGES = [
+    ("num_heads", lambda v: v >= 1, "at least 1"),
+    ("in_context_start", lambda v: v >= 0, "0 or more"),
+    ("patch_size", lambda v: v >= 1, "at least 1"),
+    ("img_size", lambda v: v >= 1, "at least 1"),
+    ("proj_dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
+    ("attn_dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
+    ("noise_scale", lambda v: 0 < v < math.inf, "positive"),
+    ("t_eps", lambda v: 0 < v < 1, "between 0 and 1, both excluded"),
+    ("guidance_scale", lambda v: 0 <= v < math.inf, "0 or more (1 = no guidance)"),
+    ("guidance_interval", lambda v: 0 <= v[0] <= v[1] <= 1, "two times LOW HIGH with 0 <= LOW <= HIGH <= 1"),
+]
+
+
+def check(config: ConvertConfig) -> None:
+    """Refuse settings that are out of range or contradict each other.
+
+    Raises:
+        UserError: naming the flag, its value and the rule.
+    """
+    given = given_flags(config)
+    for name, holds, rule in RANGES:
+        if name in given and not holds(given[name]):
+            shown = given[name] if not isinstance(given[name], tuple) else " ".join(map(str, given[name]))
+            raise UserError(f"--{name} {shown}: must be {rule}.")
+    check_hub(config.hub)
+    if config.output is None:
+        _check_without_output(config, given)
+    elif config.hub.push_to_hub and target_kind(config.output) != FOLDER:
+        raise UserError(
+            f"--push_to_hub: pushes a pipeline folder, but --output {config.output} is none: name a folder."
+        )
+
+
+def _check_without_output(config: ConvertConfig, given: dict) -> None:
+    if not config.hub.push_to_hub:
+        raise UserError("--output: not given; name a .pth or .safetensors file, or a folder for a pipeline.")
+    changes = [*given, *(name for name in ("weights", "overwrite") if getattr(config, name))]
+    changes += ["dtype"] if config.dtype != "float32" else []
+    if changes:
+        raise UserError(
+            f"--{changes[0]}: changes what is converted, but without --output the folder is pushed as it is: "
+            "add --output FOLDER, or leave the flag out."
+        )
+
+
+def given_flags(config: ConvertConfig) -> dict:
+    """The sizes and sampling settings that the user gave."""
+    values = {f.name: getattr(part, f.name) for part in (config.network, config.sampling) for f in fields(part)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def target_kind(output: str) -> str:
+    """What is written to a path of this name: pth, safetensors or folder.
+
+    Raises:
+        UserError: a file of a kind that is not written here.
+    """
+    suffix = Path(output).suffix.lower()
+    if suffix in OTHER_KINDS:
+        raise UserError(
+            f"--output {output}: {suffix} files are not written here: end the name in .pth or .safetensors, or name a "
+            "folder for a pipeline."
+        )
+    return TARGET_KINDS.get(suffix, FOLDER)
+
+
+def read_class_names(path: str) -> list[str]:
+    """The names in a file of `--class_names`, in the order of the labels.
+
+    Raises:
+        UserError: it cannot be read, or is neither lines nor a list nor {"0": name}.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--class_names {path}: cannot be read ({error}): give a text or JSON file.") from None
+    if not text.lstrip().startswith(("[", "{")):
+        return [line.strip() for line in text.strip().splitlines()]
+    try:
+        values = json.loads(text)
+        if isinstance(values, dict):
+            values = [values[str(i)] for i in range(len(values))]
+        # {"0": ["n01440764", "tench"]}, as ImageNet's index is often kept
+        names = [value[-1] if isinstance(value, list) and value else value for value in values]
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f'--class_names {path}: not understood ({error}): write one name a line, or JSON: ["cat", "dog"], or '
+            '{"0": "cat", "1": "dog"} without gaps.'
+        ) from None
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"--class_names {path}: each name must be text; found {next(n for n in names if not isinstance(n, str))!r}."
+        )
+    return names

@@ -1,0 +1,250 @@
+"""A network's sizes from the shapes of its weights, and its settings from what is known of them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from jit_accel.base.errors import UserError
+from jit_accel.config.presets import PRESETS, swiglu_width
+from jit_accel.convert.stated import SIZES
+from jit_accel.model import functional
+from jit_accel.model.transformer import JiTTransformer2DModel
+
+PATCHES_A_SIDE = 16  # the paper's, at every image size
+# 2511.13720's guidance by size, below 512 px and from there on; G is ours, as in the recipes.
+PAPER_GUIDANCE = {"JiT-B": (3.0, 3.0), "JiT-L": (2.4, 2.5), "JiT-H": (2.2, 2.3), "JiT-G": (2.2, 2.3)}
+DEFAULT_GUIDANCE = 2.0
+# In which words each size is read off.
+SHOWN_BY = {
+    "num_heads": "blocks.0.attn.q_norm.weight",
+    "patch_size": "x_embedder.proj1.weight",
+    "in_channels": "x_embedder.proj1.weight",
+    "img_size": "pos_embed",
+    "num_classes": "y_embedder.embedding_table.weight",
+    "in_context_len": "in_context_posemb",
+}
+
+
+def network_config(
+    weights: Mapping[str, Tensor], positions: Tensor | None, stated: Mapping, flags: Mapping
+) -> tuple[dict, list[str]]:
+    """The configuration of the network that these weights are of, and what should be told about it.
+
+    Shapes count most; flags may fill in what they do not tell, then what the source states, then the presets.
+
+    Raises:
+        UserError: the weights are not a JiT's, a flag contradicts them, or something must be told by a flag.
+    """
+    sizes = sizes_of_shapes(weights)
+    preset_name = preset_of(sizes)
+    preset = PRESETS.get(preset_name)
+    notes: list[str] = []
+    if positions is not None:
+        sizes["img_size"] = _side_of(positions) * sizes["patch_size"]
+    _compare_flags(sizes, flags)
+    notes += _contradictions(sizes, stated, preset_name)
+
+    if "img_size" not in sizes:
+        sizes["img_size"] = _image_size(sizes, preset_name, stated, flags, notes)
+    sizes["in_context_start"] = _in_context_start(sizes, preset_name, stated, flags)
+    for name in ("proj_dropout", "attn_dropout"):
+        sizes[name] = flags.get(name, stated.get(name, getattr(preset, name, 0.0)))
+    check_fit(weights, positions, sizes)
+    return sizes, notes
+
+
+def sizes_of_shapes(weights: Mapping[str, Tensor]) -> dict:
+    """Every size that the shapes alone tell."""
+    try:
+        bottleneck, channels, patch, patch_across = weights["x_embedder.proj1.weight"].shape
+        hidden = weights["x_embedder.proj2.weight"].shape[0]
+        classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1
+        head_dim = weights["blocks.0.attn.q_norm.weight"].shape[0]
+        inner = weights["blocks.0.mlp.w3.weight"].shape[1]
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"--input: the weights are not those of a JiT: {error} is missing or has another shape."
+        ) from None
+    blocks = {int(match[1]) for name in weights if (match := re.match(r"blocks\.([0-9]+)\.", name))}
+    if blocks != set(range(len(blocks))):
+        raise UserError(
+            f"--input: the weights are not those of a JiT: of the blocks only {sorted(blocks)[:9]} are there."
+        )
+    if patch != patch_across or not head_dim or hidden % head_dim or not hidden:
+        raise UserError(
+            f"--input: the weights are not those of a JiT: patches of {patch} x {patch_across}, {hidden} channels in "
+            f"heads of {head_dim}."
+        )
+    if classes < 0:
+        raise UserError("--input: the weights are not those of a JiT: the table of classes has no row.")
+    context = weights.get("in_context_posemb")
+    return {
+        "patch_size": patch,
+        "hidden_size": hidden,
+        "depth": len(blocks),
+        "num_heads": hidden // head_dim,
+        "bottleneck_dim": bottleneck,
+        "in_context_len": context.shape[1] if context is not None and context.ndim == 3 else 0,
+        "num_classes": classes,
+        "mlp_ratio": mlp_ratio(hidden, inner),
+        "in_channels": channels,
+    }
+
+
+def mlp_ratio(hidden: int, inner: int) -> float:
+    """The ratio whose SwiGLU has `inner` channels; 4 where that fits, as in the paper."""
+    # Quarters first; then whatever gives that width.
+    near = inner * 1.5 / hidden
+    quarters = sorted((k / 4 for k in range(1, 65)), key=lambda ratio: abs(ratio - 4))
+    exact = [(math.ceil(inner * 1.5) + shift) / hidden for shift in (0, 0.5, 1)]
+    for ratio in (*quarters, near, *exact):
+        if swiglu_width(hidden, ratio) == inner:
+            return ratio
+    return near
+
+
+def preset_of(sizes: Mapping) -> str | None:
+    """The preset with these depth, width, heads and bottleneck."""
+    compared = ("depth", "hidden_size", "num_heads", "bottleneck_dim")
+    for name, preset in PRESETS.items():
+        if all(getattr(preset, size) == sizes[size] for size in compared):
+            return name
+    return None
+
+
+def model_name(config: Mapping) -> str:
+    """`JiT-B/16`, or the sizes where no preset has them."""
+    preset = preset_of(config)
+    name = preset or f"JiT {config['depth']}x{config['hidden_size']}"
+    return f"{name}/{config['patch_size']}"
+
+
+def _side_of(positions: Tensor) -> int:
+    side = math.isqrt(positions.shape[1]) if positions.ndim == 3 else 0
+    if not side or side * side != positions.shape[1]:
+        raise UserError(f"--input: pos_embed has the shape {tuple(positions.shape)}, which is no square image's.")
+    return side
+
+
+def _compare_flags(sizes: Mapping, flags: Mapping) -> None:
+    for name in SIZES:
+        if name in flags and name in sizes and flags[name] != sizes[name]:
+            raise UserError(
+                f"--{name} {flags[name]}: the weights say {sizes[name]} (shape of {SHOWN_BY[name]}): leave the flag "
+                "out."
+            )
+
+
+def _contradictions(sizes: Mapping, stated: Mapping, preset_name: str | None) -> list[str]:
+    notes = [
+        f"the checkpoint says {name} {stated[name]}, its weights have {sizes[name]}, which counts."
+        for name in SIZES
+        if name in stated and name in sizes and stated[name] != sizes[name]
+    ]
+    if "model" in stated:
+        size, _, patch = stated["model"].partition("/")
+        if size != preset_name or (patch and patch != str(sizes["patch_size"])):
+            notes.append(f"the checkpoint says {stated['model']}, its weights are a {model_name(sizes)}, which counts.")
+    return notes
+
+
+def _image_size(sizes: Mapping, preset_name: str | None, stated: Mapping, flags: Mapping, notes: list[str]) -> int:
+    size = flags.get("img_size", stated.get("img_size"))
+    if size is None and preset_name is None:
+        raise UserError("--img_size: these weights have no pos_embed and no preset's sizes: say the size in pixels.")
+    if size is None:
+        size = PATCHES_A_SIDE * sizes["patch_size"]
+        notes.append(f"image size {size}: 16 patches a side, as in the paper; --img_size says otherwise.")
+    if size % sizes["patch_size"] or not size:
+        raise UserError(f"--img_size {size}: must be a multiple of the patch size, {sizes['patch_size']}.")
+    return size
+
+
+def _in_context_start(sizes: Mapping, preset_name: str | None, stated: Mapping, flags: Mapping) -> int:
+    if not sizes["in_context_len"]:
+        if flags.get("in_context_start"):
+            raise UserError(
+                f"--in_context_start {flags['in_context_start']}: these weights have no class tokens "
+                "(in_context_posemb): leave the flag out."
+            )
+        return stated.get("in_context_start", 0)
+    named = PRESETS.get(stated.get("model", "").partition("/")[0])
+    fits = named and (named.hidden_size, named.depth) == (sizes["hidden_size"], sizes["depth"])
+    known = [
+        flags.get("in_context_start"),
+        stated.get("in_context_start"),
+        PRESETS[preset_name].in_context_start if preset_name else None,
+        named.in_context_start if fits else None,
+    ]
+    start = next((value for value in known if value is not None), None)
+    if start is None:
+        raise UserError(
+            f"--in_context_start: needed: no preset has {sizes['depth']} blocks of {sizes['hidden_size']} channels, "
+            f"{sizes['num_heads']} heads and a bottleneck of {sizes['bottleneck_dim']}, and shapes do not tell before "
+            "which block the class tokens join in."
+        )
+    if start >= sizes["depth"]:
+        raise UserError(f"--in_context_start {start}: must be below the number of blocks, {sizes['depth']}.")
+    return start
+
+
+def check_fit(weights: Mapping[str, Tensor], positions: Tensor | None, config: Mapping) -> None:
+    """Raise `UserError` unless the weights are exactly those of a network with this configuration."""
+    try:
+        with torch.device("meta"):
+            expected = JiTTransformer2DModel(**config).state_dict()
+    except ValueError as error:
+        raise UserError(f"--input: the weights are not those of a JiT: {error}.") from None
+    problems = [f"missing: {name}" for name in sorted(expected.keys() - weights.keys())]
+    problems += [f"unexpected: {name}" for name in sorted(weights.keys() - expected.keys())]
+    problems += [
+        f"{name} has the shape {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise UserError(
+            f"--input: the weights are not those of a {model_name(config)}: {'; '.join(problems[:6])}{more}."
+        )
+    if positions is not None:
+        table = position_table(config)
+        # Half-precision copies of the table are as good as their type.
+        tolerance = max(1e-4, torch.finfo(positions.dtype).eps)
+        if positions.shape != table.shape or not torch.allclose(positions.float(), table, rtol=0, atol=tolerance):
+            raise UserError("--input: pos_embed is not the fixed 2-D sin-cos table: these weights are not a JiT's.")
+
+
+def position_table(config: Mapping) -> Tensor:
+    """The reference's `pos_embed` (1, N, D), float32."""
+    grid = config["img_size"] // config["patch_size"]
+    return functional.position_table(config["hidden_size"], (grid, grid), grid, torch.device("cpu"))
+
+
+def sampling_settings(config: Mapping, stated: Mapping, flags: Mapping) -> dict:
+    """Everything a pipeline needs beside its network: flags, else what the source states, else the paper."""
+    size = config["img_size"]
+    guidance = PAPER_GUIDANCE.get(preset_of(config), (DEFAULT_GUIDANCE,) * 2)[size >= 512]
+    paper = {
+        "prediction": "x",
+        "noise_scale": max(1.0, size / 256),
+        "t_eps": 0.05,
+        "solver": "heun",
+        "guidance_scale": guidance if config["num_classes"] > 1 else 1.0,
+        "guidance_interval": (0.1, 1.0),
+        "num_inference_steps": None,
+        "method": None,
+        "class_names": None,
+    }
+    settings = {name: flags.get(name, stated.get(name, default)) for name, default in paper.items()}
+    names, number = settings["class_names"], config["num_classes"]
+    if names is not None and len(names) != number:
+        if "class_names" in flags:
+            raise UserError(f"--class_names: has {len(names)} names, the network {number} classes: one for each.")
+        settings["class_names"] = None
+    return settings

@@ -1,0 +1,87 @@
+"""Sizes and settings as a source states them: read with care, because others wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jit_accel.config.presets import PRESETS
+from jit_accel.model.defaults import DEFAULTS
+from jit_accel.model.guidance import is_number
+from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.model.scheduler import CALLS_PER_STEP
+from jit_accel.model.spaces import SPACES
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _is_interval(value) -> bool:
+    is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(map(is_number, value))
+    return is_pair and 0 <= value[0] <= value[1] <= 1
+
+
+def _is_names(value) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
+SIZES = (
+    *("img_size", "patch_size", "hidden_size", "depth", "num_heads", "bottleneck_dim", "in_context_len"),
+    *("in_context_start", "num_classes", "in_channels"),
+)
+# What may be stated, and when it is believed.
+BELIEVED = {
+    **dict.fromkeys(SIZES, _is_count),
+    "mlp_ratio": lambda v: is_number(v) and v > 0,
+    "attn_dropout": lambda v: is_number(v) and 0 <= v < 1,
+    "proj_dropout": lambda v: is_number(v) and 0 <= v < 1,
+    "model": lambda v: isinstance(v, str) and v.partition("/")[0] in PRESETS,
+    "prediction": lambda v: isinstance(v, str) and v in SPACES,
+    "noise_scale": lambda v: is_number(v) and v > 0,
+    "t_eps": lambda v: is_number(v) and 0 < v < 1,
+    "solver": lambda v: isinstance(v, str) and v in CALLS_PER_STEP,
+    "guidance_scale": lambda v: is_number(v) and v >= 0,
+    "guidance_interval": _is_interval,
+    "num_inference_steps": lambda v: _is_count(v) and v >= 1,
+    "method": lambda v: isinstance(v, str) and v in CALLS_PER_STEP,
+    "class_names": _is_names,
+}
+# The reference's command line says the same in its own words.
+ARGUMENT_NAMES = {
+    "class_num": "num_classes",
+    "cfg": "guidance_scale",
+    "sampling_method": "solver",
+    "num_sampling_steps": "num_inference_steps",
+}
+
+
+def from_record(values: Mapping) -> dict:
+    """What is believed of a mapping with our names."""
+    if not isinstance(values, Mapping):
+        return {}
+    return {name: values[name] for name, holds in BELIEVED.items() if name in values and holds(values[name])}
+
+
+def from_arguments(arguments: Mapping) -> dict:
+    """What is believed of the reference's `args`."""
+    renamed = {ARGUMENT_NAMES.get(name, name): value for name, value in arguments.items() if isinstance(name, str)}
+    if "interval_min" in renamed and "interval_max" in renamed:
+        renamed.setdefault("guidance_interval", (renamed["interval_min"], renamed["interval_max"]))
+    return from_record(renamed)
+
+
+def to_arguments(stated: Mapping) -> dict:
+    """The reference's words for sizes and settings, beside ours; plain values only."""
+    theirs = {theirs: stated[ours] for theirs, ours in ARGUMENT_NAMES.items() if ours in stated}
+    low, high = stated["guidance_interval"]
+    return {**stated, **theirs, "interval_min": low, "interval_max": high}
+
+
+def from_pipeline(pipeline: JiTPipeline) -> dict:
+    """All that a pipeline knows of itself."""
+    scheduler = pipeline.scheduler.config
+    values = {name: value for name, value in pipeline.transformer.config.items() if not name.startswith("_")}
+    values |= {"prediction": scheduler.prediction_type, "noise_scale": scheduler.noise_scale, "t_eps": scheduler.t_eps}
+    values |= {"solver": scheduler.solver, "class_names": pipeline.config.class_names}
+    values |= {name: pipeline.config[name] for name in DEFAULTS}
+    return from_record(values)

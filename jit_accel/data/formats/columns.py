@@ -1,0 +1,209 @@
+"""Which columns of a table are the image and the label, and what the labels mean."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from datasets import ClassLabel, Features, Image, Value
+
+from jit_accel.base.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
+
+IMAGE_NAMES = ("image", "img", "png", "jpg", "jpeg", "webp", "picture", "photo", "pixel_values", "bytes")
+LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label", "category", "class_label", "target")
+MAX_CLASSES = 1_000_000  # more distinct numbers than this are ids, not classes
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The meaning of a label column. `names` is empty and `max_label` None where a stream hides them."""
+
+    names: tuple[str, ...] = ()
+    max_label: int | None = None
+    ids: dict[str, int] | None = None  # of text labels
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How to read one row of a data set: `image`, `label`, `key` and `name` are column names."""
+
+    image: str
+    label: str | None = None
+    label_key: str | None = None  # where the label column holds JSON objects
+    label_ids: dict[str, int] | None = None  # where the labels are text
+    raw_size: int | None = None  # where images are bare pixels: uint8 (3, raw_size, raw_size)
+    key: str | None = None  # where `content_key` was stored
+    name: str | None = None  # where names are not stored with the images
+    any_image: bool = False  # a sample of a tar file without `image` may have one of another ending
+
+    @property
+    def all(self) -> list[str]:
+        """The columns that are read."""
+        return [column for column in (self.image, self.label, self.key, self.name) if column is not None]
+
+    def image_of(self, value: Any) -> tuple[bytes | str | None, str]:
+        """Take the undecoded value of the image column apart into (bytes or path, name to report)."""
+        if isinstance(value, dict):
+            path = value.get("path") or ""
+            return value.get("bytes") or path or None, path
+        return value, value if isinstance(value, str) else ""
+
+    def label_of(self, value: Any) -> int:
+        """The class of one value of the label column; -1 where there is none."""
+        if self.label is None:
+            return 0
+        if self.label_key is not None:
+            value = value.get(self.label_key) if isinstance(value, dict) else None
+        if self.label_ids is not None:
+            return self.label_ids.get(value, -1)
+        return -1 if value is None else int(value)
+
+
+def features_of(schema: pa.Schema) -> dict[str, Any]:
+    """The columns as HF datasets describes them, or by Arrow's type where it knows none like it."""
+    found = {}
+    for field in schema:
+        try:
+            found |= Features.from_arrow_schema(pa.schema([field], schema.metadata))
+        except ValueError:
+            found[field.name] = field.type
+    return found
+
+
+def find_columns(
+    features: Mapping[str, Any], image_column: str | None, label_column: str | None, where: str
+) -> Columns:
+    """Choose the image column and the label column, if any, by the user's names, else by type, else by name.
+
+    A column that is named like labels and cannot be any is warned of, where there is no other.
+
+    Raises:
+        UserError: a named column does not exist, or no image column can be recognised.
+    """
+    columns = ", ".join(features)
+    for flag, wanted in (("--image_column", image_column), ("--label_column", label_column)):
+        if wanted is not None and wanted not in features:
+            raise UserError(
+                f"{flag} {wanted}: {where} has no such column; choose from {columns}.{nearest(wanted, features)}"
+            )
+    image = image_column or _guess_image(features)
+    if image is None:
+        raise UserError(
+            f"--data_path {where}: none of the columns ({columns}) is recognisable as the image: "
+            "name it with --image_column."
+        )
+    label = label_column or guess_label(features, image)
+    if label is not None and label_kind(features[label]) is None:
+        raise UserError(
+            f"--label_column {label}: its type is {features[label]}; labels are class labels, whole numbers or "
+            f"text: choose another of the columns {columns}."
+        )
+    if label is None:
+        _warn_of_no_labels(features, image, where)
+    return Columns(image, label)
+
+
+def _warn_of_no_labels(features: Mapping[str, Any], image: str, where: str) -> None:
+    named = next((name for name in LABEL_NAMES if name in features and name != image), None)
+    if named is not None:
+        log.warning(
+            "--data_path %s: the column %r is %s, which is no class: the images train unlabelled. Write it as whole "
+            "numbers or text, or name another column with --label_column",
+            where,
+            named,
+            features[named],
+        )
+
+
+def _guess_image(features: Mapping[str, Any]) -> str | None:
+    typed = [name for name, feature in features.items() if isinstance(feature, Image)]
+    by_name = [n for n in IMAGE_NAMES if n in features and not isinstance(features[n], ClassLabel)]
+    return next(iter([n for n in by_name if n in typed] + typed + by_name), None)
+
+
+def guess_label(features: Mapping[str, Any], image: str) -> str | None:
+    """The column that its name or type shows to be the labels."""
+    named = [name for name in LABEL_NAMES if name in features and name != image and label_kind(features[name])]
+    typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    return next(iter(named + typed), None)
+
+
+def label_kind(feature: Any) -> str | None:
+    """What labels of type `feature` are: "class", "int" or "text"; None where they are no labels."""
+    if isinstance(feature, ClassLabel):
+        return "class"
+    dtype = feature.dtype if isinstance(feature, Value) else ""
+    if "int" in dtype or dtype == "bool":
+        return "int"
+    return "text" if "string" in dtype else None
+
+
+def read_labels(feature: Any, values: Iterable | None, column: str, where: str) -> Labels:
+    """What the labels of type `feature` mean, given all different `values`, or None where they are unknown.
+
+    Raises:
+        UserError: labels missing or negative, text and numbers mixed, text that cannot be listed, ids not classes.
+    """
+    kind = label_kind(feature)
+    if kind == "text" and values is None:
+        raise UserError(
+            f"--label_column {column}: the labels of {where} are text, and their list is not known before the "
+            "whole stream was read: use --streaming false, or store them as ClassLabel."
+        )
+    values = None if values is None else list(values)
+    if values is not None:
+        _check_labels(kind, values, column, where)
+    if kind == "text":
+        names = tuple(sorted(values))
+        return Labels(names, len(names) - 1, {name: i for i, name in enumerate(names)})
+    if kind == "class":
+        if values and max(values) >= feature.num_classes:
+            raise UserError(
+                f"--label_column {column}: {where} has the label {max(values)}, but only {feature.num_classes} "
+                "class names: correct the data."
+            )
+        return Labels(tuple(feature.names), feature.num_classes - 1)
+    return int_labels(values)
+
+
+def int_labels(values: Iterable[int] | None) -> Labels:
+    """Labels that are bare numbers are their own names: "0", "1", ..."""
+    if not values:
+        return Labels()
+    largest = int(max(values))
+    return Labels(tuple(str(i) for i in range(largest + 1)), largest)
+
+
+def _check_labels(kind: str | None, values: list, column: str, where: str) -> None:
+    if any(value is None for value in values):
+        raise UserError(
+            f"--label_column {column}: some images of {where} have no label: label or remove them, or choose "
+            "another column."
+        )
+    is_text = kind == "text"
+    odd = [value for value in values if isinstance(value, str) != is_text]
+    if odd:
+        raise UserError(
+            f"--label_column {column}: in {where} some labels are text and others are numbers (among "
+            f"{'texts' if is_text else 'numbers'} there is {odd[0]!r}): write all in one type."
+        )
+    if is_text or not values:
+        return
+    if min(values) < 0:
+        raise UserError(
+            f"--label_column {column}: {where} has the label {min(values)}; labels are 0, 1, 2, ... "
+            "(-1 marks unlabelled images, as in test splits): remove these images or choose another column."
+        )
+    if max(values) >= MAX_CLASSES:
+        raise UserError(
+            f"--label_column {column}: {where} has the label {max(values)}, which looks like an id and not like "
+            f"one of at most {MAX_CLASSES:,} classes: choose another column."
+        )
+
+
+ONE_CLASS = Labels(("image",), 0)  # of data without labels

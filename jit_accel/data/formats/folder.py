@@ -1,0 +1,167 @@
+"""Folders of image files: one class a subfolder, labels from metadata files, or unlabelled.
+
+Our own walk, because HF's `imagefolder` takes folders named train or test for splits and streams in class order.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, Features, Image
+
+from jit_accel.base.errors import UserError
+from jit_accel.data.formats.columns import Columns, Labels
+from jit_accel.data.formats.index_cache import hash_strings, known_scan, scan_folder
+from jit_accel.data.formats.metadata import labels_from_metadata
+from jit_accel.data.formats.scan import IMAGE_EXTENSIONS, FolderScan
+from jit_accel.data.formats.source import Request, Source, make_source, missing_path
+
+log = logging.getLogger(__name__)
+
+SPLIT_NAMES = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "dev"])
+# Pictures that Pillow cannot read: a folder full of them should not look empty.
+UNDECODABLE_EXTENSIONS = frozenset(
+    [".heic", ".heif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"]
+)
+
+
+def is_known_image_folder(folder: str) -> bool:
+    """Whether the folder was opened before, has not changed since, and holds images and no files of other formats."""
+    scan = known_scan(folder)
+    return scan is not None and len(scan.images) > 0 and not scan.other_endings.keys() & {".parquet", ".tar"}
+
+
+def open_folder(request: Request) -> Source:
+    """Open a folder of images.
+
+    Labels come from metadata.csv or metadata.jsonl where there are any (see `labels_from_metadata`), else from the
+    names of the subfolders. A flat folder, or one with a single subfolder, is unlabelled: one class, of its name.
+
+    Raises:
+        UserError: missing, empty, without images, holding splits instead of classes, wrong metadata; image column
+            or streaming asked for, or a label column without metadata.
+    """
+    root = request.path
+    _check_request(request)
+    scan = scan_folder(root)
+    _report_unreadable(root, scan)
+    if not len(scan.images):
+        raise _no_images(root, scan)
+    if scan.metadata:
+        images, ids, labels = labels_from_metadata(root, scan, request.label_column)
+        if labels is None:
+            labels = Labels((_name_of(root),), 0)
+    elif request.label_column is not None:
+        raise UserError(
+            f"--label_column {request.label_column}: {root} is a folder of images without metadata.csv or "
+            "metadata.jsonl, so it has no columns: leave the flag out."
+        )
+    else:
+        images, ids, labels = _classify(root, scan.images)
+    identity = hash_strings(images, ["folder", str(len(images))])
+    if scan.metadata and ids is not None:  # which class folders show in the paths
+        identity = hash_strings(pa.chunked_array([pa.array(ids).cast(pa.string())]), ["metadata", identity])
+    dataset = _as_dataset(os.path.abspath(root), images, ids, labels.names, identity)
+    columns = Columns("image", None if ids is None else "label")
+    return make_source(root, "folder", dataset, columns, labels, len(images), identity)
+
+
+def _check_request(request: Request) -> None:
+    root = request.path
+    if not os.path.isdir(root):
+        raise missing_path(root)
+    if request.image_column is not None:
+        raise UserError(
+            f"--image_column {request.image_column}: {root} is a folder of images, which has no columns of images: "
+            "leave the flag out."
+        )
+    if request.streaming:
+        raise UserError(
+            f"--streaming true: {root} is a folder of images, which is read by random access (better shuffled, and "
+            "any number of processes can resume): leave the flag out."
+        )
+    try:
+        os.path.abspath(root).encode()
+    except UnicodeEncodeError:  # Arrow holds only UTF-8
+        raise UserError(f"--data_path {root!a}: the name of the folder is not UTF-8: rename it.") from None
+
+
+def _classify(root: str, images: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray | None, Labels]:
+    """Classes by the names of the subfolders of `root`."""
+    in_folders = images.filter(pc.greater_equal(pc.find_substring(images, "/"), 0))
+    if not len(in_folders):
+        return images, None, Labels((_name_of(root),), 0)
+    folders = pc.list_element(pc.split_pattern(in_folders, "/", max_splits=1), 0)
+    names = tuple(sorted(pc.unique(folders).to_pylist()))
+    if all(name.lower() in SPLIT_NAMES for name in names):
+        best = next((name for name in names if name.lower().startswith("train")), names[0])
+        raise UserError(
+            f"--data_path {root}: its folders are splits ({', '.join(names)}), not classes: "
+            f"use --data_path {os.path.join(root, best)}."
+        )
+    strays = len(images) - len(in_folders)
+    if len(names) == 1:
+        return images, None, Labels((_name_of(root) if strays else names[0],), 0)
+    if strays:
+        log.warning("--data_path %s: %d images beside the class folders have no class: skipped", root, strays)
+    labels = Labels(names, len(names) - 1)
+    return in_folders, pc.index_in(folders, value_set=pa.array(names)).to_numpy().astype(np.int64), labels
+
+
+def _name_of(root: str) -> str:
+    return os.path.basename(os.path.abspath(root)) or "image"
+
+
+def _as_dataset(
+    root: str, images: pa.ChunkedArray, ids: np.ndarray | None, names: tuple[str, ...], identity: str
+) -> Dataset:
+    """Build the Arrow table by columns: `Dataset.from_dict` would encode a million paths one by one."""
+    features = Features({"image": Image(decode=False)})
+    paths = pc.binary_join_element_wise(root.rstrip("/"), images, "/")
+    chunks = [
+        pa.StructArray.from_arrays([pa.nulls(len(chunk), pa.binary()), chunk], names=["bytes", "path"])
+        for chunk in paths.chunks
+    ]
+    columns = {"image": pa.chunked_array(chunks)}
+    if ids is not None:
+        features["label"] = ClassLabel(names=list(names))
+        columns["label"] = pa.array(ids)
+    # HF would hash the whole table for a fingerprint
+    return Dataset(pa.table(columns).cast(features.arrow_schema), fingerprint=identity)
+
+
+def _no_images(root: str, scan: FolderScan) -> UserError:
+    looked_for = " ".join(sorted(IMAGE_EXTENSIONS))
+    if scan.other_endings:
+        found = ", ".join(f"{count} x {ending}" for ending, count in scan.other_endings.most_common(5))
+        remedy = "give a folder of images, of Parquet files or of .tar files."
+        if UNDECODABLE_EXTENSIONS & scan.other_endings.keys():
+            remedy = "convert them to JPEG or PNG."
+        return UserError(
+            f"--data_path {root}: no images found. Looked for {looked_for} here and in all subfolders, and found "
+            f"{found}: {remedy}"
+        )
+    return UserError(
+        f"--data_path {root}: the folder is empty. Put images in it (one subfolder a class, or none): {looked_for}."
+    )
+
+
+def _report_unreadable(root: str, scan: FolderScan) -> None:
+    if scan.unreadable:
+        log.warning(
+            "--data_path %s: %d files or folders cannot be read and are skipped, the first: %s",
+            root,
+            len(scan.unreadable),
+            scan.unreadable[0],
+        )
+    undecodable = {end: n for end, n in scan.other_endings.most_common() if end in UNDECODABLE_EXTENSIONS}
+    if undecodable and len(scan.images):
+        log.warning(
+            "--data_path %s: %s cannot be decoded and are left out: convert them to JPEG or PNG",
+            root,
+            ", ".join(f"{count} x {ending}" for ending, count in undecodable.items()),
+        )

@@ -1,0 +1,195 @@
+"""Labels of a folder's images from metadata.csv and metadata.jsonl, as HF's `imagefolder` reads them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import posixpath
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+
+from jit_accel.base.errors import UserError, nearest
+from jit_accel.data.formats.columns import LABEL_NAMES, Labels, features_of, guess_label, label_kind, read_labels
+from jit_accel.data.formats.scan import FolderScan
+
+log = logging.getLogger(__name__)
+
+FILE_NAME = "file_name"
+
+
+def labels_from_metadata(
+    root: str, scan: FolderScan, label_column: str | None
+) -> tuple[pa.ChunkedArray, np.ndarray | None, Labels | None]:
+    """The images that the metadata files under `root` list, and their labels.
+
+    A metadata file speaks for its own folder and those below: its column `file_name` holds paths relative to it. The
+    labels come from `label_column`, or from the first column named label, class, ...: whole numbers as they are, text
+    by its place among the sorted texts. Without such a column the images are unlabelled, whatever folders they are
+    in. Listed files that are no images here are skipped, images that are not listed are left out; both are counted
+    and reported.
+
+    Returns:
+        Relative paths, sorted; labels, int64 (N,), and their meaning, or None and None for unlabelled images.
+
+    Raises:
+        UserError: a file cannot be read, lacks columns, gives one image two labels, or fits no image at all.
+    """
+    tables = [_read(os.path.join(root, name), label_column) for name in scan.metadata]
+    column = _label_column(tables, scan.metadata, label_column)
+    paths = pa.chunked_array([_paths(table, name) for table, name in zip(tables, scan.metadata)], pa.string())
+    places = pc.index_in(paths, value_set=scan.images)
+    _report(root, scan, paths, places)
+    if column is None:
+        kept = np.unique(places.drop_null().to_numpy())
+        return scan.images.take(kept), None, None
+    values = _one_type([table.column(column) for table in tables], column)
+    feature = features_of(pa.schema([(column, values.type)]))[column]
+    is_there = places.is_valid()
+    labels = read_labels(feature, pc.unique(values.filter(is_there)).to_pylist(), column, scan.metadata[0])
+    if labels.ids is not None:
+        values = pc.index_in(values, value_set=pa.array(labels.names, values.type))
+    ids = values.filter(is_there).cast(pa.int64()).to_numpy()
+    kept, ids = _once(places.filter(is_there).to_numpy(), ids, scan, column)
+    return scan.images.take(kept), ids, labels
+
+
+def _read(file: str, label_column: str | None) -> pa.Table:
+    try:
+        table = _read_csv(file) if file.endswith(".csv") else _read_jsonl(file)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"--data_path {file}: cannot be read ({error}): repair, rename or remove it.") from error
+    if FILE_NAME not in table.column_names:
+        raise UserError(
+            f"--data_path {file}: it has no column {FILE_NAME!r} that says which image a row is about, only "
+            f"{', '.join(table.column_names) or 'nothing'}: rename the column, or rename the file if it is not meant "
+            "for the images."
+        )
+    if not table.num_rows:
+        raise UserError(f"--data_path {file}: it lists no files: add rows, or remove it.")
+    return _without_repeated(table, file, label_column)
+
+
+def _without_repeated(table: pa.Table, file: str, label_column: str | None) -> pa.Table:
+    """Without the columns of which there are several of one name, none of which may be needed."""
+    counts = Counter(table.column_names)
+    needed = [FILE_NAME, *([label_column] if label_column else LABEL_NAMES)]
+    for name in needed:
+        if counts[name] > 1:
+            raise UserError(f"--data_path {file}: it has two columns named {name!r}: rename or remove one.")
+    return table.select([number for number, name in enumerate(table.column_names) if counts[name] == 1])
+
+
+def _read_csv(file: str) -> pa.Table:
+    return pyarrow.csv.read_csv(
+        file,
+        read_options=pyarrow.csv.ReadOptions(use_threads=False),  # errors then tell the row
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types={FILE_NAME: pa.string()}, null_values=[""], strings_can_be_null=True
+        ),
+    )
+
+
+def _read_jsonl(file: str) -> pa.Table:
+    """By lines and not by Arrow, which stops at a column of mixed types even if nobody needs it."""
+    rows = []
+    with open(file, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict) or not isinstance(row.get(FILE_NAME, ""), str):
+                raise ValueError(f'line {number} is not like {{"{FILE_NAME}": "a.png", "label": 3}}')
+            rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+
+
+def _column(values: list) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):  # mixed types: no labels
+        return pa.nulls(len(values))
+
+
+def _label_column(tables: list[pa.Table], names: list[str], wanted: str | None) -> str | None:
+    shared = [name for name in tables[0].column_names if all(name in table.column_names for table in tables)]
+    columns = [name for name in shared if name != FILE_NAME]
+    if wanted is not None and wanted not in columns:
+        raise UserError(
+            f"--label_column {wanted}: {names[0]} has no such column; choose from "
+            f"{', '.join(columns) or 'none'}.{nearest(wanted, columns)}"
+        )
+    features = features_of(tables[0].select(columns).schema)
+    if wanted is not None and label_kind(features[wanted]) is None:
+        raise UserError(
+            f"--label_column {wanted}: its type in {names[0]} is {tables[0].schema.field(wanted).type}; labels are "
+            "whole numbers or text: choose another column."
+        )
+    column = wanted or guess_label(features, FILE_NAME)
+    if column is None:
+        log.warning(
+            "%s has no column of labels (%s): the images train unlabelled; name one with --label_column.",
+            names[0],
+            ", ".join(columns) or "no column but file_name",
+        )
+    return column
+
+
+def _one_type(columns: list[pa.ChunkedArray], name: str) -> pa.ChunkedArray:
+    """Numbers in one file and text in another are text."""
+    types = {column.type for column in columns}
+    if len(types) > 1:
+        columns = [column.cast(pa.string()) for column in columns]
+    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], columns[0].type)
+
+
+def _paths(table: pa.Table, metadata: str) -> pa.Array:
+    """The listed paths relative to the root."""
+    listed = table.column(FILE_NAME).combine_chunks().cast(pa.string())
+    listed = pc.replace_substring_regex(pc.replace_substring(listed, "\\", "/"), r"^(\./+)+", "")
+    folder = posixpath.dirname(metadata)
+    paths = pc.binary_join_element_wise(folder, listed, "/") if folder else listed
+    detours = pc.fill_null(pc.match_substring_regex(paths, r"//|(^|/)\.\.?(/|$)"), False)
+    if not pc.any(detours).as_py():
+        return paths
+    direct = [posixpath.normpath(path) for path in paths.filter(detours).to_pylist()]
+    return pc.replace_with_mask(paths, detours, pa.array(direct, paths.type))
+
+
+def _once(places: np.ndarray, ids: np.ndarray, scan: FolderScan, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Each image once, in the order of the paths."""
+    order = np.argsort(places, kind="stable")
+    places, ids = places[order], ids[order]
+    again = places[1:] == places[:-1]
+    differing = np.flatnonzero(again & (ids[1:] != ids[:-1]))
+    if len(differing):
+        raise UserError(
+            f"--label_column {column}: {scan.metadata[0]} lists {scan.images[int(places[differing[0]])]} with two "
+            f"different labels ({len(differing)} such images): remove one of the rows."
+        )
+    first = np.concatenate([[True], ~again])
+    return places[first], ids[first]
+
+
+def _report(root: str, scan: FolderScan, paths: pa.ChunkedArray, places: pa.ChunkedArray) -> None:
+    where, missing = ", ".join(scan.metadata[:3]), places.null_count
+    examples = ", ".join(str(path) for path in paths.filter(places.is_null()).slice(0, 3))
+    if missing == len(paths):
+        raise UserError(
+            f"--data_path {root}: none of the {missing} files that {where} lists is an image there (the first: "
+            f"{examples}): {FILE_NAME} must be relative to the folder of the metadata file."
+        )
+    if missing:
+        log.warning("--data_path %s: %d images listed in %s are missing: %s ...", root, missing, where, examples)
+    left_out = len(scan.images) - len(pc.unique(places.drop_null()))
+    if left_out:
+        log.warning("--data_path %s: %d images not listed in %s are left out", root, left_out, where)

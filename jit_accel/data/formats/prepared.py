@@ -1,0 +1,172 @@
+"""The stores that `python -m jit_accel.prepare` writes: squares of one size, shuffled once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from jit_accel.base.errors import UserError
+from jit_accel.data.formats.columns import ONE_CLASS, Columns, Labels
+from jit_accel.data.formats.index import read_index
+from jit_accel.data.formats.source import Request, Source, fingerprint_of, make_source, missing_path
+from jit_accel.data.formats.tables import units_of
+from jit_accel.data.reading.decode import crop_pixels
+
+
+def open_prepared(request: Request) -> Source:
+    """Open a folder written by `jit_accel.prepare`: memory-mapped uint8, or Parquet as a stream.
+
+    Raises:
+        UserError: missing, unfinished, files missing or cut short, columns asked for, uint8 asked for as a stream.
+    """
+    folder = request.path
+    if not os.path.isdir(folder):
+        raise missing_path(folder)
+    for flag, value in (("--image_column", request.image_column), ("--label_column", request.label_column)):
+        if value is not None:
+            raise UserError(f"{flag} {value}: {folder} was prepared, its columns are known: leave the flag out.")
+    index = read_index(folder)
+    names = tuple(index["class_names"])
+    labels = Labels(names, len(names) - 1) if index["is_labelled"] else ONE_CLASS
+    identity = fingerprint_of(
+        [index["format"], index["encoding"], str(index["img_size"]), *names, *(s["sha256"] for s in index["shards"])]
+    )
+    opener = _open_pixels if index["encoding"] == "uint8" else _open_tables
+    return replace(opener(request, index, labels, identity), img_size=index["img_size"])
+
+
+def _open_pixels(request: Request, index: dict, labels: Labels, identity: str) -> Source:
+    if request.streaming:
+        raise UserError(
+            f"--streaming true: {request.path} holds memory-mapped pixels, which are read by random access: leave the "
+            "flag out."
+        )
+    images = PixelStore(
+        os.path.abspath(request.path),
+        index["img_size"],
+        tuple((shard["file"], shard["table"]["file"], shard["images"]) for shard in index["shards"]),
+        index["is_labelled"],
+    )
+    return Source(
+        request.path, "prepared", images, len(images), labels.names, identity, labels.max_label, index["is_labelled"]
+    )
+
+
+def _open_tables(request: Request, index: dict, labels: Labels, identity: str) -> Source:
+    is_raw = index["encoding"] == "raw"
+    columns = Columns(
+        "image",
+        "label" if index["is_labelled"] else None,
+        raw_size=index["img_size"] if is_raw else None,
+        key="key",
+        name="name" if is_raw else None,
+    )
+    files = [os.path.join(os.path.abspath(request.path), shard["file"]) for shard in index["shards"]]
+    dataset = datasets.load_dataset(
+        "parquet",
+        data_files=files,
+        split="train",
+        columns=columns.all,
+        streaming=request.streaming is not False,
+    )
+    units = units_of(dataset, [shard["row_groups"] for shard in index["shards"]])
+    how = {"files": tuple(files), **units} if "groups" in units else units
+    return make_source(request.path, "prepared", dataset, columns, labels, index["num_images"], identity, **how)
+
+
+@dataclass(frozen=True)
+class PixelStore:
+    """Squares of uint8 pixels in memory-mapped files, opened where and when they are first read.
+
+    shards: of each its array, the table of its labels, keys and names, and its number of images.
+    """
+
+    folder: str
+    img_size: int
+    shards: tuple[tuple[str, str, int], ...]
+    is_labelled: bool = True
+    _open: dict = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def is_encoded(self) -> bool:
+        return False
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": {}}
+
+    @property
+    def _starts(self) -> np.ndarray:
+        if "starts" not in self._open:
+            self._open["starts"] = np.cumsum([0, *(count for *_, count in self.shards)])
+        return self._open["starts"]
+
+    def read(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+        """Copy pixels; see `Images.read`. Into a smaller `out` the squares are scaled, as `center_crop` does."""
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        rows = indices - self._starts[shards]
+        if out.shape[-1] != self.img_size:
+            for place, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist())):
+                out[place] = crop_pixels(self._pixels(shard)[row], out.shape[-1])
+        elif len(shards) and (shards == shards[0]).all() and out.flags.c_contiguous:
+            np.take(self._pixels(int(shards[0])), rows, axis=0, out=out, mode="clip")  # "raise" makes a copy first
+        else:
+            for place, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist())):
+                out[place] = self._pixels(shard)[row]
+        return self.labels()[indices], {}
+
+    def _pixels(self, shard: int) -> np.ndarray:
+        """uint8 (N, 3, S, S), read-only."""
+        if shard not in self._open:
+            self._open[shard] = _map_array(Path(self.folder) / self.shards[shard][0])
+        return self._open[shard]
+
+    def labels(self) -> np.ndarray:
+        """int64 (n,)."""
+        return self._column("label") if self.is_labelled else self._zeros
+
+    def keys(self) -> np.ndarray:
+        """The `content_key` of the file that each image was made of: uint64 (n,)."""
+        return self._column("key")
+
+    def names(self) -> np.ndarray:
+        """Of each image the name it had in its source: str (n,)."""
+        return self._column("name")
+
+    @property
+    def _zeros(self) -> np.ndarray:
+        if "zeros" not in self._open:
+            self._open["zeros"] = np.zeros(len(self), np.int64)
+        return self._open["zeros"]
+
+    def _column(self, name: str) -> np.ndarray:
+        if name not in self._open:
+            self._open[name] = np.concatenate([_read_column(Path(self.folder) / t, name) for _, t, _ in self.shards])
+        return self._open[name]
+
+
+def _read_column(path: Path, name: str) -> np.ndarray:
+    with pq.ParquetFile(path) as parquet:  # `read_table` takes eight times as long
+        return parquet.read([name], use_threads=False)[0].to_numpy()
+
+
+def _map_array(path: Path) -> np.ndarray:
+    """Map a .npy file of uint8, C order. NumPy's own way keeps a file open for each, of which 1,024 are allowed."""
+    with open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, is_fortran, dtype = read_header(file)
+        start = file.tell()
+    assert (dtype, is_fortran) == (np.uint8, False), f"{path}: {dtype}, not uint8 in C order"
+    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+    array = mapped[start : start + int(np.prod(shape))].reshape(shape)
+    array.setflags(write=False)
+    return array

@@ -1,0 +1,104 @@
+"""Results as a table to read and as records in a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from jit_accel import __version__
+from jit_accel.base.console import say
+from jit_accel.base.errors import UserError
+from jit_accel.base.files import write_text
+from jit_accel.evaluate.place import run_folder_of
+from jit_accel.evaluate.settings import EvaluateConfig
+from jit_accel.model.card import EVALUATION_FILE
+
+FILE = EVALUATION_FILE  # where the model card looks for it
+_SETTINGS = {  # of a row of the table: its header, and how to write it
+    "guidance_scale": ("guidance", "{:g}"),
+    "guidance_interval": ("interval", "{0[0]:g}-{0[1]:g}"),
+    "num_inference_steps": ("steps", "{}"),
+    "num_images": ("images", "{:,}"),
+}
+
+
+def record_file(config: EvaluateConfig) -> Path | None:
+    """Where the results go: `--output`, or the folder of the model, or of its run, if there is one."""
+    if config.output:
+        return Path(config.output).expanduser()
+    folder = run_folder_of(Path(config.model).expanduser()) if config.model else None
+    return folder / FILE if folder is not None and folder.is_dir() and os.access(folder, os.W_OK) else None
+
+
+def read_records(file: Path | None) -> list[dict]:
+    """The records of earlier evaluations, [] where there are none yet.
+
+    Raises:
+        UserError: the file holds something else, or its folder cannot be written to.
+    """
+    if file is None:
+        return []
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        records = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    except OSError as error:
+        raise UserError(f"--output {file}: cannot be written ({error.strerror}): give another file.") from None
+    except ValueError:
+        records = None
+    is_ours = isinstance(records, list) and all(isinstance(record, dict) for record in records)
+    if not is_ours or not os.access(file.parent, os.W_OK):
+        raise UserError(f"--output {file}: results cannot be added to it: give another file.")
+    return records
+
+
+def add_records(records: list[dict], file: Path | None) -> None:
+    """Add records, with date and versions, to a JSON list; written anew and then renamed."""
+    if file is None:
+        return
+    stamp = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions()}
+    try:
+        every = [*read_records(file), *({**record, **stamp} for record in records)]
+        write_text(file, json.dumps(every, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--output {file}: cannot be written ({error.strerror}).") from None
+    say(f"Results: {file}")
+
+
+def without_stamp(record: dict) -> dict:
+    """A record as it was before `add_records` put date and versions to it."""
+    return {name: value for name, value in record.items() if name not in ("date", "versions")}
+
+
+def versions() -> dict[str, str | None]:
+    """Of what the numbers depend on."""
+    found = {"jit_accel": __version__, "torch": torch.__version__}
+    for package in ("torch-fidelity", "efficientnet-lite-pytorch"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def table_of(records: list[dict]) -> str:
+    """The records as lines of text, a metric a column."""
+    settings = [key for key in _SETTINGS if key in records[0]]
+    metrics = [name for name in records[0]["metrics"] if not name.endswith("_std")]
+    rows = [[_SETTINGS[key][0] for key in settings] + metrics]
+    for record in records:
+        rows.append(
+            ["" if record[key] is None else _SETTINGS[key][1].format(record[key]) for key in settings]
+            + [_with_deviation(record["metrics"], name) for name in metrics]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+
+
+def _with_deviation(found: dict[str, float], name: str) -> str:
+    value = f"{found[name]:.5g}"
+    return f"{value} ± {found[f'{name}_std']:.2g}" if f"{name}_std" in found else value

@@ -1,0 +1,149 @@
+"""The settings of `jit_accel.evaluate`; imports no torch, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jit_accel.base.errors import UserError, lookup
+from jit_accel.config.settings import MOST_IMAGES, MOST_PIXELS
+from jit_accel.evaluate.grid import Axes, intervals, methods, names, numbers, whole_numbers
+from jit_accel.evaluate.names import FEATURES, INCEPTION, chosen_metrics
+
+RANGES = {
+    **dict.fromkeys(("num_images", "sweep_images"), (2, MOST_IMAGES)),
+    **dict.fromkeys(("sweep_top", "batch_size"), (1, MOST_IMAGES)),
+    "img_size": (1, MOST_PIXELS),
+}
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure how far generated images are from real ones: FID and others."""
+
+    model: str | None = None
+    """What makes the images: a pipeline folder, a run's output folder, a checkpoint, owner/name of the Hub."""
+    images: str | None = None
+    """Images to measure instead of a model's: whatever --data_path of training may be, or an .npz with arr_0."""
+    reference: str | None = None
+    """The real images: whatever --data_path of training may be; or statistics, an .npz that --make_reference wrote, or
+    ADM's or JiT's."""
+    ema: tuple[str, ...] = ()
+    """Which averaged weights of a run or checkpoint: a decay, "model" for the weights themselves (default: those of the
+    pipeline folder, or the first average); several or "all" for a sweep."""
+    features: str = INCEPTION
+    """The network to compare by: inception (FID, sFID, Inception Score, KID, precision and recall), or
+    efficientnet_lite0 (fd_efficientnet_lite0 and others; its weights come with a package, without a download)."""
+    feature_weights: str | None = None
+    """File of the network's weights (default: torch hub's cache, downloaded if they are not there)."""
+    metrics: tuple[str, ...] = ()
+    """Which ones: fid, sfid, inception_score, kid, precision, recall; or, with any features, fd, kd, precision, recall
+    (default: all that the features and the reference allow)."""
+    num_images: int = 50_000
+    """How many to generate; image n is of class n % classes."""
+    batch_size: int = 64
+    """Images that a process works on together."""
+    img_size: int | None = None
+    """Side in pixels to crop images to (default: the model's, or that of the images)."""
+    max_features: int = 10_000
+    """How many images, drawn at random, are compared one by one for KID, precision and recall."""
+    seed: int = 0
+    """Of the noise."""
+    num_inference_steps: tuple[str, ...] = ()
+    """ODE steps (default: the pipeline's own); several for a sweep: 25,50."""
+    guidance_scale: tuple[str, ...] = ()
+    """Classifier-free guidance (default: the pipeline's own); where it is not 1, images without it are measured too.
+    Several for a sweep: 1,1.5,2 or start:stop:step, both ends included, 1.0:4.0:0.1."""
+    guidance_interval: tuple[str, ...] = ()
+    """Where guidance acts, low:high in t, such as 0.1:1.0 (default: the pipeline's own); several for a sweep:
+    0.1:1.0,0:1."""
+    method: tuple[str, ...] = ()
+    """How the ODE is solved, heun or euler (default: the pipeline's own); both for a sweep."""
+    sweep_images: int | None = None
+    """In a sweep, how many images each setting is measured on (default: a tenth of --num_images)."""
+    sweep_top: int = 3
+    """In a sweep, how many of the best settings are then measured on all of --num_images, beside the best without
+    guidance; the best of these wins."""
+    select: str | None = None
+    """The metric that a sweep goes by (default: the first one, fid or fd_FEATURES)."""
+    write_best: bool = True
+    """Make the setting that wins a sweep the default of the pipeline folder: guidance, steps, solver, weights."""
+    unguided: bool = True
+    """Measure the images without guidance too."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Of the generating network (default: accelerate's configuration, else bf16 where the device is good at it)."""
+    compile: bool = False
+    """torch.compile each block: faster after a slower start."""
+    make_reference: str | None = None
+    """Write the statistics of --reference to this .npz, to be used as --reference later; no model is needed."""
+    output: str | None = None
+    """JSON file that the results are added to (default: evaluation.json in the model's folder, of a
+    checkpoint in its run's)."""
+
+
+def check(config: EvaluateConfig) -> None:
+    """Refuse settings that are missing, out of range, or contradict each other.
+
+    Raises:
+        UserError: naming the flag, its value and the rule.
+    """
+    lookup(dict.fromkeys(FEATURES), config.features, "--features")
+    for flag in ("ema", "metrics", "method"):
+        if (value := getattr(config, flag)) and not names(value):
+            raise UserError(f"--{flag} {' '.join(value)}: names nothing: give some, or leave the flag out.")
+    chosen_metrics(config.features, config.metrics)
+    if config.reference is None:
+        raise UserError("--reference: not given: name the real images, or a file of their statistics.")
+    if config.model is not None and config.images is not None:
+        raise UserError(f"--images {config.images}: does not go with --model: give the one or the other.")
+    if config.model is None and config.images is None and config.make_reference is None:
+        raise UserError("--model: not given: name what makes the images, or measure others with --images.")
+    if config.ema and config.model is None:
+        raise UserError(f"--ema {','.join(config.ema)}: chooses among the weights of --model, which is not given.")
+    if config.make_reference is not None and not config.make_reference.endswith(".npz"):
+        raise UserError(f"--make_reference {config.make_reference}: must end in .npz.")
+    check_sweep(config)
+    for flag, (least, most) in RANGES.items():
+        value = getattr(config, flag)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{flag} {value}: must be at least {least} and at most {most:,}.")
+    if config.max_features < 4:
+        raise UserError(f"--max_features {config.max_features}: must be at least 4, for three neighbours of each.")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"--seed {config.seed}: must be from 0 to 2^63 - 1.")
+
+
+def axes_of(config: EvaluateConfig) -> Axes:
+    """The values of the flags that a sweep goes over.
+
+    Raises:
+        UserError: one that is none.
+    """
+    return Axes(
+        names(config.ema),
+        numbers("guidance_scale", config.guidance_scale) if config.guidance_scale else [],
+        intervals("guidance_interval", config.guidance_interval) if config.guidance_interval else [],
+        whole_numbers("num_inference_steps", config.num_inference_steps) if config.num_inference_steps else [],
+        methods("method", config.method) if config.method else [],
+    )
+
+
+def check_sweep(config: EvaluateConfig) -> None:
+    """Refuse what is no grid of settings, or has nothing to sweep over.
+
+    Raises:
+        UserError: naming the flag, its value and the rule.
+    """
+    axes_of(config)
+    for flag in ("guidance_scale", "guidance_interval", "num_inference_steps", "method"):
+        if getattr(config, flag) and config.model is None:
+            value = " ".join(getattr(config, flag))
+            raise UserError(f"--{flag} {value}: says how --model makes images, which is not given: leave it out.")
+    chosen = chosen_metrics(config.features, config.metrics)
+    if config.select is not None and chosen_metrics(config.features, (config.select,), "--select")[0] not in chosen:
+        raise UserError(f"--select {config.select}: is not among --metrics {','.join(config.metrics)}: add it.")
+
+
+def selected_metric(config: EvaluateConfig) -> str:
+    """The name of the metric that a sweep goes by."""
+    return chosen_metrics(config.features, (config.select,) if config.select else config.metrics)[0]

@@ -1,1 +1,0 @@
-"""Distances between generated images and real ones."""

@@ -1,0 +1,296 @@
+"""The model card of a pipeline folder: what it is, how to use it, how good it is, how it was made."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from jit_accel.base.files import write_text
+from jit_accel.base.redaction import redacted
+from jit_accel.config.settings import EvalConfig, HealthConfig, HubConfig, TrackingConfig
+from jit_accel.model.carried_code import INDEX_FILE
+from jit_accel.model.guidance import is_number
+from jit_accel.model.pipeline import JiTPipeline
+
+CARD_FILE = "README.md"
+CARD_PICTURE = "samples.png"
+EVALUATION_FILE = "evaluation.json"
+PLACEHOLDER = "path/to/this/folder"  # until the folder has a repository
+UNNAMED = "JiT"  # what results are of until then
+IN_USE = re.compile(r"<!-- use -->.*?<!-- /use -->", re.DOTALL)
+PLACE = re.compile(r'((?:Pipeline\.from_pretrained\(|custom_pipeline=)")([^"]*)(")')
+TAGS = ["jit", "pixel-space-diffusion", "diffusion", "jit_accel"]
+BODY = """# {title}
+
+A JiT pixel-space diffusion transformer ([arXiv 2511.13720](https://arxiv.org/abs/2511.13720)){origin}.
+{picture}
+<!-- use -->
+```python
+import torch
+from jit_accel import JiTPipeline
+
+pipe = JiTPipeline.from_pretrained("{place}")
+image = pipe({example}, generator=torch.Generator().manual_seed(0)).images[0]
+image.save("sample.png")
+```
+
+Without jit_accel, the folder's own code does: `DiffusionPipeline.from_pretrained("{place}", custom_pipeline="{place}",
+trust_remote_code=True)` of diffusers in place of `JiTPipeline.from_pretrained("{place}")`.
+<!-- /use -->
+
+Classes: {names}.
+
+<!-- results -->
+<!-- /results -->
+
+## {made}
+
+{sentence}
+
+| setting | value |
+| --- | --- |
+{settings}
+"""
+# Paths and names of the machine or the team are nobody's business once the folder is shared.
+# How a run was watched and shared says nothing about its weights.
+LEFT_OUT = (
+    *("data_path", "output_dir", "resume", "dry_run", "init_from"),
+    *(field.name for group in (EvalConfig, TrackingConfig, HealthConfig, HubConfig) for field in fields(group)),
+)
+# Settings of an evaluation that belong beside its numbers.
+EVALUATION_SETTINGS = (
+    *("ema", "guidance_scale", "guidance_interval", "method", "num_inference_steps", "num_images", "features"),
+    "reference",
+)
+# Of these, whatever they look like, only the last part is shown.
+PLACES = ("model", "images", "reference", "feature_weights", "make_reference", "output")
+MOST_RESULTS = 20
+FRECHET = re.compile(r"fid|fr[eé]chet|(?:^|_)fd(?:_|$)", re.IGNORECASE)
+TASK = "unconditional-image-generation"
+
+
+def training_card(pipeline: JiTPipeline, record: Mapping, decay: str) -> str:
+    """The card of a training's result.
+
+    Args:
+        record: the run's settings and facts.
+        decay: name of the moving average that the weights are.
+    """
+    images = f"{record['num_images']:,}" if record["num_images"] else "streamed"
+    data = str(record["data_path"]).rstrip("/").rpartition("/")[2]
+    return _card(
+        pipeline.transformer.config.num_classes,
+        pipeline.config.class_names,
+        title=f"{record['model']}, {record['img_size']} px",
+        origin=f",\ntrained with jit_accel on {images} images of `{_inline(data)}` for {record['total_steps']:,} steps",
+        has_picture=True,
+        made="Training",
+        sentence=f"Weights: moving average with decay `{decay}`. The samples above: "
+        f"guidance {record['guidance_scale']},\nHeun, {record['num_inference_steps']} steps.",
+        settings={name: value for name, value in record.items() if name not in LEFT_OUT},
+    )
+
+
+def conversion_card(pipeline: JiTPipeline, name: str, set_name: str, facts: Mapping) -> str:
+    """The card of a pipeline whose weights were converted from a checkpoint."""
+    config, scheduler = pipeline.transformer.config, pipeline.scheduler.config
+    sampling = {"prediction": scheduler.prediction_type, "noise_scale": scheduler.noise_scale, "t_eps": scheduler.t_eps}
+    sampling |= {name: pipeline.config[name] for name in ("guidance_scale", "guidance_interval")}
+    return _card(
+        config.num_classes,
+        pipeline.config.class_names,
+        title=f"{name}, {config.img_size} px",
+        made="Origin",
+        sentence=f"Converted with `python -m jit_accel.convert`. Weights: {_inline(set_name)}.",
+        settings={**{k: v for k, v in config.items() if not k.startswith("_")}, **sampling, **facts},
+    )
+
+
+def _card(
+    num_classes: int,
+    names: list[str] | None,
+    title: str,
+    made: str,
+    sentence: str,
+    settings: Mapping,
+    origin: str = "",
+    has_picture: bool = False,
+) -> str:
+    names = names or []
+    shown = ", ".join(map(_inline, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    numbers = f"{num_classes} numbers, without names" if num_classes else "none"
+    example = names[:1] or [0 if num_classes else None]
+    body = BODY.format(
+        title=title,
+        origin=origin,
+        picture=f"\n![samples]({CARD_PICTURE})\n" if has_picture else "",
+        place=PLACEHOLDER,
+        example=json.dumps(example, ensure_ascii=False) if example[0] is not None else "[None]",
+        names=shown or numbers,
+        made=made,
+        sentence=sentence,
+        settings="\n".join(_rows(settings)),
+    )
+    data = ModelCardData(library_name="diffusers", pipeline_tag=TASK, tags=TAGS)
+    return redacted(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _rows(settings: Mapping) -> Iterable[str]:
+    for name, value in settings.items():
+        # Whatever has a slash may be a path, but for the model's name.
+        if value is not None and (name == "model" or not {"/", "\\"} & set(str(value))):
+            yield f"| {name} | {_inline(value)} |"
+
+
+def _inline(value) -> str:
+    """Text that stays inside its line and its cell of a table."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def refresh_card(folder: Path, repo_id: str | None = None) -> None:
+    """Bring the card of a pipeline folder up to date: results of `evaluation.json`, and its repository's name.
+
+    What people have written into it stays. A folder without a card gets one.
+
+    Raises:
+        ValueError: its front matter is not YAML.
+        OSError: it cannot be read or written.
+    """
+    path = folder / CARD_FILE
+    before = path.read_text(encoding="utf-8") if path.exists() else None
+    card = ModelCard(_bare_card(folder) if before is None else before)
+    text, named = card.text, {None, UNNAMED}
+    if repo_id:
+        named |= {place.rpartition("/")[2] for place in _places_in_use(text)}
+        text = _with_repository(text, repo_id)
+    records = read_evaluations(folder / EVALUATION_FILE)
+    if records:
+        block = f"<!-- results -->\n{results_table(records)}\n<!-- /results -->"
+        marked = re.compile(r"<!-- results -->.*?<!-- /results -->", re.DOTALL)
+        text = marked.sub(lambda _: block, text) if marked.search(text) else f"{text.rstrip()}\n\n{block}\n"
+        if card.data.model_name in named:  # and not a name that somebody has chosen
+            card.data.model_name = repo_id.rpartition("/")[2] if repo_id else UNNAMED
+        others = [result for result in card.data.eval_results or () if not _is_ours(result)]
+        card.data.eval_results = [*others, *evaluation_results(records)] or None
+    if (folder / CARD_PICTURE).exists() and CARD_PICTURE not in text:
+        start = "\n<!-- use -->" if "\n<!-- use -->" in text else "\n```python"
+        text = text.replace(start, f"\n![samples]({CARD_PICTURE})\n{start}", 1)
+    card.text = text
+    if card.content != before:
+        write_text(path, card.content)
+
+
+def _places_in_use(text: str) -> list[str]:
+    """Where the card's own lines on how to use the model take it from."""
+    return [match[2] for block in IN_USE.finditer(text) for match in PLACE.finditer(block[0])]
+
+
+def _with_repository(text: str, repo_id: str) -> str:
+    """The card's own lines on how to use the model with this repository; what people wrote elsewhere is theirs."""
+    text = IN_USE.sub(lambda block: PLACE.sub(lambda match: f"{match[1]}{repo_id}{match[3]}", block[0]), text)
+    return text.replace(f'"{PLACEHOLDER}"', f'"{repo_id}"')
+
+
+def _bare_card(folder: Path) -> str:
+    """A card for a folder that came without one, from its configuration files alone."""
+    network = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    names = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")).get("class_names") or []
+    return _card(
+        network["num_classes"],
+        [names[number] for number in sorted(names, key=int)] if isinstance(names, dict) else names,
+        title=f"JiT, {network['img_size']} px",
+        made="Network",
+        sentence="Its configuration:",
+        settings={name: value for name, value in network.items() if not name.startswith("_")},
+    )
+
+
+def read_evaluations(path: Path) -> list[dict]:
+    """The records of an `evaluation.json`, the newest last; what is not one of them is passed over."""
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    records = records if isinstance(records, list) else [records]
+    kept = []
+    for record in records:
+        if isinstance(record, dict) and isinstance(record.get("metrics"), dict):
+            settings = record.get("settings")  # beside the numbers, or in a mapping of their own
+            numbers = {str(k): v for k, v in record["metrics"].items() if is_number(v)}
+            one = {"metrics": numbers, "settings": settings if isinstance(settings, dict) else record}
+            kept += [one] if numbers else []
+    return kept[-MOST_RESULTS:]
+
+
+def without_places(value, name: str = ""):
+    """A JSON value that has of all places only the last part, and no secrets: where something was is nobody's business.
+
+    Args:
+        name: the key that the value stands under.
+    """
+    if isinstance(value, dict):
+        return {name: without_places(part, name) for name, part in value.items()}
+    if isinstance(value, list):
+        return [without_places(part, name) for part in value]
+    if not isinstance(value, str):
+        return value
+    return _last_part(value) if name in PLACES or re.match(r"[/~\\]|[A-Za-z]:[/\\]", value) else redacted(value)
+
+
+def _last_part(place: str) -> str:
+    """`val.npz` of any path, or URL with whatever it asks for."""
+    bare = re.split(r"[?#]", redacted(place))[0] if "://" in place else redacted(place)
+    return re.split(r"[/\\]", bare.rstrip("/\\"))[-1]
+
+
+def _evaluation_settings(settings: Mapping) -> dict[str, str]:
+    """What belongs beside the numbers; of paths only the last part."""
+    shown = {name: settings[name] for name in EVALUATION_SETTINGS if settings.get(name) is not None}
+    shown = {name: " to ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for name, v in shown.items()}
+    return {name: without_places(value, name) for name, value in shown.items()}
+
+
+def results_table(records: list[dict]) -> str:
+    """The evaluations as a section of the card, one row each."""
+    settings = [_evaluation_settings(record["settings"]) for record in records]
+    columns = [name for name in EVALUATION_SETTINGS if any(name in row for row in settings)]
+    metrics = list(dict.fromkeys(name for record in records for name in record["metrics"]))
+    lines = [columns + metrics, ["---"] * (len(columns) + len(metrics))]
+    for record, row in zip(records, settings):
+        numbers = [f"{record['metrics'][name]:.5g}" if name in record["metrics"] else "" for name in metrics]
+        lines.append([_inline(row.get(name, "")) for name in columns] + numbers)
+    return "## Results\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def evaluation_results(records: list[dict]) -> list[EvalResult]:
+    """The Fréchet distances, as the Hub's `model-index` wants them."""
+    found = []
+    for record in records:
+        settings = _evaluation_settings(record["settings"])
+        reference = settings.get("reference", "unknown")
+        details = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "reference")
+        for name, value in record["metrics"].items():
+            if FRECHET.search(name):
+                found.append(
+                    EvalResult(
+                        task_type=TASK,
+                        dataset_type=re.sub(r"[^\w.-]+", "-", reference) or "unknown",
+                        dataset_name=reference or "unknown",
+                        metric_type=name,
+                        metric_value=value,
+                        metric_name=f"{name} ({details})" if details else name,
+                    )
+                )
+    return found
+
+
+def _is_ours(result: EvalResult) -> bool:
+    """Whether `evaluation_results` made it; what people have added to the card stays there."""
+    kind, name = result.metric_type, result.metric_name or ""
+    is_named_so = name == kind or name.startswith(f"{kind} (")
+    return result.task_type == TASK and is_named_so and bool(FRECHET.search(kind))

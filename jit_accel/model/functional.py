@@ -1,0 +1,155 @@
+"""The network's parts without weights: fixed tables, and the elementwise functions between the matmuls.
+
+Each function is a plain formula for the compiler and for GPUs, and the same formula with its backward
+written out for eager CPU runs, where autograd's own backward makes more passes over memory: at the
+quickstart's size those passes are a third of the step.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from jit_accel.config.presets import TIME_FEATURES
+
+NORM_EPS = 1e-6
+
+
+def _axis(grid: int, trained_grid: int) -> Tensor:
+    # Another image size sees the positions of the training size, spread evenly: nothing is extrapolated.
+    return torch.arange(grid, dtype=torch.float64, device="cpu") * (trained_grid / grid)
+
+
+def _constant(table: Tensor, device: torch.device) -> Tensor:
+    return table.to(torch.float32).to(device)
+
+
+def fixed_table(compute):
+    """Cache a table that follows from the shape and the device alone.
+
+    Such tables are neither parameters nor buffers: a cast to bf16, a load through the meta device or DDP's
+    broadcast cannot touch them. They are made outside inference mode, or the first sampling call would leave
+    tensors that training cannot use.
+    """
+    return lru_cache(maxsize=32)(torch.inference_mode(False)(compute))
+
+
+@fixed_table
+def position_table(dim: int, grid: tuple[int, int], trained_grid: int, device: torch.device) -> Tensor:
+    """Fixed 2-D sin-cos embedding (1, N, dim): column index in the first half, row index in the second."""
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim / 4))
+    rows, columns = (torch.outer(_axis(n, trained_grid), omega) for n in grid)
+    rows = rows[:, None].expand(-1, grid[1], -1).flatten(0, 1)
+    columns = columns.repeat(grid[0], 1)
+    return _constant(torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], 1)[None], device)
+
+
+@fixed_table
+def rope_table(
+    head_dim: int, grid: tuple[int, int], trained_grid: int, prefix: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Axial rotary tables (cos, sin), each (prefix + N, 1, head_dim / 2): rows first, columns second.
+
+    The `prefix` in-context tokens get angle 0: they are not rotated.
+    """
+    frequencies = 10000.0 ** (-torch.arange(head_dim // 4, dtype=torch.float64, device="cpu") / (head_dim / 4))
+    rows, columns = (torch.outer(_axis(n, trained_grid), frequencies) for n in grid)
+    rows = rows[:, None].expand(-1, grid[1], -1).flatten(0, 1)
+    angles = torch.cat([rows, columns.repeat(grid[0], 1)], 1)
+    angles = torch.cat([angles.new_zeros(prefix, head_dim // 2), angles])
+    return _constant(angles.cos()[:, None], device), _constant(angles.sin()[:, None], device)
+
+
+@fixed_table
+def time_frequencies(device: torch.device) -> Tensor:
+    """The (128,) angular frequencies of the timestep embedding."""
+    half = TIME_FEATURES // 2
+    return _constant(10000.0 ** (-torch.arange(half, dtype=torch.float64, device="cpu") / half), device)
+
+
+def _by_hand(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_normalise(x: Tensor) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps)` over the last dimension, in float32 where x is bf16 or fp16."""
+    x = _wide(x)
+    return _RMSNormalise.apply(x) if _by_hand(x) else F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def modulated_rms_norm(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`RMSNorm(x) (1 + scale) + shift`, with x (B, T, D) and shift, scale (B, 1, D), in the dtype of shift.
+
+    The norm's weight joins the scale, which is there once an image, not once a token.
+    """
+    gain = _wide(weight) * (1 + _wide(scale))
+    return torch.addcmul(_wide(shift), rms_normalise(x), gain).to(shift.dtype)
+
+
+def normalised_and_rotated(x: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """RMSNorm over each head, then turn each neighbouring pair of channels by its token's angle, in float32.
+
+    x is (B, T, heads, head_dim); rope is (cos, sin), each (T, 1, head_dim / 2).
+    """
+    return rotate_pairs(rms_normalise(x) * _wide(weight), *rope)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`(a, b) -> (a cos - b sin, b cos + a sin)` for each neighbouring pair of channels of x."""
+    if _by_hand(x):  # one pass forward, one backward; the compiler does not know complex numbers
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+
+
+def gated_silu(x: Tensor) -> Tensor:
+    """`silu(a) b` for the two halves a, b of the last dimension."""
+    if _by_hand(x):
+        return _GatedSiLU.apply(x)
+    a, b = x.chunk(2, dim=-1)
+    return F.silu(a) * b
+
+
+class _RMSNormalise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        inverse = mean_square.add_(NORM_EPS).rsqrt_()
+        out = x * inverse
+        ctx.save_for_backward(out, inverse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        out, inverse = ctx.saved_tensors
+        along = (grad * out).mean(-1, keepdim=True)
+        return torch.addcmul(grad, out, along, value=-1).mul_(inverse)
+
+
+class _GatedSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        a, b = x.chunk(2, dim=-1)
+        return F.silu(a).mul_(b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        a, b = x.chunk(2, dim=-1)
+        grad_x = torch.empty_like(x)
+        grad_a, grad_b = grad_x.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward.grad_input(grad * b, a, grad_input=grad_a)
+        torch.mul(F.silu(a), grad, out=grad_b)
+        return grad_x

@@ -1,0 +1,185 @@
+"""Sharing a pipeline folder on the Hugging Face Hub.
+
+The client finds the token by itself (`hf auth login`, HF_TOKEN): it is no setting, and never in our hands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, set_client_factory
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import _http
+
+from jit_accel.base.console import say, warn
+from jit_accel.base.errors import UserError
+from jit_accel.base.redaction import redacted
+from jit_accel.config.settings import HubConfig
+from jit_accel.model.card import refresh_card, without_places
+
+LOGIN_TIMEOUT_S = 10.0
+# Without a byte in either direction; by default the client waits for ever.
+SILENCE_TIMEOUT_S = 120.0
+# What a pipeline folder is made of; not what else may lie about in it.
+SHARED_FOLDERS = (".", "transformer", "scheduler")
+SHARED_SUFFIXES = (".json", ".safetensors", ".md", ".png", ".webp", ".gif", ".svg", ".csv", ".py")
+UNFINISHED = (".", "tmp_")  # how hidden files begin, and those that a stopped process left
+EVALUATIONS = "evaluation*.json"
+
+
+@contextlib.contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Requests of the Hub's client give up after this long without an answer."""
+    make_client = _http._GLOBAL_CLIENT_FACTORY  # there is no public way to ask for it
+
+    def make_patient_client():
+        client = make_client()
+        client.timeout = seconds
+        return client
+
+    set_client_factory(make_patient_client)  # not the session's timeout: it makes new ones after broken connections
+    try:
+        yield
+    finally:
+        set_client_factory(make_client)
+
+
+def check_login(repo_id: str) -> None:
+    """Make sure that a later push has a chance; takes no longer than `LOGIN_TIMEOUT_S`.
+
+    A Hub that does not answer is only warned of: it may by then.
+
+    Raises:
+        UserError: nobody is logged in, the token is refused or may not write there.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("--push_to_hub: HF_HUB_OFFLINE is set, which forbids it: unset it, or leave the flag out.")
+    try:
+        with patience(LOGIN_TIMEOUT_S):
+            account = HfApi().whoami()
+    except LocalTokenNotFoundError:
+        raise UserError(
+            "--push_to_hub: nobody is logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN to a "
+            "token that may write."
+        ) from None
+    except Exception as error:  # of the client, of the network, of JSON
+        if status_of(error) in (401, 403):
+            raise UserError(f"--push_to_hub: {reason_of(error, repo_id)}") from None
+        warn(f"--push_to_hub: the login cannot be checked now ({reason_of(error, repo_id)})")
+        return
+    if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise UserError("--push_to_hub: the token may only read: log in with one that may write (hf auth login).")
+    names = [account.get("name"), *(org.get("name") for org in account.get("orgs") or ())]
+    writable = [str(name) for name in names if name]
+    if writable and repo_id.partition("/")[0].lower() not in [name.lower() for name in writable]:
+        raise UserError(
+            f"--hub_model_id {repo_id}: the login may write to {', '.join(writable)} only: change the owner, or log in "
+            "as another (hf auth login)."
+        )
+
+
+def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
+    """Upload a pipeline folder in one commit, after its card was brought up to date. Returns its address.
+
+    Raises:
+        UserError: the Hub did not take it; the folder is as it was, but for the card.
+    """
+    try:
+        refresh_card(folder, repo_id)
+    except Exception as error:  # of YAML and of whatever people wrote into it; a card is worth no push
+        warn(f"{folder / 'README.md'}: left as it is, because it cannot be brought up to date ({error}).")
+    api = HfApi()
+    try:
+        with patience(SILENCE_TIMEOUT_S):
+            make_repository(api, repo_id, private)
+            operations = [CommitOperationAdd(name, as_shared(folder / name)) for name in shared_files(folder)]
+            api.create_commit(repo_id, operations, commit_message="Upload pipeline")
+    except UserError:
+        raise
+    except Exception as error:  # of the client, of the network, of the disk
+        raise UserError(f"--push_to_hub: {folder} was not pushed: {reason_of(error, repo_id)}") from None
+    return f"{api.endpoint}/{repo_id}"
+
+
+def shared_files(folder: Path) -> list[str]:
+    """What is pushed of a pipeline folder, as paths inside it. Its other folders are not looked into."""
+    files = [file for name in SHARED_FOLDERS for file in (folder / name).glob("*") if file.is_file()]
+    kept = [file for file in files if file.suffix in SHARED_SUFFIXES and not file.name.startswith(UNFINISHED)]
+    return sorted(file.relative_to(folder).as_posix() for file in kept)
+
+
+def as_shared(file: Path) -> Path | bytes:
+    """The file, or in place of an evaluation its content without the places of this machine."""
+    if not file.match(EVALUATIONS):
+        return file
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return file
+    return json.dumps(without_places(content), indent=1, ensure_ascii=False).encode()
+
+
+def make_repository(api: HfApi, repo_id: str, private: bool) -> None:
+    """Create the repository where it is not there yet; never push to a public one what should be private."""
+    try:
+        api.create_repo(repo_id, private=private or None)  # None: as the owner has it by default
+    except HfHubHTTPError as error:
+        if status_of(error) not in (403, 409):
+            raise
+        # 409: it is there. 403: a token for certain repositories only, of which this may be one.
+        info = api.model_info(repo_id) if private or status_of(error) == 403 else None
+        if private and not info.private:
+            raise UserError(
+                f"--hub_private: {repo_id} exists and is public: make it private in its settings on the Hub, or give "
+                "another --hub_model_id."
+            ) from None
+
+
+def share(folder: Path, hub: HubConfig) -> None:
+    """Push at the end of a training, which never fails for it: what stood in the way is a warning."""
+    again = f"python -m jit_accel.convert --input {shlex.quote(str(folder))} --push_to_hub"
+    again += f" --hub_model_id {hub.hub_model_id}"
+    again += " --hub_private" * hub.hub_private
+    try:
+        say(f"Pushed:     {push_folder(folder, hub.hub_model_id, private=hub.hub_private)}")
+    except UserError as error:
+        warn(f"{error} The pipeline is safe in {folder}; push it again with:\n  {again}")
+    except KeyboardInterrupt:
+        warn(f"the upload was interrupted. The pipeline is safe in {folder}; push it again with:\n  {again}")
+        raise
+
+
+def status_of(error: Exception) -> int | None:
+    """The HTTP status that an error of the Hub's client reports."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+REASONS = {
+    401: "the Hub refuses the token: log in again (hf auth login), or set HF_TOKEN to a valid one.",
+    403: "the token may not write to {repo_id}: log in with one that may (hf auth login), or change --hub_model_id.",
+    404: "the token may not write to {repo_id}, or make it: check --hub_model_id, or log in with one that may.",
+    413: "the Hub finds it too large.",
+    429: "the Hub asks to wait (429): try again later.",
+}
+
+
+def reason_of(error: Exception, repo_id: str) -> str:
+    """What went wrong, in a sentence with a remedy."""
+    status = status_of(error)
+    if status in REASONS:
+        return REASONS[status].format(repo_id=repo_id)
+    if status is not None and status >= 500:
+        return f"the Hub has trouble ({status}): try again later."
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, which forbids it: unset it."
+    kind = type(error).__name__
+    if "Timeout" in kind:
+        return "the Hub does not answer: try again later, or see whether the network reaches it."
+    if "Connect" in kind or isinstance(error, ConnectionError):
+        return f"{constants.ENDPOINT} cannot be reached: see whether the network (HF_ENDPOINT, proxy) is right."
+    detail = (str(error).strip().splitlines() or [kind])[0]
+    return redacted(f"{kind}: {detail}.")

@@ -1,0 +1,116 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through peft: trained, merged, and kept the way diffusers does it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from jit_accel.base.errors import UserError, nearest
+from jit_accel.base.files import new_folder, replace_folder
+from jit_accel.model.lora_loader import LORA_COMPONENT
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps rank and alpha in the file's header
+ADAPTER = "default"
+
+
+class Adapter:
+    """A new adapter on a network, all of whose own weights are frozen; it starts as the zero function.
+
+    Args:
+        network: a `JiTTransformer2DModel` with the weights to adapt; changed in place.
+        rank, alpha: the adapter adds alpha / rank B A to a weight, with A (rank, in) and B (out, rank).
+        dropout: of what A sees.
+        targets: ends of the names of the Linear layers to adapt.
+
+    Raises:
+        UserError: peft is missing, a target fits no Linear layer, or the rank is larger than a weight.
+    """
+
+    def __init__(self, network: nn.Module, *, rank: int, alpha: float, dropout: float, targets: Iterable[str]):
+        self.rank, self.alpha, self.dropout, self.targets = rank, alpha, dropout, list(targets)
+        layers = _targeted(network, self.targets)
+        least = min(min(layer.weight.shape) for layer in layers.values())
+        if rank > least:
+            raise UserError(f"--lora_rank {rank}: must not be above {least}, the smaller side of a weight it adapts.")
+        self.base_identity = identity_of(network.state_dict())
+        try:
+            from peft import LoraConfig
+        except ImportError:
+            raise UserError(f"--lora_rank {rank}: needs peft: pip install 'jit_accel[lora]'.") from None
+        network.requires_grad_(False)
+        network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=self.targets))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def save(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """Write these trained tensors as a file for `load_lora_weights`, whole or not at all."""
+        # What rank and alpha mean to diffusers; a whole LoraConfig would tie the file to one release of peft.
+        config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": self.targets}
+        metadata = json.dumps({f"{LORA_COMPONENT}.{name}": value for name, value in config.items()})
+        named = {f"{LORA_COMPONENT}.{name.replace(f'.{ADAPTER}.', '.')}": t.contiguous() for name, t in tensors.items()}
+        temporary = new_folder(folder)
+        temporary.mkdir(parents=True)
+        save_file(named, temporary / LORA_FILE, metadata={"format": "pt", METADATA_KEY: metadata})
+        replace_folder(temporary, folder)
+
+
+def merged(tensors: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The weights of a plain network that does what this one does with an adapter.
+
+    Args:
+        tensors: weights by name, of a network with or without the adapter's layers.
+        adapter: the adapter's own, float32, by the names they have in a network.
+        scale: alpha / rank.
+    """
+    plain = {name.replace(".base_layer.", "."): t for name, t in tensors.items() if ".lora_" not in name}
+    for name, down in adapter.items():
+        stem, is_down, _ = name.partition(f".lora_A.{ADAPTER}.weight")
+        if is_down:
+            up = adapter[f"{stem}.lora_B.{ADAPTER}.weight"]
+            plain[f"{stem}.weight"] = plain[f"{stem}.weight"] + scale * (up @ down)
+    return plain
+
+
+def identity_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def refuse_other_base(checkpoint: Path, state: dict, path: str, identity: str) -> None:
+    """Raise `UserError` where a checkpoint's adapter was trained on other weights than those from `path`."""
+    if state["base_identity"] != identity:
+        raise UserError(
+            f"--init_from {path}: holds other weights (SHA-256 {identity[:12]}) than the adapter of {checkpoint} was "
+            f"trained on ({state['base_identity'][:12]}, then from {state['settings']['init_from']}): give those, or "
+            "another --output_dir to start anew."
+        )
+
+
+def _targeted(network: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
+    """The Linear layers that each target names."""
+    modules = dict(network.named_modules())
+    found = {}
+    for target in targets:
+        named = {name: module for name, module in modules.items() if name == target or name.endswith(f".{target}")}
+        if not named or not all(isinstance(module, nn.Linear) for module in named.values()):
+            linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+            choices = list(dict.fromkeys(name.split(".", 2)[-1] if "blocks." in name else name for name in linear))
+            raise UserError(
+                f"--lora_targets {target}: must be the end of a Linear layer's name, such as "
+                f"{', '.join(choices)}.{nearest(target, choices)}"
+            )
+        found |= named
+    return found

@@ -1,0 +1,330 @@
+"""`JiTPipeline`: class labels or names in, images out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from jit_accel.model.carried_code import INDEX_FILE, carry_code
+from jit_accel.model.guidance import checked_count, checked_interval, checked_scale, checked_steps, guidance_weight
+from jit_accel.model.image_input import KnownRegion, Picture, repaint_mask, skipped_steps, start_images
+from jit_accel.model.kept_card import OwnCardMixin
+from jit_accel.model.labels import Label, label_ids
+from jit_accel.model.lora_loader import JiTLoraLoaderMixin
+from jit_accel.model.scheduler import JiTScheduler, checked_method
+from jit_accel.model.transformer import JiTTransformer2DModel
+
+OUTPUT_TYPES = ("pil", "pt", "np", "latent")
+COMPONENTS = {"transformer": JiTTransformer2DModel, "scheduler": JiTScheduler}
+STEPS = 50  # where neither the call nor the pipeline says
+
+
+class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
+    """Generate images of given classes with a JiT.
+
+    Args:
+        transformer, scheduler: the network and its ODE.
+        class_names: the name of each class, so that calls may use names.
+        guidance_scale, guidance_interval, num_inference_steps, method: what a call uses that does not say otherwise.
+            They are kept in `model_index.json` with the class names.
+
+    Example:
+        >>> from jit_accel import JiTPipeline
+        >>> pipe = JiTPipeline.from_pretrained("output/pipeline")  # or "owner/name" of the Hub
+        >>> pipe(["bag", "coat"], guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images
+    """
+
+    model_cpu_offload_seq = "transformer"
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers' own class attribute)
+
+    def __init__(
+        self,
+        transformer: JiTTransformer2DModel | ModelMixin,  # the latter is one whose code came with a folder
+        scheduler: JiTScheduler,
+        class_names: list[str] | dict[str, str] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: list[float] | tuple[float, float] = (0.1, 1.0),
+        num_inference_steps: int | None = None,
+        method: str | None = None,
+    ):
+        super().__init__()
+        num_classes = transformer.config.num_classes
+        if isinstance(class_names, Mapping):  # as in model_index.json
+            class_names = [class_names[number] for number in sorted(class_names, key=int)]
+        if class_names is not None and len(class_names) != num_classes:
+            raise ValueError(
+                f"class_names has {len(class_names)} names, but the network has {num_classes} classes: "
+                "give one name for each, in the order of the labels"
+            )
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+        self.register_to_config(
+            class_names=None if class_names is None else [str(name) for name in class_names],
+            guidance_scale=checked_scale(guidance_scale),
+            guidance_interval=list(checked_interval(guidance_interval)),
+            num_inference_steps=None if num_inference_steps is None else checked_steps(num_inference_steps),
+            method=None if method is None else checked_method(method),
+        )
+        self._interrupt = False
+        self._num_timesteps = 0
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """The content of `model_index.json`, with this package's classes in place of the code the folder carries."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config["_class_name"] = cls.__name__
+        for name, own in COMPONENTS.items():
+            if config.get(name, (None, None))[1] == own.__name__:
+                config[name] = [own.__module__, own.__name__]
+        return loaded
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> str:
+        """Bring a pipeline from the Hub into the cache, without the code it carries, and return its folder.
+
+        Args:
+            revision, cache_dir, token, force_download, local_files_only: as in `from_pretrained`.
+        """
+        names = ("revision", "cache_dir", "token", "force_download", "local_files_only")
+        settings = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        patterns = [INDEX_FILE, *(f"{name}/*.{kind}" for name in COMPONENTS for kind in ("json", "safetensors"))]
+        return snapshot_download(pretrained_model_name, allow_patterns=patterns, **settings)
+
+    def save_config(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """Write `model_index.json`, last of all in `save_pretrained`, and the code with which diffusers reads it."""
+        super().save_config(save_directory, *args, **kwargs)
+        carry_code(Path(save_directory), type(self))
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call in progress ends after the current step: set `pipe._interrupt = True` in a callback."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Calls of the network in the current or last call."""
+        return self._num_timesteps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Label | Sequence[Label] | Tensor = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: Sequence[float] | None = None,
+        method: str | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[JiTPipeline, int, Tensor, dict], dict | None] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        num_images_per_label: int = 1,
+        image: Picture | Sequence[Picture] | None = None,
+        strength: float | None = None,
+        mask_image: Picture | Sequence[Picture] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Generate images of classes, from noise or from images.
+
+        Args:
+            class_labels: a class number, its name (case does not matter), or None for "no class"; or a list. Left
+                out, "no class"; but of a network with one class, as unlabelled data make it, that one.
+            num_inference_steps: ODE steps. Heun calls the network 2n - 1 times, Euler n times.
+                None: the pipeline's own, which is 50 unless it was saved with another number.
+            guidance_scale: classifier-free guidance weight inside the interval; 1 is no guidance and costs half.
+                None: the pipeline's own.
+            guidance_interval: guidance acts where lo < t < hi, or t < hi if lo is 0. None: the pipeline's own.
+            method: "heun" or "euler"; None: the pipeline's own, else the scheduler's, which is "heun" unless
+                configured otherwise.
+            generator: one generator draws the images' noise one after the other, so the n-th image is the same
+                at any batch size, and two calls of 4 continue each other like one of 8. A list has one
+                generator an image. A CPU generator gives the same noise on every device.
+            latents: (B, 3, H, W), the noise that the ODE starts from, already scaled, instead of `generator`.
+            output_type: "pil"; "pt" (B, 3, H, W) or "np" (B, H, W, 3) in [0, 1];
+                "latent", the state at t = 1, unclamped.
+            callback_on_step_end: called as `(pipe, step, t, {"latents": z})` after each ODE step, with the t that the
+                step began at; may return `{"latents": z}` to replace the state, or set `pipe._interrupt = True` to
+                stop there.
+            height, width: pixels, multiples of the patch size; None: those of `latents`, else the training size.
+            callback_on_step_end_tensor_inputs: what the callback is given; there is only "latents".
+            num_images_per_label: images of each label, side by side.
+            image: where to start from, in place of noise alone: PIL, array or tensor, uint8 or in [0, 1]; one, or
+                one for each image. Another size is cut to the shape around the middle, and resampled.
+            strength: how much of the way from `image` is made anew, in (0, 1]: that share of the steps is run, from
+                the image noised to t = 1 - strength. 1 ignores the image. None: 0.6.
+            mask_image: white is repainted, black stays as in `image`.
+
+        Raises:
+            ValueError: a label, size, generator, image or setting that does not fit; the message says what would.
+
+        Example:
+            >>> pipe("bag", image=Image.open("coat.png"), strength=0.7).images[0].save("bag.png")
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type {output_type!r}: choose from {', '.join(OUTPUT_TYPES)}")
+        own = self.config
+        steps = own.num_inference_steps or STEPS if num_inference_steps is None else checked_steps(num_inference_steps)
+        scale = own.guidance_scale if guidance_scale is None else checked_scale(guidance_scale)
+        interval = checked_interval(own.guidance_interval if guidance_interval is None else guidance_interval)
+        on_step_end = self._step_end(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        device = self._execution_device
+        copies = checked_count("num_images_per_label", num_images_per_label)
+        ids = [i for i in self.label_ids(class_labels) for _ in range(copies)]
+        labels = torch.tensor(ids, dtype=torch.long, device=device)
+        with_class = [row for row, i in enumerate(ids) if i != self.transformer.config.num_classes]
+        guided = None if len(with_class) == len(ids) else torch.tensor(with_class, dtype=torch.long, device=device)
+
+        z = self.prepare_latents(len(labels), generator, latents, height, width).to(device)
+        skipped = skipped_steps(steps, image, strength, mask_image)
+        self.scheduler.set_timesteps(steps, device=device, method=method or own.method, skip_steps=skipped)
+        z, known = self._start(z, image, mask_image)
+        z = self._sample(z, labels, guided, scale, interval, known, on_step_end)
+
+        self.maybe_free_model_hooks()
+        images = self.to_output(z, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _sample(
+        self,
+        z: Tensor,
+        labels: Tensor,
+        guided: Tensor | None,
+        scale: float,
+        interval: tuple[float, float],
+        known: KnownRegion | None,
+        on_step_end: Callable[[int, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Run the steps that the scheduler is set to, from z at their first t."""
+        scheduler = self.scheduler
+        self._interrupt, self._num_timesteps = False, len(scheduler)
+        steps_done, start_t = 0, None
+        with evaluating(self.transformer), self.progress_bar(total=scheduler.num_steps) as progress:
+            for t_host, t in zip(scheduler.call_times, scheduler.timesteps):
+                start_t = start_t if scheduler.mid_step else t
+                weight = guidance_weight(t_host, scale, interval)
+                z = scheduler.step(self.predict(z, t, labels, weight, guided), t, z).prev_sample
+                if known is not None:  # also between the calls of a Heun step: the network never sees it off its path
+                    z = known.put_back(z, scheduler.next_time)
+                if scheduler.mid_step:
+                    continue
+                z = on_step_end(steps_done, start_t, z)
+                steps_done += 1
+                progress.update()
+                if self._interrupt:
+                    break
+        return z
+
+    def predict(self, z: Tensor, t: Tensor, labels: Tensor, weight: float, guided: Tensor | None = None) -> Tensor:
+        """The network's output under guidance, float32, by one call.
+
+        Args:
+            guided: rows that have a class, where not all do; only these are computed with and without it.
+        """
+        if weight == 1 or (guided is not None and len(guided) == 0):
+            return self.transformer(z, t, labels, return_dict=False)[0].float()
+        no_class = torch.full_like(labels, self.transformer.config.num_classes)
+        if weight == 0:
+            return self.transformer(z, t, no_class, return_dict=False)[0].float()
+        some_z, some_labels = (z, labels) if guided is None else (z[guided], labels[guided])
+        both = torch.cat([z, some_z]), t, torch.cat([no_class, some_labels])
+        unconditional, conditional = self.transformer(*both, return_dict=False)[0].float().split([len(z), len(some_z)])
+        # v is affine in the prediction of x, e or v at a given z and t, so mixing outputs is mixing velocities.
+        if guided is None:
+            return torch.lerp(unconditional, conditional, weight)
+        return unconditional.index_copy(0, guided, torch.lerp(unconditional[guided], conditional, weight))
+
+    def label_ids(self, class_labels: Label | Sequence[Label] | Tensor) -> list[int]:
+        """Class numbers, names or None (or a list of them) as the network's labels."""
+        return label_ids(class_labels, self.transformer.config.num_classes, self.config.class_names)
+
+    def prepare_latents(
+        self,
+        batch: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+        height: int | None,
+        width: int | None,
+    ) -> Tensor:
+        """The start of the ODE (batch, 3, H, W), float32: `latents`, or noise at the scheduler's scale."""
+        config = self.transformer.config
+        if latents is not None and not (isinstance(latents, Tensor) and latents.ndim == 4):
+            kind = f"shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(f"latents of {kind}: give a tensor (B, {config.in_channels}, H, W)")
+        for name, side in (("height", height), ("width", width)):
+            if side is not None:
+                checked_count(name, side)
+        natural = (config.img_size,) * 2 if latents is None else latents.shape[-2:]
+        size = tuple(own if given is None else given for own, given in zip(natural, (height, width)))
+        shape = (config.in_channels, *size)
+        if any(side < 1 or side % config.patch_size for side in size):
+            raise ValueError(f"{size[0]} x {size[1]} pixels: both must be multiples of the patch, {config.patch_size}")
+        if latents is not None:
+            if latents.shape != (batch, *shape):
+                raise ValueError(f"latents are {tuple(latents.shape)}, but these labels need {(batch, *shape)}")
+            return latents.float()
+        if isinstance(generator, int):
+            raise ValueError(f"generator {generator}: give torch.Generator().manual_seed({generator})")
+        generators = generator if isinstance(generator, list | tuple) else [generator] * batch
+        if len(generators) != batch:
+            raise ValueError(f"{len(generators)} generators for {batch} images: give one, or one for each image")
+        if wrong := [g for g in generators if not (g is None or isinstance(g, torch.Generator))]:
+            raise ValueError(f"generator {wrong[0]!r}: give a torch.Generator, or a list with one for each image")
+        device = self._execution_device
+        draws = [torch.randn(shape, generator=g, device=g.device if g is not None else device) for g in generators]
+        return torch.stack([draw.to(device) for draw in draws]) * self.scheduler.init_noise_sigma
+
+    def _start(self, noise: Tensor, image, mask_image) -> tuple[Tensor, KnownRegion | None]:
+        """The state at the scheduler's first t, and what of the image has to stay."""
+        if image is None:
+            return noise, None
+        batch, size = len(noise), tuple(noise.shape[-2:])
+        original = start_images(image, size, batch).to(noise.device)
+        z = self.scheduler.add_noise(original, noise, torch.tensor([self.scheduler.next_time]))
+        if mask_image is None:
+            return z, None
+        return z, KnownRegion(original, noise, repaint_mask(mask_image, size, batch).to(noise.device))
+
+    def _step_end(self, callback, tensor_inputs: Sequence[str]) -> Callable[[int, Tensor, Tensor], Tensor]:
+        """What is done after each step: the callback, if there is one, may replace the state."""
+        tensor_inputs = getattr(callback, "tensor_inputs", tensor_inputs)  # diffusers' callback objects
+        if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)}: there is only 'latents'")
+
+        def step_end(step: int, t: Tensor, z: Tensor) -> Tensor:
+            if callback is None:
+                return z
+            given = {"latents": z} if "latents" in tensor_inputs else {}
+            return (callback(self, step, t, given) or {}).get("latents", z).float()
+
+        return step_end
+
+    def to_output(self, z: Tensor, output_type: str):
+        if output_type == "latent":
+            return z
+        images = (z / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        images = images.permute(0, 2, 3, 1).cpu().numpy()
+        return images if output_type == "np" else self.numpy_to_pil(images)
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Dropout off, and back to what it was: a trainer samples from the network that it trains."""
+    trained = [part for part in module.modules() if part.training]  # a part may be frozen
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in trained:
+            part.training = True

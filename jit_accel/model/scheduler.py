@@ -1,0 +1,168 @@
+"""The sampler's ODE as a diffusers scheduler: Euler and Heun from noise (t = 0) to a clean image (t = 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import pairwise
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from torch import Tensor
+
+from jit_accel.base.errors import nearest
+from jit_accel.model.spaces import SPACES, convert, noised
+
+CALLS_PER_STEP = {"euler": 1, "heun": 2}
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def velocity(model_output: Tensor, sample: Tensor, t: Tensor | float, prediction_type: str, t_eps: float) -> Tensor:
+    """dz/dt = x - e at z = `sample`, from a prediction of x, e or v; in float32 at least.
+
+    1/(1-t), and 1/t for e, diverge at the ends; t_eps is the paper's clamp (2511.13720, Algorithm 2).
+    """
+    return convert(_at_least_float32(model_output), _at_least_float32(sample), t, prediction_type, "v", t_eps)
+
+
+def _choose(table: Collection[str], name: str, setting: str) -> str:
+    if name not in table:
+        raise ValueError(f"{setting} {name!r}: unknown; choose from {', '.join(table)}.{nearest(str(name), table)}")
+    return name
+
+
+def checked_method(method: str) -> str:
+    return _choose(CALLS_PER_STEP, method, "method")
+
+
+class JiTScheduler(SchedulerMixin, ConfigMixin):
+    """Euler, or Heun whose last step is Euler, in equal steps of t.
+
+    A model call at each of `timesteps`, in order, each followed by `step`. With Heun the sample between the two
+    calls of a step (`mid_step`) is the Euler guess at the step's end: hand it back as the next sample.
+
+    Args:
+        prediction_type: what the network predicts: x (clean image), e (noise) or v (velocity).
+        t_eps: floor of 1 - t (of t, for e) in the conversion to a velocity.
+        noise_scale: standard deviation of the noise the network was trained with.
+        solver: "heun" or "euler", where `set_timesteps` does not say.
+
+    Raises:
+        ValueError: an unknown prediction type or solver.
+    """
+
+    @register_to_config
+    def __init__(self, prediction_type: str = "x", t_eps: float = 0.05, noise_scale: float = 1.0, solver: str = "heun"):
+        _choose(SPACES, prediction_type, "prediction_type")
+        _choose(CALLS_PER_STEP, solver, "solver")
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.empty(0)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.method = self.config.solver
+        self._calls: list[tuple[float, float, bool]] = []  # (t, step size, is Heun's second call)
+        self._next_call = 0
+        self._start: Tensor | None = None
+        self._start_velocity: Tensor | None = None
+
+    @property
+    def init_noise_sigma(self) -> float:
+        return self.config.noise_scale
+
+    @property
+    def order(self) -> int:
+        """Order of convergence, and model calls a step (but the last), of the current solver."""
+        return CALLS_PER_STEP[self.method]
+
+    @property
+    def mid_step(self) -> bool:
+        """Between the two model calls of one Heun step."""
+        return self._start is not None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of this trajectory: those set, less those left out at its start."""
+        return sum(not second for _, _, second in self._calls)
+
+    @property
+    def call_times(self) -> list[float]:
+        """`timesteps` on the host: the t of each model call, in order."""
+        return [t for t, _, _ in self._calls]
+
+    @property
+    def next_time(self) -> float:
+        """The t of the sample that the next model call is given; 1 after the last call."""
+        return self._calls[self._next_call][0] if self._next_call < len(self._calls) else 1.0
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int,
+        device: str | torch.device | None = None,
+        method: str | None = None,
+        skip_steps: int = 0,
+    ) -> None:
+        """Start a new trajectory of `num_inference_steps` equal steps, of which the first `skip_steps` are left out.
+
+        Euler calls the model once for each step, Heun twice but for the last.
+
+        Raises:
+            ValueError: fewer than one step, or an unknown method.
+        """
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps {num_inference_steps} must be at least 1; the paper takes 50")
+        self._forget()
+        self.method = checked_method(method or self.config.solver)
+        self.num_inference_steps = num_inference_steps
+        # The float32 grid of the reference, so that t falls on the same side of a guidance interval's end.
+        times = torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float32, device="cpu").tolist()
+        for i, (t, t_next) in list(enumerate(pairwise(times)))[skip_steps:]:
+            self._calls.append((t, t_next - t, False))
+            if self.method == "heun" and i < num_inference_steps - 1:  # at t = 1 a prediction of x has no velocity
+                self._calls.append((t_next, t_next - t, True))
+        self.timesteps = torch.tensor(self.call_times, dtype=torch.float32, device=device)
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
+        return sample
+
+    def step(
+        self, model_output: Tensor, timestep: Tensor | float, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """From the model's output at (sample, timestep) to the sample of the next model call.
+
+        Args:
+            model_output: (B, 3, H, W), of the kind `prediction_type`.
+            timestep: the entry of `timesteps` whose turn it is; the position is counted here, not looked up,
+                because Heun visits each t twice.
+            sample: (B, 3, H, W), what the model was given.
+
+        Returns:
+            `prev_sample`, float32 whatever the dtype of the inputs (float64 stays).
+
+        Raises:
+            ValueError: no timesteps are set, or none is left.
+        """
+        if self._next_call >= len(self._calls):
+            raise ValueError("step() without a timestep left: call set_timesteps(n) before each trajectory")
+        t, step_size, second = self._calls[self._next_call]
+        self._next_call += 1
+        sample = _at_least_float32(sample)
+        v = velocity(model_output, sample, t, self.config.prediction_type, self.config.t_eps)
+        if second:
+            moved = self._start + (step_size / 2) * (self._start_velocity + v)
+            self._start = self._start_velocity = None
+        else:
+            if self._next_call < len(self._calls) and self._calls[self._next_call][2]:
+                self._start, self._start_velocity = sample, v
+            moved = sample + step_size * v
+        return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`z = t x + (1 - t) e` for x (B, 3, H, W), noise e that is already scaled, and t (B,) in [0, 1]."""
+        return noised(original_samples, noise, timesteps.to(original_samples))
+
+    def __len__(self) -> int:
+        return len(self.timesteps)

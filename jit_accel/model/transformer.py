@@ -1,0 +1,348 @@
+"""The JiT transformer (arXiv 2511.13720) as a diffusers model: a plain ViT on raw pixel patches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from jit_accel.config.presets import TIME_FEATURES, parse_model_name, swiglu_width
+from jit_accel.model.functional import (
+    gated_silu,
+    modulated_rms_norm,
+    normalised_and_rotated,
+    position_table,
+    rope_table,
+    time_frequencies,
+)
+
+
+@dataclass
+class JiTOutput(BaseOutput):
+    """`sample` (B, 3, H, W): the prediction, in the network's compute dtype."""
+
+    sample: Tensor
+
+
+class RMSNorm(nn.Module):
+    """Holds the weight of a norm; what surrounds the norm is fused with it in `functional`.
+
+    The weight is had by a call, because hooks that move weights to the device (sequential offload) act on calls.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution whose stride is its kernel, applied to cut patches (..., in): one matmul."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class PatchEmbedding(nn.Module):
+    """Pixels (B, 3, H, W) to tokens (B, N, D) through a bottleneck."""
+
+    def __init__(self, patch_size: int, in_channels: int, bottleneck_dim: int, hidden_size: int):
+        super().__init__()
+        self.proj1 = PatchProjection(in_channels, bottleneck_dim, patch_size, patch_size, bias=False)
+        self.proj2 = PatchProjection(bottleneck_dim, hidden_size, 1)
+
+    def forward(self, sample: Tensor) -> Tensor:
+        p = self.proj1.kernel_size[0]
+        sample = sample.to(self.proj1.weight.dtype)
+        patches = sample.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
+        return self.proj2(self.proj1(patches.flatten(3).flatten(1, 2)))
+
+
+class TimestepEmbedding(nn.Module):
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t.float()[:, None] * time_frequencies(t.device)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedding(nn.Module):
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)  # the last row is "no class"
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int, attn_dropout: float, proj_dropout: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn_dropout = attn_dropout
+        self.q_norm = RMSNorm(hidden_size // num_heads)
+        self.k_norm = RMSNorm(hidden_size // num_heads)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj_dropout = nn.Dropout(proj_dropout)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        q = normalised_and_rotated(q, self.q_norm(), rope)
+        k = normalised_and_rotated(k, self.k_norm(), rope)
+        out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.proj_dropout(self.proj(out.transpose(1, 2).flatten(2).to(x.dtype)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dropout = self.attn_dropout if self.training else 0.0
+        if v.device.type == "cpu":
+            # SDPA in bf16 is slower than in float32 on CPUs, and autocast would choose bf16.
+            with torch.autocast("cpu", enabled=False):
+                return F.scaled_dot_product_attention(q, k, v.float(), dropout_p=dropout)
+        return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, dropout_p=dropout)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, hidden_size: int, mlp_ratio: float, dropout: float):
+        super().__init__()
+        inner = swiglu_width(hidden_size, mlp_ratio)
+        self.w12 = nn.Linear(hidden_size, 2 * inner)
+        self.w3 = nn.Linear(inner, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(self.dropout(gated_silu(self.w12(x))))
+
+
+class JiTBlock(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, attn_dropout: float, proj_dropout: float):
+        super().__init__()
+        self.norm1 = RMSNorm(hidden_size)
+        self.attn = Attention(hidden_size, num_heads, attn_dropout, proj_dropout)
+        self.norm2 = RMSNorm(hidden_size)
+        self.mlp = SwiGLU(hidden_size, mlp_ratio, proj_dropout)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """x (B, T, D) float32, c (B, D) -> (B, T, D) float32."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
+        attended = self.attn(modulated_rms_norm(x, self.norm1(), shift1, scale1), rope)
+        x = torch.addcmul(x, gate1, attended)
+        mixed = self.mlp(modulated_rms_norm(x, self.norm2(), shift2, scale2))
+        return torch.addcmul(x, gate2, mixed)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden_size: int, out_features: int):
+        super().__init__()
+        self.norm_final = RMSNorm(hidden_size)
+        self.linear = nn.Linear(hidden_size, out_features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+        return self.linear(modulated_rms_norm(x, self.norm_final(), shift, scale))
+
+
+class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """JiT: predicts the clean image from a noised one, its time t and its class.
+
+    Parameter names are the reference's (without `net.`). The residual stream is float32 also where the
+    weights, or autocast's matmuls, are bf16.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["JiTBlock"]  # noqa: RUF012 (diffusers' own class attributes)
+    _repeated_blocks = ["JiTBlock"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ["embedder", "in_context_posemb", "norm", "final_layer"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        bottleneck_dim: int,
+        in_context_len: int,
+        in_context_start: int,
+        num_classes: int,
+        mlp_ratio: float = 4.0,
+        attn_dropout: float = 0.0,
+        proj_dropout: float = 0.0,
+        in_channels: int = 3,
+    ):
+        super().__init__()
+        _check_sizes(img_size, patch_size, hidden_size, num_heads)
+        self.gradient_checkpointing = False
+        self.t_embedder = TimestepEmbedding(hidden_size)
+        self.y_embedder = LabelEmbedding(num_classes, hidden_size)
+        self.x_embedder = PatchEmbedding(patch_size, in_channels, bottleneck_dim, hidden_size)
+        if in_context_len > 0:
+            self.in_context_posemb = nn.Parameter(torch.zeros(1, in_context_len, hidden_size))
+        middle, dropouts = range(depth // 4, depth // 4 * 3), (attn_dropout, proj_dropout)
+        self.blocks = nn.ModuleList(
+            JiTBlock(hidden_size, num_heads, mlp_ratio, *(dropouts if i in middle else (0.0, 0.0)))
+            for i in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
+        self.reset_parameters()
+
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """diffusers' regional compilation. Static shapes unless told otherwise: the blocks see two lengths
+        (without and with the in-context tokens), and one kernel for both is slower and compiles longer."""
+        kwargs.setdefault("dynamic", False)
+        super().compile_repeated_blocks(*args, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """diffusers' own, which writes names that it cannot read again where an adapter is attached.
+
+        Raises:
+            ValueError: one is.
+        """
+        if getattr(self, "peft_config", None):
+            raise ValueError(
+                "a LoRA adapter is attached: fuse_lora() and unload_lora_weights() first to save the weights with it, "
+                "or save it alone with save_lora_weights()"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the initial weights (SPEC section 2): the network starts as the zero function."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        if self.config.in_context_len > 0:
+            nn.init.normal_(self.in_context_posemb, std=0.02)
+        for block in self.blocks:
+            nn.init.zeros_(block.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
+    ) -> JiTOutput | tuple[Tensor]:
+        """Predict x (or e or v, whichever the network was trained for).
+
+        Args:
+            sample: (B, 3, H, W), the noised image z. H and W are multiples of the patch size.
+            timestep: (B,) or a scalar, t from 0 (noise) to 1 (clean); never bf16, too coarse near 1.
+            class_labels: (B,) in [0, num_classes]; `num_classes`, or None, is "no class".
+
+        Raises:
+            ValueError: H or W is not a multiple of the patch size.
+        """
+        config = self.config
+        batch, _, height, width = sample.shape
+        if height % config.patch_size or width % config.patch_size:
+            raise ValueError(
+                f"an image of {height} x {width} pixels cannot be cut into patches of {config.patch_size}: "
+                f"make both sides a multiple of {config.patch_size}"
+            )
+        grid = (height // config.patch_size, width // config.patch_size)
+        trained_grid = config.img_size // config.patch_size
+        device = sample.device
+        t = torch.as_tensor(timestep, dtype=torch.float32, device=device).expand(batch)
+        if class_labels is None:
+            class_labels = torch.full((batch,), config.num_classes, device=device)
+
+        y_emb = self.y_embedder(class_labels)
+        c = self.t_embedder(t) + y_emb
+        x = self.x_embedder(sample) + position_table(config.hidden_size, grid, trained_grid, device)
+
+        head_dim = config.hidden_size // config.num_heads
+        prefix = 0
+        for i, block in enumerate(self.blocks):
+            if i == config.in_context_start and config.in_context_len > 0:
+                prefix = config.in_context_len
+                x = torch.cat([(y_emb[:, None] + self.in_context_posemb).to(x.dtype), x], dim=1)
+            rope = rope_table(head_dim, grid, trained_grid, prefix, device)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, c, rope)
+            else:
+                x = block(x, c, rope)
+
+        patches = self.final_layer(x[:, prefix:], c)
+        p = config.patch_size
+        image = patches.unflatten(2, (p, p, -1)).unflatten(1, grid).permute(0, 5, 1, 3, 2, 4)
+        image = image.reshape(batch, -1, height, width)
+        return JiTOutput(sample=image) if return_dict else (image,)
+
+
+def _check_sizes(img_size: int, patch_size: int, hidden_size: int, num_heads: int) -> None:
+    if img_size % patch_size:
+        lower = img_size // patch_size * patch_size
+        choices = " or ".join(str(n) for n in (lower, lower + patch_size) if n)
+        raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}: use {choices}")
+    if hidden_size % num_heads:
+        heads = [n for n in range(1, hidden_size + 1) if hidden_size % n == 0]
+        near = min(heads, key=lambda n: abs(n - num_heads))
+        raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads}: use {near} heads")
+    if hidden_size // num_heads % 4:
+        raise ValueError(
+            f"hidden_size / num_heads is {hidden_size // num_heads}, but rotary embedding of rows and columns "
+            f"turns pairs in each half of a head: make it a multiple of 4, as hidden_size {num_heads * 64} does"
+        )
+
+
+def build_model(
+    name: str, img_size: int, num_classes: int, proj_dropout: float | None = None, attn_dropout: float | None = None
+) -> JiTTransformer2DModel:
+    """A freshly initialised model from a name such as `JiT-B/16`; None means the preset's dropout.
+
+    Raises:
+        UserError: no such name.
+        ValueError: the patch size does not divide the image size.
+    """
+    preset, patch_size = parse_model_name(name)
+    given = {"proj_dropout": proj_dropout, "attn_dropout": attn_dropout}
+    sizes = asdict(preset) | {name: p for name, p in given.items() if p is not None}
+    return JiTTransformer2DModel(img_size=img_size, patch_size=patch_size, num_classes=num_classes, **sizes)
+
+
+def load_reference_weights(model: JiTTransformer2DModel, state_dict: Mapping[str, Tensor]) -> None:
+    """Load weights with the reference implementation's names, with or without the prefix `net.`.
+
+    Raises:
+        ValueError: names are missing or unexpected, shapes differ, or the position embedding is not ours.
+    """
+    given = {name.removeprefix("net."): tensor for name, tensor in state_dict.items()}
+    config = model.config
+    grid = config.img_size // config.patch_size
+    positions = position_table(config.hidden_size, (grid, grid), grid, torch.device("cpu"))
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if "pos_embed" in given:  # fixed, so it is compared, not loaded
+        expected["pos_embed"] = positions.shape
+    problems = [f"missing: {name}" for name in sorted(expected.keys() - given.keys())]
+    problems += [f"unexpected: {name}" for name in sorted(given.keys() - expected.keys())]
+    problems += [
+        f"shape of {name}: {tuple(given[name].shape)} in the weights, {tuple(shape)} in the model"
+        for name, shape in sorted(expected.items())
+        if name in given and given[name].shape != shape
+    ]
+    if problems:
+        raise ValueError("the weights do not fit the model:\n  " + "\n  ".join(problems))
+    pos_embed = given.pop("pos_embed", None)
+    if pos_embed is not None and not torch.allclose(pos_embed.float().cpu(), positions, atol=1e-4):
+        raise ValueError("the weights' pos_embed is not the fixed 2-D sin-cos table: they are not a JiT of this kind")
+    model.load_state_dict(given, strict=True)

@@ -1,0 +1,1 @@
+"""What a run measures, judges, writes down and shows."""

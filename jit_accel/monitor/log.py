@@ -1,0 +1,139 @@
+"""`metrics.jsonl`, which every run keeps. Only the main process writes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from jit_accel.base.console import warn
+
+METRICS_FILE = "metrics.jsonl"
+# What a run leaves that did not reach its end: told to stop, or met something.
+INTERRUPTED_FILE, FAILED_FILE = "INTERRUPTED", "FAILED"
+# Rows that wait in memory for a disk with room.
+MOST_PENDING = 100_000
+
+
+class MetricsLog:
+    """Append-only `metrics.jsonl`: one JSON object a line, each with its `step`; NaN and infinity are null."""
+
+    def __init__(self, output_dir: Path, step: int):
+        """Open the log of `output_dir` and drop what an interrupted run wrote after `step`, the one resumed from."""
+        self.path = output_dir / METRICS_FILE
+        self.step = step
+        self.has_failed = self.is_trimmed = False
+        self.pending: list[str] = []
+        self.write([])
+
+    def write(self, rows: list[dict]) -> None:
+        """Append rows, those of earlier calls that failed first; a full disk is reported once."""
+        self.pending = [*self.pending, *map(as_line, rows)][-MOST_PENDING:]
+        try:
+            self._trim()
+            append("".join(self.pending).encode(), self.path)
+            self.pending = []
+        except OSError as error:
+            self._fail(error)
+
+    def amend(self, step: int, values: dict) -> None:
+        """Put further values into the row of `step`, which must be the newest; without such a row they are dropped."""
+        if self.pending:
+            row = as_row(self.pending[-1].encode())
+            self.pending[-1] = as_line({**row, **values} if row["step"] == step else row)
+            return self.write([])
+        try:
+            start = end_of_rows(self.path, step - 1)
+            with open(self.path, "r+b", buffering=0) as file:
+                file.seek(start)
+                row = as_row(file.readline())
+                if row is None or row["step"] != step:
+                    return None
+                line = as_line({**row, **values})
+                file.seek(start)  # what the row has is written over itself: a process that dies here loses nothing
+                try:
+                    if file.write(line.encode()) < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(start)
+                    self.pending = [line]
+                    raise
+        except OSError as error:
+            self._fail(error)
+
+    def _trim(self) -> None:
+        if not self.is_trimmed and self.path.exists():
+            os.truncate(self.path, end_of_rows(self.path, self.step))
+        self.is_trimmed = True
+
+    def _fail(self, error: OSError) -> None:
+        if not self.has_failed:
+            warn(f"{self.path} cannot be written ({error.strerror}): metrics are kept in memory until it can.")
+        self.has_failed = True
+
+
+def append(data: bytes, path: Path) -> None:
+    """Write all of it behind what the file has, or nothing.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    with open(path, "a+b", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        if before and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
+            data = b"\n" + data  # behind a line that was cut
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+def end_of_rows(path: Path, step: int) -> int:
+    """Where in the file the last whole row up to `step` ends, in bytes."""
+    end = position = 0
+    with open(path, "rb") as file:
+        for line in file:
+            position += len(line)
+            row = as_row(line)
+            if row is None or not line.endswith(b"\n"):
+                continue
+            if row["step"] > step:
+                break
+            end = position
+    return end
+
+
+def as_line(row: dict) -> str:
+    """`row` as a line of strict JSON."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def iterate_metrics(output_dir: Path) -> Iterator[dict]:
+    """The rows of a run's `metrics.jsonl` one by one; lines that were cut short are left out."""
+    path = output_dir / METRICS_FILE
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        yield from (row for row in map(as_row, file) if row is not None)
+
+
+def as_row(line: bytes) -> dict | None:
+    """A line of the file; None where it was cut short or is something else."""
+    try:
+        row = json.loads(line, parse_constant=lambda name: None)  # NaN in files of other versions
+    except (ValueError, RecursionError):
+        return None
+    return row if type(row) is dict and type(row.get("step")) is int and row["step"] >= 0 else None
+
+
+def read_metrics(output_dir: Path) -> list[dict]:
+    """All of them."""
+    return list(iterate_metrics(output_dir))

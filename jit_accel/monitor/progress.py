@@ -1,0 +1,64 @@
+"""How far a run is: a bar on a terminal, plain lines now and then in a log file."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from datetime import timedelta
+
+from tqdm.auto import tqdm
+
+from jit_accel.base.console import say
+
+# Between two plain lines: a fiftieth of the time so far, within these bounds.
+_LEAST_S, _MOST_S, _SHARE = 10.0, 300.0, 0.02
+
+
+class Progress:
+    """Shows step, epoch, loss, images/s and the time left; silent where not `is_shown`."""
+
+    def __init__(self, total_steps: int, step: int, is_shown: bool):
+        self.total_steps, self.is_shown = total_steps, is_shown
+        self.began = time.monotonic()
+        self.told_at: float | None = None
+        is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.bar = None
+        if is_shown and is_terminal:
+            self.bar = tqdm(total=total_steps, initial=step, desc="train", unit="step", dynamic_ncols=True)
+
+    def step_done(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def show(self, row: dict) -> None:
+        """Bring in an interval's last row of metrics."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(", ".join(_in_words(row)), refresh=False)
+        elif self.is_shown and (self._is_due() or row["step"] == self.total_steps):
+            self.told_at = time.monotonic()
+            step = f"step {row['step']:,}/{self.total_steps:,} ({row['step'] / self.total_steps:.0%})"
+            left = timedelta(seconds=round(row["perf/step_time"] * (self.total_steps - row["step"])))
+            say(" | ".join([step, *_in_words(row), f"left {left}"]))
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _is_due(self) -> bool:
+        if self.told_at is None:
+            return True
+        now = time.monotonic()
+        return now - self.told_at >= min(_MOST_S, max(_LEAST_S, _SHARE * (now - self.began)))
+
+
+def _in_words(row: dict) -> list[str]:
+    shown = []
+    if "train/epoch" in row:
+        shown.append(f"epoch {row['train/epoch']:.2f}")
+    loss, speed = row["train/loss"], row["perf/images_per_second"]
+    return [
+        *shown,
+        f"loss {loss:.4f}" if abs(loss) < 1000 else f"loss {loss:.3e}",
+        f"{speed:,.0f} images/s" if speed >= 100 else f"{speed:.3g} images/s",
+    ]

@@ -1,0 +1,348 @@
+"""A training as a run of Weights & Biases: online, or offline where its server cannot be used.
+
+`metrics.jsonl` has every row, so whatever W&B lacks up to the step where a training starts is sent from there, and
+rows that it has are not sent again: its curves have no gap and no step twice, however a training was interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from PIL import Image
+
+from jit_accel.base.console import say, warn
+from jit_accel.base.redaction import redacted
+from jit_accel.config.settings import TrackingConfig
+from jit_accel.monitor.log import iterate_metrics
+from jit_accel.monitor.wandb_files import last_step, read_segments, synced_mark
+
+ID_FILE = "wandb_run_id.txt"
+# The training waits at most this long for a server that does not answer: for the check of the key (wandb's own ten
+# seconds, or WANDB_HTTP_TIMEOUT), for the start, and at the end for what is left to send.
+START_TIMEOUT_S = 20
+FINISH_TIMEOUT_S = 60
+TEARDOWN_TIMEOUT_S = 5
+# wandb's service may write the last rows after it has said that it is done.
+FILE_TIMEOUT_S = 20
+
+SETTINGS = {
+    "silent": True,  # what matters of it is said by us, once
+    "init_timeout": START_TIMEOUT_S,
+    "finish_timeout": FINISH_TIMEOUT_S,
+    "finish_timeout_raises": True,
+    # The command line, the git remote and SLURM's variables may hold secrets; the configuration has what is needed.
+    "x_disable_meta": True,
+    "disable_git": True,
+    "disable_code": True,
+    "save_code": False,
+    "console": "off",
+    "x_transaction_log_flush_interval": 2,  # seconds of rows that a kill costs the local file
+}
+ROOMS = ("train", "val", "eval", "data", "perf", "ema", "health", "samples")
+EPOCH_METRICS = ("train/epoch_loss", "train/epoch_time", "train/samples_per_second", "train/best_loss")
+LOWEST_IS_BEST = (
+    *("val/loss", "ema/val_loss", "eval/fid", "eval/fid_unguided"),
+    *("eval/fd_efficientnet_lite0", "eval/fd_efficientnet_lite0_unguided"),
+)
+
+
+class Unusable(Exception):
+    """W&B's server cannot be used now; the message says why, and what would help."""
+
+
+class Complaints:
+    """Stands where wandb would print, and notes what ends the upload."""
+
+    def __init__(self):
+        self.has_given_up = False
+
+    def info(self, message: str) -> None:
+        pass
+
+    def warning(self, message: str) -> None:
+        self.has_given_up |= "Fatal error while uploading" in message
+
+    error = warning
+
+
+class WandbRun:
+    """One run, started or continued.
+
+    Args:
+        tracking: the settings.
+        record: what W&B shows as the configuration.
+        output_dir: remembers the run, and holds its files below `wandb`.
+        step: the optimizer step resumed from, 0 in a new training.
+
+    Raises:
+        OSError: the files cannot be written.
+        Exception: whatever wandb raises where it cannot even start offline.
+    """
+
+    def __init__(self, tracking: TrackingConfig, record: dict, output_dir: Path, step: int):
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry delays the exit by ten seconds
+        self.tracking, self.record, self.output_dir = tracking, record, output_dir
+        self.complaints = Complaints()
+        mode = self._set_up()
+        self.is_active, self.is_warned, self.newest_step = mode != "disabled", False, 0
+        self.last_step = 0
+        if not self.is_active:
+            return
+        check_folder(output_dir / "wandb")
+        self.id = self._remembered_id() or secrets.token_hex(4)
+        self.earlier = read_segments(output_dir, self.id)
+        self.is_offline = mode in ("offline", "dryrun")
+        if not self.is_offline:
+            try:
+                self._start_online()
+            except Unusable as problem:
+                warn(f"{problem} Training goes on, and W&B's files are kept here until they can be sent.")
+                self.is_offline = True
+        if self.is_offline:
+            self._start_offline()
+        try:
+            (output_dir / ID_FILE).write_text(self.id)
+            self._introduce()
+            self._define_metrics()
+            self._send_what_it_lacks(step)
+        except Exception:
+            in_time(self.run.finish, TEARDOWN_TIMEOUT_S)
+            raise
+
+    def _remembered_id(self) -> str:
+        file = self.output_dir / ID_FILE
+        return file.read_text().strip() if file.exists() else ""
+
+    def _set_up(self) -> str:
+        """Quieten wandb. Returns the mode that the environment and wandb's own settings ask for."""
+        import wandb
+
+        session = wandb.setup(settings=wandb.Settings(silent=True))
+        wandb.termsetup(wandb.Settings(silent=True), self.complaints)
+        return session.settings.mode
+
+    def _start_online(self) -> None:
+        log_in()
+        try:
+            self._init("online")
+        except Exception as error:
+            self._tear_down()
+            if "deleted" not in str(error) or not self._remembered_id():
+                raise Unusable(f"wandb could not start ({type(error).__name__}: {one_line(error)}).") from None
+            warn(f"the run {self.id} was deleted in W&B: this training continues in a new one.")
+            (self.output_dir / ID_FILE).unlink()
+            self.id, self.earlier = secrets.token_hex(4), []
+            return self._start_online()
+        self.last_step = max(0, self.run.starting_step - 1)
+        # With what is sent below the server has all that earlier starts left: `wandb sync` must not send it again.
+        for segment in self.earlier:
+            if segment.project in ("", self.tracking.wandb_project):
+                synced_mark(segment.file).touch()
+
+    def _start_offline(self) -> None:
+        entity = self.tracking.wandb_entity or os.environ.get("WANDB_ENTITY", "")
+        earlier = [
+            segment
+            for segment in self.earlier
+            if segment.project in ("", self.tracking.wandb_project) and entity in ("", segment.entity or entity)
+        ]
+        if any(not segment.is_offline and not segment.is_on_server for segment in earlier):
+            old, self.id, earlier = self.id, secrets.token_hex(4), []
+            warn(
+                f"nobody can tell now how much of the run {old} W&B's server has: this part goes to the new run "
+                f"{self.id}, with all rows from the first step on."
+            )
+        self._init("offline")
+        self.last_step = max((segment.last_step for segment in earlier), default=0)
+
+    def _init(self, mode: str) -> None:
+        import wandb
+
+        tracking = self.tracking
+        self.run = wandb.init(
+            project=tracking.wandb_project,
+            name=redacted(tracking.wandb_name) if tracking.wandb_name else None,
+            entity=tracking.wandb_entity or os.environ.get("WANDB_ENTITY") or None,
+            tags=[redacted(tag.strip()) for tag in tracking.wandb_tags] or None,
+            notes=redacted(tracking.wandb_notes) if tracking.wandb_notes else None,
+            group=redacted(tracking.wandb_group) if tracking.wandb_group else None,
+            config=self.record,
+            dir=str(self.output_dir),
+            id=self.id,
+            mode=mode,
+            resume="allow",
+            settings=wandb.Settings(**SETTINGS),
+        )
+
+    def _tear_down(self) -> None:
+        """Undo a start that failed: wandb's service would refuse the id."""
+        import wandb
+
+        files = {segment.file for segment in self.earlier}
+        thread = threading.Thread(target=wandb.teardown, daemon=True)
+        thread.start()
+        thread.join(TEARDOWN_TIMEOUT_S)
+        if thread.is_alive():
+            raise RuntimeError("wandb's service does not end after a start that failed")
+        self._set_up()
+        for file in (self.output_dir / "wandb").glob(f"*run-*-{self.id}/*.wandb"):
+            if file not in files:
+                shutil.rmtree(file.parent)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.run.dir).parent
+
+    @property
+    def _file(self) -> Path:
+        return self._folder / f"run-{self.id}.wandb"
+
+    @property
+    def sync_command(self) -> str:
+        """Sends the offline files of all starts, in the right order, each once."""
+        return f"wandb sync {shlex.quote(str(self.output_dir / 'wandb'))}/offline-run-*-{self.id}"
+
+    def _introduce(self) -> None:
+        say(f"Wandb initialized: project={self.tracking.wandb_project}, name={self.run.name or self.id}")
+        if self.is_offline:
+            say(f"Wandb is offline: files in {self._folder}; upload later with: {self.sync_command}")
+        else:
+            say(f"View run at: {self.run.url}")
+
+    def _define_metrics(self) -> None:
+        self.run.define_metric("step", hidden=True)
+        for room in ROOMS:
+            self.run.define_metric(f"{room}/*", step_metric="step")
+        for name in EPOCH_METRICS:
+            self.run.define_metric(name, step_metric="train/epoch")
+        for name in LOWEST_IS_BEST:
+            self.run.define_metric(name, step_metric="step", summary="min,last")
+
+    def _send_what_it_lacks(self, step: int) -> None:
+        sheets = self.output_dir / "samples"
+        for row in iterate_metrics(self.output_dir):
+            if self.last_step < row["step"] <= step:
+                self.log([row])
+                sheet = sheets / f"step_{row['step']:08d}.png"
+                if is_picture(sheet):
+                    self.log_image("samples/grid", sheet, row["step"], f"step {row['step']}")
+
+    def log(self, rows: list[dict]) -> None:
+        """Send rows, each under its own true `step`; what W&B has already is left out."""
+        for row in rows if self.is_active else ():
+            if row["step"] > self.last_step:
+                self.newest_step = row["step"]
+                self.run.log({key: value for key, value in row.items() if value is not None}, step=row["step"])
+        self._warn_if_given_up()
+
+    def log_image(self, name: str, path: Path, step: int, caption: str, is_late: bool = False) -> None:
+        """Send a picture; W&B takes nothing for a step it has, so that a late one goes with the next."""
+        if self.is_active and (is_late or step > self.last_step):
+            import wandb
+
+            self.run.log({name: wandb.Image(str(path), caption=caption)}, step=max(step, self.last_step + 1))
+
+    def alert(self, title: str, text: str) -> None:
+        if self.is_active:
+            self.run.alert(title=title[:63], text=text, level="WARN")
+
+    def finish(self, exit_code: int, is_preempted: bool) -> None:
+        """Send what is left, for a minute at most; `is_preempted` with a code other than 0 is W&B's "preempted"."""
+        if not self.is_active:
+            return
+        self.is_active = False
+        if is_preempted:
+            self.run.mark_preempting()
+        failure = in_time(lambda: self.run.finish(exit_code=exit_code or int(is_preempted)), FINISH_TIMEOUT_S + 10)
+        if failure and not isinstance(failure, TimeoutError):
+            raise failure
+        self._warn_if_given_up()
+        if self.is_offline:  # where wandb was slow, its file alone tells whether something is missing
+            self._warn_if_cut()
+        elif failure:
+            self._warn_incomplete(f"W&B's server did not take everything within {FINISH_TIMEOUT_S} s")
+        elif not self.is_warned:
+            synced_mark(self._file).touch()
+
+    def _warn_if_cut(self) -> None:
+        # wandb itself says nothing about a full disk.
+        deadline = time.monotonic() + FILE_TIMEOUT_S
+        while (is_cut := last_step(self._file) < self.newest_step) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if is_cut:
+            self._warn_incomplete(f"{self._file} could not be written to its end (is the disk full?)")
+
+    def _warn_if_given_up(self) -> None:
+        if self.complaints.has_given_up and not self.is_offline:
+            self._warn_incomplete("W&B's server refuses what is sent, and wandb has given up")
+
+    def _warn_incomplete(self, what: str) -> None:
+        if not self.is_warned:
+            warn(
+                f"{what}. Nothing is lost: {self.output_dir / 'metrics.jsonl'} has every row. The same command with "
+                "--resume auto, also after the last step, sends what W&B lacks."
+            )
+        self.is_warned = True
+
+
+def log_in() -> None:
+    """Use the key that wandb finds, and ask the server whether it is good; never asks the user.
+
+    Raises:
+        Unusable: no key, no good one, or no answer.
+    """
+    import wandb
+    from wandb.errors import AuthenticationError, UsageError
+
+    try:
+        has_key = wandb.login(verify=True, prompt=False)
+    except (AuthenticationError, UsageError, ValueError) as error:
+        if "did not respond in time" in str(error):
+            raise Unusable("W&B's server does not answer: check the network, or set WANDB_MODE=offline.") from None
+        raise Unusable(f"wandb cannot log in ({one_line(error)}): run `wandb login`, or set WANDB_API_KEY.") from None
+    if not has_key:
+        raise Unusable("wandb has no API key: run `wandb login` once, set WANDB_API_KEY, or set WANDB_MODE=offline.")
+
+
+def check_folder(folder: Path) -> None:
+    """Make sure that files can be written to `folder`: wandb would turn to the system's temporary folder silently."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"0" * 4096)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether it is there, and whole."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except OSError:
+        return False
+    return True
+
+
+def in_time(action, timeout_s: float) -> Exception | None:
+    """What `action` raised, or `TimeoutError` where it has not ended by then."""
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            action()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return TimeoutError() if thread.is_alive() else next(iter(raised), None)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

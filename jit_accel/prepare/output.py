@@ -1,0 +1,159 @@
+"""The output folder of a preparation: begun, continued, finished, and nothing in between to be mistaken for a store."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from jit_accel.base.errors import UserError
+from jit_accel.data.formats.index import INDEX, STORE_VERSION, UNFINISHED, read_index, sync_folder, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_LOCK_PATIENCE_S = 5  # workers of a killed run leave within a second
+_MOST_VANISHED = 9
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
+
+
+class OutputFolder:
+    """`output_dir`, with the shards of an unfinished preparation in its hidden folder `work`."""
+
+    def __init__(self, output_dir: str):
+        self.path = Path(output_dir).expanduser()
+        self.work = self.path / UNFINISHED
+        self.where = f"--output_dir {output_dir}"
+
+    def check_place(self, data_path: str) -> None:
+        """Refuse a folder inside the source, where the next run would take the shards for images."""
+        if not os.path.isdir(data_path):
+            return
+        source, target = Path(data_path).resolve(), self.path.resolve()
+        if target == source or source in target.parents:
+            raise UserError(f"{self.where}: lies inside --data_path {data_path}: choose a folder elsewhere.")
+
+    def finished(self, recorded: dict) -> dict | None:
+        """The index of a preparation with these settings that is there already.
+
+        Raises:
+            UserError: other settings or other files are there.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.where}: is a file: choose a new folder.")
+        if not self.path.is_dir():
+            return None
+        found = [entry for entry in os.listdir(self.path) if entry != UNFINISHED]
+        if INDEX in found:
+            index = read_index(self.path, "--output_dir")
+            self._compare(index["settings"], recorded, "holds images that were prepared otherwise", "")
+            shutil.rmtree(self.work, ignore_errors=True)
+            return index
+        if found and not (self.work / "plan.json").is_file():
+            raise UserError(f"{self.where}: is not empty ({sorted(found)[0]}, ...): choose a new folder.")
+        return None
+
+    @contextlib.contextmanager
+    def begun(self, recorded: dict) -> Iterator[dict | None]:
+        """Own the folder while the block runs; a preparation that was interrupted here is continued.
+
+        Yields the index where another process has just finished it.
+
+        Raises:
+            UserError: not writable, in use, or begun with other settings; the disk is full.
+        """
+        try:
+            with self._lock():
+                index = self.finished(recorded)
+                if index is None:
+                    self._check_plan(recorded)
+                yield index
+                if (self.path / INDEX).is_file():  # which whoever gets the lock next looks for
+                    shutil.rmtree(self.work, ignore_errors=True)
+        except OSError as error:
+            raise self.trouble(error) from error
+
+    def trouble(self, error: OSError) -> UserError:
+        """What an `OSError` while writing means to the user."""
+        if error.errno in _NO_SPACE:
+            return UserError(
+                f"{self.where}: the disk is full. What is finished is kept: make room and run the same command again."
+            )
+        return UserError(f"{self.where}: cannot be written to ({error}): choose a folder that can.")
+
+    def check_space(self, num_bytes: int) -> None:
+        """Refuse to begin what cannot be finished."""
+        free = shutil.disk_usage(self.work).free
+        there = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
+        if num_bytes > free + there:
+            raise UserError(
+                f"{self.where}: needs {num_bytes / 2**30:,.1f} GiB, and the disk has {free / 2**30:,.1f} GiB left: "
+                "make room, choose another disk, a smaller --img_size or --format jpeg."
+            )
+
+    def entry(self, number: int) -> dict | None:
+        """What is known of shard `number`, if it is finished."""
+        path = self.work / f"shard-{number:05d}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def publish(self, names: list[str]) -> None:
+        """Move finished files to where they belong; those that were moved before an interruption are there."""
+        for name in names:
+            if (self.work / name).exists():
+                os.replace(self.work / name, self.path / name)
+        sync_folder(self.path)
+
+    def _check_plan(self, recorded: dict) -> None:
+        path = self.work / "plan.json"
+        recorded = {"version": STORE_VERSION, **recorded}
+        if not path.is_file():
+            write_json(path, recorded)
+            return
+        remedy = f", or remove {self.work} to begin anew"
+        self._compare(json.loads(path.read_text(encoding="utf-8")), recorded, "was begun otherwise", remedy)
+
+    def _compare(self, then: dict, now: dict, problem: str, remedy: str) -> None:
+        changed = [
+            "the images of --data_path changed"
+            if name == "source_fingerprint"
+            else f"{name if name == 'version' else f'--{name}'} was {then.get(name)} and is {value} now"
+            for name, value in now.items()
+            if then.get(name) != value
+        ]
+        if changed:
+            raise UserError(
+                f"{self.where}: {problem}: {'; '.join(changed)}: use the same settings, or another "
+                f"--output_dir{remedy}."
+            )
+
+    def _lock_file(self) -> TextIO:
+        for _ in range(_MOST_VANISHED):
+            self.work.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # a process that finished has just removed the folder
+                return open(self.work / "lock", "w")
+        return open(self.work / "lock", "w")
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        with self._lock_file() as file:
+            deadline = time.monotonic() + _LOCK_PATIENCE_S
+            while fcntl:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise UserError(
+                            f"{self.where}: another process is preparing images there: wait for it, or choose another "
+                            "folder."
+                        ) from None
+                    time.sleep(0.1)
+            yield

@@ -1,0 +1,105 @@
+"""The settings of `jit_accel.sample`; imports no torch, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from jit_accel.base.errors import UserError
+from jit_accel.config.settings import MOST_IMAGES, MOST_PIXELS, MOST_STEPS
+
+DEFAULT_NUM_IMAGES = 64
+MOST = {
+    **dict.fromkeys(("images_per_class", "num_images", "batch_size"), MOST_IMAGES),
+    **dict.fromkeys(("img_size", "height", "width"), MOST_PIXELS),
+    "num_inference_steps": MOST_STEPS,
+}
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Generate images with a trained model: the n-th image follows from the seed and n alone."""
+
+    model: str | None = None
+    """A pipeline folder, the output folder of a run, a checkpoint, or owner/name of the Hub."""
+    ema: str | None = None
+    """Which averaged weights of a checkpoint, by their decay; "model": the weights themselves."""
+    output_dir: str = "samples"
+    """New folder for the images."""
+    classes: tuple[str, ...] = ()
+    """Names or numbers of classes, or none for images of no class (default: all classes)."""
+    images_per_class: int | None = None
+    """How many images of each class."""
+    num_images: int | None = None
+    """Or how many in total, evenly spread over the classes (default: 64)."""
+    seed: int = 0
+    """Of the noise that the images start from."""
+    batch_size: int | None = None
+    """Images at once in each process (default: 64; on a CPU 16)."""
+    num_inference_steps: int | None = None
+    """Steps of the ODE (default: the pipeline's, 50). Heun calls the network 2n - 1 times, Euler n times."""
+    guidance_scale: float | None = None
+    """Weight of classifier-free guidance; 1: none, at half the cost (default: the pipeline's)."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guidance acts at times LO < t < HI (default: the pipeline's, 0.1 1)."""
+    method: Literal["heun", "euler"] | None = None
+    """Solver of the ODE (default: the pipeline's, heun)."""
+    img_size: int | None = None
+    """Side of the images in pixels (default: as trained)."""
+    height: int | None = None
+    """Instead of img_size, for images that are not square."""
+    width: int | None = None
+    """Instead of img_size, for images that are not square."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """Of the network; the ODE is float32 always (default: accelerate's, else bf16 where the device is good at it)."""
+    compile: bool = False
+    """Compile the network's blocks: faster after a slower start."""
+    format: Literal["png", "webp", "npz"] = "png"
+    """png, webp (lossless): a file for each image, in class folders that --data_path reads. npz: one file
+    samples.npz with arr_0, uint8 (N, H, W, 3), and arr_1, the labels, as ADM's evaluator reads it."""
+    resume: bool = False
+    """Go on in output_dir: make what is missing or broken there; with larger counts more images, but for a finished
+    .npz."""
+    grid: bool = False
+    """Also draw grid.png: a named row for each class."""
+    trajectory: bool = False
+    """Also draw trajectory.png: a few images from noise to image, the state z and the image x it heads for."""
+    animation: Literal["gif", "webp"] | None = None
+    """Also make an animation of the denoising of a grid."""
+
+
+def check(config: SampleConfig) -> None:
+    """Refuse settings that are missing, out of range, or contradict each other.
+
+    Raises:
+        UserError: naming the flag, its value and the rule.
+    """
+    if not config.model:
+        raise UserError("--model: not given; name a pipeline folder, the output folder of a run, or a Hub id.")
+    if not config.output_dir:
+        raise UserError("--output_dir: is empty; name a folder.")
+    _check_ranges(config)
+    if config.images_per_class is not None and config.num_images is not None:
+        raise UserError(
+            f"--images_per_class {config.images_per_class}: contradicts --num_images {config.num_images}: give one."
+        )
+    if config.img_size is not None and (config.height is not None or config.width is not None):
+        raise UserError(f"--img_size {config.img_size}: contradicts --height and --width: give either.")
+    if config.guidance_scale is not None and not (math.isfinite(config.guidance_scale) and config.guidance_scale >= 0):
+        raise UserError(f"--guidance_scale {config.guidance_scale:g}: must be at least 0; 1 is no guidance.")
+    if config.guidance_interval is not None:
+        low, high = config.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise UserError(
+                f"--guidance_interval {low:g} {high:g}: must be LO HI with 0 <= LO <= HI <= 1, such as 0.1 1."
+            )
+
+
+def _check_ranges(config: SampleConfig) -> None:
+    for flag, most in MOST.items():
+        value = getattr(config, flag)
+        if value is not None and not 1 <= value <= most:
+            raise UserError(f"--{flag} {value}: must be at least 1 and at most {most:,}.")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"--seed {config.seed}: must be from 0 to 2^63 - 1.")

@@ -1,0 +1,69 @@
+"""Exponential moving averages of the weights, several decays at once, in float32 beside the model.
+
+A fixed decay d averages over 1/(1-d) steps: on a run that is not many times longer the average still holds
+the random weights of the start. `auto` lets the memory grow with the run, always a tenth of the steps so far
+(the power-function averages of Karras et al., arXiv 2312.02696, have such a constant relative width).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+AUTO = "auto"
+AUTO_SHARE = 0.1
+AUTO_MAX_DECAY = 0.9999
+
+
+def decay_at(name: str, step: int) -> float:
+    """Decay of the update after the optimizer step that brought the count to `step` (1, 2, ...)."""
+    if name != AUTO:
+        return float(name)
+    # 1/(1-d) = AUTO_SHARE * step, and at least one step: the first ten copy the weights.
+    return min(AUTO_MAX_DECAY, max(0.0, 1 - 1 / (AUTO_SHARE * step)))
+
+
+class Ema:
+    """Averages of a model's trainable parameters, one for each name in `decays` ("auto" or a number in text).
+
+    Build it after the model is on its device and sharded: the averages live where the parameters do.
+    """
+
+    def __init__(self, model: nn.Module, decays: Iterable[str]):
+        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.averages: dict[str, dict[str, Tensor]] = {
+            decay: {name: p.detach().float().clone() for name, p in self.params.items()} for decay in decays
+        }
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move every average towards the weights; `step` counts from 1."""
+        weights = [p.detach() for p in self.params.values()]
+        for decay, average in self.averages.items():
+            torch._foreach_lerp_(list(average.values()), weights, 1 - decay_at(decay, step))
+
+    def measured_at(self, step: int) -> dict[str, float]:
+        """Return the decay of the growing average at `step`, if there is one, keyed as the trackers show it."""
+        return {"ema/auto/decay": decay_at(AUTO, step)} if AUTO in self.averages else {}
+
+    @contextmanager
+    def applied(self, decay: str) -> Iterator[None]:
+        """Exchange the model's weights for this average inside the block, and exactly back after it."""
+        self._swap(decay)
+        try:
+            yield
+        finally:
+            self._swap(decay)
+
+    @torch.no_grad()
+    def _swap(self, decay: str) -> None:
+        # In place, tensor by tensor: compiled graphs and sharded parameters keep their addresses, and
+        # never more than one parameter is held twice.
+        for name, average in self.averages[decay].items():
+            weight = self.params[name]
+            kept = weight.detach().clone()
+            weight.copy_(average)
+            average.copy_(kept)

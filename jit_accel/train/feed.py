@@ -1,0 +1,117 @@
+"""The trainer's end of the data path: its batches, the wait for them, and the broken images met on the way."""
+
+from __future__ import annotations
+
+from accelerate.utils import gather_object
+
+from jit_accel.base.errors import UserError
+from jit_accel.config.settings import Config
+from jit_accel.data.batches.loader import Batch, build_loader
+from jit_accel.data.batches.prefetch import DevicePrefetcher
+from jit_accel.data.batches.waiting import Waiting, waiting_advice
+from jit_accel.data.batches.workers import cores_per_process, worker_memory_gib
+from jit_accel.data.formats.sources import Source
+from jit_accel.monitor.metrics import of_each_process
+
+
+class Feed:
+    """The images of one process of a run.
+
+    Args:
+        config: fully resolved settings.
+        accelerator: tells the process, and the device that batches are wanted on.
+    """
+
+    def __init__(self, config: Config, source: Source, accelerator):
+        self.config, self.source, self.accelerator = config, source, accelerator
+        data, device = config.data, accelerator.device
+        self.loader = build_loader(
+            source,
+            img_size=data.img_size,
+            batch_size=config.optim.batch_size,
+            seed=config.run.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            num_workers=data.num_workers,
+            horizontal_flip=data.horizontal_flip,
+            pin_memory=device.type == "cuda",
+            shuffle_buffer=data.shuffle_buffer,
+            num_classes=config.model.num_classes,
+        )
+        if device.type != "cpu":  # there it would take the cores from the training
+            self.loader = DevicePrefetcher(self.loader, device)
+        self.waiting = Waiting(device)
+        self.bad_images: dict[str, None] = {}  # in the order of their discovery
+
+    def next(self) -> Batch:
+        """The next images of this process.
+
+        Raises:
+            UserError: met by this process alone, where its share of the data is at fault.
+        """
+        try:
+            batch = self.waiting.next(self.loader)
+        except UserError as error:
+            error.everywhere = False
+            raise
+        self.bad_images.update(dict.fromkeys(batch.bad_images))
+        return batch
+
+    def close(self) -> None:
+        """End the workers."""
+        self.loader.close()
+
+    def all_bad_images(self) -> list[str]:
+        """Those of all processes, which call this together."""
+        return list(dict.fromkeys(gather_object(list(self.bad_images))))
+
+    def counters(self) -> list[float]:
+        """What `read_counters` wants of every process, to be averaged over them."""
+        waited_s = of_each_process(self.waiting.seconds, self.accelerator.process_index, self.accelerator.num_processes)
+        return [float(len(self.bad_images)), *waited_s]  # the slowest gates all
+
+    def read_counters(self, means: list[float], steps: int) -> tuple[int, dict[str, float]]:
+        """The number of broken images, and the metrics of the last `steps` steps, from averaged `counters()`."""
+        bad_images, *waited_s = means
+        measured = {}
+        if steps:
+            measured["data/wait_fraction"] = self.waiting.end_interval(steps, max(waited_s))
+            memory_gib = worker_memory_gib()
+            if memory_gib is not None:
+                measured["data/worker_rss_gib"] = memory_gib
+        return round(bad_images * self.accelerator.num_processes), measured
+
+    def lost_lately(self) -> tuple[float | None, str | None]:
+        """The share of the time that was lost to waiting, where there is enough to tell, and what helps against it."""
+        share = self.waiting.lost_lately()
+        if share is None:
+            return None, None
+        advice = waiting_advice(
+            self.config.data.data_path,
+            num_workers=self.config.data.num_workers,
+            cores=cores_per_process(),
+            is_remote=getattr(self.source.images, "is_remote", False),
+            is_encoded=self.source.is_encoded,
+            is_prepared=self.source.format == "prepared",
+        )
+        return share, advice
+
+    def state(self) -> dict:
+        """Everything a later run needs, of all processes, which call this together."""
+        return {
+            "loaders": gather_object([self.loader.state_dict()]),
+            "bad_images": gather_object([list(self.bad_images)]),
+        }
+
+    def load_state(self, state: dict) -> None:
+        """Continue where `state()` was taken, by these or other numbers of processes; before the first batch.
+
+        Raises:
+            UserError: it is of another seed or another way of reading.
+        """
+        self.loader.load_state_dict(state["loaders"])
+        by_process = state["bad_images"]
+        if len(by_process) == self.accelerator.num_processes:
+            self.bad_images = dict.fromkeys(by_process[self.accelerator.process_index])
+        elif self.accelerator.is_main_process:
+            self.bad_images = dict.fromkeys(name for names in by_process for name in names)

@@ -1,0 +1,350 @@
+"""Training that starts from trained weights: what fits of them is kept, and what does not is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers.utils import logging
+from torch import Tensor
+
+from jit_accel.base.errors import UserError
+from jit_accel.config.presets import PRESETS, parse_model_name
+from jit_accel.config.settings import Config
+from jit_accel.data.batches.batch import Batch
+from jit_accel.data.formats.source import Source
+from jit_accel.model.checkpoints import whole_tensors
+from jit_accel.model.loading import load_pipeline
+from jit_accel.model.lora import Adapter, merged
+from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.model.transformer import JiTTransformer2DModel
+
+LABELS = "y_embedder.embedding_table.weight"
+PATCH_IN = "x_embedder.proj1.weight"
+PATCH_OUT = ("final_layer.linear.weight", "final_layer.linear.bias")
+# Sizes that all of the network hangs on; the others may differ.
+SIZE = ("depth", "hidden_size", "num_heads", "mlp_ratio")
+
+
+@dataclass(frozen=True)
+class Initial:
+    """What `--init_from` names, read.
+
+    Attributes:
+        network: its weights, float32 on the CPU.
+        class_names: None where its classes have numbers only.
+        noise_scale, prediction: what it was trained with.
+        guidance_scale: of its samples.
+    """
+
+    path: str
+    network: JiTTransformer2DModel
+    class_names: tuple[str, ...] | None
+    noise_scale: float
+    prediction: str
+    guidance_scale: float | None = None
+
+    def settled(self, config: Config) -> Config:
+        """The settings with what was left to the source filled in.
+
+        Raises:
+            UserError: the source is of another size, or predicts something else.
+        """
+        source, with_lora = self.network.config, bool(config.tune.lora_rank)
+        model = config.model.model or self._model_name()
+        preset, patch = parse_model_name(model)
+        own = {name: getattr(preset, name, 4.0) for name in SIZE}
+        given = {name: source[name] for name in SIZE}
+        if own != given:
+            raise UserError(
+                f"--init_from {self.path}: is of another size than --model {model}: {_in_words(given)} against "
+                f"{_in_words(own)}: leave --model out, or choose the size of the source."
+            )
+        if self.prediction != config.objective.prediction:
+            raise UserError(
+                f"--init_from {self.path}: predicts {self.prediction}, and --prediction is "
+                f"{config.objective.prediction}: its last layer would mean something else: use --prediction "
+                f"{self.prediction}."
+            )
+        size = config.data.img_size or (source.img_size if source.img_size % patch == 0 else 16 * patch)
+        settings = {"model": model, "img_size": size}
+        if size == source.img_size and config.objective.noise_scale is None:
+            settings["noise_scale"] = self.noise_scale
+        if with_lora and config.model.num_classes is None:
+            settings["num_classes"] = source.num_classes
+        return config.updated(**settings)
+
+    def _model_name(self) -> str:
+        source = self.network.config
+        for name, preset in PRESETS.items():
+            if all(source[size] == getattr(preset, size, 4.0) for size in SIZE):
+                return f"{name}/{source.patch_size}"
+        raise UserError(
+            f"--init_from {self.path}: {_in_words({name: source[name] for name in SIZE})} is none of the sizes that "
+            f"can be trained ({', '.join(PRESETS)}): start from a network of one of these."
+        )
+
+    def rows_for(self, names: Sequence[str] | None, num_classes: int) -> list[int | None]:
+        """Of each class the source's row of the label table: that of its name, where both have names, else its number.
+
+        Args:
+            names: of the first classes, or None.
+        """
+        if names and self.class_names:
+            row_of = {name: row for row, name in reversed(list(enumerate(self.class_names)))}
+            return [*(row_of.get(name) for name in names), *[None] * (num_classes - len(names))]
+        if num_classes == self.network.config.num_classes:
+            return list(range(num_classes))
+        return [None] * num_classes
+
+    def labels_for(self, source: Source) -> tuple[Tensor, list[str]]:
+        """For an adapter, which cannot learn new classes: the source's class of each label, and the classes' names.
+
+        Raises:
+            UserError: the data has classes that the source does not know.
+        """
+        count, names = self.network.config.num_classes, names_of(source) or ()
+        needed = max(source.num_classes or 0, len(source.class_names))
+        rows = self.rows_for(names, count)[: len(names)] if self.class_names else []
+        unknown = [name for name, row in zip(names, rows) if row is None]
+        if needed > count or 0 < len(unknown) < len(rows):
+            has, only = f"{needed} classes", f"{count}"
+            if needed <= count:
+                has, only = f"the classes {', '.join(unknown[:5])}", f"others ({', '.join(self.class_names[:5])}, ...)"
+            raise UserError(
+                f"--lora_rank: {source.name} has {has}, and {self.path} {only}: an adapter learns no new class: leave "
+                "--lora_rank out to train all weights, or train on classes of the source."
+            )
+        labels = torch.arange(count)
+        if rows and not unknown:
+            labels[: len(rows)] = torch.tensor(rows)
+            return labels, list(self.class_names)
+        return labels, [*names, *(self.class_names or ())[len(names) :]]
+
+
+@dataclass
+class Transfer:
+    """What became of the source's tensors."""
+
+    kept: dict[str, int] = field(default_factory=dict)  # name -> how many numbers of it
+    new: dict[str, str] = field(default_factory=dict)  # name -> why
+    resampled: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+    def in_words(self, path: str) -> str:
+        lines = [f"From {path}: kept {len(self.kept)} tensors, {sum(self.kept.values()):,} parameters."]
+        if self.resampled:
+            lines.append(f"  resampled to the new patch size: {', '.join(self.resampled)}")
+        lines += [f"  new: {name} ({why})" for name, why in self.new.items()]
+        if self.dropped:
+            lines.append(f"  dropped: {', '.join(self.dropped)}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def transfer(initial: Initial, model: JiTTransformer2DModel, names: Sequence[str] | None) -> Transfer:
+    """Copy into a fresh model all that fits of the source.
+
+    Args:
+        names: of the model's first classes.
+    """
+    done = Transfer()
+    given, into = initial.network.state_dict(), model.state_dict()
+    if model.config.patch_size != initial.network.config.patch_size:
+        patches = (initial.network.config.patch_size, model.config.patch_size)
+        resampled = resample_patches(given, *patches)
+        done.resampled = [name for name, tensor in resampled.items() if tensor.shape == into[name].shape]
+        given |= resampled
+    done.dropped = [name for name in given if name not in into]
+    for name, tensor in into.items():
+        if name == LABELS and name in given:
+            _transfer_labels(initial, tensor, given[name], names, done)
+        elif name not in given:
+            done.new[name] = "the source has none"
+        elif given[name].shape != tensor.shape:
+            done.new[name] = f"{_shape(given[name])} in the source, {_shape(tensor)} here"
+        else:
+            tensor.copy_(given[name])
+            done.kept[name] = tensor.numel()
+    return done
+
+
+def _transfer_labels(initial: Initial, table: Tensor, given: Tensor, names, done: Transfer) -> None:
+    rows = initial.rows_for(names, len(table) - 1)
+    kept = [(row, source) for row, source in enumerate([*rows, len(given) - 1]) if source is not None]
+    into, sources = (torch.tensor(places) for places in zip(*kept))
+    table[into] = given[sources]
+    done.kept[LABELS] = len(kept) * table.shape[1]
+    if fresh := [row for row, source in enumerate(rows) if source is None]:
+        shown = ", ".join(names[row] if names and row < len(names) else str(row) for row in fresh[:5])
+        more = f" and {len(fresh) - 5} more" if len(fresh) > 5 else ""
+        done.new[f"{len(fresh)} of {len(rows)} rows of {LABELS}"] = f"classes the source does not have: {shown}{more}"
+    if gone := len(given) - len({source for _, source in kept}):
+        done.dropped.append(f"{gone} of {len(given)} rows of {LABELS}")
+
+
+def resample_patches(tensors: dict[str, Tensor], old: int, new: int) -> dict[str, Tensor]:
+    """The layers that see patches of `old` x `old` pixels, for patches of `new` x `new` (FlexiViT, arXiv 2212.08013).
+
+    With R the bilinear (antialiased) resizing of a patch, the last layer's output is resized, y' = R y, and the first
+    layer gets the pseudo-inverse, so that it sees in a resized patch what it saw in the patch: w' R x = w x, exactly
+    where the patches grow, in the sense of least squares where they shrink.
+    """
+    resize = F.interpolate(
+        torch.eye(old, dtype=torch.float64)[None, None], size=(new, old), mode="bilinear", antialias=True
+    )[0, 0]
+    back = torch.linalg.pinv(resize).mT
+    first = tensors[PATCH_IN].double()
+    out = {PATCH_IN: torch.einsum("ip,jq,bcpq->bcij", back, back, first)}
+    for name in PATCH_OUT:
+        rows = tensors[name].double().unflatten(0, (old, old, -1))  # a patch's rows, columns, colours
+        out[name] = torch.einsum("ip,jq,pq...->ij...", resize, resize, rows).flatten(0, 2)
+    return {name: tensor.float() for name, tensor in out.items()}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a run stands to the weights that it starts from, if any.
+
+    Attributes:
+        class_names: of the first classes.
+        labels: the network's class of each label of the data, where these differ.
+        adapter: what alone is trained, or None.
+    """
+
+    class_names: Sequence[str]
+    labels: Tensor | None = None
+    adapter: Adapter | None = None
+
+    @property
+    def base_identity(self) -> str | None:
+        return self.adapter.base_identity if self.adapter else None
+
+    def labels_of(self, batch: Batch) -> Tensor:
+        """Labels (B,) as the network knows them."""
+        return batch.labels if self.labels is None else self.labels.to(batch.labels.device)[batch.labels]
+
+    def plain_weights(self, network: torch.nn.Module, adapter: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+        """The network's weights with these of the adapter merged in, whole, for those that `keep` them; all call it."""
+        weights = whole_tensors(network.state_dict(), keep=keep)
+        return merged(weights, adapter, self.adapter.scale) if keep else {}
+
+
+def tune(
+    model: JiTTransformer2DModel, config: Config, source: Source, initial: Initial | None, say: Callable[[str], None]
+) -> Tuning:
+    """Give a fresh model the weights to start from, and an adapter where one is to be trained.
+
+    Args:
+        say: told what became of the weights.
+
+    Raises:
+        UserError: an adapter that cannot be trained.
+    """
+    if initial is None:
+        return Tuning(source.class_names)
+    settings = config.tune
+    done = transfer(initial, model, None if settings.lora_rank else names_of(source))
+    if settings.lora_rank is None:
+        say("\n".join([done.in_words(initial.path), *notes(initial, model, config)]))
+        return Tuning(source.class_names)
+    refuse_what_an_adapter_cannot_learn(initial, done, model)
+    labels, names = initial.labels_for(source)
+    if names and list(names) == list(initial.class_names or ()):
+        how = "by name"
+    else:
+        how = "by number: the data's take the place of the source's first ones"
+    say("\n".join([done.in_words(initial.path), *notes(initial, model, config), f"  classes go {how}"]))
+    adapter = Adapter(
+        model,
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        dropout=settings.lora_dropout,
+        targets=settings.lora_targets,
+    )
+    return Tuning(names, labels, adapter)
+
+
+def notes(initial: Initial, model: JiTTransformer2DModel, config: Config) -> list[str]:
+    """What differs from the source without being a weight."""
+    old, new, found = initial.network.config, model.config, []
+    if old.img_size != new.img_size:
+        found.append(
+            f"  {new.img_size} px instead of {old.img_size}: positions are computed, so no weight depends on it"
+        )
+    if initial.noise_scale != config.objective.noise_scale:
+        found.append(f"  --noise_scale {config.objective.noise_scale:g} instead of {initial.noise_scale:g}")
+    if old.in_context_start != new.in_context_start:
+        found.append(f"  in-context tokens from block {new.in_context_start} on instead of {old.in_context_start}")
+    return found
+
+
+def read_initial(path: str) -> Initial:
+    """Read what `--init_from` names.
+
+    Raises:
+        UserError: it is nothing that has weights of a JiT.
+    """
+    file = Path(path).expanduser()
+    if file.is_file():
+        raise UserError(
+            f"--init_from {path}: is a file: make a pipeline folder of it first, python -m jit_accel.convert --input "
+            f"{path} --output FOLDER, and give that."
+        )
+    pipeline = _load_quietly(path)
+    names = pipeline.config.class_names
+    scheduler = pipeline.scheduler.config
+    return Initial(
+        path=path,
+        network=pipeline.transformer.requires_grad_(False),
+        class_names=real_names(names),
+        noise_scale=scheduler.noise_scale,
+        prediction=scheduler.prediction_type,
+        guidance_scale=pipeline.config.guidance_scale,
+    )
+
+
+def _load_quietly(path: str) -> JiTPipeline:
+    had_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return load_pipeline(path, flag="--init_from")
+    finally:
+        if had_bar:
+            logging.enable_progress_bar()
+
+
+def refuse_what_an_adapter_cannot_learn(initial: Initial, done: Transfer, model: JiTTransformer2DModel) -> None:
+    """Raise `UserError` where weights that an adapter leaves frozen would be others than the source's."""
+    old, new = initial.network.config, model.config
+    misfits = [*done.resampled, *done.new, *done.dropped]
+    if old.in_context_start != new.in_context_start:
+        misfits.append(f"in_context_start {old.in_context_start} against {new.in_context_start}")
+    if misfits:
+        raise UserError(
+            f"--lora_rank: an adapter needs all of {initial.path} as it is, but this does not fit: "
+            f"{'; '.join(misfits)}: leave out --model and --num_classes, or --lora_rank to train all weights."
+        )
+
+
+def names_of(source: Source) -> tuple[str, ...] | None:
+    """The classes' names of a data set; None where it has none, or nothing to tell apart."""
+    return real_names(source.class_names) if source.is_labelled else None
+
+
+def real_names(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    """None where names tell nothing: there is one class, or they are the numbers."""
+    if not names or len(names) < 2 or all(name == str(i) for i, name in enumerate(names)):
+        return None
+    return tuple(names)
+
+
+def _in_words(sizes: dict) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in sizes.items())
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape))

@@ -1,0 +1,92 @@
+"""A run in words and numbers: for the terminal, the trackers and the model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+
+from jit_accel import __version__
+from jit_accel.base.console import warn
+from jit_accel.base.devices import device_name
+from jit_accel.base.redaction import redacted
+from jit_accel.config.settings import EvalConfig, HealthConfig, HubConfig, TrackingConfig
+from jit_accel.data.formats.sources import Source
+
+# Settings that leave the trained weights as they are.
+WITHOUT_EFFECT = (
+    *("output_dir", "resume", "dry_run", "num_workers", "max_bad_images", "compile", "gradient_checkpointing"),
+    "init_from",  # the weights have left it behind
+    *("save_every_steps", "keep_checkpoints", "log_every_steps", "val_every_steps", "val_images"),
+    *("sample_every_steps", "guidance_scale", "num_inference_steps"),
+    *(field.name for group in (EvalConfig, HealthConfig, HubConfig, TrackingConfig) for field in fields(group)),
+)
+RECORD_FILE = "run.json"
+RECORDED_PACKAGES = ("torch", "accelerate", "diffusers", "datasets", "numpy", "wandb")
+
+
+def describe_data(source: Source) -> str:
+    images = "unknown number of" if source.num_images is None else f"{source.num_images:,}"
+    classes = f"{source.num_classes or 'unknown number of'} classes" if source.is_labelled else "unlabelled"
+    return f"{redacted(source.name)} ({images} images, {classes})"
+
+
+def changed_settings(saved: dict, now: dict, left_out: tuple[str, ...] = ("resume", "output_dir")) -> str:
+    """What a resumed run does otherwise than the checkpoint's, in words."""
+    return ", ".join(
+        f"{name} {saved.get(name)} → {value}"
+        for name, value in now.items()
+        if name not in left_out and saved.get(name) != value
+    )
+
+
+def record_run(trainer) -> dict:
+    """All settings of a `Trainer`, and what they run on."""
+    return {
+        **trainer.config.recorded(),
+        "global_batch_size": trainer.plan.global_batch_size,
+        "total_steps": trainer.plan.total_steps,
+        "num_parameters": sum(p.numel() for p in trainer.network.parameters()),
+        "num_images": trainer.plan.num_images,
+        "num_processes": trainer.accelerator.num_processes,
+        "device": device_name(trainer.accelerator.device),
+        "distributed_type": trainer.accelerator.distributed_type.value,
+        "jit_accel_version": __version__,
+        "git_commit": git_commit(),
+        "python_version": platform.python_version(),
+        **{f"{name}_version": _version(name) for name in RECORDED_PACKAGES},
+    }
+
+
+def write_record(record: dict, output_dir: Path) -> None:
+    """Leave the record as `run.json`, for the report and for whoever looks at the folder later."""
+    try:
+        (output_dir / RECORD_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        warn(f"{output_dir / RECORD_FILE} cannot be written ({error.strerror}); the training does not need it.")
+
+
+def git_commit() -> str | None:
+    """The commit of the code, with `-dirty` behind it where files were changed; None where it is no checkout."""
+    folder = Path(__file__).parent
+    try:
+        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)  # not a copy inside another repository
+        commit = _git(folder, "rev-parse", "HEAD").strip()
+        return commit + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,197 @@
+"""How far a training's generated images are from real ones, measured on the way by all processes together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from jit_accel.base.console import say, warn
+from jit_accel.base.errors import UserError
+from jit_accel.base.processes import on_main, together
+from jit_accel.base.sharding import reshard
+from jit_accel.config.settings import Config
+from jit_accel.data.formats.sources import Source, open_source
+from jit_accel.evaluate.evaluator import Evaluator
+from jit_accel.evaluate.features import load_features
+from jit_accel.evaluate.images import images_of_source
+from jit_accel.evaluate.names import metric_names
+from jit_accel.evaluate.reference import Reference, read_reference, reference_of, save_reference
+from jit_accel.model.generation import SamplerSettings
+from jit_accel.model.loading import build_pipeline
+from jit_accel.monitor.log import iterate_metrics
+
+REFERENCE_FILE = "eval_reference.npz"
+MEASURED = ("fd", "is")  # what sums alone give: no features of single images are kept in a training
+FLAGS = ("features", "feature_weights", "reference")
+
+
+class Unmeasured(Exception):
+    """All processes know that the images could not be measured, and can go on without."""
+
+
+class SampleQuality:
+    """Measures images of a run's averaged weights, always from the same noise; all processes call it together.
+
+    Args:
+        network: the model without its wrapper; `ema` averages it.
+        config: resolved settings.
+        source: the images of the training, which are the reference unless the settings name another.
+
+    Raises:
+        UserError: on all processes, where the feature network cannot be had.
+    """
+
+    def __init__(self, network, ema, accelerator, config: Config, source: Source):
+        self.network, self.ema, self.accelerator, self.config, self.source = network, ema, accelerator, config, source
+        settings = config.evaluation
+        with named_as_in_training():
+            features = together(
+                accelerator,
+                lambda: load_features(settings.eval_features, accelerator.device, settings.eval_feature_weights),
+                in_turn=True,  # the first one fetches weights that are not there yet
+            )
+        metrics = tuple(name for name, metric in metric_names(features.name).items() if metric.short in MEASURED)
+        # No gradients are kept, so that the batch of the training has room for guidance's double one.
+        batch_size = max(8, config.optim.batch_size)
+        self.evaluator = Evaluator(features, accelerator, metrics, batch_size)
+        self.reference: Reference | None = None
+        self._open_reference(settings.eval_reference)
+
+    def _open_reference(self, path: str | None) -> None:
+        """Find at once, also in a dry run, what is wrong with `--eval_reference`; images are read in `prepare`."""
+        if path is None:
+            return
+        with named_as_in_training():
+            if path.endswith(".npz"):
+                network = self.evaluator.network
+                self.reference = together(self.accelerator, lambda: read_reference(path, network))
+            else:
+                self.source = together(self.accelerator, lambda: open_source(path), in_turn=True)
+
+    @property
+    def keys(self) -> list[str]:
+        """What the values are called in the log."""
+        return [f"eval/{name}{ending}" for ending in ("", "_unguided") for name in self.evaluator.metrics]
+
+    def is_lacking(self, step: int) -> bool:
+        """Whether the log has this step, but without the values; the main process looks."""
+
+        def look() -> bool:
+            row = next((row for row in iterate_metrics(Path(self.config.run.output_dir)) if row["step"] == step), None)
+            return row is not None and not any(key in row for key in self.keys)
+
+        return on_main(self.accelerator, look)
+
+    def prepare(self) -> None:
+        """Have the reference's statistics: from a file, or of images, which are read once and remembered.
+
+        Raises:
+            UserError: on all processes, whatever is wrong with it.
+        """
+        path, img_size = self.config.evaluation.eval_reference, self.config.data.img_size
+        if self.reference is not None:
+            return
+        with named_as_in_training():
+            if path and path.endswith(".npz"):  # of images
+                self.reference = self.evaluator.load_reference(path, img_size)
+            else:
+                self.reference = self._remembered(self.source) or self._measured(self.source)
+
+    def measure(self) -> dict[str, float]:
+        """The metrics by their keys in the log: `eval/<metric>` with the samples' guidance, and `..._unguided`.
+
+        Raises:
+            Unmeasured: on all processes, whatever one of them met.
+        """
+        # What FSDP's shards meet inside the network one process meets alone: it must end, as in a training step.
+        met = UserError if self.evaluator.is_sharded else Exception
+        try:
+            return self._measured_values()
+        except met as error:
+            raise Unmeasured(str(error) or type(error).__name__) from error
+
+    def _measured_values(self) -> dict[str, float]:
+        config, scale = self.config, self.config.sample.guidance_scale
+        steps = config.evaluation.eval_num_inference_steps or config.sample.num_inference_steps
+        pipeline = build_pipeline(self.network, config, None)
+        pipeline.set_progress_bar_config(disable=True)
+        found: dict[float, dict[str, float]] = {}
+        with self.ema.applied(config.optim.ema_decays[0]):
+            try:
+                for guidance in dict.fromkeys((1.0, scale)):
+                    found[guidance] = self.evaluator.measure_pipeline(
+                        pipeline,
+                        self.reference,
+                        config.evaluation.eval_images,
+                        SamplerSettings(steps, guidance),
+                        config.run.seed,
+                    )
+            finally:
+                reshard(self.network)  # the gathered weights are the average's
+        return {
+            f"eval/{name}{ending}": found[guidance][name]
+            for guidance, ending in ((scale, ""), (1.0, "_unguided"))
+            for name in self.evaluator.metrics
+        }
+
+    def _key(self, source: Source) -> str:
+        """What the statistics follow from."""
+        network = self.evaluator.network
+        parts = (source.fingerprint, self.config.data.img_size, network.name, network.weights_id)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _remembered(self, source: Source) -> Reference | None:
+        """What an earlier start of this run measured; the main process alone compares with it."""
+        path, key = Path(self.config.run.output_dir) / REFERENCE_FILE, self._key(source)
+        found = None
+        if self.accelerator.is_main_process and is_of(path, key):
+            try:
+                found = read_reference(str(path), self.evaluator.network)
+            except UserError:  # a broken file is made again
+                found = None
+        is_there = on_main(self.accelerator, lambda: found is not None)
+        return (found or Reference(key, self.evaluator.network.name, {})) if is_there else None
+
+    def _measured(self, source: Source) -> Reference:
+        if self.accelerator.is_main_process:
+            count = "" if source.num_images is None else f"{source.num_images:,} "
+            say(f"Evaluation: looks at the {count}images of {source.name} once, to compare with them ...")
+        images = images_of_source(source)
+        statistics = self.evaluator.statistics_of_images(images, self.config.data.img_size, "--reference")
+        reference = reference_of(self._key(source), statistics)
+        if self.accelerator.is_main_process:
+            path = Path(self.config.run.output_dir) / REFERENCE_FILE
+            try:
+                save_reference(path, reference, self.evaluator.network.weights_id)
+            except UserError:
+                warn(f"{path} cannot be written: the next start looks at the reference's images again.")
+        return reference
+
+
+def is_of(path: Path, key: str) -> bool:
+    """Whether a file of statistics is there and was made under this name."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return json.loads(str(file["about"]))["source"] == key
+    except Exception:  # whatever is broken about it, it is made again
+        return False
+
+
+@contextmanager
+def named_as_in_training() -> Iterator[None]:
+    """The evaluation's errors, with the training's names for its flags."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error).replace("--data_path", "--eval_reference")
+        for flag in FLAGS:
+            message = message.replace(f"--{flag} ", f"--eval_{flag} ")
+            message = message.replace(f"--{flag}:", f"--eval_{flag}:").replace(f"--{flag}.", f"--eval_{flag}.")
+        renamed = UserError(message)
+        renamed.everywhere = error.everywhere
+        raise renamed from None

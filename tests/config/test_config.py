@@ -1,0 +1,216 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from jit_accel.base.errors import UserError
+from jit_accel.config.command_line import parse_args
+from jit_accel.config.completion import default_output_dir, plan_run, resolve, warnings_for
+from jit_accel.config.settings import SETTINGS, Config, DataConfig, write_config
+
+
+def parse(*flags):
+    return parse_args(["--data_path", "x", *flags])
+
+
+def resolved(config, num_images=5000, world_size=1, **facts):
+    plan = plan_run(config.optim, num_images=num_images, world_size=world_size)
+    defaults = {"data_classes": 10, "mixed_precision": "no", "num_workers": 0}
+    accumulation = config.optim.gradient_accumulation_steps or 1
+    return resolve(config, plan, gradient_accumulation_steps=accumulation, **defaults | facts), plan
+
+
+def test_guidance_follows_the_data_unless_it_is_given():
+    guidance = [resolved(parse(*flags), is_labelled=labelled)[0].sample.guidance_scale
+                for flags in ((), ("--guidance_scale", "3")) for labelled in (True, False)]  # fmt: skip
+    assert guidance == [2.0, 1.0, 3.0, 3.0]
+
+
+def test_defaults_are_the_papers_objective():
+    config = parse()
+    objective = config.objective
+    assert (objective.prediction, objective.loss_space) == ("x", "v")
+    assert (objective.P_mean, objective.P_std, objective.t_eps) == (-0.8, 0.8, 0.05)
+    assert objective.label_drop_prob == 0.1
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    # 1e-4 without a dot is text to YAML; it must be a number here all the same.
+    file.write_text(
+        "data_path: x\nbatch_size: 7\nlearning_rate: 1e-4\nema_decays: [auto, 0.99]\nhorizontal_flip: false\n"
+    )
+    config = parse_args(["--config", str(file), "--batch_size", "9"])
+    assert config.optim.batch_size == 9
+    assert config.optim.learning_rate == 1e-4
+    assert config.optim.ema_decays == ("auto", "0.99")
+    assert config.data.horizontal_flip is False
+    assert config.model.model == "JiT-B/16"
+
+
+def test_recorded_configuration_reads_back_as_itself(tmp_path):
+    config, _ = resolved(parse("--model", "JiT-S/8", "--use_wandb", "--streaming", "false", "--max_steps", "50"))
+    write_config(config, tmp_path / "config.yaml")
+    assert parse_args(["--config", str(tmp_path / "config.yaml")]) == config
+    assert set(yaml.safe_load((tmp_path / "config.yaml").read_text())) == set(SETTINGS)
+
+
+def test_each_setting_has_one_name():
+    config = Config(DataConfig("x"))
+    assert len(config.flat()) == len(SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--modle", "JiT-B/4"], r"--modle: no such flag. Did you mean '--model'"),
+        (["--model", "JiT-Q/4"], r"--model JiT-Q: unknown; choose from JiT-Ti, JiT-S, JiT-B"),
+        (["--model", "JiT-B"], r"--model JiT-B: .*add the patch size"),
+        (["--model", "JiT-B/16", "--img_size", "250"], r"--img_size 250: must be a multiple .* 16 .*use 240 or 256"),
+        (["--in_channels", "1"], r"--in_channels 1: must be 3"),
+        (["--epochs", "2", "--max_steps", "3"], r"--epochs 2.0 and --max_steps 3 .*give only one"),
+        (["--warmup_epochs", "2", "--warmup_steps", "3"], r"give only one"),
+        (["--epochs", "2", "--warmup_epochs", "3"], r"--warmup_epochs 3.0: must not be longer .*shorten"),
+        (["--learning_rate", "0"], r"--learning_rate 0.0: must be positive"),
+        (["--learning_rate", "nan"], r"--learning_rate nan: must be positive"),
+        (["--push_to_hub"], r"--push_to_hub: needs .*add --hub_model_id owner/name"),
+        (["--hub_model_id", "a/b"], r"--hub_model_id a/b: .*add --push_to_hub"),
+        (["--push_to_hub", "--hub_model_id", "flowers"], r"--hub_model_id flowers: must be owner/name"),
+        (["--push_to_hub", "--hub_model_id", "a/b--c"], r"no -- or \.\."),
+        (["--push_to_hub", "--hub_model_id=a/.b"], r"must be owner/name"),
+        (["--wandb_tags", "a", ""], r"--wandb_tags '': W&B wants 1 to 64 characters"),
+        (["--wandb_tags", "x" * 65], r"1 to 64 characters"),
+        (["--wandb_project", "team/faces"], r"--wandb_project 'team/faces': must have .* --wandb_entity"),
+        (["--health_max_wait", "5"], r"--health_max_wait 5.0: must be a share"),
+        (["--learning_rate", "1e-4", "--min_learning_rate", "1"], r"must not be above --learning_rate"),
+        (["--label_drop_prob", "1.5"], r"--label_drop_prob 1.5: must be a probability"),
+        (["--ema_decays", "auto", "1.0"], r"--ema_decays 1.0: each must be auto or a number in \[0, 1\)"),
+        (["--ema_decays", "often"], r"--ema_decays often"),
+        (["--batch_size", "0"], r"--batch_size 0: must be at least 1"),
+        (["--t_eps", "0"], r"--t_eps 0.0"),
+        (["--config", "missing.yaml"], r"--config missing.yaml: cannot be read"),
+    ],
+)
+def test_wrong_settings_are_named_with_their_remedy(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse(*flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: JiT-B/4\n", r"modle is no setting. Did you mean 'model'"),
+        ("use_wandb: maybe\n", r"use_wandb: maybe must be true or false"),
+        ("- a\n- b\n", r"must hold `setting: value` lines"),
+        ("a: [\n", r"not valid YAML"),
+        ("model: {size: B}\n", r"model must be a plain value"),
+    ],
+)
+def test_wrong_files_are_named_with_their_remedy(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse("--config", str(tmp_path / "run.yaml"))
+
+
+def test_every_way_of_writing_a_switch_in_yaml(tmp_path):
+    (tmp_path / "run.yaml").write_text("data_path: x\nstreaming: true\nuse_wandb: yes\n")
+    config = parse_args(["--config", str(tmp_path / "run.yaml")])
+    assert (config.data.streaming, config.tracking.use_wandb) == ("true", True)
+
+
+@pytest.mark.parametrize("flags", [["--batch_size", "many"], ["--prediction", "z"], ["--mixed_precision", "fp8"]])
+def test_values_of_a_wrong_type_exit_with_2(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*flags)
+    assert stop.value.code == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_help_needs_no_torch_and_shows_every_setting():
+    code = (
+        "import sys, jit_accel.train\n"
+        "try: jit_accel.train.main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert not {'torch', 'datasets', 'diffusers', 'accelerate', 'wandb'} & set(sys.modules)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert [name for name in SETTINGS if f"--{name}" not in shown] == []
+
+
+def test_size_defaults_to_sixteen_patches_and_noise_to_the_papers_scale():
+    for model, size, noise in (
+        ("JiT-B/4", 64, 1.0),
+        ("JiT-B/16", 256, 1.0),
+        ("JiT-B/32", 512, 2.0),
+        ("JiT-B/64", 1024, 4.0),
+    ):
+        config, _ = resolved(parse("--model", model))
+        assert (config.data.img_size, config.objective.noise_scale) == (size, noise)
+
+
+def test_learning_rate_follows_the_global_batch():
+    config, plan = resolved(parse("--batch_size", "128", "--gradient_accumulation_steps", "2"), world_size=4)
+    assert plan.global_batch_size == 1024
+    assert config.optim.learning_rate == pytest.approx(2e-4)
+
+
+def test_epochs_become_optimizer_steps():
+    plan = plan_run(parse("--epochs", "3", "--batch_size", "32").optim, num_images=1000, world_size=2)
+    assert plan.total_steps == 47  # 3000 images in batches of 64
+    assert plan.epoch_of(47) == pytest.approx(3.008)
+    assert plan.warmup_steps == 5  # a tenth of the run, since five epochs would be more
+
+
+def test_warmup_in_epochs():
+    plan = plan_run(parse("--epochs", "100", "--warmup_epochs", "5").optim, num_images=3200, world_size=1)
+    assert plan.warmup_steps == 500
+
+
+def test_batch_larger_than_the_data_is_refused():
+    with pytest.raises(
+        UserError, match=r"--batch_size 32 x 2 processes x 4 accumulation steps = 256: .*\(255 images\)"
+    ):
+        plan_run(parse("--gradient_accumulation_steps", "4").optim, num_images=255, world_size=2)
+
+
+def test_stream_of_unknown_length_needs_steps():
+    with pytest.raises(UserError, match="give --max_steps instead"):
+        plan_run(parse("--epochs", "2").optim, num_images=None, world_size=1)
+    assert plan_run(parse("--max_steps", "20").optim, num_images=None, world_size=1).total_steps == 20
+
+
+def test_fewer_classes_than_the_data_has_are_refused():
+    with pytest.raises(UserError, match=r"--num_classes 5: the data has 10 classes"):
+        resolved(parse("--num_classes", "5"))
+    assert resolved(parse("--num_classes", "20"))[0].model.num_classes == 20
+    with pytest.raises(UserError, match=r"--num_classes: .*give their number"):
+        resolved(parse(), data_classes=None)
+
+
+def test_the_papers_averages_come_only_with_runs_that_are_long_enough():
+    short, _ = resolved(parse("--max_steps", "600"))
+    long, _ = resolved(parse("--max_steps", "250000"))
+    assert short.optim.ema_decays == ("auto",)
+    assert long.optim.ema_decays == ("auto", "0.9996", "0.9998", "0.9999")
+
+
+def test_a_run_too_short_for_its_settings_says_so():
+    config, plan = resolved(parse("--max_steps", "600", "--ema_decays", "0.9999", "--warmup_steps", "500"))
+    found = " ".join(warnings_for(config, plan))
+    assert "--ema_decays 0.9999 averages over 10,000 steps, but the run has only 600" in found
+    assert "the warm-up takes 500 of the run's 600 steps" in found
+    assert "hardly move the weights" in found
+    good, plan = resolved(parse("--max_steps", "5000", "--learning_rate", "3e-4"))
+    assert warnings_for(good, plan) == []
+
+
+def test_dropout_defaults_to_the_sizes_own():
+    assert resolved(parse("--model", "JiT-H/16"))[0].model.proj_dropout == 0.2
+    assert resolved(parse("--model", "JiT-B/16"))[0].model.proj_dropout == 0.0
+    assert resolved(parse("--model", "JiT-H/16", "--proj_dropout", "0"))[0].model.proj_dropout == 0.0
+
+
+def test_output_folder_is_named_alike_on_every_process():
+    assert default_output_dir(parse("--wandb_name", "my run/1")) == "runs/my-run-1"
+    assert default_output_dir(parse("--model", "JiT-B/4")) == "runs/x-JiT-B-4-64px"

@@ -1,0 +1,417 @@
+"""Data on servers that fail: nothing is lost, nothing comes twice, and what cannot be mended is said."""
+
+import gc
+import json
+import logging
+import os
+
+import datasets
+import fsspec
+import numpy as np
+import pytest
+import torch
+from data_samples import SIZE, parquet, png, take, tar
+from datasets import Value
+from fsspec.implementations.local import LocalFileSystem
+from helpers import rows, train_here
+from http_server import FailingServer
+
+from jit_accel.base.errors import UserError
+from jit_accel.data import build_loader, open_source
+from jit_accel.data.formats import remote
+from jit_accel.data.reading import http_files, outages
+
+FILES, EACH = 3, 20
+N = FILES * EACH
+KINDS = ("parquet", "tar")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    for file in range(FILES):
+        numbers, members = range(file * EACH, (file + 1) * EACH), {}
+        for n in numbers:
+            members |= {f"{n:04d}.png": png(n), f"{n:04d}.cls": b"%d" % (n % 2)}
+        parquet(folder / f"{file}.parquet", numbers)
+        tar(folder / f"{file}.tar", members)
+    return folder
+
+
+@pytest.fixture
+def server(folder):
+    server = FailingServer(folder)
+    yield server
+    server.go_away()
+
+
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch):
+    """Waits of milliseconds, and lines about every host."""
+    monkeypatch.setattr(outages, "FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr(outages, "LONGEST_WAIT_S", 0.2)
+    monkeypatch.setattr(outages, "PATIENCE_S", 20.0)
+    monkeypatch.setattr(outages, "_said_s", {})
+
+
+@pytest.fixture
+def loaders():
+    """Build loaders that are closed after the test."""
+    opened = []
+
+    def build(source, **changes):
+        settings = {"img_size": SIZE, "batch_size": 1, "seed": 11, "shuffle_buffer": 4} | changes
+        opened.append(build_loader(source, **settings))
+        return opened[-1]
+
+    yield build
+    for loader in opened:
+        loader.close()
+
+
+def all_of(server, kind):
+    return f"{server.url}/{{0..{FILES - 1}}}.{kind}"
+
+
+MISCHIEF = {
+    "slow": {"rate": 100_000},
+    "drops": {"drop_every": 3, "drop_after": 700},
+    "errors": {"error_every": 4, "error": 500},
+    "overload": {"error_every": 4, "error": 503},
+    "stalls": {"stall_every": 7},
+    "no ranges": {"ranges": False},
+    "no ranges, drops": {"ranges": False, "drop_every": 3, "drop_after": 1700},
+    # without lengths a response that is cut short between two samples (2,048 bytes each) looks complete
+    "no lengths, cut": {"lengths": False, "drop_every": 3, "drop_after": 2 * 2048},
+    "no lengths, no ranges, cut": {"lengths": False, "ranges": False, "drop_every": 3, "drop_after": 2 * 2048},
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mischief", MISCHIEF)
+def test_every_image_comes_once_an_epoch(server, loaders, monkeypatch, mischief, kind, num_workers):
+    monkeypatch.setattr(http_files, "READ_S", 0.3)
+    source = open_source(all_of(server, kind))
+    for name, value in MISCHIEF[mischief].items():
+        setattr(server, name, value)
+    http_files._infos.clear()  # the server was found out anew
+    if not server.ranges and kind == "parquet":
+        source = open_source(all_of(server, kind))
+    loader = loaders(source, num_workers=num_workers)
+    seen = take(loader, 2 * N)
+    assert sorted(seen[:N]) == sorted(seen[N:]) == list(range(N))
+    assert server.failures or not any("every" in name for name in MISCHIEF[mischief])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_may_go_away_for_a_while(server, loaders, kind, num_workers, caplog):
+    loader = loaders(open_source(all_of(server, kind)), num_workers=num_workers)
+    server.away_at, server.away_s = len(server.requests) + 3, 1.0
+    with caplog.at_level(logging.WARNING):
+        assert sorted(take(loader, N)) == list(range(N))
+    assert server.failures == 1
+    if num_workers == 0:
+        lost, found = (record.message for record in caplog.records if record.name == outages.log.name)
+        assert "trying again for up to 20 s" in lost
+        assert "answers again" in found
+
+
+def equal_batches(expected, got):
+    for a, b in zip(expected, got, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+        assert a.positions.tolist() == b.positions.tolist()
+    return True
+
+
+def batches(loader, count):
+    return [next(loader) for _ in range(count)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_from_a_failing_server_are_those_of_the_local_files(server, folder, loaders, num_workers):
+    local, far = open_source(folder / "?.parquet"), open_source(all_of(server, "parquet"))
+    assert (far.num_images, far.class_names, far.num_classes) == (N, ("even", "odd"), 2)
+    assert far.fingerprint == local.fingerprint
+    server.drop_every, server.drop_after = 3, 700
+    settings = {"num_workers": num_workers, "batch_size": 7}
+    assert equal_batches(batches(loaders(local, **settings), 20), batches(loaders(far, **settings), 20))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stop", [1, 5, 12])
+def test_resume_is_exact_over_a_failing_server(server, loaders, kind, stop):
+    source = open_source(all_of(server, kind))
+    server.drop_every, server.drop_after = 3, 700
+    whole = loaders(source, batch_size=3)
+    batches(whole, stop)
+    resumed = loaders(source, batch_size=3)
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    assert equal_batches(batches(whole, 12), batches(resumed, 12))
+
+
+def test_processes_may_come_and_go(server, loaders):
+    source = open_source(all_of(server, "parquet"))
+    server.drop_every, server.drop_after = 3, 700
+    first = loaders(source)
+    seen = take(first, 11)
+    pair = [loaders(source, rank=rank, world_size=2) for rank in range(2)]
+    for loader in pair:
+        loader.load_state_dict([first.state_dict()])
+        seen += take(loader, 9)
+    last = loaders(source)
+    last.load_state_dict([loader.state_dict() for loader in pair])
+    seen += take(last, N - 29)
+    assert sorted(seen) == list(range(N))
+
+
+def test_an_index_beside_tars_gives_their_sizes(tmp_path, folder, loaders):
+    for file in range(FILES):
+        (tmp_path / f"{file}.tar").write_bytes((folder / f"{file}.tar").read_bytes())
+    server = FailingServer(tmp_path)
+    assert open_source(all_of(server, "tar")).num_images is None
+    wids = {"wids_version": 1, "shardlist": [{"url": f"{file}.tar", "nsamples": EACH} for file in range(FILES)]}
+    (tmp_path / "index.json").write_text(json.dumps(wids))
+    assert open_source(all_of(server, "tar")).num_images == N
+    (tmp_path / "sizes.json").write_text(json.dumps({f"{file}.tar": EACH for file in range(FILES - 1)}))
+    assert open_source(f"{server.url}/{{0..1}}.tar").num_images == 2 * EACH
+    far, local = open_source(all_of(server, "tar")), open_source(folder / "?.tar")  # sizes.json lacks one: the other
+    assert far.fingerprint == local.fingerprint
+    assert equal_batches(batches(loaders(local, batch_size=7), 10), batches(loaders(far, batch_size=7), 10))
+
+
+def test_an_index_that_counts_too_many_is_found_out(tmp_path, folder, loaders):
+    (tmp_path / "0.tar").write_bytes((folder / "0.tar").read_bytes())
+    (tmp_path / "sizes.json").write_text(json.dumps({"0.tar": EACH + 1}))
+    loader = loaders(open_source(f"{FailingServer(tmp_path).url}/0.tar"))
+    with pytest.raises(UserError, match="ended after 20 images where there were 21"):
+        take(loader, N)
+
+
+# --- giving up
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_stays_away_ends_the_run_with_a_message(server, loaders, monkeypatch, kind, num_workers):
+    loader = loaders(open_source(all_of(server, kind)), num_workers=num_workers)
+    monkeypatch.setattr(outages, "PATIENCE_S", 0.3)
+    server.go_away()
+    with pytest.raises(UserError, match=rf"{server.url}/\d.{kind}: no progress for 0.3 s .*--resume auto"):
+        take(loader, N)
+
+
+@pytest.mark.parametrize(("error", "message"), [(404, "no such file"), (403, "denies access"), (410, "status 410")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_refusal_ends_the_run_at_once(server, loaders, kind, error, message):
+    loader = loaders(open_source(all_of(server, kind)))
+    server.error_every, server.error = 1, error
+    with pytest.raises(UserError, match=rf"{server.url}/\d.{kind}: .*{message}"):
+        take(loader, N)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_file_is_named_at_the_start(server, kind):
+    with pytest.raises(UserError, match=rf"{server.url}/3.{kind}: there is no such file"):
+        open_source(f"{server.url}/{{0..3}}.{kind}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_is_not_there_is_named_at_the_start(server, monkeypatch, kind, caplog):
+    monkeypatch.setattr(remote, "OPENING_PATIENCE_S", 0.3)
+    server.go_away()
+    with pytest.raises(UserError, match=rf"{server.url}/0.{kind}: no progress for 0.3 s .*check the address"):
+        open_source(f"{server.url}/0.{kind}")
+    assert "trying again for up to 0.3 s" in caplog.text
+
+
+def test_secrets_are_not_shown(server):
+    url = f"{server.url}/9.tar?X-Signature=secret".replace("//", "//someone:password@")
+    with pytest.raises(UserError) as error:
+        open_source(url)
+    assert "secret" not in str(error.value)
+    assert "password" not in str(error.value)
+
+
+def test_an_archive_that_is_cut_short_on_the_server_is_named(tmp_path, folder, loaders):
+    whole = (folder / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(whole[: len(whole) // 2 // 512 * 512 - 100])
+    server = FailingServer(tmp_path)
+    with pytest.raises(UserError, match=r"0.tar: it is damaged, or was cut short .*ReadError"):
+        take(loaders(open_source(f"{server.url}/0.tar")), N)
+
+
+def test_data_that_changes_under_a_run_is_refused(tmp_path, loaders):
+    file = parquet(tmp_path / "a.parquet", range(30))
+    loader = loaders(open_source(f"{FailingServer(tmp_path).url}/a.parquet"))
+    parquet(file, range(31))
+    with pytest.raises(UserError, match=r"a.parquet: it has \d+ bytes now and had \d+"):
+        take(loader, N)
+
+
+# --- labels
+
+
+def test_numbers_as_labels_are_known_from_the_footers(tmp_path, loaders):
+    for file in range(2):
+        parquet(tmp_path / f"{file}.parquet", range(10), [file + 3] * 10, feature=Value("int64"))
+    source = open_source(f"{FailingServer(tmp_path).url}/{{0,1}}.parquet")
+    assert source.num_classes == 5
+    assert sorted(np.concatenate([b.labels for b in batches(loaders(source), 20)])) == [3] * 10 + [4] * 10
+
+
+def test_text_labels_are_listed_by_reading_their_column(tmp_path, loaders):
+    for file, names in enumerate((["cat"] * 5 + ["dog"] * 5, ["ant"] * 10)):
+        parquet(tmp_path / f"{file}.parquet", range(10), names, feature=Value("string"))
+    source = open_source(f"{FailingServer(tmp_path).url}/{{0,1}}.parquet")
+    assert source.class_names == ("ant", "cat", "dog")
+    assert sorted(np.concatenate([b.labels for b in batches(loaders(source), 20)])) == [0] * 10 + [1] * 5 + [2] * 5
+
+
+def test_negative_labels_are_found_in_the_footers(tmp_path):
+    parquet(tmp_path / "0.parquet", range(10), [-1] * 10, feature=Value("int64"))
+    with pytest.raises(UserError, match="has the label -1"):
+        open_source(f"{FailingServer(tmp_path).url}/0.parquet")
+
+
+def test_labels_of_tars_are_not_known_before_they_are_read(server):
+    assert open_source(f"{server.url}/0.tar").num_classes is None
+
+
+# --- what a data path may be
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("h://a-{08..11}.tar", ["h://a-08.tar", "h://a-09.tar", "h://a-10.tar", "h://a-11.tar"]),
+        ("h://{x,y}/{0..1}", ["h://x/0", "h://x/1", "h://y/0", "h://y/1"]),
+        ("h://a.tar?b=c,d", ["h://a.tar?b=c,d"]),
+    ],
+)
+def test_braces_expand_as_in_a_shell(pattern, expected):
+    assert remote.expand_braces(pattern) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("http://h/{3..1}.tar", r"\{3..1\} is no range"),
+        ("http://h/{a}.tar", r"\{a\} is no range"),
+        ("http://h/{0..999}{0..999}.tar", "more than 100,000 files"),
+        ("http://h/*.tar", "name them by braces"),
+        ("http://h/a.zip", "unknown; choose from .parquet, .tar"),
+        ("s3://bucket/a.tar", "s3fs"),
+        ("nonsense://bucket/a.tar", "nonsense:// is unknown"),
+    ],
+)
+def test_an_address_that_cannot_be_read_is_refused(path, message):
+    with pytest.raises(UserError, match=message):
+        open_source(path)
+
+
+def test_remote_tables_can_be_downloaded_for_random_access(server, loaders, hf_cache, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    source = open_source(all_of(server, "parquet"), streaming=False)
+    assert (source.streaming, source.num_images) == (False, N)
+    assert sorted(take(loaders(source), N)) == list(range(N))
+    with pytest.raises(UserError, match=r"--streaming false: .* is read as a stream"):
+        open_source(all_of(server, "tar"), streaming=False)
+
+
+class _Flaky(LocalFileSystem):
+    """A store of another protocol, whose reads fail now and then."""
+
+    protocol = "flaky"
+    reads = failures = 0
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.removeprefix("flaky://").lstrip("/")
+
+    def _open(self, path, *args, **kwargs):
+        file = super()._open(path, *args, **kwargs)
+        read = file.read
+
+        def flaky_read(*size):
+            _Flaky.reads += 1
+            if _Flaky.reads % 7 == 0:
+                _Flaky.failures += 1
+                raise ConnectionError("lost")
+            return read(*size)
+
+        file.read = flaky_read
+        return file
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_stores_are_read_on_through_failures_too(folder, loaders, kind):
+    fsspec.register_implementation("flaky", _Flaky, clobber=True)
+    source = open_source(f"flaky://{folder}/*.{kind}")
+    assert source.num_images == (N if kind == "parquet" else None)
+    before = _Flaky.failures
+    assert sorted(take(loaders(source), N)) == list(range(N))
+    assert _Flaky.failures > before
+
+
+def test_hub_tables_tell_the_sizes_of_their_row_groups(server, loaders, monkeypatch):
+    urls, asked = remote.expand_braces(all_of(server, "parquet")), []
+
+    def instead(real):
+        def call(path, **how):
+            asked.append((path, how.pop("name", None), how.pop("revision", None)))
+            return real("parquet", data_files=urls, **how)
+
+        return call
+
+    for name in ("load_dataset", "load_dataset_builder"):
+        monkeypatch.setattr(datasets, name, instead(getattr(datasets, name)))
+    http_files.install()
+    source = open_source("someone/pictures:small@v1.0")
+    assert asked == [("someone/pictures", "small", "v1.0")] * 2
+    assert (source.format, source.num_images, source.images.num_units) == ("hub", N, N // 5)
+    assert sorted(take(loaders(source), N)) == list(range(N))
+
+
+# --- processes
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_forked_processes_leave_the_connections_of_their_parent_alone(server, monkeypatch):
+    """They share an epoll object: to close an inherited connection would deafen the parent."""
+    monkeypatch.setattr(http_files, "READ_S", 5.0)
+    monkeypatch.setattr(outages, "PATIENCE_S", 0.1)
+    http_files.install()
+
+    def new():
+        return fsspec.filesystem("http", client_kwargs={"trust_env": True})
+
+    files = new()
+    size = len(files.cat_file(f"{server.url}/0.tar"))
+    pid = os.fork()
+    if not pid:
+        other = new()  # with it fsspec forgets those of the parent
+        del files
+        gc.collect()
+        os._exit(len(other.cat_file(f"{server.url}/1.tar")) == 0)
+    assert os.waitpid(pid, 0)[1] == 0
+    info = outages.patiently(lambda: files.info(f"{server.url}/1.tar"), server.url)
+    assert info["size"] == size
+    assert not outages._said_s  # nothing failed, not even a timeout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_goes_on_as_if_nothing_had_happened(server, tmp_path, kind):
+    flags = ["--data_path", all_of(server, kind), "--img_size", "28", "--num_classes", "2", "--shuffle_buffer", "2"]
+    flags += ["--num_workers", "1", "--max_steps", "12"]
+    assert train_here(*flags, "--output_dir", str(tmp_path / "calm")) == 0
+    calm, server.away_s = len(server.requests), 2.0
+    server.requests.clear()
+    server.away_at = calm * 2 // 3
+    assert train_here(*flags, "--output_dir", str(tmp_path / "stormy")) == 0
+    assert server.failures == 1
+    one, other = ([row["train/loss"] for row in rows(tmp_path / name)] for name in ("calm", "stormy"))
+    assert len(one) == 12
+    assert one == other

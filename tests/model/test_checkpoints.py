@@ -1,0 +1,196 @@
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from jit_accel.base.errors import UserError
+from jit_accel.model.checkpoints import (
+    FIXED_SETTINGS,
+    Checkpointer,
+    complete_checkpoints,
+    find_checkpoint,
+    is_complete,
+    load_optimizer_tensors,
+    load_tensors,
+    optimizer_tensors,
+    read_state,
+    refuse_other_run,
+)
+from jit_accel.train.optimizers import build_optimizers, set_lr
+
+ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+
+
+@pytest.fixture
+def checkpointer(tmp_path):
+    return Checkpointer(ALONE, tmp_path, keep=2)
+
+
+def find(checkpointer, resume):
+    return find_checkpoint(checkpointer.folder.parent, resume)
+
+
+def save(checkpointer, step):
+    return checkpointer.save(step, {"model": {"w": torch.full((3,), float(step))}}, {"loaders": [step]})
+
+
+def test_what_was_saved_comes_back(checkpointer):
+    path = save(checkpointer, 7)
+    target = torch.zeros(3)
+    load_tensors(path, "model", {"w": target})
+    assert torch.equal(target, torch.full((3,), 7.0))
+    assert read_state(path)["loaders"] == [7]
+    assert read_state(path)["step"] == 7
+
+
+def test_the_newest_stay(checkpointer):
+    for step in (1, 2, 10, 9_999_999):
+        save(checkpointer, step)
+    assert [p.name for p in complete_checkpoints(checkpointer.folder)] == ["step_00000010", "step_09999999"]
+    assert find(checkpointer, "auto").name == "step_09999999"
+    assert sorted(p.name for p in checkpointer.folder.iterdir()) == ["step_00000010", "step_09999999"]
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "cut short", "file gone"])
+def test_a_damaged_folder_is_no_checkpoint(checkpointer, damage):
+    good, bad = save(checkpointer, 1), save(checkpointer, 2)
+    if damage == "no manifest":
+        (bad / "manifest.json").unlink()
+    elif damage == "cut short":
+        os.truncate(bad / "model.safetensors", 20)
+    else:
+        (bad / "state.json").unlink()
+    assert not is_complete(bad)
+    assert find(checkpointer, "auto") == good
+    with pytest.raises(UserError, match=r"--resume .*holds no complete checkpoint"):
+        find(checkpointer, str(bad))
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(checkpointer, monkeypatch):
+    """Stop the save after each single call that touches the disk."""
+    save(checkpointer, 1)
+    calls = [("os", "rename"), ("os", "fsync"), ("shutil", "rmtree")]
+    modules = {"os": os, "shutil": shutil}
+
+    class Killed(BaseException):
+        pass
+
+    for moment in range(40):
+        countdown = iter(range(moment, -1, -1))
+        with monkeypatch.context() as patch:
+            for module, name in calls:
+                real = getattr(modules[module], name)
+
+                def dies_in_time(*args, real=real, countdown=countdown, **kwargs):
+                    if next(countdown, None) is None:
+                        raise Killed
+                    return real(*args, **kwargs)
+
+                patch.setattr(modules[module], name, dies_in_time)
+            try:
+                save(checkpointer, 2 + moment)
+                finished = True
+            except Killed:
+                finished = False
+        found = find(checkpointer, "auto")
+        assert found is not None
+        target = torch.zeros(3)
+        load_tensors(found, "model", {"w": target})
+        assert target[0] == read_state(found)["step"]
+    assert finished  # the last moments lie behind the end of the save
+    assert find(checkpointer, "auto").name == "step_00000041"
+    save(checkpointer, 50)
+    assert [p.name for p in sorted(checkpointer.folder.iterdir())] == ["step_00000041", "step_00000050"]
+
+
+def test_a_whole_checkpoint_is_never_touched_by_saving_its_step_again(checkpointer):
+    path = save(checkpointer, 3)
+    before = (path / "model.safetensors").stat().st_ino
+    assert save(checkpointer, 3) == path
+    assert (path / "model.safetensors").stat().st_ino == before
+    assert [p.name for p in checkpointer.folder.iterdir()] == ["step_00000003"]
+
+
+def test_going_on_from_an_older_checkpoint_keeps_what_is_written_from_there(checkpointer):
+    for step in (100, 200):
+        save(checkpointer, step)
+    assert [p.name for p in checkpointer.set_aside_after(100)] == ["step_00000200"]
+    save(checkpointer, 150)
+    assert find(checkpointer, "auto").name == "step_00000150"
+    kept = sorted(p.name for p in checkpointer.folder.iterdir())
+    assert kept == ["abandoned_step_00000200", "step_00000100", "step_00000150"]
+
+
+def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_the_last_checkpoint(checkpointer, monkeypatch):
+    good = save(checkpointer, 1)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jit_accel.model.checkpoints.save_file", full)
+        with pytest.raises(UserError, match=r"--output_dir .*step 2 cannot be written .*No space left.*make room"):
+            save(checkpointer, 2)
+    assert find(checkpointer, "auto") == good
+    assert save(checkpointer, 2).name == "step_00000002"
+    assert sorted(p.name for p in checkpointer.folder.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+def test_resume_means_what_it_says(checkpointer, tmp_path):
+    assert find(checkpointer, "none") is None
+    assert find(checkpointer, "auto") is None
+    with pytest.raises(UserError, match=r"--resume \S+: holds no complete checkpoint.*or auto.*or none"):
+        find(checkpointer, str(tmp_path))
+    path = save(checkpointer, 5)
+    assert find(checkpointer, str(path)) == find(checkpointer, str(tmp_path)) == find(checkpointer, "auto") == path
+    assert find(checkpointer, "none") is None
+
+
+def test_no_pickle_is_written(checkpointer):
+    path = save(checkpointer, 5)
+    for file in path.iterdir():
+        assert file.suffix in (".json", ".safetensors")
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_restored_optimizer_steps_like_the_one_that_was_saved(tmp_path, name):
+    def build():
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict(
+            {"blocks": torch.nn.ModuleList([torch.nn.ModuleDict({"attn": torch.nn.Linear(4, 6)})])}
+        )
+        optimizers = build_optimizers(model, optimizer=name, weight_decay=0.1, adam_betas=(0.9, 0.95))
+        set_lr(optimizers, 0.1)
+        return model, optimizers
+
+    def step(model, optimizers, seed):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+        for optimizer in optimizers:
+            optimizer.step()
+
+    model, optimizers = build()
+    step(model, optimizers, 1)
+    step(model, optimizers, 2)
+    checkpointer = Checkpointer(ALONE, tmp_path, keep=1)
+    path = checkpointer.save(2, {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizers)}, {})
+    other, restored = build()
+    load_tensors(path, "model", other.state_dict())
+    load_optimizer_tensors(path, other, restored)
+    step(model, optimizers, 3)
+    step(other, restored, 3)
+    for a, b in zip(model.parameters(), other.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_another_run_is_refused_with_every_difference_named(tmp_path):
+    settings = dict.fromkeys(FIXED_SETTINGS, 1)
+    state = {"settings": settings, "fingerprint": "a", "data": "cats (10 images, 2 classes)"}
+    refuse_other_run(tmp_path, state, {**settings, "batch_size": 5}, "cats", "a")
+    with pytest.raises(UserError, match=r"--img_size is 2, the checkpoint has 1; --data_path is dogs, .* cats \(10"):
+        refuse_other_run(tmp_path, state, {**settings, "img_size": 2}, "dogs", "b")

@@ -1,0 +1,138 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from jit_accel.model.scheduler import JiTScheduler, velocity
+
+DATA_STD, DATA_MEAN = 0.7, 0.4
+
+
+def gaussian_x(z, t):
+    """E[x | z] for x ~ N(DATA_MEAN, DATA_STD^2), z = t x + (1 - t) e: the perfect prediction of x."""
+    variance = t**2 * DATA_STD**2 + (1 - t) ** 2
+    return DATA_MEAN + t * DATA_STD**2 / variance * (z - t * DATA_MEAN)
+
+
+def integrate(scheduler, z, steps, method, predict=gaussian_x):
+    scheduler.set_timesteps(steps, method=method)
+    for t in scheduler.timesteps:
+        z = scheduler.step(predict(z, t.double()), t, z).prev_sample
+    return z
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+def test_solvers_converge_at_their_order(method, order):
+    # The flow of a Gaussian is affine: z at t = 1 is mean + std * z at t = 0. Small t_eps: the clamp is not the flow.
+    scheduler = JiTScheduler(t_eps=1e-4)
+    z0 = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(1, 1, 3, 3)
+    errors = [
+        (integrate(scheduler, z0, n, method) - (DATA_MEAN + DATA_STD * z0)).abs().max().item() for n in (32, 64, 128)
+    ]
+    observed = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
+    assert observed == pytest.approx([order] * 2, abs=0.15)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_three_kinds_of_prediction_take_the_same_path(solver):
+    z0 = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def gaussian_e(z, t):  # e = (z - t x) / (1 - t)
+        return (z - t * gaussian_x(z, t)) / (1 - t)
+
+    def gaussian_v(z, t):
+        return (gaussian_x(z, t) - z) / (1 - t)
+
+    ends = {
+        kind: integrate(JiTScheduler(kind, t_eps=1e-9, solver=solver), z0, 8, None, predict)
+        for kind, predict in (("x", gaussian_x), ("v", gaussian_v))
+    }
+    assert torch.allclose(ends["x"], ends["v"], atol=1e-6)
+    # at t = 0 a prediction of e says nothing about x, so e is compared where it does
+    z, t = z0 * 0.8, torch.tensor(0.3, dtype=torch.float64)
+    for kind, predict in (("x", gaussian_x), ("e", gaussian_e)):
+        assert torch.allclose(velocity(predict(z, t), z, t, kind, 0.05), gaussian_v(z, t))
+
+
+def test_velocities_are_clamped_where_they_would_diverge():
+    one, zero = torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)
+    assert velocity(one, zero, 0.99, "x", 0.05).unique().item() == pytest.approx(20)
+    assert velocity(zero, one, 0.01, "e", 0.05).unique().item() == pytest.approx(20)
+    assert velocity(one, zero, torch.tensor([[[[0.99]]]]), "x", 0.05).unique().item() == pytest.approx(20)
+    assert velocity(one, zero, 0.99, "v", 0.05) is one
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_timesteps_are_the_model_calls(method):
+    scheduler = JiTScheduler()
+    scheduler.set_timesteps(4, method=method)
+    expected = [0, 0.25, 0.5, 0.75] if method == "euler" else [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+    assert scheduler.timesteps.tolist() == expected == scheduler.call_times
+    assert scheduler.order == {"euler": 1, "heun": 2}[method]
+
+
+def test_euler_is_that_of_diffusers():
+    steps = 7
+    theirs = FlowMatchEulerDiscreteScheduler()
+    theirs.set_timesteps(sigmas=torch.linspace(1, 0, steps + 1)[:-1].tolist())
+    ours = JiTScheduler(prediction_type="v", solver="euler")
+    ours.set_timesteps(steps)
+    z_theirs = z_ours = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for i, (sigma_time, t) in enumerate(zip(theirs.timesteps, ours.timesteps)):
+        # sigma = 1 - t, and their velocity points from data to noise
+        assert sigma_time / 1000 == pytest.approx(1 - t.item(), abs=1e-6)
+        v = torch.sin(z_ours * (i + 1))
+        z_theirs = theirs.step(-v, sigma_time, z_theirs).prev_sample
+        z_ours = ours.step(v, t, z_ours).prev_sample
+    assert torch.allclose(z_ours, z_theirs, atol=1e-6)
+
+
+def test_the_state_is_float32_whatever_the_network_gives():
+    scheduler = JiTScheduler()
+    scheduler.set_timesteps(3)
+    z = torch.randn(1, 3, 4, 4, dtype=torch.bfloat16)
+    for t in scheduler.timesteps:
+        z = scheduler.step(torch.zeros(1, 3, 4, 4, dtype=torch.bfloat16), t, z).prev_sample
+        assert z.dtype == torch.float32
+
+
+def test_a_new_trajectory_forgets_the_old_one():
+    scheduler, z = JiTScheduler(), torch.ones(1, 3, 2, 2)
+    whole = integrate(scheduler, z, 5, "heun")
+    scheduler.set_timesteps(5)
+    scheduler.step(z, scheduler.timesteps[0], z)  # left in the middle of a step
+    assert scheduler.mid_step
+    assert torch.equal(integrate(scheduler, z, 5, "heun"), whole)
+    assert not scheduler.mid_step
+    with pytest.raises(ValueError, match="set_timesteps"):
+        scheduler.step(z, 1.0, z)
+
+
+def test_noise_is_added_along_the_line_from_noise_to_data():
+    scheduler = JiTScheduler(noise_scale=2.0)
+    x, e = torch.randn(2, 3, 3, 4, 4)
+    z = scheduler.add_noise(x, e, torch.tensor([0.0, 1.0, 0.25]))
+    assert torch.equal(z[0], e[0])
+    assert torch.equal(z[1], x[1])
+    assert torch.allclose(z[2], 0.25 * x[2] + 0.75 * e[2])
+    assert scheduler.init_noise_sigma == 2.0
+
+
+def test_a_saved_scheduler_comes_back_whole(tmp_path):
+    JiTScheduler("e", t_eps=0.02, noise_scale=4.0, solver="euler").save_pretrained(tmp_path)
+    loaded = JiTScheduler.from_pretrained(tmp_path)
+    settings = {name: loaded.config[name] for name in ("prediction_type", "t_eps", "noise_scale", "solver")}
+    assert settings == {"prediction_type": "e", "t_eps": 0.02, "noise_scale": 4.0, "solver": "euler"}
+    loaded.set_timesteps(3)
+    assert len(loaded.timesteps) == 3
+
+
+def test_unknown_settings_are_answered_with_the_choices():
+    with pytest.raises(ValueError, match="x, e, v"):
+        JiTScheduler(prediction_type="eps")
+    with pytest.raises(ValueError, match="Did you mean 'heun'"):
+        JiTScheduler().set_timesteps(5, method="huen")
+    with pytest.raises(ValueError, match="at least 1"):
+        JiTScheduler().set_timesteps(0)

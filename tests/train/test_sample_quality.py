@@ -1,0 +1,163 @@
+"""The distance of generated images that a training measures on its way."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from helpers import assert_same_state, rows, train_group, train_here
+
+from jit_accel.evaluate.evaluator import Evaluator
+from jit_accel.evaluate.features import load_features
+from jit_accel.model.generation import SamplerSettings
+from jit_accel.model.loading import load_pipeline
+from jit_accel.monitor.log import read_metrics
+from jit_accel.train.trainer import Trainer
+
+EVAL = [
+    *("--eval_every_steps", "3", "--eval_images", "12", "--eval_features", "tiny"),
+    *("--max_steps", "6", "--ema_decays", "0.5", "--guidance_scale", "3"),
+]
+pytestmark = pytest.mark.usefixtures("tiny")
+KEY = "eval/fd_tiny"
+
+
+def measured(folder) -> dict[int, tuple[float, float]]:
+    return {row["step"]: (row[KEY], row[f"{KEY}_unguided"]) for row in read_metrics(folder) if KEY in row}
+
+
+@pytest.fixture(scope="module")
+def run(tiny, images, tmp_path_factory):
+    """A run that measured at steps 3 and 6."""
+    folder = tmp_path_factory.mktemp("quality") / "run"
+    assert train_here("--data_path", str(images), "--output_dir", str(folder), *EVAL) == 0
+    return folder
+
+
+def test_the_distances_stand_in_the_rows_of_their_steps_and_the_last_is_that_of_the_pipeline(run, images):
+    found = measured(run)
+    assert list(found) == [3, 6]
+    assert all(value > 0 and guided != value for guided, value in found.values())
+
+    for known in (AcceleratorState, PartialState, GradientState):
+        known._reset_state()
+    evaluator = Evaluator(load_features("tiny"), Accelerator(cpu=True), ("fd_tiny",))
+    reference = evaluator.load_reference(str(images), 28)
+    pipeline = load_pipeline(str(run))
+    for scale, value in zip((3.0, 1.0), found[6]):
+        values = evaluator.measure_pipeline(pipeline, reference, 12, SamplerSettings(2, scale))
+        assert values["fd_tiny"] == pytest.approx(value, rel=1e-4)
+
+
+def test_measuring_changes_no_weight_and_a_resumed_run_measures_the_same(run, images, tmp_path):
+    data = ("--data_path", str(images))
+    assert train_here(*data, "--output_dir", str(tmp_path / "never"), *EVAL, "--eval_every_steps", "0") == 0
+    assert measured(tmp_path / "never") == {}
+    assert_same_state(run, tmp_path / "never")
+    assert train_here(*data, "--output_dir", str(tmp_path / "cut"), *EVAL, "--save_every_steps", "4") == 0
+    for path in (tmp_path / "cut" / "checkpoints").glob("step_00000006*"):
+        path.rename(path.with_name("gone"))
+    stamp = (tmp_path / "cut" / "eval_reference.npz").stat().st_mtime_ns
+    assert train_here(*data, "--output_dir", str(tmp_path / "cut"), *EVAL, "--resume", "auto") == 0
+    assert rows(tmp_path / "cut") == rows(run)
+    assert_same_state(run, tmp_path / "cut")
+    assert (tmp_path / "cut" / "eval_reference.npz").stat().st_mtime_ns == stamp  # looked at once
+
+
+def test_a_failure_of_an_evaluation_costs_neither_a_step_nor_the_run(run, images, tmp_path, monkeypatch, capsys):
+    measure, saved = Evaluator.measure_pipeline, []
+
+    def fail_at_first(self, *args, **kwargs):
+        saved.append(sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()))
+        if len(saved) == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return measure(self, *args, **kwargs)
+
+    monkeypatch.setattr(Evaluator, "measure_pipeline", fail_at_first)
+    flags = ("--output_dir", str(tmp_path / "run"), *EVAL, "--save_every_steps", "3")
+    assert train_here("--data_path", str(images), *flags) == 0
+    assert "step 3 is not evaluated, and training goes on: no memory" in capsys.readouterr().err
+    assert saved[0] == ["step_00000003"]  # before anything can happen
+    assert measured(tmp_path / "run") == {6: measured(run)[6]}
+    assert_same_state(run, tmp_path / "run")
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_run_told_to_stop_evaluates_only_when_it_goes_on(run, images, tmp_path, monkeypatch, step):
+    save = Trainer.save
+
+    def save_and_be_told(self):
+        save(self)
+        if self.step == step and not (tmp_path / "told").exists():
+            (tmp_path / "told").touch()
+            self.stop.number = signal.SIGTERM
+
+    monkeypatch.setattr(Trainer, "save", save_and_be_told)
+    command = ("--data_path", str(images), "--output_dir", str(tmp_path / "run"), *EVAL, "--save_every_steps", "3")
+    assert train_here(*command) == 128 + signal.SIGTERM
+    assert list(measured(tmp_path / "run")) == [3][: step // 6]
+    assert train_here(*command, "--resume", "auto") == 0
+    assert rows(tmp_path / "run") == rows(run)
+
+
+def test_a_dry_run_finds_a_wrong_reference(images, tmp_path, capsys):
+    command = ("--data_path", str(images), "--output_dir", str(tmp_path / "run"), *EVAL, "--dry_run")
+    for wrong in ("nowhere", "nowhere.npz"):
+        assert train_here(*command, "--eval_reference", str(tmp_path / wrong)) == 2
+        assert f"--eval_reference {tmp_path / wrong}: " in capsys.readouterr().err
+
+
+SHORT = ["--eval_images", "11", "--max_steps", "2", "--eval_every_steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def alone(images, tmp_path_factory):
+    """One process with the global batch of two."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert train_here("--data_path", str(images), *EVAL, *SHORT, "--output_dir", str(folder)) == 0
+    return folder
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("environment", [{}, {"TEST_FSDP2_PRECISION": "no"}], ids=["ddp", "fsdp2"])
+def test_two_processes_measure_together_what_one_does(images, alone, tmp_path, environment):
+    flags = ("--data_path", str(images), *EVAL, *SHORT, "--batch_size", "2", "--output_dir", str(tmp_path / "run"))
+    output = train_group(
+        *(tmp_path, *flags),
+        num_processes=2,
+        environment={"TEST_SETUP": "tiny_features:install", **environment},
+    )
+    assert "Step 2: fd_tiny " in output
+    assert np.allclose(list(measured(tmp_path / "run").values()), list(measured(alone).values()), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--eval_features", "efficientnet"],
+            "--eval_features efficientnet: unknown.*Did you mean 'efficientnet_lite0'",
+        ),
+        (["--eval_features", "inception"], "--eval_features inception: .*--eval_features efficientnet_lite0 works"),
+        (
+            ["--eval_features", "efficientnet_lite0", "--eval_feature_weights", "nowhere.pth"],
+            "--eval_feature_weights nowhere.pth: cannot be read",
+        ),
+        (["--eval_reference", "nowhere"], "--eval_reference nowhere: no such"),
+        (["--eval_reference", "nowhere.npz"], "--eval_reference nowhere.npz: cannot be read"),
+        (["--eval_images", "1"], "--eval_images 1: must be at least 2"),
+    ],
+)
+def test_what_is_missing_is_said_before_the_first_step(images, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    code = train_here("--data_path", str(images), "--output_dir", str(tmp_path / "run"), *EVAL, *flags)
+    assert code == 2
+    errors = capsys.readouterr().err
+    assert re.search(message, errors.replace("\n", " ")), errors
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -1,0 +1,322 @@
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline  # noqa: F401 (imported once, before the processes)
+from helpers import Group, assert_same_state, last_checkpoint, rows, state, train_group, train_here
+from PIL import Image as PILImage
+
+from jit_accel import JiTPipeline
+from jit_accel.monitor.log import MetricsLog, read_metrics
+from jit_accel.monitor.metrics import StepMetrics
+from jit_accel.train.trainer import Trainer
+
+
+def losses(output_dir):
+    return [row["train/loss"] for row in rows(output_dir)]
+
+
+def test_a_run_leaves_all_it_promises(images, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train_here("--data_path", str(images), "--output_dir", str(out), "--save_every_steps", "2") == 0
+    assert [row["step"] for row in rows(out)] == [1, 2, 3, 4, 5, 6]
+    assert [row["train/learning_rate"] for row in rows(out)][:3] == [0, 5e-4, 1e-3]
+    assert all(row["train/grad_norm"] > 0 for row in rows(out))
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
+    for picture in ("samples/step_00000006.png", "loss_curve.png", "pipeline/samples.png"):
+        with PILImage.open(out / picture) as image:
+            assert min(image.size) > 100
+    files = {str(p.relative_to(out / "pipeline")) for p in (out / "pipeline").rglob("*") if p.is_file()}
+    assert {"model_index.json", "README.md", "transformer/diffusion_pytorch_model.safetensors"} <= files
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
+    card = (out / "pipeline" / "README.md").read_text()
+    assert "Trouser" in card
+    assert str(tmp_path) not in card
+
+    pipe = JiTPipeline.from_pretrained(out / "pipeline")
+    weights = dict(pipe.transformer.named_parameters())
+    for name, average in state(out).items():
+        if name.startswith("ema_auto/"):
+            assert torch.equal(weights[name.removeprefix("ema_auto/")], average)
+    pipe.set_progress_bar_config(disable=True)
+    made = pipe(["trouser", "Bag"], num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+    assert [image.size for image in made] == [(28, 28)] * 2
+
+    printed = capsys.readouterr().out
+    assert f"Pipeline:   {out / 'pipeline'}" in printed
+    # Run again, nothing is done again.
+    before = (out / "pipeline" / "model_index.json").stat().st_mtime_ns
+    assert train_here("--data_path", str(images), "--output_dir", str(out), "--resume", "auto") == 0
+    assert (out / "pipeline" / "model_index.json").stat().st_mtime_ns == before
+    assert len(rows(out)) == 6
+
+
+def test_the_recorded_configuration_runs_the_run_again(images, tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert train_here("--data_path", str(images), "--output_dir", str(a), "--label_drop_prob", "0.3") == 0
+    assert train_here("--config", str(a / "config.yaml"), "--output_dir", str(b)) == 0
+    assert rows(a) == rows(b)
+    assert_same_state(a, b)
+
+
+def test_twenty_golden_steps_on_a_cpu(images, tmp_path):
+    """The losses of the first version; a change here is a change of the training, and must be meant."""
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path), "--max_steps", "20", "--optimizer", "adamw"]
+    assert train_here(*flags) == 0
+    assert losses(tmp_path)[::4] + losses(tmp_path)[-1:] == pytest.approx(GOLDEN_LOSSES, rel=2e-3)
+
+
+GOLDEN_LOSSES = [1.54733, 1.40861, 0.757317, 0.811358, 0.769387, 0.578921]
+
+
+def test_muon_learns_too(images, tmp_path):
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path), "--max_steps", "20", "--optimizer", "muon"]
+    assert train_here(*flags) == 0
+    assert sum(losses(tmp_path)[-5:]) < 0.8 * sum(losses(tmp_path)[:5])
+
+
+@pytest.mark.parametrize("prediction", ["x", "e", "v"])
+@pytest.mark.parametrize("space", ["x", "e", "v"])
+def test_every_pair_of_prediction_and_loss_learns(images, tmp_path, prediction, space):
+    flags = ["--prediction", prediction, "--loss_space", space, "--max_steps", "12", "--batch_size", "8"]
+    assert train_here("--data_path", str(images), "--output_dir", str(tmp_path), *flags) == 0
+    assert sum(losses(tmp_path)[-3:]) < sum(losses(tmp_path)[:3])
+
+
+def test_a_dry_run_writes_nothing(images, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train_here("--data_path", str(images), "--output_dir", str(out), "--dry_run") == 0
+    assert not out.exists()
+    assert "Dry run: loss 1.5" in capsys.readouterr().out  # the first of the golden losses
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory_even_with_dropout(images, tmp_path):
+    flags = ["--data_path", str(images), "--proj_dropout", "0.2", "--max_steps", "3"]
+    assert train_here(*flags, "--output_dir", str(tmp_path / "a")) == 0
+    assert train_here(*flags, "--output_dir", str(tmp_path / "b"), "--gradient_checkpointing") == 0
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-6)
+
+
+@pytest.mark.multiprocess
+def test_accumulation_and_processes_are_the_same_thing(images, tmp_path):
+    """(1 process, 4 micro-steps) = (2, 2) = (4, 1): the same images, noise, steps and weights."""
+    runs = {}
+    for processes, accumulation in ((1, 4), (2, 2), (4, 1)):
+        out = runs[processes] = tmp_path / f"{processes}"
+        flags = ["--data_path", str(images), "--output_dir", str(out), "--batch_size", "3", "--max_steps", "5"]
+        train_group(tmp_path, *flags, "--gradient_accumulation_steps", str(accumulation), num_processes=processes)
+    for processes in (2, 4):
+        assert losses(runs[processes]) == pytest.approx(losses(runs[1]), rel=1e-4)
+        for a, b in zip(rows(runs[1]), rows(runs[processes])):
+            assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-3)
+            assert a["train/learning_rate"] == b["train/learning_rate"]  # counts optimizer steps
+        one, other = state(runs[1]), state(runs[processes])
+        start = dict(initial_weights())
+        for name in start:
+            # Adam turns rounding into a whole step where a gradient is next to nothing, so: distance against travel.
+            key = f"model/{name}"
+            travel = (one[key] - start[name]).norm()
+            assert (one[key] - other[key]).norm() <= 0.02 * travel + 1e-6, name
+
+
+def initial_weights():
+    from jit_accel.model.transformer import build_model
+
+    torch.manual_seed(0)
+    return build_model("JiT-Ti/7", img_size=28, num_classes=4).state_dict()
+
+
+@pytest.mark.multiprocess
+def test_ranks_hold_equal_weights_after_training(images, tmp_path):
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "out")]
+    group = Group(flags, tmp_path / "log.txt", 2, {"TEST_WEIGHTS_FOLDER": str(tmp_path)})
+    assert group.wait() == [0, 0], group.output()
+    weights = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    moved = [name for name, p in initial_weights().items() if not torch.equal(weights[0][name], p)]
+    assert len(moved) > 20
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2)])
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(images, tmp_path, processes, workers):
+    """kill -9 three times, at whatever moment, across an epoch's end (44 images); bit for bit the same run."""
+    flags = ["--data_path", str(images), "--num_workers", str(workers), "--max_steps", "14", "--save_every_steps", "3"]
+    flags += ["--proj_dropout", "0.1", "--resume", "auto"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train_group(tmp_path, *flags, "--output_dir", str(whole), num_processes=processes)
+    for kill_at in (1, 5, 10):
+        group = Group([*flags, "--output_dir", str(broken)], tmp_path / "killed.txt", processes)
+        deadline = time.monotonic() + 120
+        while len(rows(broken)) < kill_at and time.monotonic() < deadline:
+            time.sleep(0.002)
+        group.kill()
+    assert len(rows(broken)) < 14
+    printed = train_group(tmp_path, *flags, "--output_dir", str(broken), num_processes=processes)
+    assert "Resumed from" in printed
+    assert rows(broken) == rows(whole)
+    assert_same_state(whole, broken)
+
+
+@pytest.mark.multiprocess
+def test_a_random_access_run_resumes_on_another_number_of_processes(images, tmp_path):
+    """2 processes for three steps, then 1 with the same global batch = 2 all the way, across an epoch's end."""
+    flags = ["--data_path", str(images), "--save_every_steps", "3", "--resume", "auto", "--lr_schedule", "constant"]
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    train_group(tmp_path, *flags, "--output_dir", str(whole), num_processes=2)
+    train_group(tmp_path, *flags, "--output_dir", str(changed), "--max_steps", "3", num_processes=2)
+    train_group(tmp_path, *flags, "--output_dir", str(changed), "--batch_size", "8", num_processes=1)
+    assert [row["step"] for row in rows(changed)] == [1, 2, 3, 4, 5, 6]
+    assert losses(changed) == pytest.approx(losses(whole), rel=1e-4)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_and_leaves_a_note(images, tmp_path, processes):
+    out = tmp_path / "run"
+    flags = ["--data_path", str(images), "--output_dir", str(out), "--max_steps", "100000", "--resume", "auto"]
+    flags += ["--log_every_steps", "5"]  # the processes agree at a flush, not at the moment of the signal
+    group = Group(flags, tmp_path / "log.txt", processes)
+    while len(rows(out)) < 3:
+        time.sleep(0.01)
+    os.kill(group.processes[0].pid, signal.SIGTERM)  # one of them is enough
+    assert group.wait() == [128 + signal.SIGTERM] * processes, group.output()
+    step = rows(out)[-1]["step"]
+    assert last_checkpoint(out).name == f"step_{step:08d}"
+    assert "go on with --resume auto" in (out / "INTERRUPTED").read_text()
+
+
+def test_a_stop_while_saving_costs_no_sheet(images, tmp_path, monkeypatch):
+    flags = ("--data_path", str(images), "--save_every_steps", "3", "--sample_every_steps", "3")
+    flags += ("--report_to", "tensorboard")
+    whole, stopped, sheet = tmp_path / "whole", tmp_path / "stopped", "samples/step_00000003.png"
+    assert train_here(*flags, "--output_dir", str(whole)) == 0
+    write = Trainer._write_checkpoint
+
+    def write_and_be_told(self):
+        write(self)
+        self.stop.number = signal.SIGTERM
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_write_checkpoint", write_and_be_told)
+        assert train_here(*flags, "--output_dir", str(stopped)) == 128 + signal.SIGTERM
+    assert last_checkpoint(stopped).name == "step_00000003"
+    assert not (stopped / sheet).exists()  # whoever stops a run soon kills it
+    assert train_here(*flags, "--output_dir", str(stopped), "--resume", "auto") == 0
+    assert (stopped / sheet).read_bytes() == (whole / sheet).read_bytes()
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(stopped / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [image.step for image in events.Images("samples/grid")] == [3, 6]
+
+
+def test_the_log_of_a_resumed_run_has_no_doubled_and_no_missing_step(tmp_path):
+    log = MetricsLog(tmp_path, step=0)
+    log.write([{"step": step} for step in range(1, 8)])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "tr')  # killed while writing
+    log = MetricsLog(tmp_path, step=5)
+    log.write([{"step": 6}])
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.multiprocess
+def test_sharded_training_equals_replicated_training_and_their_checkpoints_are_the_same(images, tmp_path):
+    """FSDP2 on two processes = DDP on two, samples taken on the way; and each continues the other's checkpoint."""
+    flags = ["--sample_every_steps", "1"]
+    flags += ["--data_path", str(images), "--save_every_steps", "3", "--resume", "auto", "--keep_checkpoints", "9"]
+    replicated, sharded, mixed = tmp_path / "ddp", tmp_path / "fsdp", tmp_path / "mixed"
+    fsdp2 = {"TEST_FSDP2_PRECISION": "no"}
+    train_group(tmp_path, *flags, "--output_dir", str(replicated), num_processes=2)
+    train_group(tmp_path, *flags, "--output_dir", str(sharded), num_processes=2, environment=fsdp2)
+    assert losses(sharded) == pytest.approx(losses(replicated), rel=1e-5)
+    one, other = state(replicated), state(sharded)
+    assert {name: tensor.shape for name, tensor in one.items()} == {n: t.shape for n, t in other.items()}
+    for half, continued, environment in ((sharded, "a", None), (replicated, "b", fsdp2)):
+        out = mixed / continued
+        shutil.copytree(half / "checkpoints" / "step_00000003", out / "checkpoints" / "step_00000003")
+        train_group(tmp_path, *flags, "--output_dir", str(out), num_processes=2, environment=environment)
+        assert losses(out) == pytest.approx(losses(replicated)[3:], rel=1e-5)
+    assert JiTPipeline.from_pretrained(sharded / "pipeline").transformer.num_parameters() > 0
+
+
+@pytest.mark.multiprocess
+def test_muon_is_refused_where_matrices_are_sharded(images, tmp_path):
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--optimizer", "muon"]
+    group = Group(flags, tmp_path / "log.txt", 2, {"TEST_FSDP2_PRECISION": "no"})
+    assert group.wait() == [2, 2]
+    assert group.output().count("error: --optimizer muon: needs whole matrices") == 1
+
+
+def test_a_finished_run_that_is_made_longer_leaves_a_new_pipeline(images, tmp_path):
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path), "--resume", "auto", "--max_steps"]
+    assert train_here(*flags, "3") == 0
+    before = (tmp_path / "pipeline" / "samples.png").read_bytes()
+    assert train_here(*flags, "6") == 0
+    assert (tmp_path / "pipeline" / "samples.png").read_bytes() != before
+    assert (tmp_path / "samples" / "step_00000006.png").exists()
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_stream_resumes_exactly(images, tmp_path, workers):
+    """The same law for streamed Parquet, on two processes."""
+    shards = as_parquet(images, tmp_path / "shards", num_shards=4)
+    flags = ["--data_path", str(shards), "--num_workers", str(workers), "--max_steps", "13", "--save_every_steps", "3"]
+    flags += ["--resume", "auto"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train_group(tmp_path, *flags, "--output_dir", str(whole), num_processes=2)
+    group = Group([*flags, "--output_dir", str(broken)], tmp_path / "killed.txt", 2)
+    deadline = time.monotonic() + 120
+    while len(rows(broken)) < 8 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    group.kill()
+    assert "Resumed from" in train_group(tmp_path, *flags, "--output_dir", str(broken), num_processes=2)
+    assert rows(broken) == rows(whole)
+    assert_same_state(whole, broken)
+
+
+def as_parquet(images, folder, num_shards):
+    from datasets import Dataset, Features, Image, Value
+
+    folder.mkdir()
+    files = sorted(images.glob("*/*.png"))
+    names = sorted({file.parent.name for file in files})
+    table = {
+        "image": [{"bytes": file.read_bytes(), "path": None} for file in files],
+        "label": [names.index(file.parent.name) for file in files],
+    }
+    data = Dataset.from_dict(table, features=Features({"image": Image(), "label": Value("int64")})).shuffle(seed=0)
+    for i in range(num_shards):
+        data.shard(num_shards, i).to_parquet(folder / f"train-{i:05d}.parquet")
+    return folder
+
+
+def test_the_default_averages_of_a_resumed_run_are_those_it_began_with(images, tmp_path, monkeypatch):
+    """They depend on the run's length, which a user may change; this must not refuse the checkpoint."""
+    monkeypatch.setattr("jit_accel.config.completion.PAPER_EMA_DECAYS", (0.5,))
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path), "--resume", "auto", "--max_steps"]
+    assert train_here(*flags, "3") == 0
+    assert train_here(*flags, "30") == 0
+    assert not (last_checkpoint(tmp_path) / "ema_0.5.safetensors").exists()
+    assert rows(tmp_path)[-1]["step"] == 30
+
+
+def test_metrics_are_reduced_on_the_device_even_where_there_are_none():
+    """NCCL reduces only what is on a GPU."""
+    devices = []
+
+    def reduce_mean(values):
+        devices.append(values.device.type)
+        return torch.zeros(values.shape)
+
+    metrics = StepMetrics(torch.device("meta"))
+    assert metrics.flush(reduce_mean, [1.0, 0.0]) == ([], [0.0, 0.0])
+    metrics.record(1, 0.1, torch.zeros((), device="meta"), torch.zeros((), device="meta"))
+    assert len(metrics.flush(reduce_mean, [1.0])[0]) == 1
+    assert devices == ["meta", "meta"]
