@@ -10,13 +10,27 @@ T = TypeVar("T")
 
 
 class UserError(Exception):
-    """Something the user can put right. Entry points print it without a traceback and exit with 2.
+    """Something the user can put right. Programs print it without a traceback and exit with 2.
 
-    The message names the flag, the value, the rule and the remedy. `everywhere` tells whether every process of the
-    run meets it, so that one of them need say it.
+    Args:
+        rule: what holds, and the remedy unless it is given by itself.
+        about: the setting, or argument, that is at fault.
+        value: what was given for it.
+        remedy: what to do about it.
+
+    `everywhere` says whether every process of the run raises it, so that one of them need print it.
     """
 
     everywhere = True
+
+    def __init__(self, rule: str, *, about: str | None = None, value: object = None, remedy: str | None = None):
+        super().__init__(rule, about, value, remedy)
+        self.rule, self.about, self.value, self.remedy = rule, about, value, remedy
+
+    def __str__(self) -> str:
+        given = "" if self.value is None else f" {self.value}"
+        subject = f"--{self.about}{given}: " if self.about else ""
+        return subject + self.rule + (f" {self.remedy}" if self.remedy else "")
 
 
 def common_problem(problems: list[str | None]) -> str | None:

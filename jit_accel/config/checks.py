@@ -86,7 +86,7 @@ def check(config: Config) -> None:
     values = config.flat()
     for name, holds, rule in RANGES:
         if values[name] is not None and not holds(values[name]):
-            raise UserError(f"--{name} {values[name]}: must be {rule}.")
+            raise UserError(f"must be {rule}.", about=name, value=values[name])
     _check_image_size(config)
     _check_tuning(config)
     _check_lengths(config.optim)
@@ -95,24 +95,28 @@ def check(config: Config) -> None:
     for decay in config.optim.ema_decays or ():
         check_ema_decay(decay)
     if config.optim.ema_decays is not None and not config.optim.ema_decays:
-        raise UserError("--ema_decays: needs at least one value; leave it out for the default, or write auto.")
+        raise UserError("needs at least one value; leave it out for the default, or write auto.", about="ema_decays")
 
 
 def _check_tuning(config: Config) -> None:
     tune = config.tune
     if tune.init_from is not None and not tune.init_from.strip():
-        raise UserError("--init_from: is empty: give a pipeline folder, a run, a checkpoint or a Hub id.")
+        raise UserError("is empty: give a pipeline folder, a run, a checkpoint or a Hub id.", about="init_from")
     if tune.lora_rank is None:
         for name in ("lora_alpha", "lora_dropout", "lora_targets"):
             if getattr(tune, name):
-                raise UserError(f"--{name} {getattr(tune, name)}: is for an adapter: add --lora_rank, such as 16.")
+                raise UserError(
+                    "is for an adapter: add --lora_rank, such as 16.", about=name, value=f"{getattr(tune, name)}"
+                )
         return
     if tune.init_from is None:
         raise UserError(
-            f"--lora_rank {tune.lora_rank}: an adapter needs trained weights to stand on: add --init_from FOLDER."
+            "an adapter needs trained weights to stand on: add --init_from FOLDER.",
+            about="lora_rank",
+            value=tune.lora_rank,
         )
     if tune.lora_targets is not None and not any(target.strip() for target in tune.lora_targets):
-        raise UserError(f"--lora_targets: names no layer; the default is {' '.join(LORA_TARGETS)}.")
+        raise UserError(f"names no layer; the default is {' '.join(LORA_TARGETS)}.", about="lora_targets")
     if config.optim.optimizer == "muon":
         raise UserError(
             "--optimizer muon: is for whole matrices; on the thin factors of --lora_rank every direction would get the "
@@ -128,8 +132,10 @@ def _check_image_size(config: Config) -> None:
     if size % patch:
         below, above = size // patch * patch, (size // patch + 1) * patch
         raise UserError(
-            f"--img_size {size}: must be a multiple of the patch size {patch} ({config.model.model}): "
-            f"use {f'{below} or ' if below else ''}{above}, or a model with another patch size."
+            f"must be a multiple of the patch size {patch} ({config.model.model}): "
+            f"use {f'{below} or ' if below else ''}{above}, or a model with another patch size.",
+            about="img_size",
+            value=size,
         )
 
 
@@ -145,12 +151,15 @@ def _check_lengths(optim: OptimConfig) -> None:
         length, warmup = getattr(optim, name), getattr(optim, warmup_name)
         if length is not None and warmup is not None and warmup > length:
             raise UserError(
-                f"--{warmup_name} {warmup}: must not be longer than the run (--{name} {length}): "
-                "shorten the warm-up or lengthen the run."
+                f"must not be longer than the run (--{name} {length}): shorten the warm-up or lengthen the run.",
+                about=warmup_name,
+                value=warmup,
             )
     if optim.learning_rate is not None and optim.min_learning_rate > optim.learning_rate:
         raise UserError(
-            f"--min_learning_rate {optim.min_learning_rate}: must not be above --learning_rate {optim.learning_rate}."
+            f"must not be above --learning_rate {optim.learning_rate}.",
+            about="min_learning_rate",
+            value=optim.min_learning_rate,
         )
 
 
@@ -159,12 +168,15 @@ def _check_tracking(tracking: TrackingConfig) -> None:
         lookup(TRACKERS, name, "--report_to")
     for tag in tracking.wandb_tags:
         if not 1 <= len(tag.strip()) <= 64:
-            raise UserError(f"--wandb_tags {tag!r}: W&B wants 1 to 64 characters a tag: shorten it, or leave it out.")
+            raise UserError(
+                "W&B wants 1 to 64 characters a tag: shorten it, or leave it out.", about="wandb_tags", value=f"{tag!r}"
+            )
     project = tracking.wandb_project
     if not 1 <= len(project) <= 128 or set(project) & set("/\\#?%:"):
         raise UserError(
-            f"--wandb_project {project!r}: must have 1 to 128 characters, none of them / \\ # ? % or : "
-            "(the team goes into --wandb_entity)."
+            "must have 1 to 128 characters, none of them / \\ # ? % or : (the team goes into --wandb_entity).",
+            about="wandb_project",
+            value=f"{project!r}",
         )
 
 
@@ -173,17 +185,21 @@ def check_hub(hub: HubConfig) -> None:
     if not hub.push_to_hub:
         for flag, value in (("hub_model_id", hub.hub_model_id), ("hub_private", hub.hub_private)):
             if value:
-                raise UserError(f"--{flag} {value}: says where to push, but nothing is pushed: add --push_to_hub.")
+                raise UserError(
+                    "says where to push, but nothing is pushed: add --push_to_hub.", about=flag, value=value
+                )
         return
     if hub.hub_model_id is None:
-        raise UserError("--push_to_hub: needs the repository to push to: add --hub_model_id owner/name.")
+        raise UserError("needs the repository to push to: add --hub_model_id owner/name.", about="push_to_hub")
     # huggingface_hub.utils.validate_repo_id's rule, and an owner, so that the card can name the repository.
     parts = hub.hub_model_id.split("/")
     is_odd = len(hub.hub_model_id) > 96 or hub.hub_model_id.endswith(".git") or re.search(r"--|\.\.", hub.hub_model_id)
     if is_odd or len(parts) != 2 or not all(re.fullmatch(r"\w(?:[\w.-]*\w)?", part, re.ASCII) for part in parts):
         raise UserError(
-            f"--hub_model_id {hub.hub_model_id}: must be owner/name, such as alice/flowers-64: letters, digits, "
-            "and - _ . inside (no -- or ..), 96 characters at most."
+            "must be owner/name, such as alice/flowers-64: letters, digits, "
+            "and - _ . inside (no -- or ..), 96 characters at most.",
+            about="hub_model_id",
+            value=hub.hub_model_id,
         )
 
 
@@ -194,4 +210,4 @@ def check_ema_decay(decay: str) -> None:
     except ValueError:
         good = False
     if not good:
-        raise UserError(f"--ema_decays {decay}: each must be auto or a number in [0, 1), such as 0.9999.")
+        raise UserError("each must be auto or a number in [0, 1), such as 0.9999.", about="ema_decays", value=decay)

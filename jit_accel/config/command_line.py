@@ -88,7 +88,7 @@ def _take_config_path(argv: list[str]) -> tuple[list[str], str | None]:
         if argument == "--config":
             path = next(arguments, None)
             if path is None:
-                raise UserError("--config: no file behind it; write --config run.yaml.")
+                raise UserError("no file behind it; write --config run.yaml.", about="config")
         elif argument.startswith("--config="):
             path = argument.partition("=")[2]
         else:
@@ -113,20 +113,22 @@ def _yaml_as_args(path: str) -> list[str]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read ({error}); give the path of a YAML file.") from None
+        raise UserError(
+            f"cannot be read ({error}); give the path of a YAML file.", about="config", value=path
+        ) from None
     except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not valid YAML: {error}") from None
+        raise UserError(f"not valid YAML: {error}", about="config", value=path) from None
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: must hold `setting: value` lines, such as `batch_size: 32`.")
+        raise UserError("must hold `setting: value` lines, such as `batch_size: 32`.", about="config", value=path)
     args = []
     for name, value in values.items():
         if name not in SETTINGS:
-            raise UserError(f"--config {path}: {name} is no setting.{nearest(str(name), SETTINGS)}")
+            raise UserError(f"{name} is no setting.{nearest(str(name), SETTINGS)}", about="config", value=path)
         if isinstance(value, dict):
-            raise UserError(f"--config {path}: {name} must be a plain value or a list, not a mapping.")
+            raise UserError(f"{name} must be a plain value or a list, not a mapping.", about="config", value=path)
         if SETTINGS[name].type == "bool":
             if not isinstance(value, bool):
-                raise UserError(f"--config {path}: {name}: {value} must be true or false.")
+                raise UserError(f"{name}: {value} must be true or false.", about="config", value=path)
             args.append(f"--{name}" if value else f"--no_{name}")
         else:
             args += [f"--{name}", *map(_as_argument, value if isinstance(value, list) else [value])]

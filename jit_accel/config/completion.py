@@ -56,7 +56,7 @@ def plan_run(optim: OptimConfig, *, num_images: int | None, world_size: int) -> 
     if optim.max_steps is not None:
         total = optim.max_steps
     elif num_images is None:
-        raise UserError("--epochs: this data set does not tell its length: give --max_steps instead.")
+        raise UserError("this data set does not tell its length: give --max_steps instead.", about="epochs")
     else:
         total = max(1, math.ceil(epochs * num_images / global_batch))
     return Plan(total, _warmup_steps(optim, total, num_images, global_batch), global_batch, num_images)
@@ -67,7 +67,9 @@ def _warmup_steps(optim: OptimConfig, total: int, num_images: int | None, global
         warmup = optim.warmup_steps
     elif optim.warmup_epochs is not None:
         if num_images is None:
-            raise UserError("--warmup_epochs: this data set does not tell its length: give --warmup_steps instead.")
+            raise UserError(
+                "this data set does not tell its length: give --warmup_steps instead.", about="warmup_epochs"
+            )
         warmup = round(optim.warmup_epochs * num_images / global_batch)
     else:
         paper = PAPER_WARMUP_EPOCHS * (num_images or math.inf) / global_batch
@@ -100,11 +102,15 @@ def resolve(
     preset, _ = parse_model_name(config.model.model)
     num_classes = config.model.num_classes or data_classes
     if num_classes is None:
-        raise UserError("--num_classes: the labels of this stream are not known before it is read: give their number.")
+        raise UserError(
+            "the labels of this stream are not known before it is read: give their number.", about="num_classes"
+        )
     if data_classes is not None and num_classes < data_classes:
         raise UserError(
-            f"--num_classes {num_classes}: the data has {data_classes} classes (labels 0 to {data_classes - 1}): "
-            "leave the flag out, or give at least that number."
+            f"the data has {data_classes} classes (labels 0 to {data_classes - 1}): "
+            "leave the flag out, or give at least that number.",
+            about="num_classes",
+            value=num_classes,
         )
     size = image_size(config)
     optim, tune, guidance = config.optim, config.tune, config.sample.guidance_scale

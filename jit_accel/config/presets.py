@@ -42,7 +42,9 @@ def parse_model_name(name: str) -> tuple[Preset, int]:
     size, _, patch = name.partition("/")
     preset = lookup(PRESETS, size, "--model")
     if not re.fullmatch(r"[1-9]\d*", patch):
-        raise UserError(f"--model {name}: the name is SIZE/PATCH, as in {size}/4: add the patch size in pixels.")
+        raise UserError(
+            f"the name is SIZE/PATCH, as in {size}/4: add the patch size in pixels.", about="model", value=name
+        )
     return preset, int(patch)
 
 

@@ -54,8 +54,10 @@ def pipeline_folder(place: str) -> Path:
         if (candidate / INDEX_FILE).is_file():
             return candidate
     raise UserError(
-        f"--input {place}: is no pipeline folder ({INDEX_FILE}), which alone can be pushed as it is: add --output "
-        "FOLDER to make one of it."
+        f"is no pipeline folder ({INDEX_FILE}), which alone can be pushed as it is: add --output "
+        "FOLDER to make one of it.",
+        about="input",
+        value=place,
     )
 
 

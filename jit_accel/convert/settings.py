@@ -109,19 +109,19 @@ def check(config: ConvertConfig) -> None:
     for name, holds, rule in RANGES:
         if name in given and not holds(given[name]):
             shown = given[name] if not isinstance(given[name], tuple) else " ".join(map(str, given[name]))
-            raise UserError(f"--{name} {shown}: must be {rule}.")
+            raise UserError(f"must be {rule}.", about=name, value=shown)
     check_hub(config.hub)
     if config.output is None:
         _check_without_output(config, given)
     elif config.hub.push_to_hub and target_kind(config.output) != FOLDER:
         raise UserError(
-            f"--push_to_hub: pushes a pipeline folder, but --output {config.output} is none: name a folder."
+            f"pushes a pipeline folder, but --output {config.output} is none: name a folder.", about="push_to_hub"
         )
 
 
 def _check_without_output(config: ConvertConfig, given: dict) -> None:
     if not config.hub.push_to_hub:
-        raise UserError("--output: not given; name a .pth or .safetensors file, or a folder for a pipeline.")
+        raise UserError("not given; name a .pth or .safetensors file, or a folder for a pipeline.", about="output")
     changes = [*given, *(name for name in ("weights", "overwrite") if getattr(config, name))]
     changes += ["dtype"] if config.dtype != "float32" else []
     if changes:
@@ -146,8 +146,10 @@ def target_kind(output: str) -> str:
     suffix = Path(output).suffix.lower()
     if suffix in OTHER_KINDS:
         raise UserError(
-            f"--output {output}: {suffix} files are not written here: end the name in .pth or .safetensors, or name a "
-            "folder for a pipeline."
+            f"{suffix} files are not written here: end the name in .pth or .safetensors, or name a "
+            "folder for a pipeline.",
+            about="output",
+            value=output,
         )
     return TARGET_KINDS.get(suffix, FOLDER)
 
@@ -161,7 +163,9 @@ def read_class_names(path: str) -> list[str]:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--class_names {path}: cannot be read ({error}): give a text or JSON file.") from None
+        raise UserError(
+            f"cannot be read ({error}): give a text or JSON file.", about="class_names", value=path
+        ) from None
     if not text.lstrip().startswith(("[", "{")):
         return [line.strip() for line in text.strip().splitlines()]
     try:
@@ -177,6 +181,8 @@ def read_class_names(path: str) -> list[str]:
         ) from None
     if not all(isinstance(name, str) for name in names):
         raise UserError(
-            f"--class_names {path}: each name must be text; found {next(n for n in names if not isinstance(n, str))!r}."
+            f"each name must be text; found {next(n for n in names if not isinstance(n, str))!r}.",
+            about="class_names",
+            value=path,
         )
     return names

@@ -68,20 +68,21 @@ def sizes_of_shapes(weights: Mapping[str, Tensor]) -> dict:
         inner = weights["blocks.0.mlp.w3.weight"].shape[1]
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(
-            f"--input: the weights are not those of a JiT: {error} is missing or has another shape."
+            f"the weights are not those of a JiT: {error} is missing or has another shape.", about="input"
         ) from None
     blocks = {int(match[1]) for name in weights if (match := re.match(r"blocks\.([0-9]+)\.", name))}
     if blocks != set(range(len(blocks))):
         raise UserError(
-            f"--input: the weights are not those of a JiT: of the blocks only {sorted(blocks)[:9]} are there."
+            f"the weights are not those of a JiT: of the blocks only {sorted(blocks)[:9]} are there.", about="input"
         )
     if patch != patch_across or not head_dim or hidden % head_dim or not hidden:
         raise UserError(
-            f"--input: the weights are not those of a JiT: patches of {patch} x {patch_across}, {hidden} channels in "
-            f"heads of {head_dim}."
+            f"the weights are not those of a JiT: patches of {patch} x {patch_across}, {hidden} channels in "
+            f"heads of {head_dim}.",
+            about="input",
         )
     if classes < 0:
-        raise UserError("--input: the weights are not those of a JiT: the table of classes has no row.")
+        raise UserError("the weights are not those of a JiT: the table of classes has no row.", about="input")
     context = weights.get("in_context_posemb")
     return {
         "patch_size": patch,
@@ -127,7 +128,7 @@ def model_name(config: Mapping) -> str:
 def _side_of(positions: Tensor) -> int:
     side = math.isqrt(positions.shape[1]) if positions.ndim == 3 else 0
     if not side or side * side != positions.shape[1]:
-        raise UserError(f"--input: pos_embed has the shape {tuple(positions.shape)}, which is no square image's.")
+        raise UserError(f"pos_embed has the shape {tuple(positions.shape)}, which is no square image's.", about="input")
     return side
 
 
@@ -135,8 +136,9 @@ def _compare_flags(sizes: Mapping, flags: Mapping) -> None:
     for name in SIZES:
         if name in flags and name in sizes and flags[name] != sizes[name]:
             raise UserError(
-                f"--{name} {flags[name]}: the weights say {sizes[name]} (shape of {SHOWN_BY[name]}): leave the flag "
-                "out."
+                f"the weights say {sizes[name]} (shape of {SHOWN_BY[name]}): leave the flag out.",
+                about=name,
+                value=flags[name],
             )
 
 
@@ -156,12 +158,14 @@ def _contradictions(sizes: Mapping, stated: Mapping, preset_name: str | None) ->
 def _image_size(sizes: Mapping, preset_name: str | None, stated: Mapping, flags: Mapping, notes: list[str]) -> int:
     size = flags.get("img_size", stated.get("img_size"))
     if size is None and preset_name is None:
-        raise UserError("--img_size: these weights have no pos_embed and no preset's sizes: say the size in pixels.")
+        raise UserError(
+            "these weights have no pos_embed and no preset's sizes: say the size in pixels.", about="img_size"
+        )
     if size is None:
         size = PATCHES_A_SIDE * sizes["patch_size"]
         notes.append(f"image size {size}: 16 patches a side, as in the paper; --img_size says otherwise.")
     if size % sizes["patch_size"] or not size:
-        raise UserError(f"--img_size {size}: must be a multiple of the patch size, {sizes['patch_size']}.")
+        raise UserError(f"must be a multiple of the patch size, {sizes['patch_size']}.", about="img_size", value=size)
     return size
 
 
@@ -169,8 +173,9 @@ def _in_context_start(sizes: Mapping, preset_name: str | None, stated: Mapping, 
     if not sizes["in_context_len"]:
         if flags.get("in_context_start"):
             raise UserError(
-                f"--in_context_start {flags['in_context_start']}: these weights have no class tokens "
-                "(in_context_posemb): leave the flag out."
+                "these weights have no class tokens (in_context_posemb): leave the flag out.",
+                about="in_context_start",
+                value=f"{flags['in_context_start']}",
             )
         return stated.get("in_context_start", 0)
     named = PRESETS.get(stated.get("model", "").partition("/")[0])
@@ -184,12 +189,13 @@ def _in_context_start(sizes: Mapping, preset_name: str | None, stated: Mapping, 
     start = next((value for value in known if value is not None), None)
     if start is None:
         raise UserError(
-            f"--in_context_start: needed: no preset has {sizes['depth']} blocks of {sizes['hidden_size']} channels, "
+            f"needed: no preset has {sizes['depth']} blocks of {sizes['hidden_size']} channels, "
             f"{sizes['num_heads']} heads and a bottleneck of {sizes['bottleneck_dim']}, and shapes do not tell before "
-            "which block the class tokens join in."
+            "which block the class tokens join in.",
+            about="in_context_start",
         )
     if start >= sizes["depth"]:
-        raise UserError(f"--in_context_start {start}: must be below the number of blocks, {sizes['depth']}.")
+        raise UserError(f"must be below the number of blocks, {sizes['depth']}.", about="in_context_start", value=start)
     return start
 
 
@@ -199,7 +205,7 @@ def check_fit(weights: Mapping[str, Tensor], positions: Tensor | None, config: M
         with torch.device("meta"):
             expected = JiTTransformer2DModel(**config).state_dict()
     except ValueError as error:
-        raise UserError(f"--input: the weights are not those of a JiT: {error}.") from None
+        raise UserError(f"the weights are not those of a JiT: {error}.", about="input") from None
     problems = [f"missing: {name}" for name in sorted(expected.keys() - weights.keys())]
     problems += [f"unexpected: {name}" for name in sorted(weights.keys() - expected.keys())]
     problems += [
@@ -210,14 +216,16 @@ def check_fit(weights: Mapping[str, Tensor], positions: Tensor | None, config: M
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise UserError(
-            f"--input: the weights are not those of a {model_name(config)}: {'; '.join(problems[:6])}{more}."
+            f"the weights are not those of a {model_name(config)}: {'; '.join(problems[:6])}{more}.", about="input"
         )
     if positions is not None:
         table = position_table(config)
         # Half-precision copies of the table are as good as their type.
         tolerance = max(1e-4, torch.finfo(positions.dtype).eps)
         if positions.shape != table.shape or not torch.allclose(positions.float(), table, rtol=0, atol=tolerance):
-            raise UserError("--input: pos_embed is not the fixed 2-D sin-cos table: these weights are not a JiT's.")
+            raise UserError(
+                "pos_embed is not the fixed 2-D sin-cos table: these weights are not a JiT's.", about="input"
+            )
 
 
 def position_table(config: Mapping) -> Tensor:
@@ -245,6 +253,6 @@ def sampling_settings(config: Mapping, stated: Mapping, flags: Mapping) -> dict:
     names, number = settings["class_names"], config["num_classes"]
     if names is not None and len(names) != number:
         if "class_names" in flags:
-            raise UserError(f"--class_names: has {len(names)} names, the network {number} classes: one for each.")
+            raise UserError(f"has {len(names)} names, the network {number} classes: one for each.", about="class_names")
         settings["class_names"] = None
     return settings

@@ -65,11 +65,13 @@ def open_source(place: str, wanted: str | None) -> Source:
     if path.is_file():
         return open_tensors(path, wanted) if is_safetensors(path) else open_checkpoint(path, wanted)
     if path.exists() and not path.is_dir():
-        raise UserError(f"--input {place}: is neither a file nor a folder.")
+        raise UserError("is neither a file nor a folder.", about="input", value=place)
     if not path.exists() and (path.suffix.lower() in FILE_SUFFIXES or place.count("/") != 1):
         raise UserError(
-            f"--input {place}: there is no such file or folder: give a checkpoint (.pth), a .safetensors file, a "
-            "pipeline folder, the output folder of a run, or owner/name of the Hub."
+            "there is no such file or folder: give a checkpoint (.pth), a .safetensors file, a "
+            "pipeline folder, the output folder of a run, or owner/name of the Hub.",
+            about="input",
+            value=place,
         )
     return open_pipeline(place, path, wanted)
 
@@ -93,8 +95,10 @@ def open_checkpoint(path: Path, wanted: str | None) -> Source:
     if not sets:
         found = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
         raise UserError(
-            f"--input {path}: holds no weights of a JiT (found {found or 'nothing'}; looked for {TELLTALE}, with or "
-            "without net. before it)."
+            f"holds no weights of a JiT (found {found or 'nothing'}; looked for {TELLTALE}, with or "
+            "without net. before it).",
+            about="input",
+            value=path,
         )
     arguments = content.get("args")
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
@@ -117,12 +121,14 @@ def choose(path: Path, sets: Mapping, wanted: str | None, by_decay: Mapping[str,
         wanted = by_decay.get(wanted, wanted)
         if wanted not in sets:
             raise UserError(
-                f"--weights {wanted}: {path} has no such weights, but {', '.join(sets)}.{nearest(wanted, sets)}"
+                f"{path} has no such weights, but {', '.join(sets)}.{nearest(wanted, sets)}",
+                about="weights",
+                value=wanted,
             )
         return wanted
     if "ema1" in sets or len(sets) == 1:
         return "ema1" if "ema1" in sets else next(iter(sets))
-    raise UserError(f"--weights: {path} has no ema1, but {', '.join(sets)}: choose one with --weights.")
+    raise UserError(f"{path} has no ema1, but {', '.join(sets)}: choose one with --weights.", about="weights")
 
 
 def open_tensors(path: Path, wanted: str | None) -> Source:
@@ -132,9 +138,9 @@ def open_tensors(path: Path, wanted: str | None) -> Source:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"--input {path}: cannot be read as safetensors ({error}): get it again.") from None
+        raise UserError(f"cannot be read as safetensors ({error}): get it again.", about="input", value=path) from None
     if not is_state_dict(tensors):
-        raise UserError(f"--input {path}: holds no weights of a JiT: there is no {TELLTALE} in it.")
+        raise UserError(f"holds no weights of a JiT: there is no {TELLTALE} in it.", about="input", value=path)
     choose(path, {UNAVERAGED: tensors}, wanted, {})
     weights, positions = plain_names(path, tensors)
     stated = {}
@@ -162,13 +168,17 @@ def open_pipeline(place: str, folder: Path, wanted: str | None) -> Source:
         return _of_pipeline(checkpoint, pipeline, average if average == UNAVERAGED else f"average of decay {average}")
     if wanted is not None:
         raise UserError(
-            f"--weights {wanted}: {place} holds one set of weights only: leave the flag out, or give the output folder "
-            "of a run, or a .pth."
+            f"{place} holds one set of weights only: leave the flag out, or give the output folder "
+            "of a run, or a .pth.",
+            about="weights",
+            value=wanted,
         )
     if folder.exists():
         raise UserError(
-            f"--input {place}: holds no pipeline ({INDEX_FILE}) and no checkpoint: give a pipeline folder, the "
-            "output folder of a run, or a .pth or .safetensors file."
+            f"holds no pipeline ({INDEX_FILE}) and no checkpoint: give a pipeline folder, the "
+            "output folder of a run, or a .pth or .safetensors file.",
+            about="input",
+            value=place,
         )
     return _of_pipeline(None, load_pipeline(place, flag="--input"), "the pipeline's")
 
@@ -196,7 +206,7 @@ def average_for(checkpoint: Path, wanted: str | None) -> str:
     average = named.get(wanted, wanted)
     if average not in (UNAVERAGED, *averages):
         there = [UNAVERAGED, *(f"{name} (decay {decay})" for name, decay in named.items())]
-        raise UserError(f"--weights {wanted}: {checkpoint} has {', '.join(there)}.")
+        raise UserError(f"{checkpoint} has {', '.join(there)}.", about="weights", value=wanted)
     return average
 
 
@@ -227,10 +237,10 @@ def plain_names(path: Path, state_dict: Mapping) -> tuple[dict[str, Tensor], Ten
         if name.endswith(("freqs_cos", "freqs_sin")):  # rotary tables follow from the sizes
             continue
         if name in weights:
-            raise UserError(f"--input {path}: {full_name} is there twice, under different prefixes.")
+            raise UserError(f"{full_name} is there twice, under different prefixes.", about="input", value=path)
         is_tensor = isinstance(tensor, Tensor)
         if not is_tensor or not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
             kind = f"{tensor.layout} {tensor.device.type} {tensor.dtype}" if is_tensor else type(tensor).__name__
-            raise UserError(f"--input {path}: {full_name} is no plain floating-point tensor but {kind}.")
+            raise UserError(f"{full_name} is no plain floating-point tensor but {kind}.", about="input", value=path)
         weights[name] = tensor.detach()
     return weights, weights.pop(POSITIONS, None)

@@ -57,23 +57,35 @@ def check_target(target: Path, kind: str, source: Path | None, overwrite: bool) 
     try:
         target.exists()
     except OSError as error:  # a name that is too long, say
-        raise UserError(f"--output {target}: cannot be written ({error.strerror}): give another place.") from None
+        raise UserError(
+            f"cannot be written ({error.strerror}): give another place.", about="output", value=target
+        ) from None
     if source is not None:
         source = source.resolve()
         if target == source or target in source.parents:
-            raise UserError(f"--output {target}: is, or holds, what is converted ({source}): give another place.")
+            raise UserError(
+                f"is, or holds, what is converted ({source}): give another place.", about="output", value=target
+            )
         if source in target.parents and source.is_dir() and (source / INDEX_FILE).exists():
-            raise UserError(f"--output {target}: lies inside the pipeline that is converted: give another place.")
+            raise UserError(
+                "lies inside the pipeline that is converted: give another place.", about="output", value=target
+            )
     if not target.exists():
         return
     if target.is_dir() != (kind == FOLDER):
-        raise UserError(f"--output {target}: is {'a folder' if target.is_dir() else 'a file'}: give another name.")
+        raise UserError(
+            f"is {'a folder' if target.is_dir() else 'a file'}: give another name.", about="output", value=target
+        )
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.is_dir() and not (target / INDEX_FILE).is_file():
-        raise UserError(f"--output {target}: is a folder that holds other things than a pipeline: give another name.")
+        raise UserError(
+            "is a folder that holds other things than a pipeline: give another name.", about="output", value=target
+        )
     if not overwrite:
-        raise UserError(f"--output {target}: is there already: add --overwrite to replace it, or give another name.")
+        raise UserError(
+            "is there already: add --overwrite to replace it, or give another name.", about="output", value=target
+        )
 
 
 @contextlib.contextmanager
@@ -98,7 +110,9 @@ def written_whole(target: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--output {target}: cannot be written ({reason}): make room, or give another place. Nothing was changed."
+            f"cannot be written ({reason}): make room, or give another place. Nothing was changed.",
+            about="output",
+            value=target,
         ) from None
     finally:
         _remove(temporary)

@@ -75,19 +75,23 @@ def check(args: argparse.Namespace) -> None:
     for name, least in (("img_size", 1), ("batch_size", 1), ("num_workers", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
-            raise UserError(f"--{name} {value}: must be at least {least}.")
+            raise UserError(f"must be at least {least}.", about=name, value=value)
     if not 0 < args.seconds < math.inf:
-        raise UserError(f"--seconds {args.seconds:g}: must be more than 0.")
+        raise UserError("must be more than 0.", about="seconds", value=f"{args.seconds:g}")
     if args.img_size % patch_size:
         near = max(1, round(args.img_size / patch_size)) * patch_size
         raise UserError(
-            f"--img_size {args.img_size}: must be a multiple of the patch size {patch_size} ({args.model}): use {near}."
+            f"must be a multiple of the patch size {patch_size} ({args.model}): use {near}.",
+            about="img_size",
+            value=args.img_size,
         )
     if args.json is not None:
         try:
             args.json.touch()
         except OSError as error:
-            raise UserError(f"--json {args.json}: cannot be written ({error.strerror}): give another file.") from None
+            raise UserError(
+                f"cannot be written ({error.strerror}): give another file.", about="json", value=args.json
+            ) from None
 
 
 def measure(args: argparse.Namespace) -> dict:

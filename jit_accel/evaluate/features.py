@@ -142,11 +142,15 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], str]:
         else:
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"--feature_weights {file}: cannot be read ({error.strerror}): correct the path.") from None
+        raise UserError(
+            f"cannot be read ({error.strerror}): correct the path.", about="feature_weights", value=file
+        ) from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, SafetensorError):
         raise UserError(
-            f"--feature_weights {file}: is no file of weights, or holds more than weights, which is not run: download "
-            f"it again (Inception's is at {INCEPTION_URL})."
+            f"is no file of weights, or holds more than weights, which is not run: download "
+            f"it again (Inception's is at {INCEPTION_URL}).",
+            about="feature_weights",
+            value=file,
         ) from None
     return state, hashlib.sha256(data).hexdigest()[:16]
 
@@ -167,9 +171,11 @@ def inception_file() -> Path:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error.strerror if isinstance(error, OSError) else None
         raise UserError(
-            f"--features {INCEPTION}: its weights are not in {file}, and cannot be downloaded ({reason or error}): "
+            f"its weights are not in {file}, and cannot be downloaded ({reason or error}): "
             f"download {INCEPTION_URL} elsewhere and put it there, or name it with --feature_weights. Without a "
-            f"network --features {EFFICIENTNET_LITE0} works; what it measures is no FID."
+            f"network --features {EFFICIENTNET_LITE0} works; what it measures is no FID.",
+            about="features",
+            value=INCEPTION,
         ) from None
     return file
 

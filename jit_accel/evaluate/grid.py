@@ -110,12 +110,12 @@ def numbers(flag: str, parts: Iterable[str], at_least: float = 0.0) -> list[floa
     for part in _split(parts):
         values += _range(flag, part) if ":" in part else [float(_decimal(flag, part, part))]
         if len(values) > MAX_VALUES:
-            raise UserError(f"--{flag} {part}: more than {MAX_VALUES:,} values: take a larger step.")
+            raise UserError(f"more than {MAX_VALUES:,} values: take a larger step.", about=flag, value=part)
     for value in values:
         if not value >= at_least or math.isinf(value):
-            raise UserError(f"--{flag} {value:g}: must be at least {at_least:g}.")
+            raise UserError(f"must be at least {at_least:g}.", about=flag, value=f"{value:g}")
     if not values:
-        raise UserError(f"--{flag}: no value: give a number, a list 1,1.5,2 or a range 1.0:4.0:0.1.")
+        raise UserError("no value: give a number, a list 1,1.5,2 or a range 1.0:4.0:0.1.", about=flag)
     return sorted(set(values))
 
 
@@ -124,9 +124,9 @@ def whole_numbers(flag: str, parts: Iterable[str]) -> list[int]:
     values = numbers(flag, parts, at_least=1)
     for value in values:
         if value > MOST_STEPS:
-            raise UserError(f"--{flag} {value:g}: must be at most {MOST_STEPS:,}.")
+            raise UserError(f"must be at most {MOST_STEPS:,}.", about=flag, value=f"{value:g}")
         if value != int(value):
-            raise UserError(f"--{flag} {value:g}: must be a whole number.")
+            raise UserError("must be a whole number.", about=flag, value=f"{value:g}")
     return [int(value) for value in values]
 
 
@@ -143,13 +143,13 @@ def intervals(flag: str, parts: Iterable[str]) -> list[Interval]:
     for part in parts:
         ends = part.split(":")
         if len(ends) != 2:
-            raise UserError(f"--{flag} {part}: must be low:high, such as 0.1:1.0; several as 0.1:1.0,0:1.")
+            raise UserError("must be low:high, such as 0.1:1.0; several as 0.1:1.0,0:1.", about=flag, value=part)
         low, high = (float(_decimal(flag, end, part)) for end in ends)
         if not 0 <= low <= high <= 1:
-            raise UserError(f"--{flag} {part}: must be low:high with 0 <= low <= high <= 1, such as 0.1:1.0.")
+            raise UserError("must be low:high with 0 <= low <= high <= 1, such as 0.1:1.0.", about=flag, value=part)
         found.append((low, high))
     if not found:
-        raise UserError(f"--{flag}: no interval: give low:high, such as 0.1:1.0.")
+        raise UserError("no interval: give low:high, such as 0.1:1.0.", about=flag)
     return list(dict.fromkeys(found))
 
 
@@ -162,7 +162,7 @@ def methods(flag: str, parts: Iterable[str]) -> list[str]:
     found = [part.lower() for part in _split(parts)]
     for name in found:
         if name not in METHODS:
-            raise UserError(f"--{flag} {name}: choose from {', '.join(METHODS)}.{nearest(name, METHODS)}")
+            raise UserError(f"choose from {', '.join(METHODS)}.{nearest(name, METHODS)}", about=flag, value=name)
     return list(dict.fromkeys(found))
 
 
@@ -184,9 +184,11 @@ def averages(flag: str, parts: Iterable[str], available: Sequence[str]) -> list[
             found.append(by_value[_as_number(part)])
         else:
             choices = (*available, UNAVERAGED, ALL)
-            raise UserError(f"--{flag} {part}: not there; choose from {', '.join(choices)}.{nearest(part, choices)}")
+            raise UserError(
+                f"not there; choose from {', '.join(choices)}.{nearest(part, choices)}", about=flag, value=part
+            )
     if not found:
-        raise UserError(f"--{flag}: no average: choose from {', '.join((*available, UNAVERAGED, ALL))}.")
+        raise UserError(f"no average: choose from {', '.join((*available, UNAVERAGED, ALL))}.", about=flag)
     return list(dict.fromkeys(found))
 
 
@@ -198,13 +200,13 @@ def _split(parts: str | Iterable[str]) -> list[str]:
 def _range(flag: str, text: str) -> list[float]:
     ends = text.split(":")
     if len(ends) != 3:
-        raise UserError(f"--{flag} {text}: a range is start:stop:step, such as 1.0:4.0:0.1.")
+        raise UserError("a range is start:stop:step, such as 1.0:4.0:0.1.", about=flag, value=text)
     start, stop, step = (_decimal(flag, end, text) for end in ends)
     if step <= 0 or start > stop:
-        raise UserError(f"--{flag} {text}: must have start <= stop and a step above 0, such as 1.0:4.0:0.1.")
+        raise UserError("must have start <= stop and a step above 0, such as 1.0:4.0:0.1.", about=flag, value=text)
     count = int((stop - start) / step) + 1
     if count > MAX_VALUES:
-        raise UserError(f"--{flag} {text}: more than {MAX_VALUES:,} values: take a larger step.")
+        raise UserError(f"more than {MAX_VALUES:,} values: take a larger step.", about=flag, value=text)
     return [float(start + i * step) for i in range(count)]
 
 
@@ -215,8 +217,10 @@ def _decimal(flag: str, text: str, whole: str) -> Decimal:
         value = Decimal("nan")
     if not value.is_finite() or math.isinf(float(value)):
         raise UserError(
-            f"--{flag} {whole}: {text!r} is no number: give numbers such as 1.5, lists such as 1,1.5,2 and ranges "
-            "start:stop:step such as 1.0:4.0:0.1."
+            f"{text!r} is no number: give numbers such as 1.5, lists such as 1,1.5,2 and ranges "
+            "start:stop:step such as 1.0:4.0:0.1.",
+            about=flag,
+            value=whole,
         )
     return value
 

@@ -56,7 +56,7 @@ def import_package(name: str, features: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"--features {features}: {error}: pip install 'jit_accel[eval]'.") from None
+        raise UserError(f"{error}: pip install 'jit_accel[eval]'.", about="features", value=features) from None
 
 
 @contextmanager

@@ -47,12 +47,14 @@ def read_records(file: Path | None) -> list[dict]:
         file.parent.mkdir(parents=True, exist_ok=True)
         records = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     except OSError as error:
-        raise UserError(f"--output {file}: cannot be written ({error.strerror}): give another file.") from None
+        raise UserError(
+            f"cannot be written ({error.strerror}): give another file.", about="output", value=file
+        ) from None
     except ValueError:
         records = None
     is_ours = isinstance(records, list) and all(isinstance(record, dict) for record in records)
     if not is_ours or not os.access(file.parent, os.W_OK):
-        raise UserError(f"--output {file}: results cannot be added to it: give another file.")
+        raise UserError("results cannot be added to it: give another file.", about="output", value=file)
     return records
 
 
@@ -65,7 +67,7 @@ def add_records(records: list[dict], file: Path | None) -> None:
         every = [*read_records(file), *({**record, **stamp} for record in records)]
         write_text(file, json.dumps(every, indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"--output {file}: cannot be written ({error.strerror}).") from None
+        raise UserError(f"cannot be written ({error.strerror}).", about="output", value=file) from None
     say(f"Results: {file}")
 
 

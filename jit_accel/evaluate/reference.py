@@ -104,7 +104,7 @@ def save_reference(path: Path, reference: Reference, weights_id: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, write)
     except OSError as error:
-        raise UserError(f"--make_reference {path}: cannot be written ({error.strerror or error}).") from None
+        raise UserError(f"cannot be written ({error.strerror or error}).", about="make_reference", value=path) from None
 
 
 def read_reference(path: str, network: FeatureNetwork) -> Reference | None:
@@ -121,13 +121,17 @@ def read_reference(path: str, network: FeatureNetwork) -> Reference | None:
         return None
     if features != network.name:
         raise UserError(
-            f"--reference {path}: holds statistics of {features} features, not of {network.name}: use --features "
-            f"{features}, or make a file of {network.name} features from the images with --make_reference."
+            f"holds statistics of {features} features, not of {network.name}: use --features "
+            f"{features}, or make a file of {network.name} features from the images with --make_reference.",
+            about="reference",
+            value=path,
         )
     if about.get("weights_id", network.weights_id) != network.weights_id:
         raise UserError(
-            f"--reference {path}: was made with other weights of {features} ({about['weights_id']}, here "
-            f"{network.weights_id}): give the same --feature_weights, or make it again with --make_reference."
+            f"was made with other weights of {features} ({about['weights_id']}, here "
+            f"{network.weights_id}): give the same --feature_weights, or make it again with --make_reference.",
+            about="reference",
+            value=path,
         )
     gaussians = {
         layer: _gaussian(path, arrays, layer, network.sizes[layer])
@@ -135,7 +139,9 @@ def read_reference(path: str, network: FeatureNetwork) -> Reference | None:
         if mean in arrays and layer in network.sizes
     }
     if MAIN not in gaussians:
-        raise UserError(f"--reference {path}: has neither statistics (mu, sigma) nor images (arr_0): give another.")
+        raise UserError(
+            "has neither statistics (mu, sigma) nor images (arr_0): give another.", about="reference", value=path
+        )
     kept = _kept(path, arrays, network.sizes[MAIN])
     counts = tuple(about.get("label_counts", ()))
     return Reference(path, features, gaussians, kept, about.get("num_images"), about.get("img_size"), counts)
@@ -148,7 +154,9 @@ def _read_arrays(path: str) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name in known}
     except BROKEN as error:
-        raise UserError(f"--reference {path}: cannot be read ({reason_of(error)}): give another file.") from None
+        raise UserError(
+            f"cannot be read ({reason_of(error)}): give another file.", about="reference", value=path
+        ) from None
 
 
 def _about(path: str, arrays: dict[str, np.ndarray]) -> dict:
@@ -159,11 +167,11 @@ def _about(path: str, arrays: dict[str, np.ndarray]) -> dict:
     except ValueError:
         about = None
     if not isinstance(about, dict) or about.get("maker") != MAKER:
-        raise UserError(f"--reference {path}: its description is no one of ours: make it again.")
+        raise UserError("its description is no one of ours: make it again.", about="reference", value=path)
     counts, sizes = about.get("label_counts") or [], (about.get("num_images"), about.get("img_size"))
     numbers = [*counts, *(size for size in sizes if size is not None)] if isinstance(counts, list) else [None]
     if not all(type(number) is int and number >= 0 for number in numbers) or 0 in sizes:
-        raise UserError(f"--reference {path}: its description has counts that are none: make it again.")
+        raise UserError("its description has counts that are none: make it again.", about="reference", value=path)
     return about | {"label_counts": counts}
 
 
@@ -179,8 +187,10 @@ def _kept(path: str, arrays: dict[str, np.ndarray], size: int) -> Tensor | None:
         or not np.isfinite(kept).all()
     ):
         raise UserError(
-            f"--reference {path}: kept is {kept.dtype} {kept.shape}, not finite floats (n, {size}) of {LEAST_FEATURES} "
-            "images or more: make it again."
+            f"kept is {kept.dtype} {kept.shape}, not finite floats (n, {size}) of {LEAST_FEATURES} "
+            "images or more: make it again.",
+            about="reference",
+            value=path,
         )
     return torch.from_numpy(kept).float()
 
@@ -191,9 +201,11 @@ def _gaussian(path: str, arrays: dict[str, np.ndarray], layer: str, size: int) -
     shapes = [tuple(array.shape) for array in found]
     if shapes != [(size,), (size, size)] or not all(bool(array.isfinite().all()) for array in found):
         names, wanted = ", ".join(NAMES[layer]), f"{(size,)} and {(size, size)}"
-        raise UserError(f"--reference {path}: {names} have the shapes {shapes}, not {wanted}, or are not finite.")
+        raise UserError(
+            f"{names} have the shapes {shapes}, not {wanted}, or are not finite.", about="reference", value=path
+        )
     variances = found[1].diagonal()
     is_positive = variances.min() >= -1e-6 * max(1.0, variances.max())  # rounding may leave a constant one below 0
     if not is_positive or not torch.allclose(found[1], found[1].T, rtol=1e-4, atol=1e-6):
-        raise UserError(f"--reference {path}: {NAMES[layer][1]} is no covariance: give another file.")
+        raise UserError(f"{NAMES[layer][1]} is no covariance: give another file.", about="reference", value=path)
     return Gaussian(*found)

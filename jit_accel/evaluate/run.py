@@ -114,7 +114,9 @@ def open_subject(config: EvaluateConfig, open_pipeline: Opened, ema: str | None)
         network = pipeline.transformer.config
         side = config.img_size or network.img_size
         if side % network.patch_size:
-            raise UserError(f"--img_size {side}: must be a multiple of the model's patch size {network.patch_size}.")
+            raise UserError(
+                f"must be a multiple of the model's patch size {network.patch_size}.", about="img_size", value=side
+            )
         return Subject(pipeline, None, side)
     if config.images is not None:
         images = open_images(config.images, "--images")
@@ -179,7 +181,7 @@ def measurable(config: EvaluateConfig, evaluator: Evaluator, subject: Subject, r
     missing = unmeasurable(evaluator.metrics, reference, num_images)
     if missing and config.metrics:
         name, reason = next(iter(missing.items()))
-        raise UserError(f"--metrics {name}: {reason}.")
+        raise UserError(f"{reason}.", about="metrics", value=name)
     for reason in dict.fromkeys(missing.values()) if evaluator.accelerator.is_main_process else ():
         warn(f"without {', '.join(name for name in missing if missing[name] == reason)}: {reason}.")
     return tuple(name for name in evaluator.metrics if name not in missing)

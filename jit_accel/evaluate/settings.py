@@ -90,27 +90,31 @@ def check(config: EvaluateConfig) -> None:
     lookup(dict.fromkeys(FEATURES), config.features, "--features")
     for flag in ("ema", "metrics", "method"):
         if (value := getattr(config, flag)) and not names(value):
-            raise UserError(f"--{flag} {' '.join(value)}: names nothing: give some, or leave the flag out.")
+            raise UserError("names nothing: give some, or leave the flag out.", about=flag, value=f"{' '.join(value)}")
     chosen_metrics(config.features, config.metrics)
     if config.reference is None:
-        raise UserError("--reference: not given: name the real images, or a file of their statistics.")
+        raise UserError("not given: name the real images, or a file of their statistics.", about="reference")
     if config.model is not None and config.images is not None:
-        raise UserError(f"--images {config.images}: does not go with --model: give the one or the other.")
+        raise UserError("does not go with --model: give the one or the other.", about="images", value=config.images)
     if config.model is None and config.images is None and config.make_reference is None:
-        raise UserError("--model: not given: name what makes the images, or measure others with --images.")
+        raise UserError("not given: name what makes the images, or measure others with --images.", about="model")
     if config.ema and config.model is None:
-        raise UserError(f"--ema {','.join(config.ema)}: chooses among the weights of --model, which is not given.")
+        raise UserError(
+            "chooses among the weights of --model, which is not given.", about="ema", value=f"{','.join(config.ema)}"
+        )
     if config.make_reference is not None and not config.make_reference.endswith(".npz"):
-        raise UserError(f"--make_reference {config.make_reference}: must end in .npz.")
+        raise UserError("must end in .npz.", about="make_reference", value=config.make_reference)
     check_sweep(config)
     for flag, (least, most) in RANGES.items():
         value = getattr(config, flag)
         if value is not None and not least <= value <= most:
-            raise UserError(f"--{flag} {value}: must be at least {least} and at most {most:,}.")
+            raise UserError(f"must be at least {least} and at most {most:,}.", about=flag, value=value)
     if config.max_features < 4:
-        raise UserError(f"--max_features {config.max_features}: must be at least 4, for three neighbours of each.")
+        raise UserError(
+            "must be at least 4, for three neighbours of each.", about="max_features", value=config.max_features
+        )
     if not 0 <= config.seed < 2**63:
-        raise UserError(f"--seed {config.seed}: must be from 0 to 2^63 - 1.")
+        raise UserError("must be from 0 to 2^63 - 1.", about="seed", value=config.seed)
 
 
 def axes_of(config: EvaluateConfig) -> Axes:
@@ -138,10 +142,12 @@ def check_sweep(config: EvaluateConfig) -> None:
     for flag in ("guidance_scale", "guidance_interval", "num_inference_steps", "method"):
         if getattr(config, flag) and config.model is None:
             value = " ".join(getattr(config, flag))
-            raise UserError(f"--{flag} {value}: says how --model makes images, which is not given: leave it out.")
+            raise UserError("says how --model makes images, which is not given: leave it out.", about=flag, value=value)
     chosen = chosen_metrics(config.features, config.metrics)
     if config.select is not None and chosen_metrics(config.features, (config.select,), "--select")[0] not in chosen:
-        raise UserError(f"--select {config.select}: is not among --metrics {','.join(config.metrics)}: add it.")
+        raise UserError(
+            f"is not among --metrics {','.join(config.metrics)}: add it.", about="select", value=config.select
+        )
 
 
 def selected_metric(config: EvaluateConfig) -> str:

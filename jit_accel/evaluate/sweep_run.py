@@ -56,7 +56,9 @@ def run_sweep(
     settings, model_identity = open_grid(config, weights, pipelines)
     select, every_metric = selected_metric(config), evaluator.metrics
     if select not in every_metric:
-        raise UserError(f"--select {select}: cannot be measured here; choose from {', '.join(every_metric)}.")
+        raise UserError(
+            f"cannot be measured here; choose from {', '.join(every_metric)}.", about="select", value=select
+        )
     sweep_images = config.sweep_images or max(2, config.num_images // 10)
     folder = (file.parent if file else Path()) / SWEEP_FOLDER
     context = {
@@ -120,8 +122,10 @@ def emas_of(model: str, weights: str, axes: Axes) -> list[str | None]:
         return [None] if checkpoint is None else averages_of(checkpoint)[:1]
     if checkpoint is None:
         raise UserError(
-            f"--ema {','.join(axes.emas)}: {model} has no checkpoint to take averages from: give the output "
-            "folder of a run, or leave the flag out to use the weights of the pipeline folder."
+            f"{model} has no checkpoint to take averages from: give the output "
+            "folder of a run, or leave the flag out to use the weights of the pipeline folder.",
+            about="ema",
+            value=f"{','.join(axes.emas)}",
         )
     return averages("ema", axes.emas, averages_of(checkpoint))
 
@@ -229,6 +233,8 @@ def writing(folder: Path, write: Callable):
         return write()
     except OSError as error:
         raise UserError(
-            f"--output {folder}: cannot be written or read ({error.strerror or error}): make room or give --output in "
-            "another folder; the same command goes on where it stopped."
+            f"cannot be written or read ({error.strerror or error}): make room or give --output in "
+            "another folder; the same command goes on where it stopped.",
+            about="output",
+            value=folder,
         ) from None

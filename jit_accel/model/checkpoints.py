@@ -74,8 +74,10 @@ class Checkpointer:
             found = complete_checkpoints(self.folder)
             good = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
             raise UserError(
-                f"--output_dir {self.folder.parent}: the checkpoint of step {step} cannot be written ({problem}): make "
-                f"room or choose a smaller --keep_checkpoints, then go on with --resume auto; {good}."
+                f"the checkpoint of step {step} cannot be written ({problem}): make "
+                f"room or choose a smaller --keep_checkpoints, then go on with --resume auto; {good}.",
+                about="output_dir",
+                value=self.folder.parent,
             )
         return final
 
@@ -146,8 +148,10 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
         if found := complete_checkpoints(folder):
             return found[-1]
     raise UserError(
-        f"--resume {resume}: holds no complete checkpoint (a folder step_… with a {MANIFEST}): give the path of "
-        "one, or auto to continue where --output_dir left off, or none to start anew."
+        f"holds no complete checkpoint (a folder step_… with a {MANIFEST}): give the path of "
+        "one, or auto to continue where --output_dir left off, or none to start anew.",
+        about="resume",
+        value=resume,
     )
 
 
@@ -173,7 +177,7 @@ def read_state(path: Path) -> dict:
     """
     state = json.loads((path / STATE).read_text())
     if state["format"] > FORMAT_VERSION:
-        raise UserError(f"--resume {path}: was written by a newer jit_accel: update this one.")
+        raise UserError("was written by a newer jit_accel: update this one.", about="resume", value=path)
     return state
 
 
@@ -194,8 +198,10 @@ def refuse_other_run(path: Path, state: dict, settings: dict, data: str, fingerp
         differences.append(f"--data_path is {data}, the checkpoint has {state['data']}")
     if differences:
         raise UserError(
-            f"--resume {path}: belongs to another run: {'; '.join(differences)}. "
-            "Give the settings it was made with, or another --output_dir to start anew."
+            f"belongs to another run: {'; '.join(differences)}. "
+            "Give the settings it was made with, or another --output_dir to start anew.",
+            about="resume",
+            value=path,
         )
 
 

@@ -57,28 +57,33 @@ def check_login(repo_id: str) -> None:
         UserError: nobody is logged in, the token is refused or may not write there.
     """
     if constants.HF_HUB_OFFLINE:
-        raise UserError("--push_to_hub: HF_HUB_OFFLINE is set, which forbids it: unset it, or leave the flag out.")
+        raise UserError(
+            "HF_HUB_OFFLINE is set, which forbids it: unset it, or leave the flag out.", about="push_to_hub"
+        )
     try:
         with patience(LOGIN_TIMEOUT_S):
             account = HfApi().whoami()
     except LocalTokenNotFoundError:
         raise UserError(
-            "--push_to_hub: nobody is logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN to a "
-            "token that may write."
+            "nobody is logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN to a "
+            "token that may write.",
+            about="push_to_hub",
         ) from None
     except Exception as error:  # of the client, of the network, of JSON
         if status_of(error) in (401, 403):
-            raise UserError(f"--push_to_hub: {reason_of(error, repo_id)}") from None
+            raise UserError(f"{reason_of(error, repo_id)}", about="push_to_hub") from None
         warn(f"--push_to_hub: the login cannot be checked now ({reason_of(error, repo_id)})")
         return
     if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-        raise UserError("--push_to_hub: the token may only read: log in with one that may write (hf auth login).")
+        raise UserError("the token may only read: log in with one that may write (hf auth login).", about="push_to_hub")
     names = [account.get("name"), *(org.get("name") for org in account.get("orgs") or ())]
     writable = [str(name) for name in names if name]
     if writable and repo_id.partition("/")[0].lower() not in [name.lower() for name in writable]:
         raise UserError(
-            f"--hub_model_id {repo_id}: the login may write to {', '.join(writable)} only: change the owner, or log in "
-            "as another (hf auth login)."
+            f"the login may write to {', '.join(writable)} only: change the owner, or log in "
+            "as another (hf auth login).",
+            about="hub_model_id",
+            value=repo_id,
         )
 
 
@@ -101,7 +106,7 @@ def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
     except UserError:
         raise
     except Exception as error:  # of the client, of the network, of the disk
-        raise UserError(f"--push_to_hub: {folder} was not pushed: {reason_of(error, repo_id)}") from None
+        raise UserError(f"{folder} was not pushed: {reason_of(error, repo_id)}", about="push_to_hub") from None
     return f"{api.endpoint}/{repo_id}"
 
 
@@ -134,8 +139,9 @@ def make_repository(api: HfApi, repo_id: str, private: bool) -> None:
         info = api.model_info(repo_id) if private or status_of(error) == 403 else None
         if private and not info.private:
             raise UserError(
-                f"--hub_private: {repo_id} exists and is public: make it private in its settings on the Hub, or give "
-                "another --hub_model_id."
+                f"{repo_id} exists and is public: make it private in its settings on the Hub, or give "
+                "another --hub_model_id.",
+                about="hub_private",
             ) from None
 
 

@@ -69,8 +69,10 @@ def load_pipeline(
         return _cast(pipeline_of_checkpoint(checkpoint, ema, flag), torch_dtype)
     if ema is not None:
         raise UserError(
-            f"--ema {ema}: {path} has no checkpoint to take averages from: give the output folder of a run, or leave "
-            "the flag out to use the weights of the pipeline folder."
+            f"{path} has no checkpoint to take averages from: give the output folder of a run, or leave "
+            "the flag out to use the weights of the pipeline folder.",
+            about="ema",
+            value=ema,
         )
     if folder.exists() or path.count("/") != 1:
         raise UserError(
@@ -138,7 +140,7 @@ def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, flag: str =
     ema = averages[0] if ema is None else ema
     if ema not in (UNAVERAGED, *averages):
         choices = (*averages, UNAVERAGED)
-        raise UserError(f"--ema {ema}: {checkpoint} has {', '.join(choices)}.{nearest(ema, choices)}")
+        raise UserError(f"{checkpoint} has {', '.join(choices)}.{nearest(ema, choices)}", about="ema", value=ema)
     with torch.device("meta"):
         network = build_network(config)
     stem = UNAVERAGED if ema == UNAVERAGED else f"ema_{ema}"

@@ -38,12 +38,14 @@ class Adapter:
         layers = _targeted(network, self.targets)
         least = min(min(layer.weight.shape) for layer in layers.values())
         if rank > least:
-            raise UserError(f"--lora_rank {rank}: must not be above {least}, the smaller side of a weight it adapts.")
+            raise UserError(
+                f"must not be above {least}, the smaller side of a weight it adapts.", about="lora_rank", value=rank
+            )
         self.base_identity = identity_of(network.state_dict())
         try:
             from peft import LoraConfig
         except ImportError:
-            raise UserError(f"--lora_rank {rank}: needs peft: pip install 'jit_accel[lora]'.") from None
+            raise UserError("needs peft: pip install 'jit_accel[lora]'.", about="lora_rank", value=rank) from None
         network.requires_grad_(False)
         network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=self.targets))
 
@@ -93,9 +95,11 @@ def refuse_other_base(checkpoint: Path, state: dict, path: str, identity: str) -
     """Raise `UserError` where a checkpoint's adapter was trained on other weights than those from `path`."""
     if state["base_identity"] != identity:
         raise UserError(
-            f"--init_from {path}: holds other weights (SHA-256 {identity[:12]}) than the adapter of {checkpoint} was "
+            f"holds other weights (SHA-256 {identity[:12]}) than the adapter of {checkpoint} was "
             f"trained on ({state['base_identity'][:12]}, then from {state['settings']['init_from']}): give those, or "
-            "another --output_dir to start anew."
+            "another --output_dir to start anew.",
+            about="init_from",
+            value=path,
         )
 
 
@@ -109,8 +113,9 @@ def _targeted(network: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
             linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
             choices = list(dict.fromkeys(name.split(".", 2)[-1] if "blocks." in name else name for name in linear))
             raise UserError(
-                f"--lora_targets {target}: must be the end of a Linear layer's name, such as "
-                f"{', '.join(choices)}.{nearest(target, choices)}"
+                f"must be the end of a Linear layer's name, such as {', '.join(choices)}.{nearest(target, choices)}",
+                about="lora_targets",
+                value=target,
             )
         found |= named
     return found

@@ -74,8 +74,9 @@ def run_jobs(
         if stop.number:
             raise Stopped(stop.number) from None
         raise UserError(
-            "--num_workers: a process was killed, most likely because the memory was full. What is finished is kept: "
-            "run the same command with a smaller --num_workers."
+            "a process was killed, most likely because the memory was full. What is finished is kept: "
+            "run the same command with a smaller --num_workers.",
+            about="num_workers",
         ) from None
     finally:
         halt.value = 1

@@ -185,8 +185,9 @@ def _encoded(work: Work, originals: Iterator[Original]) -> Iterator[Encoded]:
             original = next(originals, None)
         except (OSError, pa.ArrowException) as error:
             raise UserError(
-                f"--data_path {work.config.data_path}: cannot be read ({error}). What is finished is kept: repair it "
-                "and run the same command again."
+                f"cannot be read ({error}). What is finished is kept: repair it and run the same command again.",
+                about="data_path",
+                value=work.config.data_path,
             ) from error
         if original is None:
             return
@@ -210,7 +211,9 @@ def _finish(work: Work, output: OutputFolder, num_shards: int, recorded: dict) -
     if not shards:
         example = f" ({skipped[0]['name']}: {skipped[0]['reason']})" if skipped else ""
         raise UserError(
-            f"--data_path {work.config.data_path}: none of its images can be decoded{example}: choose other data."
+            f"none of its images can be decoded{example}: choose other data.",
+            about="data_path",
+            value=work.config.data_path,
         )
     layout, counts = work.layout, Counter()
     for entry in entries:

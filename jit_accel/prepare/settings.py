@@ -90,19 +90,21 @@ def check(config: PrepareConfig) -> None:
     if config.verify is not None:
         if config.data_path is not None or config.output_dir is not None:
             raise UserError(
-                "--verify: compares checksums and prepares nothing: leave --data_path and --output_dir out."
+                "compares checksums and prepares nothing: leave --data_path and --output_dir out.", about="verify"
             )
         return
     for flag in ("data_path", "output_dir"):
         if not getattr(config, flag):
-            raise UserError(f"--{flag}: not given; preparing needs --data_path and --output_dir.")
+            raise UserError("not given; preparing needs --data_path and --output_dir.", about=flag)
     for flag in ("img_size", "shard_images", "num_workers"):
         value = getattr(config, flag)
         if value is not None and value < 1:
-            raise UserError(f"--{flag} {value}: must be at least 1.")
+            raise UserError("must be at least 1.", about=flag, value=value)
     if config.quality is not None and config.format not in LOSSY:
-        raise UserError(f"--quality {config.quality}: --format {config.format} has none: leave the flag out.")
+        raise UserError(
+            f"--format {config.format} has none: leave the flag out.", about="quality", value=config.quality
+        )
     if config.quality is not None and not 1 <= config.quality <= 100:
-        raise UserError(f"--quality {config.quality}: must be from 1 to 100.")
+        raise UserError("must be from 1 to 100.", about="quality", value=config.quality)
     if config.seed < 0:
-        raise UserError(f"--seed {config.seed}: must not be negative.")
+        raise UserError("must not be negative.", about="seed", value=config.seed)

@@ -29,9 +29,11 @@ def verify(folder: str) -> int:
             bar.update(file["bytes"])
     if damaged:
         raise UserError(
-            f"--verify {folder}: {len(damaged)} of {len(files)} files are not what was written: "
+            f"{len(damaged)} of {len(files)} files are not what was written: "
             f"{', '.join(damaged[:5])}{', ...' if len(damaged) > 5 else ''}: copy them "
-            "again, or prepare the images again."
+            "again, or prepare the images again.",
+            about="verify",
+            value=folder,
         )
     print(f"{folder}: {len(files)} files, {index['num_images']:,} images, all as they were written.")
     return 0

@@ -110,12 +110,16 @@ def write_page(page: str, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.is_dir():
-            raise UserError(f"--output {path}: this is a folder; name a file, such as {path / 'report.html'}.")
+            raise UserError(
+                f"this is a folder; name a file, such as {path / 'report.html'}.", about="output", value=path
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror}); name another with --output.") from None
+        raise UserError(
+            f"cannot be written ({error.strerror}); name another with --output.", about="output", value=path
+        ) from None
     finally:
         remove(temporary)
 

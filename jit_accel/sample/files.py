@@ -26,10 +26,11 @@ def trouble(folder: Path, error: OSError) -> UserError:
     """What an `OSError` while writing means to the user."""
     if error.errno in _NO_SPACE:
         return UserError(
-            f"--output_dir {folder}: the disk is full. What is finished is kept: make room and run the same command "
-            "again with --resume."
+            "the disk is full. What is finished is kept: make room and run the same command again with --resume.",
+            about="output_dir",
+            value=folder,
         )
-    return UserError(f"--output_dir {folder}: cannot be written to ({error}): choose a folder that can.")
+    return UserError(f"cannot be written to ({error}): choose a folder that can.", about="output_dir", value=folder)
 
 
 class ImageFiles:

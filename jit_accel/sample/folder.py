@@ -38,16 +38,20 @@ def open_folder(folder: Path, record: dict, resume: bool) -> None:
         if path.is_file():
             if not resume:
                 raise UserError(
-                    f"--output_dir {folder}: holds samples already: add --resume to go on, or give another folder."
+                    "holds samples already: add --resume to go on, or give another folder.",
+                    about="output_dir",
+                    value=folder,
                 )
             _compare(_read(path, folder), record, folder)
         elif found := [name for name in sorted(os.listdir(folder)) if holds_files(folder / name)]:
             raise UserError(
-                f"--output_dir {folder}: is not empty ({found[0]}) and holds no {SAMPLES_RECORD} of a sampling to go "
-                "on with: give a new folder."
+                f"is not empty ({found[0]}) and holds no {SAMPLES_RECORD} of a sampling to go "
+                "on with: give a new folder.",
+                about="output_dir",
+                value=folder,
             )
     except FileExistsError:
-        raise UserError(f"--output_dir {folder}: is a file: give a new folder.") from None
+        raise UserError("is a file: give a new folder.", about="output_dir", value=folder) from None
     except OSError as error:
         raise trouble(folder, error) from error
 
@@ -75,8 +79,9 @@ def _read(path: Path, folder: Path) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise UserError(
-        f"--output_dir {folder}: its {SAMPLES_RECORD} is broken, or of another version of this program: give a new "
-        "folder."
+        f"its {SAMPLES_RECORD} is broken, or of another version of this program: give a new folder.",
+        about="output_dir",
+        value=folder,
     )
 
 
@@ -103,8 +108,9 @@ def _compare(then: dict, now: dict, folder: Path) -> None:
         )
     if changed:
         raise UserError(
-            f"--output_dir {folder}: was begun otherwise: {'; '.join(changed)}: use the same settings, or another "
-            "folder."
+            f"was begun otherwise: {'; '.join(changed)}: use the same settings, or another folder.",
+            about="output_dir",
+            value=folder,
         )
 
 

@@ -44,8 +44,10 @@ class NpzFile:
         free = shutil.disk_usage(self.parts).free
         if needed > free:
             raise UserError(
-                f"--output_dir {self.path.parent}: the .npz and its parts need {needed / 2**30:,.1f} GiB more, and the "
-                f"disk has {free / 2**30:,.1f} GiB left: make room, or choose another disk."
+                f"the .npz and its parts need {needed / 2**30:,.1f} GiB more, and the "
+                f"disk has {free / 2**30:,.1f} GiB left: make room, or choose another disk.",
+                about="output_dir",
+                value=self.path.parent,
             )
 
     def missing(self, stop_here: Callable[[], object] = lambda: None) -> list[Item]:
@@ -68,8 +70,10 @@ class NpzFile:
         if num_images != len(self.plan.items()):
             held = "is broken" if num_images is None else f"holds {num_images:,} images"
             raise UserError(
-                f"--output_dir {self.path.parent}: {FILE} {held}, and not the {len(self.plan.items()):,} asked for: "
-                "remove it and all beside it, or choose another folder."
+                f"{FILE} {held}, and not the {len(self.plan.items()):,} asked for: "
+                "remove it and all beside it, or choose another folder.",
+                about="output_dir",
+                value=self.path.parent,
             )
         return []
 

@@ -88,7 +88,11 @@ def plan_images(config: SampleConfig, num_classes: int, class_names: Sequence[st
     if config.classes:
         labels = tuple(sorted({label_of(name, num_classes, class_names) for name in _split(config, class_names)}))
         if not labels:
-            raise UserError(f"--classes {' '.join(config.classes)}: names no class: give some, or leave the flag out.")
+            raise UserError(
+                "names no class: give some, or leave the flag out.",
+                about="classes",
+                value=f"{' '.join(config.classes)}",
+            )
     if config.images_per_class is not None:
         counts = (config.images_per_class,) * len(labels)
     else:
@@ -96,8 +100,10 @@ def plan_images(config: SampleConfig, num_classes: int, class_names: Sequence[st
         counts = tuple(share + (k < rest) for k in range(len(labels)))
     if sum(counts) > MOST_IMAGES:
         raise UserError(
-            f"--images_per_class {config.images_per_class}: {sum(counts):,} images are more than {MOST_IMAGES:,}: make "
-            "them in several folders, each with its own --seed."
+            f"{sum(counts):,} images are more than {MOST_IMAGES:,}: make "
+            "them in several folders, each with its own --seed.",
+            about="images_per_class",
+            value=config.images_per_class,
         )
     kept = [(label, count) for label, count in zip(labels, counts) if count]
     return Plan(*zip(*kept), num_classes, tuple(class_names) if class_names else None)
@@ -122,13 +128,13 @@ def label_of(name: str, num_classes: int, class_names: Sequence[str] | None) -> 
     if name.lower() == NO_CLASS:
         return num_classes
     if num_classes == 0:
-        raise UserError(f"--classes {name}: the model knows no classes: leave the flag out.")
+        raise UserError("the model knows no classes: leave the flag out.", about="classes", value=name)
     if re.fullmatch(r"\d+", name, re.ASCII) and int(name) < num_classes:
         return int(name)
     rule = f"use 0 to {num_classes - 1}" if num_classes > 1 else "use 0"
     if names:
         rule += f", or a name: {', '.join(names[:10])}" + (", ..." if len(names) > 10 else "")
-    raise UserError(f"--classes {name}: no such class; {rule}; or none.{nearest(name, names)}")
+    raise UserError(f"no such class; {rule}; or none.{nearest(name, names)}", about="classes", value=name)
 
 
 def safe_name(name: str) -> str:

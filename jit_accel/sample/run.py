@@ -87,7 +87,7 @@ def size_of(config: SampleConfig, network) -> tuple[int, int]:
         if side % patch:
             lower = side // patch * patch
             choices = " or ".join(str(n) for n in (lower, lower + patch) if n)
-            raise UserError(f"--{flag} {side}: must be a multiple of the patch size, {patch}: use {choices}.")
+            raise UserError(f"must be a multiple of the patch size, {patch}: use {choices}.", about=flag, value=side)
         size.append(side)
     return tuple(size)
 
@@ -225,7 +225,9 @@ class Sampling:
                 )
         except torch.OutOfMemoryError:
             raise UserError(
-                f"--batch_size {self.batch_size}: does not fit into the memory of the device: use a smaller one."
+                "does not fit into the memory of the device: use a smaller one.",
+                about="batch_size",
+                value=self.batch_size,
             ) from None
         return images.permute(0, 2, 3, 1).cpu().numpy()
 

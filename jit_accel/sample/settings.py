@@ -76,18 +76,22 @@ def check(config: SampleConfig) -> None:
         UserError: naming the flag, its value and the rule.
     """
     if not config.model:
-        raise UserError("--model: not given; name a pipeline folder, the output folder of a run, or a Hub id.")
+        raise UserError("not given; name a pipeline folder, the output folder of a run, or a Hub id.", about="model")
     if not config.output_dir:
-        raise UserError("--output_dir: is empty; name a folder.")
+        raise UserError("is empty; name a folder.", about="output_dir")
     _check_ranges(config)
     if config.images_per_class is not None and config.num_images is not None:
         raise UserError(
-            f"--images_per_class {config.images_per_class}: contradicts --num_images {config.num_images}: give one."
+            f"contradicts --num_images {config.num_images}: give one.",
+            about="images_per_class",
+            value=config.images_per_class,
         )
     if config.img_size is not None and (config.height is not None or config.width is not None):
-        raise UserError(f"--img_size {config.img_size}: contradicts --height and --width: give either.")
+        raise UserError("contradicts --height and --width: give either.", about="img_size", value=config.img_size)
     if config.guidance_scale is not None and not (math.isfinite(config.guidance_scale) and config.guidance_scale >= 0):
-        raise UserError(f"--guidance_scale {config.guidance_scale:g}: must be at least 0; 1 is no guidance.")
+        raise UserError(
+            "must be at least 0; 1 is no guidance.", about="guidance_scale", value=f"{config.guidance_scale:g}"
+        )
     if config.guidance_interval is not None:
         low, high = config.guidance_interval
         if not 0 <= low <= high <= 1:
@@ -100,6 +104,6 @@ def _check_ranges(config: SampleConfig) -> None:
     for flag, most in MOST.items():
         value = getattr(config, flag)
         if value is not None and not 1 <= value <= most:
-            raise UserError(f"--{flag} {value}: must be at least 1 and at most {most:,}.")
+            raise UserError(f"must be at least 1 and at most {most:,}.", about=flag, value=value)
     if not 0 <= config.seed < 2**63:
-        raise UserError(f"--seed {config.seed}: must be from 0 to 2^63 - 1.")
+        raise UserError("must be from 0 to 2^63 - 1.", about="seed", value=config.seed)

@@ -264,7 +264,9 @@ def check_output_dir(config: Config) -> None:
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     except OSError as error:  # a name that is too long, say
-        raise UserError(f"--output_dir {folder}: cannot be written to ({error.strerror}): give another.") from None
+        raise UserError(
+            f"cannot be written to ({error.strerror}): give another.", about="output_dir", value=folder
+        ) from None
     held = [
         *(path for path in (folder / METRICS_FILE,) if path.exists() and path.stat().st_size),
         *folder.glob("pipeline/model_index.json"),
@@ -274,17 +276,23 @@ def check_output_dir(config: Config) -> None:
     continues_here = resume == "auto" or (resume != "none" and folder.resolve() in (resumed, *resumed.parents))
     if held and not continues_here:
         raise UserError(
-            f"--output_dir {folder}: holds another run ({held[-1].relative_to(folder)}): add --resume auto to "
-            "continue it, or give another folder."
+            f"holds another run ({held[-1].relative_to(folder)}): add --resume auto to "
+            "continue it, or give another folder.",
+            about="output_dir",
+            value=folder,
         )
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {folder}: {existing} is not a folder that can be written to: give another.")
+        raise UserError(
+            f"{existing} is not a folder that can be written to: give another.", about="output_dir", value=folder
+        )
     if not config.run.dry_run:
         try:  # the folder itself is made where training begins, after all that may be refused
             with tempfile.TemporaryFile(dir=existing):
                 pass
         except OSError as error:
-            raise UserError(f"--output_dir {folder}: cannot be written to ({error.strerror}): give another.") from None
+            raise UserError(
+                f"cannot be written to ({error.strerror}): give another.", about="output_dir", value=folder
+            ) from None
 
 
 def dry_run(trainer: Trainer) -> int:

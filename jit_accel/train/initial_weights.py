@@ -60,14 +60,18 @@ class Initial:
         given = {name: source[name] for name in SIZE}
         if own != given:
             raise UserError(
-                f"--init_from {self.path}: is of another size than --model {model}: {_in_words(given)} against "
-                f"{_in_words(own)}: leave --model out, or choose the size of the source."
+                f"is of another size than --model {model}: {_in_words(given)} against "
+                f"{_in_words(own)}: leave --model out, or choose the size of the source.",
+                about="init_from",
+                value=self.path,
             )
         if self.prediction != config.objective.prediction:
             raise UserError(
-                f"--init_from {self.path}: predicts {self.prediction}, and --prediction is "
+                f"predicts {self.prediction}, and --prediction is "
                 f"{config.objective.prediction}: its last layer would mean something else: use --prediction "
-                f"{self.prediction}."
+                f"{self.prediction}.",
+                about="init_from",
+                value=self.path,
             )
         size = config.data.img_size or (source.img_size if source.img_size % patch == 0 else 16 * patch)
         settings = {"model": model, "img_size": size}
@@ -83,8 +87,10 @@ class Initial:
             if all(source[size] == getattr(preset, size, 4.0) for size in SIZE):
                 return f"{name}/{source.patch_size}"
         raise UserError(
-            f"--init_from {self.path}: {_in_words({name: source[name] for name in SIZE})} is none of the sizes that "
-            f"can be trained ({', '.join(PRESETS)}): start from a network of one of these."
+            f"{_in_words({name: source[name] for name in SIZE})} is none of the sizes that "
+            f"can be trained ({', '.join(PRESETS)}): start from a network of one of these.",
+            about="init_from",
+            value=self.path,
         )
 
     def rows_for(self, names: Sequence[str] | None, num_classes: int) -> list[int | None]:
@@ -115,8 +121,9 @@ class Initial:
             if needed <= count:
                 has, only = f"the classes {', '.join(unknown[:5])}", f"others ({', '.join(self.class_names[:5])}, ...)"
             raise UserError(
-                f"--lora_rank: {source.name} has {has}, and {self.path} {only}: an adapter learns no new class: leave "
-                "--lora_rank out to train all weights, or train on classes of the source."
+                f"{source.name} has {has}, and {self.path} {only}: an adapter learns no new class: leave "
+                "--lora_rank out to train all weights, or train on classes of the source.",
+                about="lora_rank",
             )
         labels = torch.arange(count)
         if rows and not unknown:
@@ -291,8 +298,10 @@ def read_initial(path: str) -> Initial:
     file = Path(path).expanduser()
     if file.is_file():
         raise UserError(
-            f"--init_from {path}: is a file: make a pipeline folder of it first, python -m jit_accel.convert --input "
-            f"{path} --output FOLDER, and give that."
+            f"is a file: make a pipeline folder of it first, python -m jit_accel.convert --input "
+            f"{path} --output FOLDER, and give that.",
+            about="init_from",
+            value=path,
         )
     pipeline = _load_quietly(path)
     names = pipeline.config.class_names
@@ -325,8 +334,9 @@ def refuse_what_an_adapter_cannot_learn(initial: Initial, done: Transfer, model:
         misfits.append(f"in_context_start {old.in_context_start} against {new.in_context_start}")
     if misfits:
         raise UserError(
-            f"--lora_rank: an adapter needs all of {initial.path} as it is, but this does not fit: "
-            f"{'; '.join(misfits)}: leave out --model and --num_classes, or --lora_rank to train all weights."
+            f"an adapter needs all of {initial.path} as it is, but this does not fit: "
+            f"{'; '.join(misfits)}: leave out --model and --num_classes, or --lora_rank to train all weights.",
+            about="lora_rank",
         )
 
 

@@ -47,6 +47,8 @@ def _on_main(trainer, write: Callable[[], None]) -> None:
     (problem,) = broadcast_object_list([trainer.checkpointer.try_on_writer(write)])
     if problem:
         raise UserError(
-            f"--output_dir {trainer.output_dir}: cannot be written to ({problem}). The training is complete and its "
-            "last checkpoint is saved: make room, and the same command with --resume auto writes the rest."
+            f"cannot be written to ({problem}). The training is complete and its "
+            "last checkpoint is saved: make room, and the same command with --resume auto writes the rest.",
+            about="output_dir",
+            value=trainer.output_dir,
         )

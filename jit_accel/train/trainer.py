@@ -264,9 +264,11 @@ class Trainer:
         if has_too_many_bad_images(bad_images, share, images_seen, self.plan.num_images):
             self._write_checkpoint()
             raise UserError(
-                f"--max_bad_images {share:g}: {bad_images} images cannot be decoded, more than that share; the first: "
+                f"{bad_images} images cannot be decoded, more than that share; the first: "
                 f"{'; '.join(self.feed.all_bad_images()[:3])}. Mend or remove them, or raise the share; the run is "
-                "saved and goes on with --resume auto."
+                "saved and goes on with --resume auto.",
+                about="max_bad_images",
+                value=f"{share:g}",
             )
 
     def save(self) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from data_samples import SIZE, image_folder, parquet, png, tar
 
-from jit_accel.data import benchmark, open_source, stages
+from jit_accel.data import benchmark, open_source
+from jit_accel.data.batches import stages
 from jit_accel.data.batches.stages import EndToEnd, measure_stages
 from jit_accel.data.benchmark import images_per_s_needed, main, verdict, worker_counts
 from jit_accel.data.formats.source import Source

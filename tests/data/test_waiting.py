@@ -7,7 +7,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from test_data_prefetch import Counting
+from test_prefetch import Counting
 
 from jit_accel.data.batches import waiting
 from jit_accel.data.batches.prefetch import DevicePrefetcher

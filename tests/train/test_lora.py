@@ -10,7 +10,7 @@ import torch
 from helpers import assert_same_state, last_checkpoint, rows, state, train_group, train_here
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_init_from import initial, network
+from test_initial_weights import initial, network
 
 from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.base.errors import UserError

@@ -112,11 +112,14 @@ def check_labels(labels: np.ndarray, num_classes: int | None) -> None:
     largest, smallest = labels.max(), labels.min()
     if smallest < 0:
         raise UserError(
-            "--label_column: an image of the stream has no label, or a negative one; labels are 0, 1, 2, ...: remove "
-            "such images or choose another column."
+            "an image of the stream has no label, or a negative one; labels are 0, 1, 2, ...: remove "
+            "such images or choose another column.",
+            about="label_column",
         )
     if num_classes is not None and largest >= num_classes:
         raise UserError(
-            f"--num_classes {num_classes}: the data has the label {largest}; labels go from 0 to num_classes - 1: "
-            f"use --num_classes {largest + 1} or more."
+            f"the data has the label {largest}; labels go from 0 to num_classes - 1: "
+            f"use --num_classes {largest + 1} or more.",
+            about="num_classes",
+            value=num_classes,
         )

@@ -58,8 +58,10 @@ def split_holdout(
     rest, decoded = split(source, limit, _Wanted(max_images, img_size, rank, world_size))
     if rest.num_images == 0:
         raise UserError(
-            f"--holdout {share:g}: holds out all {source.num_images} images of {source.name} (by a hash of their "
-            "content): use a smaller share, or more images."
+            f"holds out all {source.num_images} images of {source.name} (by a hash of their "
+            "content): use a smaller share, or more images.",
+            about="holdout",
+            value=f"{share:g}",
         )
     if rest.num_images == source.num_images and rest.num_images is not None:
         log.warning(

@@ -128,8 +128,10 @@ class Lane:
                         break
             if row < missing and self.partition.sizes is not None:
                 raise UserError(
-                    f"--data_path {self.name}: a shard ended after {row} images where there were {missing} when it was "
-                    "opened: it changed or was cut short; restore it and go on with --resume auto."
+                    f"a shard ended after {row} images where there were {missing} when it was "
+                    "opened: it changed or was cut short; restore it and go on with --resume auto.",
+                    about="data_path",
+                    value=self.name,
                 )
 
     def _ahead(self, rows: Iterator[Item]) -> Iterator[Item]:
@@ -205,7 +207,9 @@ class Lane:
                 return self._decode(item)
             except BadImage:
                 tried += 1
-        raise UserError(f"--data_path {self.name}: none of {tried} images can be decoded ({reason}): repair the data.")
+        raise UserError(
+            f"none of {tried} images can be decoded ({reason}): repair the data.", about="data_path", value=self.name
+        )
 
     def _decode(self, item: Item) -> tuple[np.ndarray, int]:
         columns, value = self.stream.columns, item.value

@@ -52,8 +52,10 @@ def build_loader(
     """
     if source.img_size is not None and img_size > source.img_size:
         raise UserError(
-            f"--img_size {img_size}: the images of {source.name} were prepared with {source.img_size} px, and would "
-            f"have to be enlarged: prepare them again with --img_size {img_size}, or train at {source.img_size}."
+            f"the images of {source.name} were prepared with {source.img_size} px, and would "
+            f"have to be enlarged: prepare them again with --img_size {img_size}, or train at {source.img_size}.",
+            about="img_size",
+            value=img_size,
         )
     how = {"world_size": world_size, "num_workers": num_workers, "pin_memory": pin_memory, "num_classes": num_classes}
     if source.streaming:
@@ -80,8 +82,9 @@ class _BatchView(torch.utils.data.Dataset):
             label = self._substitute(int(positions[place]), images[place : place + 1])
             if label is None:
                 return UserError(
-                    f"--data_path: an image and {MAX_SUBSTITUTES} substitutes drawn for it cannot be decoded "
-                    f"({reason}): repair the data."
+                    f"an image and {MAX_SUBSTITUTES} substitutes drawn for it cannot be decoded "
+                    f"({reason}): repair the data.",
+                    about="data_path",
                 )
             labels[place] = label
         mirror = order.flips(self.seed, positions) if self.horizontal_flip else None

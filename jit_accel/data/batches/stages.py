@@ -113,7 +113,7 @@ def _timed(
         if time.perf_counter() - start >= seconds:
             break
     if not kept:
-        raise UserError("--data_path: none of the images that were tried can be decoded: repair the data.")
+        raise UserError("none of the images that were tried can be decoded: repair the data.", about="data_path")
     stages.rates[name] = count / (time.perf_counter() - start)
     return kept
 

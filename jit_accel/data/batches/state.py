@@ -22,6 +22,7 @@ def check_state(state: dict, expected: dict) -> None:
         if saved != value:
             flag, remedy = _REMEDIES[key]
             raise UserError(
-                f"--resume: {flag} was {saved} when the checkpoint was saved and is {value} now; "
-                f"{remedy.format(saved=saved)}, or start anew with --resume none."
+                f"{flag} was {saved} when the checkpoint was saved and is {value} now; "
+                f"{remedy.format(saved=saved)}, or start anew with --resume none.",
+                about="resume",
             )

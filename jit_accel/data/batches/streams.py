@@ -122,9 +122,11 @@ class StreamLoader:
         self._images_this_epoch = 0
         if self._partition.sizes is None and self._idle_epochs == 2:  # the first may be the end of one with images
             raise UserError(
-                f"--data_path {self._source.name}: process {self._rank} of {self._partition.world_size} found no image "
+                f"process {self._rank} of {self._partition.world_size} found no image "
                 f"in a whole epoch: there are {self._partition.num_units} files: use fewer processes, or write more "
-                "and smaller files (python -m jit_accel.prepare)."
+                "and smaller files (python -m jit_accel.prepare).",
+                about="data_path",
+                value=self._source.name,
             )
 
     def _start(self) -> None:

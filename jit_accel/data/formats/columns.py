@@ -94,14 +94,17 @@ def find_columns(
     image = image_column or _guess_image(features)
     if image is None:
         raise UserError(
-            f"--data_path {where}: none of the columns ({columns}) is recognisable as the image: "
-            "name it with --image_column."
+            f"none of the columns ({columns}) is recognisable as the image: name it with --image_column.",
+            about="data_path",
+            value=where,
         )
     label = label_column or guess_label(features, image)
     if label is not None and label_kind(features[label]) is None:
         raise UserError(
-            f"--label_column {label}: its type is {features[label]}; labels are class labels, whole numbers or "
-            f"text: choose another of the columns {columns}."
+            f"its type is {features[label]}; labels are class labels, whole numbers or "
+            f"text: choose another of the columns {columns}.",
+            about="label_column",
+            value=label,
         )
     if label is None:
         _warn_of_no_labels(features, image, where)
@@ -152,8 +155,10 @@ def read_labels(feature: Any, values: Iterable | None, column: str, where: str) 
     kind = label_kind(feature)
     if kind == "text" and values is None:
         raise UserError(
-            f"--label_column {column}: the labels of {where} are text, and their list is not known before the "
-            "whole stream was read: use --streaming false, or store them as ClassLabel."
+            f"the labels of {where} are text, and their list is not known before the "
+            "whole stream was read: use --streaming false, or store them as ClassLabel.",
+            about="label_column",
+            value=column,
         )
     values = None if values is None else list(values)
     if values is not None:
@@ -164,8 +169,9 @@ def read_labels(feature: Any, values: Iterable | None, column: str, where: str) 
     if kind == "class":
         if values and max(values) >= feature.num_classes:
             raise UserError(
-                f"--label_column {column}: {where} has the label {max(values)}, but only {feature.num_classes} "
-                "class names: correct the data."
+                f"{where} has the label {max(values)}, but only {feature.num_classes} class names: correct the data.",
+                about="label_column",
+                value=column,
             )
         return Labels(tuple(feature.names), feature.num_classes - 1)
     return int_labels(values)
@@ -182,27 +188,34 @@ def int_labels(values: Iterable[int] | None) -> Labels:
 def _check_labels(kind: str | None, values: list, column: str, where: str) -> None:
     if any(value is None for value in values):
         raise UserError(
-            f"--label_column {column}: some images of {where} have no label: label or remove them, or choose "
-            "another column."
+            f"some images of {where} have no label: label or remove them, or choose another column.",
+            about="label_column",
+            value=column,
         )
     is_text = kind == "text"
     odd = [value for value in values if isinstance(value, str) != is_text]
     if odd:
         raise UserError(
-            f"--label_column {column}: in {where} some labels are text and others are numbers (among "
-            f"{'texts' if is_text else 'numbers'} there is {odd[0]!r}): write all in one type."
+            f"in {where} some labels are text and others are numbers (among "
+            f"{'texts' if is_text else 'numbers'} there is {odd[0]!r}): write all in one type.",
+            about="label_column",
+            value=column,
         )
     if is_text or not values:
         return
     if min(values) < 0:
         raise UserError(
-            f"--label_column {column}: {where} has the label {min(values)}; labels are 0, 1, 2, ... "
-            "(-1 marks unlabelled images, as in test splits): remove these images or choose another column."
+            f"{where} has the label {min(values)}; labels are 0, 1, 2, ... "
+            "(-1 marks unlabelled images, as in test splits): remove these images or choose another column.",
+            about="label_column",
+            value=column,
         )
     if max(values) >= MAX_CLASSES:
         raise UserError(
-            f"--label_column {column}: {where} has the label {max(values)}, which looks like an id and not like "
-            f"one of at most {MAX_CLASSES:,} classes: choose another column."
+            f"{where} has the label {max(values)}, which looks like an id and not like "
+            f"one of at most {MAX_CLASSES:,} classes: choose another column.",
+            about="label_column",
+            value=column,
         )
 
 

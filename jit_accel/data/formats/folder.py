@@ -57,8 +57,10 @@ def open_folder(request: Request) -> Source:
             labels = Labels((_name_of(root),), 0)
     elif request.label_column is not None:
         raise UserError(
-            f"--label_column {request.label_column}: {root} is a folder of images without metadata.csv or "
-            "metadata.jsonl, so it has no columns: leave the flag out."
+            f"{root} is a folder of images without metadata.csv or "
+            "metadata.jsonl, so it has no columns: leave the flag out.",
+            about="label_column",
+            value=request.label_column,
         )
     else:
         images, ids, labels = _classify(root, scan.images)
@@ -76,8 +78,9 @@ def _check_request(request: Request) -> None:
         raise missing_path(root)
     if request.image_column is not None:
         raise UserError(
-            f"--image_column {request.image_column}: {root} is a folder of images, which has no columns of images: "
-            "leave the flag out."
+            f"{root} is a folder of images, which has no columns of images: leave the flag out.",
+            about="image_column",
+            value=request.image_column,
         )
     if request.streaming:
         raise UserError(
@@ -87,7 +90,9 @@ def _check_request(request: Request) -> None:
     try:
         os.path.abspath(root).encode()
     except UnicodeEncodeError:  # Arrow holds only UTF-8
-        raise UserError(f"--data_path {root!a}: the name of the folder is not UTF-8: rename it.") from None
+        raise UserError(
+            "the name of the folder is not UTF-8: rename it.", about="data_path", value=f"{root!a}"
+        ) from None
 
 
 def _classify(root: str, images: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray | None, Labels]:
@@ -100,8 +105,9 @@ def _classify(root: str, images: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.n
     if all(name.lower() in SPLIT_NAMES for name in names):
         best = next((name for name in names if name.lower().startswith("train")), names[0])
         raise UserError(
-            f"--data_path {root}: its folders are splits ({', '.join(names)}), not classes: "
-            f"use --data_path {os.path.join(root, best)}."
+            f"its folders are splits ({', '.join(names)}), not classes: use --data_path {os.path.join(root, best)}.",
+            about="data_path",
+            value=root,
         )
     strays = len(images) - len(in_folders)
     if len(names) == 1:
@@ -142,11 +148,14 @@ def _no_images(root: str, scan: FolderScan) -> UserError:
         if UNDECODABLE_EXTENSIONS & scan.other_endings.keys():
             remedy = "convert them to JPEG or PNG."
         return UserError(
-            f"--data_path {root}: no images found. Looked for {looked_for} here and in all subfolders, and found "
-            f"{found}: {remedy}"
+            f"no images found. Looked for {looked_for} here and in all subfolders, and found {found}: {remedy}",
+            about="data_path",
+            value=root,
         )
     return UserError(
-        f"--data_path {root}: the folder is empty. Put images in it (one subfolder a class, or none): {looked_for}."
+        f"the folder is empty. Put images in it (one subfolder a class, or none): {looked_for}.",
+        about="data_path",
+        value=root,
     )
 
 

@@ -33,15 +33,19 @@ def open_hub(request: Request) -> Source:
     except Exception as error:  # the Hub's client raises errors of five libraries
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise UserError(
-            f"--data_path {request.path}: there is no such file or folder here, and the Hub's data set of that name "
+            f"there is no such file or folder here, and the Hub's data set of that name "
             f"cannot be opened ({type(error).__name__}: {reason}): check the name, its split 'train', the network, "
-            "and for private data sets `hf auth login`."
+            "and for private data sets `hf auth login`.",
+            about="data_path",
+            value=request.path,
         ) from error
     if not streaming:
         return random_access(request, "hub", dataset, fingerprint_of(["hub", request.path, str(len(dataset))]))
     if dataset.features is None:
         raise UserError(
-            f"--data_path {request.path}: its columns are not known before it was read: use --streaming false."
+            "its columns are not known before it was read: use --streaming false.",
+            about="data_path",
+            value=request.path,
         )
     columns = find_columns(dataset.features, request.image_column, request.label_column, request.path)
     labels = ONE_CLASS

@@ -62,15 +62,19 @@ def _read(file: str, label_column: str | None) -> pa.Table:
     try:
         table = _read_csv(file) if file.endswith(".csv") else _read_jsonl(file)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"--data_path {file}: cannot be read ({error}): repair, rename or remove it.") from error
+        raise UserError(
+            f"cannot be read ({error}): repair, rename or remove it.", about="data_path", value=file
+        ) from error
     if FILE_NAME not in table.column_names:
         raise UserError(
-            f"--data_path {file}: it has no column {FILE_NAME!r} that says which image a row is about, only "
+            f"it has no column {FILE_NAME!r} that says which image a row is about, only "
             f"{', '.join(table.column_names) or 'nothing'}: rename the column, or rename the file if it is not meant "
-            "for the images."
+            "for the images.",
+            about="data_path",
+            value=file,
         )
     if not table.num_rows:
-        raise UserError(f"--data_path {file}: it lists no files: add rows, or remove it.")
+        raise UserError("it lists no files: add rows, or remove it.", about="data_path", value=file)
     return _without_repeated(table, file, label_column)
 
 
@@ -80,7 +84,7 @@ def _without_repeated(table: pa.Table, file: str, label_column: str | None) -> p
     needed = [FILE_NAME, *([label_column] if label_column else LABEL_NAMES)]
     for name in needed:
         if counts[name] > 1:
-            raise UserError(f"--data_path {file}: it has two columns named {name!r}: rename or remove one.")
+            raise UserError(f"it has two columns named {name!r}: rename or remove one.", about="data_path", value=file)
     return table.select([number for number, name in enumerate(table.column_names) if counts[name] == 1])
 
 
@@ -125,14 +129,17 @@ def _label_column(tables: list[pa.Table], names: list[str], wanted: str | None) 
     columns = [name for name in shared if name != FILE_NAME]
     if wanted is not None and wanted not in columns:
         raise UserError(
-            f"--label_column {wanted}: {names[0]} has no such column; choose from "
-            f"{', '.join(columns) or 'none'}.{nearest(wanted, columns)}"
+            f"{names[0]} has no such column; choose from {', '.join(columns) or 'none'}.{nearest(wanted, columns)}",
+            about="label_column",
+            value=wanted,
         )
     features = features_of(tables[0].select(columns).schema)
     if wanted is not None and label_kind(features[wanted]) is None:
         raise UserError(
-            f"--label_column {wanted}: its type in {names[0]} is {tables[0].schema.field(wanted).type}; labels are "
-            "whole numbers or text: choose another column."
+            f"its type in {names[0]} is {tables[0].schema.field(wanted).type}; labels are "
+            "whole numbers or text: choose another column.",
+            about="label_column",
+            value=wanted,
         )
     column = wanted or guess_label(features, FILE_NAME)
     if column is None:
@@ -173,8 +180,10 @@ def _once(places: np.ndarray, ids: np.ndarray, scan: FolderScan, column: str) ->
     differing = np.flatnonzero(again & (ids[1:] != ids[:-1]))
     if len(differing):
         raise UserError(
-            f"--label_column {column}: {scan.metadata[0]} lists {scan.images[int(places[differing[0]])]} with two "
-            f"different labels ({len(differing)} such images): remove one of the rows."
+            f"{scan.metadata[0]} lists {scan.images[int(places[differing[0]])]} with two "
+            f"different labels ({len(differing)} such images): remove one of the rows.",
+            about="label_column",
+            value=column,
         )
     first = np.concatenate([[True], ~again])
     return places[first], ids[first]
@@ -185,8 +194,10 @@ def _report(root: str, scan: FolderScan, paths: pa.ChunkedArray, places: pa.Chun
     examples = ", ".join(str(path) for path in paths.filter(places.is_null()).slice(0, 3))
     if missing == len(paths):
         raise UserError(
-            f"--data_path {root}: none of the {missing} files that {where} lists is an image there (the first: "
-            f"{examples}): {FILE_NAME} must be relative to the folder of the metadata file."
+            f"none of the {missing} files that {where} lists is an image there (the first: "
+            f"{examples}): {FILE_NAME} must be relative to the folder of the metadata file.",
+            about="data_path",
+            value=root,
         )
     if missing:
         log.warning("--data_path %s: %d images listed in %s are missing: %s ...", root, missing, where, examples)

@@ -66,7 +66,9 @@ def expand_braces(pattern: str) -> list[str]:
     pieces = _BRACES.split(pattern)  # text, braces, text, ..., text
     choices = [[piece] if n % 2 == 0 else _alternatives(piece, pattern) for n, piece in enumerate(pieces)]
     if np.prod([len(some) for some in choices], dtype=float) > MOST_FILES:
-        raise UserError(f"--data_path {pattern}: these are more than {MOST_FILES:,} files: write larger shards.")
+        raise UserError(
+            f"these are more than {MOST_FILES:,} files: write larger shards.", about="data_path", value=pattern
+        )
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
@@ -79,7 +81,9 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
     elif "," in inside:
         return inside.split(",")
     raise UserError(
-        f"--data_path {pattern}: {{{inside}}} is no range and no list of names: write {{000..009}} or {{a,b}}."
+        f"{{{inside}}} is no range and no list of names: write {{000..009}} or {{a,b}}.",
+        about="data_path",
+        value=pattern,
     )
 
 
@@ -172,13 +176,14 @@ def _matches(pattern: str) -> list[str]:
     protocol = pattern.partition("://")[0].lower()
     if protocol in ("http", "https"):
         raise UserError(
-            f"--data_path {pattern}: web servers do not list their files: name them by braces, as in shard-{{000..009}}"
-            ".tar."
+            "web servers do not list their files: name them by braces, as in shard-{000..009}.tar.",
+            about="data_path",
+            value=pattern,
         )
     files, inside = _file_system(pattern)
     found = patiently(lambda: sorted(files.glob(inside)), pattern, OPENING_PATIENCE_S)
     if not found:
-        raise UserError(f"--data_path {pattern}: the pattern matches no file: correct the path.")
+        raise UserError("the pattern matches no file: correct the path.", about="data_path", value=pattern)
     return [files.unstrip_protocol(file) for file in found]
 
 
@@ -189,11 +194,12 @@ def _file_system(url: str, **options) -> tuple[Any, str]:
             options["client_kwargs"] = {"trust_env": True}  # the proxies in environment variables, as HF does
         return fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
-        raise UserError(f"--data_path {url}: {error}.") from error
+        raise UserError(f"{error}.", about="data_path", value=url) from error
     except ValueError as error:
         raise UserError(
-            f"--data_path {url}: {protocol}:// is unknown ({error}): https://, s3://, gs:// and hf:// are among those "
-            "that can be read."
+            f"{protocol}:// is unknown ({error}): https://, s3://, gs:// and hf:// are among those that can be read.",
+            about="data_path",
+            value=url,
         ) from error
 
 
@@ -230,8 +236,9 @@ def _load(kind: str, urls: list[str], request: Request, **how):
         raise
     except Exception as error:  # of many kinds
         raise UserError(
-            f"--data_path {without_secrets(request.path)}: HF datasets cannot read these files "
-            f"({type(error).__name__}: {error}): correct them."
+            f"HF datasets cannot read these files ({type(error).__name__}: {error}): correct them.",
+            about="data_path",
+            value=without_secrets(request.path),
         ) from error
 
 

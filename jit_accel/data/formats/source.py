@@ -91,7 +91,7 @@ def make_source(
         UserError: there are no images.
     """
     if num_images == 0:
-        raise UserError(f"--data_path {name}: the data set has no rows: choose one with images.")
+        raise UserError("the data set has no rows: choose one with images.", about="data_path", value=name)
     if list(dataset.features) != columns.all:
         dataset = dataset.select_columns(columns.all)
     feature = dataset.features[columns.image]
@@ -118,13 +118,17 @@ def check_embedded(value, columns: Columns, where: str) -> None:
         return
     if not isinstance(data, str):
         raise UserError(
-            f"--image_column {columns.image}: it holds values like {str(data)[:40]} in {where}, which are no encoded "
-            "images (the bytes of a JPEG, PNG, ... file): choose another column."
+            f"it holds values like {str(data)[:40]} in {where}, which are no encoded "
+            "images (the bytes of a JPEG, PNG, ... file): choose another column.",
+            about="image_column",
+            value=columns.image,
         )
     raise UserError(
-        f"--data_path {where}: the column {columns.image!r} holds only paths of images ({str(data)[:80]!r}), not the "
+        f"the column {columns.image!r} holds only paths of images ({str(data)[:80]!r}), not the "
         "images, and there is no such file here: give the folder of the images as --data_path, or write the table "
-        "again with the bytes embedded ({'bytes': open(path, 'rb').read(), 'path': path} in each row)."
+        "again with the bytes embedded ({'bytes': open(path, 'rb').read(), 'path': path} in each row).",
+        about="data_path",
+        value=where,
     )
 
 
@@ -151,7 +155,7 @@ def find_shards(path: str, ending: str) -> list[str]:
 
 def _sorted_or_complain(files: list[str], path: str, problem: str) -> list[str]:
     if not files:
-        raise UserError(f"--data_path {path}: {problem}: correct the path.")
+        raise UserError(f"{problem}: correct the path.", about="data_path", value=path)
     return sorted(files)
 
 
@@ -159,9 +163,9 @@ def missing_path(path: str, remedy: str = "correct the path.") -> UserError:
     """The error for a path that does not exist, with the nearest name in the folder that does."""
     parent = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(parent):
-        return UserError(f"--data_path {path}: no such file or folder, nor the folder above it: {remedy}")
+        return UserError(f"no such file or folder, nor the folder above it: {remedy}", about="data_path", value=path)
     hint = nearest(os.path.basename(os.path.normpath(path)), sorted(os.listdir(parent)))
-    return UserError(f"--data_path {path}: no such file or folder: {remedy}{hint}")
+    return UserError(f"no such file or folder: {remedy}{hint}", about="data_path", value=path)
 
 
 def fingerprint_of(parts: Iterable[str]) -> str:

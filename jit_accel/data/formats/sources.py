@@ -83,8 +83,10 @@ def detect_format(path: str) -> str:
         if ending in _BY_ENDING:
             return _BY_ENDING[ending]
         raise UserError(
-            f"--data_path {path}: cannot tell the format of a file ending in {ending or 'nothing'}: give *.parquet, "
-            "*.tar, or a folder of images."
+            f"cannot tell the format of a file ending in {ending or 'nothing'}: give *.parquet, "
+            "*.tar, or a folder of images.",
+            about="data_path",
+            value=path,
         )
     if not HUB_ID.fullmatch(path):
         raise missing_path(path)

@@ -41,7 +41,7 @@ def open_parquet(request: Request) -> Source:
     row_groups, schema = _check_files(files)
     rows = sum(map(sum, row_groups))
     if not rows:
-        raise UserError(f"--data_path {request.path}: the data set has no rows: choose one with images.")
+        raise UserError("the data set has no rows: choose one with images.", about="data_path", value=request.path)
     columns, labels = _parquet_columns(files, schema, request)
     how = how_to_read(schema, columns, row_groups)
     dataset = _load(files, request, how)
@@ -81,7 +81,9 @@ def open_saved(request: Request) -> Source:
     try:
         dataset = datasets.load_from_disk(request.path)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"--data_path {request.path}: not a folder made by Dataset.save_to_disk: {error}") from error
+        raise UserError(
+            f"not a folder made by Dataset.save_to_disk: {error}", about="data_path", value=request.path
+        ) from error
     if isinstance(dataset, DatasetDict):
         dataset = lookup(dataset, "train", f"--data_path {request.path}: split")
     shards = [file["filename"] for file in dataset.cache_files]
@@ -155,7 +157,9 @@ def read_footer(file: str, opened: BinaryIO | None = None) -> tuple[pq.FileMetaD
     except (OSError, pa.ArrowException) as error:
         if opened is not None and not isinstance(error, pa.ArrowException):
             raise  # the network's
-        raise UserError(f"--data_path {file}: not a readable Parquet file ({error}): remove or replace it.") from error
+        raise UserError(
+            f"not a readable Parquet file ({error}): remove or replace it.", about="data_path", value=file
+        ) from error
 
 
 def check_schemas(files: list[str], schemas: list[pa.Schema]) -> None:
@@ -168,8 +172,10 @@ def check_schemas(files: list[str], schemas: list[pa.Schema]) -> None:
     for file, schema in zip(files, schemas):
         if schema.names != first.names:
             raise UserError(
-                f"--data_path {file}: its columns ({', '.join(schema.names)}) differ from those of {files[0]} "
-                f"({', '.join(first.names)}): give a pattern that matches the files of one data set."
+                f"its columns ({', '.join(schema.names)}) differ from those of {files[0]} "
+                f"({', '.join(first.names)}): give a pattern that matches the files of one data set.",
+                about="data_path",
+                value=file,
             )
 
 
@@ -184,8 +190,9 @@ def choose_columns(schema: pa.Schema, request: Request) -> tuple[Columns, dict]:
     twice = next((name for name in columns.all if schema.names.count(name) > 1), None)
     if twice is not None:
         raise UserError(
-            f"--data_path {request.path}: two columns are named {twice!r}: rename one, or choose others with "
-            "--image_column and --label_column."
+            f"two columns are named {twice!r}: rename one, or choose others with --image_column and --label_column.",
+            about="data_path",
+            value=request.path,
         )
     return columns, features
 
@@ -228,8 +235,9 @@ def _load(files: list[str], request: Request, how: dict) -> Dataset | IterableDa
     except Exception as error:  # of many kinds
         reason = error.__cause__ or error
         raise UserError(
-            f"--data_path {request.path}: HF datasets cannot read these files ({type(reason).__name__}: {reason}): "
-            "correct them."
+            f"HF datasets cannot read these files ({type(reason).__name__}: {reason}): correct them.",
+            about="data_path",
+            value=request.path,
         ) from error
 
 

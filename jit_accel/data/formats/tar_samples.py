@@ -68,7 +68,9 @@ def _members(file: str, opened: BinaryIO | None = None):
     except (tarfile.TarError, OSError) as error:
         if opened is not None:
             raise  # it may be the network's
-        raise UserError(f"--data_path {file}: not a readable tar file ({error}): remove or replace it.") from error
+        raise UserError(
+            f"not a readable tar file ({error}): remove or replace it.", about="data_path", value=file
+        ) from error
 
 
 def _check_end(file: str, offset: int) -> None:
@@ -77,8 +79,10 @@ def _check_end(file: str, offset: int) -> None:
         opened.seek(offset)
         if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise UserError(
-                f"--data_path {file}: the tar file was cut short or is damaged: at byte {offset:,} there is neither "
-                "another member nor the block of zeros that ends it: restore it."
+                f"the tar file was cut short or is damaged: at byte {offset:,} there is neither "
+                "another member nor the block of zeros that ends it: restore it.",
+                about="data_path",
+                value=file,
             )
 
 
@@ -98,8 +102,10 @@ def samples_in(
         stem = next_stem
         if key in sample or key in _HF_KEYS:
             raise UserError(
-                f"--data_path {file}: the sample {stem} has a second member {member.name}, or one of a name that HF "
-                "datasets does not allow: write the file again without it."
+                f"the sample {stem} has a second member {member.name}, or one of a name that HF "
+                "datasets does not allow: write the file again without it.",
+                about="data_path",
+                value=file,
             )
         sample[key] = tar.extractfile(member).read() if read is None or read(number, key) else b""
     if sample:
@@ -127,6 +133,8 @@ def label_in(data: bytes, columns: Columns, where: str) -> int | str | None:
         return int(data)
     except ValueError as error:
         raise UserError(
-            f"--data_path {where}: the class {data[:40]!r} is not a whole number, as .cls files must hold: write "
-            'class numbers, or put the names in .json files under "label".'
+            f"the class {data[:40]!r} is not a whole number, as .cls files must hold: write "
+            'class numbers, or put the names in .json files under "label".',
+            about="data_path",
+            value=where,
         ) from error

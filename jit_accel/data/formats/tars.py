@@ -42,8 +42,9 @@ def open_webdataset(request: Request) -> Source:
     columns = columns_of(first_sample(files[0]), request)
     if columns.image.rsplit(".", 1)[-1].lower() not in IMAGE_EXTENSIONS:
         raise UserError(
-            f"--image_column {columns.image}: the members .{columns.image} of {request.path} are no images: choose "
-            "another ending."
+            f"the members .{columns.image} of {request.path} are no images: choose another ending.",
+            about="image_column",
+            value=columns.image,
         )
     counts, values = _scan(files, columns)
     num_images = sum(counts)
@@ -61,7 +62,9 @@ def open_webdataset(request: Request) -> Source:
     try:
         dataset = datasets.load_dataset("webdataset", data_files=files, **how)
     except Exception as error:
-        raise UserError(f"--data_path {request.path}: HF datasets cannot read these tar files: {error}") from error
+        raise UserError(
+            f"HF datasets cannot read these tar files: {error}", about="data_path", value=request.path
+        ) from error
     identity = fingerprint_of(["webdataset", str(num_images), *shard_names_and_sizes(files)])
     how = {"sizes": np.array(counts, np.int64), "files": tuple(files)} if streaming else {}
     return make_source(request.path, "webdataset", dataset, columns, labels, num_images, identity, **how)
@@ -98,8 +101,10 @@ def columns_of(sample: dict[str, bytes], request: Request) -> Columns:
     image = next(filter(None, (_spelled(key, sample) for key in ([asked] if asked else IMAGE_KEYS))), None)
     if image is None:
         raise UserError(
-            f"--image_column {asked or '(not given)'}: the first sample of {request.path} consists of {keys}: name the "
-            f"ending of the images.{nearest(asked or '', sample)}"
+            f"the first sample of {request.path} consists of {keys}: name the "
+            f"ending of the images.{nearest(asked or '', sample)}",
+            about="image_column",
+            value=f"{asked or '(not given)'}",
         )
     wanted, classes, table = request.label_column, _spelled("cls", sample), _spelled("json", sample)
     # Where there are several pictures, as of a photo and its mask, one does not stand for the other.
@@ -114,7 +119,9 @@ def columns_of(sample: dict[str, bytes], request: Request) -> Columns:
         keys += f" (in .json: {', '.join(entries)})"
     if wanted is not None:
         raise UserError(
-            f"--label_column {wanted}: the first sample of {request.path} consists of {keys}: choose from these."
+            f"the first sample of {request.path} consists of {keys}: choose from these.",
+            about="label_column",
+            value=wanted,
         )
     return Columns(image, any_image=any_image)
 

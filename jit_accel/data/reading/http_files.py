@@ -244,6 +244,8 @@ def _check_unchanged(url: str, response: aiohttp.ClientResponse) -> None:
     size, total = _infos.get(url, {}).get("size"), _total(response.headers)
     if size is not None and total is not None and int(total) != size:
         raise UserError(
-            f"--data_path {without_secrets(url)}: it has {total} bytes now and had {size} when it was opened: data "
-            "must not change during a run; start anew, with --resume none where a checkpoint is of the old data."
+            f"it has {total} bytes now and had {size} when it was opened: data "
+            "must not change during a run; start anew, with --resume none where a checkpoint is of the old data.",
+            about="data_path",
+            value=without_secrets(url),
         )

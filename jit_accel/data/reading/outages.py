@@ -65,12 +65,13 @@ class Outage:
             self._damaged_reads += 1
             if self._damaged_reads == MOST_DAMAGED_READS:
                 raise UserError(
-                    f"--data_path {self.url}: it is damaged, or was cut short ({reason}): write it again and go on "
-                    "with --resume auto."
+                    f"it is damaged, or was cut short ({reason}): write it again and go on with --resume auto.",
+                    about="data_path",
+                    value=self.url,
                 ) from error
         elif not may_pass(error):
             if _is_refusal(error):
-                raise UserError(f"--data_path {self.url}: {_refusal(error)}") from error
+                raise UserError(f"{_refusal(error)}", about="data_path", value=self.url) from error
             raise error
         patience_s, now = self._patience_s or PATIENCE_S, time.monotonic()
         is_first = self._began_s is None
@@ -79,8 +80,10 @@ class Outage:
         self._say(reason, patience_s, now, is_first)
         if now - self._began_s >= patience_s:
             raise UserError(
-                f"--data_path {self.url}: no progress for {patience_s:g} s ({reason}): check the address, the network "
-                "and the server, then go on with --resume auto."
+                f"no progress for {patience_s:g} s ({reason}): check the address, the network "
+                "and the server, then go on with --resume auto.",
+                about="data_path",
+                value=self.url,
             ) from error
         time.sleep(min(self._wait_s, max(0.0, self._began_s + patience_s - now)))
         self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)

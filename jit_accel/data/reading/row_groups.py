@@ -42,6 +42,7 @@ def _read(file: str, number: int, columns: list[str]) -> pa.Table:
             return parquet.read_row_group(number, columns=columns, use_threads=False)
     except (OSError, IndexError, pa.ArrowException) as error:
         raise UserError(
-            f"--data_path {file}: row group {number} cannot be read ({error}): restore the file and go on with "
-            "--resume auto."
+            f"row group {number} cannot be read ({error}): restore the file and go on with --resume auto.",
+            about="data_path",
+            value=file,
         ) from error
