@@ -20,7 +20,7 @@ from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.loading import averages_of, find_checkpoint_in, load_folder, load_pipeline, pipeline_of_checkpoint
 from jit_accel.model.pipeline import JiTPipeline
 
-# The reference's keys (SPEC section 3), and what they are called here; its decays.
+# The keys of the paper's checkpoints, and what they are called here; its decays.
 REFERENCE_SETS = {"model": UNAVERAGED, "model_ema1": "ema1", "model_ema2": "ema2", "state_dict": UNAVERAGED}
 REFERENCE_DECAYS = {"ema1": "0.9999", "ema2": "0.9996"}
 # Parts of names that wrappers have put in: the reference's Denoiser, DDP, torch.compile.

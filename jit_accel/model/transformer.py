@@ -224,7 +224,7 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the initial weights (SPEC section 2): the network starts as the zero function."""
+        """Draw the initial weights (as the reference does): the network starts as the zero function."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))

@@ -26,7 +26,7 @@ def encoded(image, format="PNG", **options):
 
 
 def adm_in_plain_steps(pixels, size):
-    """The crop of SPEC section 4, by block means in NumPy and slices, where the decoder uses Pillow's crop."""
+    """The crop of ADM, by block means in NumPy and slices, where the decoder uses Pillow's crop."""
     while min(pixels.shape[:2]) >= 2 * size:
         height, width = pixels.shape[0] // 2, pixels.shape[1] // 2
         pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.BOX))

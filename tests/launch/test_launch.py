@@ -443,7 +443,7 @@ def test_set_up_says_what_is_missing_on_the_machine(tmp_path, body, message):
 def documented_commands() -> list[str]:
     """Every command in a bash block of the documentation, and in the comments of configurations and recipes."""
     found = []
-    for page in ("README.md", "CONTRIBUTING.md", "docs/generate.md", "docs/monitoring.md", "docs/monitoring.zh.md"):
+    for page in ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in REPOSITORY.glob("docs/*.md"))):
         for block in re.findall(r"^```bash\n(.*?)^```", (REPOSITORY / page).read_text(), re.DOTALL | re.MULTILINE):
             found += re.sub(r"\\\n\s*", "", block).splitlines()
     for path in [*CONFIGS, *RECIPES, *SCRIPTS]:
