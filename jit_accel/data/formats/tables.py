@@ -27,7 +27,7 @@ from jit_accel.data.formats.source import (
     shard_names_and_sizes,
 )
 
-BUILTIN = Path(__file__).parent / "builtin"
+BUILTIN = Path(__file__).parents[1] / "builtin"
 _ROWS_AT_ONCE = 64
 
 
