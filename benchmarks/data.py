@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from jit_accel.data import build_loader, open_source
+from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches.batch import decode_row
 from jit_accel.data.batches.prefetch import DevicePrefetcher
 
@@ -87,7 +87,7 @@ def image_folder(folder: Path) -> Iterator[int]:
 
 def store_of_pixels(store: Path) -> Iterator[int]:
     """Batches at random places, into memory that is there already, but not in the processor's cache: four batches."""
-    images = open_source(store).images
+    images = open_images(store).images
     buffers = [np.empty((BATCH, 3, SIZE, SIZE), np.uint8) for _ in range(4)]
     generator = np.random.default_rng(0)
     for out in itertools.cycle(buffers):
@@ -97,7 +97,7 @@ def store_of_pixels(store: Path) -> Iterator[int]:
 
 def store_of_files(store: Path) -> Iterator[int]:
     """Rows in their order, decoded one by one into the memory of batches."""
-    stream = open_source(store).images
+    stream = open_images(store).images
     places = itertools.cycle(np.empty((4 * BATCH, 3, SIZE, SIZE), np.uint8))
     for unit in itertools.cycle(range(stream.num_units)):
         for row, place in zip(stream.rows(unit), places):
@@ -107,7 +107,7 @@ def store_of_files(store: Path) -> Iterator[int]:
 
 def loader(store: Path, opened: list, in_thread: bool = False) -> Iterator[int]:
     # mirrored on the device: here that would be this core
-    batches = build_loader(open_source(store), img_size=SIZE, batch_size=BATCH, seed=0, horizontal_flip=False)
+    batches = build_loader(open_images(store), img_size=SIZE, batch_size=BATCH, seed=0, horizontal_flip=False)
     batches = DevicePrefetcher(batches, "cpu") if in_thread else batches
     opened.append(batches)
     for _ in batches:

@@ -80,7 +80,7 @@ def main() -> None:
 
     from jit_accel.base.devices import default_precision, device_name
     from jit_accel.config.command_line import parse_args
-    from jit_accel.data.formats.sources import open_source
+    from jit_accel.data.formats.sources import open_images
     from jit_accel.train.build import build_accelerator, build_trainer
     from jit_accel.train.record import record_run
 
@@ -89,7 +89,7 @@ def main() -> None:
         data = ("--data_path", "builtin:fashion_mnist", "--output_dir", folder, "--log_every_steps", str(args.steps))
         config = parse_args([*CASE, *data, "--max_steps", "100000", *flags])
         accelerator = build_accelerator(config, 1, precision)
-        trainer = build_trainer(config, open_source("builtin:fashion_mnist"), accelerator, 1, precision)
+        trainer = build_trainer(config, open_images("builtin:fashion_mnist"), accelerator, 1, precision)
         trainer.monitor.open(0, record_run(trainer))
         device, on, off = accelerator.device, Timed(trainer.monitor), Silence()
 

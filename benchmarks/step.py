@@ -60,7 +60,7 @@ def measure(case: Case) -> dict:
     from jit_accel.base.devices import default_precision, device_name, peak_flops
     from jit_accel.config.command_line import parse_args
     from jit_accel.config.presets import forward_macs, parse_model_name
-    from jit_accel.data.formats.sources import open_source
+    from jit_accel.data.formats.sources import open_images
     from jit_accel.monitor.monitor import TRAIN_FLOPS_PER_FORWARD_MAC, peak_memory_gib
     from jit_accel.train.build import build_accelerator, build_trainer
 
@@ -69,7 +69,7 @@ def measure(case: Case) -> dict:
         argv = [*case.flags, "--data_path", "builtin:fashion_mnist", "--output_dir", folder, "--num_workers", "0"]
         config = parse_args(argv)
         accelerator = build_accelerator(config, 1, precision)
-        trainer = build_trainer(config, open_source("builtin:fashion_mnist"), accelerator, 1, precision)
+        trainer = build_trainer(config, open_images("builtin:fashion_mnist"), accelerator, 1, precision)
         device = accelerator.device
         trainer.monitor.open(0, {})
         bare = BareStep(trainer)

@@ -44,9 +44,9 @@ def tiny():
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A folder of 44 Fashion-MNIST images in four class folders."""
-    from jit_accel.data.formats.sources import open_source
+    from jit_accel.data.formats.sources import open_images
 
-    source = open_source("builtin:fashion_mnist")
+    source = open_images("builtin:fashion_mnist")
     folder = tmp_path_factory.mktemp("data") / "clothes"
     counts = dict.fromkeys((0, 1, 5, 8), 0)
     for row in source.images.dataset:

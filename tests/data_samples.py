@@ -12,7 +12,7 @@ from datasets import ClassLabel, Features, Image
 from PIL import Image as PILImage
 
 from jit_accel.base.errors import UserError
-from jit_accel.data import build_loader, open_source
+from jit_accel.data import build_loader, open_images
 
 SIZE = 4
 
@@ -82,7 +82,7 @@ def labels_by_number(source, count: int | None = None) -> dict[int, int]:
 
 
 def refusal(*args, **kwargs) -> str:
-    """The message with which `open_source` refuses these arguments."""
+    """The message with which `open_images` refuses these arguments."""
     with pytest.raises(UserError) as caught:
-        open_source(*args, **kwargs)
+        open_images(*args, **kwargs)
     return str(caught.value)

@@ -1,4 +1,4 @@
-"""From `--data_path` to batches: `open_source`, then `build_loader`."""
+"""From `--data_path` to batches: `open_images`, then `build_loader`."""
 
 from importlib import import_module
 
@@ -6,7 +6,7 @@ _ROOMS = {
     "Batch": "jit_accel.data.batches.loader",
     "Source": "jit_accel.data.formats.sources",
     "build_loader": "jit_accel.data.batches.loader",
-    "open_source": "jit_accel.data.formats.sources",
+    "open_images": "jit_accel.data.formats.sources",
 }
 __all__ = list(_ROOMS)
 

@@ -101,12 +101,12 @@ def measure(args: argparse.Namespace) -> dict:
     from jit_accel.base.devices import chosen_device
     from jit_accel.data.batches.stages import measure_loader, measure_stages
     from jit_accel.data.batches.workers import num_cores
-    from jit_accel.data.formats.sources import open_source
+    from jit_accel.data.formats.sources import open_images
 
     torch.set_num_threads(1)
     device, cores = chosen_device(), num_cores()
     how = {"img_size": args.img_size, "batch_size": args.batch_size, "device": device, "seconds": args.seconds}
-    source = open_source(
+    source = open_images(
         args.data_path,
         data_format=args.data_format,
         image_column=args.image_column,

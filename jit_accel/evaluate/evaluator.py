@@ -20,7 +20,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.base.processes import on_main, together
 from jit_accel.evaluate import formulas
 from jit_accel.evaluate.features import MAIN, SPATIAL, FeatureNetwork
-from jit_accel.evaluate.images import ImageSet, find_array, open_images
+from jit_accel.evaluate.images import ImageSet, find_array, open_image_set
 from jit_accel.evaluate.libraries import has_torch_fidelity
 from jit_accel.evaluate.names import metric_names
 from jit_accel.evaluate.reference import Reference, read_reference, reference_of
@@ -141,7 +141,7 @@ class Evaluator:
             shape = together(self.accelerator, lambda: find_array(path, "--reference"))
         if found is not None and (shape is None or found.kept is not None or not self._keeps_features):
             return found
-        images = together(self.accelerator, lambda: open_images(path, "--reference"), in_turn=True)
+        images = together(self.accelerator, lambda: open_image_set(path, "--reference"), in_turn=True)
         statistics = self.statistics_of_images(images, side_of(images, img_size, "--reference"), "--reference")
         measured = reference_of(path, statistics, images.fingerprint)
         return measured if found is None else replace(found, kept=measured.kept, img_size=measured.img_size)

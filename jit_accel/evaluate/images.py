@@ -21,7 +21,7 @@ from torch import Tensor
 from jit_accel.base.errors import UserError
 from jit_accel.data.batches.batch import decode_row
 from jit_accel.data.batches.workers import cores_per_process
-from jit_accel.data.formats.sources import Source, open_source
+from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.data.reading.decode import BadImage, crop_pixels
 from jit_accel.data.reading.units import Stream
 
@@ -56,7 +56,7 @@ class ImageSet:
     fingerprint: str = ""
 
 
-def open_images(path: str, flag: str) -> ImageSet:
+def open_image_set(path: str, flag: str) -> ImageSet:
     """Open what `--data_path` of training may be, or an `.npz` with `arr_0`: uint8 (N, H, W, 3).
 
     Raises:
@@ -65,7 +65,7 @@ def open_images(path: str, flag: str) -> ImageSet:
     if path.endswith(".npz"):
         return open_array(path, flag)
     try:
-        source = open_source(path)
+        source = open_images(path)
     except UserError as error:
         raise UserError(str(error).replace("--data_path", flag)) from None
     return images_of_source(source)

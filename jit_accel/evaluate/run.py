@@ -19,7 +19,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.base.processes import ended, on_main, together
 from jit_accel.evaluate.evaluator import Evaluator, side_of, unmeasurable
 from jit_accel.evaluate.features import MAIN, load_features
-from jit_accel.evaluate.images import ImageSet, open_images
+from jit_accel.evaluate.images import ImageSet, open_image_set
 from jit_accel.evaluate.names import chosen_metrics
 from jit_accel.evaluate.place import weights_of
 from jit_accel.evaluate.records import FILE, add_records, read_records, record_file, table_of
@@ -119,7 +119,7 @@ def open_subject(config: EvaluateConfig, open_pipeline: Opened, ema: str | None)
             )
         return Subject(pipeline, None, side)
     if config.images is not None:
-        images = open_images(config.images, "--images")
+        images = open_image_set(config.images, "--images")
         return Subject(None, images, side_of(images, config.img_size, "--images"))
     return Subject()
 

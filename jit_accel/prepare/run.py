@@ -24,7 +24,7 @@ from jit_accel.base.signals import StopSignal
 from jit_accel.data.formats.columns import int_labels
 from jit_accel.data.formats.index import INDEX, STORE_FORMAT, STORE_VERSION, write_json
 from jit_accel.data.formats.source import Source
-from jit_accel.data.formats.sources import open_source
+from jit_accel.data.formats.sources import open_images
 from jit_accel.prepare import pictures
 from jit_accel.prepare.encode import Encoded, Original, encode, originals_at, originals_of
 from jit_accel.prepare.jobs import Stopped, counted, run_jobs
@@ -59,7 +59,7 @@ def prepare(config: PrepareConfig) -> int:
     """
     output = OutputFolder(config.output_dir)
     output.check_place(os.path.expanduser(config.data_path))
-    source = open_source(
+    source = open_images(
         config.data_path,
         data_format=config.data_format,
         image_column=config.image_column,

@@ -31,7 +31,7 @@ from jit_accel.config.completion import default_output_dir, plan_run, resolve, w
 from jit_accel.config.settings import STREAMING, Config
 from jit_accel.data.batches.holdout import HeldOut, split_holdout
 from jit_accel.data.batches.workers import cores_per_process
-from jit_accel.data.formats.sources import Source, open_source
+from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.model import hub
 from jit_accel.model.checkpoints import complete_checkpoints, find_checkpoint, read_state
 from jit_accel.monitor.log import METRICS_FILE
@@ -130,7 +130,7 @@ def open_data(config: Config, accelerator: Accelerator) -> tuple[Source, HeldOut
 
 def open_and_split(config: Config, accelerator: Accelerator) -> tuple[Source, HeldOut | None]:
     data = config.data
-    source = open_source(
+    source = open_images(
         data.data_path,
         data_format=data.data_format,
         image_column=data.image_column,

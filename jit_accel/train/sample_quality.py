@@ -15,7 +15,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.base.processes import on_main, together
 from jit_accel.base.sharding import reshard
 from jit_accel.config.settings import Config
-from jit_accel.data.formats.sources import Source, open_source
+from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import load_features
 from jit_accel.evaluate.images import images_of_source
@@ -71,7 +71,7 @@ class SampleQuality:
                 network = self.evaluator.network
                 self.reference = together(self.accelerator, lambda: read_reference(path, network))
             else:
-                self.source = together(self.accelerator, lambda: open_source(path), in_turn=True)
+                self.source = together(self.accelerator, lambda: open_images(path), in_turn=True)
 
     @property
     def keys(self) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from data_samples import SIZE, image_folder, parquet, png, tar
 
-from jit_accel.data import benchmark, open_source
+from jit_accel.data import benchmark, open_images
 from jit_accel.data.batches import stages
 from jit_accel.data.batches.stages import EndToEnd, measure_stages
 from jit_accel.data.benchmark import images_per_s_needed, main, verdict, worker_counts
@@ -87,7 +87,7 @@ def test_broken_images_are_left_out_unless_all_are(tmp_path):
     image_folder(tmp_path, 4, classes=1)
     (tmp_path / "c0" / "0000.png").write_bytes(b"broken")
     how = {"img_size": SIZE, "batch_size": 2, "device": CPU, "seconds": 0.05}
-    found = measure_stages(open_source(tmp_path), **how)
+    found = measure_stages(open_images(tmp_path), **how)
     assert found.bad_images >= 1  # the sample repeats a small folder
     assert list(found.rates) == ["read", "decode", "crop", "collate"]
     for path in (tmp_path / "c0").iterdir():

@@ -15,7 +15,7 @@ from PIL import Image
 
 import jit_accel.data
 from jit_accel.base.errors import UserError
-from jit_accel.data import build_loader, open_source
+from jit_accel.data import build_loader, open_images
 from jit_accel.data.builtin.make_fashion_mnist import make
 
 FOLDER = Path(jit_accel.data.__file__).parent / "builtin" / "fashion_mnist"
@@ -23,12 +23,12 @@ FOLDER = Path(jit_accel.data.__file__).parent / "builtin" / "fashion_mnist"
 
 @pytest.fixture(scope="module")
 def source():
-    return open_source("builtin:fashion_mnist")
+    return open_images("builtin:fashion_mnist")
 
 
 @pytest.fixture(scope="module")
 def test_split():
-    return open_source("builtin:fashion_mnist_test")
+    return open_images("builtin:fashion_mnist_test")
 
 
 def test_it_holds_a_thousand_different_images_of_each_of_ten_named_classes(source):
@@ -68,7 +68,7 @@ def pictures(source):
 )
 def test_a_wrong_name_is_answered_with_the_nearest(name, meant):
     with pytest.raises(UserError, match=f"Did you mean 'builtin:{meant}'") as caught:
-        open_source(f"builtin:{name}")
+        open_images(f"builtin:{name}")
     assert "choose from builtin:fashion_mnist, builtin:fashion_mnist_test." in str(caught.value)
 
 
@@ -104,7 +104,7 @@ def test_it_is_read_as_28_pixel_grey_images(source):
 def test_hf_datasets_sees_images_and_class_names():
     streamed = datasets.load_dataset("parquet", data_files=str(FOLDER / "train.parquet"), split="train", streaming=True)
     assert isinstance(streamed.features["image"], datasets.Image)
-    assert streamed.features["label"].names == list(open_source("builtin:fashion_mnist").class_names)
+    assert streamed.features["label"].names == list(open_images("builtin:fashion_mnist").class_names)
 
 
 def test_licence_and_source_lie_beside_it():
@@ -118,7 +118,7 @@ def test_they_open_without_a_cache_folder(tmp_path):
     cache = tmp_path / "file"
     cache.touch()  # no folder can be made here
     names = ("builtin:fashion_mnist", "builtin:fashion_mnist_test")
-    code = f"from jit_accel.data import open_source; print(*[open_source(name).num_images for name in {names}])"
+    code = f"from jit_accel.data import open_images; print(*[open_images(name).num_images for name in {names}])"
     environment = os.environ | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("10000 2000\n", 0), done.stderr

@@ -10,7 +10,7 @@ from data_samples import SIZE, image_folder, numbers_in, parquet, png, take, tar
 from helpers import rows, train_group, train_here
 
 from jit_accel.base.errors import UserError
-from jit_accel.data import build_loader, open_source
+from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches.holdout import split_holdout
 from jit_accel.data.reading.content import content_key, file_key
 from jit_accel.train import validation
@@ -47,13 +47,13 @@ def parquets_of(folder):
 def source(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     if request.param == "folder":
-        return open_source(image_folder(root, N))
+        return open_images(image_folder(root, N))
     if request.param == "tar":
-        return open_source(tars_of(root))
+        return open_images(tars_of(root))
     if request.param == "table":
-        source = open_source(parquets_of(root), streaming=False)
+        source = open_images(parquets_of(root), streaming=False)
         return source
-    return open_source(parquets_of(root))
+    return open_images(parquets_of(root))
 
 
 def test_a_file_and_its_bytes_have_one_key(tmp_path):
@@ -104,20 +104,20 @@ def test_processes_share_the_images_with_the_smallest_keys(source):
 
 def test_adding_renaming_and_moving_files_changes_nothing_for_the_others(tmp_path):
     root = image_folder(tmp_path / "one", N)
-    before = held_numbers(split(open_source(root))[1])
+    before = held_numbers(split(open_images(root))[1])
     moved = tmp_path / "two"
     shutil.copytree(root, moved)
     for n, path in enumerate(sorted(moved.glob("*/*.png"))):
         path.rename(path.with_name(f"{N - n:03d}_renamed.png"))
     for n in range(N, N + 100):
         (moved / "c0" / f"new{n}.png").write_bytes(png(n))
-    after = held_numbers(split(open_source(moved), max_images=1000)[1])
+    after = held_numbers(split(open_images(moved), max_images=1000)[1])
     assert [n for n in after if n < N] == before
     assert after == expected(numbers=range(N + 100))
 
 
 def test_without_known_sizes_the_same_images_are_held_out(tmp_path):
-    tars = open_source(tars_of(tmp_path))
+    tars = open_images(tars_of(tmp_path))
     unsized = replace(tars, images=replace(tars.images, sizes=None), num_images=None)
     training, held_out = split(unsized)
     assert held_numbers(held_out) == expected()
@@ -134,14 +134,14 @@ def test_broken_images_are_left_out_of_the_holdout(tmp_path):
     for n in bad:
         path = next(root.glob(f"*/{n:04d}.png"))
         path.write_bytes(path.read_bytes()[:40])
-    _, held_out = split(open_source(root), share=0.5)
+    _, held_out = split(open_images(root), share=0.5)
     assert not set(bad) & set(held_numbers(held_out))
 
 
 def test_a_share_that_leaves_nothing_is_refused_and_one_that_takes_nothing_is_reported(tmp_path, caplog):
     for n in expected(0.5, range(40))[:3]:
         parquet(tmp_path / f"{n}.parquet", [n])
-    source = open_source(tmp_path)
+    source = open_images(tmp_path)
     with pytest.raises(UserError, match=r"--holdout 0.5: holds out all 3 images .* smaller share"):
         split(source, share=0.5)
     assert split(source, share=1e-9) == (source, None)

@@ -11,7 +11,7 @@ import pytest
 from data_samples import image_folder, parquet, png, tar
 from datasets import Value
 
-from jit_accel.data import open_source
+from jit_accel.data import open_images
 from jit_accel.data.formats import index_cache, scan, tables, tars
 from jit_accel.data.formats.folder import is_known_image_folder
 from jit_accel.data.formats.scan import walk_folder
@@ -64,11 +64,11 @@ def test_images_come_in_the_order_of_their_whole_paths(tmp_path):
 
 
 def test_paths_are_the_same_in_whatever_chunks_they_come(images, monkeypatch):
-    whole = everything(open_source(images))
+    whole = everything(open_images(images))
     monkeypatch.setattr(scan, "_PATHS_PER_CHUNK", 2)
     monkeypatch.setenv("JIT_ACCEL_CACHE", str(images / ".cache"))
-    assert open_source(images).images.dataset.data.column(0).num_chunks > 1
-    assert everything(open_source(images)) == whole
+    assert open_images(images).images.dataset.data.column(0).num_chunks > 1
+    assert everything(open_images(images)) == whole
 
 
 def test_a_folder_deeper_than_pythons_stack_is_walked(tmp_path):
@@ -91,10 +91,10 @@ def test_a_known_folder_is_opened_as_the_walk_found_it_without_a_walk(images, wa
     (images / "notes.txt").touch()
     (images / "dead.png").symlink_to("nowhere")
     age(images)
-    first = everything(open_source(images))
+    first = everything(open_images(images))
     walked = walk_folder(images)
     assert len(walks) == 1
-    assert everything(open_source(images)) == first
+    assert everything(open_images(images)) == first
     assert len(walks) == 1
     known = index_cache.known_scan(str(images))
     assert known.images.equals(walked.images)
@@ -102,14 +102,14 @@ def test_a_known_folder_is_opened_as_the_walk_found_it_without_a_walk(images, wa
 
 
 def test_the_index_belongs_to_the_place_and_not_to_its_name(images, walks, tmp_path, monkeypatch):
-    open_source(images)
+    open_images(images)
     (tmp_path / "link").symlink_to(images)
     monkeypatch.chdir(images)
-    assert open_source(tmp_path / "link").num_images == open_source(".").num_images == 6
+    assert open_images(tmp_path / "link").num_images == open_images(".").num_images == 6
     assert len(walks) == 1
     shutil.copytree(images, tmp_path / "copy")
     (tmp_path / "copy" / "c0" / "new.png").write_bytes(png(9))
-    assert open_source(tmp_path / "copy").num_images == 7
+    assert open_images(tmp_path / "copy").num_images == 7
 
 
 def add(images):
@@ -156,7 +156,7 @@ def test_every_change_is_noticed(images, change):
     (images / "c0" / "dead.png").symlink_to(images.parent / "missing.png")
     age(images)
     age(images.parent / "elsewhere")
-    before = everything(open_source(images))
+    before = everything(open_images(images))
     assert index_cache.known_scan(str(images)) is not None
     if change is add_folder:
         (images / "c2").unlink()
@@ -164,13 +164,13 @@ def test_every_change_is_noticed(images, change):
     walked = walk_folder(images).images
     assert index_cache.known_scan(str(images)) is None
     assert index_cache.scan_folder(str(images)).images.equals(walked)
-    assert everything(open_source(images)) != before
+    assert everything(open_images(images)) != before
 
 
 def test_changes_of_other_things_are_not_mistaken_for_changes(images, walks):
-    open_source(images)
+    open_images(images)
     (images / "c0" / "0000.png").write_bytes(png(99))  # another picture under the old name
-    assert open_source(images).num_images == 6
+    assert open_images(images).num_images == 6
     assert len(walks) == 1
 
 
@@ -179,14 +179,14 @@ def test_a_folder_that_is_being_changed_is_not_trusted(tmp_path, walks, seconds)
     """Within the same tick of the clock, a second change would leave the mtime as it is."""
     age(image_folder(tmp_path, 2), seconds)
     for _ in range(2):
-        assert open_source(tmp_path).num_images == 2
+        assert open_images(tmp_path).num_images == 2
     assert len(walks) == 2
 
 
 def test_a_file_system_without_mtimes_is_not_trusted(images, walks):
     os.utime(images / "c0", (0, 0))
     for _ in range(2):
-        open_source(images)
+        open_images(images)
     assert len(walks) == 2
 
 
@@ -205,17 +205,17 @@ def damage(file, kind):
 
 @pytest.mark.parametrize("kind", ["empty", "half", "text", "another path", "not UTF-8"])
 def test_a_damaged_index_is_made_anew(images, cache, walks, kind):
-    first = everything(open_source(images))
+    first = everything(open_images(images))
     (file,) = cache.iterdir()
     assert index_cache.known_scan(str(images)) is not None
     damage(file, kind)
-    assert everything(open_source(images)) == first
-    assert everything(open_source(images)) == first
+    assert everything(open_images(images)) == first
+    assert everything(open_images(images)) == first
     assert len(walks) == 2
 
 
 def test_no_flipped_bit_of_an_index_goes_unnoticed(images, cache):
-    open_source(images)
+    open_images(images)
     (file,) = cache.iterdir()
     data, walked = file.read_bytes(), walk_folder(images)
     assert index_cache.known_scan(str(images)).images.equals(walked.images)
@@ -230,7 +230,7 @@ def test_a_place_that_cannot_be_written_to_does_no_harm(images, walks, tmp_path,
     (tmp_path / "file").touch()
     monkeypatch.setenv("JIT_ACCEL_CACHE", str(tmp_path / "file"))
     for _ in range(2):
-        assert open_source(images).num_images == 6
+        assert open_images(images).num_images == 6
     assert len(walks) == 2
 
 
@@ -239,7 +239,7 @@ def test_nothing_half_written_stays(images, cache, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    assert open_source(images).num_images == 6
+    assert open_images(images).num_images == 6
     assert list(cache.iterdir()) == []
 
 
@@ -255,13 +255,13 @@ def test_the_caches_place_follows_the_environment(monkeypatch, tmp_path):
 
 def test_a_known_folder_is_recognised_by_its_index_unless_it_holds_other_formats(images):
     assert not is_known_image_folder(str(images))
-    open_source(images)
+    open_images(images)
     assert is_known_image_folder(str(images))
     parquet(images / "a.parquet", range(2))
     age(images)
-    assert open_source(images, data_format="folder").num_images == 6
+    assert open_images(images, data_format="folder").num_images == 6
     assert not is_known_image_folder(str(images))
-    assert open_source(images).format == "parquet"
+    assert open_images(images).format == "parquet"
 
 
 def test_hashes_do_not_depend_on_the_chunks():
@@ -299,9 +299,9 @@ def test_of_files_only_new_and_changed_ones_are_looked_into(tmp_path, monkeypatc
     looked, real = [], getattr(module, look)
     monkeypatch.setattr(module, look, lambda file, *args: looked.append(os.path.basename(file)) or real(file, *args))
     make(tmp_path)
-    first = open_source(tmp_path)
+    first = open_images(tmp_path)
     assert len(looked) == 2
-    again = open_source(tmp_path)
+    again = open_images(tmp_path)
     assert len(looked) == 2
     assert (again.class_names, again.max_label, again.num_images) == (
         first.class_names,
@@ -311,10 +311,10 @@ def test_of_files_only_new_and_changed_ones_are_looked_into(tmp_path, monkeypatc
     new, old = sorted(tmp_path.iterdir())
     shutil.copy(new, tmp_path / f"2{new.suffix}")
     os.utime(old, (1, 1))
-    source = open_source(tmp_path)
+    source = open_images(tmp_path)
     assert looked[2:] == [old.name, f"2{new.suffix}"]
     assert source.num_images == 6
-    open_source(tmp_path)
+    open_images(tmp_path)
     assert looked[4:] == [f"2{new.suffix}"]  # so new that it may still change
 
 

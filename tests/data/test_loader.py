@@ -14,7 +14,7 @@ import torch
 from data_samples import SIZE, image_folder, numbers_in, png, take
 
 from jit_accel.base.errors import UserError
-from jit_accel.data import build_loader, open_source
+from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches.order import flips
 
 N = 22
@@ -22,7 +22,7 @@ N = 22
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return open_source(image_folder(tmp_path_factory.mktemp("images"), N))
+    return open_images(image_folder(tmp_path_factory.mktemp("images"), N))
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def half_black_folder(root, count):
 
 
 def test_images_are_mirrored_by_their_position(tmp_path, loaders):
-    source = open_source(half_black_folder(tmp_path, 5))
+    source = open_images(half_black_folder(tmp_path, 5))
     images = torch.cat([next(loader).to("cpu").images for loader in [loaders(source)] for _ in range(8)])
     assert ((images[:, 0, 0, 0] == 255).numpy() == flips(11, np.arange(24))).all()
     upright = next(loaders(source, horizontal_flip=False, batch_size=24)).to("cpu").images
@@ -147,7 +147,7 @@ def test_a_broken_image_is_replaced_and_named(tmp_path, loaders):
     image_folder(tmp_path, N)
     for number in (3, 20):
         next(tmp_path.glob(f"c*/{number:04d}.png")).write_bytes(png(number)[:40])
-    source = open_source(tmp_path)
+    source = open_images(tmp_path)
     runs = []
     for num_workers in (0, 2):
         batches = [next(loader) for loader in [loaders(source, num_workers=num_workers)] for _ in range(8)]
@@ -164,7 +164,7 @@ def test_a_broken_image_is_replaced_and_named(tmp_path, loaders):
 def test_nothing_but_broken_images_stops_with_a_message(tmp_path, loaders, num_workers):
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(b"broken")
-    loader = loaders(open_source(tmp_path), num_workers=num_workers)
+    loader = loaders(open_images(tmp_path), num_workers=num_workers)
     with pytest.raises(UserError, match=r"substitutes .*not an image") as caught:
         next(loader)
     assert "Traceback" not in str(caught.value)
@@ -220,11 +220,11 @@ def test_workers_survive_the_signals_of_their_group_and_leave_on_close(source, l
 KILLED_PARENT = """
 import os, sys, time, torch.utils.data._utils.worker as worker
 worker.MP_STATUS_CHECK_INTERVAL = 0.3  # torch's watchdog looks for its parent every 5 s
-from jit_accel.data import build_loader, open_source
+from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches import workers
 delay_s, start = float(sys.argv[2]), workers._init_worker
 workers._init_worker = lambda parent, number: (time.sleep(delay_s * number), start(parent, number))
-loader = build_loader(open_source(sys.argv[1]), img_size=4, batch_size=2, seed=0, num_workers=2)
+loader = build_loader(open_images(sys.argv[1]), img_size=4, batch_size=2, seed=0, num_workers=2)
 next(loader)
 print("ready", flush=True)
 time.sleep(60)

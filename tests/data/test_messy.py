@@ -14,7 +14,7 @@ import pytest
 from data_samples import png
 from PIL import Image, ImageOps
 
-from jit_accel.data import build_loader, open_source
+from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches.order import image_indices
 from jit_accel.data.reading.decode import BadImage, decode_image
 
@@ -87,7 +87,7 @@ def bomb(side):
 
 def read(folder):
     """What one epoch through the loader gives: {file name: picture}, and the bad images."""
-    source = open_source(folder)
+    source = open_images(folder)
     loader = build_loader(source, img_size=SIZE, batch_size=source.num_images, seed=0, horizontal_flip=False)
     batch = next(loader)
     names = [os.path.basename(row["image"]["path"]) for row in source.images.dataset]
@@ -315,7 +315,7 @@ def test_pipes_sockets_and_folders_named_like_images_do_no_harm(tmp_path, caplog
 def test_what_happens_to_a_file_after_the_start_makes_it_bad(tmp_path, change):
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(png(number))
-    source = open_source(tmp_path)
+    source = open_images(tmp_path)
     (tmp_path / "1.png").unlink()
     change(tmp_path / "1.png")
     batch = next(build_loader(source, img_size=SIZE, batch_size=3, seed=0))

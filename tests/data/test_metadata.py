@@ -9,7 +9,7 @@ import yaml
 from data_samples import image_folder, labels_by_number, numbers_in, png, refusal
 from helpers import train_here
 
-from jit_accel.data import open_source
+from jit_accel.data import open_images
 from jit_accel.train.record import describe_data
 
 
@@ -39,7 +39,7 @@ def test_text_labels_are_classes_in_the_order_of_their_names(photos, write):
         write_csv(photos, "file_name,label", *(f'{file},"{name}"' for file, name in zip(files, names)))
     else:
         write_jsonl(photos, *({"file_name": file, "label": name} for file, name in zip(files, names)))
-    source = open_source(photos)
+    source = open_images(photos)
     assert (source.class_names, source.max_label, source.is_labelled) == (("ant", "bee, or wasp", "owl"), 2, True)
     assert (source.num_images, source.format, source.streaming) == (6, "folder", False)
     assert labels_by_number(source) == {0: 2, 1: 0, 2: 2, 3: 1, 4: 0, 5: 2}
@@ -47,7 +47,7 @@ def test_text_labels_are_classes_in_the_order_of_their_names(photos, write):
 
 def test_labels_are_those_that_hf_reads(photos, tmp_path):
     write_csv(photos, "file_name,text,label", *(f"{n}.png,hello,{n * n}" for n in range(5)), "more/5.png,x,7")
-    source = open_source(photos)
+    source = open_images(photos)
     theirs = datasets.load_dataset("imagefolder", data_dir=str(photos), split="train", cache_dir=str(tmp_path / "hf"))
     theirs = {numbers_in([picture_planes(row["image"])])[0]: row["label"] for row in theirs}
     assert labels_by_number(source) == theirs
@@ -59,7 +59,7 @@ def picture_planes(image):
 
 def test_whole_numbers_stay_what_they_are(photos):
     write_csv(photos, "label,file_name", *(f"{n + 3},{n}.png" for n in range(5)), "0,more/5.png")
-    source = open_source(photos)
+    source = open_images(photos)
     assert source.class_names == tuple(map(str, range(8)))
     assert labels_by_number(source) == {0: 3, 1: 4, 2: 5, 3: 6, 4: 7, 5: 0}
 
@@ -67,14 +67,14 @@ def test_whole_numbers_stay_what_they_are(photos):
 @pytest.mark.parametrize("column", ["label", "class", "category", "target"])
 def test_the_column_of_labels_is_recognised_or_chosen(photos, column):
     write_csv(photos, f"file_name,id,{column}", *(f"{n}.png,{5 - n},{n % 2}" for n in range(5)), "more/5.png,9,1")
-    assert labels_by_number(open_source(photos)) == {n: n % 2 for n in range(6)}
-    assert labels_by_number(open_source(photos, label_column="id")) == {0: 5, 1: 4, 2: 3, 3: 2, 4: 1, 5: 9}
+    assert labels_by_number(open_images(photos)) == {n: n % 2 for n in range(6)}
+    assert labels_by_number(open_images(photos, label_column="id")) == {0: 5, 1: 4, 2: 3, 3: 2, 4: 1, 5: 9}
 
 
 def test_metadata_wins_over_the_names_of_folders(tmp_path):
     image_folder(tmp_path, 4)
     write_csv(tmp_path, "file_name,label", "c0/0000.png,b", "c0/0001.png,a", "c1/0002.png,a", "c1/0003.png,b")
-    source = open_source(tmp_path)
+    source = open_images(tmp_path)
     assert source.class_names == ("a", "b")
     assert labels_by_number(source) == {0: 1, 1: 0, 2: 0, 3: 1}
 
@@ -83,31 +83,31 @@ def test_metadata_in_subfolders_speaks_for_them(tmp_path):
     image_folder(tmp_path, 4)
     write_csv(tmp_path / "c0", "file_name,label", "0000.png,5", "./0001.png,6")
     write_jsonl(tmp_path / "c1", *({"label": n, "file_name": f"{n:04d}.png"} for n in (2, 3)))
-    assert labels_by_number(open_source(tmp_path)) == {0: 5, 1: 6, 2: 2, 3: 3}
+    assert labels_by_number(open_images(tmp_path)) == {0: 5, 1: 6, 2: 2, 3: 3}
 
 
 def test_numbers_in_one_file_and_text_in_another_are_text(tmp_path):
     image_folder(tmp_path, 2)
     write_csv(tmp_path / "c0", "file_name,label", "0000.png,5")
     write_csv(tmp_path / "c1", "file_name,label", "0001.png,five")
-    assert open_source(tmp_path).class_names == ("5", "five")
+    assert open_images(tmp_path).class_names == ("5", "five")
 
 
 def test_without_labels_the_images_are_unlabelled_whatever_their_folders(tmp_path, caplog):
     image_folder(tmp_path, 4)
     write_jsonl(tmp_path, *({"file_name": f"c{n // 2}/{n:04d}.png", "text": "a photo"} for n in range(4)))
     (tmp_path / "metadata.jsonl").write_text((tmp_path / "metadata.jsonl").read_text().replace('"text"', '"caption"'))
-    source = open_source(tmp_path)
+    source = open_images(tmp_path)
     assert (source.is_labelled, source.class_names, source.max_label) == (False, (tmp_path.name,), 0)
     assert labels_by_number(source) == dict.fromkeys(range(4), 0)
     assert "no column of labels (caption)" in caplog.text
-    assert open_source(tmp_path, label_column="caption").class_names == ("a photo",)
+    assert open_images(tmp_path, label_column="caption").class_names == ("a photo",)
 
 
 def test_listed_files_that_are_missing_are_skipped_counted_and_named(photos, caplog):
     lines = [*(f"{n}.png,{n % 2}" for n in range(4)), *(f"gone{n}.png,x7" for n in range(5))]
     write_csv(photos, "file_name,label", *lines)
-    source = open_source(photos)
+    source = open_images(photos)
     assert labels_by_number(source) == {0: 0, 1: 1, 2: 0, 3: 1}
     assert "5 images listed in metadata.csv are missing: gone0.png, gone1.png, gone2.png" in caplog.text
     assert "2 images not listed in metadata.csv are left out" in caplog.text
@@ -115,7 +115,7 @@ def test_listed_files_that_are_missing_are_skipped_counted_and_named(photos, cap
 
 def test_an_image_that_is_listed_twice_counts_once(photos):
     write_csv(photos, "file_name,label", "1.png,b", "0.png,a", "1.png,b")
-    assert labels_by_number(open_source(photos)) == {0: 0, 1: 1}
+    assert labels_by_number(open_images(photos)) == {0: 0, 1: 1}
     write_csv(photos, "file_name,label", "1.png,b", "0.png,a", "1.png,a")
     message = refusal(photos)
     assert "lists 1.png with two different labels (1 such images)" in message
@@ -123,24 +123,24 @@ def test_an_image_that_is_listed_twice_counts_once(photos):
 
 def test_changed_labels_are_read_anew_and_change_the_fingerprint(photos):
     write_csv(photos, "file_name,label", "0.png,0", "1.png,1")
-    first = open_source(photos)
+    first = open_images(photos)
     write_csv(photos, "file_name,label", "0.png,1", "1.png,0")
-    second = open_source(photos)
+    second = open_images(photos)
     assert labels_by_number(second) == {0: 1, 1: 0}
     assert first.fingerprint != second.fingerprint
-    assert second.fingerprint == open_source(photos).fingerprint
+    assert second.fingerprint == open_images(photos).fingerprint
 
 
 def test_odd_but_readable_files_are_read(photos):
     text = "\ufefffile_name;x,label\r\n".replace(";x", "") + '".\\more\\5.png","a ""b""\nc"\r\n0.png,NA\r\n'
     (photos / "metadata.csv").write_bytes(text.encode())
-    source = open_source(photos)
+    source = open_images(photos)
     assert source.class_names == ("NA", 'a "b"\nc')
     assert labels_by_number(source) == {0: 0, 5: 1}
     (photos / "metadata.csv").unlink()
     rows = '{"file_name": "0.png", "label": 1, "x": 1}\n\n{"file_name": "1.png", "label": 0, "x": "mixed", "y": [1]}'
     (photos / "metadata.jsonl").write_text("\ufeff" + rows, encoding="utf-8")
-    assert labels_by_number(open_source(photos)) == {0: 1, 1: 0}
+    assert labels_by_number(open_images(photos)) == {0: 1, 1: 0}
 
 
 @pytest.mark.parametrize(
@@ -158,25 +158,25 @@ def test_odd_but_readable_files_are_read(photos):
 def test_paths_are_what_they_lead_to(photos, spell, caplog):
     write_csv(photos, "file_name,label", "0.png,0", f"{spell.format('5.png')},1")
     if spell.startswith("../"):  # out of the folder
-        assert open_source(photos).num_images == 1
+        assert open_images(photos).num_images == 1
         assert "1 images listed in metadata.csv are missing" in caplog.text
     else:
-        assert labels_by_number(open_source(photos)) == {0: 0, 5: 1}
+        assert labels_by_number(open_images(photos)) == {0: 0, 5: 1}
 
 
 def test_metadata_in_a_subfolder_may_speak_of_others(photos):
     write_csv(photos / "more", "file_name,label", "../0.png,0", "5.png,1", "../more/../1.png,2")
-    assert labels_by_number(open_source(photos)) == {0: 0, 1: 2, 5: 1}
+    assert labels_by_number(open_images(photos)) == {0: 0, 1: 2, 5: 1}
 
 
 def test_a_repeated_column_does_no_harm_unless_it_is_needed(photos):
     rows = [f"{n}.png,7,8,{n % 2}" for n in range(5)]
     write_csv(photos, "file_name,x,x,label", *rows)
-    assert labels_by_number(open_source(photos)) == {n: n % 2 for n in range(5)}
+    assert labels_by_number(open_images(photos)) == {n: n % 2 for n in range(5)}
     assert "two columns named 'x'" in refusal(photos, label_column="x")
     write_csv(photos, "file_name,label,label,id", *rows)
     assert "two columns named 'label'" in refusal(photos)
-    assert labels_by_number(open_source(photos, label_column="id")) == {n: n % 2 for n in range(5)}
+    assert labels_by_number(open_images(photos, label_column="id")) == {n: n % 2 for n in range(5)}
 
 
 BROKEN = {
@@ -223,10 +223,10 @@ def test_what_nothing_tells_apart_is_unlabelled_and_said_to_be(tmp_path):
     image_folder(tmp_path / "many", 4)
     image_folder(tmp_path / "one", 2, classes=1)
     flat = tmp_path / "one" / "c0"
-    assert open_source(tmp_path / "many").is_labelled
-    assert describe_data(open_source(tmp_path / "many")).endswith("(4 images, 2 classes)")
+    assert open_images(tmp_path / "many").is_labelled
+    assert describe_data(open_images(tmp_path / "many")).endswith("(4 images, 2 classes)")
     for folder in (tmp_path / "one", flat):
-        source = open_source(folder)
+        source = open_images(folder)
         assert (source.is_labelled, source.class_names, source.num_classes) == (False, ("c0",), 1)
         assert labels_by_number(source) == {0: 0, 1: 0}
         assert describe_data(source) == f"{folder} (2 images, unlabelled)"
@@ -235,7 +235,7 @@ def test_what_nothing_tells_apart_is_unlabelled_and_said_to_be(tmp_path):
 def test_images_beside_a_single_folder_are_kept(tmp_path):
     image_folder(tmp_path, 2, classes=1)
     (tmp_path / "7.png").write_bytes(png(7))
-    source = open_source(tmp_path)
+    source = open_images(tmp_path)
     assert (source.is_labelled, source.class_names) == (False, (tmp_path.name,))
     assert labels_by_number(source) == {0: 0, 1: 0, 7: 0}
 

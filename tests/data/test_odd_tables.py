@@ -9,7 +9,7 @@ from data_samples import labels_by_number, png, refusal
 from http_server import FailingServer
 from prepare_samples import contents
 
-from jit_accel.data import open_source
+from jit_accel.data import open_images
 from jit_accel.prepare import main
 
 N = 6
@@ -68,7 +68,7 @@ def serve():
 def test_empty_row_groups_hold_no_images_and_no_damage(tmp_path, serve, ranges, streaming):
     with_empty_row_groups(tmp_path / "0.parquet")
     path = tmp_path / "0.parquet" if ranges is None else f"{serve(tmp_path, ranges=ranges)}/0.parquet"
-    source = open_source(path, streaming=streaming)
+    source = open_images(path, streaming=streaming)
     assert labels_by_number(source, N) == {n: n % 2 for n in range(N)}
     assert source.num_classes == (None if ranges is False and streaming is None else 2)
 
@@ -78,13 +78,13 @@ def test_a_file_without_rows_beside_others_is_no_damage(tmp_path, serve, ranges)
     whole = table(label=[0, 1] * (N // 2))
     write(tmp_path, whole[:0], whole)
     path = tmp_path if ranges is None else f"{serve(tmp_path, ranges=ranges)}/{{0..1}}.parquet"
-    assert labels_by_number(open_source(path), N) == {n: n % 2 for n in range(N)}
+    assert labels_by_number(open_images(path), N) == {n: n % 2 for n in range(N)}
 
 
 def test_text_labels_of_empty_row_groups_are_read(tmp_path, serve):
     for type in (pa.string(), pa.large_string()):
         with_empty_row_groups(tmp_path / "0.parquet", labels=pa.array(["a", "b", "c"] * 2, type))
-        assert open_source(f"{serve(tmp_path)}/0.parquet").class_names == ("a", "b", "c")
+        assert open_images(f"{serve(tmp_path)}/0.parquet").class_names == ("a", "b", "c")
 
 
 @pytest.mark.parametrize("ranges", [None, True, False])
@@ -119,7 +119,7 @@ def test_columns_of_types_that_hf_does_not_know_do_no_harm(tmp_path, serve, is_r
     others = pa.array([[("a", 1)]] * N, pa.map_(pa.string(), pa.int64()))
     write(tmp_path, table(label=[0, 1] * (N // 2), others=others))
     path = f"{serve(tmp_path)}/0.parquet" if is_remote else tmp_path
-    assert labels_by_number(open_source(path, streaming=streaming), N) == {n: n % 2 for n in range(N)}
+    assert labels_by_number(open_images(path, streaming=streaming), N) == {n: n % 2 for n in range(N)}
     assert "its type is map<string, int64" in refusal(path, label_column="others", streaming=streaming)
     assert "--image_column others: it holds values like" in refusal(path, image_column="others", streaming=streaming)
 
@@ -132,7 +132,7 @@ def test_columns_of_one_name_matter_only_where_they_are_needed(tmp_path, serve, 
     write(tmp_path / "good", pa.Table.from_arrays([images(), twice[0], *twice], ["image", "label", "x", "x"]))
     paths = [f"{serve(tmp_path)}/{name}/0.parquet" if is_remote else tmp_path / name for name in ("bad", "good")]
     assert "two columns are named 'label'" in refusal(paths[0], streaming=streaming)
-    assert labels_by_number(open_source(paths[1], streaming=streaming), N) == {n: n % 2 for n in range(N)}
+    assert labels_by_number(open_images(paths[1], streaming=streaming), N) == {n: n % 2 for n in range(N)}
 
 
 # --- labels
@@ -159,7 +159,7 @@ NO_LABELS = {
 
 @pytest.mark.parametrize("type", NO_LABELS)
 def test_a_column_that_is_named_label_and_is_none_is_warned_of(tmp_path, caplog, type):
-    source = open_source(write(tmp_path, table(label=NO_LABELS[type])))
+    source = open_images(write(tmp_path, table(label=NO_LABELS[type])))
     assert not source.is_labelled
     (message,) = [record.getMessage() for record in caplog.records if "unlabelled" in record.getMessage()]
     assert "column 'label'" in message
@@ -169,12 +169,12 @@ def test_a_column_that_is_named_label_and_is_none_is_warned_of(tmp_path, caplog,
 
 def test_what_is_chosen_or_labelled_is_not_warned_of(tmp_path, caplog):
     path = write(tmp_path, table(target=[0.5] * N, label=[0, 1] * (N // 2)))
-    assert open_source(path).is_labelled
+    assert open_images(path).is_labelled
     assert not caplog.records
 
 
 def test_empty_row_groups_leave_the_bounds_of_labels_known(tmp_path, serve):
     with_empty_row_groups(tmp_path / "0.parquet", is_first_empty=False)
-    source = open_source(f"{serve(tmp_path)}/0.parquet")
+    source = open_images(f"{serve(tmp_path)}/0.parquet")
     assert np.array_equal(source.images.sizes, [4, 0, 2, 0])
     assert source.num_classes == 2

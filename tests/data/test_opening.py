@@ -13,7 +13,7 @@ from helpers import Group, rows, train_here
 from http_server import FailingServer
 
 from jit_accel.base.errors import common_problem
-from jit_accel.data import open_source
+from jit_accel.data import open_images
 from jit_accel.data.batches.holdout import split_holdout
 from jit_accel.data.reading import content, images, units
 from jit_accel.data.reading.content import UNREADABLE, content_key, key_of
@@ -51,9 +51,9 @@ def hide_data():
     """Process 1 finds nothing at the path."""
     from jit_accel.train import build as startup
 
-    opened = startup.open_source
+    opened = startup.open_images
     if on_process("1"):
-        startup.open_source = lambda path, **how: opened(f"{path}_elsewhere", **how)
+        startup.open_images = lambda path, **how: opened(f"{path}_elsewhere", **how)
 
 
 def fail_unexpectedly():
@@ -179,7 +179,7 @@ def test_a_checkpoint_of_another_split_is_refused(tmp_path, images, capsys):
 
 
 def test_the_fingerprint_tells_what_is_held_out(tmp_path):
-    source = open_source(image_folder(tmp_path, N))
+    source = open_images(image_folder(tmp_path, N))
     fingerprints = {split(source, share)[0].fingerprint for share in (0.3, 0.3, 0.6)}
     assert len(fingerprints | {source.fingerprint}) == 3
 
@@ -216,10 +216,10 @@ def tars(root):
 @pytest.mark.parametrize("make", [folder, parquets, tars])
 def test_keys_are_read_once(tmp_path, keyed, make):
     data = settled(make(tmp_path / "data"))
-    first, held_out = split(open_source(data))
+    first, held_out = split(open_images(data))
     assert len(keyed) == N
     keyed.clear()
-    again, held_again = split(open_source(data))
+    again, held_again = split(open_images(data))
     assert keyed == []
     assert (again.fingerprint, again.num_images) == (first.fingerprint, first.num_images)
     assert held_again.keys.tolist() == held_out.keys.tolist()
@@ -227,12 +227,12 @@ def test_keys_are_read_once(tmp_path, keyed, make):
 
 def test_only_new_and_changed_files_are_read_again(tmp_path, keyed):
     data = settled(folder(tmp_path / "data"))
-    before = open_source(data).images.keys()
+    before = open_images(data).images.keys()
     keyed.clear()
     (data / "c0" / "0001.png").write_bytes(png(100) + b"longer")
     (data / "c1" / "new.png").write_bytes(png(101))
     for _ in range(2):  # files that were changed just now may be changed again with the same mtime
-        keys = open_source(data).images.keys()
+        keys = open_images(data).images.keys()
         assert sorted(os.path.basename(path) for path in keyed) == ["0001.png", "new.png"]
         assert keys.tolist() == [
             before[0], content_key(png(100) + b"longer"), *before[2:], content_key(png(101)),
@@ -242,20 +242,20 @@ def test_only_new_and_changed_files_are_read_again(tmp_path, keyed):
 
 def test_a_damaged_cache_is_not_believed(tmp_path, cache):
     data = settled(folder(tmp_path / "data"))
-    keys = open_source(data).images.keys()
+    keys = open_images(data).images.keys()
     (file,) = cache.glob("values-*")
     whole = file.read_bytes()
     for damaged in (b"", whole[:-3], whole[:-1] + bytes([whole[-1] ^ 1])):
         file.write_bytes(damaged)
-        assert np.array_equal(open_source(data).images.keys(), keys)
+        assert np.array_equal(open_images(data).images.keys(), keys)
 
 
 def test_what_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
     data = settled(folder(tmp_path / "data"))
     monkeypatch.setattr(images, "patient_file_key", lambda path: UNREADABLE)
-    assert set(open_source(data).images.keys().tolist()) == {UNREADABLE}
+    assert set(open_images(data).images.keys().tolist()) == {UNREADABLE}
     monkeypatch.undo()
-    assert open_source(data).images.keys().tolist() == [content_key(png(n)) for n in range(N)]
+    assert open_images(data).images.keys().tolist() == [content_key(png(n)) for n in range(N)]
 
 
 def test_keys_of_files_that_a_table_names_follow_the_files(tmp_path):
@@ -264,7 +264,7 @@ def test_keys_of_files_that_a_table_names_follow_the_files(tmp_path):
     settled(tmp_path)
     kept = []
     for _ in range(2):
-        kept.append(split(open_source(tmp_path / "table.parquet"))[0].images.sizes.sum())
+        kept.append(split(open_images(tmp_path / "table.parquet"))[0].images.sizes.sum())
         for picture in pictures:
             shutil.copy(pictures[0], picture + "_")
             os.replace(picture + "_", picture)
@@ -275,12 +275,12 @@ def test_keys_of_files_that_a_table_names_follow_the_files(tmp_path):
 def test_remote_files_are_read_once_after_a_warning(tmp_path, keyed, caplog):
     server = FailingServer(parquets(tmp_path))
     address = f"{server.url}/{{0,1}}.parquet"
-    first, _ = split(open_source(address))
+    first, _ = split(open_images(address))
     assert "reading all of" in caplog.text
     assert len(keyed) == N
     keyed.clear()
     caplog.clear()
-    again, _ = split(open_source(address))
+    again, _ = split(open_images(address))
     assert keyed == []
     assert caplog.text == ""
     assert again.fingerprint == first.fingerprint
@@ -292,7 +292,7 @@ def test_keys_of_two_columns_are_kept_apart(tmp_path):
     pq.write_table(table, tmp_path / "0.parquet")
     address = f"{FailingServer(settled(tmp_path)).url}/0.parquet"
     for path in (address, tmp_path / "0.parquet"):
-        kept = [split(open_source(path, image_column=name), 0.5)[0].fingerprint for name in ("image", "other")]
+        kept = [split(open_images(path, image_column=name), 0.5)[0].fingerprint for name in ("image", "other")]
         assert kept[0] != kept[1]
 
 
@@ -300,9 +300,9 @@ def test_keys_of_two_columns_are_kept_apart(tmp_path):
 def test_reading_many_keys_is_announced(tmp_path, caplog, monkeypatch, make):
     data = settled(make(tmp_path / "data"))
     monkeypatch.setattr(images, "MANY_KEYS", N - 1)
-    split(open_source(data))
+    split(open_images(data))
     assert caplog.text.count(f"reading the content keys of {N} images for --holdout") == 1
-    split(open_source(data))
+    split(open_images(data))
     assert caplog.text.count("reading the content keys") == 1
 
 

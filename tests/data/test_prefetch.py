@@ -11,7 +11,7 @@ import torch
 from data_samples import SIZE, image_folder, parquet
 
 from jit_accel.base.errors import UserError
-from jit_accel.data import build_loader, open_source
+from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches.batch import Batch, empty_batch
 from jit_accel.data.batches.prefetch import DevicePrefetcher
 
@@ -22,8 +22,8 @@ def sources(tmp_path_factory):
     for number in range(4):
         parquet(root / "parquet" / f"{number}.parquet", range(10 * number, 10 * number + 10))
     return {
-        "random_access": open_source(image_folder(root / "folder", 22)),
-        "stream": open_source(root / "parquet", streaming=True),
+        "random_access": open_images(image_folder(root / "folder", 22)),
+        "stream": open_images(root / "parquet", streaming=True),
     }
 
 
@@ -159,9 +159,9 @@ def test_a_loader_that_hangs_does_not_hold_up_closing(monkeypatch):
 
 LEFT_OPEN = """
 import sys
-from jit_accel.data import build_loader, open_source
+from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches.prefetch import DevicePrefetcher
-loader = build_loader(open_source(sys.argv[1]), img_size=4, batch_size=2, seed=0, num_workers=int(sys.argv[2]))
+loader = build_loader(open_images(sys.argv[1]), img_size=4, batch_size=2, seed=0, num_workers=int(sys.argv[2]))
 prefetcher = DevicePrefetcher(loader, "cpu")
 next(prefetcher)
 print("done")

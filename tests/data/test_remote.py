@@ -17,7 +17,7 @@ from helpers import rows, train_here
 from http_server import FailingServer
 
 from jit_accel.base.errors import UserError
-from jit_accel.data import build_loader, open_source
+from jit_accel.data import build_loader, open_images
 from jit_accel.data.formats import remote
 from jit_accel.data.reading import http_files, outages
 
@@ -92,12 +92,12 @@ MISCHIEF = {
 @pytest.mark.parametrize("mischief", MISCHIEF)
 def test_every_image_comes_once_an_epoch(server, loaders, monkeypatch, mischief, kind, num_workers):
     monkeypatch.setattr(http_files, "READ_S", 0.3)
-    source = open_source(all_of(server, kind))
+    source = open_images(all_of(server, kind))
     for name, value in MISCHIEF[mischief].items():
         setattr(server, name, value)
     http_files._infos.clear()  # the server was found out anew
     if not server.ranges and kind == "parquet":
-        source = open_source(all_of(server, kind))
+        source = open_images(all_of(server, kind))
     loader = loaders(source, num_workers=num_workers)
     seen = take(loader, 2 * N)
     assert sorted(seen[:N]) == sorted(seen[N:]) == list(range(N))
@@ -107,7 +107,7 @@ def test_every_image_comes_once_an_epoch(server, loaders, monkeypatch, mischief,
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_may_go_away_for_a_while(server, loaders, kind, num_workers, caplog):
-    loader = loaders(open_source(all_of(server, kind)), num_workers=num_workers)
+    loader = loaders(open_images(all_of(server, kind)), num_workers=num_workers)
     server.away_at, server.away_s = len(server.requests) + 3, 1.0
     with caplog.at_level(logging.WARNING):
         assert sorted(take(loader, N)) == list(range(N))
@@ -132,7 +132,7 @@ def batches(loader, count):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_from_a_failing_server_are_those_of_the_local_files(server, folder, loaders, num_workers):
-    local, far = open_source(folder / "?.parquet"), open_source(all_of(server, "parquet"))
+    local, far = open_images(folder / "?.parquet"), open_images(all_of(server, "parquet"))
     assert (far.num_images, far.class_names, far.num_classes) == (N, ("even", "odd"), 2)
     assert far.fingerprint == local.fingerprint
     server.drop_every, server.drop_after = 3, 700
@@ -143,7 +143,7 @@ def test_batches_from_a_failing_server_are_those_of_the_local_files(server, fold
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stop", [1, 5, 12])
 def test_resume_is_exact_over_a_failing_server(server, loaders, kind, stop):
-    source = open_source(all_of(server, kind))
+    source = open_images(all_of(server, kind))
     server.drop_every, server.drop_after = 3, 700
     whole = loaders(source, batch_size=3)
     batches(whole, stop)
@@ -153,7 +153,7 @@ def test_resume_is_exact_over_a_failing_server(server, loaders, kind, stop):
 
 
 def test_processes_may_come_and_go(server, loaders):
-    source = open_source(all_of(server, "parquet"))
+    source = open_images(all_of(server, "parquet"))
     server.drop_every, server.drop_after = 3, 700
     first = loaders(source)
     seen = take(first, 11)
@@ -171,13 +171,13 @@ def test_an_index_beside_tars_gives_their_sizes(tmp_path, folder, loaders):
     for file in range(FILES):
         (tmp_path / f"{file}.tar").write_bytes((folder / f"{file}.tar").read_bytes())
     server = FailingServer(tmp_path)
-    assert open_source(all_of(server, "tar")).num_images is None
+    assert open_images(all_of(server, "tar")).num_images is None
     wids = {"wids_version": 1, "shardlist": [{"url": f"{file}.tar", "nsamples": EACH} for file in range(FILES)]}
     (tmp_path / "index.json").write_text(json.dumps(wids))
-    assert open_source(all_of(server, "tar")).num_images == N
+    assert open_images(all_of(server, "tar")).num_images == N
     (tmp_path / "sizes.json").write_text(json.dumps({f"{file}.tar": EACH for file in range(FILES - 1)}))
-    assert open_source(f"{server.url}/{{0..1}}.tar").num_images == 2 * EACH
-    far, local = open_source(all_of(server, "tar")), open_source(folder / "?.tar")  # sizes.json lacks one: the other
+    assert open_images(f"{server.url}/{{0..1}}.tar").num_images == 2 * EACH
+    far, local = open_images(all_of(server, "tar")), open_images(folder / "?.tar")  # sizes.json lacks one: the other
     assert far.fingerprint == local.fingerprint
     assert equal_batches(batches(loaders(local, batch_size=7), 10), batches(loaders(far, batch_size=7), 10))
 
@@ -185,7 +185,7 @@ def test_an_index_beside_tars_gives_their_sizes(tmp_path, folder, loaders):
 def test_an_index_that_counts_too_many_is_found_out(tmp_path, folder, loaders):
     (tmp_path / "0.tar").write_bytes((folder / "0.tar").read_bytes())
     (tmp_path / "sizes.json").write_text(json.dumps({"0.tar": EACH + 1}))
-    loader = loaders(open_source(f"{FailingServer(tmp_path).url}/0.tar"))
+    loader = loaders(open_images(f"{FailingServer(tmp_path).url}/0.tar"))
     with pytest.raises(UserError, match="ended after 20 images where there were 21"):
         take(loader, N)
 
@@ -196,7 +196,7 @@ def test_an_index_that_counts_too_many_is_found_out(tmp_path, folder, loaders):
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_that_stays_away_ends_the_run_with_a_message(server, loaders, monkeypatch, kind, num_workers):
-    loader = loaders(open_source(all_of(server, kind)), num_workers=num_workers)
+    loader = loaders(open_images(all_of(server, kind)), num_workers=num_workers)
     monkeypatch.setattr(outages, "PATIENCE_S", 0.3)
     server.go_away()
     with pytest.raises(UserError, match=rf"{server.url}/\d.{kind}: no progress for 0.3 s .*--resume auto"):
@@ -206,7 +206,7 @@ def test_a_server_that_stays_away_ends_the_run_with_a_message(server, loaders, m
 @pytest.mark.parametrize(("error", "message"), [(404, "no such file"), (403, "denies access"), (410, "status 410")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_refusal_ends_the_run_at_once(server, loaders, kind, error, message):
-    loader = loaders(open_source(all_of(server, kind)))
+    loader = loaders(open_images(all_of(server, kind)))
     server.error_every, server.error = 1, error
     with pytest.raises(UserError, match=rf"{server.url}/\d.{kind}: .*{message}"):
         take(loader, N)
@@ -215,7 +215,7 @@ def test_a_refusal_ends_the_run_at_once(server, loaders, kind, error, message):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_missing_file_is_named_at_the_start(server, kind):
     with pytest.raises(UserError, match=rf"{server.url}/3.{kind}: there is no such file"):
-        open_source(f"{server.url}/{{0..3}}.{kind}")
+        open_images(f"{server.url}/{{0..3}}.{kind}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -223,14 +223,14 @@ def test_a_server_that_is_not_there_is_named_at_the_start(server, monkeypatch, k
     monkeypatch.setattr(remote, "OPENING_PATIENCE_S", 0.3)
     server.go_away()
     with pytest.raises(UserError, match=rf"{server.url}/0.{kind}: no progress for 0.3 s .*check the address"):
-        open_source(f"{server.url}/0.{kind}")
+        open_images(f"{server.url}/0.{kind}")
     assert "trying again for up to 0.3 s" in caplog.text
 
 
 def test_secrets_are_not_shown(server):
     url = f"{server.url}/9.tar?X-Signature=secret".replace("//", "//someone:password@")
     with pytest.raises(UserError) as error:
-        open_source(url)
+        open_images(url)
     assert "secret" not in str(error.value)
     assert "password" not in str(error.value)
 
@@ -240,12 +240,12 @@ def test_an_archive_that_is_cut_short_on_the_server_is_named(tmp_path, folder, l
     (tmp_path / "0.tar").write_bytes(whole[: len(whole) // 2 // 512 * 512 - 100])
     server = FailingServer(tmp_path)
     with pytest.raises(UserError, match=r"0.tar: it is damaged, or was cut short .*ReadError"):
-        take(loaders(open_source(f"{server.url}/0.tar")), N)
+        take(loaders(open_images(f"{server.url}/0.tar")), N)
 
 
 def test_data_that_changes_under_a_run_is_refused(tmp_path, loaders):
     file = parquet(tmp_path / "a.parquet", range(30))
-    loader = loaders(open_source(f"{FailingServer(tmp_path).url}/a.parquet"))
+    loader = loaders(open_images(f"{FailingServer(tmp_path).url}/a.parquet"))
     parquet(file, range(31))
     with pytest.raises(UserError, match=r"a.parquet: it has \d+ bytes now and had \d+"):
         take(loader, N)
@@ -257,7 +257,7 @@ def test_data_that_changes_under_a_run_is_refused(tmp_path, loaders):
 def test_numbers_as_labels_are_known_from_the_footers(tmp_path, loaders):
     for file in range(2):
         parquet(tmp_path / f"{file}.parquet", range(10), [file + 3] * 10, feature=Value("int64"))
-    source = open_source(f"{FailingServer(tmp_path).url}/{{0,1}}.parquet")
+    source = open_images(f"{FailingServer(tmp_path).url}/{{0,1}}.parquet")
     assert source.num_classes == 5
     assert sorted(np.concatenate([b.labels for b in batches(loaders(source), 20)])) == [3] * 10 + [4] * 10
 
@@ -265,7 +265,7 @@ def test_numbers_as_labels_are_known_from_the_footers(tmp_path, loaders):
 def test_text_labels_are_listed_by_reading_their_column(tmp_path, loaders):
     for file, names in enumerate((["cat"] * 5 + ["dog"] * 5, ["ant"] * 10)):
         parquet(tmp_path / f"{file}.parquet", range(10), names, feature=Value("string"))
-    source = open_source(f"{FailingServer(tmp_path).url}/{{0,1}}.parquet")
+    source = open_images(f"{FailingServer(tmp_path).url}/{{0,1}}.parquet")
     assert source.class_names == ("ant", "cat", "dog")
     assert sorted(np.concatenate([b.labels for b in batches(loaders(source), 20)])) == [0] * 10 + [1] * 5 + [2] * 5
 
@@ -273,11 +273,11 @@ def test_text_labels_are_listed_by_reading_their_column(tmp_path, loaders):
 def test_negative_labels_are_found_in_the_footers(tmp_path):
     parquet(tmp_path / "0.parquet", range(10), [-1] * 10, feature=Value("int64"))
     with pytest.raises(UserError, match="has the label -1"):
-        open_source(f"{FailingServer(tmp_path).url}/0.parquet")
+        open_images(f"{FailingServer(tmp_path).url}/0.parquet")
 
 
 def test_labels_of_tars_are_not_known_before_they_are_read(server):
-    assert open_source(f"{server.url}/0.tar").num_classes is None
+    assert open_images(f"{server.url}/0.tar").num_classes is None
 
 
 # --- what a data path may be
@@ -309,16 +309,16 @@ def test_braces_expand_as_in_a_shell(pattern, expected):
 )
 def test_an_address_that_cannot_be_read_is_refused(path, message):
     with pytest.raises(UserError, match=message):
-        open_source(path)
+        open_images(path)
 
 
 def test_remote_tables_can_be_downloaded_for_random_access(server, loaders, hf_cache, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    source = open_source(all_of(server, "parquet"), streaming=False)
+    source = open_images(all_of(server, "parquet"), streaming=False)
     assert (source.streaming, source.num_images) == (False, N)
     assert sorted(take(loaders(source), N)) == list(range(N))
     with pytest.raises(UserError, match=r"--streaming false: .* is read as a stream"):
-        open_source(all_of(server, "tar"), streaming=False)
+        open_images(all_of(server, "tar"), streaming=False)
 
 
 class _Flaky(LocalFileSystem):
@@ -349,7 +349,7 @@ class _Flaky(LocalFileSystem):
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_stores_are_read_on_through_failures_too(folder, loaders, kind):
     fsspec.register_implementation("flaky", _Flaky, clobber=True)
-    source = open_source(f"flaky://{folder}/*.{kind}")
+    source = open_images(f"flaky://{folder}/*.{kind}")
     assert source.num_images == (N if kind == "parquet" else None)
     before = _Flaky.failures
     assert sorted(take(loaders(source), N)) == list(range(N))
@@ -369,7 +369,7 @@ def test_hub_tables_tell_the_sizes_of_their_row_groups(server, loaders, monkeypa
     for name in ("load_dataset", "load_dataset_builder"):
         monkeypatch.setattr(datasets, name, instead(getattr(datasets, name)))
     http_files.install()
-    source = open_source("someone/pictures:small@v1.0")
+    source = open_images("someone/pictures:small@v1.0")
     assert asked == [("someone/pictures", "small", "v1.0")] * 2
     assert (source.format, source.num_images, source.images.num_units) == ("hub", N, N // 5)
     assert sorted(take(loaders(source), N)) == list(range(N))

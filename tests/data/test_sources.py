@@ -12,7 +12,7 @@ import pytest
 from data_samples import image_folder, labels_by_number, parquet, png, refusal, tar
 from datasets import ClassLabel, Value
 
-from jit_accel.data import open_source
+from jit_accel.data import open_images
 
 pytestmark = pytest.mark.usefixtures("hf_cache")
 
@@ -24,7 +24,7 @@ def test_class_folders_give_their_names_as_classes(tmp_path):
     for number, name in enumerate(["zebra/a.PNG", "ant/deep/er/b.png", "ant/c.jpeg"]):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(png(number))
-    source = open_source(tmp_path)
+    source = open_images(tmp_path)
     assert source.class_names == ("ant", "zebra")
     assert (source.num_images, source.max_label, source.streaming, source.format) == (3, 1, False, "folder")
     assert labels_by_number(source) == {0: 1, 1: 0, 2: 0}
@@ -33,7 +33,7 @@ def test_class_folders_give_their_names_as_classes(tmp_path):
 def test_a_flat_folder_is_one_class_of_its_name(tmp_path):
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats" / "0.png").write_bytes(png(0))
-    source = open_source(str(tmp_path / "cats"))
+    source = open_images(str(tmp_path / "cats"))
     assert (source.class_names, source.num_images) == (("cats",), 1)
 
 
@@ -41,7 +41,7 @@ def test_folders_named_like_splits_are_classes_beside_others(tmp_path):
     for name in ("train", "bus"):  # a picture of a train
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.png").write_bytes(png(0))
-    assert open_source(tmp_path).class_names == ("bus", "train")
+    assert open_images(tmp_path).class_names == ("bus", "train")
 
 
 def test_hidden_files_and_other_files_and_empty_folders_are_ignored(tmp_path):
@@ -49,7 +49,7 @@ def test_hidden_files_and_other_files_and_empty_folders_are_ignored(tmp_path):
     for name in (".hidden/x.png", "c0/.x.png", "__MACOSX/x.png", "c0/notes.txt", "void/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(png(9))
-    source = open_source(tmp_path)
+    source = open_images(tmp_path)
     assert (source.class_names, source.num_images) == (("c0", "c1"), 2)
 
 
@@ -59,14 +59,14 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "data" / "c2").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "c0" / "up").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "c0" / "self").symlink_to(tmp_path / "data" / "c0" / "self")
-    source = open_source(tmp_path / "data")
+    source = open_images(tmp_path / "data")
     assert (source.class_names, source.num_images) == (("c0", "c1", "c2"), 4)
 
 
 def test_images_beside_class_folders_are_skipped_and_counted(tmp_path, caplog):
     image_folder(tmp_path, 2)
     (tmp_path / "stray.png").write_bytes(png(9))
-    assert open_source(tmp_path).num_images == 2
+    assert open_images(tmp_path).num_images == 2
     assert "1 images beside the class folders" in caplog.text
 
 
@@ -74,28 +74,28 @@ def test_a_file_name_that_is_not_utf8_is_skipped_and_named(tmp_path, caplog):
     image_folder(tmp_path, 2)
     with open(os.fsencode(tmp_path) + b"/c0/\xff.png", "wb") as file:
         file.write(png(9))
-    assert open_source(tmp_path).num_images == 2
+    assert open_images(tmp_path).num_images == 2
     assert "not UTF-8" in caplog.text
 
 
 def test_the_fingerprint_follows_the_content_not_the_place(tmp_path):
     image_folder(tmp_path / "a", 4)
-    original = open_source(tmp_path / "a").fingerprint
+    original = open_images(tmp_path / "a").fingerprint
     shutil.copytree(tmp_path / "a", tmp_path / "else" / "where")
-    assert open_source(tmp_path / "else" / "where").fingerprint == original
+    assert open_images(tmp_path / "else" / "where").fingerprint == original
     (tmp_path / "a" / "c1" / "new.png").write_bytes(png(9))
-    assert open_source(tmp_path / "a").fingerprint != original
+    assert open_images(tmp_path / "a").fingerprint != original
 
 
 def test_a_folder_whose_mtime_was_set_back_is_walked_again(tmp_path):
     image_folder(tmp_path, 4)
     for folder in (tmp_path, tmp_path / "c0", tmp_path / "c1"):
         os.utime(folder, (1.6e9, 1.6e9))
-    assert open_source(tmp_path).num_images == 4
+    assert open_images(tmp_path).num_images == 4
     time.sleep(0.02)  # a tick of the clock
     (tmp_path / "c0" / "new.png").write_bytes(png(9))
     os.utime(tmp_path / "c0", (1.6e9, 1.6e9))
-    assert open_source(tmp_path).num_images == 5
+    assert open_images(tmp_path).num_images == 5
 
 
 # Tables
@@ -109,7 +109,7 @@ def test_parquet_files_are_read(tmp_path, path, streaming):
         for shard in range(2):
             parquet(tmp_path / folder / f"train-{shard}.parquet", range(shard * 4, shard * 4 + 4))
     parquet(tmp_path / "deep/data/test-0.parquet", [99])
-    source = open_source(tmp_path / path, streaming=streaming)
+    source = open_images(tmp_path / path, streaming=streaming)
     assert (source.num_images, source.class_names, source.format) == (8, ("even", "odd"), "parquet")
     assert source.streaming == (streaming is None)
     assert labels_by_number(source) == {n: n % 2 for n in range(8)}
@@ -119,29 +119,29 @@ def test_parquet_files_are_read(tmp_path, path, streaming):
 def test_text_labels_are_numbered_in_order(tmp_path, streaming):
     parquet(tmp_path / "a.parquet", range(3), ["owl", "ant", "owl"], feature=Value("string"))
     parquet(tmp_path / "b.parquet", range(3, 5), ["bee", "ant"], feature=Value("string"))
-    source = open_source(tmp_path, streaming=streaming)
+    source = open_images(tmp_path, streaming=streaming)
     assert source.class_names == ("ant", "bee", "owl")
     assert labels_by_number(source) == {0: 2, 1: 0, 2: 2, 3: 1, 4: 0}
 
 
 def test_number_labels_name_themselves(tmp_path):
     parquet(tmp_path / "a.parquet", range(2), [0, 3], feature=Value("int32"))
-    source = open_source(tmp_path)
+    source = open_images(tmp_path)
     assert (source.class_names, source.max_label, source.num_classes) == (("0", "1", "2", "3"), 3, 4)
 
 
 def test_columns_of_other_names_and_bare_bytes_are_found_or_chosen(tmp_path):
     table = pa.table({"img": [png(0), png(1)], "fine_label": [5, 6], "coarse_label": [1, 2], "caption": ["a", "b"]})
     pq.write_table(table, tmp_path / "a.parquet")
-    assert labels_by_number(open_source(tmp_path)) == {0: 5, 1: 6}
-    chosen = open_source(tmp_path, image_column="img", label_column="coarse_label")
+    assert labels_by_number(open_images(tmp_path)) == {0: 5, 1: 6}
+    chosen = open_images(tmp_path, image_column="img", label_column="coarse_label")
     assert labels_by_number(chosen) == {0: 1, 1: 2}
 
 
 @pytest.mark.parametrize("streaming", [None, False])
 def test_data_without_labels_is_one_class(tmp_path, streaming):
     pq.write_table(pa.table({"image": [png(0), png(1)]}), tmp_path / "a.parquet")
-    source = open_source(tmp_path, streaming=streaming)
+    source = open_images(tmp_path, streaming=streaming)
     assert (len(source.class_names), source.max_label) == (1, 0)
     assert labels_by_number(source) == {0: 0, 1: 0}
 
@@ -151,7 +151,7 @@ def test_parquet_keeps_its_fingerprint_when_moved(tmp_path):
     (tmp_path / "b").mkdir()
     shutil.copy(file, tmp_path / "b")
     other = parquet(tmp_path / "c" / "a.parquet", range(5))
-    original, moved, different = (open_source(f).fingerprint for f in (file, tmp_path / "b" / "a.parquet", other))
+    original, moved, different = (open_images(f).fingerprint for f in (file, tmp_path / "b" / "a.parquet", other))
     assert original == moved != different
 
 
@@ -161,7 +161,7 @@ def test_a_saved_data_set_is_read(tmp_path):
     saved.save_to_disk(tmp_path / "plain")
     datasets.DatasetDict({"train": saved, "test": saved.select([0])}).save_to_disk(tmp_path / "dict")
     for name in ("plain", "dict"):
-        source = open_source(tmp_path / name)
+        source = open_images(tmp_path / name)
         assert (source.format, source.streaming, source.num_images) == ("saved", False, 6)
         assert source.class_names == ("even", "odd")
         assert labels_by_number(source) == {n: n % 2 for n in range(6)}
@@ -176,11 +176,11 @@ def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
         return real("parquet", data_files=str(file), split=split, streaming=streaming)
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    source = open_source("someone/pictures")
+    source = open_images("someone/pictures")
     assert (source.format, source.streaming, source.num_images) == ("hub", True, None)
     assert (source.class_names, source.max_label) == (("even", "odd"), 1)
     assert source.images.num_units == 1  # the files; row groups where their sizes are known
-    assert open_source("someone/pictures", streaming=False).num_images == 8
+    assert open_images("someone/pictures", streaming=False).num_images == 8
 
 
 # WebDataset
@@ -192,7 +192,7 @@ def test_tars_with_class_files_are_read(tmp_path, streaming):
         numbers = range(shard * 3, shard * 3 + 3)
         members = {f"{n:04d}.{key}": data for n in numbers for key, data in (("png", png(n)), ("cls", b"%d" % (n % 2)))}
         tar(tmp_path / f"{shard}.tar", members)
-    source = open_source(tmp_path, streaming=streaming)
+    source = open_images(tmp_path, streaming=streaming)
     assert (source.format, source.num_images, source.class_names) == ("webdataset", 6, ("0", "1"))
     assert source.streaming == (streaming is None)
     assert labels_by_number(source) == {n: n % 2 for n in range(6)}
@@ -205,13 +205,13 @@ def test_tars_with_json_labels_are_read(tmp_path):
         members[f"x/{n}.jpg"] = png(n)
         members[f"x/{n}.json"] = json.dumps({"label": name, "kind": n}).encode()
     file = tar(tmp_path / "a.tar", members)
-    assert open_source(file).class_names == ("ant", "owl")
-    assert labels_by_number(open_source(file)) == {0: 1, 1: 0, 2: 1}
-    assert labels_by_number(open_source(file, label_column="kind")) == {0: 0, 1: 1, 2: 2}
+    assert open_images(file).class_names == ("ant", "owl")
+    assert labels_by_number(open_images(file)) == {0: 1, 1: 0, 2: 1}
+    assert labels_by_number(open_images(file, label_column="kind")) == {0: 0, 1: 1, 2: 2}
 
 
 def test_tars_without_labels_are_one_class(tmp_path):
-    source = open_source(tar(tmp_path / "a.tar", {"0.png": png(0), "1.png": png(1)}))
+    source = open_images(tar(tmp_path / "a.tar", {"0.png": png(0), "1.png": png(1)}))
     assert (source.max_label, source.num_images) == (0, 2)
 
 

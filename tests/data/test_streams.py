@@ -13,7 +13,7 @@ import torch
 from data_samples import SIZE, numbers_in, parquet, png, take, tar
 
 from jit_accel.base.errors import UserError
-from jit_accel.data import build_loader, open_source
+from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches import lanes
 from jit_accel.data.reading.units import Stream
 
@@ -27,7 +27,7 @@ def source(tmp_path_factory):
     for shard, rows in enumerate(UNEVEN):
         parquet(folder / f"{shard}.parquet", range(start, start + rows))
         start += rows
-    return open_source(folder)
+    return open_images(folder)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def tars(tmp_path_factory):
             members |= {f"{n:04d}.png": png(n), f"{n:04d}.cls": b"%d" % (n % 2)}
         tar(folder / f"{shard}.tar", members)
         start += rows
-    return open_source(folder)
+    return open_images(folder)
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_one_process_gives_the_first_epoch_before_the_second(source, loaders, nu
 
 
 def test_a_block_is_shuffled_and_not_in_the_order_of_the_shard(tmp_path, loaders):
-    source = open_source(parquet(tmp_path / "a.parquet", range(30), row_group_size=30))
+    source = open_images(parquet(tmp_path / "a.parquet", range(30), row_group_size=30))
     seen = take(loaders(source, batch_size=1, shuffle_buffer=10), 30)
     # four lanes at most share one unit, here 7, 8, 7 and 8 images each, handed out in turn
     parts = [list(range(7)), list(range(7, 15)), list(range(15, 22)), list(range(22, 30))]
@@ -150,7 +150,7 @@ def test_local_row_groups_are_read_as_hf_reads_them(source):
 
 def test_a_row_group_that_went_away_is_named(tmp_path, loaders):
     file = parquet(tmp_path / "a.parquet", range(40))
-    source = open_source(file)
+    source = open_images(file)
     file.write_bytes(file.read_bytes()[:300])
     with pytest.raises(UserError, match=r"a.parquet: row group \d cannot be read .* --resume auto"):
         next(loaders(source))
@@ -240,7 +240,7 @@ def test_half_of_the_images_are_mirrored_differently_each_epoch(tmp_path, loader
     halves.paste((255, 255, 255), (SIZE // 2, 0, SIZE, SIZE))
     halves.save(tmp_path / "x.png")
     members = {f"{n:03d}.png": (tmp_path / "x.png").read_bytes() for n in range(200)}
-    source = open_source(tar(tmp_path / "a.tar", members))
+    source = open_images(tar(tmp_path / "a.tar", members))
     loader = loaders(source, batch_size=200, shuffle_buffer=64)
     mirrored = [next(loader).to("cpu").images[:, 0, 0, 0] == 255 for _ in range(2)]
     assert all(60 < m.sum() < 140 for m in mirrored)
@@ -251,7 +251,7 @@ def test_half_of_the_images_are_mirrored_differently_each_epoch(tmp_path, loader
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_broken_images_are_replaced_and_named_once_an_epoch(tmp_path, loaders, num_workers):
     bad = (0, 7, 8, 9, 10, 11, 19)  # more in a row than a block holds
-    source = open_source(parquet(tmp_path / "a.parquet", range(20), bad=bad))
+    source = open_images(parquet(tmp_path / "a.parquet", range(20), bad=bad))
     loader = loaders(source, num_workers=num_workers, batch_size=1)
     for _ in range(2):
         epoch = batches(loader, 20)
@@ -263,7 +263,7 @@ def test_broken_images_are_replaced_and_named_once_an_epoch(tmp_path, loaders, n
 
 
 def test_broken_images_are_not_named_again_after_a_resume(tmp_path, loaders):
-    source = open_source(parquet(tmp_path / "a.parquet", range(20), bad=range(0, 20, 3)))
+    source = open_images(parquet(tmp_path / "a.parquet", range(20), bad=range(0, 20, 3)))
     expected = [reason for batch in batches(loaders(source), 12) for reason in batch.bad_images]
     got, state, stopped_inside = [], None, 0
     for _ in range(12):
@@ -279,13 +279,13 @@ def test_broken_images_are_not_named_again_after_a_resume(tmp_path, loaders):
 
 
 def test_a_stream_of_broken_images_stops_with_a_message(tmp_path, loaders):
-    source = open_source(parquet(tmp_path / "a.parquet", range(6), bad=range(6)))
+    source = open_images(parquet(tmp_path / "a.parquet", range(6), bad=range(6)))
     with pytest.raises(UserError, match=r"none of 6 images can be decoded.*not an image"):
         next(loaders(source))
 
 
 def test_more_processes_than_images_wait_for_their_turn(tmp_path, loaders):
-    source = open_source(parquet(tmp_path / "a.parquet", range(2)))
+    source = open_images(parquet(tmp_path / "a.parquet", range(2)))
     ranks = start(source, loaders, 3, batch_size=1)
     seen = in_turn(ranks, 4)
     assert [sorted(seen[n : n + 2]) for n in range(0, 12, 2)] == [[0, 1]] * 6
@@ -349,7 +349,7 @@ def test_labels_beyond_num_classes_are_refused(source, loaders):
 def test_unlabelled_images_in_a_stream_nobody_scanned_are_refused(tmp_path, loaders, monkeypatch):
     file, real = parquet(tmp_path / "a.parquet", range(6), [0, 1, 0, -1, 0, 1]), datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda path, **how: real("parquet", data_files=str(file), **how))
-    source = open_source("someone/pictures")
+    source = open_images("someone/pictures")
     with pytest.raises(UserError, match="no label, or a negative one"):
         batches(loaders(source), 2)
 
@@ -363,13 +363,13 @@ def test_the_state_is_small(source, loaders):
 def test_a_broken_image_without_a_name_has_one_in_every_epoch(tmp_path, loaders):
     rows = [{"bytes": b"damaged" if n == 7 else png(n), "path": None} for n in range(12)]
     pq.write_table(pa.table({"image": rows}), tmp_path / "a.parquet", row_group_size=5)
-    loader = loaders(open_source(tmp_path), batch_size=1)
+    loader = loaders(open_images(tmp_path), batch_size=1)
     reasons = [reason for batch in batches(loader, 36) for reason in batch.bad_images]
     assert reasons == ["a.parquet, row group 1, image 2: UnidentifiedImageError: not an image"] * 3
 
 
 def test_the_state_stays_small_when_others_resume_it(tmp_path, loaders):
-    source = open_source(parquet(tmp_path / "a.parquet", range(4000), row_group_size=50))
+    source = open_images(parquet(tmp_path / "a.parquet", range(4000), row_group_size=50))
     ranks = start(source, loaders, 2, shuffle_buffer=100)
     in_turn(ranks, 30)
     states = states_of(ranks)
@@ -416,6 +416,6 @@ def test_reading_ahead_changes_nothing_and_passes_errors_on(source, loaders, mon
 
 def test_the_search_for_a_readable_image_ends(tmp_path, loaders, monkeypatch):
     monkeypatch.setattr(lanes, "MAX_UNREADABLE", 3)
-    source = open_source(parquet(tmp_path / "a.parquet", range(20), bad=range(20), row_group_size=4))
+    source = open_images(parquet(tmp_path / "a.parquet", range(20), bad=range(20), row_group_size=4))
     with pytest.raises(UserError, match="none of 3 images can be decoded"):
         next(loaders(source))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from data_samples import numbers_in, png, refusal, tar
 
-from jit_accel.data import build_loader, open_source
+from jit_accel.data import build_loader, open_images
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_there_are_as_many_images_as_rows(tmp_path, name, streaming):
     tar(tmp_path / "a.tar", ODD_TARS[name])
     tar(tmp_path / "b.tar", samples(range(20, 23)) if "0000.cls" in ODD_TARS[name] else {"9.0.png": png(9)})
     column = "0.png" if name == "stems of dots" else None
-    source = open_source(tmp_path, image_column=column, streaming=streaming)
+    source = open_images(tmp_path, image_column=column, streaming=streaming)
     if streaming is None:
         rows = [list(source.images.rows(unit)) for unit in range(2)]
         assert source.images.sizes.tolist() == [len(some) for some in rows]
@@ -69,7 +69,7 @@ def test_there_are_as_many_images_as_rows(tmp_path, name, streaming):
 
 
 def test_a_sample_without_its_picture_is_one_bad_image_and_the_others_come(tmp_path, caplog):
-    source = open_source(tar(tmp_path / "a.tar", ODD_TARS["no picture"]))
+    source = open_images(tar(tmp_path / "a.tar", ODD_TARS["no picture"]))
     assert source.images.sizes.tolist() == [12]
     seen, bad = epoch(source)
     assert seen == [(n, n % 2) for n in range(12) if n != 8]
@@ -81,25 +81,25 @@ def test_a_sample_without_its_picture_is_one_bad_image_and_the_others_come(tmp_p
 
 @pytest.mark.parametrize("name", ["another ending", "another case"])
 def test_images_of_several_endings_all_come(tmp_path, name, caplog):
-    source = open_source(tar(tmp_path / "a.tar", ODD_TARS[name]))
+    source = open_images(tar(tmp_path / "a.tar", ODD_TARS[name]))
     assert epoch(source) == ([(n, n % 2) for n in range(source.num_images)], [])
     assert not caplog.text
 
 
 def test_a_mask_does_not_stand_for_its_photo(tmp_path):
     members = {f"{n}.{key}": png(n + plus) for n in range(4) for key, plus in (("jpg", 0), ("seg.png", 100))}
-    source = open_source(tar(tmp_path / "a.tar", without(members, "2.jpg")))
+    source = open_images(tar(tmp_path / "a.tar", without(members, "2.jpg")))
     seen, bad = epoch(source)
     assert ([n for n, _ in seen], len(bad)) == ([0, 1, 3], 1)
     members = {f"{n}.{key}": png(n + plus) for n in range(4) for key, plus in (("jpg", 0), ("png", 100))}
-    source = open_source(tar(tmp_path / "b.tar", without(members, "2.jpg")), image_column="jpg")
+    source = open_images(tar(tmp_path / "b.tar", without(members, "2.jpg")), image_column="jpg")
     seen, bad = epoch(source)
     assert ([n for n, _ in seen], len(bad)) == ([0, 1, 3], 1)
 
 
 def test_members_that_nobody_reads_may_be_broken(tmp_path):
     members = samples(range(4)) | {"0003.json": b"{", "0003.txt": b"\xff", "0003.npy": b"?"}
-    source = open_source(tar(tmp_path / "a.tar", members))
+    source = open_images(tar(tmp_path / "a.tar", members))
     assert epoch(source) == ([(n, n % 2) for n in range(4)], [])
 
 
@@ -107,7 +107,7 @@ def test_labels_in_json_that_are_no_whole_numbers_are_names(tmp_path):
     members = {}
     for n, label in enumerate([1.0, 2.0, "x", 1.0]):
         members |= {f"{n}.png": png(n), f"{n}.json": json.dumps({"label": label}).encode()}
-    source = open_source(tar(tmp_path / "a.tar", members))
+    source = open_images(tar(tmp_path / "a.tar", members))
     assert source.class_names == ("1.0", "2.0", "x")
     assert epoch(source) == ([(0, 0), (1, 1), (2, 2), (3, 0)], [])
 
@@ -117,7 +117,7 @@ def test_labels_in_json_that_are_no_whole_numbers_are_names(tmp_path):
 def test_endings_may_be_of_any_case(tmp_path, ending, named):
     members = {name.replace(".cls", ".CLS"): data for name, data in samples(range(6), ending).items()}
     flags = {"image_column": ending.lower(), "label_column": "cls"} if named else {}
-    source = open_source(tar(tmp_path / "a.tar", members), **flags)
+    source = open_images(tar(tmp_path / "a.tar", members), **flags)
     assert (source.images.columns.image, source.images.columns.label) == (ending, "CLS")
     assert epoch(source) == ([(n, n % 2) for n in range(6)], [])
 
@@ -126,12 +126,12 @@ def test_json_files_may_differ_but_for_the_label(tmp_path):
     members = {}
     for n, more in enumerate([{"a": 1}, {"b": [2]}, {"a": {"c": None}}, {}]):
         members |= {f"{n}.png": png(n), f"{n}.JSON": json.dumps({"label": "ab"[n % 2], **more}).encode()}
-    assert epoch(open_source(tar(tmp_path / "a.tar", members)))[0] == [(n, n % 2) for n in range(4)]
+    assert epoch(open_images(tar(tmp_path / "a.tar", members)))[0] == [(n, n % 2) for n in range(4)]
 
 
 def test_pictures_without_labels_are_refused_but_not_labels_without_pictures(tmp_path):
     assert "no label" in refusal(tar(tmp_path / "a.tar", without(samples(range(9)), "0007.cls")))
-    assert open_source(tar(tmp_path / "b.tar", without(samples(range(9)), "0007.cls", "0007.png"))).num_images == 8
+    assert open_images(tar(tmp_path / "b.tar", without(samples(range(9)), "0007.cls", "0007.png"))).num_images == 8
 
 
 @pytest.mark.parametrize("second", ["0001.png", "0001.__key__"])
@@ -179,14 +179,14 @@ def test_one_closing_block_is_enough(tmp_path):
     members = samples(range(3))
     file = tar(tmp_path / "a.tar", members)
     file.write_bytes(file.read_bytes()[: blocks_after(members)[-1] + 512])
-    assert open_source(file).num_images == 3
+    assert open_images(file).num_images == 3
 
 
 def test_json_labels_that_are_partly_numbers_are_text(tmp_path):
     members = {}
     for n, label in enumerate(["b", 7, "a", 7]):
         members |= {f"{n}.png": png(n), f"{n}.json": json.dumps({"label": label}).encode()}
-    source = open_source(tar(tmp_path / "a.tar", members))
+    source = open_images(tar(tmp_path / "a.tar", members))
     assert source.class_names == ("7", "a", "b")
     assert epoch(source)[0] == [(0, 2), (1, 0), (2, 1), (3, 0)]
 

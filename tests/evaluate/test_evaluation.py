@@ -14,11 +14,11 @@ from PIL import Image
 from toy_features import load_toy
 
 from jit_accel.base.errors import UserError
-from jit_accel.data.formats.sources import open_source
+from jit_accel.data.formats.sources import open_images
 from jit_accel.evaluate import formulas, main, parse_args
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import LOADERS, FeatureNetwork, inception_file, load_features
-from jit_accel.evaluate.images import open_images
+from jit_accel.evaluate.images import open_image_set
 from jit_accel.evaluate.libraries import has_torch_fidelity, import_torch_fidelity, swapped
 from jit_accel.evaluate.names import chosen_metrics, is_better_higher, metric_names
 from jit_accel.evaluate.reference import Gaussian, Reference, reference_of, save_reference
@@ -60,7 +60,7 @@ def network(monkeypatch):
 def pixels():
     """The first 120 images of Fashion-MNIST, uint8 (120, 3, 28, 28)."""
     out = np.empty((120, 3, 28, 28), np.uint8)
-    open_source("builtin:fashion_mnist").images.read(np.arange(120), out)
+    open_images("builtin:fashion_mnist").images.read(np.arange(120), out)
     return torch.from_numpy(out)
 
 
@@ -345,7 +345,7 @@ def test_every_kind_of_images_is_read_once_by_any_number_of_processes(pixels, fo
     kinds = [str(folder), str(tmp_path / "uint8"), str(tmp_path / "png"), as_npz(tmp_path / "a.npz", pixels[:31])]
     wanted = sorted(image.numpy().tobytes() for image in pixels[:31])
     for path in kinds:
-        images = open_images(path, "--images")
+        images = open_image_set(path, "--images")
         assert (images.num_images, images.img_size) == (31, 28)
         for world_size in (1, 3):
             shares = [share for rank in range(world_size) for share in images.shares(28, 5, rank, world_size)]
@@ -363,7 +363,7 @@ def test_images_are_cropped_as_for_training_and_broken_ones_left_out(network, ac
         canvas.save(wide / f"{number}.png")
     (wide / "broken.png").write_bytes(b"no image")
     evaluator = Evaluator(network, accelerator, ALL[:1])
-    images = open_images(str(wide), "--images")
+    images = open_image_set(str(wide), "--images")
     found = evaluator.statistics_of_images(images, 28)
     assert (found.num_images, found.bad_images) == (3, 1)
     assert "1 images cannot be read and are left out" in capsys.readouterr().err

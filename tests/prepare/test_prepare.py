@@ -34,7 +34,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.data.batches.holdout import split_holdout
 from jit_accel.data.batches.loader import build_loader
 from jit_accel.data.formats.prepared import PixelStore
-from jit_accel.data.formats.sources import open_source
+from jit_accel.data.formats.sources import open_images
 from jit_accel.data.reading.content import content_key, file_key
 from jit_accel.data.reading.decode import center_crop, decode_image
 from jit_accel.prepare import shards
@@ -49,7 +49,7 @@ def sources(tmp_path_factory) -> dict[str, Path]:
 
 def rows_of(store: Path) -> list[tuple[int, int, np.ndarray]]:
     """(key, label, pixels) of all images of a store, in their order."""
-    images = open_source(store, streaming=None if "uint8" in store.name else False).images
+    images = open_images(store, streaming=None if "uint8" in store.name else False).images
     pixels = np.empty((len(images), 3, SIZE, SIZE), np.uint8)
     labels, bad = images.read(np.arange(len(images)), pixels)
     assert bad == {}
@@ -82,7 +82,7 @@ def test_every_image_is_stored_once_with_its_class_and_key(sources, tmp_path, ki
     assert all(label == label_of(BY_KEY[key]) for key, label, _ in rows)
     assert (index["num_images"], index["num_skipped"], index["encoding"]) == (len(GOOD), len(BAD), format)
     names = CLASSES if kind != "tars" else ("0", "1", "2")
-    assert tuple(index["class_names"]) == open_source(store).class_names == names
+    assert tuple(index["class_names"]) == open_images(store).class_names == names
     assert list(index["class_counts"].values()) == [19, 20, 19]
     for key, _, pixels in rows:
         exact = decode_image(ORIGINALS[BY_KEY[key]], SIZE)
@@ -105,7 +105,7 @@ def test_bad_images_are_left_out_and_named_with_the_reason(sources, tmp_path, ki
 def test_names_and_keys_are_kept_also_by_preparing_twice(stores, tmp_path):
     for format in ("uint8", "raw", "png"):
         prepare(stores[format], tmp_path / format, "--format", "uint8", "--seed", "3", "--img_size", "8")
-        images = open_source(tmp_path / format).images
+        images = open_images(tmp_path / format).images
         for key, name in zip(images.keys().tolist(), images.names()):
             assert name == f"{CLASSES[label_of(BY_KEY[key])]}/{BY_KEY[key]:03d}.jpg"
 
@@ -153,7 +153,7 @@ def test_row_groups_are_small_and_known_to_streams(sources, tmp_path, monkeypatc
     monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 2 * 3 * SIZE**2 + 1)
     index = prepare(sources["folder"], tmp_path / "out2", "--format", "raw", "--shard_images", "30")
     assert max(rows for shard in index["shards"] for rows in shard["row_groups"]) == 2
-    images = open_source(tmp_path / "out2").images
+    images = open_images(tmp_path / "out2").images
     assert images.num_units == len(images.sizes) == sum(len(shard["row_groups"]) for shard in index["shards"])
     assert images.sizes.sum() == len(GOOD)
 
@@ -181,7 +181,7 @@ def test_images_without_classes(tmp_path):
     for format in ("uint8", "png"):
         index = prepare(tmp_path / "a.parquet", tmp_path / format, "--format", format)
         assert (index["is_labelled"], index["class_counts"]) == (False, {"image": 6})
-        source = open_source(tmp_path / format)
+        source = open_images(tmp_path / format)
         assert (source.is_labelled, source.num_classes) == (False, 1)
         loader = build_loader(source, img_size=SIZE, batch_size=4, seed=0)
         assert next(loader).labels.tolist() == [0] * 4
@@ -206,10 +206,10 @@ def test_the_fast_crop_is_close_and_decodes_large_jpegs_smaller():
 
 
 def test_any_indices_are_read_as_the_array_has_them(stores):
-    images = open_source(stores["uint8"]).images
+    images = open_images(stores["uint8"]).images
     everything = np.concatenate([np.load(stores["uint8"] / file) for file, *_ in images.shards])
     assert len(images.shards) > 3
-    assert not open_source(stores["uint8"]).is_encoded
+    assert not open_images(stores["uint8"]).is_encoded
     for indices in ([0], [8, 9, 10], [57, 0, 57, 23], [3, 3, 1], list(range(58))):
         out = np.empty((len(indices), 3, SIZE, SIZE), np.uint8)
         labels, bad = images.read(np.array(indices), out)
@@ -222,7 +222,7 @@ def test_any_indices_are_read_as_the_array_has_them(stores):
 
 
 def test_reading_never_changes_the_files_and_holds_none_open(stores):
-    images = open_source(stores["uint8"]).images
+    images = open_images(stores["uint8"]).images
     images.read(np.arange(len(images)), np.empty((len(images), 3, SIZE, SIZE), np.uint8))
     with pytest.raises(ValueError, match="read-only"):
         images._pixels(0)[0] = 0
@@ -232,7 +232,7 @@ def test_reading_never_changes_the_files_and_holds_none_open(stores):
 
 def test_smaller_images_are_adms_crop_of_the_stored_ones_and_larger_ones_are_refused(stores):
     for format in ("uint8", "raw", "png"):
-        source = open_source(stores[format])
+        source = open_images(stores[format])
         assert source.img_size == SIZE
         batch = next(build_loader(source, img_size=5, batch_size=4, seed=0, horizontal_flip=False))
         exact = {
@@ -247,7 +247,7 @@ def test_smaller_images_are_adms_crop_of_the_stored_ones_and_larger_ones_are_ref
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_epoch_is_complete_also_after_a_resume(stores, format, num_workers):
-    source = open_source(stores[format])
+    source = open_images(stores[format])
     how = {"img_size": SIZE, "seed": 1, "horizontal_flip": False, "num_workers": num_workers}
 
     def take(loader, count):
@@ -274,8 +274,8 @@ def test_an_epoch_is_complete_also_after_a_resume(stores, format, num_workers):
 @pytest.mark.parametrize("format", ["uint8", "jpeg"])
 def test_the_holdout_is_the_same_before_and_after_preparation(sources, stores, format):
     how = {"max_images": 20, "img_size": SIZE}
-    _, before = split_holdout(open_source(sources["folder"]), 0.3, **how)
-    rest, after = split_holdout(open_source(stores[format]), 0.3, **how)
+    _, before = split_holdout(open_images(sources["folder"]), 0.3, **how)
+    rest, after = split_holdout(open_images(stores[format]), 0.3, **how)
     assert len(before.keys) > 5
     # a damaged file has a key as well, and takes a place before it is found to be damaged
     assert set(before.keys.tolist()) <= set(after.keys.tolist())
@@ -296,7 +296,7 @@ def test_training_runs_on_a_store(sources, tmp_path, format):
 def test_the_fingerprint_is_that_of_the_contents(stores, sources, tmp_path):
     os.rename(prepare(sources["folder"], tmp_path / "a") and tmp_path / "a", tmp_path / "b")
     prepare(sources["folder"], tmp_path / "c", "--seed", "1")
-    prints = [open_source(path).fingerprint for path in (stores["uint8"], tmp_path / "b", tmp_path / "c")]
+    prints = [open_images(path).fingerprint for path in (stores["uint8"], tmp_path / "b", tmp_path / "c")]
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -350,7 +350,7 @@ DAMAGES = {
 @pytest.mark.parametrize("problem", DAMAGES)
 def test_an_index_that_lacks_something_is_refused(stores, tmp_path, problem):
     store = changed_index(stores, tmp_path, *DAMAGES[problem])
-    for read in (open_source, lambda folder: verify(str(folder))):
+    for read in (open_images, lambda folder: verify(str(folder))):
         with pytest.raises(UserError) as caught:
             read(store)
         message = str(caught.value)
@@ -368,6 +368,6 @@ def test_an_index_names_only_files_in_its_folder(stores, tmp_path, place, name):
     name = name.format(file, folder=stores["uint8"])
     store = changed_index(stores, tmp_path, "uint8", set_in(*place, name))
     with pytest.raises(UserError) as caught:
-        open_source(store)
+        open_images(store)
     assert f"--data_path {store}" in str(caught.value)
     assert "no name of a file in this folder" in str(caught.value)

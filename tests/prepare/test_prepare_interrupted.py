@@ -15,7 +15,7 @@ from helpers import SPAWNER
 from prepare_samples import SIZE, contents, make_sources, picture, prepare
 
 from jit_accel.base.errors import UserError
-from jit_accel.data.formats.sources import open_source
+from jit_accel.data.formats.sources import open_images
 from jit_accel.data.reading.images import TableImages
 from jit_accel.prepare import main, shards
 from jit_accel.prepare.encode import Original, encode
@@ -103,7 +103,7 @@ def test_after_an_interruption_the_same_command_goes_on(sources, tmp_path, kind,
     assert code == (-9 if number == signal.SIGKILL else 128 + number)
     assert [path.name for path in output.iterdir()] == [".unfinished"]
     with pytest.raises(UserError, match="preparation was not finished"):
-        open_source(output)
+        open_images(output)
     made = {path: path.stat().st_mtime_ns for path in (output / ".unfinished").glob(pattern)}
     assert len(made) >= 2
 
@@ -224,7 +224,7 @@ def test_three_at_once_make_one_store(sources, tmp_path):
         process.join(240)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert not (tmp_path / "out" / ".unfinished").exists()
-    assert len(open_source(tmp_path / "out").images) == 58
+    assert len(open_images(tmp_path / "out").images) == 58
 
 
 def _prepare(flags: list[str]) -> None:
@@ -343,31 +343,31 @@ def test_damaged_stores_are_refused(refused, tmp_path, capsys, sources):
     data[-1] ^= 1
     array.write_bytes(data)
     assert "1 of 14 files are not what was written: shard-00000.npy" in refused("--verify", store)
-    open_source(store)  # costs no reading of everything
+    open_images(store)  # costs no reading of everything
     array.write_bytes(data[:-1])
     with pytest.raises(UserError, match=r"shard-00000.npy has .* bytes where .* were written"):
-        open_source(store)
+        open_images(store)
     array.unlink()
     with pytest.raises(UserError, match=r"shard-00000.npy is missing"):
-        open_source(store)
+        open_images(store)
     (store / "index.json").write_text('{"format": "jit_accel.prepared", "version": 99, "shards": []}')
     with pytest.raises(UserError, match="has the version 99"):
-        open_source(store)
+        open_images(store)
     (store / "index.json").write_text('{"format": "jit_accel.prepared"')
     with pytest.raises(UserError, match="is damaged"):
-        open_source(store)
+        open_images(store)
     assert "there is no index.json" in refused("--verify", tmp_path)
 
 
 def test_flags_that_a_store_has_no_use_for_are_refused(sources, tmp_path):
     prepare(sources["folder"], tmp_path / "out")
     with pytest.raises(UserError, match=r"--label_column x: .* was prepared"):
-        open_source(tmp_path / "out", label_column="x")
+        open_images(tmp_path / "out", label_column="x")
     with pytest.raises(UserError, match=r"--streaming true: .* memory-mapped"):
-        open_source(tmp_path / "out", streaming=True)
+        open_images(tmp_path / "out", streaming=True)
 
 
 def test_an_index_of_something_else_does_not_make_a_folder_a_store(sources, tmp_path):
     (tmp_path / "index.json").write_text('{"photos": 1}')
     (tmp_path / "a.png").write_bytes(picture(1))
-    assert isinstance(open_source(tmp_path).images, TableImages)
+    assert isinstance(open_images(tmp_path).images, TableImages)

@@ -21,7 +21,7 @@ from helpers import Group
 from PIL import Image
 
 from jit_accel import JiTPipeline, JiTScheduler
-from jit_accel.data.formats.sources import open_source
+from jit_accel.data.formats.sources import open_images
 from jit_accel.model.generation import SamplerSettings, generate
 from jit_accel.model.transformer import JiTTransformer2DModel
 from jit_accel.sample import main, parse_args
@@ -143,12 +143,12 @@ def test_files_are_what_the_pipeline_makes_of_the_same_numbers(sample, model, tm
 
 def test_training_reads_the_folder_back_and_takes_no_picture_for_a_sample(sample, tmp_path):
     assert sample("--num_images", "20", "--grid", "--trajectory", "--animation", "gif") == 0
-    source = open_source(str(tmp_path / "out"))
+    source = open_images(str(tmp_path / "out"))
     assert (source.num_images, source.num_classes) == (20, 10)
     labels = source.images.dataset["label"]
     assert [int(Path(row["path"]).stem) % 10 for row in source.images.dataset["image"]] == list(labels)
     assert sample("--classes", "cat", "--num_images", "3", "--grid", output="one") == 0
-    assert open_source(str(tmp_path / "one")).num_images == 3
+    assert open_images(str(tmp_path / "one")).num_images == 3
     assert Image.open(tmp_path / "out" / "animation.gif").n_frames == 3
 
 

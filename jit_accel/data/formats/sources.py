@@ -18,7 +18,7 @@ from jit_accel.data.formats.source import Request, Source, missing_path
 from jit_accel.data.formats.tables import has_saved_dataset, open_builtin, open_parquet, open_saved
 from jit_accel.data.formats.tars import open_webdataset
 
-__all__ = ["FORMATS", "Source", "detect_format", "open_source"]
+__all__ = ["FORMATS", "Source", "detect_format", "open_images"]
 
 FORMATS = {
     "folder": open_folder,
@@ -33,7 +33,7 @@ _REMOTE = {"parquet": open_remote_parquet, "webdataset": open_remote_webdataset}
 _BY_ENDING = {".parquet": "parquet", ".tar": "webdataset"}
 
 
-def open_source(
+def open_images(
     data_path: str | os.PathLike,
     *,
     data_format: str = "auto",
