@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from jit_accel.config.settings import HealthConfig
+from jit_accel.monitor.metric_table import GRAD_NORM, HEALTH, TRAIN_LOSS
 
 # A mean of a few losses is compared, since single batches of rare images reach five times the median.
 JUMP_STEPS = 5
@@ -118,7 +119,7 @@ class Health:
             if row is rows[-1] and lost_to_data is not None and 0 < self.thresholds.health_max_wait < lost_to_data:
                 found["data_starving"] = lost_to_data
             for kind, value in found.items():
-                row[f"health/{kind}"] = value
+                row[HEALTH.format(kind=kind)] = value
                 if kind not in self.told:
                     self.told.add(kind)
                     remedy = advice if kind == "data_starving" and advice else KINDS[kind].remedy
@@ -141,7 +142,7 @@ class Health:
         self.last_losses.extend(state["last_losses"])
 
     def _signs(self, row: dict) -> dict[str, float]:
-        loss, norm = row["train/loss"], row["train/grad_norm"]
+        loss, norm = row[TRAIN_LOSS], row[GRAD_NORM]
         least, most = self.thresholds.health_min_grad_norm, self.thresholds.health_max_grad_norm
         is_scaled_away = self.has_scaler and not math.isfinite(norm)
         if not math.isfinite(loss) or not (math.isfinite(norm) or is_scaled_away):

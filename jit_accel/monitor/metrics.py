@@ -9,6 +9,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from jit_accel.monitor.metric_table import (
+    BEST_LOSS,
+    EMA_DISTANCE,
+    EPOCH,
+    EPOCH_LOSS,
+    EPOCH_TIME,
+    GRAD_NORM,
+    IMAGES_SEEN,
+    LEARNING_RATE,
+    LOSS_BY_T,
+    SAMPLES_PER_SECOND,
+    TRAIN_LOSS,
+    UPDATE_RATIO,
+)
+
 T_BINS = 10
 
 
@@ -76,7 +91,7 @@ class StepMetrics:
         parts, wholes = ([next(values) for _ in self.occasional] for _ in range(2))
 
         rows = {
-            step: {"step": step, "train/loss": loss, "train/grad_norm": norm, "train/learning_rate": rate}
+            step: {"step": step, TRAIN_LOSS: loss, GRAD_NORM: norm, LEARNING_RATE: rate}
             for step, loss, norm, rate in zip(self.steps, losses, norms, self.learning_rates)
         }
         for (step, name, _, whole), value, size in zip(self.occasional, parts, wholes):
@@ -95,7 +110,7 @@ def of_each_process(value: float, rank: int, num_processes: int) -> list[float]:
 def loss_by_t(sums: list[float], counts: list[float]) -> dict[str, float]:
     """Mean loss in each tenth of t that any image fell into."""
     return {
-        f"train/loss_by_t/{i / T_BINS:.1f}-{(i + 1) / T_BINS:.1f}": total / count
+        LOSS_BY_T.format(bin=f"{i / T_BINS:.1f}-{(i + 1) / T_BINS:.1f}"): total / count
         for i, (total, count) in enumerate(zip(sums, counts))
         if count
     }
@@ -120,13 +135,13 @@ class WeightWatch:
 
     @torch.no_grad()
     def record(self, metrics: StepMetrics, before: list[Tensor]) -> None:
-        """Keep `train/update_ratio` = |w - before| / |w| and `ema/<decay>/distance` = |w - average| / |w|."""
+        """Keep the update ratio |w - before| / |w| and of each average the distance |w - average| / |w|."""
         weights = [_local(weight) for weight in self.weights]
         size = squared_norm(weights)
-        metrics.record_ratio("train/update_ratio", squared_norm(torch._foreach_sub(weights, before)), size)
+        metrics.record_ratio(UPDATE_RATIO, squared_norm(torch._foreach_sub(weights, before)), size)
         for decay, averages in self.averages.items():
             trail = torch._foreach_sub(weights, [_local(average) for average in averages])
-            metrics.record_ratio(f"ema/{decay}/distance", squared_norm(trail), size)
+            metrics.record_ratio(EMA_DISTANCE.format(decay=decay), squared_norm(trail), size)
 
 
 def squared_norm(tensors: list[Tensor]) -> Tensor:
@@ -210,20 +225,20 @@ class EpochMetrics:
             Whether one did.
         """
         before, self.images_seen = self.images_seen, self.images_seen + batch
-        row["train/images_seen"] = self.images_seen
+        row[IMAGES_SEEN] = self.images_seen
         if not self.num_images:
             return False
-        row["train/epoch"] = self.images_seen / self.num_images
-        self.loss_sum += row["train/loss"] * batch
+        row[EPOCH] = self.images_seen / self.num_images
+        self.loss_sum += row[TRAIN_LOSS] * batch
         self.seconds += seconds
         self.images += batch
         if self.images_seen // self.num_images == before // self.num_images:
             return False
         loss = self.loss_sum / self.images
         self.best_loss = loss if self.best_loss is None else min(loss, self.best_loss)
-        row["train/epoch_loss"], row["train/best_loss"] = loss, self.best_loss
-        row["train/epoch_time"] = self.seconds
-        row["train/samples_per_second"] = self.images / max(1e-9, self.seconds)
+        row[EPOCH_LOSS], row[BEST_LOSS] = loss, self.best_loss
+        row[EPOCH_TIME] = self.seconds
+        row[SAMPLES_PER_SECOND] = self.images / max(1e-9, self.seconds)
         self.loss_sum, self.seconds, self.images = 0.0, 0.0, 0
         return True
 

@@ -22,6 +22,17 @@ from jit_accel.config.presets import forward_macs
 from jit_accel.config.settings import Config
 from jit_accel.monitor.health import Health
 from jit_accel.monitor.log import FAILED_FILE, MetricsLog
+from jit_accel.monitor.metric_table import (
+    BAD_IMAGES,
+    GRAD_NORM,
+    IMAGES_PER_SECOND,
+    MFU,
+    PEAK_MEMORY,
+    SAMPLES,
+    STEP_TIME,
+    TRAIN_LOSS,
+    UPDATE_RATIO,
+)
 from jit_accel.monitor.metrics import EpochMetrics, StepClock, StepMetrics, WeightWatch, of_each_process
 from jit_accel.monitor.progress import Progress
 from jit_accel.monitor.report_process import ReportProcess
@@ -162,18 +173,18 @@ class Monitor:
         memory, waits = means[: len(memory)], means[len(memory) :]
         bad_images, measured = self.feed.read_counters(waits, len(rows))
         if rows:
-            rows[-1] |= {"data/bad_images": bad_images, **measured, "perf/peak_memory_gib": max(memory)}
+            rows[-1] |= {BAD_IMAGES: bad_images, **measured, PEAK_MEMORY: max(memory)}
             rows[-1] |= self._speed(len(rows), trained_s)
             self._tell(rows, durations_s)
         # A gradient scaler meets infinite gradients as a matter of course, and skips those steps.
-        keys = ("train/loss",) if accelerator.scaler else ("train/loss", "train/grad_norm")
+        keys = (TRAIN_LOSS,) if accelerator.scaler else (TRAIN_LOSS, GRAD_NORM)
         return Interval(tuple(rows), stops > 0, bad_images, self.epochs.images_seen, first_not_finite(rows, keys))
 
     def _tell(self, rows: list[dict], durations_s: list[float]) -> None:
         for row, seconds in zip(rows, durations_s):
             self.epochs.add(row, seconds, self.plan.global_batch_size)
-            if not math.isfinite(row["train/grad_norm"]):  # a step that a gradient scaler skips
-                row.pop("train/update_ratio", None)
+            if not math.isfinite(row[GRAD_NORM]):  # a step that a gradient scaler skips
+                row.pop(UPDATE_RATIO, None)
         rows[-1] |= self.ema.measured_at(rows[-1]["step"])
         events = self.health.examine(rows, *self.feed.lost_lately())
         if self.is_main:
@@ -187,10 +198,10 @@ class Monitor:
 
     def _speed(self, steps: int, trained_s: float) -> dict[str, float]:
         images_per_second = steps * self.plan.global_batch_size / trained_s
-        speed = {"perf/images_per_second": images_per_second, "perf/step_time": trained_s / steps}
+        speed = {IMAGES_PER_SECOND: images_per_second, STEP_TIME: trained_s / steps}
         if self.peak_flops:
             peak = self.peak_flops * self.accelerator.num_processes
-            speed["perf/mfu"] = self.flops_per_image * images_per_second / peak
+            speed[MFU] = self.flops_per_image * images_per_second / peak
         return speed
 
     def record_by_t(self, t: Tensor, losses: Tensor) -> None:
@@ -208,7 +219,7 @@ class Monitor:
 
     def log_samples(self, path: Path, step: int, caption: str, is_late: bool) -> None:
         if path.exists():
-            self.trackers.log_image("samples/grid", path, step, caption, is_late)
+            self.trackers.log_image(SAMPLES, path, step, caption, is_late)
 
     def state(self) -> dict:
         """What a later run needs to go on with, on the main process."""

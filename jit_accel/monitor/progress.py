@@ -10,6 +10,7 @@ from datetime import timedelta
 from tqdm.auto import tqdm
 
 from jit_accel.base.console import say
+from jit_accel.monitor.metric_table import EPOCH, IMAGES_PER_SECOND, STEP_TIME, TRAIN_LOSS
 
 # Between two plain lines: a fiftieth of the time so far, within these bounds.
 _LEAST_S, _MOST_S, _SHARE = 10.0, 300.0, 0.02
@@ -38,7 +39,7 @@ class Progress:
         elif self.is_shown and (self._is_due() or row["step"] == self.total_steps):
             self.told_at = time.monotonic()
             step = f"step {row['step']:,}/{self.total_steps:,} ({row['step'] / self.total_steps:.0%})"
-            left = timedelta(seconds=round(row["perf/step_time"] * (self.total_steps - row["step"])))
+            left = timedelta(seconds=round(row[STEP_TIME] * (self.total_steps - row["step"])))
             say(" | ".join([step, *_in_words(row), f"left {left}"]))
 
     def close(self) -> None:
@@ -54,9 +55,9 @@ class Progress:
 
 def _in_words(row: dict) -> list[str]:
     shown = []
-    if "train/epoch" in row:
-        shown.append(f"epoch {row['train/epoch']:.2f}")
-    loss, speed = row["train/loss"], row["perf/images_per_second"]
+    if EPOCH in row:
+        shown.append(f"epoch {row[EPOCH]:.2f}")
+    loss, speed = row[TRAIN_LOSS], row[IMAGES_PER_SECOND]
     return [
         *shown,
         f"loss {loss:.4f}" if abs(loss) < 1000 else f"loss {loss:.3e}",

@@ -21,6 +21,7 @@ from jit_accel.base.console import say, warn
 from jit_accel.base.redaction import redacted
 from jit_accel.config.settings import TrackingConfig
 from jit_accel.monitor.log import iterate_metrics
+from jit_accel.monitor.metric_table import EPOCH, METRICS, SAMPLES
 from jit_accel.monitor.wandb_files import last_step, read_segments, synced_mark
 
 ID_FILE = "wandb_run_id.txt"
@@ -45,12 +46,6 @@ SETTINGS = {
     "console": "off",
     "x_transaction_log_flush_interval": 2,  # seconds of rows that a kill costs the local file
 }
-ROOMS = ("train", "val", "eval", "data", "perf", "ema", "health", "samples")
-EPOCH_METRICS = ("train/epoch_loss", "train/epoch_time", "train/samples_per_second", "train/best_loss")
-LOWEST_IS_BEST = (
-    *("val/loss", "ema/val_loss", "eval/fid", "eval/fid_unguided"),
-    *("eval/fd_efficientnet_lite0", "eval/fd_efficientnet_lite0_unguided"),
-)
 
 
 class Unusable(Exception):
@@ -218,12 +213,14 @@ class WandbRun:
 
     def _define_metrics(self) -> None:
         self.run.define_metric("step", hidden=True)
-        for room in ROOMS:
+        for room in dict.fromkeys(key.partition("/")[0] for key in METRICS):
             self.run.define_metric(f"{room}/*", step_metric="step")
-        for name in EPOCH_METRICS:
-            self.run.define_metric(name, step_metric="train/epoch")
-        for name in LOWEST_IS_BEST:
-            self.run.define_metric(name, step_metric="step", summary="min,last")
+        for key, metric in METRICS.items():
+            if metric.when == "epoch":
+                self.run.define_metric(key, step_metric=EPOCH)
+            elif metric.better:
+                best = "min" if metric.better == "lower" else "max"
+                self.run.define_metric(key, step_metric="step", summary=f"{best},last")
 
     def _send_what_it_lacks(self, step: int) -> None:
         sheets = self.output_dir / "samples"
@@ -232,7 +229,7 @@ class WandbRun:
                 self.log([row])
                 sheet = sheets / f"step_{row['step']:08d}.png"
                 if is_picture(sheet):
-                    self.log_image("samples/grid", sheet, row["step"], f"step {row['step']}")
+                    self.log_image(SAMPLES, sheet, row["step"], f"step {row['step']}")
 
     def log(self, rows: list[dict]) -> None:
         """Send rows, each under its own true `step`; what W&B has already is left out."""

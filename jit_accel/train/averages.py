@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from jit_accel.monitor.metric_table import AUTO_DECAY
+
 AUTO = "auto"
 AUTO_SHARE = 0.1
 AUTO_MAX_DECAY = 0.9999
@@ -47,7 +49,7 @@ class Ema:
 
     def measured_at(self, step: int) -> dict[str, float]:
         """Return the decay of the growing average at `step`, if there is one, keyed as the trackers show it."""
-        return {"ema/auto/decay": decay_at(AUTO, step)} if AUTO in self.averages else {}
+        return {AUTO_DECAY: decay_at(AUTO, step)} if AUTO in self.averages else {}
 
     @contextmanager
     def applied(self, decay: str) -> Iterator[None]:

@@ -12,6 +12,7 @@ from jit_accel.base.files import new_folder, replace_folder
 from jit_accel.model.card import CARD_FILE, CARD_PICTURE, training_card
 from jit_accel.model.defaults import DEFAULTS
 from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.monitor.metric_table import TRAIN_LOSS
 
 
 def export_pipeline(
@@ -48,19 +49,19 @@ def pipeline_settings(pipeline: JiTPipeline) -> dict:
 
 
 def draw_loss_curve(rows: list[dict], path: Path) -> None:
-    """Plot `train/loss` over the steps, raw and smoothed, as a PNG."""
+    """Plot the loss over the steps, raw and smoothed, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    points = [(row["step"], row["train/loss"]) for row in rows if isinstance(row.get("train/loss"), float)]
+    points = [(row["step"], row[TRAIN_LOSS]) for row in rows if isinstance(row.get(TRAIN_LOSS), float)]
     steps = [step for step, _ in points]
     losses = [loss for _, loss in points]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="each step")
     axes.plot(steps, smoothed(losses), color="#08519c", linewidth=1.8, label="smoothed")
-    axes.set(xlabel="optimizer step", ylabel="loss", yscale="log", title="train/loss")
+    axes.set(xlabel="optimizer step", ylabel="loss", yscale="log", title=TRAIN_LOSS)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=150)

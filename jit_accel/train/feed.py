@@ -11,6 +11,7 @@ from jit_accel.data.batches.prefetch import DevicePrefetcher
 from jit_accel.data.batches.waiting import Waiting, waiting_advice
 from jit_accel.data.batches.workers import cores_per_process, worker_memory_gib
 from jit_accel.data.formats.sources import Source
+from jit_accel.monitor.metric_table import WAIT_FRACTION, WORKER_MEMORY
 from jit_accel.monitor.metrics import of_each_process
 
 
@@ -75,10 +76,10 @@ class Feed:
         bad_images, *waited_s = means
         measured = {}
         if steps:
-            measured["data/wait_fraction"] = self.waiting.end_interval(steps, max(waited_s))
+            measured[WAIT_FRACTION] = self.waiting.end_interval(steps, max(waited_s))
             memory_gib = worker_memory_gib()
             if memory_gib is not None:
-                measured["data/worker_rss_gib"] = memory_gib
+                measured[WORKER_MEMORY] = memory_gib
         return round(bad_images * self.accelerator.num_processes), measured
 
     def lost_lately(self) -> tuple[float | None, str | None]:

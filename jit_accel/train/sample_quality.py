@@ -24,6 +24,7 @@ from jit_accel.evaluate.reference import Reference, read_reference, reference_of
 from jit_accel.model.generation import SamplerSettings
 from jit_accel.model.loading import build_pipeline
 from jit_accel.monitor.log import iterate_metrics
+from jit_accel.monitor.metric_table import EVAL, UNGUIDED
 
 REFERENCE_FILE = "eval_reference.npz"
 MEASURED = ("fd", "is")  # what sums alone give: no features of single images are kept in a training
@@ -76,7 +77,7 @@ class SampleQuality:
     @property
     def keys(self) -> list[str]:
         """What the values are called in the log."""
-        return [f"eval/{name}{ending}" for ending in ("", "_unguided") for name in self.evaluator.metrics]
+        return [EVAL.format(name=name + ending) for ending in ("", UNGUIDED) for name in self.evaluator.metrics]
 
     def is_lacking(self, step: int) -> bool:
         """Whether the log has this step, but without the values; the main process looks."""
@@ -134,8 +135,8 @@ class SampleQuality:
             finally:
                 reshard(self.network)  # the gathered weights are the average's
         return {
-            f"eval/{name}{ending}": found[guidance][name]
-            for guidance, ending in ((scale, ""), (1.0, "_unguided"))
+            EVAL.format(name=name + ending): found[guidance][name]
+            for guidance, ending in ((scale, ""), (1.0, UNGUIDED))
             for name in self.evaluator.metrics
         }
 

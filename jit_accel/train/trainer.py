@@ -24,6 +24,7 @@ from jit_accel.model.checkpoints import Checkpointer
 from jit_accel.model.loading import build_network
 from jit_accel.model.objective import diffusion_loss, draw_noise, draw_times, drop_labels
 from jit_accel.monitor.log import FAILED_FILE, INTERRUPTED_FILE
+from jit_accel.monitor.metric_table import EMA_VAL_LOSS, EVAL, VAL_LOSS, part_of
 from jit_accel.monitor.monitor import Monitor
 from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed
@@ -162,7 +163,7 @@ class Trainer:
         """Measure the holdout's loss with the weights of this step and with their average, all processes together."""
         self.model.eval()
         averaged = self.ema.applied(self.config.optim.ema_decays[0])
-        for name, weights in (("val/loss", contextlib.nullcontext()), ("ema/val_loss", averaged)):
+        for name, weights in ((VAL_LOSS, contextlib.nullcontext()), (EMA_VAL_LOSS, averaged)):
             with self.monitor.pause(), weights:
                 loss = self.validation.loss(self._validation_loss)
                 reshard(self.network)
@@ -186,7 +187,7 @@ class Trainer:
                 warn(f"step {self.step:,} is not evaluated, and training goes on: {problem}")
             return
         self.monitor.amend(self.step, found)
-        values = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in found.items())
+        values = ", ".join(f"{part_of(name, EVAL)} {value:.4g}" for name, value in found.items())
         self.say(f"Step {self.step:,}: {values} of {self.config.evaluation.eval_images:,} images")
 
     def _samples_now(self) -> bool:

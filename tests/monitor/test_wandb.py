@@ -229,9 +229,11 @@ def test_everything_arrives(server, training):
     assert [(alert["title"], alert["text"]) for alert in run.alerts] == [("Loss jump", "Lower the learning rate.")]
     axes = definitions(run)
     rooms = {f"{room}/*": "step" for room in ("train", "val", "data", "perf", "ema", "health", "samples", "eval")}
-    distances = (f"eval/{name}{how}" for name in ("fid", "fd_efficientnet_lite0") for how in ("", "_unguided"))
-    lowest = dict.fromkeys(("val/loss", "ema/val_loss", *distances), "step")
-    assert axes == rooms | lowest | dict.fromkeys(
+    scores = (
+        f"eval/{name}{how}" for name in ("fid", "inception_score", "fd_efficientnet_lite0") for how in ("", "_unguided")
+    )
+    best = dict.fromkeys(("val/loss", "ema/val_loss", *scores), "step")
+    assert axes == rooms | best | dict.fromkeys(
         ("train/epoch_loss", "train/epoch_time", "train/samples_per_second", "train/best_loss"), "train/epoch"
     )
     assert run.summary["val/loss"] == {"min": 10, "last": 30}
