@@ -1,4 +1,6 @@
 import os
+import shutil
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -6,6 +8,8 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 import pytest
 import torch
+
+OLD_FOLDERS = Path(__file__).parent / "fixtures" / "fc94876"
 
 
 def pytest_collection_modifyitems(items):
@@ -59,3 +63,19 @@ def images(tmp_path_factory):
         if all(count == 11 for count in counts.values()):
             return folder
     raise AssertionError("the embedded data set ended early")
+
+
+@pytest.fixture(scope="module")
+def old_folders(tmp_path_factory):
+    """A copy of what fc94876 wrote (tests/fixtures/fc94876/make.py), as the working folder; the smallest size is known.
+
+    Tests must not change what they find there.
+    """
+    from jit_accel.config.presets import PRESETS, Preset
+
+    folder = tmp_path_factory.mktemp("old") / "fc94876"
+    shutil.copytree(OLD_FOLDERS, folder, ignore=shutil.ignore_patterns("make.py"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "JiT-XS", Preset(2, 8, 2, 4, 1, in_context_len=2))
+        patch.chdir(folder)
+        yield folder

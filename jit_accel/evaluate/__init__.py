@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from jit_accel.config.command_line import exit_code_of, parse_flags
-from jit_accel.evaluate.grid import names
+from jit_accel.evaluate import grid  # not its `names`: a module of this room has that name
 from jit_accel.evaluate.settings import EvaluateConfig, check
 
 
@@ -31,4 +31,4 @@ def parse_args(argv: list[str] | None = None) -> EvaluateConfig:
         SystemExit: `--help` (0), a value of the wrong type (2).
     """
     config = parse_flags(EvaluateConfig, argv, "python -m jit_accel.evaluate")
-    return replace(config, metrics=tuple(names(config.metrics)) or config.metrics)  # a mere comma is refused later
+    return replace(config, metrics=tuple(grid.names(config.metrics)) or config.metrics)  # a mere comma is refused later

@@ -28,7 +28,7 @@ from __future__ import annotations
 FOOTER = """
 # Where the package is installed its own class takes this one's place, so that isinstance() holds and its fixes apply.
 try:
-    {name} = importlib.import_module("{module}").{name}
+    {name} = importlib.import_module("{package}").{name}
 except (ImportError, AttributeError):
     pass
 """
@@ -86,7 +86,7 @@ def carried_source(cls: type) -> str:
         + "\n".join(sorted(imports))
         + "\n"
         + "".join(parts.values())
-        + FOOTER.format(name=cls.__name__, module=cls.__module__)
+        + FOOTER.format(name=cls.__name__, package=PACKAGE)
     )
 
 

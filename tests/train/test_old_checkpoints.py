@@ -1,0 +1,53 @@
+"""Runs that fc94876 began go on as they did there."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from helpers import read_metrics, state, train_here
+
+FLAGS = [
+    *("--model", "JiT-XS/2", "--img_size", "8", "--learning_rate", "1e-2", "--num_inference_steps", "3"),
+    *("--max_steps", "15", "--resume", "auto"),
+]
+RUNS = {
+    "run": [
+        *("--data_path", "images", "--ema_decays", "0.5", "auto", "--holdout", "0.2"),
+        *("--gradient_accumulation_steps", "2", "--proj_dropout", "0.1"),
+    ],
+    "muon": ["--data_path", "images", "--optimizer", "muon", "--ema_decays", "0.9", "--prediction", "v"],
+    "adapter": ["--data_path", "images", "--init_from", "run/pipeline", "--lora_rank", "2", "--lora_alpha", "4"],
+    "stream": ["--data_path", "parquet", "--ema_decays", "0.9", "--shuffle_buffer", "8"],
+}
+
+
+def resume(name, tmp_path) -> dict[int, dict]:
+    """Go on with a copy of the run. Returns the rows by step."""
+    folder = tmp_path / name
+    shutil.copytree(name, folder)
+    assert train_here(*FLAGS, *RUNS[name], "--output_dir", str(folder)) == 0
+    return {row["step"]: row for row in read_metrics(folder)}
+
+
+@pytest.mark.parametrize("name", ["run", "muon", "adapter"])
+def test_a_run_goes_on_with_the_same_losses(old_folders, tmp_path, name):
+    before = {row["step"]: row for row in read_metrics(old_folders / name)}
+    rows = resume(name, tmp_path)
+    assert list(rows) == list(range(1, 16))
+    assert {step: rows[step] for step in before} == before
+    for expected in json.loads((old_folders / "expected.json").read_text())["rows"][name]:
+        found = rows[expected["step"]]
+        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_stream_goes_on_with_its_weights(old_folders, tmp_path):
+    """Its order of images is another one since, so that its losses are others."""
+    old = state(old_folders / "stream")
+    rows = resume("stream", tmp_path)
+    assert list(rows) == list(range(1, 16))
+    assert all(np.isfinite(row["train/loss"]) for row in rows.values())
+    new = state(tmp_path / "stream")
+    assert new.keys() == old.keys()
+    changes = [(new[name] - old[name]).abs().max() for name in old if name.startswith("model/")]
+    assert 0 < max(changes) < 3 * 1.1e-2  # of three steps at the learning rate
