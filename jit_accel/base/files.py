@@ -1,83 +1,211 @@
-"""Files and folders that are there as a whole or not at all."""
+"""Files and folders that are there whole or not at all, lines of JSON, and what a full disk means to the user."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import glob
+import json
+import math
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from jit_accel.base.errors import UserError
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a hidden file beside `path`, which takes its place when it is complete.
+_NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Give a hidden path beside `path` to write to; the file takes the place of `path` at the block's end.
+
+    Args:
+        durable: it is on the disk by then, even after a power cut, and what killed processes left of it is removed.
 
     Raises:
         OSError: it cannot be written; the old file is there then.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    if durable:
+        remove_leftovers(path.parent, path.name)
+    temporary = _temporary(path)
     try:
-        write(temporary)
+        yield temporary
+        if durable:
+            sync(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        if durable:
+            sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):  # what stood in the way of writing stands in the way here
+            temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by this text, which is on the disk when this returns.
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Give the path of a hidden folder to make and fill; it takes the place of `folder` at the block's end.
 
-    Raises:
-        OSError: it cannot be written; the old file is there then.
-    """
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-
-    write_whole(path, write)
-
-
-def new_folder(folder: Path) -> Path:
-    """Where to write what is to replace `folder`: a hidden place beside it, which is empty, and not made yet.
+    The old folder is removed only when the new one, whole and on the disk, is there.
 
     Raises:
-        OSError: `put_back` fails.
+        OSError: it cannot be written; the old folder is in its place then.
     """
-    put_back(folder)
-    temporary = _beside(folder, "new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    return temporary
-
-
-def replace_folder(temporary: Path, folder: Path) -> None:
-    """Put a finished folder into the place of another, which is removed only when the new one is there.
-
-    Raises:
-        OSError: they cannot be renamed; the old folder is in its place then.
-    """
-    put_back(folder)
-    aside = _beside(folder, "old")
-    if folder.exists():
-        os.rename(folder, aside)
+    restore_folder(folder)
+    remove_leftovers(folder.parent, folder.name)
+    temporary, aside = _temporary(folder), _aside(folder)
     try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
+        if folder.exists():
+            os.rename(folder, aside)
         os.rename(temporary, folder)
+        shutil.rmtree(aside, ignore_errors=True)
+        sync(folder.parent)
     except BaseException:
-        if aside.exists() and not folder.exists():
-            os.rename(aside, folder)
+        with contextlib.suppress(OSError):
+            restore_folder(folder)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def put_back(folder: Path) -> None:
+def restore_folder(folder: Path) -> None:
     """Undo the replacing of a folder that was killed between its two renamings, or finish it where it was later."""
-    aside = _beside(folder, "old")
+    aside = _aside(folder)
     if folder.exists():
         shutil.rmtree(aside, ignore_errors=True)
     elif aside.exists():
         os.rename(aside, folder)
 
 
-def _beside(folder: Path, what: str) -> Path:
-    return folder.with_name(f".{folder.name}.jit_accel_{what}")
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by this text, durably. Raises `OSError`; the old file is there then."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace a file by this value as indented JSON, durably. Raises `OSError`; the old file is there then."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def move(source: Path, target: Path) -> None:
+    """Give a file or folder another name on the same disk, in place of a file of that name."""
+    os.replace(source, target)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk; folders of Windows need not be waited for."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left of files and folders with this name, or any, that they wrote into `folder`."""
+    for path in folder.glob(f".{glob.escape(name) if name else '*'}.*.tmp"):
+        match = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+        if match and not _is_running(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def append_json_lines(path: Path, rows: Iterable[dict], *, durable: bool = False) -> None:
+    """Write rows behind what a file of JSON lines has, all of them or none; a last line that was cut is ended first.
+
+    Args:
+        rows: of strict JSON; NaN and infinity become null.
+        durable: they are on the disk when this returns.
+
+    Raises:
+        OSError: the disk does not take them.
+    """
+    data = "".join(map(json_line, rows)).encode()
+    with open(path, "a+b", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        if before and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
+            data = b"\n" + data
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if durable:
+                os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+def json_line(row: dict) -> str:
+    """Return a row as a line of strict JSON: NaN and infinity among its values become null."""
+    return json.dumps(_finite(row), allow_nan=False) + "\n"
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def parse_json_line(line: bytes) -> dict | None:
+    """Return the row of a line; None where it was cut short or is something else."""
+    try:
+        row = json.loads(line, parse_constant=lambda name: None)  # NaN in files of other versions
+    except (ValueError, RecursionError):
+        return None
+    return row if type(row) is dict else None
+
+
+def read_json_lines(path: Path) -> Iterator[dict]:
+    """Yield the rows of a file of JSON lines, none where it is missing; lines that were cut short are left out."""
+    if path.exists():
+        with open(path, "rb") as file:
+            yield from (row for row in map(parse_json_line, file) if row is not None)
+
+
+@contextlib.contextmanager
+def disk_errors(about: str, value: object, go_on: str | None = None) -> Iterator[None]:
+    """Turn an `OSError` of the block into a `UserError` about the setting that names the place.
+
+    Args:
+        about, value: the setting, without dashes, and what was given for it.
+        go_on: how to continue with what is finished, such as "run the same command again"; None: nothing was changed.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, about, value, go_on) from error
+
+
+def disk_error(error: Exception, about: str, value: object, go_on: str | None = None) -> UserError:
+    """Return what an error while writing means to the user; arguments as of `disk_errors`."""
+    reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if getattr(error, "errno", None) in _NO_ROOM or "No space left" in reason:
+        kept = f". What is finished is kept: make room and {go_on}." if go_on else ": make room, or give another place."
+        problem = f"the disk is full{kept}"
+    else:
+        problem = f"cannot be written ({reason}): give another place."
+    return UserError(problem, about=about, value=value, remedy=None if go_on else "Nothing was changed.")
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.jit_accel_old")
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass  # somebody else's, or none that could be asked for
+    return True

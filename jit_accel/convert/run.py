@@ -73,7 +73,7 @@ def write(config: ConvertConfig) -> Path:
     check_target(target, kind, source.path, config.overwrite)
     result = convert_weights(source, flags, config.dtype)
     describe(config.input, source, result)
-    with written_whole(target) as temporary:
+    with written_whole(target, kind) as temporary:
         if kind == FOLDER:
             pipeline = write_folder(result, temporary)
             if makes_the_same_images(source, result):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from jit_accel.base.errors import UserError
-from jit_accel.base.files import replace_folder
+from jit_accel.base.files import atomic_file, atomic_folder, disk_error
 from jit_accel.convert.settings import FOLDER
 from jit_accel.convert.sizes import model_name, position_table
 from jit_accel.convert.stated import to_arguments
@@ -28,7 +25,6 @@ from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import JiTTransformer2DModel
 
 PREFIX = "net."  # the reference's Denoiser holds the network under this name
-UNFINISHED = "tmp_"  # and the number of the process, before the name of what it writes
 
 
 @dataclass
@@ -89,56 +85,18 @@ def check_target(target: Path, kind: str, source: Path | None, overwrite: bool) 
 
 
 @contextlib.contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path, kind: str) -> Iterator[Path]:
     """A path beside `target` to write to, which takes its place at the end; nothing is left where that fails.
 
     Raises:
         UserError: the disk does not take it.
     """
-    clear_up(target)
-    temporary = target.with_name(f"{UNFINISHED}{os.getpid()}_{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        for file in [temporary] if temporary.is_file() else [p for p in temporary.rglob("*") if p.is_file()]:
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        if temporary.is_dir():
-            replace_folder(temporary, target)
-        else:
-            os.replace(temporary, target)
+        with (atomic_folder if kind == FOLDER else atomic_file)(target) as temporary:
+            yield temporary
     except (OSError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"cannot be written ({reason}): make room, or give another place. Nothing was changed.",
-            about="output",
-            value=target,
-        ) from None
-    finally:
-        _remove(temporary)
-
-
-def clear_up(target: Path) -> None:
-    """Remove what conversions to this target have left that were killed."""
-    for left_over in target.parent.glob(f"{UNFINISHED}*"):
-        match = re.fullmatch(rf"{UNFINISHED}(\d+)_{re.escape(target.name)}", left_over.name)
-        if match and not _is_running(int(match[1])):
-            _remove(left_over)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        pass  # somebody else's, or none that could be asked for
-    return True
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        raise disk_error(error, "output", target) from None
 
 
 def write_pth(result: Result, path: Path) -> None:

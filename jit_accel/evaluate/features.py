@@ -20,6 +20,7 @@ from torch import Tensor
 
 from jit_accel.base.devices import full_float32
 from jit_accel.base.errors import UserError, lookup
+from jit_accel.base.files import atomic_file
 from jit_accel.evaluate.libraries import import_package, import_torch_fidelity, swapped
 from jit_accel.evaluate.names import EFFICIENTNET_LITE0, INCEPTION
 
@@ -184,14 +185,10 @@ def _download(url: str, file: Path) -> None:
     """Fetch a file whose name ends in the first digits of its SHA-256; a server is waited for half a minute."""
     file.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_file(file, durable=False) as temporary:  # other machines may fetch it into the same folder
         with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as answer, open(temporary, "wb") as out:
             while block := answer.read(2**20):
                 digest.update(block)
                 out.write(block)
         if not digest.hexdigest().startswith(file.stem.rpartition("-")[2]):
             raise ValueError("what came has another checksum")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import torch
 from jit_accel import __version__
 from jit_accel.base.console import say
 from jit_accel.base.errors import UserError
-from jit_accel.base.files import write_text
+from jit_accel.base.files import disk_errors, write_text
 from jit_accel.evaluate.place import run_folder_of
 from jit_accel.evaluate.settings import EvaluateConfig
 from jit_accel.model.card import EVALUATION_FILE
@@ -63,11 +63,9 @@ def add_records(records: list[dict], file: Path | None) -> None:
     if file is None:
         return
     stamp = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions()}
-    try:
+    with disk_errors("output", file):
         every = [*read_records(file), *({**record, **stamp} for record in records)]
         write_text(file, json.dumps(every, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot be written ({error.strerror}).", about="output", value=file) from None
     say(f"Results: {file}")
 
 

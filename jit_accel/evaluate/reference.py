@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jit_accel.base.errors import UserError
-from jit_accel.base.files import write_whole
+from jit_accel.base.files import atomic_file, disk_errors
 from jit_accel.evaluate.features import MAIN, SPATIAL, FeatureNetwork
 from jit_accel.evaluate.formulas import covariance_root
 from jit_accel.evaluate.images import BROKEN, find_array, reason_of
@@ -96,15 +96,10 @@ def save_reference(path: Path, reference: Reference, weights_id: str) -> None:
     if reference.kept is not None:
         arrays["kept"] = reference.kept.numpy()
 
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:  # a name would get another ending
-            np.savez(file, **arrays)
-
-    try:
+    with disk_errors("make_reference", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, write)
-    except OSError as error:
-        raise UserError(f"cannot be written ({error.strerror or error}).", about="make_reference", value=path) from None
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:  # a name would get another ending
+            np.savez(file, **arrays)
 
 
 def read_reference(path: str, network: FeatureNetwork) -> Reference | None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jit_accel.base.files import append_json_lines, read_json_lines
 from jit_accel.evaluate.grid import Setting, setting_of
 
 LOG_FILE = "sweep.jsonl"
@@ -48,15 +48,15 @@ class SweepLog:
     def read(self) -> dict[tuple[Setting, int], Measured]:
         """What was measured in this context; a line that was cut short is passed over."""
         found = {}
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+        for row in read_json_lines(self.path):
             try:
-                row = json.loads(line)
                 if row["key"] == self.key:
-                    setting, count, values = setting_of(row["setting"]), row["num_images"], row["values"]
+                    setting, count = setting_of(row["setting"]), row["num_images"]
+                    values = {name: math.nan if v is None else v for name, v in row["values"].items()}
                     if (setting, count) in found:  # other metrics were asked for then
                         values = found[setting, count].values | values
                     found[setting, count] = Measured(setting, count, values)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue
         return found
 
@@ -74,15 +74,7 @@ class SweepLog:
             "context": self.context,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+b") as file:
-            end = file.seek(0, os.SEEK_END)
-            if end:
-                file.seek(end - 1)
-                if file.read(1) != b"\n":  # a line that was cut short
-                    file.write(b"\n")
-            file.write(json.dumps(row).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_json_lines(self.path, [row], durable=True)
 
 
 @dataclass(frozen=True)

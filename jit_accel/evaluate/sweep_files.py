@@ -8,7 +8,7 @@ import json
 from math import nan
 from pathlib import Path
 
-from jit_accel.base.files import write_text, write_whole
+from jit_accel.base.files import atomic_file, write_text
 from jit_accel.evaluate.grid import Setting
 from jit_accel.evaluate.sweep import Measured, Outcome, noise_of
 
@@ -30,7 +30,8 @@ def write_sweep_files(outcome: Outcome, folder: Path, about: dict) -> list[Path]
     }
     for name, text in texts.items():
         write_text(folder / name, text)
-    write_whole(folder / PLOT_FILE, lambda temporary: draw_sweep(outcome, temporary))
+    with atomic_file(folder / PLOT_FILE) as temporary:
+        draw_sweep(outcome, temporary)
     return [folder / name for name in (*texts, PLOT_FILE)]
 
 

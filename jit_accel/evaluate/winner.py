@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jit_accel.base.console import warn
-from jit_accel.base.files import new_folder, put_back, replace_folder, write_text
+from jit_accel.base.files import atomic_folder, restore_folder, write_text
 from jit_accel.config.settings import UNAVERAGED
 from jit_accel.evaluate.grid import Setting
 from jit_accel.evaluate.place import holds
@@ -31,7 +31,7 @@ def write_winner(checkpoint: Path | None, folder: Path, outcome: Outcome) -> str
     Raises:
         OSError: the folder cannot be written.
     """
-    put_back(folder)
+    restore_folder(folder)
     setting, is_new = outcome.best.setting, not (folder / INDEX_FILE).is_file()
     comes_from_there = checkpoint is not None and setting.ema is not None
     replaces = comes_from_there and (is_new or not holds(folder, checkpoint, setting.ema))
@@ -61,15 +61,14 @@ def export_average(pipeline: JiTPipeline, folder: Path, complete: Callable[[Path
     Args:
         complete: writes what else changes with the weights, before they take their place.
     """
-    temporary = new_folder(folder)
-    pipeline.save_pretrained(temporary, safe_serialization=True)
-    for path in folder.iterdir() if folder.exists() else ():
-        if path.is_dir() and not (temporary / path.name).exists():
-            shutil.copytree(path, temporary / path.name)
-        elif path.is_file() and not (temporary / path.name).exists():
-            shutil.copy2(path, temporary / path.name)
-    complete(temporary)
-    replace_folder(temporary, folder)
+    with atomic_folder(folder) as temporary:
+        pipeline.save_pretrained(temporary, safe_serialization=True)
+        for path in folder.iterdir() if folder.exists() else ():
+            if path.is_dir() and not (temporary / path.name).exists():
+                shutil.copytree(path, temporary / path.name)
+            elif path.is_file() and not (temporary / path.name).exists():
+                shutil.copy2(path, temporary / path.name)
+        complete(temporary)
 
 
 def update_card(card: Path, setting: Setting, outcome: Outcome, is_other_average: bool) -> None:

@@ -12,7 +12,6 @@ change between saving and loading.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from jit_accel.base.errors import UserError
+from jit_accel.base.files import move, sync
 from jit_accel.config.settings import SETTINGS
 
 MANIFEST = "manifest.json"
@@ -99,22 +99,22 @@ class Checkpointer:
         (temporary / STATE).write_text(state)
         sizes = {}
         for file in sorted(temporary.iterdir()):
-            _fsync(file)
+            sync(file)
             sizes[file.name] = file.stat().st_size
         manifest = temporary / MANIFEST
         manifest.write_text(json.dumps({"format": FORMAT_VERSION, "files": sizes}, indent=1))
-        _fsync(manifest)
-        _fsync(temporary)
+        sync(manifest)
+        sync(temporary)
         if is_complete(final):  # of this very step: a whole checkpoint is never touched
             shutil.rmtree(temporary)
             return
         shutil.rmtree(final, ignore_errors=True)
-        os.rename(temporary, final)
-        _fsync(final.parent)
+        move(temporary, final)
+        sync(final.parent)
         for old in complete_checkpoints(self.folder)[: -self.keep]:
             # Renamed first: a half-deleted folder must not look like a checkpoint.
             doomed = old.with_name(f"tmp_old_{old.name}")
-            os.rename(old, doomed)
+            move(old, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
     def set_aside_after(self, step: int) -> list[Path]:
@@ -126,7 +126,7 @@ class Checkpointer:
         for path in later:
             aside = path.with_name(f"abandoned_{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
-            os.rename(path, aside)
+            move(path, aside)
         return later
 
 
@@ -256,11 +256,3 @@ def _like(value: Tensor, reference: Tensor) -> Tensor:
 
         return distribute_tensor(value.to(reference.device), reference.device_mesh, reference.placements)
     return value.to(reference.device)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jit_accel.base.errors import UserError, nearest
-from jit_accel.base.files import new_folder, replace_folder
+from jit_accel.base.files import atomic_folder
 from jit_accel.model.lora_loader import LORA_COMPONENT
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -59,10 +59,9 @@ class Adapter:
         config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": self.targets}
         metadata = json.dumps({f"{LORA_COMPONENT}.{name}": value for name, value in config.items()})
         named = {f"{LORA_COMPONENT}.{name.replace(f'.{ADAPTER}.', '.')}": t.contiguous() for name, t in tensors.items()}
-        temporary = new_folder(folder)
-        temporary.mkdir(parents=True)
-        save_file(named, temporary / LORA_FILE, metadata={"format": "pt", METADATA_KEY: metadata})
-        replace_folder(temporary, folder)
+        with atomic_folder(folder) as temporary:
+            temporary.mkdir(parents=True)
+            save_file(named, temporary / LORA_FILE, metadata={"format": "pt", METADATA_KEY: metadata})
 
 
 def merged(tensors: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from jit_accel.base.console import warn
+from jit_accel.base.files import append_json_lines, json_line, parse_json_line, read_json_lines
 
 METRICS_FILE = "metrics.jsonl"
 # What a run leaves that did not reach its end: told to stop, or met something.
@@ -26,15 +25,15 @@ class MetricsLog:
         self.path = output_dir / METRICS_FILE
         self.step = step
         self.has_failed = self.is_trimmed = False
-        self.pending: list[str] = []
+        self.pending: list[dict] = []
         self.write([])
 
     def write(self, rows: list[dict]) -> None:
         """Append rows, those of earlier calls that failed first; a full disk is reported once."""
-        self.pending = [*self.pending, *map(as_line, rows)][-MOST_PENDING:]
+        self.pending = [*self.pending, *rows][-MOST_PENDING:]
         try:
             self._trim()
-            append("".join(self.pending).encode(), self.path)
+            append_json_lines(self.path, self.pending)
             self.pending = []
         except OSError as error:
             self._fail(error)
@@ -42,8 +41,8 @@ class MetricsLog:
     def amend(self, step: int, values: dict) -> None:
         """Put further values into the row of `step`, which must be the newest; without such a row they are dropped."""
         if self.pending:
-            row = as_row(self.pending[-1].encode())
-            self.pending[-1] = as_line({**row, **values} if row["step"] == step else row)
+            if self.pending[-1]["step"] == step:
+                self.pending[-1] = {**self.pending[-1], **values}
             return self.write([])
         try:
             start = end_of_rows(self.path, step - 1)
@@ -52,14 +51,15 @@ class MetricsLog:
                 row = as_row(file.readline())
                 if row is None or row["step"] != step:
                     return None
-                line = as_line({**row, **values})
+                row |= values
+                line = json_line(row)
                 file.seek(start)  # what the row has is written over itself: a process that dies here loses nothing
                 try:
                     if file.write(line.encode()) < len(line):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 except OSError:
                     file.truncate(start)
-                    self.pending = [line]
+                    self.pending = [row]
                     raise
         except OSError as error:
             self._fail(error)
@@ -73,24 +73,6 @@ class MetricsLog:
         if not self.has_failed:
             warn(f"{self.path} cannot be written ({error.strerror}): metrics are kept in memory until it can.")
         self.has_failed = True
-
-
-def append(data: bytes, path: Path) -> None:
-    """Write all of it behind what the file has, or nothing.
-
-    Raises:
-        OSError: the disk does not take it.
-    """
-    with open(path, "a+b", buffering=0) as file:
-        before = file.seek(0, os.SEEK_END)
-        if before and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
-            data = b"\n" + data  # behind a line that was cut
-        try:
-            if file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            file.truncate(before)
-            raise
 
 
 def end_of_rows(path: Path, step: int) -> int:
@@ -108,30 +90,19 @@ def end_of_rows(path: Path, step: int) -> int:
     return end
 
 
-def as_line(row: dict) -> str:
-    """`row` as a line of strict JSON."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-    }
-    return json.dumps(finite, allow_nan=False) + "\n"
-
-
 def iterate_metrics(output_dir: Path) -> Iterator[dict]:
-    """The rows of a run's `metrics.jsonl` one by one; lines that were cut short are left out."""
-    path = output_dir / METRICS_FILE
-    if not path.exists():
-        return
-    with open(path, "rb") as file:
-        yield from (row for row in map(as_row, file) if row is not None)
+    """Yield the rows of a run's `metrics.jsonl`; lines that were cut short are left out."""
+    return filter(_has_step, read_json_lines(output_dir / METRICS_FILE))
 
 
 def as_row(line: bytes) -> dict | None:
     """A line of the file; None where it was cut short or is something else."""
-    try:
-        row = json.loads(line, parse_constant=lambda name: None)  # NaN in files of other versions
-    except (ValueError, RecursionError):
-        return None
-    return row if type(row) is dict and type(row.get("step")) is int and row["step"] >= 0 else None
+    row = parse_json_line(line)
+    return row if row is not None and _has_step(row) else None
+
+
+def _has_step(row: dict) -> bool:
+    return type(row.get("step")) is int and row["step"] >= 0
 
 
 def read_metrics(output_dir: Path) -> list[dict]:

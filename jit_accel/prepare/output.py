@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import TextIO
 
 from jit_accel.base.errors import UserError
-from jit_accel.data.formats.index import INDEX, STORE_VERSION, UNFINISHED, read_index, sync_folder, write_json
+from jit_accel.base.files import disk_errors, move, sync, write_json
+from jit_accel.data.formats.index import INDEX, STORE_VERSION, UNFINISHED, read_index
 
 try:
     import fcntl
@@ -22,7 +22,6 @@ except ImportError:  # Windows
 
 _LOCK_PATIENCE_S = 5  # workers of a killed run leave within a second
 _MOST_VANISHED = 9
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 
 
 class OutputFolder:
@@ -70,24 +69,13 @@ class OutputFolder:
         Raises:
             UserError: not writable, in use, or begun with other settings; the disk is full.
         """
-        try:
-            with self._lock():
-                index = self.finished(recorded)
-                if index is None:
-                    self._check_plan(recorded)
-                yield index
-                if (self.path / INDEX).is_file():  # which whoever gets the lock next looks for
-                    shutil.rmtree(self.work, ignore_errors=True)
-        except OSError as error:
-            raise self.trouble(error) from error
-
-    def trouble(self, error: OSError) -> UserError:
-        """What an `OSError` while writing means to the user."""
-        if error.errno in _NO_SPACE:
-            return UserError(
-                f"{self.where}: the disk is full. What is finished is kept: make room and run the same command again."
-            )
-        return UserError(f"{self.where}: cannot be written to ({error}): choose a folder that can.")
+        with disk_errors("output_dir", self.path, "run the same command again"), self._lock():
+            index = self.finished(recorded)
+            if index is None:
+                self._check_plan(recorded)
+            yield index
+            if (self.path / INDEX).is_file():  # which whoever gets the lock next looks for
+                shutil.rmtree(self.work, ignore_errors=True)
 
     def check_space(self, num_bytes: int) -> None:
         """Refuse to begin what cannot be finished."""
@@ -108,8 +96,8 @@ class OutputFolder:
         """Move finished files to where they belong; those that were moved before an interruption are there."""
         for name in names:
             if (self.work / name).exists():
-                os.replace(self.work / name, self.path / name)
-        sync_folder(self.path)
+                move(self.work / name, self.path / name)
+        sync(self.path)
 
     def _check_plan(self, recorded: dict) -> None:
         path = self.work / "plan.json"

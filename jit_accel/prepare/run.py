@@ -19,10 +19,11 @@ import pyarrow as pa
 
 from jit_accel.base import rng
 from jit_accel.base.errors import UserError
+from jit_accel.base.files import write_json
 from jit_accel.base.redaction import redacted
 from jit_accel.base.signals import StopSignal
 from jit_accel.data.formats.columns import int_labels
-from jit_accel.data.formats.index import INDEX, STORE_FORMAT, STORE_VERSION, write_json
+from jit_accel.data.formats.index import INDEX, STORE_FORMAT, STORE_VERSION
 from jit_accel.data.formats.source import Source
 from jit_accel.data.formats.sources import open_images
 from jit_accel.prepare import pictures

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, Image, Value
 
-from jit_accel.data.formats.index import sha256_of, write_json
+from jit_accel.base.files import atomic_file, write_json
+from jit_accel.data.formats.index import sha256_of
 from jit_accel.prepare.encode import Encoded
 
 ROW_GROUP_IMAGES = 256  # small, because streams shuffle row groups
@@ -127,12 +127,6 @@ def _table(images: list[Encoded], layout: Layout) -> pa.Table:
 
 def _write_file(path: Path, write: Callable[[Path], None]) -> dict:
     """Write a file under another name, make it durable, and name it: its name, size and checksum."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    descriptor = os.open(part, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.replace(part, path)
+    with atomic_file(path) as temporary:
+        write(temporary)
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}

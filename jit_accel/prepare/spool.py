@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from jit_accel.base.files import atomic_file
 from jit_accel.data.reading.units import Stream
 from jit_accel.prepare.encode import Encoded
 
@@ -44,17 +44,12 @@ def part_path(folder: Path, number: int) -> Path:
 
 
 def write_part(path: Path, images: Iterable[Encoded]) -> None:
-    """Write a part that is there as a whole or not at all."""
-    unfinished = path.with_name(path.name + ".part")
-    with open(unfinished, "wb") as file:
-        with pa.ipc.new_file(file, _SCHEMA) as writer:
-            for batch in _batches(images):
-                columns = list(zip(*batch))
-                arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA)]
-                writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    """Write a part that is there whole or not at all."""
+    with atomic_file(path) as temporary, open(temporary, "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+        for batch in _batches(images):
+            columns = list(zip(*batch))
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA)]
+            writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
 
 
 def _batches(images: Iterable[Encoded]) -> Iterator[list[Encoded]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from html import escape
 from pathlib import Path
 from string import Template
 
 from jit_accel.base.errors import UserError
+from jit_accel.base.files import atomic_file, disk_errors
 from jit_accel.report import tables
 from jit_accel.report.charts import SMOOTHING, charts_of
 from jit_accel.report.runs import Run
@@ -107,23 +106,11 @@ def write_page(page: str, path: Path) -> None:
     Raises:
         UserError: it cannot be written there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with disk_errors("output", path):
         if path.is_dir():
             raise UserError(
                 f"this is a folder; name a file, such as {path / 'report.html'}.", about="output", value=path
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot be written ({error.strerror}); name another with --output.", about="output", value=path
-        ) from None
-    finally:
-        remove(temporary)
-
-
-def remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # what stood in the way of writing stands in the way here
-        path.unlink(missing_ok=True)
+        with atomic_file(path, durable=False) as temporary:  # the training's report may be written at the same time
+            temporary.write_text(page, encoding="utf-8")

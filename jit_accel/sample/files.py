@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import struct
@@ -14,23 +13,12 @@ import numpy as np
 from PIL import Image
 
 from jit_accel.base.errors import UserError
-from jit_accel.base.files import write_whole
+from jit_accel.base.files import atomic_file, remove_leftovers
 from jit_accel.sample.plan import Item, Plan
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
-_NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-
-
-def trouble(folder: Path, error: OSError) -> UserError:
-    """What an `OSError` while writing means to the user."""
-    if error.errno in _NO_SPACE:
-        return UserError(
-            "the disk is full. What is finished is kept: make room and run the same command again with --resume.",
-            about="output_dir",
-            value=folder,
-        )
-    return UserError(f"cannot be written to ({error}): choose a folder that can.", about="output_dir", value=folder)
+GO_ON = "run the same command again with --resume"  # what brings an interrupted sampling to its end
 
 
 class ImageFiles:
@@ -56,8 +44,7 @@ class ImageFiles:
         for label in self.plan.labels:
             class_folder = self.folder / self.plan.folder(label)
             class_folder.mkdir(parents=True, exist_ok=True)
-            for leftover in class_folder.glob(f".*.{self.extension}.tmp"):
-                leftover.unlink(missing_ok=True)
+            remove_leftovers(class_folder)
 
     def missing(self, stop_here: Callable[[], object] = lambda: None) -> list[Item]:
         """The images that are not there, or not whole.
@@ -107,7 +94,8 @@ class ImageFiles:
     def _write(self, item: Item, image: np.ndarray) -> None:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, **ENCODINGS[self.extension])
-        write_whole(self.path(item), lambda path: path.write_bytes(buffer.getbuffer()))
+        with atomic_file(self.path(item), durable=False) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
 
 
 ENCODINGS = {"png": {"format": "PNG"}, "webp": {"format": "WEBP", "lossless": True, "quality": 50, "method": 2}}

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 from jit_accel.base.errors import UserError
-from jit_accel.data.formats.index import write_json
+from jit_accel.base.files import disk_errors, write_json
 from jit_accel.data.formats.scan import SAMPLES_RECORD
-from jit_accel.sample.files import trouble
+from jit_accel.sample.files import GO_ON
 from jit_accel.sample.plan import Plan
 
 VERSION = 1
@@ -33,7 +33,9 @@ def open_folder(folder: Path, record: dict, resume: bool) -> None:
         UserError: it holds anything and `resume` is not set, it holds other images, or it cannot be written to.
     """
     path = folder / SAMPLES_RECORD
-    try:
+    with disk_errors("output_dir", folder, GO_ON):
+        if folder.exists() and not folder.is_dir():
+            raise UserError("is a file: give a new folder.", about="output_dir", value=folder)
         folder.mkdir(parents=True, exist_ok=True)
         if path.is_file():
             if not resume:
@@ -50,10 +52,6 @@ def open_folder(folder: Path, record: dict, resume: bool) -> None:
                 about="output_dir",
                 value=folder,
             )
-    except FileExistsError:
-        raise UserError("is a file: give a new folder.", about="output_dir", value=folder) from None
-    except OSError as error:
-        raise trouble(folder, error) from error
 
 
 def write_record(folder: Path, record: dict) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from jit_accel.base.errors import UserError
-from jit_accel.base.files import write_whole
+from jit_accel.base.files import atomic_file, remove_leftovers
 from jit_accel.sample.plan import Item, Plan
 
 FILE = "samples.npz"
@@ -37,8 +37,7 @@ class NpzFile:
         if self.path.exists():
             return
         self.parts.mkdir(parents=True, exist_ok=True)
-        for leftover in (*self.parts.glob(".*.tmp"), *self.path.parent.glob(f".{FILE}.tmp")):
-            leftover.unlink(missing_ok=True)
+        remove_leftovers(self.parts)
         there = sum(path.stat().st_size for path in self.parts.iterdir())
         needed = 2 * len(self.plan.items()) * self.record.itemsize - there
         free = shutil.disk_usage(self.parts).free
@@ -84,7 +83,8 @@ class NpzFile:
         records["image"] = images
         first = items[0]
         path = self.parts / f"{first.number:09d}_{first.label}_{len(items)}.npy"
-        write_whole(path, lambda temporary: _save(temporary, records))
+        with atomic_file(path, durable=False) as temporary, open(temporary, "wb") as file:  # np.save would add .npy
+            np.save(file, records)
 
     def flush(self) -> None:
         """Everything is written at once."""
@@ -100,7 +100,8 @@ class NpzFile:
         """Put the parts together, on one process alone. Returns what is there, in words."""
         if not self.path.exists():
             places, items = self._places(), self.plan.items()
-            write_whole(self.path, lambda temporary: self._merge(temporary, items, places))
+            with atomic_file(self.path) as temporary:
+                self._merge(temporary, items, places)
         shutil.rmtree(self.parts, ignore_errors=True)
         return str(self.path)
 
@@ -130,11 +131,6 @@ class NpzFile:
                     offsets = range(records.offset, records.offset + records.nbytes, self.record.itemsize)
                     places |= {Item(*pair): (path, offset) for pair, offset in zip(pairs, offsets)}
         return places
-
-
-def _save(path: Path, records: np.ndarray) -> None:
-    with open(path, "wb") as file:  # np.save would add .npy to the name
-        np.save(file, records)
 
 
 def _write_header(file, shape: tuple[int, ...], descr: str) -> None:

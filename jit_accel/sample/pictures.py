@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from jit_accel.base.files import write_whole
+from jit_accel.base.files import atomic_file
 from jit_accel.base.sheets import draw_rows
 from jit_accel.model.generation import generators
 from jit_accel.sample.plan import Item, Plan
@@ -27,7 +27,8 @@ def draw_grid(plan: Plan, read: Callable[[Item], np.ndarray], path: Path) -> Non
     """Write a PNG of the first images of some classes, a named row each."""
     rows = [(plan.name(label), [read(i) for i in items]) for label, items in plan.some(GRID_CLASSES, GRID_IMAGES)]
     sheet = draw_rows(rows, max_cell=GRID_CELL_PIXELS)
-    write_whole(path, lambda temporary: sheet.save(temporary, format="PNG"))
+    with atomic_file(path, durable=False) as temporary:
+        sheet.save(temporary, format="PNG")
 
 
 @dataclass
@@ -104,7 +105,8 @@ class Strip:
             for letter, columns in (("z", self.z), ("x", self.x))
         ]
         sheet = draw_rows(rows, self.times, STRIP_CELL_PIXELS)
-        write_whole(path, lambda temporary: sheet.save(temporary, format="PNG"))
+        with atomic_file(path, durable=False) as temporary:
+            sheet.save(temporary, format="PNG")
 
 
 def animation_rows(plan: Plan, most: int) -> list[tuple[int, list[Item]]]:
@@ -136,4 +138,5 @@ class Animation:
         more = {"quality": 80, "method": 2} if kind == "WEBP" else {"disposal": 1}
         first, *rest = self.frames
         settings = {"format": kind, "save_all": True, "append_images": rest, "duration": durations, "loop": 0, **more}
-        write_whole(path, lambda temporary: first.save(temporary, **settings))
+        with atomic_file(path, durable=False) as temporary:
+            first.save(temporary, **settings)

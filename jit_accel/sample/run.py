@@ -17,13 +17,14 @@ from diffusers.utils import logging as diffusers_logging
 from jit_accel.base.console import say, warn
 from jit_accel.base.devices import DTYPES, chosen_precision, is_good_at_bf16
 from jit_accel.base.errors import UserError
+from jit_accel.base.files import disk_errors
 from jit_accel.base.processes import Stopped, ended, on_main, together
 from jit_accel.base.signals import StopSignal
 from jit_accel.model.generation import SamplerSettings, generate, share_of
 from jit_accel.model.loading import load_pipeline
 from jit_accel.model.pipeline import STEPS, JiTPipeline
 from jit_accel.sample import pictures
-from jit_accel.sample.files import ImageFiles, trouble
+from jit_accel.sample.files import GO_ON, ImageFiles
 from jit_accel.sample.folder import open_folder, record_of, write_record
 from jit_accel.sample.npz import NpzFile
 from jit_accel.sample.plan import Item, Plan, plan_images
@@ -236,12 +237,8 @@ class Sampling:
             raise Stopped(self.stop.number)
         return {}
 
-    @contextlib.contextmanager
     def _writing(self):
-        try:
-            yield
-        except OSError as error:
-            raise trouble(self.folder, error) from error
+        return disk_errors("output_dir", self.folder, GO_ON)
 
     def _finish(self, num_made: int, rate: float) -> None:
         with self._writing():

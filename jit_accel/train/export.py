@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from jit_accel.base.files import new_folder, replace_folder
+from jit_accel.base.files import atomic_folder
 from jit_accel.model.card import CARD_FILE, CARD_PICTURE, training_card
 from jit_accel.model.defaults import DEFAULTS
 from jit_accel.model.pipeline import JiTPipeline
@@ -30,11 +30,10 @@ def export_pipeline(
     """
     network = type(pipeline.transformer).from_config(pipeline.transformer.config)
     network.load_state_dict(weights, strict=True)
-    temporary = new_folder(folder)
-    JiTPipeline(network, **pipeline_settings(pipeline)).save_pretrained(temporary, safe_serialization=True)
-    shutil.copy(sheet, temporary / CARD_PICTURE)
-    (temporary / CARD_FILE).write_text(training_card(pipeline, record, decay), encoding="utf-8")
-    replace_folder(temporary, folder)
+    with atomic_folder(folder) as temporary:
+        JiTPipeline(network, **pipeline_settings(pipeline)).save_pretrained(temporary, safe_serialization=True)
+        shutil.copy(sheet, temporary / CARD_PICTURE)
+        (temporary / CARD_FILE).write_text(training_card(pipeline, record, decay), encoding="utf-8")
 
 
 def is_export_of(folder: Path, sheet: Path) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jit_accel.base.console import warn
-from jit_accel.base.files import write_whole
+from jit_accel.base.files import atomic_file
 from jit_accel.base.sharding import reshard
 from jit_accel.base.sheets import draw_rows
 from jit_accel.config.settings import Config
@@ -85,6 +85,7 @@ def save_sheet(images: Tensor, row_names: list[str], path: Path) -> None:
     sheet = draw_rows([(name, pixels[i * columns : (i + 1) * columns]) for i, name in enumerate(row_names)])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda temporary: sheet.save(temporary, format="PNG"))
+        with atomic_file(path, durable=False) as temporary:
+            sheet.save(temporary, format="PNG")
     except OSError as error:
         warn(f"{path} cannot be written ({error.strerror or error}): make room.")

@@ -24,10 +24,9 @@ from torch import serialization
 
 from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.base.errors import UserError
-from jit_accel.base.files import new_folder, replace_folder
 from jit_accel.config.presets import PRESETS
 from jit_accel.convert import main
-from jit_accel.convert.settings import SETTINGS, read_class_names
+from jit_accel.convert.settings import FOLDER, SETTINGS, read_class_names
 from jit_accel.convert.sizes import network_config, sampling_settings
 from jit_accel.convert.stated import from_arguments
 from jit_accel.convert.targets import written_whole
@@ -496,7 +495,7 @@ def _made(folder: Path) -> Path:
 def test_a_disk_that_is_full_leaves_the_old_files(tmp_path):
     target = _made(tmp_path / "old")
     (target / "model_index.json").write_text("old")
-    with pytest.raises(UserError, match="Nothing was changed"), written_whole(target) as temporary:
+    with pytest.raises(UserError, match="Nothing was changed"), written_whole(target, FOLDER) as temporary:
         temporary.mkdir()
         (temporary / "part").touch()
         raise OSError(28, "No space left on device")
@@ -532,11 +531,11 @@ def test_a_conversion_that_is_stopped_leaves_nothing(folder, tmp_path, monkeypat
     (target / "model_index.json").write_text("old")
     dead = subprocess.Popen(["true"])
     dead.wait()
-    (tmp_path / f"tmp_{dead.pid}_old").mkdir()  # of one that was killed
-    (tmp_path / f"tmp_{os.getppid()}_old").touch()  # of one that is running
+    (tmp_path / f".old.{dead.pid}.tmp").mkdir()  # of one that was killed
+    (tmp_path / f".old.{os.getppid()}.tmp").touch()  # of one that is running
     monkeypatch.setattr("jit_accel.convert.run.write_folder", lambda _, place: _stop(place))
     assert convert(folder, target, "--overwrite") == 128 + signal.SIGTERM
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", f"tmp_{os.getppid()}_old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".old.{os.getppid()}.tmp", "old"]
     assert (target / "model_index.json").read_text() == "old"
 
 
@@ -546,30 +545,8 @@ def _stop(place: Path) -> None:
 
 
 def test_a_bug_is_not_taken_for_a_full_disk(tmp_path):
-    with pytest.raises(RuntimeError, match="shape"), written_whole(tmp_path / "out"):
+    with pytest.raises(RuntimeError, match="shape"), written_whole(tmp_path / "out", FOLDER):
         raise RuntimeError("shape")
-
-
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    for name in ("old", "new"):
-        (_made(tmp_path / name) / name).touch()
-    with pytest.raises(OSError, match="gone"):
-        replace_folder(tmp_path / "gone", tmp_path / "old")
-    assert (tmp_path / "old" / "old").exists()
-    # Killed between the renamings: the next one puts the old folder back first.
-    monkeypatch.setattr(os, "rename", lambda old, new: _die() if Path(new).name == "old" else Path(old).replace(new))
-    with pytest.raises(KeyboardInterrupt):
-        replace_folder(tmp_path / "new", tmp_path / "old")
-    monkeypatch.undo()
-    assert not (tmp_path / "old").exists()
-    assert not new_folder(tmp_path / "old").exists()
-    assert (tmp_path / "old" / "old").exists()
-    replace_folder(tmp_path / "new", tmp_path / "old")
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["old", "old/new"]
-
-
-def _die(*_, **__):
-    raise KeyboardInterrupt
 
 
 def _cut(file: Path) -> None:

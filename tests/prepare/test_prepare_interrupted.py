@@ -291,7 +291,7 @@ def test_output_folders_that_cannot_be_used(refused, sources, tmp_path):
     assert "is not empty (thesis.txt, ...)" in refused(*source, "--output_dir", tmp_path / "mine")
     thesis = tmp_path / "mine" / "thesis.txt"
     assert "is a file: choose a new folder" in refused(*source, "--output_dir", thesis)
-    assert "cannot be written to" in refused(*source, "--output_dir", thesis / "out")
+    assert "cannot be written (Not a directory)" in refused(*source, "--output_dir", thesis / "out")
     assert contents(tmp_path) == {"thesis.txt": b"all of it"}
 
 

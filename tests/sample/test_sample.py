@@ -176,7 +176,7 @@ def test_resume_makes_what_is_missing_or_broken_and_leaves_the_rest(sample, tmp_
     gone.unlink()
     scratched.write_bytes(scratched.read_bytes()[:200] + b"scratched" + scratched.read_bytes()[209:])
     cut.write_bytes(cut.read_bytes()[:-7])
-    (gone.parent / f".{gone.name}.tmp").write_bytes(b"half")
+    (gone.parent / f".{gone.name}.{2**22 + 1}.tmp").write_bytes(b"half")  # no process has this number
     ages = [path.stat().st_mtime_ns for path in kept]
     assert sample("--num_images", "6", "--resume", "--batch_size", "1") == 0
     assert files(folder) == before

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jit_accel.base.files import atomic_file
 from jit_accel.data.formats.scan import RACY_NS, FolderScan, changed_ns, walk_folder
 
 VERSION = "1"  # of what is in the files: another version's are not read
@@ -213,11 +213,5 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make the file whole, or not at all; not being able to is no error."""
     with contextlib.suppress(OSError, pa.ArrowException):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
-        os.close(handle)
-        try:
-            write(Path(temporary))
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+        with atomic_file(path, durable=False) as temporary:
+            write(temporary)
