@@ -25,7 +25,7 @@ from PIL import Image
 
 from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches.batch import decode_row
-from jit_accel.data.batches.prefetch import DevicePrefetcher
+from jit_accel.data.batches.ready_batches import ReadyBatches
 
 REPO = Path(__file__).parent.parent
 WIDTH, HEIGHT, SIZE, BATCH = 500, 375, 256, 64
@@ -108,7 +108,7 @@ def store_of_files(store: Path) -> Iterator[int]:
 def loader(store: Path, opened: list, in_thread: bool = False) -> Iterator[int]:
     # mirrored on the device: here that would be this core
     batches = build_loader(open_images(store), img_size=SIZE, batch_size=BATCH, seed=0, horizontal_flip=False)
-    batches = DevicePrefetcher(batches, "cpu") if in_thread else batches
+    batches = ReadyBatches(batches, "cpu", depth=2) if in_thread else batches
     opened.append(batches)
     for _ in batches:
         yield BATCH

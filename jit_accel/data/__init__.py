@@ -3,7 +3,7 @@
 from importlib import import_module
 
 _ROOMS = {
-    "Batch": "jit_accel.data.batches.loader",
+    "Batch": "jit_accel.data.batches.batch",
     "Source": "jit_accel.data.formats.sources",
     "build_loader": "jit_accel.data.batches.loader",
     "open_images": "jit_accel.data.formats.sources",

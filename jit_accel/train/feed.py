@@ -6,8 +6,9 @@ from accelerate.utils import gather_object
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.settings import Config
-from jit_accel.data.batches.loader import Batch, build_loader
-from jit_accel.data.batches.prefetch import DevicePrefetcher
+from jit_accel.data.batches.batch import Batch
+from jit_accel.data.batches.loader import build_loader
+from jit_accel.data.batches.ready_batches import ReadyBatches
 from jit_accel.data.batches.waiting import Waiting, waiting_advice
 from jit_accel.data.batches.workers import cores_per_process, worker_memory_gib
 from jit_accel.data.formats.sources import Source
@@ -26,7 +27,7 @@ class Feed:
     def __init__(self, config: Config, source: Source, accelerator):
         self.config, self.source, self.accelerator = config, source, accelerator
         data, device = config.data, accelerator.device
-        self.loader = build_loader(
+        loader = build_loader(
             source,
             img_size=data.img_size,
             batch_size=config.optim.batch_size,
@@ -39,13 +40,12 @@ class Feed:
             shuffle_buffer=data.shuffle_buffer,
             num_classes=config.model.num_classes,
         )
-        if device.type != "cpu":  # there it would take the cores from the training
-            self.loader = DevicePrefetcher(self.loader, device)
+        self.loader = ReadyBatches(loader, device)
         self.waiting = Waiting(device)
         self.bad_images: dict[str, None] = {}  # in the order of their discovery
 
     def next(self) -> Batch:
-        """The next images of this process.
+        """Return the next images of this process, on its device.
 
         Raises:
             UserError: met by this process alone, where its share of the data is at fault.

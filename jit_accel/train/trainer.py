@@ -17,8 +17,8 @@ from jit_accel.base.sharding import reshard
 from jit_accel.base.signals import StopSignal
 from jit_accel.config.completion import Plan
 from jit_accel.config.settings import Config, write_config
+from jit_accel.data.batches.batch import Batch
 from jit_accel.data.batches.holdout import HeldOut
-from jit_accel.data.batches.loader import Batch
 from jit_accel.data.formats.sources import Source
 from jit_accel.model.checkpoints import Checkpointer
 from jit_accel.model.loading import build_network
@@ -149,7 +149,7 @@ class Trainer:
             self.monitor.record(self.step, learning_rate, step_loss, grad_norm)
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """Losses (B,) of a batch of uint8 images, all randomness following from their positions in the run."""
+        """Losses (B,) of a batch, all randomness following from their positions in the run."""
         config, seed, positions = self.config, self.config.run.seed, batch.positions
         if config.model.proj_dropout or config.model.attn_dropout or config.tune.lora_dropout:
             torch.manual_seed(int(rng.hash64(seed, "dropout", positions[0])) >> 1)
@@ -209,10 +209,8 @@ class Trainer:
         return self.step > 0 and self._evaluates_now() and self.quality.is_lacking(self.step)
 
     def _denoising_loss(self, batch: Batch, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses (B,) of uint8 images, and the times (B,) they were noised to."""
-        objective, positions = self.config.objective, batch.positions
-        batch = batch.to(self.accelerator.device, non_blocking=True)
-        x = batch.images.float().div_(127.5).sub_(1)
+        """Losses (B,) of a batch, and the times (B,) they were noised to."""
+        objective, positions, x = self.config.objective, batch.positions, batch.images
         t = draw_times(seed, positions, objective.P_mean, objective.P_std).to(x.device, non_blocking=True)
         e = draw_noise(seed, positions, like=x, noise_scale=objective.noise_scale)
         losses = diffusion_loss(

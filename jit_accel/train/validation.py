@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from jit_accel.data.batches.batch import Batch
+from jit_accel.data.batches.batch import Batch, PixelBatch, ready
 from jit_accel.data.batches.holdout import HeldOut
 
 MIN_DRAWS = 256
@@ -44,11 +44,11 @@ class Validation:
                 places = places % count
                 # another draw of an image is a neighbouring number, as different as any other
                 positions = held.keys[places.numpy()] + draws.numpy()
-                batch = Batch(held.images[places], held.labels[places], positions)
+                batch = PixelBatch(held.images[places], held.labels[places], positions)
             else:
                 grey = torch.full((len(numbers), *held.images.shape[1:]), 128, dtype=torch.uint8)
-                batch = Batch(grey, torch.zeros(len(numbers), dtype=torch.int64), numbers.numpy())
-            yield batch, weights
+                batch = PixelBatch(grey, torch.zeros(len(numbers), dtype=torch.int64), numbers.numpy())
+            yield ready(batch, self.accelerator.device), weights
 
     @torch.no_grad()
     def loss(self, loss_of: Callable[[Batch], Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from data_samples import SIZE, image_folder, numbers_in, png, take
 
 from jit_accel.base.errors import UserError
 from jit_accel.data import build_loader, open_images
+from jit_accel.data.batches.batch import ready
 from jit_accel.data.batches.order import flips
 
 N = 22
@@ -50,7 +51,7 @@ def test_a_batch_is_what_it_promises(source, loaders):
     assert (batch.labels.shape, batch.labels.dtype) == ((3,), torch.int64)
     assert (batch.positions.tolist(), batch.positions.dtype, batch.bad_images) == ([0, 1, 2], np.int64, [])
     assert batch.labels.tolist() == [number * 2 // N for number in numbers_in(batch.images)]
-    moved = batch.to("meta")
+    moved = ready(batch, "meta")
     assert (moved.images.device.type, moved.labels.device.type) == ("meta", "meta")
     assert moved.positions is batch.positions
 
@@ -137,10 +138,10 @@ def half_black_folder(root, count):
 
 def test_images_are_mirrored_by_their_position(tmp_path, loaders):
     source = open_images(half_black_folder(tmp_path, 5))
-    images = torch.cat([next(loader).to("cpu").images for loader in [loaders(source)] for _ in range(8)])
-    assert ((images[:, 0, 0, 0] == 255).numpy() == flips(11, np.arange(24))).all()
-    upright = next(loaders(source, horizontal_flip=False, batch_size=24)).to("cpu").images
-    assert (upright[..., 0] == 0).all()
+    images = torch.cat([ready(next(loader), "cpu").images for loader in [loaders(source)] for _ in range(8)])
+    assert ((images[:, 0, 0, 0] == 1).numpy() == flips(11, np.arange(24))).all()
+    upright = ready(next(loaders(source, horizontal_flip=False, batch_size=24)), "cpu").images
+    assert (upright[..., 0] == -1).all()
 
 
 def test_a_broken_image_is_replaced_and_named(tmp_path, loaders):

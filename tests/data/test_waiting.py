@@ -7,10 +7,10 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from test_prefetch import Counting
+from test_ready_batches import Counting
 
 from jit_accel.data.batches import waiting
-from jit_accel.data.batches.prefetch import DevicePrefetcher
+from jit_accel.data.batches.ready_batches import ReadyBatches
 from jit_accel.data.batches.waiting import Waiting, waiting_advice
 from jit_accel.data.batches.workers import worker_memory_gib
 from jit_accel.monitor.log import read_metrics
@@ -88,7 +88,7 @@ def test_beside_an_accelerator_only_the_wait_while_it_is_idle_counts(clock, read
 
 def test_a_prefetcher_tells_whether_a_batch_is_there():
     loader = Counting(allowed=1)
-    prefetcher = DevicePrefetcher(loader, "cpu")
+    prefetcher = ReadyBatches(loader, "cpu", depth=2)
     next(prefetcher)
     assert not prefetcher.wait(0.01)
     loader.allowed.release()

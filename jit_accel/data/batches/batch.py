@@ -1,4 +1,4 @@
-"""What the loaders hand out, and how one row becomes pixels."""
+"""The batches that loaders hand out, and how one row becomes pixels."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ MAX_SUBSTITUTES = 100  # images drawn to stand in for one that is bad
 
 
 @dataclass
-class Batch:
-    """One micro-batch of one process.
+class PixelBatch:
+    """One micro-batch of one process as a loader reads it.
 
-    images: uint8 (B, 3, H, W), 0..255. labels: int64 (B,). positions: int64 (B,), on the CPU: the images' numbers in
-    the run, on which every random choice made for them depends. bad_images: "name: reason" of each image that could
-    not be decoded while this batch was made; one that comes again in a later epoch is named again. mirror: bool (B,),
-    on the CPU: which images `to` turns left to right, or None. On a GPU that costs nothing, on a CPU as much as reading
-    pixels from a store.
+    images: uint8 (B, 3, H, W), 0..255. labels: int64 (B,). positions: int64 (B,): the images' numbers in the run, on
+    which every random choice made for them depends. bad_images: "name: reason" of each image that could not be decoded
+    while this batch was made; one that comes again in a later epoch is named again. mirror: bool (B,), which images
+    `ready` turns left to right, or None.
     """
 
     images: torch.Tensor
@@ -35,26 +34,37 @@ class Batch:
     bad_images: list[str] = field(default_factory=list)
     mirror: np.ndarray | None = None
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The batch as it is trained on: images and labels on `device`, and mirrored where they are to be."""
-        images = self.images.to(device, non_blocking=non_blocking)
-        if self.mirror is not None:
-            images = _mirrored(images, self.mirror)
-        return replace(self, images=images, labels=self.labels.to(device, non_blocking=non_blocking), mirror=None)
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (torch's DataLoader calls this)."""
+    def pin_memory(self) -> PixelBatch:
+        """Return the same batch in page-locked memory."""
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
-def _mirrored(images: torch.Tensor, mirror: np.ndarray) -> torch.Tensor:
-    if images.device.type == "cpu":  # eight times as fast there as the other way
-        images = images.clone()
-        for place in np.flatnonzero(mirror):
-            images[place] = images[place].flip(-1)
-        return images
-    chosen = torch.from_numpy(mirror).to(images.device, non_blocking=True)
-    return torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
+@dataclass
+class Batch:
+    """One micro-batch of one process, ready to be trained on.
+
+    images: float32 (B, 3, H, W) in [-1, 1], and labels: int64 (B,), both on the device. positions: int64 (B,), on the
+    CPU, and bad_images as in `PixelBatch`.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    positions: np.ndarray
+    bad_images: list[str] = field(default_factory=list)
+
+
+def ready(batch: PixelBatch, device: torch.device | str) -> Batch:
+    """Return the batch on `device`, mirrored and normalised: the only place where its pixels change."""
+    images = batch.images.to(device, non_blocking=True)
+    if batch.mirror is not None and images.device.type != "cpu":
+        chosen = torch.from_numpy(batch.mirror).to(device, non_blocking=True)
+        images = torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
+    x = images.float()
+    if batch.mirror is not None and x.device.type == "cpu":  # eight times as fast there as the other way
+        for place in np.flatnonzero(batch.mirror):
+            x[place] = x[place].flip(-1)
+    labels = batch.labels.to(device, non_blocking=True)
+    return Batch(x.div_(127.5).sub_(1), labels, batch.positions, batch.bad_images)
 
 
 def empty_batch(shape: tuple[int, ...]) -> torch.Tensor:

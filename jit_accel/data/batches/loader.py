@@ -10,14 +10,14 @@ import torch
 from jit_accel.base import rng
 from jit_accel.base.errors import UserError
 from jit_accel.data.batches import order
-from jit_accel.data.batches.batch import MAX_SUBSTITUTES, Batch, check_labels, empty_batch
+from jit_accel.data.batches.batch import MAX_SUBSTITUTES, PixelBatch, check_labels, empty_batch
 from jit_accel.data.batches.lanes import Decoding
 from jit_accel.data.batches.state import check_state
 from jit_accel.data.batches.streams import StreamLoader
 from jit_accel.data.batches.workers import make_loader
 from jit_accel.data.formats.source import Source
 
-__all__ = ["Batch", "RandomAccessLoader", "StreamLoader", "build_loader"]
+__all__ = ["PixelBatch", "RandomAccessLoader", "StreamLoader", "build_loader"]
 
 
 def build_loader(
@@ -34,7 +34,7 @@ def build_loader(
     shuffle_buffer: int = 1024,
     num_classes: int | None = None,
 ) -> RandomAccessLoader | StreamLoader:
-    """An endless iterator of `Batch`es of `batch_size` images for process `rank` of `world_size`.
+    """An endless iterator of `PixelBatch`es of `batch_size` images for process `rank` of `world_size`.
 
     It has `state_dict()` (small, JSON, describing what was handed out and not what was prefetched),
     `load_state_dict(states)` (of all processes in the order of their ranks; before the first batch), `epoch` and
@@ -72,7 +72,7 @@ class _BatchView(torch.utils.data.Dataset):
         self.img_size, self.batch_size, self.seed, self.rank = img_size, batch_size, seed, rank
         self.horizontal_flip = horizontal_flip
 
-    def __getitem__(self, base: int) -> Batch | UserError:
+    def __getitem__(self, base: int) -> PixelBatch | UserError:
         """A UserError is returned, not raised: torch would bury its message under a worker's traceback."""
         positions = order.batch_positions(base, self.rank, self.batch_size)
         batch = empty_batch((self.batch_size, 3, self.img_size, self.img_size))
@@ -88,7 +88,7 @@ class _BatchView(torch.utils.data.Dataset):
                 )
             labels[place] = label
         mirror = order.flips(self.seed, positions) if self.horizontal_flip else None
-        return Batch(batch, torch.from_numpy(labels), positions, list(bad.values()), mirror)
+        return PixelBatch(batch, torch.from_numpy(labels), positions, list(bad.values()), mirror)
 
     def _substitute(self, position: int, out: np.ndarray) -> int | None:
         """Another image for a position whose own is bad, so that batches keep their shape: a pure function too."""
@@ -119,7 +119,7 @@ class RandomAccessLoader:
     def __iter__(self) -> RandomAccessLoader:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> PixelBatch:
         stride = self._world_size * self._view.batch_size
         if self._batches is None:
             loader = make_loader(

@@ -16,7 +16,7 @@ from PIL import Image
 from jit_accel.base.errors import UserError
 from jit_accel.data.batches import order
 from jit_accel.data.batches.loader import build_loader
-from jit_accel.data.batches.prefetch import DevicePrefetcher
+from jit_accel.data.batches.ready_batches import ReadyBatches
 from jit_accel.data.batches.workers import worker_memory_gib
 from jit_accel.data.formats.source import Source
 from jit_accel.data.reading.decode import center_crop, plain_jpeg, to_rgb
@@ -80,7 +80,7 @@ def measure_loader(
         source, img_size=img_size, batch_size=batch_size, seed=0, num_workers=num_workers, pin_memory=on_gpu
     )
     if device.type != "cpu":
-        loader = DevicePrefetcher(loader, device)
+        loader = ReadyBatches(loader, device)
     try:
         for _ in range(1 + 2 * num_workers):
             next(loader)

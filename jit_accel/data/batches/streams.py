@@ -15,7 +15,7 @@ import torch
 
 from jit_accel.base.errors import UserError
 from jit_accel.data.batches import order
-from jit_accel.data.batches.batch import Batch, check_labels, empty_batch
+from jit_accel.data.batches.batch import PixelBatch, check_labels, empty_batch
 from jit_accel.data.batches.lanes import Chunk, Decoding, Lane, Lanes
 from jit_accel.data.batches.partition import Partition, Place
 from jit_accel.data.batches.spans import packed, unpacked
@@ -68,7 +68,7 @@ class StreamLoader:
     def __iter__(self) -> StreamLoader:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> PixelBatch:
         if self._workers is None:
             self._start()
         size = self._decoding.batch_size
@@ -79,7 +79,7 @@ class StreamLoader:
         labels = np.concatenate([chunk.labels for chunk in chunks])
         check_labels(labels, self._num_classes)
         images = [chunk.images for chunk in chunks if len(chunk.labels)]
-        batch = Batch(
+        batch = PixelBatch(
             images[0] if len(images) == 1 else torch.cat(images, out=empty_batch((size, *images[0].shape[1:]))),
             torch.from_numpy(labels),
             order.batch_positions(self._position, self._rank, size),

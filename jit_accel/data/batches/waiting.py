@@ -41,7 +41,7 @@ class Waiting:
 
     def _idle_since(self, loader) -> float | None:
         """When the device ran out of work before a batch was there; None if it did not."""
-        if self.device.type != "cpu":  # and `loader` is a DevicePrefetcher
+        if self.device.type != "cpu":  # and `loader` is a ReadyBatches
             if loader.wait(0):
                 return None
             work = self._work()

@@ -1,4 +1,4 @@
-"""Batches copied to the device ahead of their use, by a thread beside the training."""
+"""Batches that are ready on the device before they are asked for, by a thread beside the training."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from jit_accel.data.batches.batch import Batch
+from jit_accel.data.batches.batch import Batch, ready
 
 PATIENCE_S = 2.0
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """A batch on the device once `copied` (a CUDA event) is over, and what its loader said after it."""
+class _Waiting:
+    """A batch on the device once `copied` (a CUDA event) is over, and the loader's state and epoch after it."""
 
     batch: Batch
     copied: Any
@@ -26,20 +26,22 @@ class _Ready:
     epoch: int
 
 
-class DevicePrefetcher:
-    """A loader whose batches are on `device`; see `build_loader` for the interface.
+class ReadyBatches:
+    """An endless iterator of `Batch`es on `device`, made of the `PixelBatch`es of `loader`.
 
-    Up to `depth` batches wait there, copied from page-locked memory by a CUDA stream of their own. `state_dict()` and
-    `epoch` tell of the batches that were handed out. Nothing is read before the first `next`.
+    Up to `depth` batches wait on the device, copied from page-locked memory by a CUDA stream of their own. With depth
+    0, the default on a CPU, where a thread would take the cores from the training, each is made when it is asked for.
+    `state_dict()` and `epoch` describe what was handed out. Nothing is read before the first `next`.
     """
 
-    def __init__(self, loader, device: torch.device | str, depth: int = 2):
-        self._loader, self._device, self._depth = loader, torch.device(device), depth
+    def __init__(self, loader, device: torch.device | str, depth: int | None = None):
+        self._loader, self._device = loader, torch.device(device)
+        self._depth = (0 if self._device.type == "cpu" else 2) if depth is None else depth
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._changed = threading.Condition()
-        self._ready: deque[_Ready] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._place: tuple[dict, int] | None = None  # state and epoch after the batch handed out last
-        self._error: BaseException | None = None  # that ended the thread
+        self._error: BaseException | None = None  # the end of the thread
         self._thread: threading.Thread | None = None
         self._is_closed = False
 
@@ -49,16 +51,20 @@ class DevicePrefetcher:
         return self._loader.epoch if self._place is None else self._place[1]
 
     def state_dict(self) -> dict:
-        """What was handed out so far."""
+        """Return the place of the next batch: a few numbers, the same on all processes."""
         return self._loader.state_dict() if self._place is None else self._place[0]
 
-    def load_state_dict(self, states: dict | list[dict]) -> None:
-        """Continue where `states` were taken; before the first batch."""
-        if self._thread is not None:
-            raise RuntimeError("load_state_dict() after the first batch")
-        self._loader.load_state_dict(states)
+    def load_state_dict(self, state: dict | list[dict]) -> None:
+        """Continue where `state` was taken; before the first batch.
 
-    def __iter__(self) -> DevicePrefetcher:
+        Raises:
+            UserError: the state is of another seed, or of another way of reading.
+        """
+        if self._place is not None:
+            raise RuntimeError("load_state_dict() after the first batch")
+        self._loader.load_state_dict(state)
+
+    def __iter__(self) -> ReadyBatches:
         return self
 
     def __next__(self) -> Batch:
@@ -67,13 +73,14 @@ class DevicePrefetcher:
         if self._thread is None:
             # Taken here, so that the workers are forked while there is no thread yet that could hold a lock.
             item = self._take()
-            self._start()
+            if self._depth:
+                self._start()
         else:
             with self._changed:
                 self._changed.wait_for(self._has_news)
-                if not self._ready:
+                if not self._waiting:
                     raise self._error
-                item = self._ready.popleft()
+                item = self._waiting.popleft()
                 self._changed.notify_all()
         self._place = item.state, item.epoch
         return self._handed_over(item)
@@ -84,12 +91,13 @@ class DevicePrefetcher:
             return self._changed.wait_for(self._has_news, timeout_s)
 
     def close(self) -> None:
-        """End the thread and the workers. A thread that waits for a worker longer than `PATIENCE_S` is left to end
-        by itself when the batch arrives.
+        """End the thread and the workers.
+
+        A thread that waits for a worker longer than `PATIENCE_S` is left to end by itself when the batch arrives.
         """
         with self._changed:
             self._is_closed = True
-            self._ready.clear()
+            self._waiting.clear()
             self._changed.notify_all()
         atexit.unregister(self.close)
         if self._thread is None:
@@ -98,7 +106,7 @@ class DevicePrefetcher:
             self._thread.join(PATIENCE_S)
 
     def _has_news(self) -> bool:
-        return bool(self._ready) or self._error is not None
+        return bool(self._waiting) or self._error is not None
 
     def _start(self) -> None:
         self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
@@ -106,12 +114,12 @@ class DevicePrefetcher:
         atexit.register(self.close)  # a thread inside CUDA while the interpreter goes away would crash it
 
     def _fill(self) -> None:
-        """The thread: alone with the loader from here on, and the one to close it."""
+        """Run the thread: alone with the loader from here on, and the one to close it."""
         try:
             while self._has_room():
                 item = self._take()
                 with self._changed:
-                    self._ready.append(item)
+                    self._waiting.append(item)
                     self._changed.notify_all()
                 del item  # or the batch would stay until the next one came
         except BaseException as error:  # raised where the batch is asked for
@@ -122,26 +130,22 @@ class DevicePrefetcher:
             self._loader.close()
 
     def _has_room(self) -> bool:
-        """Wait for room; False when the time has come to leave."""
+        """Wait for room; return False when the time has come to leave."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or len(self._ready) < self._depth)
+            self._changed.wait_for(lambda: self._is_closed or len(self._waiting) < self._depth)
             return not self._is_closed
 
-    def _take(self) -> _Ready:
-        with self._on_own_stream():
-            batch, copied = next(self._loader), None
-            if self._stream is not None:
-                batch = batch if batch.images.is_pinned() else batch.pin_memory()
-            batch = batch.to(self._device)
-            if self._stream is not None:
-                copied = self._stream.record_event()
-        return _Ready(batch, copied, self._loader.state_dict(), self._loader.epoch)
+    def _take(self) -> _Waiting:
+        # The stream also makes the device current, which in a new thread is the first one and not that of this process.
+        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            pixels = next(self._loader)
+            if self._stream is not None and not pixels.images.is_pinned():
+                pixels = pixels.pin_memory()
+            batch = ready(pixels, self._device)
+            copied = self._stream.record_event() if self._stream is not None else None
+        return _Waiting(batch, copied, self._loader.state_dict(), self._loader.epoch)
 
-    def _on_own_stream(self) -> contextlib.AbstractContextManager:
-        """Also makes the device current, which in a new thread is the first one and not that of this process."""
-        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-
-    def _handed_over(self, item: _Ready) -> Batch:
+    def _handed_over(self, item: _Waiting) -> Batch:
         """Make what the caller does next on the device wait for the copy, and not the caller."""
         if item.copied is not None:
             stream = torch.cuda.current_stream(self._device)

@@ -12,8 +12,8 @@ from data_samples import SIZE, image_folder, parquet
 
 from jit_accel.base.errors import UserError
 from jit_accel.data import build_loader, open_images
-from jit_accel.data.batches.batch import Batch, empty_batch
-from jit_accel.data.batches.prefetch import DevicePrefetcher
+from jit_accel.data.batches.batch import Batch, PixelBatch, empty_batch, ready
+from jit_accel.data.batches.ready_batches import ReadyBatches
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,13 @@ def content(batch: Batch):
 
 
 @pytest.mark.parametrize("kind", ["random_access", "stream"])
-@pytest.mark.parametrize(("num_workers", "depth"), [(0, 1), (0, 5), (2, 2)])
+@pytest.mark.parametrize(("num_workers", "depth"), [(0, 0), (0, 1), (0, 5), (2, 2)])
 def test_batches_states_and_epochs_are_those_of_the_plain_loader(sources, kind, num_workers, depth):
     expected = plain(sources[kind])
-    prefetcher = DevicePrefetcher(plain(sources[kind], num_workers), "cpu", depth)
+    prefetcher = ReadyBatches(plain(sources[kind], num_workers), "cpu", depth)
     assert prefetcher.state_dict() == expected.state_dict()
     for _ in range(18):
-        assert content(next(prefetcher)) == content(next(expected))
+        assert content(next(prefetcher)) == content(ready(next(expected), "cpu"))
         assert prefetcher.state_dict() == expected.state_dict()
         assert prefetcher.epoch == expected.epoch
     prefetcher.close()
@@ -60,12 +60,12 @@ def test_batches_states_and_epochs_are_those_of_the_plain_loader(sources, kind, 
 
 @pytest.mark.parametrize("kind", ["random_access", "stream"])
 def test_a_resumed_prefetcher_goes_on_with_what_was_not_handed_out(sources, kind):
-    first = DevicePrefetcher(plain(sources[kind]), "cpu")
+    first = ReadyBatches(plain(sources[kind]), "cpu", 2)
     for _ in range(4):
         next(first)
     while not first.wait(10):
         pass
-    resumed = DevicePrefetcher(plain(sources[kind]), "cpu")
+    resumed = ReadyBatches(plain(sources[kind]), "cpu", 2)
     resumed.load_state_dict([first.state_dict()])
     assert resumed.state_dict() == first.state_dict()
     for _ in range(6):
@@ -89,7 +89,9 @@ class Counting:
         if self.number == self.fail_at:
             raise UserError("--data_path: the disk is gone.")
         self.number += 1
-        return Batch(torch.full((1, 3, 2, 2), self.number), torch.zeros(1, dtype=torch.long), np.array([self.number]))
+        return PixelBatch(
+            torch.full((1, 3, 2, 2), self.number), torch.zeros(1, dtype=torch.long), np.array([self.number])
+        )
 
     def state_dict(self):
         return {"number": self.number}
@@ -104,7 +106,7 @@ def number_of(batch):
 
 @pytest.mark.parametrize("fail_at", [0, 1, 4])
 def test_an_error_comes_out_where_its_batch_would(fail_at):
-    prefetcher = DevicePrefetcher(Counting(fail_at), "cpu", depth=3)
+    prefetcher = ReadyBatches(Counting(fail_at), "cpu", depth=3)
     assert [number_of(next(prefetcher)) for _ in range(fail_at)] == list(range(1, fail_at + 1))
     for _ in range(2):
         with pytest.raises(UserError, match="the disk is gone"):
@@ -115,7 +117,7 @@ def test_an_error_comes_out_where_its_batch_would(fail_at):
 
 def test_no_more_than_depth_batches_are_read_ahead():
     loader = Counting(allowed=0)
-    prefetcher = DevicePrefetcher(loader, "cpu", depth=2)
+    prefetcher = ReadyBatches(loader, "cpu", depth=2)
     assert loader.number == 0
     assert prefetching() == []
     for _ in range(8):
@@ -133,7 +135,7 @@ def test_no_more_than_depth_batches_are_read_ahead():
 @pytest.mark.parametrize("consumed", [0, 1, 5])
 def test_it_closes_at_any_moment_and_twice(consumed):
     loader = Counting()
-    prefetcher = DevicePrefetcher(loader, "cpu")
+    prefetcher = ReadyBatches(loader, "cpu", depth=2)
     for _ in range(consumed):
         next(prefetcher)
     prefetcher.close()
@@ -145,9 +147,9 @@ def test_it_closes_at_any_moment_and_twice(consumed):
 
 
 def test_a_loader_that_hangs_does_not_hold_up_closing(monkeypatch):
-    monkeypatch.setattr("jit_accel.data.batches.prefetch.PATIENCE_S", 0.1)
+    monkeypatch.setattr("jit_accel.data.batches.ready_batches.PATIENCE_S", 0.1)
     loader = Counting(allowed=1)
-    prefetcher = DevicePrefetcher(loader, "cpu")
+    prefetcher = ReadyBatches(loader, "cpu", depth=2)
     next(prefetcher)
     assert not prefetcher.wait(0.01)
     prefetcher.close()
@@ -160,9 +162,9 @@ def test_a_loader_that_hangs_does_not_hold_up_closing(monkeypatch):
 LEFT_OPEN = """
 import sys
 from jit_accel.data import build_loader, open_images
-from jit_accel.data.batches.prefetch import DevicePrefetcher
+from jit_accel.data.batches.ready_batches import ReadyBatches
 loader = build_loader(open_images(sys.argv[1]), img_size=4, batch_size=2, seed=0, num_workers=int(sys.argv[2]))
-prefetcher = DevicePrefetcher(loader, "cpu")
+prefetcher = ReadyBatches(loader, "cpu", depth=2)
 next(prefetcher)
 print("done")
 """
@@ -176,16 +178,20 @@ def test_a_program_that_forgets_to_close_it_still_ends(tmp_path, num_workers):
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
-def test_images_are_mirrored_on_the_way_to_the_device():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_batch_arrives_mirrored_and_normalised(device):
     images = torch.arange(4 * 3 * 2 * 5).to(torch.uint8).view(4, 3, 2, 5)
-    batch = Batch(
-        images, torch.zeros(4, dtype=torch.int64), np.arange(4), mirror=torch.tensor([True, False, False, True])
-    )
-    moved = batch.to("cpu")
-    assert torch.equal(moved.images[[0, 3]], images[[0, 3]].flip(-1))
-    assert torch.equal(moved.images[[1, 2]], images[[1, 2]])
-    assert torch.equal(moved.to("cpu").images, moved.images)  # not a second time
-    assert torch.equal(batch.images, images)
+    mirror = np.array([True, False, False, True])
+    pixels = PixelBatch(images, torch.zeros(4, dtype=torch.int64), np.arange(4), ["a.png: empty"], mirror)
+    before = images.clone()
+    batch = ready(pixels, device)
+    assert batch.images.device.type == batch.labels.device.type == device
+    x = images.to(device).float().div_(127.5).sub_(1)
+    assert torch.equal(batch.images[[0, 3]], x[[0, 3]].flip(-1))
+    assert torch.equal(batch.images[[1, 2]], x[[1, 2]])
+    assert torch.equal(images, before)
+    assert (batch.positions.tolist(), batch.bad_images) == ([0, 1, 2, 3], ["a.png: empty"])
+    assert [name for name in vars(type(batch)) if not name.startswith("_")] == []  # no method
 
 
 def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it():
@@ -218,13 +224,13 @@ def test_workers_fill_memory_that_is_shared_already(monkeypatch):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_on_a_gpu_are_whole_when_they_are_used(sources, num_workers):
     expected = plain(sources["random_access"])
-    prefetcher = DevicePrefetcher(plain(sources["random_access"], num_workers), "cuda")
+    prefetcher = ReadyBatches(plain(sources["random_access"], num_workers), "cuda")
     sums = []
     for _ in range(50):
         batch = next(prefetcher)
         assert batch.images.is_cuda
         assert batch.labels.is_cuda
         torch.cuda._sleep(1_000_000)  # the host runs ahead of the device
-        sums.append(batch.images.long().sum())
-    assert [int(total) for total in sums] == [int(next(expected).images.long().sum()) for _ in range(50)]
+        sums.append(batch.images)
+    assert all(torch.equal(images.cpu(), ready(next(expected), "cpu").images) for images in sums)
     prefetcher.close()
