@@ -113,4 +113,6 @@ def ended(accelerator) -> Iterator[None]:
             # gloo's threads need the GIL to drop their last results, and destroying the process group (which
             # `end_training` does) waits for them while it holds the GIL: one exit in twenty hung, torch 2.13.
             time.sleep(0.2)
-        accelerator.end_training()
+        # Trackers may take a minute to send what is left: a stop asked for meanwhile is too late to mean anything.
+        with StopSignal() if accelerator.trackers else contextlib.nullcontext():
+            accelerator.end_training()

@@ -165,7 +165,8 @@ def _check_lengths(optim: OptimConfig) -> None:
 
 def _check_tracking(tracking: TrackingConfig) -> None:
     for name in tracking.report_to:
-        lookup(TRACKERS, name, "--report_to")
+        if ":" not in name:  # else it is imported where training begins
+            lookup(TRACKERS, name, "--report_to")
     for tag in tracking.wandb_tags:
         if not 1 <= len(tag.strip()) <= 64:
             raise UserError(

@@ -218,7 +218,7 @@ class TrackingConfig:
     wandb_group: str | None = None
     """Runs of one group are shown together, such as the seeds of one setting."""
     report_to: tuple[str, ...] = ()
-    """Further trackers of Accelerate: tensorboard, trackio, mlflow, ..."""
+    """Further trackers: tensorboard, trackio, mlflow, ..., or package.module:Class, a GeneralTracker of your own."""
     html_report: bool = True
     """Rebuild report.html (curves, samples, settings, on one page) at each epoch and on the way, as often as that takes
     a hundredth of the time, and at the end."""

@@ -126,13 +126,13 @@ class Health:
                     new.append(Event(kind, row["step"], value, remedy))
         return new
 
-    def state(self) -> dict:
+    def state_dict(self) -> dict:
         """For a checkpoint."""
         names = ("losses", "first_losses", "last_losses")
         return {name: list(getattr(self, name)) for name in names} | {"must_fall": self.must_fall, "steps": self.steps}
 
-    def load_state(self, state: dict | None) -> None:
-        """Take what `state` gave; None where there was none, of a run that had begun."""
+    def load_state_dict(self, state: dict | None) -> None:
+        """Take what `state_dict` gave; None where there was none, of a run that had begun."""
         if state is None:
             self.must_fall = False
             return

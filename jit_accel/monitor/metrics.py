@@ -242,10 +242,10 @@ class EpochMetrics:
         self.loss_sum, self.seconds, self.images = 0.0, 0.0, 0
         return True
 
-    def state(self) -> dict:
+    def state_dict(self) -> dict:
         """For a checkpoint, of an epoch that has begun."""
         return {name: getattr(self, name) for name in ("images_seen", "loss_sum", "seconds", "images", "best_loss")}
 
-    def load_state(self, state: dict) -> None:
+    def load_state_dict(self, state: dict) -> None:
         for name, value in state.items():
             setattr(self, name, value)

@@ -29,21 +29,24 @@ class ReportProcess:
         self.has_failed = False
         self.began = self.not_before = 0.0
 
-    def start(self) -> None:
-        """Build the report of what is there now, unless the last build is still going on or was just now."""
-        self._look()
+    def build(self) -> None:
+        """Begin to build the report of what is there now, unless the last build still goes on or has just ended."""
+        if self.process:
+            age_s = time.monotonic() - self.began
+            self.wait(0.0 if age_s > _LONGEST_BUILD_S else None)
         if self.is_wanted and self.process is None and time.monotonic() >= self.not_before:
             self._start()
 
-    def start_last(self, timeout_s: float = _LONGEST_BUILD_S) -> None:
-        """Build it once more, whatever was built before, which is waited for so long at most."""
+    def build_last(self, timeout_s: float = _LONGEST_BUILD_S) -> None:
+        """Build it once more, whatever was built before; each of the two is waited for so long at most."""
         if self.is_wanted:
             self.wait(timeout_s)
             self._start()
+            self.wait(timeout_s)
 
-    def wait(self, timeout_s: float = _LONGEST_BUILD_S) -> None:
-        """Until the build that is going on is done; one that takes longer is given up."""
-        if self.process is None:
+    def wait(self, timeout_s: float | None = _LONGEST_BUILD_S) -> None:
+        """Wait for the build that goes on, and give it up after this time; None: only look whether it has ended."""
+        if self.process is None or (timeout_s is None and self.process.poll() is None):
             return
         try:
             self.process.wait(timeout_s)
@@ -69,15 +72,6 @@ class ReportProcess:
             return
         with contextlib.suppress(psutil.Error, OSError):
             psutil.Process(self.process.pid).nice(psutil.BELOW_NORMAL_PRIORITY_CLASS if os.name == "nt" else 10)
-
-    def _look(self) -> None:
-        if self.process is None:
-            return
-        if time.monotonic() - self.began > _LONGEST_BUILD_S:
-            self.process.kill()
-            self.process.wait()
-        if self.process.poll() is not None:
-            self._end()
 
     def _end(self) -> None:
         now = time.monotonic()

@@ -35,6 +35,7 @@ from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.model import hub
 from jit_accel.model.checkpoints import complete_checkpoints, find_checkpoint, read_state
 from jit_accel.monitor.log import METRICS_FILE
+from jit_accel.monitor.trackers import build_trackers
 from jit_accel.train.initial_weights import Initial, read_initial
 from jit_accel.train.record import describe_data
 from jit_accel.train.trainer import Trainer
@@ -307,6 +308,7 @@ def build_accelerator(config: Config, accumulation: int, precision: str) -> Acce
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     return Accelerator(
         mixed_precision=precision,
+        log_with=build_trackers(config.tracking, Path(config.run.output_dir)) or None,
         # As a plugin: the environment of `accelerate launch` overrides the plain argument.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         fsdp_plugin=build_fsdp_plugin(precision),

@@ -35,7 +35,7 @@ def save_state(trainer) -> Path:
     scaler = trainer.accelerator.scaler
     state = {
         **trainer.feed.state(),
-        "monitor": trainer.monitor.state(),
+        "monitor": trainer.monitor.state_dict(),
         "world_size": trainer.accelerator.num_processes,
         "global_batch_size": trainer.plan.global_batch_size,
         "scaler": scaler.state_dict() if scaler else None,
@@ -66,7 +66,8 @@ def resume_state(trainer, path: Path) -> None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     trainer.feed.load_state(state)
     trainer.step = state["step"]
-    trainer.monitor.load_state(state.get("monitor"), trainer.step)
+    images_seen = trainer.step * plan.global_batch_size
+    trainer.monitor.load_state_dict(state.get("monitor") or {"epochs": {"images_seen": images_seen}, "health": None})
     if state["global_batch_size"] != plan.global_batch_size and trainer.accelerator.is_main_process:
         warn(
             f"the global batch was {state['global_batch_size']} images and is now {plan.global_batch_size}: "

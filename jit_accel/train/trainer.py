@@ -86,7 +86,19 @@ class Trainer:
         self.ema = Ema(self.network, optim.ema_decays)
         self.samples = SampleSheets(self.network, self.ema, accelerator, config, self.tuning.class_names)
         self.feed = Feed(config, source, accelerator)
-        self.monitor = Monitor(config, plan, accelerator, self.feed, self.network, self.ema)
+        self.monitor = Monitor(
+            accelerator,
+            self.feed,
+            self.network,
+            self.ema,
+            plan=plan,
+            output_dir=self.output_dir,
+            tracking=config.tracking,
+            health=config.health,
+            log_every_steps=config.run.log_every_steps,
+            precision=config.performance.mixed_precision,
+            is_untrained=config.tune.init_from is None,
+        )
         self.validation = Validation(held_out, accelerator, optim.batch_size) if held_out else None
         measures_samples = config.evaluation.eval_every_steps > 0
         self.quality = SampleQuality(self.network, self.ema, accelerator, config, source) if measures_samples else None
@@ -344,7 +356,7 @@ class Trainer:
         return 0
 
     def _close(self, exit_code: int) -> None:
-        self.monitor.close(exit_code, is_preempted=exit_code != 0)
+        self.monitor.close(exit_code)
         self.accelerator.wait_for_everyone()
 
 

@@ -133,6 +133,6 @@ def test_signs_are_the_same_over_an_interruption(interrupted_after):
     cut = [{key: row[key] for key in ("step", "train/loss", "train/grad_norm")} for row in rows]
     first, second = Health(thresholds), Health(thresholds)
     first.examine(cut[:interrupted_after])
-    second.load_state(json.loads(json.dumps(first.state())))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     second.examine(cut[interrupted_after:])
     assert cut == rows

@@ -116,7 +116,7 @@ def test_epoch_metrics_go_on_from_their_state(interrupted_after):
     epochs = EpochMetrics(44)
     one, _ = epoch_rows(epochs, range(1, interrupted_after + 1))
     resumed = EpochMetrics(44)
-    resumed.load_state(json.loads(json.dumps(epochs.state())))
+    resumed.load_state_dict(json.loads(json.dumps(epochs.state_dict())))
     other, _ = epoch_rows(resumed, range(interrupted_after + 1, 12))
     assert one + other == whole
 

@@ -17,30 +17,28 @@ def test_each_build_shows_what_is_there_and_short_epochs_do_not_build_all_the_ti
     log = MetricsLog(tmp_path, 0)
     log.write([{"step": 1, "train/loss": 0.5}])
     report = ReportProcess(tmp_path, is_wanted=True)
-    report.start()
+    report.build()
     assert report.process is not None
-    report.start()  # while one is being built
+    report.build()  # while one is being built
     report.wait()
     first = page(tmp_path).read_text()
     log.write([{"step": 1234567, "train/loss": 0.4}])
-    report.start()
+    report.build()
     assert report.process is None  # a hundred times the first build's time has not passed
     report.not_before = time.monotonic()
-    report.start()
+    report.build()
     report.wait()
     assert "1,234,567" not in first
     assert "1,234,567" in page(tmp_path).read_text()
     log.write([{"step": 7654321, "train/loss": 0.3}])
-    report.start_last()  # whatever the time
-    report.wait()
+    report.build_last()  # whatever the time
     assert "7,654,321" in page(tmp_path).read_text()
 
 
 def test_a_report_that_cannot_be_built_is_told_once_and_costs_nothing_else(tmp_path, capfd):
     report = ReportProcess(tmp_path / "none", is_wanted=True)
     for _ in range(2):
-        report.start_last()
-        report.wait()
+        report.build_last()
     err = capfd.readouterr().err
     assert err.count("Warning: report.html cannot be built (error: ") == 1
     assert "not a folder" in err

@@ -4,19 +4,17 @@ import importlib.util
 import json
 import os
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from accelerate.state import PartialState
+from accelerate import Accelerator
 from helpers import SPAWNER, rows, train_here
 from PIL import Image
 
 from jit_accel.config.settings import TrackingConfig
 from jit_accel.monitor.log import MetricsLog, read_metrics
-from jit_accel.monitor.trackers import Trackers, is_installed
+from jit_accel.monitor.trackers import build_trackers, is_installed, log_picture, log_row, start_trackers
 
-MAIN = SimpleNamespace(is_main_process=True)
 RECORD = {"model": "JiT-Ti/7", "ema_decays": ["auto", "0.9996"], "holdout": None, "seed": 0}
 
 
@@ -25,12 +23,14 @@ def some_rows(first, last):
 
 
 def report(output_dir, name, first, last):
-    """As a training does that begins behind step `first` and is killed at `last`."""
-    PartialState(cpu=True)  # Accelerate's trackers want it
-    trackers = Trackers(MAIN, TrackingConfig(report_to=(name,), wandb_project="shop"), RECORD, output_dir, first)
+    """Log as a training does that begins behind step `first` and is killed at `last`."""
+    tracking = TrackingConfig(report_to=(name,), wandb_project="shop")
+    accelerator = Accelerator(cpu=True, log_with=build_trackers(tracking, output_dir))
+    start_trackers(accelerator, tracking.wandb_project, RECORD, output_dir, first)
     MetricsLog(output_dir, first).write(some_rows(first, last))
-    trackers.log(some_rows(first, last))
-    return trackers
+    for row in some_rows(first, last):
+        log_row(accelerator, row)
+    return accelerator
 
 
 def test_rows_behind_the_step_resumed_from_are_dropped(tmp_path):
@@ -121,11 +121,11 @@ def tensorboard_steps(output_dir, tag):
 def test_tensorboard_has_each_step_once_after_a_resume(tmp_path):
     pytest.importorskip("tensorboard")
     report(tmp_path, "tensorboard", 0, 13)
-    trackers = report(tmp_path, "tensorboard", 10, 20)
+    accelerator = report(tmp_path, "tensorboard", 10, 20)
     sheet = tmp_path / "sheet.png"
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(sheet)
-    trackers.log_image("samples/grid", sheet, 20, "cats")
-    trackers.finish()
+    log_picture(accelerator, "samples/grid", sheet, 20, "cats")
+    accelerator.end_training()
     steps, events = tensorboard_steps(tmp_path, "train/loss")
     assert steps == [(step, 1 / step) for step in range(1, 21)]
     assert [image.step for image in events.Images("samples/grid")] == [20]
@@ -136,14 +136,14 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path):
 def test_a_tracker_that_is_added_at_a_resume_gets_what_was_before(tmp_path):
     pytest.importorskip("tensorboard")
     MetricsLog(tmp_path, 0).write(some_rows(0, 10))
-    report(tmp_path, "tensorboard", 8, 12).finish()
+    report(tmp_path, "tensorboard", 8, 12).end_training()
     assert [step for step, _ in tensorboard_steps(tmp_path, "train/loss")[0]] == list(range(1, 13))
 
 
 def _report_to_trackio(folder, file):
     os.environ["TRACKIO_DIR"] = str(folder / "trackio")  # read when trackio is imported
-    report(folder, "trackio", 0, 13).finish()
-    report(folder, "trackio", 10, 20).finish()
+    report(folder, "trackio", 0, 13).end_training()
+    report(folder, "trackio", 10, 20).end_training()
     from trackio.sqlite_storage import SQLiteStorage
 
     found = SQLiteStorage.get_logs("shop", folder.name)
@@ -192,6 +192,80 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(images, tmp_path,
     ]
     assert [step for step, _ in tensorboard_steps(out, "train/loss")[0]] == [row["step"] for row in rows(out)]
     assert (out / "pipeline" / "model_index.json").exists()
+
+
+OWN_TRACKER = """
+import json
+from accelerate.tracking import GeneralTracker
+
+
+class Notebook(GeneralTracker):
+    name, requires_logging_directory = "notebook", True
+
+    def __init__(self, project, folder):
+        super().__init__()
+        self.project, self.path, self.lines = project, folder + "/notebook.jsonl", []
+
+    @property
+    def tracker(self):
+        return self.lines
+
+    def store_init_configuration(self, values):
+        self.lines.append([self.project, values["model"], values["ema_decays"]])
+
+    def log(self, values, step):
+        self.lines.append([step, values["train/loss"]])
+
+    def finish(self):
+        with open(self.path, "w") as file:
+            file.write("".join(json.dumps(line) + "\\n" for line in self.lines))
+
+
+class NoTracker:
+    name = "none"
+"""
+
+
+@pytest.fixture
+def own_tracker(tmp_path, monkeypatch):
+    """A module in the working directory, which is not on Python's path."""
+    (tmp_path / "my_trackers.py").write_text(OWN_TRACKER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    yield "my_trackers:Notebook"
+    sys.modules.pop("my_trackers", None)
+
+
+def test_a_tracker_of_ones_own_gets_settings_and_every_row(images, tmp_path, own_tracker):
+    out = tmp_path / "out"
+    flags = [
+        "--data_path",
+        str(images),
+        "--output_dir",
+        str(out),
+        "--report_to",
+        own_tracker,
+        "--wandb_project",
+        "shop",
+    ]
+    assert train_here(*flags) == 0
+    lines = [json.loads(line) for line in (out / "notebook.jsonl").read_text().splitlines()]
+    assert lines == [["shop", "JiT-Ti/7", "auto"], *([row["step"], row["train/loss"]] for row in rows(out))]
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("no_such_module:Notebook", "cannot be imported (ModuleNotFoundError"),
+        ("my_trackers:Notepad", "cannot be imported (AttributeError"),
+        ("my_trackers:NoTracker", "must be a subclass of accelerate.tracking.GeneralTracker"),
+    ],
+)
+def test_a_wrong_tracker_of_ones_own_is_refused(images, tmp_path, own_tracker, capsys, name, rule):
+    assert train_here("--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--report_to", name) == 2
+    printed = capsys.readouterr().err
+    assert f"--report_to {name}: {rule}" in printed
+    assert "Traceback" not in printed
 
 
 def test_a_mere_folder_of_its_name_is_no_tracker(tmp_path, monkeypatch):

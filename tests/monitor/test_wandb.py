@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -117,23 +116,25 @@ def draw(path: Path) -> None:
 
 
 def _report(environment: dict, output_dir: Path, first: int, last: int, log: str, options: dict) -> None:
-    """Options: `kill_after_s` (-9), `image_at`, `late_image_at` and `alert_at` a step, `exit_code`, `is_preempted`,
-    `settings`, `file_limit` (bytes) of wandb's service, `flush_s` (of its file; 0 = only at the end), `wait_for` a
+    """Options: `kill_after_s` (-9), `image_at`, `late_image_at` and `alert_at` a step, `ended_with` a code, `settings`,
+    `file_limit` (bytes) of wandb's service, `flush_s` (of its file; 0 = only at the end), `wait_for` a
     file, `patience_s` with the server, `file_patience_s` with its file; `is_slow`: wandb needs too long to end, and
     writes even later."""
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(environment)
+    from accelerate import Accelerator
+
     from jit_accel.config.settings import TrackingConfig
-    from jit_accel.monitor import wandb_run
+    from jit_accel.monitor import wandb_tracker
     from jit_accel.monitor.log import MetricsLog
-    from jit_accel.monitor.trackers import Trackers
+    from jit_accel.monitor.trackers import build_trackers, log_picture, log_row, start_trackers
 
     patience_s = options.get("patience_s", 40)
-    wandb_run.START_TIMEOUT_S = wandb_run.FINISH_TIMEOUT_S = patience_s
-    wandb_run.FILE_TIMEOUT_S = options.get("file_patience_s", 60)
-    wandb_run.SETTINGS |= {
+    wandb_tracker.START_TIMEOUT_S = wandb_tracker.FINISH_TIMEOUT_S = patience_s
+    wandb_tracker.FILE_TIMEOUT_S = options.get("file_patience_s", 60)
+    wandb_tracker.SETTINGS |= {
         "init_timeout": patience_s,
         "finish_timeout": patience_s,
         "x_transaction_log_flush_interval": options.get("flush_s", 0.2),
@@ -147,13 +148,17 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
         resource.setrlimit(resource.RLIMIT_FSIZE, (options["file_limit"], resource.RLIM_INFINITY))
     tracking = TrackingConfig(use_wandb=True, **options.get("settings", {}))
     record = {"model": "JiT-Ti/7", "ema_decays": ["auto"], "holdout": None}
-    trackers = Trackers(SimpleNamespace(is_main_process=True), tracking, record, output_dir, first)
+    accelerator = Accelerator(cpu=True, log_with=build_trackers(tracking, output_dir))
+    start_trackers(accelerator, tracking.wandb_project, record, output_dir, first)
+    (tracker,) = accelerator.trackers
     if "file_limit" in options:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     metrics = MetricsLog(output_dir, first)
     if "late_image_at" in options:
         draw(output_dir / "late.png")
-        trackers.log_image("samples/grid", output_dir / "late.png", options["late_image_at"], "step 20", is_late=True)
+        log_picture(
+            accelerator, "samples/grid", output_dir / "late.png", options["late_image_at"], "step 20", is_late=True
+        )
     slowest_s = 0.0
     for step in range(first + 1, last + 1):
         row = {"step": step, "train/loss": 1 / step, "train/epoch": step / 10, "from": first}
@@ -161,13 +166,13 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
             row |= {"train/epoch_loss": 1 / step, "val/loss": float(step)}
         metrics.write([row])
         begin = time.monotonic()
-        trackers.log([row])
+        log_row(accelerator, row)
         slowest_s = max(slowest_s, time.monotonic() - begin)
         if step == options.get("image_at"):
             draw(sheet := output_dir / "sheet.png")
-            trackers.log_image("samples/grid", sheet, step, "cats and dogs")
+            log_picture(accelerator, "samples/grid", sheet, step, "cats and dogs")
         if step == options.get("alert_at"):
-            trackers.alert("Loss jump", "Lower the learning rate.")
+            tracker.alert("Loss jump", "Lower the learning rate.")
     assert slowest_s < 2, "a step waited for the server"
     if "kill_after_s" in options:
         time.sleep(options["kill_after_s"])
@@ -176,12 +181,13 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
         while not Path(options["wait_for"]).exists():
             time.sleep(0.05)
     if options.get("is_slow"):
-        in_time = wandb_run.in_time
-        wandb_run.in_time = lambda action, timeout_s: in_time(action, timeout_s) or TimeoutError()
+        in_time = wandb_tracker.in_time
+        wandb_tracker.in_time = lambda action, timeout_s: in_time(action, timeout_s) or TimeoutError()
         early = iter([-1, -1])
-        wandb_run.last_step = lambda file: next(early, None) or last_step(file)
+        wandb_tracker.last_step = lambda file: next(early, None) or last_step(file)
     begin = time.monotonic()
-    trackers.finish(options.get("exit_code", 0), options.get("is_preempted", False))
+    tracker.exit_code = options.get("ended_with", 0)
+    accelerator.end_training()
     assert time.monotonic() - begin < options.get("patience_s", 3) + 7
 
 
@@ -411,15 +417,41 @@ def test_a_folder_that_cannot_be_made_costs_a_warning(training):
     assert "Warning: wandb could not start (FileExistsError" in printed
 
 
+def _live_run(environment: dict, folder: Path) -> None:
+    os.environ.update(environment | {"HOME": str(folder)})
+    from accelerate import Accelerator
+
+    from jit_accel.config.settings import TrackingConfig
+    from jit_accel.monitor.trackers import build_trackers, start_trackers
+
+    accelerator = Accelerator(cpu=True, log_with=build_trackers(TrackingConfig(use_wandb=True), folder))
+    assert accelerator.get_tracker("wandb", unwrap=True) is not None  # Accelerate's blank one, before the start
+    start_trackers(accelerator, "shop", {}, folder, 0)
+    run = accelerator.get_tracker("wandb", unwrap=True)
+    run.log({"mine": 7}, step=1)
+    (folder / "id").write_text(run.id)
+    accelerator.end_training()
+
+
+def test_accelerate_gives_the_live_run(tmp_path):
+    process = SPAWNER.Process(target=_live_run, args=(OFFLINE, tmp_path))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    logged = [item for record in offline_records(tmp_path) for item in record.history.item]
+    assert "mine" in {"".join(item.nested_key) or item.key for item in logged}
+    assert (tmp_path / "id").read_text() == (tmp_path / "wandb_run_id.txt").read_text()
+
+
 def test_disabled_is_silent(training):
     assert training.run({"WANDB_MODE": "disabled"}, 0, 5) == ""
     assert not (training.output_dir / "wandb").exists()
 
 
 def test_how_a_training_ended_is_told(server, training):
-    training.run(server.environment, 0, 5, exit_code=0, is_preempted=True)
+    training.run(server.environment, 0, 5, ended_with=128 + signal.SIGTERM)
     run = server.runs[training.id]
-    assert (run.is_preempting, run.exit_code) == (True, 1)
+    assert (run.is_preempting, run.exit_code) == (True, 143)
 
 
 def test_an_offline_training_has_every_step_and_the_whole_configuration_in_its_file(images, tmp_path):

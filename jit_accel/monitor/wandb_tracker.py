@@ -15,13 +15,13 @@ import threading
 import time
 from pathlib import Path
 
-from PIL import Image
+from accelerate.tracking import GeneralTracker
 
 from jit_accel.base.console import say, warn
 from jit_accel.base.redaction import redacted
 from jit_accel.config.settings import TrackingConfig
-from jit_accel.monitor.log import iterate_metrics
-from jit_accel.monitor.metric_table import EPOCH, METRICS, SAMPLES
+from jit_accel.monitor.log import METRICS_FILE
+from jit_accel.monitor.metric_table import EPOCH, METRICS
 from jit_accel.monitor.wandb_files import last_step, read_segments, synced_mark
 
 ID_FILE = "wandb_run_id.txt"
@@ -53,7 +53,7 @@ class Unusable(Exception):
 
 
 class Complaints:
-    """Stands where wandb would print, and notes what ends the upload."""
+    """The place where wandb would print; it notes the line that ends the upload."""
 
     def __init__(self):
         self.has_given_up = False
@@ -67,32 +67,48 @@ class Complaints:
     error = warning
 
 
-class WandbRun:
-    """One run, started or continued.
+class WandbTracker(GeneralTracker):
+    """A run of W&B, begun or continued.
+
+    Accelerate's own one raises where the server fails, begins a new run at each start, and waits for a slow server.
 
     Args:
         tracking: the settings.
-        record: what W&B shows as the configuration.
         output_dir: remembers the run, and holds its files below `wandb`.
-        step: the optimizer step resumed from, 0 in a new training.
 
-    Raises:
-        OSError: the files cannot be written.
-        Exception: whatever wandb raises where it cannot even start offline.
+    Attributes:
+        tracker: wandb's run; None before the start and where W&B is disabled.
+        last_step: the newest optimizer step that W&B has of earlier starts; it takes no row before that.
     """
 
-    def __init__(self, tracking: TrackingConfig, record: dict, output_dir: Path, step: int):
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry delays the exit by ten seconds
-        self.tracking, self.record, self.output_dir = tracking, record, output_dir
+    name = "wandb"
+    requires_logging_directory = False
+
+    def __init__(self, tracking: TrackingConfig, output_dir: Path):
+        self.tracking, self.output_dir, self.run = tracking, output_dir, None
+        self.last_step = self.newest_step = 0
+        self.is_offline = self.is_warned = False
         self.complaints = Complaints()
+        super().__init__()
+
+    @property
+    def tracker(self):
+        return self.run
+
+    def start(self) -> None:
+        """Begin, or go on with, the run: offline where the server cannot be used.
+
+        Raises:
+            OSError: the files cannot be written.
+            Exception: whatever wandb raises where it cannot even start offline.
+        """
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry delays the exit by ten seconds
         mode = self._set_up()
-        self.is_active, self.is_warned, self.newest_step = mode != "disabled", False, 0
-        self.last_step = 0
-        if not self.is_active:
+        if mode == "disabled":
             return
-        check_folder(output_dir / "wandb")
+        check_folder(self.output_dir / "wandb")
         self.id = self._remembered_id() or secrets.token_hex(4)
-        self.earlier = read_segments(output_dir, self.id)
+        self.earlier = read_segments(self.output_dir, self.id)
         self.is_offline = mode in ("offline", "dryrun")
         if not self.is_offline:
             try:
@@ -102,14 +118,9 @@ class WandbRun:
                 self.is_offline = True
         if self.is_offline:
             self._start_offline()
-        try:
-            (output_dir / ID_FILE).write_text(self.id)
-            self._introduce()
-            self._define_metrics()
-            self._send_what_it_lacks(step)
-        except Exception:
-            in_time(self.run.finish, TEARDOWN_TIMEOUT_S)
-            raise
+        (self.output_dir / ID_FILE).write_text(self.id)
+        self._introduce()
+        self._define_metrics()
 
     def _remembered_id(self) -> str:
         file = self.output_dir / ID_FILE
@@ -136,7 +147,7 @@ class WandbRun:
             self.id, self.earlier = secrets.token_hex(4), []
             return self._start_online()
         self.last_step = max(0, self.run.starting_step - 1)
-        # With what is sent below the server has all that earlier starts left: `wandb sync` must not send it again.
+        # The server gets all rows that it lacks, those in earlier files too: `wandb sync` must not send them again.
         for segment in self.earlier:
             if segment.project in ("", self.tracking.wandb_project):
                 synced_mark(segment.file).touch()
@@ -151,7 +162,7 @@ class WandbRun:
         if any(not segment.is_offline and not segment.is_on_server for segment in earlier):
             old, self.id, earlier = self.id, secrets.token_hex(4), []
             warn(
-                f"nobody can tell now how much of the run {old} W&B's server has: this part goes to the new run "
+                f"nobody can know now how much of the run {old} W&B's server has: this part goes to the new run "
                 f"{self.id}, with all rows from the first step on."
             )
         self._init("offline")
@@ -161,14 +172,12 @@ class WandbRun:
         import wandb
 
         tracking = self.tracking
+        texts = {"name": tracking.wandb_name, "notes": tracking.wandb_notes, "group": tracking.wandb_group}
         self.run = wandb.init(
             project=tracking.wandb_project,
-            name=redacted(tracking.wandb_name) if tracking.wandb_name else None,
             entity=tracking.wandb_entity or os.environ.get("WANDB_ENTITY") or None,
+            **{key: redacted(text) for key, text in texts.items() if text},
             tags=[redacted(tag.strip()) for tag in tracking.wandb_tags] or None,
-            notes=redacted(tracking.wandb_notes) if tracking.wandb_notes else None,
-            group=redacted(tracking.wandb_group) if tracking.wandb_group else None,
-            config=self.record,
             dir=str(self.output_dir),
             id=self.id,
             mode=mode,
@@ -180,34 +189,24 @@ class WandbRun:
         """Undo a start that failed: wandb's service would refuse the id."""
         import wandb
 
-        files = {segment.file for segment in self.earlier}
-        thread = threading.Thread(target=wandb.teardown, daemon=True)
-        thread.start()
-        thread.join(TEARDOWN_TIMEOUT_S)
-        if thread.is_alive():
+        if isinstance(in_time(wandb.teardown, TEARDOWN_TIMEOUT_S), TimeoutError):
             raise RuntimeError("wandb's service does not end after a start that failed")
         self._set_up()
+        files = {segment.file for segment in self.earlier}
         for file in (self.output_dir / "wandb").glob(f"*run-*-{self.id}/*.wandb"):
             if file not in files:
                 shutil.rmtree(file.parent)
 
     @property
-    def _folder(self) -> Path:
-        return Path(self.run.dir).parent
-
-    @property
     def _file(self) -> Path:
-        return self._folder / f"run-{self.id}.wandb"
-
-    @property
-    def sync_command(self) -> str:
-        """Sends the offline files of all starts, in the right order, each once."""
-        return f"wandb sync {shlex.quote(str(self.output_dir / 'wandb'))}/offline-run-*-{self.id}"
+        return Path(self.run.dir).parent / f"run-{self.id}.wandb"
 
     def _introduce(self) -> None:
         say(f"Wandb initialized: project={self.tracking.wandb_project}, name={self.run.name or self.id}")
         if self.is_offline:
-            say(f"Wandb is offline: files in {self._folder}; upload later with: {self.sync_command}")
+            # The command sends the files of all starts, in the right order, each once.
+            command = f"wandb sync {shlex.quote(str(self.output_dir / 'wandb'))}/offline-run-*-{self.id}"
+            say(f"Wandb is offline: files in {self._file.parent}; upload later with: {command}")
         else:
             say(f"View run at: {self.run.url}")
 
@@ -222,46 +221,40 @@ class WandbRun:
                 best = "min" if metric.better == "lower" else "max"
                 self.run.define_metric(key, step_metric="step", summary=f"{best},last")
 
-    def _send_what_it_lacks(self, step: int) -> None:
-        sheets = self.output_dir / "samples"
-        for row in iterate_metrics(self.output_dir):
-            if self.last_step < row["step"] <= step:
-                self.log([row])
-                sheet = sheets / f"step_{row['step']:08d}.png"
-                if is_picture(sheet):
-                    self.log_image(SAMPLES, sheet, row["step"], f"step {row['step']}")
+    def store_init_configuration(self, values: dict) -> None:
+        """Show these settings and facts as the run's configuration."""
+        if self.run:
+            self.run.config.update(values, allow_val_change=True)
 
-    def log(self, rows: list[dict]) -> None:
-        """Send rows, each under its own true `step`; what W&B has already is left out."""
-        for row in rows if self.is_active else ():
-            if row["step"] > self.last_step:
-                self.newest_step = row["step"]
-                self.run.log({key: value for key, value in row.items() if value is not None}, step=row["step"])
-        self._warn_if_given_up()
+    def log(self, values: dict, step: int | None = None) -> None:
+        """Send a row under its own true step."""
+        if self.run:
+            self.newest_step = step
+            self.run.log({"step": step, **values}, step=step)
+            self._warn_if_given_up()
 
-    def log_image(self, name: str, path: Path, step: int, caption: str, is_late: bool = False) -> None:
+    def log_picture(self, key: str, path: Path, step: int, caption: str) -> None:
         """Send a picture; W&B takes nothing for a step it has, so that a late one goes with the next."""
-        if self.is_active and (is_late or step > self.last_step):
+        if self.run:
             import wandb
 
-            self.run.log({name: wandb.Image(str(path), caption=caption)}, step=max(step, self.last_step + 1))
+            self.run.log({key: wandb.Image(str(path), caption=caption)}, step=max(step, self.last_step + 1))
 
     def alert(self, title: str, text: str) -> None:
-        if self.is_active:
+        if self.run:
             self.run.alert(title=title[:63], text=text, level="WARN")
 
-    def finish(self, exit_code: int, is_preempted: bool) -> None:
-        """Send what is left, for a minute at most; `is_preempted` with a code other than 0 is W&B's "preempted"."""
-        if not self.is_active:
+    def finish(self, exit_code: int = 0) -> None:
+        """Send what is left, for a minute at most; above 128, a signal's number, W&B calls the run preempted."""
+        if not self.run:
             return
-        self.is_active = False
-        if is_preempted:
+        if exit_code > 128:
             self.run.mark_preempting()
-        failure = in_time(lambda: self.run.finish(exit_code=exit_code or int(is_preempted)), FINISH_TIMEOUT_S + 10)
+        failure = in_time(lambda: self.run.finish(exit_code=exit_code), FINISH_TIMEOUT_S + 10)
         if failure and not isinstance(failure, TimeoutError):
             raise failure
         self._warn_if_given_up()
-        if self.is_offline:  # where wandb was slow, its file alone tells whether something is missing
+        if self.is_offline:  # where wandb was slow, its file alone shows whether something is missing
             self._warn_if_cut()
         elif failure:
             self._warn_incomplete(f"W&B's server did not take everything within {FINISH_TIMEOUT_S} s")
@@ -280,10 +273,10 @@ class WandbRun:
         if self.complaints.has_given_up and not self.is_offline:
             self._warn_incomplete("W&B's server refuses what is sent, and wandb has given up")
 
-    def _warn_incomplete(self, what: str) -> None:
+    def _warn_incomplete(self, problem: str) -> None:
         if not self.is_warned:
             warn(
-                f"{what}. Nothing is lost: {self.output_dir / 'metrics.jsonl'} has every row. The same command with "
+                f"{problem}. Nothing is lost: {self.output_dir / METRICS_FILE} has every row. The same command with "
                 "--resume auto, also after the last step, sends what W&B lacks."
             )
         self.is_warned = True
@@ -315,18 +308,8 @@ def check_folder(folder: Path) -> None:
         file.write(b"0" * 4096)
 
 
-def is_picture(path: Path) -> bool:
-    """Whether it is there, and whole."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except OSError:
-        return False
-    return True
-
-
 def in_time(action, timeout_s: float) -> Exception | None:
-    """What `action` raised, or `TimeoutError` where it has not ended by then."""
+    """Return what `action` raised, if anything, or a `TimeoutError` where it has not ended by then."""
     raised: list[Exception] = []
 
     def run() -> None:
