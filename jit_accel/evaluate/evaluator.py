@@ -25,7 +25,7 @@ from jit_accel.evaluate.libraries import has_torch_fidelity
 from jit_accel.evaluate.names import metric_names
 from jit_accel.evaluate.reference import Reference, read_reference, reference_of
 from jit_accel.evaluate.statistics import INCEPTION_SCORE_SPLITS, Collector, ImageStatistics
-from jit_accel.model.generation import SamplerSettings, generate, share_of
+from jit_accel.model.generation import SamplerSettings, generate_batches, share_of
 from jit_accel.model.pipeline import JiTPipeline
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ class Evaluator:
         how = {"seed": seed, "settings": settings, "batch_size": self.batch_size, "height": side, "width": side}
 
         def draw() -> None:
-            for part, images in self._timed(generate(pipeline, numbers, **how), len(numbers)):
+            for part, images in self._timed(generate_batches(pipeline, numbers, **how), len(numbers)):
                 self._collect(collector, torch.tensor(part), images)
 
         if self.is_sharded:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -27,17 +27,17 @@ class SamplerSettings:
 
 
 def number_of(label: int, index: int, num_classes: int) -> int:
-    """The number of the `index`-th image of a class: numbers go round the classes, and label = number % classes."""
+    """Return the number of the `index`-th image of a class: numbers go round the classes, label = number % classes."""
     return index * num_classes + label
 
 
 def generators(seed: int, numbers: Sequence[int]) -> list[torch.Generator]:
-    """One on the CPU for each image, which gives the same noise on every device."""
+    """Return a generator for each image, on the CPU, which gives the same noise on every device."""
     return [torch.Generator().manual_seed(key >> 1) for key in rng.hash64(seed, "sample", numbers).tolist()]
 
 
 def share_of(numbers: Sequence[int], rank: int, world_size: int) -> Sequence[int]:
-    """This process's numbers: every `world_size`-th, so that shares differ by one at most."""
+    """Return this process's numbers: every `world_size`-th, so that shares differ by one at most."""
     return numbers[rank::world_size]
 
 
@@ -46,7 +46,44 @@ def generate(
     numbers: Sequence[int],
     *,
     seed: int = 0,
-    labels: Sequence[int | None] | None = None,
+    labels: Sequence[int | str | None] | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    method: str | None = None,
+    batch_size: int = 64,
+) -> Tensor:
+    """Return images by number, uint8 (len(numbers), 3, H, W) on the pipeline's device.
+
+    The n-th image of a seed is the same alone and among others, and the one that `python -m jit_accel.sample` makes.
+
+    Args:
+        pipeline: what `jit_accel.load` returns; move it to a GPU with `.to("cuda")`.
+        numbers: which images. Number n shows class n % num_classes, or no class where the network knows none.
+        seed: of the noise that the images start from.
+        labels: the class of each image by number or name instead; None among them is "no class".
+        num_inference_steps, guidance_scale, guidance_interval, method: as in a call of the pipeline; None: its own.
+        batch_size: images at once; it changes memory and speed, not the images.
+
+    Raises:
+        ValueError: no numbers, a label that the network does not know, or a setting that makes no sense.
+
+    Example:
+        >>> images = generate(pipe, range(100), seed=0, guidance_scale=2.5)
+    """
+    if len(numbers) == 0:
+        raise ValueError("numbers is empty: give the numbers of the images to make, such as range(8)")
+    settings = SamplerSettings(num_inference_steps, guidance_scale, guidance_interval, method)
+    parts = generate_batches(pipeline, numbers, seed=seed, labels=labels, settings=settings, batch_size=batch_size)
+    return torch.cat([images for _, images in parts])
+
+
+def generate_batches(
+    pipeline: JiTPipeline,
+    numbers: Sequence[int],
+    *,
+    seed: int = 0,
+    labels: Sequence[int | str | None] | None = None,
     settings: SamplerSettings = SamplerSettings(),
     batch_size: int = 64,
     height: int | None = None,
@@ -54,10 +91,9 @@ def generate(
     batch_multiple: int | None = None,
     on_step: Callable | None = None,
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Yield (numbers, images uint8 (B, 3, H, W) on the pipeline's device) in batches.
+    """Yield (numbers, images uint8 (B, 3, H, W) on the pipeline's device), `batch_size` of them at a time.
 
     Args:
-        labels: of each number; None: number % classes, and without classes none. A label of None is no class.
         batch_multiple: batches are filled up to a multiple of this, by images that are thrown away. None: 4 on a CPU,
             where images are then the same in every bit at any batch size, else 1.
         on_step: the pipeline's `callback_on_step_end`.
@@ -72,10 +108,7 @@ def generate(
         filled = [*range(start, start + len(part)), *[start] * (-len(part) % batch_multiple)]
         images = pipeline(
             [labels[i] for i in filled],
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            guidance_interval=settings.guidance_interval,
-            method=settings.method,
+            **asdict(settings),
             generator=generators(seed, [numbers[i] for i in filled]),
             height=height,
             width=width,

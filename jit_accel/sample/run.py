@@ -20,7 +20,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.base.files import disk_errors
 from jit_accel.base.processes import Stopped, ended, on_main, together
 from jit_accel.base.signals import StopSignal
-from jit_accel.model.generation import SamplerSettings, generate, share_of
+from jit_accel.model.generation import SamplerSettings, generate_batches, share_of
 from jit_accel.model.loading import load_pipeline
 from jit_accel.model.pipeline import STEPS, JiTPipeline
 from jit_accel.sample import pictures
@@ -211,7 +211,7 @@ class Sampling:
         no_class = self.plan.num_classes
         try:
             with torch.autocast(device, dtype, enabled=dtype is not None):
-                ((_, images),) = generate(
+                ((_, images),) = generate_batches(
                     self.pipeline,
                     [item.number for item in items],
                     seed=self.config.seed,

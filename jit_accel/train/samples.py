@@ -12,7 +12,7 @@ from jit_accel.base.files import atomic_file
 from jit_accel.base.sharding import reshard
 from jit_accel.base.sheets import draw_rows
 from jit_accel.config.settings import Config
-from jit_accel.model.generation import SamplerSettings, generate
+from jit_accel.model.generation import SamplerSettings, generate_batches
 from jit_accel.model.loading import build_pipeline
 from jit_accel.model.pipeline import JiTPipeline
 
@@ -66,7 +66,7 @@ class SampleSheets:
         size = max(config.optim.batch_size, SAMPLES_PER_CLASS)
         pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
-        images = generate(
+        images = generate_batches(
             pipeline,
             mine,
             seed=seed,

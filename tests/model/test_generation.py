@@ -1,10 +1,11 @@
 """Images by number: nothing but the seed and the number decides what an image looks like."""
 
+import pytest
 import torch
 from golden import load_golden
 
 from jit_accel import JiTPipeline, JiTScheduler
-from jit_accel.model.generation import SamplerSettings, generate, number_of, share_of
+from jit_accel.model.generation import SamplerSettings, generate, generate_batches, number_of, share_of
 
 CLASSES = 10
 SETTINGS = SamplerSettings(num_inference_steps=3, guidance_scale=2.0)
@@ -13,7 +14,7 @@ SETTINGS = SamplerSettings(num_inference_steps=3, guidance_scale=2.0)
 def images_by_number(numbers, **options) -> dict[int, torch.Tensor]:
     pipe = JiTPipeline(load_golden("tiny").model(), JiTScheduler())
     pipe.set_progress_bar_config(disable=True)
-    parts = generate(pipe, numbers, settings=SETTINGS, **options)
+    parts = generate_batches(pipe, numbers, settings=SETTINGS, **options)
     return {number: image for part, images in parts for number, image in zip(part, images)}
 
 
@@ -43,3 +44,14 @@ def test_shares_of_the_processes_are_disjoint_whole_and_even():
         shares = [list(share_of(range(20), rank, world_size)) for rank in range(world_size)]
         assert sorted(number for share in shares for number in share) == list(range(20))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_images_are_had_in_one_call():
+    pipe = JiTPipeline(load_golden("tiny").model(), JiTScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    images = generate(pipe, [7, 2, 5], batch_size=2, num_inference_steps=3, guidance_scale=2.0)
+    assert images.dtype == torch.uint8
+    expected = images_by_number(range(12))
+    assert all(almost_equal(image, expected[number]) for number, image in zip((7, 2, 5), images, strict=True))
+    with pytest.raises(ValueError, match="numbers is empty"):
+        generate(pipe, [])

@@ -22,7 +22,7 @@ from PIL import Image
 
 from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.data.formats.sources import open_images
-from jit_accel.model.generation import SamplerSettings, generate
+from jit_accel.model.generation import SamplerSettings, generate_batches
 from jit_accel.model.transformer import JiTTransformer2DModel
 from jit_accel.sample import main, parse_args
 from jit_accel.sample.files import ImageFiles, is_whole_png
@@ -104,7 +104,7 @@ def test_a_network_without_classes_makes_images_of_no_class(sample, tmp_path, ca
     pipe.save_pretrained(tmp_path / "free")
     assert sample("--model", str(tmp_path / "free"), "--num_images", "2", "--grid") == 0
     assert list(files(tmp_path / "out")) == ["grid.png", "none/000000.png", "none/000001.png"]
-    ((_, images),) = generate(pipe, [1], settings=SamplerSettings(2))
+    ((_, images),) = generate_batches(pipe, [1], settings=SamplerSettings(2))
     made = np.asarray(Image.open(tmp_path / "out" / "none" / "000001.png")).astype(int)
     assert np.abs(images[0].permute(1, 2, 0).numpy() - made).max() <= 1
     assert sample("--model", str(tmp_path / "free"), "--classes", "0", output="other") == 2
