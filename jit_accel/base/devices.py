@@ -22,7 +22,7 @@ def chosen_precision(mixed_precision: str | None) -> str:
     """
     precision = mixed_precision or default_precision()
     if precision == "fp16" and chosen_device().type == "cpu":
-        raise UserError("--mixed_precision fp16: needs a GPU: use bf16 or no.")
+        raise UserError("needs a GPU: use bf16 or no.", about="mixed_precision", value="fp16")
     return precision
 
 

@@ -1,9 +1,10 @@
-"""The one exception that is the user's to mend, and the table look-up that raises it."""
+"""The one exception that is the user's to put right, and the table look-up that raises it."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -18,42 +19,84 @@ class UserError(Exception):
         value: what was given for it.
         remedy: what to do about it.
 
-    `everywhere` says whether every process of the run raises it, so that one of them need print it.
+    `everywhere` is False where other processes of the run do not raise it, so that this one must print it.
     """
 
     everywhere = True
 
+    # Exception.__new__ keeps `rule` as args and pickle the rest as attributes, so that errors travel as they are.
     def __init__(self, rule: str, *, about: str | None = None, value: object = None, remedy: str | None = None):
-        super().__init__(rule, about, value, remedy)
         self.rule, self.about, self.value, self.remedy = rule, about, value, remedy
 
-    def __str__(self) -> str:
+    def in_words(self, prefix: str = "") -> str:
+        """Return the message, with `prefix` before the name of the setting: programs give "--"."""
         given = "" if self.value is None else f" {self.value}"
-        subject = f"--{self.about}{given}: " if self.about else ""
+        subject = f"{prefix}{self.about}{given}: " if self.about else ""
         return subject + self.rule + (f" {self.remedy}" if self.remedy else "")
 
+    def __str__(self) -> str:
+        return self.in_words()
 
-def common_problem(problems: list[str | None]) -> str | None:
-    """What the processes of a run met, as one message that names processes where not all met the same."""
-    met = {problem: [rank for rank, other in enumerate(problems) if other == problem] for problem in problems}
-    if list(met) == [problems[0]]:
-        return problems[0]
-    return "\n".join(
-        f"process{'es' * (len(ranks) > 1)} {', '.join(map(str, ranks))}: {problem}"
-        for problem, ranks in met.items()
-        if problem is not None
-    )
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call the setting as the caller does, by `names` from one name to the other."""
+        self.about = names.get(self.about, self.about)
 
 
-def nearest(name: str, choices) -> str:
-    """` Did you mean 'x'?`, or nothing where no choice is like `name`."""
-    match = difflib.get_close_matches(name.lower(), [str(c).lower() for c in choices], n=1, cutoff=0.5)
-    by_lower = {str(c).lower(): c for c in choices}
-    return f" Did you mean {by_lower[match[0]]!r}?" if match else ""
+class ProcessErrors(UserError):
+    """Errors of the processes of a run that are not the same on all of them; None for a process without one."""
+
+    def __init__(self, errors: Sequence[UserError | None]):
+        super().__init__("the processes of the run do not have the same problem.")
+        self.errors = errors
+
+    def in_words(self, prefix: str = "") -> str:
+        ranks: dict[str, list[str]] = {}
+        for rank, error in enumerate(self.errors):
+            if error is not None:
+                ranks.setdefault(error.in_words(prefix), []).append(str(rank))
+        return "\n".join(f"process{'es' * (len(on) > 1)} {', '.join(on)}: {text}" for text, on in ranks.items())
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        for error in filter(None, self.errors):
+            error.rename(names)
 
 
-def lookup(table: Mapping[str, T], name: str, flag: str) -> T:
-    """Return `table[name]`, or raise `UserError` with the choices and the nearest match."""
+def message_of(error: BaseException) -> str:
+    """Return what programs say of an error: a user's with its setting as a flag, others with their kind."""
+    return error.in_words("--") if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def common_error(errors: Sequence[UserError | None]) -> UserError | None:
+    """Return the one error that stands for those of all processes of a run, or None where none has any."""
+    texts = {error and str(error) for error in errors}
+    return errors[0] if len(texts) == 1 else ProcessErrors(errors)
+
+
+@contextlib.contextmanager
+def renamed_settings(**names: str) -> Iterator[None]:
+    """Raise the block's errors about the caller's own settings: `renamed_settings(data_path="reference")`."""
+    try:
+        yield
+    except UserError as error:
+        error.rename(names)
+        raise
+
+
+def nearest(name: str, choices: Iterable[object], prefix: str = "") -> str:
+    """Return ` Did you mean 'x'?`, or nothing where no choice is like `name`; `prefix` stands before the choice."""
+    by_lower = {str(choice).lower(): choice for choice in choices}
+    match = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f" Did you mean '{prefix}{by_lower[match[0]]}'?" if match else ""
+
+
+def lookup(table: Mapping[str, T], name: str, about: str, *, value: object = None, rule: str = "unknown") -> T:
+    """Return `table[name]`, or raise `UserError` with the choices and the nearest match.
+
+    Args:
+        about, value: the setting, and what was given for it (default: the name).
+        rule: what is wrong with a name that is not in the table.
+    """
     if name in table:
         return table[name]
-    raise UserError(f"{flag} {name}: unknown; choose from {', '.join(table)}.{nearest(name, table)}")
+    given = name if value is None else value
+    raise UserError(f"{rule}; choose from {', '.join(table)}.{nearest(name, table)}", about=about, value=given)

@@ -1,4 +1,4 @@
-"""What the processes of a run do together, so that none waits for one that has met something."""
+"""Work of several processes, where none waits for one that has failed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from jit_accel.base.errors import UserError, common_problem
+from jit_accel.base.errors import UserError, common_error, message_of
 from jit_accel.base.signals import StopSignal
 
 T = TypeVar("T")
@@ -25,15 +25,15 @@ class Stopped(Exception):
         self.number = number
 
 
-def together(accelerator, work: Callable[[], T], in_turn: bool = False, stop: StopSignal | None = None) -> T:
-    """`work()` on each process, and then what any of them met on all of them; it must not wait for the others.
+def on_all(accelerator, work: Callable[[], T], in_turn: bool = False, stop: StopSignal | None = None) -> T:
+    """Do the work on each process, and raise on all of them what any of them raised; it must not wait for the others.
 
     Args:
         in_turn: one process a machine goes first, and the others find what it found out in the caches.
         stop: a signal to look at afterwards.
 
     Raises:
-        UserError, Stopped: on all processes, whichever met something.
+        UserError, Stopped: on all processes, whichever raised it.
     """
     result, problem, bug = None, None, None
     try:
@@ -41,42 +41,44 @@ def together(accelerator, work: Callable[[], T], in_turn: bool = False, stop: St
             result = work()
     except Stopped:
         pass  # the signal's number says so
-    except UserError as error:
-        problem = str(error)
     except Exception as error:  # the others must not wait for this process
-        problem, bug = f"{type(error).__name__}: {error}", error
-    problems, signals = zip(*gather_object([(problem, stop.number if stop else 0)]))
-    if bug:
-        raise bug
-    if problem := common_problem(list(problems)):
-        raise UserError(problem)
-    if number := max(signals):
-        raise Stopped(number)
+        problem, bug = _shared(error)
+    problems, numbers = zip(*gather_object([(problem, stop.number if stop else 0)]))
+    _raise_first(bug, common_error(problems), max(numbers))
     return result
 
 
 def on_main(accelerator, work: Callable[[], T], stop: StopSignal | None = None) -> T:
-    """`work()` of the main process, whose result, `UserError` or `Stopped` all get."""
+    """Do the work on the main process; all processes get its result, `UserError` or `Stopped`."""
     outcome, bug = (None, None, 0), None
     if accelerator.is_main_process:
         try:
             outcome = (work(), None, 0)
         except Stopped as stopped:
             outcome = (None, None, stopped.number)
-        except UserError as error:
-            outcome = (None, str(error), 0)
         except Exception as error:  # the others must not wait for this process
-            outcome, bug = (None, f"{type(error).__name__}: {error}", 0), error
+            problem, bug = _shared(error)
+            outcome = (None, problem, 0)
     ((result, problem, number),) = broadcast_object_list([outcome])
+    if stop and not problem:
+        number = max(gather_object([number or stop.number]))
+    _raise_first(bug, problem, number)
+    return result
+
+
+def _shared(error: Exception) -> tuple[UserError, Exception | None]:
+    """Return what the other processes raise, and what this one raises instead where that is a bug."""
+    return (error, None) if isinstance(error, UserError) else (UserError(message_of(error)), error)
+
+
+def _raise_first(bug: Exception | None, problem: UserError | None, number: int) -> None:
     if bug:
         raise bug
     if problem:
-        raise UserError(problem)
-    if stop:
-        number = max(gather_object([number or stop.number]))
+        problem.everywhere = True
+        raise problem
     if number:
         raise Stopped(number)
-    return result
 
 
 @contextlib.contextmanager
@@ -104,7 +106,7 @@ def gather_rows(rows: Tensor, accelerator) -> Tensor:
 
 
 @contextlib.contextmanager
-def ended(accelerator) -> Iterator[None]:
+def process_group(accelerator) -> Iterator[None]:
     """End the group of processes after the block, whatever happens in it."""
     try:
         yield

@@ -119,8 +119,10 @@ def _check_tuning(config: Config) -> None:
         raise UserError(f"names no layer; the default is {' '.join(LORA_TARGETS)}.", about="lora_targets")
     if config.optim.optimizer == "muon":
         raise UserError(
-            "--optimizer muon: is for whole matrices; on the thin factors of --lora_rank every direction would get the "
-            "same step, however little it matters: use --optimizer adamw."
+            "is for whole matrices; on the thin factors of --lora_rank every direction would get the same step, "
+            "however little it matters: use --optimizer adamw.",
+            about="optimizer",
+            value="muon",
         )
 
 
@@ -143,8 +145,9 @@ def _check_lengths(optim: OptimConfig) -> None:
     for one, other in (("epochs", "max_steps"), ("warmup_epochs", "warmup_steps")):
         if getattr(optim, one) is not None and getattr(optim, other) is not None:
             raise UserError(
-                f"--{one} {getattr(optim, one)} and --{other} {getattr(optim, other)} "
-                "say the same thing twice: give only one of them."
+                f"says the same as --{other} {getattr(optim, other)}: give only one of them.",
+                about=one,
+                value=getattr(optim, one),
             )
     for name in ("epochs", "max_steps"):
         warmup_name = f"warmup_{name.removeprefix('max_')}"
@@ -166,7 +169,7 @@ def _check_lengths(optim: OptimConfig) -> None:
 def _check_tracking(tracking: TrackingConfig) -> None:
     for name in tracking.report_to:
         if ":" not in name:  # else it is imported where training begins
-            lookup(TRACKERS, name, "--report_to")
+            lookup(TRACKERS, name, "report_to")
     for tag in tracking.wandb_tags:
         if not 1 <= len(tag.strip()) <= 64:
             raise UserError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jit_accel.base.console import say
-from jit_accel.base.errors import UserError, nearest
+from jit_accel.base.errors import UserError, message_of, nearest
 from jit_accel.config.checks import check
 from jit_accel.config.settings import DEFAULT_MODEL, SETTINGS, Config
 
@@ -55,7 +55,7 @@ def exit_code_of(run: Callable[[], int]) -> int:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not error.everywhere:
             where = "" if error.everywhere else f" (process {rank})"
-            say(f"error{where}: {error}", sys.stderr)
+            say(f"error{where}: {message_of(error)}", sys.stderr)
         return 2
     except KeyboardInterrupt as stop:  # for programs that stop in order, the second one: at once
         return 128 + getattr(stop, "number", signal.SIGINT)
@@ -103,7 +103,7 @@ def reject_unknown_flags(argv: list[str], settings: Mapping[str, Field]) -> None
             name = argument[2:].partition("=")[0].replace("-", "_")
             is_switch_off = name.startswith("no_") and name[3:] in settings and settings[name[3:]].type == "bool"
             if name not in settings and not is_switch_off:
-                hint = nearest(name, settings).replace("Did you mean '", "Did you mean '--")
+                hint = nearest(name, settings, "--")
                 raise UserError(f"{argument}: no such flag.{hint} --help lists them all.")
 
 

@@ -48,9 +48,9 @@ def plan_run(optim: OptimConfig, *, num_images: int | None, world_size: int) -> 
     global_batch = optim.batch_size * world_size * accumulation
     if num_images is not None and global_batch > num_images:
         raise UserError(
-            f"--batch_size {optim.batch_size} x {world_size} processes x {accumulation} accumulation steps = "
-            f"{global_batch}: must not be larger than the data set ({num_images} images): use a smaller "
-            "batch or more images."
+            f"must not be larger than the data set ({num_images} images): use a smaller batch or more images.",
+            about="batch_size",
+            value=f"{optim.batch_size} x {world_size} processes x {accumulation} accumulation steps = {global_batch}",
         )
     epochs = optim.epochs if optim.epochs is not None else PAPER_EPOCHS
     if optim.max_steps is not None:
@@ -76,7 +76,7 @@ def _warmup_steps(optim: OptimConfig, total: int, num_images: int | None, global
         return round(min(paper, 0.1 * total))
     if warmup > total:
         raise UserError(
-            f"the warm-up of {warmup} steps is longer than the run of {total}: shorten it (--warmup_steps)."
+            f"the warm-up of {warmup} steps is longer than the run of {total}: shorten it.", about="warmup_steps"
         )
     return warmup
 

@@ -40,7 +40,7 @@ def parse_model_name(name: str) -> tuple[Preset, int]:
         UserError: unknown size, or no patch size behind the slash.
     """
     size, _, patch = name.partition("/")
-    preset = lookup(PRESETS, size, "--model")
+    preset = lookup(PRESETS, size, "model")
     if not re.fullmatch(r"[1-9]\d*", patch):
         raise UserError(
             f"the name is SIZE/PATCH, as in {size}/4: add the patch size in pixels.", about="model", value=name

@@ -20,7 +20,7 @@ from jit_accel.base.errors import UserError
 ALLOWED = [argparse.Namespace]
 
 
-def read_pickle(path: Path, flag: str = "--input") -> object:
+def read_pickle(path: Path, about: str = "input") -> object:
     """What `torch.save` put into the file; tensors on the CPU, mapped into memory where the format permits it.
 
     Whatever a pickle asks for beyond tensors, containers and `argparse.Namespace` makes it refused, before anything
@@ -31,13 +31,15 @@ def read_pickle(path: Path, flag: str = "--input") -> object:
     """
     with path.open("rb") as file:
         if file.read(23) == b"version https://git-lfs":
-            raise UserError(f"{flag} {path}: is only a Git LFS pointer: fetch the file itself with `git lfs pull`.")
+            raise UserError(
+                "is only a Git LFS pointer: fetch the file itself with `git lfs pull`.", about=about, value=path
+            )
     try:
         with only_allowed(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters of them is said by `reason_of`
             return torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped(path))
     except Exception as error:  # a made-up file can make the reader fail in any way
-        raise UserError(f"{flag} {path}: {reason_of(error)}") from None
+        raise UserError(reason_of(error), about=about, value=path) from None
 
 
 @contextlib.contextmanager

@@ -128,11 +128,13 @@ def in_type(name: str, tensor: Tensor, dtype: str) -> Tensor:
     """
     if dtype == "same":
         if tensor.dtype not in COMPUTED:
-            raise UserError(f"--dtype same: {name} is {tensor.dtype}, in which no JiT computes: leave the flag out.")
+            raise UserError(
+                f"{name} is {tensor.dtype}, in which no JiT computes: leave the flag out.", about="dtype", value=dtype
+            )
         return tensor
     converted = tensor.to(getattr(torch, dtype))
     if dtype == "float16" and not converted.isfinite().all() and tensor.isfinite().all():
-        raise UserError(f"--dtype float16: {name} holds values above 65504: use bfloat16 or float32.")
+        raise UserError(f"{name} holds values above 65504: use bfloat16 or float32.", about="dtype", value=dtype)
     return converted
 
 

@@ -126,8 +126,9 @@ def _check_without_output(config: ConvertConfig, given: dict) -> None:
     changes += ["dtype"] if config.dtype != "float32" else []
     if changes:
         raise UserError(
-            f"--{changes[0]}: changes what is converted, but without --output the folder is pushed as it is: "
-            "add --output FOLDER, or leave the flag out."
+            "changes what is converted, but without --output the folder is pushed as it is: add --output FOLDER, or "
+            "leave the flag out.",
+            about=changes[0],
         )
 
 
@@ -176,8 +177,10 @@ def read_class_names(path: str) -> list[str]:
         names = [value[-1] if isinstance(value, list) and value else value for value in values]
     except (ValueError, KeyError) as error:
         raise UserError(
-            f'--class_names {path}: not understood ({error}): write one name a line, or JSON: ["cat", "dog"], or '
-            '{"0": "cat", "1": "dog"} without gaps.'
+            f'not understood ({error}): write one name a line, or JSON: ["cat", "dog"], or {{"0": "cat", "1": "dog"}} '
+            "without gaps.",
+            about="class_names",
+            value=path,
         ) from None
     if not all(isinstance(name, str) for name in names):
         raise UserError(

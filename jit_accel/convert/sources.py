@@ -157,14 +157,14 @@ def open_pipeline(place: str, folder: Path, wanted: str | None) -> Source:
     if wanted is None:
         for candidate in (folder, folder / "pipeline"):
             if (candidate / INDEX_FILE).is_file():
-                source = _of_pipeline(candidate, load_folder(candidate, "--input"), "the pipeline's")
+                source = _of_pipeline(candidate, load_folder(candidate, "input"), "the pipeline's")
                 dtype = stored_dtype(candidate)  # diffusers has made all of it float32
                 source.weights = {name: tensor.to(dtype) for name, tensor in source.weights.items()}
                 return source
     checkpoint = find_checkpoint_in(folder)
     if checkpoint:
         average = average_for(checkpoint, wanted)
-        pipeline = pipeline_of_checkpoint(checkpoint, average, "--input")
+        pipeline = pipeline_of_checkpoint(checkpoint, average, "input")
         return _of_pipeline(checkpoint, pipeline, average if average == UNAVERAGED else f"average of decay {average}")
     if wanted is not None:
         raise UserError(
@@ -180,7 +180,7 @@ def open_pipeline(place: str, folder: Path, wanted: str | None) -> Source:
             about="input",
             value=place,
         )
-    return _of_pipeline(None, load_pipeline(place, flag="--input"), "the pipeline's")
+    return _of_pipeline(None, load_pipeline(place, about="input"), "the pipeline's")
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

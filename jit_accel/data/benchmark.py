@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import UserError, message_of
 from jit_accel.config.presets import forward_macs, parse_model_name
 from jit_accel.config.settings import STREAMING
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         check(args)
         report = measure(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
         return 2
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

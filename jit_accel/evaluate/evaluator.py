@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from jit_accel.base.console import warn
 from jit_accel.base.errors import UserError
-from jit_accel.base.processes import on_main, together
+from jit_accel.base.processes import on_all, on_main
 from jit_accel.evaluate import formulas
 from jit_accel.evaluate.features import MAIN, SPATIAL, FeatureNetwork
 from jit_accel.evaluate.images import ImageSet, find_array, open_image_set
@@ -101,10 +101,10 @@ class Evaluator:
         if self.is_sharded:
             draw()  # a process that meets something must end: no other could be told
         else:
-            together(self.accelerator, draw)
+            on_all(self.accelerator, draw)
         return self._finish(collector, side)
 
-    def statistics_of_images(self, images: ImageSet, img_size: int, flag: str = "--images") -> ImageStatistics:
+    def statistics_of_images(self, images: ImageSet, img_size: int, about: str = "images") -> ImageStatistics:
         """Read each image once, every process its share.
 
         Raises:
@@ -120,13 +120,13 @@ class Evaluator:
                 if len(share.numbers):
                     self._collect(collector, share.numbers, share.images, share.labels)
 
-        together(accelerator, read)
+        on_all(accelerator, read)
         statistics = self._finish(collector, img_size)
         if statistics.bad_images and accelerator.is_main_process:
             first = f" ({collector.bad_images[0]}, ...)" if collector.bad_images else ""
-            warn(f"{flag} {images.name}: {statistics.bad_images:,} images cannot be read and are left out{first}.")
+            warn(f"--{about} {images.name}: {statistics.bad_images:,} images cannot be read and are left out{first}.")
         if statistics.num_images < 2:
-            raise UserError(f"{flag} {images.name}: has {statistics.num_images} images, too few to compare.")
+            raise UserError(f"has {statistics.num_images} images, too few to compare.", about=about, value=images.name)
         return statistics
 
     def load_reference(self, path: str, img_size: int | None = None) -> Reference:
@@ -137,12 +137,12 @@ class Evaluator:
         """
         found, shape = None, None
         if path.endswith(".npz"):
-            found = together(self.accelerator, lambda: read_reference(path, self.network))
-            shape = together(self.accelerator, lambda: find_array(path, "--reference"))
+            found = on_all(self.accelerator, lambda: read_reference(path, self.network))
+            shape = on_all(self.accelerator, lambda: find_array(path, "reference"))
         if found is not None and (shape is None or found.kept is not None or not self._keeps_features):
             return found
-        images = together(self.accelerator, lambda: open_image_set(path, "--reference"), in_turn=True)
-        statistics = self.statistics_of_images(images, side_of(images, img_size, "--reference"), "--reference")
+        images = on_all(self.accelerator, lambda: open_image_set(path, "reference"), in_turn=True)
+        statistics = self.statistics_of_images(images, side_of(images, img_size, "reference"), "reference")
         measured = reference_of(path, statistics, images.fingerprint)
         return measured if found is None else replace(found, kept=measured.kept, img_size=measured.img_size)
 
@@ -214,7 +214,7 @@ class Evaluator:
             setattr(self.seconds, name, getattr(self.seconds, name) + time.perf_counter() - start)
 
 
-def side_of(images: ImageSet, img_size: int | None, flag: str) -> int:
+def side_of(images: ImageSet, img_size: int | None, about: str) -> int:
     """The side to crop images to: `img_size`, or else the one that they have.
 
     Raises:
@@ -222,7 +222,9 @@ def side_of(images: ImageSet, img_size: int | None, flag: str) -> int:
     """
     side = img_size or images.img_size
     if side is None:
-        raise UserError(f"{flag} {images.name}: the first image is no square: give a size to crop to as --img_size.")
+        raise UserError(
+            "the first image is no square: give a size to crop to as --img_size.", about=about, value=images.name
+        )
     return side
 
 

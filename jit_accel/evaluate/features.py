@@ -63,7 +63,7 @@ def load_features(name: str, device: torch.device | str = "cpu", weights: str | 
         UserError: no such network, a package is missing, the weights cannot be had or are others'.
     """
     device = torch.device(device)
-    module, sizes, forward, weights_id = lookup(LOADERS, name, "--features")(weights)
+    module, sizes, forward, weights_id = lookup(LOADERS, name, "features")(weights)
     module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     return FeatureNetwork(name, sizes, weights_id, device, forward)
 
@@ -79,7 +79,7 @@ def _load_inception(weights: str | None) -> tuple:
             warnings.simplefilter("ignore")  # of weights that do not reach the meta device
             return library.FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"])
 
-    network = _with_weights(build, state, f"--feature_weights {weights}: no weights of {INCEPTION}")
+    network = _with_weights(build, state, weights, INCEPTION)
     kept: list[Tensor] = []
     # The output of this block's ReLU is mixed_6/conv:0 of TensorFlow's graph.
     network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: kept.append(output))
@@ -104,7 +104,7 @@ def _load_efficientnet(weights: str | None) -> tuple:
     def build() -> torch.nn.Module:
         return network_package.EfficientNet.from_name("efficientnet-lite0")
 
-    network = _with_weights(build, state, f"--feature_weights {weights}: no weights of {EFFICIENTNET_LITE0}")
+    network = _with_weights(build, state, weights, EFFICIENTNET_LITE0)
 
     def forward(images: Tensor) -> Layers:
         size = (EFFICIENTNET_SIDE, EFFICIENTNET_SIDE)
@@ -115,7 +115,9 @@ def _load_efficientnet(weights: str | None) -> tuple:
     return network, {MAIN: 1280}, forward, weights_id
 
 
-def _with_weights(build: Callable[[], torch.nn.Module], state: dict[str, Tensor], problem: str) -> torch.nn.Module:
+def _with_weights(
+    build: Callable[[], torch.nn.Module], state: dict[str, Tensor], weights: str | None, name: str
+) -> torch.nn.Module:
     """Build without weights first: random ones take seconds, and would be drawn from a training's generator."""
     try:
         with torch.device("meta"):
@@ -123,7 +125,9 @@ def _with_weights(build: Callable[[], torch.nn.Module], state: dict[str, Tensor]
         network.load_state_dict(state, assign=True)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{problem} ({reason} ...): give another file.") from None
+        raise UserError(
+            f"no weights of {name} ({reason} ...): give another file.", about="feature_weights", value=weights
+        ) from None
     return network
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.data.batches.batch import decode_row
 from jit_accel.data.batches.workers import cores_per_process
 from jit_accel.data.formats.sources import Source, open_images
@@ -56,19 +56,16 @@ class ImageSet:
     fingerprint: str = ""
 
 
-def open_image_set(path: str, flag: str) -> ImageSet:
+def open_image_set(path: str, about: str) -> ImageSet:
     """Open what `--data_path` of training may be, or an `.npz` with `arr_0`: uint8 (N, H, W, 3).
 
     Raises:
-        UserError: naming `flag`.
+        UserError: about the setting `about`.
     """
     if path.endswith(".npz"):
-        return open_array(path, flag)
-    try:
-        source = open_images(path)
-    except UserError as error:
-        raise UserError(str(error).replace("--data_path", flag)) from None
-    return images_of_source(source)
+        return open_array(path, about)
+    with renamed_settings(data_path=about):
+        return images_of_source(open_images(path))
 
 
 def images_of_source(source: Source) -> ImageSet:
@@ -160,20 +157,20 @@ def _ahead(read: Callable, parts: Iterable) -> Iterator[Share]:
                 future.cancel()
 
 
-def open_array(path: str, flag: str) -> ImageSet:
+def open_array(path: str, about: str) -> ImageSet:
     """The images `arr_0`, uint8 (N, H, W, 3), of an `.npz`, read bit by bit.
 
     Raises:
         UserError: the file cannot be read, or has none.
     """
-    found = find_array(path, flag)
+    found = find_array(path, about)
     if found is None:
-        raise UserError(f"{flag} {path}: has no {ARRAY}, uint8 (N, H, W, 3): give a file with images.")
+        raise UserError(f"has no {ARRAY}, uint8 (N, H, W, 3): give a file with images.", about=about, value=path)
     count, height, width, _ = found
-    return ImageSet(path, count, height if height == width else None, 0, partial(_array_shares, path, flag, found))
+    return ImageSet(path, count, height if height == width else None, 0, partial(_array_shares, path, about, found))
 
 
-def find_array(path: str, flag: str) -> tuple[int, int, int, int] | None:
+def find_array(path: str, about: str) -> tuple[int, int, int, int] | None:
     """The shape (N, H, W, 3) of an `.npz`'s images, or None where it has none.
 
     Raises:
@@ -186,9 +183,9 @@ def find_array(path: str, flag: str) -> tuple[int, int, int, int] | None:
             with archive.open(f"{ARRAY}.npy") as file:
                 shape, is_fortran, dtype = _header(file)
     except BROKEN as error:
-        raise UserError(f"{flag} {path}: cannot be read ({reason_of(error)}): correct the path.") from None
+        raise UserError(f"cannot be read ({reason_of(error)}): correct the path.", about=about, value=path) from None
     if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or is_fortran:
-        raise UserError(f"{flag} {path}: {ARRAY} is {dtype} {shape}, but images are uint8 (N, H, W, 3).")
+        raise UserError(f"{ARRAY} is {dtype} {shape}, but images are uint8 (N, H, W, 3).", about=about, value=path)
     return shape
 
 
@@ -203,12 +200,12 @@ def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     return read(file)
 
 
-def _array_shares(path: str, flag: str, *how) -> Iterator[Share]:
+def _array_shares(path: str, about: str, *how) -> Iterator[Share]:
     try:
         yield from _read_array(path, *how)
     except BROKEN as error:
         raise UserError(
-            f"{flag} {path}: {ARRAY} cannot be read to its end ({reason_of(error)}): make it again."
+            f"{ARRAY} cannot be read to its end ({reason_of(error)}): make it again.", about=about, value=path
         ) from None
 
 

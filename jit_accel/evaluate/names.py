@@ -46,8 +46,8 @@ def is_better_higher(name: str) -> bool:
     return next(names[name].is_better_higher for names in map(metric_names, FEATURES) if name in names)
 
 
-def chosen_metrics(features: str, names: tuple[str, ...], flag: str = "--metrics") -> tuple[str, ...]:
-    """The results' names of what `flag` names, all of the features' if that is nothing.
+def chosen_metrics(features: str, names: tuple[str, ...], about: str = "metrics") -> tuple[str, ...]:
+    """The results' names of what the setting `about` names, all of the features' if that is nothing.
 
     Raises:
         UserError: no such metric, or not with these features.
@@ -59,6 +59,6 @@ def chosen_metrics(features: str, names: tuple[str, ...], flag: str = "--metrics
     for name in names:
         if name in metric_names(INCEPTION) and name not in aliases:
             remedy = f"use {next(iter(table))}, or --features {INCEPTION}"
-            raise UserError(f"{flag} {name}: is measured with the Inception network alone: {remedy}.")
-    chosen = [lookup(aliases, name, flag) for name in names]
+            raise UserError(f"is measured with the Inception network alone: {remedy}.", about=about, value=name)
+    chosen = [lookup(aliases, name, about) for name in names]
     return tuple(name for name in table if name in chosen)

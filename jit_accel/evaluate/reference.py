@@ -108,7 +108,7 @@ def read_reference(path: str, network: FeatureNetwork) -> Reference | None:
     Raises:
         UserError: no such file, nothing of use in it, or statistics of other features.
     """
-    has_images = find_array(path, "--reference") is not None
+    has_images = find_array(path, "reference") is not None
     arrays = _read_arrays(path)
     about = _about(path, arrays)
     features = about.get("features", INCEPTION)
@@ -116,15 +116,15 @@ def read_reference(path: str, network: FeatureNetwork) -> Reference | None:
         return None
     if features != network.name:
         raise UserError(
-            f"holds statistics of {features} features, not of {network.name}: use --features "
-            f"{features}, or make a file of {network.name} features from the images with --make_reference.",
+            f"holds statistics of {features} features, not of {network.name}: measure with {features} features, or "
+            f"make a file of {network.name} features from the images with --make_reference.",
             about="reference",
             value=path,
         )
     if about.get("weights_id", network.weights_id) != network.weights_id:
         raise UserError(
             f"was made with other weights of {features} ({about['weights_id']}, here "
-            f"{network.weights_id}): give the same --feature_weights, or make it again with --make_reference.",
+            f"{network.weights_id}): give the same weights, or make it again with --make_reference.",
             about="reference",
             value=path,
         )

@@ -16,7 +16,7 @@ from diffusers.utils import logging as diffusers_logging
 from jit_accel.base.console import say, warn
 from jit_accel.base.devices import chosen_precision
 from jit_accel.base.errors import UserError
-from jit_accel.base.processes import ended, on_main, together
+from jit_accel.base.processes import on_all, on_main, process_group
 from jit_accel.evaluate.evaluator import Evaluator, side_of, unmeasurable
 from jit_accel.evaluate.features import MAIN, load_features
 from jit_accel.evaluate.images import ImageSet, open_image_set
@@ -53,16 +53,16 @@ def evaluate(config: EvaluateConfig) -> int:
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("jit_accel").setLevel(logging.ERROR)
     accelerator = build_accelerator(config)
-    with ended(accelerator):
+    with process_group(accelerator):
         evaluator = build_evaluator(config, accelerator)
         file = record_file(config)
         on_main(accelerator, lambda: read_records(file))  # a file that nothing can be added to is found at once
         axes, weights, emas = axes_of(config), "", [None]
         if config.model:
             weights = on_main(accelerator, lambda: weights_of(config.model, wants_average=bool(axes.emas)))
-            emas = together(accelerator, lambda: emas_of(config.model, weights, axes))
+            emas = on_all(accelerator, lambda: emas_of(config.model, weights, axes))
         opened = partial(open_model, replace(config, model=weights), accelerator)
-        subject = together(accelerator, lambda: open_subject(config, opened, emas[0]), in_turn=True)
+        subject = on_all(accelerator, lambda: open_subject(config, opened, emas[0]), in_turn=True)
         reference = evaluator.load_reference(config.reference, subject.img_size or config.img_size)
         if accelerator.is_main_process:
             introduce(config, evaluator, subject, reference)
@@ -98,7 +98,7 @@ def build_evaluator(config: EvaluateConfig, accelerator: Accelerator) -> Evaluat
         return load_features(config.features, accelerator.device, config.feature_weights)
 
     return Evaluator(
-        together(accelerator, load, in_turn=True),
+        on_all(accelerator, load, in_turn=True),
         accelerator,
         chosen_metrics(config.features, config.metrics),
         batch_size=config.batch_size,
@@ -119,8 +119,8 @@ def open_subject(config: EvaluateConfig, open_pipeline: Opened, ema: str | None)
             )
         return Subject(pipeline, None, side)
     if config.images is not None:
-        images = open_image_set(config.images, "--images")
-        return Subject(None, images, side_of(images, config.img_size, "--images"))
+        images = open_image_set(config.images, "images")
+        return Subject(None, images, side_of(images, config.img_size, "images"))
     return Subject()
 
 

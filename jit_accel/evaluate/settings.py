@@ -87,7 +87,7 @@ def check(config: EvaluateConfig) -> None:
     Raises:
         UserError: naming the flag, its value and the rule.
     """
-    lookup(dict.fromkeys(FEATURES), config.features, "--features")
+    lookup(dict.fromkeys(FEATURES), config.features, "features")
     for flag in ("ema", "metrics", "method"):
         if (value := getattr(config, flag)) and not names(value):
             raise UserError("names nothing: give some, or leave the flag out.", about=flag, value=f"{' '.join(value)}")
@@ -144,7 +144,7 @@ def check_sweep(config: EvaluateConfig) -> None:
             value = " ".join(getattr(config, flag))
             raise UserError("says how --model makes images, which is not given: leave it out.", about=flag, value=value)
     chosen = chosen_metrics(config.features, config.metrics)
-    if config.select is not None and chosen_metrics(config.features, (config.select,), "--select")[0] not in chosen:
+    if config.select is not None and chosen_metrics(config.features, (config.select,), "select")[0] not in chosen:
         raise UserError(
             f"is not among --metrics {','.join(config.metrics)}: add it.", about="select", value=config.select
         )

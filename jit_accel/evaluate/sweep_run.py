@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jit_accel.base.console import say
 from jit_accel.base.errors import UserError
-from jit_accel.base.processes import on_main, together
+from jit_accel.base.processes import on_all, on_main
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.grid import Axes, Setting, averages, grid
 from jit_accel.evaluate.names import is_better_higher
@@ -105,7 +105,7 @@ def run_sweep(
 def open_grid(config: EvaluateConfig, weights: str, pipelines: Pipelines) -> tuple[list[Setting], str]:
     """The settings to measure, and what tells these weights from others."""
     accelerator, axes = pipelines.accelerator, axes_of(config)
-    emas = together(accelerator, lambda: emas_of(config.model, weights, axes))
+    emas = on_all(accelerator, lambda: emas_of(config.model, weights, axes))
     first = pipelines.get(emas[0])
     identity = on_main(accelerator, lambda: identity_of_model(weights, emas, first))
     return settings_of(config, axes, emas, first), identity
@@ -154,7 +154,7 @@ class Pipelines:
     def get(self, ema: str | None) -> JiTPipeline:
         if self.pipeline is None or ema != self.ema:
             self.close()
-            self.pipeline = together(self.accelerator, lambda: self.open_pipeline(ema), in_turn=True)
+            self.pipeline = on_all(self.accelerator, lambda: self.open_pipeline(ema), in_turn=True)
             self.ema = ema
         return self.pipeline
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jit_accel.base.errors import UserError, nearest
+from jit_accel.base.errors import UserError, lookup
 from jit_accel.model.carried_code import INDEX_FILE, write_index
 from jit_accel.model.guidance import checked_interval, checked_scale, checked_steps
 from jit_accel.model.scheduler import checked_method
@@ -39,9 +39,7 @@ def write_defaults(folder: str | os.PathLike, **settings) -> None:
         raise UserError(f"{folder}: holds no {INDEX_FILE}: give the folder of a saved pipeline.")
     index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
     for name, value in settings.items():
-        if name not in DEFAULTS:
-            raise UserError(f"{name}: unknown; choose from {', '.join(DEFAULTS)}.{nearest(name, DEFAULTS)}")
-        check, otherwise = DEFAULTS[name]
+        check, otherwise = lookup(DEFAULTS, name, "settings")
         try:
             index[name] = otherwise if value is None else check(value)
         except ValueError as error:

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 from huggingface_hub.utils import _http
 
 from jit_accel.base.console import say, warn
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import UserError, message_of
 from jit_accel.base.redaction import redacted
 from jit_accel.config.settings import HubConfig
 from jit_accel.model.card import refresh_card, without_places
@@ -153,7 +153,7 @@ def share(folder: Path, hub: HubConfig) -> None:
     try:
         say(f"Pushed:     {push_folder(folder, hub.hub_model_id, private=hub.hub_private)}")
     except UserError as error:
-        warn(f"{error} The pipeline is safe in {folder}; push it again with:\n  {again}")
+        warn(f"{message_of(error)} The pipeline is safe in {folder}; push it again with:\n  {again}")
     except KeyboardInterrupt:
         warn(f"the upload was interrupted. The pipeline is safe in {folder}; push it again with:\n  {again}")
         raise

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from jit_accel.base.errors import UserError, nearest
+from jit_accel.base.errors import UserError, message_of, nearest
 from jit_accel.config.settings import SETTINGS, UNAVERAGED, Config, DataConfig
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.checkpoints import complete_checkpoints, is_complete, read_state
@@ -47,7 +47,7 @@ def build_pipeline(network: JiTTransformer2DModel, config: Config, class_names) 
 
 
 def load_pipeline(
-    path: str, ema: str | None = None, torch_dtype: torch.dtype = torch.float32, flag: str = "--model"
+    path: str, ema: str | None = None, torch_dtype: torch.dtype = torch.float32, about: str = "model"
 ) -> JiTPipeline:
     """Load a pipeline on the CPU.
 
@@ -55,7 +55,7 @@ def load_pipeline(
         path: a pipeline folder; a run's output folder (its pipeline, or its newest checkpoint); a checkpoint; a Hub id.
         ema: decay of the averaged weights to take from the checkpoint, or "model" for the weights themselves.
             None: what is in the pipeline folder, and of a checkpoint the first average.
-        flag: what the path was given with, for errors.
+        about: the setting that names the path, for errors.
 
     Raises:
         UserError: nothing of that kind is there, or it has no such average.
@@ -64,9 +64,9 @@ def load_pipeline(
     if ema is None:
         for candidate in (folder, folder / "pipeline"):
             if (candidate / INDEX_FILE).is_file():
-                return _cast(load_folder(candidate, flag), torch_dtype)
+                return _cast(load_folder(candidate, about), torch_dtype)
     if checkpoint := find_checkpoint_in(folder):
-        return _cast(pipeline_of_checkpoint(checkpoint, ema, flag), torch_dtype)
+        return _cast(pipeline_of_checkpoint(checkpoint, ema, about), torch_dtype)
     if ema is not None:
         raise UserError(
             f"{path} has no checkpoint to take averages from: give the output folder of a run, or leave "
@@ -76,18 +76,20 @@ def load_pipeline(
         )
     if folder.exists() or path.count("/") != 1:
         raise UserError(
-            f"{flag} {path}: holds no pipeline (model_index.json) and no checkpoint: give a pipeline folder, the "
-            "output folder of a run, or owner/name of the Hub."
+            "holds no pipeline (model_index.json) and no checkpoint: give a pipeline folder, the output folder of a "
+            "run, or owner/name of the Hub.",
+            about=about,
+            value=path,
         )
     try:
         return _cast(JiTPipeline.from_pretrained(path), torch_dtype)
     except BROKEN as error:
         raise UserError(
-            f"{flag} {path}: is no folder here, and cannot be had from the Hub ({_first(error)})."
+            f"is no folder here, and cannot be had from the Hub ({_first(error)}).", about=about, value=path
         ) from None
 
 
-def load_folder(folder: Path, flag: str = "--model") -> JiTPipeline:
+def load_folder(folder: Path, about: str = "model") -> JiTPipeline:
     """The pipeline in a folder that has a `model_index.json`.
 
     Raises:
@@ -100,7 +102,9 @@ def load_folder(folder: Path, flag: str = "--model") -> JiTPipeline:
             raise KeyError(f"{len(missing)} weights are missing, such as {missing[0]}")
     except BROKEN as error:
         raise UserError(
-            f"{flag} {folder}: the pipeline cannot be loaded ({_first(error)}): get it again, or give another."
+            f"the pipeline cannot be loaded ({_first(error)}): get it again, or give another.",
+            about=about,
+            value=folder,
         ) from None
     return pipeline
 
@@ -128,11 +132,11 @@ def averages_of(checkpoint: Path) -> list[str]:
     return list(read_state(checkpoint)["settings"]["ema_decays"])
 
 
-def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, flag: str = "--model") -> JiTPipeline:
+def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, about: str = "model") -> JiTPipeline:
     """The pipeline of a checkpoint with its averaged weights `ema` (None: the first), or with "model" its own.
 
     Raises:
-        UserError: it has no such weights, or they cannot be read; `flag` is what the checkpoint was given with.
+        UserError: it has no such weights, or they cannot be read; `about` is the setting that names the checkpoint.
     """
     state = read_state(checkpoint)
     config = config_of(state["settings"])
@@ -148,7 +152,9 @@ def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, flag: str =
     try:
         weights = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{flag} {file}: cannot be read ({_first(error)}): give another checkpoint.") from None
+        raise UserError(
+            f"cannot be read ({_first(error)}): give another checkpoint.", about=about, value=file
+        ) from None
     if config.tune.lora_rank:
         weights = merged(base_of(checkpoint, state), weights, config.tune.lora_alpha / config.tune.lora_rank)
     network.load_state_dict(weights, strict=True, assign=True)
@@ -162,7 +168,10 @@ def base_of(checkpoint: Path, state: dict) -> dict[str, torch.Tensor]:
         UserError: they are not there any more, or others.
     """
     path = state["settings"]["init_from"]
-    base = load_pipeline(path, flag=f"{checkpoint} is an adapter for --init_from").transformer.state_dict()
+    try:
+        base = load_pipeline(path, about="init_from").transformer.state_dict()
+    except UserError as error:
+        raise UserError(f"{checkpoint} is an adapter for {message_of(error)}") from None
     refuse_other_base(checkpoint, state, path, identity_of(base))
     return base
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jit_accel.base.console import warn
 from jit_accel.base.devices import device_name, peak_flops
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import message_of
 from jit_accel.base.redaction import redacted
 from jit_accel.config.completion import Plan
 from jit_accel.config.presets import forward_macs
@@ -137,9 +137,8 @@ class Monitor:
     def __exit__(self, kind, error, traceback) -> None:
         if kind is not None:
             if self.is_main:
-                problem = str(error) if kind is UserError else f"{kind.__name__}: {error}"
                 with contextlib.suppress(OSError):
-                    (self.output_dir / FAILED_FILE).write_text(redacted(problem) + "\n", encoding="utf-8")
+                    (self.output_dir / FAILED_FILE).write_text(redacted(message_of(error)) + "\n", encoding="utf-8")
             self.close(exit_code=1)
 
     def close(self, exit_code: int) -> None:

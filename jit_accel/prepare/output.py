@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -30,7 +31,7 @@ class OutputFolder:
     def __init__(self, output_dir: str):
         self.path = Path(output_dir).expanduser()
         self.work = self.path / UNFINISHED
-        self.where = f"--output_dir {output_dir}"
+        self.problem = partial(UserError, about="output_dir", value=output_dir)
 
     def check_place(self, data_path: str) -> None:
         """Refuse a folder inside the source, where the next run would take the shards for images."""
@@ -38,7 +39,7 @@ class OutputFolder:
             return
         source, target = Path(data_path).resolve(), self.path.resolve()
         if target == source or source in target.parents:
-            raise UserError(f"{self.where}: lies inside --data_path {data_path}: choose a folder elsewhere.")
+            raise self.problem(f"lies inside --data_path {data_path}: choose a folder elsewhere.")
 
     def finished(self, recorded: dict) -> dict | None:
         """The index of a preparation with these settings that is there already.
@@ -47,17 +48,17 @@ class OutputFolder:
             UserError: other settings or other files are there.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.where}: is a file: choose a new folder.")
+            raise self.problem("is a file: choose a new folder.")
         if not self.path.is_dir():
             return None
         found = [entry for entry in os.listdir(self.path) if entry != UNFINISHED]
         if INDEX in found:
-            index = read_index(self.path, "--output_dir")
+            index = read_index(self.path, "output_dir")
             self._compare(index["settings"], recorded, "holds images that were prepared otherwise", "")
             shutil.rmtree(self.work, ignore_errors=True)
             return index
         if found and not (self.work / "plan.json").is_file():
-            raise UserError(f"{self.where}: is not empty ({sorted(found)[0]}, ...): choose a new folder.")
+            raise self.problem(f"is not empty ({sorted(found)[0]}, ...): choose a new folder.")
         return None
 
     @contextlib.contextmanager
@@ -82,8 +83,8 @@ class OutputFolder:
         free = shutil.disk_usage(self.work).free
         there = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
         if num_bytes > free + there:
-            raise UserError(
-                f"{self.where}: needs {num_bytes / 2**30:,.1f} GiB, and the disk has {free / 2**30:,.1f} GiB left: "
+            raise self.problem(
+                f"needs {num_bytes / 2**30:,.1f} GiB, and the disk has {free / 2**30:,.1f} GiB left: "
                 "make room, choose another disk, a smaller --img_size or --format jpeg."
             )
 
@@ -117,9 +118,8 @@ class OutputFolder:
             if then.get(name) != value
         ]
         if changed:
-            raise UserError(
-                f"{self.where}: {problem}: {'; '.join(changed)}: use the same settings, or another "
-                f"--output_dir{remedy}."
+            raise self.problem(
+                f"{problem}: {'; '.join(changed)}: use the same settings, or another --output_dir{remedy}."
             )
 
     def _lock_file(self) -> TextIO:
@@ -139,9 +139,8 @@ class OutputFolder:
                     break
                 except BlockingIOError:
                     if time.monotonic() > deadline:
-                        raise UserError(
-                            f"{self.where}: another process is preparing images there: wait for it, or choose another "
-                            "folder."
+                        raise self.problem(
+                            "another process is preparing images there: wait for it, or choose another folder."
                         ) from None
                     time.sleep(0.1)
             yield

@@ -16,7 +16,7 @@ def verify(folder: str) -> int:
     Raises:
         UserError: files are missing or damaged.
     """
-    index = read_index(folder, "--verify")
+    index = read_index(folder, "verify")
     files = files_of(index)
     damaged = []
     with tqdm(total=index["num_bytes"], unit="B", unit_scale=True, desc="checksums", disable=None) as bar:

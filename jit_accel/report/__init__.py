@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import UserError, message_of
 from jit_accel.monitor.report_process import REPORT_FILE
 
 COMPARISON_FILE = "comparison.html"
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         path = args.output or (runs[0].folder / REPORT_FILE if len(runs) == 1 else Path(COMPARISON_FILE))
         write_page(build_page(runs), path)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
         return 2
     print(f"Report: {path}")
     return 0

@@ -18,7 +18,7 @@ from jit_accel.base.console import say, warn
 from jit_accel.base.devices import DTYPES, chosen_precision, is_good_at_bf16
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import disk_errors
-from jit_accel.base.processes import Stopped, ended, on_main, together
+from jit_accel.base.processes import Stopped, on_all, on_main, process_group
 from jit_accel.base.signals import StopSignal
 from jit_accel.model.generation import SamplerSettings, generate_batches, share_of
 from jit_accel.model.loading import load_pipeline
@@ -45,9 +45,9 @@ def sample(config: SampleConfig) -> int:
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
     folder = Path(config.output_dir).expanduser()
-    with ended(accelerator), StopSignal() as stop:
+    with process_group(accelerator), StopSignal() as stop:
         try:
-            sampling = together(accelerator, lambda: build(config, precision, accelerator, stop), stop=stop)
+            sampling = on_all(accelerator, lambda: build(config, precision, accelerator, stop), stop=stop)
             return sampling.run()
         except Stopped as stopped:
             if accelerator.is_main_process:
@@ -188,9 +188,9 @@ class Sampling:
                 for start in range(0, len(items), a_round):
                     first = start // accelerator.num_processes
                     batch = mine[first : first + self.batch_size]
-                    together(accelerator, lambda batch=batch: self._make_batch(batch), stop=self.stop)
+                    on_all(accelerator, lambda batch=batch: self._make_batch(batch), stop=self.stop)
                     done.add(len(items[start : start + a_round]))
-            together(accelerator, self._flush, stop=self.stop)
+            on_all(accelerator, self._flush, stop=self.stop)
             return done.rate
         finally:
             done.close()

@@ -96,7 +96,9 @@ def check(config: SampleConfig) -> None:
         low, high = config.guidance_interval
         if not 0 <= low <= high <= 1:
             raise UserError(
-                f"--guidance_interval {low:g} {high:g}: must be LO HI with 0 <= LO <= HI <= 1, such as 0.1 1."
+                "must be LO HI with 0 <= LO <= HI <= 1, such as 0.1 1.",
+                about="guidance_interval",
+                value=f"{low:g} {high:g}",
             )
 
 

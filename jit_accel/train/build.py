@@ -25,10 +25,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from jit_accel.base.console import say, warn
 from jit_accel.base.devices import DTYPES, chosen_precision, device_name, is_good_at_bf16
 from jit_accel.base.errors import UserError
-from jit_accel.base.processes import ended, on_main, together
+from jit_accel.base.processes import on_all, on_main, process_group
 from jit_accel.config.checks import image_size
 from jit_accel.config.completion import default_output_dir, plan_run, resolve, warnings_for
-from jit_accel.config.settings import STREAMING, Config
+from jit_accel.config.settings import STREAMING, Config, DataConfig
 from jit_accel.data.batches.holdout import HeldOut, split_holdout
 from jit_accel.data.batches.workers import cores_per_process
 from jit_accel.data.formats.sources import Source, open_images
@@ -51,7 +51,7 @@ def start(config: Config) -> int:
     accumulation = config.optim.gradient_accumulation_steps or env_int("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1)
     precision = chosen_precision(config.performance.mixed_precision)
     accelerator = build_accelerator(config, accumulation, precision)
-    with ended(accelerator):
+    with process_group(accelerator):
         if config.hub.push_to_hub:  # found out now, not after days of training
             on_main(accelerator, lambda: hub.check_login(config.hub.hub_model_id))
         # The main process chooses, so that all load the same.
@@ -108,7 +108,7 @@ def read_weights(config: Config, checkpoint: Path | None, accelerator: Accelerat
         initial = read_initial(tune.init_from)
         return initial.settled(config), initial
 
-    return together(accelerator, read, in_turn=True)
+    return on_all(accelerator, read, in_turn=True)
 
 
 def open_data(config: Config, accelerator: Accelerator) -> tuple[Source, HeldOut | None]:
@@ -117,11 +117,11 @@ def open_data(config: Config, accelerator: Accelerator) -> tuple[Source, HeldOut
     Raises:
         UserError: on all processes, whichever met something.
     """
-    source, held_out = together(accelerator, lambda: open_and_split(config, accelerator), in_turn=True)
+    source, held_out = on_all(accelerator, lambda: open_and_split(config, accelerator), in_turn=True)
     num_held_out = len(held_out.keys) if held_out else 0
     counts, identities, held_counts = zip(*gather_object([(source.num_images, source.fingerprint, num_held_out)]))
-    if problem := disagreement(config, counts, identities):
-        raise UserError(problem)
+    if problem := disagreement(config.data, counts, identities):
+        raise problem
     if held_out and not sum(held_counts):
         if accelerator.is_main_process:
             warn("no image of the holdout can be read, or none was found: there is no val/loss.")
@@ -150,8 +150,8 @@ def open_and_split(config: Config, accelerator: Accelerator) -> tuple[Source, He
     )
 
 
-def disagreement(config: Config, counts: tuple[int | None, ...], identities: tuple[str, ...]) -> str | None:
-    """The message where processes would not train on the same images, of which these are number and fingerprint."""
+def disagreement(data: DataConfig, counts: tuple[int | None, ...], identities: tuple[str, ...]) -> UserError | None:
+    """The error where processes would not train on the same images, of which these are number and fingerprint."""
     found = list(zip(counts, identities))
     other = next((rank for rank, finding in enumerate(found) if finding != found[0]), None)
     if other is None:
@@ -160,10 +160,12 @@ def disagreement(config: Config, counts: tuple[int | None, ...], identities: tup
         f"process {rank} trains on {'?' if counts[rank] is None else f'{counts[rank]:,}'} ({identities[rank][:8]})"
         for rank in (0, other)
     )
-    flag = f"--holdout {config.data.holdout:g}" if config.data.holdout else f"--data_path {config.data.data_path}"
-    return (
-        f"{flag}: the processes do not find the same images ({trained}): make sure that all machines have the same "
-        "files and can read all of them, then start again."
+    about, value = ("holdout", f"{data.holdout:g}") if data.holdout else ("data_path", data.data_path)
+    return UserError(
+        f"the processes do not find the same images ({trained}): make sure that all machines have the same files and "
+        "can read all of them, then start again.",
+        about=about,
+        value=value,
     )
 
 
@@ -193,9 +195,13 @@ def build_trainer(
         num_workers=default_num_workers(source) if config.data.num_workers is None else config.data.num_workers,
     )
     if config.optim.optimizer == "muon" and accelerator.distributed_type.value == "FSDP":
-        raise UserError("--optimizer muon: needs whole matrices, which FSDP splits: use --optimizer adamw.")
+        raise UserError(
+            "needs whole matrices, which FSDP splits: use --optimizer adamw.", about="optimizer", value="muon"
+        )
     if config.optim.optimizer == "muon" and precision == "fp16":
-        raise UserError("--optimizer muon: does not go with --mixed_precision fp16: use bf16 or no, or adamw.")
+        raise UserError(
+            "does not go with --mixed_precision fp16: use bf16 or no, or adamw.", about="optimizer", value="muon"
+        )
     trainer = Trainer(config, plan, source, accelerator, held_out, initial)
     if accelerator.is_main_process:
         introduce(trainer)

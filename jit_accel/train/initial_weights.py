@@ -320,7 +320,7 @@ def _load_quietly(path: str) -> JiTPipeline:
     had_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return load_pipeline(path, flag="--init_from")
+        return load_pipeline(path, about="init_from")
     finally:
         if had_bar:
             logging.enable_progress_bar()

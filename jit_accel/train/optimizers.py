@@ -53,7 +53,7 @@ def build_optimizers(
     Raises:
         UserError: unknown name.
     """
-    return lookup(OPTIMIZERS, optimizer, "--optimizer")(model, weight_decay, adam_betas)
+    return lookup(OPTIMIZERS, optimizer, "optimizer")(model, weight_decay, adam_betas)
 
 
 def _adamw(params: Iterable[tuple[str, Tensor]], weight_decay: float, betas) -> torch.optim.AdamW:

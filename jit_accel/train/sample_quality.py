@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from jit_accel.base.console import say, warn
-from jit_accel.base.errors import UserError
-from jit_accel.base.processes import on_main, together
+from jit_accel.base.errors import UserError, message_of, renamed_settings
+from jit_accel.base.processes import on_all, on_main
 from jit_accel.base.sharding import reshard
 from jit_accel.config.settings import Config
 from jit_accel.data.formats.sources import Source, open_images
@@ -28,7 +26,13 @@ from jit_accel.monitor.metric_table import EVAL, UNGUIDED
 
 REFERENCE_FILE = "eval_reference.npz"
 MEASURED = ("fd", "is")  # what sums alone give: no features of single images are kept in a training
-FLAGS = ("features", "feature_weights", "reference")
+# The training's names for the settings of the evaluation and of its reference.
+NAMES = {
+    "data_path": "eval_reference",
+    "reference": "eval_reference",
+    "features": "eval_features",
+    "feature_weights": "eval_feature_weights",
+}
 
 
 class Unmeasured(Exception):
@@ -50,8 +54,8 @@ class SampleQuality:
     def __init__(self, network, ema, accelerator, config: Config, source: Source):
         self.network, self.ema, self.accelerator, self.config, self.source = network, ema, accelerator, config, source
         settings = config.evaluation
-        with named_as_in_training():
-            features = together(
+        with renamed_settings(**NAMES):
+            features = on_all(
                 accelerator,
                 lambda: load_features(settings.eval_features, accelerator.device, settings.eval_feature_weights),
                 in_turn=True,  # the first one fetches weights that are not there yet
@@ -67,12 +71,12 @@ class SampleQuality:
         """Find at once, also in a dry run, what is wrong with `--eval_reference`; images are read in `prepare`."""
         if path is None:
             return
-        with named_as_in_training():
+        with renamed_settings(**NAMES):
             if path.endswith(".npz"):
                 network = self.evaluator.network
-                self.reference = together(self.accelerator, lambda: read_reference(path, network))
+                self.reference = on_all(self.accelerator, lambda: read_reference(path, network))
             else:
-                self.source = together(self.accelerator, lambda: open_images(path), in_turn=True)
+                self.source = on_all(self.accelerator, lambda: open_images(path), in_turn=True)
 
     @property
     def keys(self) -> list[str]:
@@ -97,7 +101,7 @@ class SampleQuality:
         path, img_size = self.config.evaluation.eval_reference, self.config.data.img_size
         if self.reference is not None:
             return
-        with named_as_in_training():
+        with renamed_settings(**NAMES):
             if path and path.endswith(".npz"):  # of images
                 self.reference = self.evaluator.load_reference(path, img_size)
             else:
@@ -114,7 +118,7 @@ class SampleQuality:
         try:
             return self._measured_values()
         except met as error:
-            raise Unmeasured(str(error) or type(error).__name__) from error
+            raise Unmeasured(message_of(error)) from error
 
     def _measured_values(self) -> dict[str, float]:
         config, scale = self.config, self.config.sample.guidance_scale
@@ -163,7 +167,7 @@ class SampleQuality:
             count = "" if source.num_images is None else f"{source.num_images:,} "
             say(f"Evaluation: looks at the {count}images of {source.name} once, to compare with them ...")
         images = images_of_source(source)
-        statistics = self.evaluator.statistics_of_images(images, self.config.data.img_size, "--reference")
+        statistics = self.evaluator.statistics_of_images(images, self.config.data.img_size, "reference")
         reference = reference_of(self._key(source), statistics)
         if self.accelerator.is_main_process:
             path = Path(self.config.run.output_dir) / REFERENCE_FILE
@@ -181,18 +185,3 @@ def is_of(path: Path, key: str) -> bool:
             return json.loads(str(file["about"]))["source"] == key
     except Exception:  # whatever is broken about it, it is made again
         return False
-
-
-@contextmanager
-def named_as_in_training() -> Iterator[None]:
-    """The evaluation's errors, with the training's names for its flags."""
-    try:
-        yield
-    except UserError as error:
-        message = str(error).replace("--data_path", "--eval_reference")
-        for flag in FLAGS:
-            message = message.replace(f"--{flag} ", f"--eval_{flag} ")
-            message = message.replace(f"--{flag}:", f"--eval_{flag}:").replace(f"--{flag}.", f"--eval_{flag}.")
-        renamed = UserError(message)
-        renamed.everywhere = error.everywhere
-        raise renamed from None

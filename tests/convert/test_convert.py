@@ -423,7 +423,7 @@ def test_names_that_several_classes_share_are_told(reference, tmp_path, capsys):
 def test_class_tokens_that_weights_do_not_have_do_not_start_anywhere():
     sizes = {"hidden_size": 48, "depth": 2, "num_heads": 3, "bottleneck_dim": 8, "in_context_len": 0, "img_size": 8}
     weights, _ = empty_weights(**sizes, patch_size=2, num_classes=1, in_context_start=0)
-    with pytest.raises(UserError, match="--in_context_start 1: these weights have no class tokens"):
+    with pytest.raises(UserError, match="in_context_start 1: these weights have no class tokens"):
         network_config(weights, None, {}, {"img_size": 8, "in_context_start": 1})
 
 
@@ -571,5 +571,5 @@ def test_a_broken_pipeline_folder_is_told(folder, tmp_path, capsys, spoil):
     shutil.copytree(folder, tmp_path / "broken")
     spoil(tmp_path / "broken")
     assert "cannot be loaded" in refusal(capsys, tmp_path / "broken", tmp_path / "out")
-    with pytest.raises(UserError, match=r"^--init_from .*cannot be loaded"):
+    with pytest.raises(UserError, match=r"^init_from .*cannot be loaded"):
         load_pipeline(str(tmp_path / "broken"), flag="--init_from")

@@ -142,7 +142,7 @@ def test_a_share_that_leaves_nothing_is_refused_and_one_that_takes_nothing_is_re
     for n in expected(0.5, range(40))[:3]:
         parquet(tmp_path / f"{n}.parquet", [n])
     source = open_images(tmp_path)
-    with pytest.raises(UserError, match=r"--holdout 0.5: holds out all 3 images .* smaller share"):
+    with pytest.raises(UserError, match=r"holdout 0.5: holds out all 3 images .* smaller share"):
         split(source, share=0.5)
     assert split(source, share=1e-9) == (source, None)
     assert "holds out none of the 3 images" in caplog.text

@@ -173,7 +173,7 @@ def test_nothing_but_broken_images_stops_with_a_message(tmp_path, loaders, num_w
 
 def test_labels_beyond_num_classes_are_refused(source, loaders):
     assert next(loaders(source, num_classes=2, batch_size=N)).labels.max() == 1
-    with pytest.raises(UserError, match=r"--num_classes 1: the data has the label 1.*--num_classes 2"):
+    with pytest.raises(UserError, match=r"num_classes 1: the data has the label 1.*--num_classes 2"):
         next(loaders(source, num_classes=1, batch_size=N))
 
 

@@ -144,7 +144,7 @@ def test_numbers_and_texts_are_not_labels_of_one_data_set(tmp_path, serve, is_re
     tables = [table(label=[0, 1] * (N // 2)), table(label=["a", "b"] * (N // 2))]
     write(tmp_path, tables[first], tables[1 - first])
     message = refusal(f"{serve(tmp_path)}/{{0..1}}.parquet" if is_remote else tmp_path)
-    assert "--label_column label: " in message
+    assert "label_column label: " in message
     assert "some labels are text" in message
     assert "others are numbers" in message
 

@@ -12,7 +12,6 @@ from data_samples import SIZE, image_folder, parquet, png, tar
 from helpers import Group, rows, train_here
 from http_server import FailingServer
 
-from jit_accel.base.errors import common_problem
 from jit_accel.data import open_images
 from jit_accel.data.batches.holdout import split_holdout
 from jit_accel.data.reading import content, images, units
@@ -125,13 +124,6 @@ def test_one_process_reads_the_keys_for_all_on_its_machine(tmp_path, images):
     data = settled(shutil.copytree(images, tmp_path / "data"))
     codes, output = two_processes(tmp_path, "read_no_keys", "--data_path", str(data), "--dry_run", *HOLDOUT)
     assert codes == [0, 0], output
-
-
-def test_problems_are_told_once_or_by_process():
-    assert common_problem([None, None]) is None
-    assert common_problem(["gone"] * 3) == "gone"
-    assert common_problem([None, "gone", None]) == "process 1: gone"
-    assert common_problem(["gone", "other", "gone"]) == "processes 0, 2: gone\nprocess 1: other"
 
 
 # The keys

@@ -317,7 +317,7 @@ def test_remote_tables_can_be_downloaded_for_random_access(server, loaders, hf_c
     source = open_images(all_of(server, "parquet"), streaming=False)
     assert (source.streaming, source.num_images) == (False, N)
     assert sorted(take(loaders(source), N)) == list(range(N))
-    with pytest.raises(UserError, match=r"--streaming false: .* is read as a stream"):
+    with pytest.raises(UserError, match=r"streaming false: .* is read as a stream"):
         open_images(all_of(server, "tar"), streaming=False)
 
 

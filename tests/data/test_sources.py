@@ -221,7 +221,7 @@ def test_tars_without_labels_are_one_class(tmp_path):
 def test_a_missing_path_is_refused_with_the_nearest_name(tmp_path):
     image_folder(tmp_path / "images", 2)
     message = refusal(tmp_path / "imagse")
-    assert f"--data_path {tmp_path / 'imagse'}" in message
+    assert f"data_path {tmp_path / 'imagse'}" in message
     assert "Did you mean 'images'?" in message
     assert "nor the folder above it" in refusal(tmp_path / "no" / "where")
 
@@ -262,7 +262,7 @@ def test_split_folders_are_refused_with_the_one_to_use(tmp_path):
 
 def test_an_unknown_format_is_answered_with_the_choices(tmp_path):
     message = refusal(tmp_path, data_format="parket")
-    assert "--data_format parket" in message
+    assert "data_format parket" in message
     assert "Did you mean 'parquet'?" in message
 
 
@@ -280,7 +280,7 @@ def test_an_unknown_builtin_is_answered_with_the_choices():
 def test_a_wrong_column_is_answered_with_the_nearest(tmp_path, flag):
     parquet(tmp_path / "a.parquet", range(2))
     message = refusal(tmp_path, **{flag: "lable"})
-    assert f"--{flag} lable" in message
+    assert f"{flag} lable" in message
     assert "image, label" in message
     assert "Did you mean 'label'?" in message
 
@@ -316,7 +316,7 @@ def test_a_table_of_paths_is_refused(tmp_path, streaming):
 def test_impossible_labels_are_refused(tmp_path, labels, feature, expected):
     parquet(tmp_path / "a.parquet", range(2), labels, feature=feature)
     message = refusal(tmp_path, label_column="label")
-    assert "--label_column label" in message
+    assert "label_column label" in message
     assert expected in message
 
 

@@ -344,7 +344,7 @@ def test_a_state_of_another_seed_or_kind_is_refused(source, loaders):
 
 
 def test_labels_beyond_num_classes_are_refused(source, loaders):
-    with pytest.raises(UserError, match="--num_classes 1: the data has the label 1"):
+    with pytest.raises(UserError, match="num_classes 1: the data has the label 1"):
         batches(loaders(source, num_classes=1), 3)
 
 

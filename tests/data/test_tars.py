@@ -161,7 +161,7 @@ def test_a_tar_file_cut_between_members_is_refused(tmp_path, more, streaming):
     end = blocks_after(members)[31]
     cut.write_bytes(whole.read_bytes()[: end + more])
     message = refusal(str(tmp_path / "*.tar"), streaming=streaming)
-    assert f"--data_path {cut}" in message
+    assert f"data_path {cut}" in message
     assert "cut short" in message
     assert "restore" in message
 
@@ -192,4 +192,4 @@ def test_json_labels_that_are_partly_numbers_are_text(tmp_path):
 
 
 def test_members_that_are_no_images_are_refused_as_such(tmp_path):
-    assert "--image_column cls: the members .cls" in refusal(tar(tmp_path / "a.tar", samples([0])), image_column="cls")
+    assert "image_column cls: the members .cls" in refusal(tar(tmp_path / "a.tar", samples([0])), image_column="cls")

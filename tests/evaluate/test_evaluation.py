@@ -306,7 +306,7 @@ def test_weights_that_are_more_than_weights_are_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"weight": Evil()}, "evil.pth")
     for name in ("evil.pth", "missing.pth"):
-        with pytest.raises(UserError, match=f"--feature_weights {name}"):
+        with pytest.raises(UserError, match=f"feature_weights {name}"):
             load_features("efficientnet_lite0", weights=name)
     assert not (tmp_path / "pwned").exists()
     torch.save({"weight": torch.zeros(2)}, "other.pth")
@@ -368,7 +368,7 @@ def test_images_are_cropped_as_for_training_and_broken_ones_left_out(network, ac
     assert (found.num_images, found.bad_images) == (3, 1)
     assert "1 images cannot be read and are left out" in capsys.readouterr().err
     assert torch.allclose(found.moments["main"].mean, network(pixels[:3])["main"].double().mean(0), rtol=1e-4)
-    with pytest.raises(UserError, match=r"--reference .*first image is no square.*--img_size"):
+    with pytest.raises(UserError, match=r"reference .*first image is no square.*--img_size"):
         evaluator.load_reference(str(wide))
 
 
@@ -425,7 +425,7 @@ def test_statistics_of_adm_and_jit_are_read(network, accelerator, pixels, tmp_pa
 )
 def test_a_file_that_is_no_reference_is_refused(network, accelerator, tmp_path, arrays, message):
     np.savez(tmp_path / "bad.npz", **arrays)
-    with pytest.raises(UserError, match=f"--reference .*bad.npz.*{message}"):
+    with pytest.raises(UserError, match=f"reference .*bad.npz.*{message}"):
         Evaluator(network, accelerator, ("fid",)).load_reference(str(tmp_path / "bad.npz"))
 
 
@@ -458,7 +458,7 @@ def test_a_reference_of_ours_that_was_changed_is_refused(network, accelerator, t
     if message is None:
         assert evaluator.load_reference(str(tmp_path / "bad.npz")).label_counts == ()
         return
-    with pytest.raises(UserError, match=f"--reference .*bad.npz: .*{message}"):
+    with pytest.raises(UserError, match=f"reference .*bad.npz: .*{message}"):
         evaluator.load_reference(str(tmp_path / "bad.npz"))
 
 
@@ -475,7 +475,7 @@ def test_a_damaged_file_is_refused(network, accelerator, pixels, tmp_path, save,
     for place in range(180, 200):
         data[place] ^= 0xFF
     (tmp_path / "bad.npz").write_bytes(data)
-    with pytest.raises(UserError, match=r"--reference .*bad.npz: .*cannot be read"):
+    with pytest.raises(UserError, match=r"reference .*bad.npz: .*cannot be read"):
         Evaluator(network, accelerator, ("fid",)).load_reference(str(tmp_path / "bad.npz"))
 
 
@@ -613,7 +613,7 @@ def test_settings_and_lists_with_commas():
     config = parse_args(["--model", "x", "--reference", "y", "--metrics", "fid,is", "kid"])
     assert config.metrics == ("fid", "is", "kid")
     check(config)
-    with pytest.raises(UserError, match="--reference: not given"):
+    with pytest.raises(UserError, match="reference: not given"):
         check(EvaluateConfig(model="x"))
-    with pytest.raises(UserError, match="--model: not given"):
+    with pytest.raises(UserError, match="model: not given"):
         check(EvaluateConfig(reference="x"))

@@ -53,7 +53,7 @@ def test_numbers_lists_and_ranges_may_be_mixed(parts, values):
     ],
 )
 def test_what_is_no_range_is_refused_with_the_rule(text, rule):
-    with pytest.raises(UserError, match=f"--guidance_scale.*{rule}"):
+    with pytest.raises(UserError, match=f"guidance_scale.*{rule}"):
         numbers("guidance_scale", [text])
 
 
@@ -63,7 +63,7 @@ def test_intervals_are_pairs_however_they_are_written():
     assert intervals("guidance_interval", ["0.1", "1.0"]) == [(0.1, 1.0)]
     assert intervals("guidance_interval", ["0.1,1.0"]) == [(0.1, 1.0)]
     for wrong in ("0.1", "1:0.1", "0:2", "a:1", "0:1:2", ""):
-        with pytest.raises(UserError, match=r"--guidance_interval.*(low:high|is no number)"):
+        with pytest.raises(UserError, match=r"guidance_interval.*(low:high|is no number)"):
             intervals("guidance_interval", [wrong])
 
 
@@ -71,7 +71,7 @@ def test_averages_are_those_of_the_checkpoint():
     there = ["auto", "0.9996", "0.9999"]
     assert averages("ema", ["all"], there) == there
     assert averages("ema", ["0.99990,model"], there) == ["0.9999", "model"]
-    with pytest.raises(UserError, match=r"--ema 0\.999: .*auto, 0\.9996, 0\.9999, model, all"):
+    with pytest.raises(UserError, match=r"ema 0\.999: .*auto, 0\.9996, 0\.9999, model, all"):
         averages("ema", ["0.999"], there)
 
 

@@ -65,7 +65,7 @@ def test_a_damaged_folder_is_no_checkpoint(checkpointer, damage):
         (bad / "state.json").unlink()
     assert not is_complete(bad)
     assert find(checkpointer, "auto") == good
-    with pytest.raises(UserError, match=r"--resume .*holds no complete checkpoint"):
+    with pytest.raises(UserError, match=r"resume .*holds no complete checkpoint"):
         find(checkpointer, str(bad))
 
 
@@ -132,7 +132,7 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_the_last_checkpoint(ch
 
     with monkeypatch.context() as patch:
         patch.setattr("jit_accel.model.checkpoints.save_file", full)
-        with pytest.raises(UserError, match=r"--output_dir .*step 2 cannot be written .*No space left.*make room"):
+        with pytest.raises(UserError, match=r"output_dir .*step 2 cannot be written .*No space left.*make room"):
             save(checkpointer, 2)
     assert find(checkpointer, "auto") == good
     assert save(checkpointer, 2).name == "step_00000002"
@@ -142,7 +142,7 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_the_last_checkpoint(ch
 def test_resume_means_what_it_says(checkpointer, tmp_path):
     assert find(checkpointer, "none") is None
     assert find(checkpointer, "auto") is None
-    with pytest.raises(UserError, match=r"--resume \S+: holds no complete checkpoint.*or auto.*or none"):
+    with pytest.raises(UserError, match=r"resume \S+: holds no complete checkpoint.*or auto.*or none"):
         find(checkpointer, str(tmp_path))
     path = save(checkpointer, 5)
     assert find(checkpointer, str(path)) == find(checkpointer, str(tmp_path)) == find(checkpointer, "auto") == path

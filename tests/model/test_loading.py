@@ -70,9 +70,9 @@ def test_a_checkpoint_of_before_names_were_kept_is_read(run, tmp_path):
 @pytest.mark.parametrize(
     ("path", "ema", "message"),
     [
-        ("run", "0.9", r"--ema 0.9: .* has 0.5, auto, model"),
-        ("run/pipeline", "0.5", r"--ema 0.5: .* has no checkpoint to take averages from: give the output folder"),
-        ("run/samples", None, r"--model .*samples: holds no pipeline \(model_index.json\) and no checkpoint"),
+        ("run", "0.9", r"ema 0.9: .* has 0.5, auto, model"),
+        ("run/pipeline", "0.5", r"ema 0.5: .* has no checkpoint to take averages from: give the output folder"),
+        ("run/samples", None, r"model .*samples: holds no pipeline \(model_index.json\) and no checkpoint"),
         ("nothing/here/at-all", None, r"holds no pipeline"),
     ],
 )
@@ -82,5 +82,5 @@ def test_what_holds_none_is_refused(run, path, ema, message):
 
 
 def test_a_hub_id_that_cannot_be_had_is_refused():
-    with pytest.raises(UserError, match="--model nobody/nothing: is no folder here, and cannot be had from the Hub"):
+    with pytest.raises(UserError, match="model nobody/nothing: is no folder here, and cannot be had from the Hub"):
         load_pipeline("nobody/nothing")

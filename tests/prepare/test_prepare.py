@@ -240,7 +240,7 @@ def test_smaller_images_are_adms_crop_of_the_stored_ones_and_larger_ones_are_ref
             for *_, pixels in rows_of(stores["uint8"])
         }
         assert {image.permute(1, 2, 0).numpy().tobytes() for image in batch.images} <= exact
-        with pytest.raises(UserError, match=r"--img_size 17: the images of .* were prepared with 16 px"):
+        with pytest.raises(UserError, match=r"img_size 17: the images of .* were prepared with 16 px"):
             build_loader(source, img_size=17, batch_size=4, seed=0)
 
 

@@ -361,9 +361,9 @@ def test_damaged_stores_are_refused(refused, tmp_path, capsys, sources):
 
 def test_flags_that_a_store_has_no_use_for_are_refused(sources, tmp_path):
     prepare(sources["folder"], tmp_path / "out")
-    with pytest.raises(UserError, match=r"--label_column x: .* was prepared"):
+    with pytest.raises(UserError, match=r"label_column x: .* was prepared"):
         open_images(tmp_path / "out", label_column="x")
-    with pytest.raises(UserError, match=r"--streaming true: .* memory-mapped"):
+    with pytest.raises(UserError, match=r"streaming true: .* memory-mapped"):
         open_images(tmp_path / "out", streaming=True)
 
 

@@ -135,16 +135,16 @@ def test_without_peft_both_ends_say_so(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"PEFT backend is required"):
         JiTPipeline(network(), JiTScheduler()).load_lora_weights(tmp_path)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r"--lora_rank 2: needs peft: pip install 'jit_accel\[lora\]'"):
+    with pytest.raises(UserError, match=r"lora_rank 2: needs peft: pip install 'jit_accel\[lora\]'"):
         adapted()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 33}, r"--lora_rank 33: must not be above 32"),
-        ({"targets": ("attn.kqv",)}, r"--lora_targets attn.kqv: must be the end .*attn.qkv.*Did you mean 'attn.qkv'"),
-        ({"targets": ("attn.qkv", "x_embedder.proj1")}, r"--lora_targets x_embedder.proj1: .*Linear"),
+        ({"rank": 33}, r"lora_rank 33: must not be above 32"),
+        ({"targets": ("attn.kqv",)}, r"lora_targets attn.kqv: must be the end .*attn.qkv.*Did you mean 'attn.qkv'"),
+        ({"targets": ("attn.qkv", "x_embedder.proj1")}, r"lora_targets x_embedder.proj1: .*Linear"),
     ],
 )
 def test_adapters_that_fit_nothing_are_refused(options, message):
@@ -268,13 +268,13 @@ def test_two_processes_train_the_adapter_of_one(images, base, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lora_rank", "4"], "--lora_rank 4: an adapter needs trained weights to stand on: add --init_from FOLDER"),
-        (["--lora_rank", "0", "--init_from", "x"], "--lora_rank 0: must be at least 1"),
-        (["--lora_rank", "-2", "--init_from", "x"], "--lora_rank -2: must be at least 1"),
-        (["--lora_alpha", "4", "--init_from", "x"], "--lora_alpha 4.0: is for an adapter: add --lora_rank"),
-        (["--lora_rank", "4", "--lora_alpha", "0", "--init_from", "x"], "--lora_alpha 0.0: must be positive"),
-        (["--lora_rank", "4", "--lora_dropout", "1", "--init_from", "x"], "--lora_dropout 1.0: must be in [0, 1)"),
-        (["--lora_rank", "4", "--optimizer", "muon", "--init_from", "x"], "--optimizer muon: is for whole matrices"),
+        (["--lora_rank", "4"], "lora_rank 4: an adapter needs trained weights to stand on: add --init_from FOLDER"),
+        (["--lora_rank", "0", "--init_from", "x"], "lora_rank 0: must be at least 1"),
+        (["--lora_rank", "-2", "--init_from", "x"], "lora_rank -2: must be at least 1"),
+        (["--lora_alpha", "4", "--init_from", "x"], "lora_alpha 4.0: is for an adapter: add --lora_rank"),
+        (["--lora_rank", "4", "--lora_alpha", "0", "--init_from", "x"], "lora_alpha 0.0: must be positive"),
+        (["--lora_rank", "4", "--lora_dropout", "1", "--init_from", "x"], "lora_dropout 1.0: must be in [0, 1)"),
+        (["--lora_rank", "4", "--optimizer", "muon", "--init_from", "x"], "optimizer muon: is for whole matrices"),
     ],
 )
 def test_wrong_settings_end_before_anything_is_loaded(tmp_path, capsys, flags, message):

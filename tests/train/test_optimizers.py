@@ -47,7 +47,7 @@ def test_weight_decay_spares_biases_norms_and_embeddings(model):
 
 
 def test_unknown_optimizer_is_answered_with_the_nearest():
-    with pytest.raises(UserError, match=r"--optimizer adamv: unknown; choose from adamw, muon. Did you mean 'adamw'"):
+    with pytest.raises(UserError, match=r"optimizer adamv: unknown; choose from adamw, muon. Did you mean 'adamw'"):
         build_optimizers(nn.Linear(2, 2), optimizer="adamv", weight_decay=0, adam_betas=(0.9, 0.95))
 
 

@@ -86,10 +86,12 @@ def find_columns(
         UserError: a named column does not exist, or no image column can be recognised.
     """
     columns = ", ".join(features)
-    for flag, wanted in (("--image_column", image_column), ("--label_column", label_column)):
+    for about, wanted in (("image_column", image_column), ("label_column", label_column)):
         if wanted is not None and wanted not in features:
             raise UserError(
-                f"{flag} {wanted}: {where} has no such column; choose from {columns}.{nearest(wanted, features)}"
+                f"{where} has no such column; choose from {columns}.{nearest(wanted, features)}",
+                about=about,
+                value=wanted,
             )
     image = image_column or _guess_image(features)
     if image is None:

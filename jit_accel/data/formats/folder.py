@@ -84,8 +84,10 @@ def _check_request(request: Request) -> None:
         )
     if request.streaming:
         raise UserError(
-            f"--streaming true: {root} is a folder of images, which is read by random access (better shuffled, and "
-            "any number of processes can resume): leave the flag out."
+            f"{root} is a folder of images, which is read by random access (better shuffled, and any number of "
+            "processes can resume): leave the flag out.",
+            about="streaming",
+            value="true",
         )
     try:
         os.path.abspath(root).encode()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from jit_accel.base.errors import UserError
@@ -42,34 +44,34 @@ def is_prepared(folder: str | os.PathLike) -> bool:
         return STORE_FORMAT.encode() in file.read(200)
 
 
-def read_index(folder: str | os.PathLike, flag: str = "--data_path") -> dict:
+def read_index(folder: str | os.PathLike, about: str = "data_path") -> dict:
     """Read `index.json`, and check that the files it names are there in their sizes.
 
     Raises:
         UserError: no finished store, of a later version, damaged, files missing or of another size or elsewhere.
     """
     path = Path(folder) / INDEX
-    where = f"{flag} {folder}"
+    problem = partial(UserError, about=about, value=folder)
     if not path.is_file():
         if is_prepared(folder):
-            raise UserError(f"{where}: its preparation was not finished: run the same jit_accel.prepare command again.")
-        raise UserError(f"{where}: there is no {INDEX} of jit_accel.prepare: prepare it, or correct the path.")
+            raise problem("its preparation was not finished: run the same jit_accel.prepare command again.")
+        raise problem(f"there is no {INDEX} of jit_accel.prepare: prepare it, or correct the path.")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         version = index["version"] if index["format"] == STORE_FORMAT else None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: its {INDEX} is damaged ({error}): prepare the images again.") from None
+        raise problem(f"its {INDEX} is damaged ({error}): prepare the images again.") from None
     if version != STORE_VERSION:
-        raise UserError(
-            f"{where}: its {INDEX} has the version {version}, this program reads {STORE_VERSION}: prepare the images "
+        raise problem(
+            f"its {INDEX} has the version {version}, this program reads {STORE_VERSION}: prepare the images "
             "again, or update jit_accel."
         )
     try:
         _check_index(index)
     except ValueError as error:
-        raise UserError(f"{where}: its {INDEX} is damaged ({error}): prepare the images again.") from None
+        raise problem(f"its {INDEX} is damaged ({error}): prepare the images again.") from None
     for file in files_of(index):
-        _check_size(Path(folder) / file["file"], file["bytes"], where)
+        _check_size(Path(folder) / file["file"], file["bytes"], problem)
     return index
 
 
@@ -109,16 +111,16 @@ def _is_of(value: object, kind: type) -> bool:
     return type(value) is kind and (kind is not int or value >= 0)  # true and false are no numbers
 
 
-def _check_size(path: Path, expected: int, where: str) -> None:
+def _check_size(path: Path, expected: int, problem: Callable[[str], UserError]) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise UserError(
-            f"{where}: {path.name} is missing ({error.strerror}): copy it again, or prepare the images again."
+        raise problem(
+            f"{path.name} is missing ({error.strerror}): copy it again, or prepare the images again."
         ) from None
     if size != expected:
-        raise UserError(
-            f"{where}: {path.name} has {size:,} bytes where {expected:,} were written: copy it again, or prepare the "
+        raise problem(
+            f"{path.name} has {size:,} bytes where {expected:,} were written: copy it again, or prepare the "
             "images again."
         )
 

@@ -28,9 +28,9 @@ def open_prepared(request: Request) -> Source:
     folder = request.path
     if not os.path.isdir(folder):
         raise missing_path(folder)
-    for flag, value in (("--image_column", request.image_column), ("--label_column", request.label_column)):
+    for about, value in (("image_column", request.image_column), ("label_column", request.label_column)):
         if value is not None:
-            raise UserError(f"{flag} {value}: {folder} was prepared, its columns are known: leave the flag out.")
+            raise UserError(f"{folder} was prepared, its columns are known: leave it out.", about=about, value=value)
     index = read_index(folder)
     names = tuple(index["class_names"])
     labels = Labels(names, len(names) - 1) if index["is_labelled"] else ONE_CLASS
@@ -44,8 +44,9 @@ def open_prepared(request: Request) -> Source:
 def _open_pixels(request: Request, index: dict, labels: Labels, identity: str) -> Source:
     if request.streaming:
         raise UserError(
-            f"--streaming true: {request.path} holds memory-mapped pixels, which are read by random access: leave the "
-            "flag out."
+            f"{request.path} holds memory-mapped pixels, which are read by random access: leave the flag out.",
+            about="streaming",
+            value="true",
         )
     images = PixelStore(
         os.path.abspath(request.path),

@@ -134,8 +134,10 @@ def open_remote_webdataset(request: Request) -> Source:
     """
     if request.streaming is False:
         raise UserError(
-            f"--streaming false: {without_secrets(request.path)} is read as a stream: leave the flag out, or download "
-            "the files and give their folder."
+            f"{without_secrets(request.path)} is read as a stream: leave the flag out, or download the files and give "
+            "their folder.",
+            about="streaming",
+            value="false",
         )
     urls, infos = _find(request.path)
     sample = _with_file(urls[0], first_sample, block_size=0)

@@ -59,11 +59,11 @@ def open_images(
     if data_format == "auto":
         data_format = detect_format(path)
     if data_format not in FORMATS:
-        lookup({"auto": None, **FORMATS}, data_format, "--data_format")
+        lookup({"auto": None, **FORMATS}, data_format, "data_format")
     request = Request(path, image_column, label_column, streaming)
     if not is_url(path):
         return FORMATS[data_format](request)
-    return lookup(_REMOTE, data_format, f"--data_path {path}: of URLs, --data_format")(request)
+    return lookup(_REMOTE, data_format, "data_format", rule="no format of URLs")(request)
 
 
 def detect_format(path: str) -> str:
@@ -75,7 +75,8 @@ def detect_format(path: str) -> str:
     if path.startswith("builtin:"):
         return "builtin"
     if is_url(path):
-        return lookup(_BY_ENDING, ending_of(path), f"--data_path {path}: of URLs, the ending")
+        ending = ending_of(path)
+        return lookup(_BY_ENDING, ending, "data_path", value=path, rule=f"of URLs, the ending {ending} is unknown")
     if os.path.isdir(path):
         return _detect_in_folder(path)
     if os.path.isfile(path) or glob.has_magic(path):

@@ -57,9 +57,11 @@ def open_builtin(request: Request) -> Source:
     Raises:
         UserError: unknown name, or streaming asked for.
     """
-    file = lookup(_builtin_files(), request.path, "--data_path")
+    file = lookup(_builtin_files(), request.path, "data_path")
     if request.streaming:
-        raise UserError(f"--streaming true: {request.path} is small and held in memory: leave the flag out.")
+        raise UserError(
+            f"{request.path} is small and held in memory: leave the flag out.", about="streaming", value="true"
+        )
     row_groups, schema = _check_files([file])
     rows = sum(row_groups[0])
     columns, labels = _parquet_columns([file], schema, request)
@@ -77,7 +79,9 @@ def open_saved(request: Request) -> Source:
     if not os.path.isdir(request.path):
         raise missing_path(request.path)
     if request.streaming:
-        raise UserError(f"--streaming true: {request.path} was saved for random access: leave the flag out.")
+        raise UserError(
+            f"{request.path} was saved for random access: leave the flag out.", about="streaming", value="true"
+        )
     try:
         dataset = datasets.load_from_disk(request.path)
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -85,7 +89,7 @@ def open_saved(request: Request) -> Source:
             f"not a folder made by Dataset.save_to_disk: {error}", about="data_path", value=request.path
         ) from error
     if isinstance(dataset, DatasetDict):
-        dataset = lookup(dataset, "train", f"--data_path {request.path}: split")
+        dataset = lookup(dataset, "train", "data_path", value=request.path, rule="has no split train")
     shards = [file["filename"] for file in dataset.cache_files]
     identity = fingerprint_of(["saved", str(len(dataset)), *shard_names_and_sizes(shards)])
     return random_access(request, "saved", dataset, identity)
