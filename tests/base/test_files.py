@@ -126,7 +126,7 @@ def test_a_full_disk_is_told_with_what_helps(tmp_path):
     for number in (errno.ENOSPC, errno.EDQUOT):
         full = OSError(number, os.strerror(number))
         assert told(full, "go on") == (
-            f"--output_dir {tmp_path}: the disk is full. What is finished is kept: make room and go on."
+            f"output_dir {tmp_path}: the disk is full. What is finished is kept: make room and go on."
         )
         assert told(full).endswith("the disk is full: make room, or give another place. Nothing was changed.")
     denied = OSError(errno.EROFS, os.strerror(errno.EROFS))

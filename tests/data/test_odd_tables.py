@@ -121,7 +121,7 @@ def test_columns_of_types_that_hf_does_not_know_do_no_harm(tmp_path, serve, is_r
     path = f"{serve(tmp_path)}/0.parquet" if is_remote else tmp_path
     assert labels_by_number(open_images(path, streaming=streaming), N) == {n: n % 2 for n in range(N)}
     assert "its type is map<string, int64" in refusal(path, label_column="others", streaming=streaming)
-    assert "--image_column others: it holds values like" in refusal(path, image_column="others", streaming=streaming)
+    assert "image_column others: it holds values like" in refusal(path, image_column="others", streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [None, False])

@@ -369,5 +369,5 @@ def test_an_index_names_only_files_in_its_folder(stores, tmp_path, place, name):
     store = changed_index(stores, tmp_path, "uint8", set_in(*place, name))
     with pytest.raises(UserError) as caught:
         open_images(store)
-    assert f"--data_path {store}" in str(caught.value)
+    assert f"data_path {store}" in str(caught.value)
     assert "no name of a file in this folder" in str(caught.value)
