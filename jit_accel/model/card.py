@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,8 +21,9 @@ CARD_FILE = "README.md"
 CARD_PICTURE = "samples.png"
 EVALUATION_FILE = "evaluation.json"
 PLACEHOLDER = "path/to/this/folder"  # until the folder has a repository
-UNNAMED = "JiT"  # what results are of until then
+UNNAMED = "JiT"  # the model's name in its results until then
 IN_USE = re.compile(r"<!-- use -->.*?<!-- /use -->", re.DOTALL)
+RESULTS = re.compile(r"<!-- results -->.*?<!-- /results -->", re.DOTALL)
 PLACE = re.compile(r'((?:Pipeline\.from_pretrained\(|custom_pipeline=)")([^"]*)(")')
 TAGS = ["jit", "pixel-space-diffusion", "diffusion", "jit_accel"]
 BODY = """# {title}
@@ -67,7 +68,7 @@ EVALUATION_SETTINGS = (
     *("ema", "guidance_scale", "guidance_interval", "method", "num_inference_steps", "num_images", "features"),
     "reference",
 )
-# Of these, whatever they look like, only the last part is shown.
+# Values under these keys are places, whatever they look like: only their last part is shown.
 PLACES = ("model", "images", "reference", "feature_weights", "make_reference", "output")
 MOST_RESULTS = 20
 FRECHET = re.compile(r"fid|fr[eé]chet|(?:^|_)fd(?:_|$)", re.IGNORECASE)
@@ -75,7 +76,7 @@ TASK = "unconditional-image-generation"
 
 
 def training_card(pipeline: JiTPipeline, record: Mapping, decay: str) -> str:
-    """The card of a training's result.
+    """Return the card of a training's result.
 
     Args:
         record: the run's settings and facts.
@@ -88,7 +89,7 @@ def training_card(pipeline: JiTPipeline, record: Mapping, decay: str) -> str:
         pipeline.config.class_names,
         title=f"{record['model']}, {record['img_size']} px",
         origin=f",\ntrained with jit_accel on {images} images of `{_inline(data)}` for {record['total_steps']:,} steps",
-        has_picture=True,
+        picture=f"\n![samples]({CARD_PICTURE})\n",
         made="Training",
         sentence=f"Weights: moving average with decay `{decay}`. The samples above: "
         f"guidance {record['guidance_scale']},\nHeun, {record['num_inference_steps']} steps.",
@@ -97,7 +98,7 @@ def training_card(pipeline: JiTPipeline, record: Mapping, decay: str) -> str:
 
 
 def conversion_card(pipeline: JiTPipeline, name: str, set_name: str, facts: Mapping) -> str:
-    """The card of a pipeline whose weights were converted from a checkpoint."""
+    """Return the card of a pipeline whose weights were converted from a checkpoint."""
     config, scheduler = pipeline.transformer.config, pipeline.scheduler.config
     sampling = {"prediction": scheduler.prediction_type, "noise_scale": scheduler.noise_scale, "t_eps": scheduler.t_eps}
     sampling |= {name: pipeline.config[name] for name in ("guidance_scale", "guidance_interval")}
@@ -111,44 +112,40 @@ def conversion_card(pipeline: JiTPipeline, name: str, set_name: str, facts: Mapp
     )
 
 
-def _card(
-    num_classes: int,
-    names: list[str] | None,
-    title: str,
-    made: str,
-    sentence: str,
-    settings: Mapping,
-    origin: str = "",
-    has_picture: bool = False,
-) -> str:
+def _bare_card(folder: Path) -> str:
+    """Return a card for a folder that came without one, from its configuration files alone."""
+    network = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    names = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")).get("class_names") or []
+    return _card(
+        network["num_classes"],
+        [names[number] for number in sorted(names, key=int)] if isinstance(names, dict) else names,
+        title=f"JiT, {network['img_size']} px",
+        made="Network",
+        sentence="Its configuration:",
+        settings={name: value for name, value in network.items() if not name.startswith("_")},
+    )
+
+
+def _card(num_classes: int, names: list[str] | None, *, settings: Mapping, **texts: str) -> str:
+    """Return a card from the texts of `BODY` that are not the same for all."""
     names = names or []
     shown = ", ".join(map(_inline, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     numbers = f"{num_classes} numbers, without names" if num_classes else "none"
-    example = names[:1] or [0 if num_classes else None]
-    body = BODY.format(
-        title=title,
-        origin=origin,
-        picture=f"\n![samples]({CARD_PICTURE})\n" if has_picture else "",
-        place=PLACEHOLDER,
-        example=json.dumps(example, ensure_ascii=False) if example[0] is not None else "[None]",
-        names=shown or numbers,
-        made=made,
-        sentence=sentence,
-        settings="\n".join(_rows(settings)),
-    )
+    example = json.dumps(names[:1] or [0], ensure_ascii=False) if num_classes else "[None]"
+    # Whatever has a slash may be a path, but for the model's name.
+    rows = [
+        f"| {name} | {_inline(value)} |"
+        for name, value in settings.items()
+        if value is not None and (name == "model" or not {"/", "\\"} & set(str(value)))
+    ]
+    texts = {"origin": "", "picture": "", **texts, "settings": "\n".join(rows)}
+    body = BODY.format(place=PLACEHOLDER, example=example, names=shown or numbers, **texts)
     data = ModelCardData(library_name="diffusers", pipeline_tag=TASK, tags=TAGS)
     return redacted(f"---\n{data.to_yaml()}\n---\n\n{body}")
 
 
-def _rows(settings: Mapping) -> Iterable[str]:
-    for name, value in settings.items():
-        # Whatever has a slash may be a path, but for the model's name.
-        if value is not None and (name == "model" or not {"/", "\\"} & set(str(value))):
-            yield f"| {name} | {_inline(value)} |"
-
-
 def _inline(value) -> str:
-    """Text that stays inside its line and its cell of a table."""
+    """Return text that stays inside its line and its cell of a table."""
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
@@ -165,14 +162,15 @@ def refresh_card(folder: Path, repo_id: str | None = None) -> None:
     before = path.read_text(encoding="utf-8") if path.exists() else None
     card = ModelCard(_bare_card(folder) if before is None else before)
     text, named = card.text, {None, UNNAMED}
-    if repo_id:
-        named |= {place.rpartition("/")[2] for place in _places_in_use(text)}
-        text = _with_repository(text, repo_id)
+    if repo_id:  # only in the card's own lines on how to use the model; what people wrote elsewhere is theirs
+        places = [match[2] for block in IN_USE.finditer(text) for match in PLACE.finditer(block[0])]
+        named |= {place.rpartition("/")[2] for place in places}
+        text = IN_USE.sub(lambda block: PLACE.sub(lambda match: f"{match[1]}{repo_id}{match[3]}", block[0]), text)
+        text = text.replace(f'"{PLACEHOLDER}"', f'"{repo_id}"')
     records = read_evaluations(folder / EVALUATION_FILE)
     if records:
         block = f"<!-- results -->\n{results_table(records)}\n<!-- /results -->"
-        marked = re.compile(r"<!-- results -->.*?<!-- /results -->", re.DOTALL)
-        text = marked.sub(lambda _: block, text) if marked.search(text) else f"{text.rstrip()}\n\n{block}\n"
+        text = RESULTS.sub(lambda _: block, text) if RESULTS.search(text) else f"{text.rstrip()}\n\n{block}\n"
         if card.data.model_name in named:  # and not a name that somebody has chosen
             card.data.model_name = repo_id.rpartition("/")[2] if repo_id else UNNAMED
         others = [result for result in card.data.eval_results or () if not _is_ours(result)]
@@ -185,40 +183,14 @@ def refresh_card(folder: Path, repo_id: str | None = None) -> None:
         write_text(path, card.content)
 
 
-def _places_in_use(text: str) -> list[str]:
-    """Where the card's own lines on how to use the model take it from."""
-    return [match[2] for block in IN_USE.finditer(text) for match in PLACE.finditer(block[0])]
-
-
-def _with_repository(text: str, repo_id: str) -> str:
-    """The card's own lines on how to use the model with this repository; what people wrote elsewhere is theirs."""
-    text = IN_USE.sub(lambda block: PLACE.sub(lambda match: f"{match[1]}{repo_id}{match[3]}", block[0]), text)
-    return text.replace(f'"{PLACEHOLDER}"', f'"{repo_id}"')
-
-
-def _bare_card(folder: Path) -> str:
-    """A card for a folder that came without one, from its configuration files alone."""
-    network = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-    names = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")).get("class_names") or []
-    return _card(
-        network["num_classes"],
-        [names[number] for number in sorted(names, key=int)] if isinstance(names, dict) else names,
-        title=f"JiT, {network['img_size']} px",
-        made="Network",
-        sentence="Its configuration:",
-        settings={name: value for name, value in network.items() if not name.startswith("_")},
-    )
-
-
 def read_evaluations(path: Path) -> list[dict]:
-    """The records of an `evaluation.json`, the newest last; what is not one of them is passed over."""
+    """Return the records of an `evaluation.json`, the newest last, without what is not one of them."""
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    records = records if isinstance(records, list) else [records]
     kept = []
-    for record in records:
+    for record in records if isinstance(records, list) else [records]:
         if isinstance(record, dict) and isinstance(record.get("metrics"), dict):
             settings = record.get("settings")  # beside the numbers, or in a mapping of their own
             numbers = {str(k): v for k, v in record["metrics"].items() if is_number(v)}
@@ -228,7 +200,7 @@ def read_evaluations(path: Path) -> list[dict]:
 
 
 def without_places(value, name: str = ""):
-    """A JSON value that has of all places only the last part, and no secrets: where something was is nobody's business.
+    """Return a JSON value without secrets, and with only the last part of each place: the rest is nobody's business.
 
     Args:
         name: the key that the value stands under.
@@ -239,24 +211,22 @@ def without_places(value, name: str = ""):
         return [without_places(part, name) for part in value]
     if not isinstance(value, str):
         return value
-    return _last_part(value) if name in PLACES or re.match(r"[/~\\]|[A-Za-z]:[/\\]", value) else redacted(value)
-
-
-def _last_part(place: str) -> str:
-    """`val.npz` of any path, or URL with whatever it asks for."""
-    bare = re.split(r"[?#]", redacted(place))[0] if "://" in place else redacted(place)
+    text = redacted(value)
+    if name not in PLACES and not re.match(r"[/~\\]|[A-Za-z]:[/\\]", value):
+        return text
+    bare = re.split(r"[?#]", text)[0] if "://" in value else text
     return re.split(r"[/\\]", bare.rstrip("/\\"))[-1]
 
 
 def _evaluation_settings(settings: Mapping) -> dict[str, str]:
-    """What belongs beside the numbers; of paths only the last part."""
+    """Return what belongs beside the numbers; of paths only the last part."""
     shown = {name: settings[name] for name in EVALUATION_SETTINGS if settings.get(name) is not None}
     shown = {name: " to ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for name, v in shown.items()}
-    return {name: without_places(value, name) for name, value in shown.items()}
+    return without_places(shown)
 
 
 def results_table(records: list[dict]) -> str:
-    """The evaluations as a section of the card, one row each."""
+    """Return the evaluations as a section of the card, one row each."""
     settings = [_evaluation_settings(record["settings"]) for record in records]
     columns = [name for name in EVALUATION_SETTINGS if any(name in row for row in settings)]
     metrics = list(dict.fromkeys(name for record in records for name in record["metrics"]))
@@ -268,29 +238,28 @@ def results_table(records: list[dict]) -> str:
 
 
 def evaluation_results(records: list[dict]) -> list[EvalResult]:
-    """The Fréchet distances, as the Hub's `model-index` wants them."""
+    """Return the Fréchet distances as the Hub's `model-index` wants them."""
     found = []
     for record in records:
         settings = _evaluation_settings(record["settings"])
-        reference = settings.get("reference", "unknown")
-        details = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "reference")
-        for name, value in record["metrics"].items():
-            if FRECHET.search(name):
-                found.append(
-                    EvalResult(
-                        task_type=TASK,
-                        dataset_type=re.sub(r"[^\w.-]+", "-", reference) or "unknown",
-                        dataset_name=reference or "unknown",
-                        metric_type=name,
-                        metric_value=value,
-                        metric_name=f"{name} ({details})" if details else name,
-                    )
-                )
+        reference = settings.pop("reference", "") or "unknown"
+        details = ", ".join(f"{name} {value}" for name, value in settings.items())
+        found += [
+            EvalResult(
+                task_type=TASK,
+                dataset_type=re.sub(r"[^\w.-]+", "-", reference),
+                dataset_name=reference,
+                metric_type=name,
+                metric_value=value,
+                metric_name=f"{name} ({details})" if details else name,
+            )
+            for name, value in record["metrics"].items()
+            if FRECHET.search(name)
+        ]
     return found
 
 
 def _is_ours(result: EvalResult) -> bool:
-    """Whether `evaluation_results` made it; what people have added to the card stays there."""
+    """Return whether `evaluation_results` made it; what people have added to the card stays there."""
     kind, name = result.metric_type, result.metric_name or ""
-    is_named_so = name == kind or name.startswith(f"{kind} (")
-    return result.task_type == TASK and is_named_so and bool(FRECHET.search(kind))
+    return result.task_type == TASK and (name == kind or name.startswith(f"{kind} (")) and bool(FRECHET.search(kind))

@@ -14,10 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from jit_accel.base.files import write_text
-
 PACKAGE = "jit_accel"
-PIPELINE_FILE = "pipeline.py"
 INDEX_FILE = "model_index.json"
 
 HEADER = '''"""{name} of jit_accel {version} (MIT), put together from its modules when the pipeline was saved."""
@@ -42,52 +39,41 @@ def carry_code(folder: Path, pipeline_class: type) -> None:
         if (folder / name).is_dir() and (component := _our_class(*value)):
             (folder / name / f"jit_{name}.py").write_text(carried_source(component), encoding="utf-8")
             index[name] = [f"jit_{name}", component.__name__]
-            _forget_origin(folder / name / "config.json")
+            config = folder / name / "config.json"
+            if config.is_file():
+                content = json.loads(config.read_text(encoding="utf-8"))
+                content.pop("_name_or_path", None)
+                config.write_text(json_text(content), encoding="utf-8")
     if _our_class(pipeline_class.__module__, pipeline_class.__name__):
-        (folder / PIPELINE_FILE).write_text(carried_source(pipeline_class), encoding="utf-8")
-        index["_class_name"] = [Path(PIPELINE_FILE).stem, pipeline_class.__name__]
+        (folder / "pipeline.py").write_text(carried_source(pipeline_class), encoding="utf-8")
+        index["_class_name"] = ["pipeline", pipeline_class.__name__]
     if isinstance(index.get("class_names"), list):
         # On the Hub diffusers takes every list that starts with a text for a component, and looks for its code.
         index["class_names"] = {str(i): name for i, name in enumerate(index["class_names"])}
-    write_index(folder, index)
+    (folder / INDEX_FILE).write_text(json_text(index), encoding="utf-8")
 
 
-def write_index(folder: Path, index: dict) -> None:
-    """Replace `model_index.json`, whole or not at all."""
-    _write_json(folder / INDEX_FILE, index)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def _forget_origin(path: Path) -> None:
-    if path.is_file() and "_name_or_path" in (config := json.loads(path.read_text(encoding="utf-8"))):
-        del config["_name_or_path"]
-        _write_json(path, config)
+def json_text(content: dict) -> str:
+    """Return JSON as diffusers writes it, but with letters of all languages as they are."""
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _our_class(module: str | None, name: str) -> type | None:
-    """A class of this package, or one that was carried by a folder; None for any other."""
+    """Return a class of this package, or one that was carried by a folder; None for any other."""
     if module and module.partition(".")[0] in (PACKAGE, "diffusers_modules"):
         return getattr(sys.modules.get(module), name, None)
     return None
 
 
 def carried_source(cls: type) -> str:
-    """One file that defines this class and imports nothing of this package."""
+    """Return the text of a file that defines this class and imports nothing of this package."""
     if cls.__module__.partition(".")[0] != PACKAGE:  # it came with a folder, and is such a file already
         return inspect.getsource(sys.modules[cls.__module__])
     imports, parts = {"import importlib": None}, {}
     _collect(cls.__module__, imports, parts)
-    version = importlib.import_module(PACKAGE).__version__
-    return (
-        HEADER.format(name=cls.__name__, version=version)
-        + "\n".join(sorted(imports))
-        + "\n"
-        + "".join(parts.values())
-        + FOOTER.format(name=cls.__name__, package=PACKAGE)
-    )
+    header = HEADER.format(name=cls.__name__, version=importlib.import_module(PACKAGE).__version__)
+    footer = FOOTER.format(name=cls.__name__, package=PACKAGE)
+    return header + "\n".join(sorted(imports)) + "\n" + "".join(parts.values()) + footer
 
 
 def _collect(module: str, imports: dict[str, None], parts: dict[str, str]) -> None:
@@ -95,14 +81,14 @@ def _collect(module: str, imports: dict[str, None], parts: dict[str, str]) -> No
     source = inspect.getsource(importlib.import_module(module))
     lines: list[str | None] = source.splitlines()
     for i, node in enumerate(ast.parse(source).body):
-        from_where = node.module if isinstance(node, ast.ImportFrom) else ""
-        if from_where == PACKAGE:
+        origin = node.module if isinstance(node, ast.ImportFrom) else ""
+        if origin == PACKAGE:
             raise ValueError(f"{module}: `{ast.unparse(node)}` cannot be carried: import names, not a module")
-        if from_where.startswith(f"{PACKAGE}."):
-            if from_where not in parts:
-                _collect(from_where, imports, parts)
+        if origin.startswith(f"{PACKAGE}."):
+            if origin not in parts:
+                _collect(origin, imports, parts)
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            if from_where != "__future__":
+            if origin != "__future__":
                 imports[ast.unparse(node)] = None
         elif i > 0 or not isinstance(node, ast.Expr):  # else it is the module's docstring
             continue

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from jit_accel.base.errors import UserError, lookup
-from jit_accel.model.carried_code import INDEX_FILE, write_index
-from jit_accel.model.guidance import checked_interval, checked_scale, checked_steps
+from jit_accel.base.files import write_text
+from jit_accel.model.carried_code import INDEX_FILE, json_text
+from jit_accel.model.guidance import checked_count, checked_interval, checked_scale
 from jit_accel.model.scheduler import checked_method
 
 # How a value is checked, and what it is where the pipeline does not say.
 DEFAULTS: dict[str, tuple[Callable, Any]] = {
     "guidance_scale": (checked_scale, 1.0),
     "guidance_interval": (lambda interval: list(checked_interval(interval)), [0.1, 1.0]),
-    "num_inference_steps": (checked_steps, None),
+    "num_inference_steps": (lambda steps: checked_count("num_inference_steps", steps), None),
     "method": (checked_method, None),
 }
 
@@ -44,4 +45,4 @@ def write_defaults(folder: str | os.PathLike, **settings) -> None:
             index[name] = otherwise if value is None else check(value)
         except ValueError as error:
             raise UserError(str(error)) from None
-    write_index(folder, index)
+    write_text(folder / INDEX_FILE, json_text(index))

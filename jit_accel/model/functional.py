@@ -19,9 +19,13 @@ from jit_accel.config.presets import TIME_FEATURES
 NORM_EPS = 1e-6
 
 
-def _axis(grid: int, trained_grid: int) -> Tensor:
+def _grid_angles(dim: int, grid: tuple[int, int], trained_grid: int) -> tuple[Tensor, Tensor]:
+    """Return the angles of each token's row and of its column, each (N, dim), float64."""
+    omega = 10000.0 ** (-torch.arange(dim, dtype=torch.float64, device="cpu") / dim)
     # Another image size sees the positions of the training size, spread evenly: nothing is extrapolated.
-    return torch.arange(grid, dtype=torch.float64, device="cpu") * (trained_grid / grid)
+    axes = (torch.arange(n, dtype=torch.float64, device="cpu") * (trained_grid / n) for n in grid)
+    rows, columns = (torch.outer(axis, omega) for axis in axes)
+    return rows[:, None].expand(-1, grid[1], -1).flatten(0, 1), columns.repeat(grid[0], 1)
 
 
 def _constant(table: Tensor, device: torch.device) -> Tensor:
@@ -40,11 +44,8 @@ def fixed_table(compute):
 
 @fixed_table
 def position_table(dim: int, grid: tuple[int, int], trained_grid: int, device: torch.device) -> Tensor:
-    """Fixed 2-D sin-cos embedding (1, N, dim): column index in the first half, row index in the second."""
-    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim / 4))
-    rows, columns = (torch.outer(_axis(n, trained_grid), omega) for n in grid)
-    rows = rows[:, None].expand(-1, grid[1], -1).flatten(0, 1)
-    columns = columns.repeat(grid[0], 1)
+    """Return the fixed 2-D sin-cos embedding (1, N, dim): column index in the first half, row index in the second."""
+    rows, columns = _grid_angles(dim // 4, grid, trained_grid)
     return _constant(torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], 1)[None], device)
 
 
@@ -52,21 +53,18 @@ def position_table(dim: int, grid: tuple[int, int], trained_grid: int, device: t
 def rope_table(
     head_dim: int, grid: tuple[int, int], trained_grid: int, prefix: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Axial rotary tables (cos, sin), each (prefix + N, 1, head_dim / 2): rows first, columns second.
+    """Return axial rotary tables (cos, sin), each (prefix + N, 1, head_dim / 2): rows first, columns second.
 
     The `prefix` in-context tokens get angle 0: they are not rotated.
     """
-    frequencies = 10000.0 ** (-torch.arange(head_dim // 4, dtype=torch.float64, device="cpu") / (head_dim / 4))
-    rows, columns = (torch.outer(_axis(n, trained_grid), frequencies) for n in grid)
-    rows = rows[:, None].expand(-1, grid[1], -1).flatten(0, 1)
-    angles = torch.cat([rows, columns.repeat(grid[0], 1)], 1)
+    angles = torch.cat(_grid_angles(head_dim // 4, grid, trained_grid), 1)
     angles = torch.cat([angles.new_zeros(prefix, head_dim // 2), angles])
     return _constant(angles.cos()[:, None], device), _constant(angles.sin()[:, None], device)
 
 
 @fixed_table
 def time_frequencies(device: torch.device) -> Tensor:
-    """The (128,) angular frequencies of the timestep embedding."""
+    """Return the (128,) angular frequencies of the timestep embedding."""
     half = TIME_FEATURES // 2
     return _constant(10000.0 ** (-torch.arange(half, dtype=torch.float64, device="cpu") / half), device)
 
@@ -80,13 +78,13 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def rms_normalise(x: Tensor) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps)` over the last dimension, in float32 where x is bf16 or fp16."""
+    """Return `x / sqrt(mean(x^2) + eps)` over the last dimension, in float32 where x is bf16 or fp16."""
     x = _wide(x)
     return _RMSNormalise.apply(x) if _by_hand(x) else F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
 def modulated_rms_norm(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """`RMSNorm(x) (1 + scale) + shift`, with x (B, T, D) and shift, scale (B, 1, D), in the dtype of shift.
+    """Return `RMSNorm(x) (1 + scale) + shift`, with x (B, T, D) and shift, scale (B, 1, D), in the dtype of shift.
 
     The norm's weight joins the scale, which is there once an image, not once a token.
     """
@@ -95,7 +93,7 @@ def modulated_rms_norm(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) 
 
 
 def normalised_and_rotated(x: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """RMSNorm over each head, then turn each neighbouring pair of channels by its token's angle, in float32.
+    """Return RMSNorm(x) over each head, each neighbouring pair of channels turned by its token's angle, in float32.
 
     x is (B, T, heads, head_dim); rope is (cos, sin), each (T, 1, head_dim / 2).
     """
@@ -103,7 +101,7 @@ def normalised_and_rotated(x: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`(a, b) -> (a cos - b sin, b cos + a sin)` for each neighbouring pair of channels of x."""
+    """Turn each neighbouring pair of channels of x, `(a, b) -> (a cos - b sin, b cos + a sin)`."""
     if _by_hand(x):  # one pass forward, one backward; the compiler does not know complex numbers
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
@@ -112,7 +110,7 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def gated_silu(x: Tensor) -> Tensor:
-    """`silu(a) b` for the two halves a, b of the last dimension."""
+    """Return `silu(a) b` of the two halves a, b of the last dimension."""
     if _by_hand(x):
         return _GatedSiLU.apply(x)
     a, b = x.chunk(2, dim=-1)

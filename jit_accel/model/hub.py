@@ -24,16 +24,23 @@ from jit_accel.model.card import refresh_card, without_places
 LOGIN_TIMEOUT_S = 10.0
 # Without a byte in either direction; by default the client waits for ever.
 SILENCE_TIMEOUT_S = 120.0
-# What a pipeline folder is made of; not what else may lie about in it.
+# The parts of a pipeline folder; what else may lie about in it is not shared.
 SHARED_FOLDERS = (".", "transformer", "scheduler")
 SHARED_SUFFIXES = (".json", ".safetensors", ".md", ".png", ".webp", ".gif", ".svg", ".csv", ".py")
 UNFINISHED = (".", "tmp_")  # how hidden files begin, and those that a stopped process left
 EVALUATIONS = "evaluation*.json"
+REASONS = {
+    401: "the Hub refuses the token: log in again (hf auth login), or set HF_TOKEN to a valid one.",
+    403: "the token may not write to {repo_id}: log in with one that may (hf auth login), or change --hub_model_id.",
+    404: "the token may not write to {repo_id}, or make it: check --hub_model_id, or log in with one that may.",
+    413: "the Hub finds it too large.",
+    429: "the Hub asks to wait (429): try again later.",
+}
 
 
 @contextlib.contextmanager
 def patience(seconds: float) -> Iterator[None]:
-    """Requests of the Hub's client give up after this long without an answer."""
+    """Let requests of the Hub's client give up after this long without an answer."""
     make_client = _http._GLOBAL_CLIENT_FACTORY  # there is no public way to ask for it
 
     def make_patient_client():
@@ -64,14 +71,11 @@ def check_login(repo_id: str) -> None:
         with patience(LOGIN_TIMEOUT_S):
             account = HfApi().whoami()
     except LocalTokenNotFoundError:
-        raise UserError(
-            "nobody is logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN to a "
-            "token that may write.",
-            about="push_to_hub",
-        ) from None
+        rule = "nobody is logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN to a token that may "
+        raise UserError(f"{rule}write.", about="push_to_hub") from None
     except Exception as error:  # of the client, of the network, of JSON
         if status_of(error) in (401, 403):
-            raise UserError(f"{reason_of(error, repo_id)}", about="push_to_hub") from None
+            raise UserError(reason_of(error, repo_id), about="push_to_hub") from None
         warn(f"--push_to_hub: the login cannot be checked now ({reason_of(error, repo_id)})")
         return
     if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
@@ -79,12 +83,8 @@ def check_login(repo_id: str) -> None:
     names = [account.get("name"), *(org.get("name") for org in account.get("orgs") or ())]
     writable = [str(name) for name in names if name]
     if writable and repo_id.partition("/")[0].lower() not in [name.lower() for name in writable]:
-        raise UserError(
-            f"the login may write to {', '.join(writable)} only: change the owner, or log in "
-            "as another (hf auth login).",
-            about="hub_model_id",
-            value=repo_id,
-        )
+        rule = f"the login may write to {', '.join(writable)} only: change the owner, or log in as another "
+        raise UserError(f"{rule}(hf auth login).", about="hub_model_id", value=repo_id)
 
 
 def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
@@ -101,7 +101,8 @@ def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
     try:
         with patience(SILENCE_TIMEOUT_S):
             make_repository(api, repo_id, private)
-            operations = [CommitOperationAdd(name, as_shared(folder / name)) for name in shared_files(folder)]
+            files = {name: shared_content(folder / name) for name in shared_files(folder)}
+            operations = [CommitOperationAdd(name, content) for name, content in files.items()]
             api.create_commit(repo_id, operations, commit_message="Upload pipeline")
     except UserError:
         raise
@@ -111,25 +112,27 @@ def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
 
 
 def shared_files(folder: Path) -> list[str]:
-    """What is pushed of a pipeline folder, as paths inside it. Its other folders are not looked into."""
+    """Return what is pushed of a pipeline folder, as paths inside it. Its other folders are not looked into."""
     files = [file for name in SHARED_FOLDERS for file in (folder / name).glob("*") if file.is_file()]
     kept = [file for file in files if file.suffix in SHARED_SUFFIXES and not file.name.startswith(UNFINISHED)]
     return sorted(file.relative_to(folder).as_posix() for file in kept)
 
 
-def as_shared(file: Path) -> Path | bytes:
-    """The file, or in place of an evaluation its content without the places of this machine."""
-    if not file.match(EVALUATIONS):
-        return file
+def shared_content(file: Path) -> Path | bytes:
+    """Return the file, or in place of an evaluation its content without the places of this machine."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8")) if file.match(EVALUATIONS) else None
     except ValueError:
-        return file
-    return json.dumps(without_places(content), indent=1, ensure_ascii=False).encode()
+        content = None
+    return file if content is None else json.dumps(without_places(content), indent=1, ensure_ascii=False).encode()
 
 
 def make_repository(api: HfApi, repo_id: str, private: bool) -> None:
-    """Create the repository where it is not there yet; never push to a public one what should be private."""
+    """Create the repository where it is not there yet.
+
+    Raises:
+        UserError: a public one is there, and what is pushed should be private.
+    """
     try:
         api.create_repo(repo_id, private=private or None)  # None: as the owner has it by default
     except HfHubHTTPError as error:
@@ -138,51 +141,38 @@ def make_repository(api: HfApi, repo_id: str, private: bool) -> None:
         # 409: it is there. 403: a token for certain repositories only, of which this may be one.
         info = api.model_info(repo_id) if private or status_of(error) == 403 else None
         if private and not info.private:
-            raise UserError(
-                f"{repo_id} exists and is public: make it private in its settings on the Hub, or give "
-                "another --hub_model_id.",
-                about="hub_private",
-            ) from None
+            rule = f"{repo_id} exists and is public: make it private in its settings on the Hub, or give another "
+            raise UserError(f"{rule}--hub_model_id.", about="hub_private") from None
 
 
 def share(folder: Path, hub: HubConfig) -> None:
     """Push at the end of a training, which never fails for it: what stood in the way is a warning."""
     again = f"python -m jit_accel.convert --input {shlex.quote(str(folder))} --push_to_hub"
-    again += f" --hub_model_id {hub.hub_model_id}"
-    again += " --hub_private" * hub.hub_private
+    again += f" --hub_model_id {hub.hub_model_id}{' --hub_private' * hub.hub_private}"
+    safe = f"The pipeline is safe in {folder}; push it again with:\n  {again}"
     try:
         say(f"Pushed:     {push_folder(folder, hub.hub_model_id, private=hub.hub_private)}")
     except UserError as error:
-        warn(f"{message_of(error)} The pipeline is safe in {folder}; push it again with:\n  {again}")
+        warn(f"{message_of(error)} {safe}")
     except KeyboardInterrupt:
-        warn(f"the upload was interrupted. The pipeline is safe in {folder}; push it again with:\n  {again}")
+        warn(f"the upload was interrupted. {safe}")
         raise
 
 
 def status_of(error: Exception) -> int | None:
-    """The HTTP status that an error of the Hub's client reports."""
+    """Return the HTTP status that an error of the Hub's client reports."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-REASONS = {
-    401: "the Hub refuses the token: log in again (hf auth login), or set HF_TOKEN to a valid one.",
-    403: "the token may not write to {repo_id}: log in with one that may (hf auth login), or change --hub_model_id.",
-    404: "the token may not write to {repo_id}, or make it: check --hub_model_id, or log in with one that may.",
-    413: "the Hub finds it too large.",
-    429: "the Hub asks to wait (429): try again later.",
-}
-
-
 def reason_of(error: Exception, repo_id: str) -> str:
-    """What went wrong, in a sentence with a remedy."""
-    status = status_of(error)
+    """Return what went wrong, in a sentence with a remedy."""
+    status, kind = status_of(error), type(error).__name__
     if status in REASONS:
         return REASONS[status].format(repo_id=repo_id)
     if status is not None and status >= 500:
         return f"the Hub has trouble ({status}): try again later."
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, which forbids it: unset it."
-    kind = type(error).__name__
     if "Timeout" in kind:
         return "the Hub does not answer: try again later, or see whether the network reaches it."
     if "Connect" in kind or isinstance(error, ConnectionError):

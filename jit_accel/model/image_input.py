@@ -35,7 +35,7 @@ class KnownRegion:
 
 
 def start_images(image: Picture | Sequence[Picture], size: tuple[int, int], batch: int) -> Tensor:
-    """Images as the network sees them, (batch, 3, H, W) in [-1, 1]; one serves all of the batch.
+    """Return images as the network sees them, (batch, 3, H, W) in [-1, 1]; one serves all of the batch.
 
     Args:
         image: PIL; arrays (H, W, 3) or (B, H, W, 3); tensors (3, H, W) or (B, 3, H, W); uint8, or floats in [0, 1];
@@ -49,7 +49,7 @@ def start_images(image: Picture | Sequence[Picture], size: tuple[int, int], batc
 
 
 def repaint_mask(mask: Picture | Sequence[Picture], size: tuple[int, int], batch: int) -> Tensor:
-    """(batch, 1, H, W), True where the mask is at least half white.
+    """Return (batch, 1, H, W), True where the mask is at least half white.
 
     Args:
         mask: as for `start_images`, or with one channel or none: (H, W).
@@ -59,7 +59,7 @@ def repaint_mask(mask: Picture | Sequence[Picture], size: tuple[int, int], batch
 
 def _fitted(name: str, given, channels: int, size: tuple[int, int], batch: int) -> Tensor:
     pictures = given if isinstance(given, list | tuple) else [given]
-    tensors = [_resized(part, size) for picture in pictures for part in _tensor(name, picture, channels)]
+    tensors = [_resized(part, size) for picture in pictures for part in _pixels(name, picture, channels)]
     if len(tensors) == 1:
         tensors *= batch
     if len(tensors) != batch:
@@ -67,39 +67,38 @@ def _fitted(name: str, given, channels: int, size: tuple[int, int], batch: int) 
     return torch.stack(tensors)
 
 
-def _tensor(name: str, picture: Picture, channels: int) -> Tensor:
-    """(B, channels, H, W), float32 in [0, 1]."""
-    if isinstance(picture, Image.Image):
-        if picture.mode.startswith(("I", "F")):  # Pillow cuts such values off at 255
-            raise ValueError(
-                f"{name} has the mode {picture.mode}: give 8 bits a channel, or an array of floats from 0 to 1"
-            )
-        picture = np.array(ImageOps.exif_transpose(picture).convert("RGB" if channels == 3 else "L"))
-    if isinstance(picture, np.ndarray):
-        pixels = torch.from_numpy(np.ascontiguousarray(picture))
-        if pixels.ndim > 2 and pixels.shape[-1] in (1, 3):
-            pixels = pixels.movedim(-1, -3)
-    elif isinstance(picture, Tensor):
-        pixels = picture.detach()
-    else:
-        raise ValueError(f"{name} of {type(picture).__name__}: give a PIL image, an array or a tensor, or a list")
-    kind, shape = pixels.dtype, tuple(picture.shape)
-    if isinstance(picture, np.ndarray) and picture.ndim > 2 and shape[-1] == 4:
-        what = "black and white (H, W)" if channels == 1 else "RGB (H, W, 3)"
-        raise ValueError(f"{name} has the shape {shape}, with an alpha channel: give it as {what}")
-    is_bytes = kind == torch.uint8 and not (channels == 1 and pixels.max() <= 1)  # masks are also made of 0 and 1
-    pixels = pixels.float() / 255 if is_bytes else pixels.float()
+def _pixels(name: str, picture: Picture, channels: int) -> Tensor:
+    """Return (B, channels, H, W), float32 in [0, 1]."""
+    pixels = _channels_first(name, picture, channels)
+    is_bytes = pixels.dtype == torch.uint8 and not (channels == 1 and pixels.max() <= 1)  # masks are also of 0 and 1
+    kind, pixels = pixels.dtype, pixels.float() / 255 if is_bytes else pixels.float()
     if pixels.ndim == 2 or (channels == 1 and pixels.ndim == 3 and pixels.shape[0] not in (1, 3)):
         pixels = pixels.unsqueeze(-3)
     pixels = pixels[None] if pixels.ndim == 3 else pixels
     if pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
-        raise ValueError(
-            f"{name} has the shape {shape}: give arrays (H, W, 3) or (B, H, W, 3), or tensors (3, H, W) or (B, 3, H, W)"
-        )
-    if not (pixels.min() >= 0 and pixels.max() <= 1):
-        low, high = pixels.min().item(), pixels.max().item()
+        wanted = "arrays (H, W, 3) or (B, H, W, 3), or tensors (3, H, W) or (B, 3, H, W)"
+        raise ValueError(f"{name} has the shape {tuple(picture.shape)}: give {wanted}")
+    low, high = pixels.min().item(), pixels.max().item()
+    if not (low >= 0 and high <= 1):
         raise ValueError(f"{name} has values from {low:g} to {high:g} ({kind}): give uint8, or floats from 0 to 1")
     return pixels.mean(1, keepdim=True) if channels == 1 else pixels.expand(-1, 3, -1, -1)
+
+
+def _channels_first(name: str, picture: Picture, channels: int) -> Tensor:
+    if isinstance(picture, Image.Image):
+        if picture.mode.startswith(("I", "F")):  # Pillow cuts such values off at 255
+            remedy = "give 8 bits a channel, or an array of floats from 0 to 1"
+            raise ValueError(f"{name} has the mode {picture.mode}: {remedy}")
+        picture = np.array(ImageOps.exif_transpose(picture).convert("RGB" if channels == 3 else "L"))
+    if isinstance(picture, Tensor):
+        return picture.detach()
+    if not isinstance(picture, np.ndarray):
+        raise ValueError(f"{name} of {type(picture).__name__}: give a PIL image, an array or a tensor, or a list")
+    if picture.ndim > 2 and picture.shape[-1] == 4:
+        form = "black and white (H, W)" if channels == 1 else "RGB (H, W, 3)"
+        raise ValueError(f"{name} has the shape {picture.shape}, with an alpha channel: give it as {form}")
+    pixels = torch.from_numpy(np.ascontiguousarray(picture))
+    return pixels.movedim(-1, -3) if pixels.ndim > 2 and pixels.shape[-1] in (1, 3) else pixels
 
 
 def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -115,7 +114,7 @@ def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def skipped_steps(steps: int, image, strength: float | None, mask_image) -> int:
-    """Of the steps from noise those that an image takes the place of.
+    """Return how many of the steps from noise an image takes the place of.
 
     Raises:
         ValueError: a strength outside (0, 1], or settings of an image without one.

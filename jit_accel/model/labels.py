@@ -13,7 +13,7 @@ Label = int | str | None
 
 
 def label_ids(class_labels: Label | Sequence[Label] | Tensor, num_classes: int, names: list[str] | None) -> list[int]:
-    """Class numbers, names or None, or a list of them, as the network's labels; `num_classes` is "no class".
+    """Return class numbers, names or None, or a list of them, as the network's labels; `num_classes` is "no class".
 
     None in place of a list means the one class of a network that was trained without labels, else "no class".
 
@@ -33,39 +33,31 @@ def label_ids(class_labels: Label | Sequence[Label] | Tensor, num_classes: int, 
 
 
 def _label_id(label: Label, num_classes: int, names: list[str] | None) -> int:
-    if isinstance(label, Tensor | np.ndarray) and label.ndim == 0:
+    if isinstance(label, Tensor | np.ndarray | np.generic) and label.ndim == 0:
         label = label.item()
+    last, found = num_classes - 1, None
     if label is None:
         return num_classes
     if num_classes == 0:
-        raise ValueError(f"class {label!r}: the network knows no classes; use None for an image of no class")
-    if isinstance(label, str):
-        return _id_of_name(label, num_classes, names)
-    if isinstance(label, bool) or not isinstance(label, int | np.integer):
-        raise ValueError(
-            f"class {label!r} is no label: use whole numbers from 0 to {num_classes - 1}, names, "
-            "or None for an image of no class"
-        )
-    if not 0 <= label < num_classes:
-        raise ValueError(
-            f"class {label}: the network knows {num_classes} classes; use 0 to {num_classes - 1}, "
-            "or None for an image of no class"
-        )
-    return int(label)
+        rule = "the network knows no classes; use None for an image of no class"
+    elif isinstance(label, str) and names is None:
+        rule = f"this pipeline has no class names; use 0 to {last}"
+    elif isinstance(label, str):
+        found = find_name(label, names)
+        rule = f"is not among {', '.join(names[:10])}{', ...' * (len(names) > 10)}.{nearest(label, names)}"
+    elif isinstance(label, bool) or not isinstance(label, int):
+        rule = f"is no label; use whole numbers from 0 to {last}, names, or None for an image of no class"
+    else:
+        found = label if 0 <= label <= last else None
+        rule = f"the network knows {num_classes} classes; use 0 to {last}, or None for an image of no class"
+    if found is None:
+        raise ValueError(f"class {label!r}: {rule}")
+    return found
 
 
 def find_name(name: str, names: Sequence[str]) -> int | None:
-    """The place of a name in `names`; its case only matters where there are several that differ in nothing else."""
+    """Return the place of a name in `names`; its case matters only among several that differ in nothing else."""
     if name in names:
         return names.index(name)
     lowered = [known.lower() for known in names]
     return lowered.index(name.lower()) if name.lower() in lowered else None
-
-
-def _id_of_name(label: str, num_classes: int, names: list[str] | None) -> int:
-    if names is None:
-        raise ValueError(f"class {label!r}: this pipeline has no class names; use 0 to {num_classes - 1}")
-    if (found := find_name(label, names)) is not None:
-        return found
-    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    raise ValueError(f"class {label!r} is not among {shown}.{nearest(label, names)}")

@@ -65,7 +65,7 @@ class Adapter:
 
 
 def merged(tensors: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The weights of a plain network that does what this one does with an adapter.
+    """Return the weights of a plain network that does what this one does with an adapter.
 
     Args:
         tensors: weights by name, of a network with or without the adapter's layers.
@@ -82,7 +82,7 @@ def merged(tensors: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: 
 
 
 def identity_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes and values."""
+    """Return the SHA-256 of names, shapes and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -103,18 +103,15 @@ def refuse_other_base(checkpoint: Path, state: dict, path: str, identity: str) -
 
 
 def _targeted(network: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
-    """The Linear layers that each target names."""
+    """Return the Linear layers that the targets name."""
     modules = dict(network.named_modules())
     found = {}
     for target in targets:
-        named = {name: module for name, module in modules.items() if name == target or name.endswith(f".{target}")}
+        named = {name: module for name, module in modules.items() if f".{name}".endswith(f".{target}")}
         if not named or not all(isinstance(module, nn.Linear) for module in named.values()):
             linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
             choices = list(dict.fromkeys(name.split(".", 2)[-1] if "blocks." in name else name for name in linear))
-            raise UserError(
-                f"must be the end of a Linear layer's name, such as {', '.join(choices)}.{nearest(target, choices)}",
-                about="lora_targets",
-                value=target,
-            )
+            rule = f"must be the end of a Linear layer's name, such as {', '.join(choices)}.{nearest(target, choices)}"
+            raise UserError(rule, about="lora_targets", value=target)
         found |= named
     return found

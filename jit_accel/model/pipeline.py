@@ -14,9 +14,9 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from jit_accel.model.carried_code import INDEX_FILE, carry_code
-from jit_accel.model.guidance import checked_count, checked_interval, checked_scale, checked_steps, guidance_weight
+from jit_accel.model.guidance import checked_count, checked_interval, checked_scale, guidance_weight
 from jit_accel.model.image_input import KnownRegion, Picture, repaint_mask, skipped_steps, start_images
-from jit_accel.model.kept_card import OwnCardMixin
+from jit_accel.model.kept_card import KeptCardMixin
 from jit_accel.model.labels import Label, label_ids
 from jit_accel.model.lora_loader import JiTLoraLoaderMixin
 from jit_accel.model.scheduler import JiTScheduler, checked_method
@@ -25,9 +25,10 @@ from jit_accel.model.transformer import JiTTransformer2DModel
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 COMPONENTS = {"transformer": JiTTransformer2DModel, "scheduler": JiTScheduler}
 STEPS = 50  # where neither the call nor the pipeline says
+DOWNLOAD_SETTINGS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 
 
-class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
+class JiTPipeline(KeptCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
     """Generate images of given classes with a JiT.
 
     Args:
@@ -64,12 +65,14 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
                 f"class_names has {len(class_names)} names, but the network has {num_classes} classes: "
                 "give one name for each, in the order of the labels"
             )
+        if num_inference_steps is not None:
+            num_inference_steps = checked_count("num_inference_steps", num_inference_steps)
         self.register_modules(transformer=transformer, scheduler=scheduler)
         self.register_to_config(
             class_names=None if class_names is None else [str(name) for name in class_names],
             guidance_scale=checked_scale(guidance_scale),
             guidance_interval=list(checked_interval(guidance_interval)),
-            num_inference_steps=None if num_inference_steps is None else checked_steps(num_inference_steps),
+            num_inference_steps=num_inference_steps,
             method=None if method is None else checked_method(method),
         )
         self._interrupt = False
@@ -77,7 +80,7 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
 
     @classmethod
     def load_config(cls, *args, **kwargs):
-        """The content of `model_index.json`, with this package's classes in place of the code the folder carries."""
+        """Return the content of `model_index.json`, with this package's classes in place of the code of the folder."""
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config["_class_name"] = cls.__name__
@@ -93,8 +96,7 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
         Args:
             revision, cache_dir, token, force_download, local_files_only: as in `from_pretrained`.
         """
-        names = ("revision", "cache_dir", "token", "force_download", "local_files_only")
-        settings = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        settings = {name: kwargs[name] for name in DOWNLOAD_SETTINGS if kwargs.get(name) is not None}
         patterns = [INDEX_FILE, *(f"{name}/*.{kind}" for name in COMPONENTS for kind in ("json", "safetensors"))]
         return snapshot_download(pretrained_model_name, allow_patterns=patterns, **settings)
 
@@ -105,7 +107,7 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the call in progress ends after the current step: set `pipe._interrupt = True` in a callback."""
+        """True where the call in progress ends after the current step: a callback sets `pipe._interrupt = True`."""
         return self._interrupt
 
     @property
@@ -134,7 +136,7 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
         strength: float | None = None,
         mask_image: Picture | Sequence[Picture] | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Generate images of classes, from noise or from images.
+        """Return images of classes, made from noise or from images.
 
         Args:
             class_labels: a class number, its name (case does not matter), or None for "no class"; or a list. Left
@@ -173,8 +175,9 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r}: choose from {', '.join(OUTPUT_TYPES)}")
         own = self.config
-        steps = own.num_inference_steps or STEPS if num_inference_steps is None else checked_steps(num_inference_steps)
-        scale = own.guidance_scale if guidance_scale is None else checked_scale(guidance_scale)
+        steps = num_inference_steps if num_inference_steps is not None else own.num_inference_steps or STEPS
+        steps = checked_count("num_inference_steps", steps)
+        scale = checked_scale(own.guidance_scale if guidance_scale is None else guidance_scale)
         interval = checked_interval(own.guidance_interval if guidance_interval is None else guidance_interval)
         on_step_end = self._step_end(callback_on_step_end, callback_on_step_end_tensor_inputs)
         device = self._execution_device
@@ -184,35 +187,34 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
         with_class = [row for row, i in enumerate(ids) if i != self.transformer.config.num_classes]
         guided = None if len(with_class) == len(ids) else torch.tensor(with_class, dtype=torch.long, device=device)
 
+        def field(z: Tensor, t: Tensor, t_host: float) -> Tensor:
+            return self.predict(z, t, labels, guidance_weight(t_host, scale, interval), guided)
+
         z = self.prepare_latents(len(labels), generator, latents, height, width).to(device)
         skipped = skipped_steps(steps, image, strength, mask_image)
         self.scheduler.set_timesteps(steps, device=device, method=method or own.method, skip_steps=skipped)
         z, known = self._start(z, image, mask_image)
-        z = self._sample(z, labels, guided, scale, interval, known, on_step_end)
+        z = self._solve(z, field, known, on_step_end)
 
         self.maybe_free_model_hooks()
         images = self.to_output(z, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _sample(
+    def _solve(
         self,
         z: Tensor,
-        labels: Tensor,
-        guided: Tensor | None,
-        scale: float,
-        interval: tuple[float, float],
+        field: Callable[[Tensor, Tensor, float], Tensor],
         known: KnownRegion | None,
         on_step_end: Callable[[int, Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """Run the steps that the scheduler is set to, from z at their first t."""
+        """Run the steps that the scheduler is set to, from z at their first t, along the network's output `field`."""
         scheduler = self.scheduler
         self._interrupt, self._num_timesteps = False, len(scheduler)
         steps_done, start_t = 0, None
         with evaluating(self.transformer), self.progress_bar(total=scheduler.num_steps) as progress:
             for t_host, t in zip(scheduler.call_times, scheduler.timesteps):
                 start_t = start_t if scheduler.mid_step else t
-                weight = guidance_weight(t_host, scale, interval)
-                z = scheduler.step(self.predict(z, t, labels, weight, guided), t, z).prev_sample
+                z = scheduler.step(field(z, t, t_host), t, z).prev_sample
                 if known is not None:  # also between the calls of a Heun step: the network never sees it off its path
                     z = known.put_back(z, scheduler.next_time)
                 if scheduler.mid_step:
@@ -225,7 +227,7 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
         return z
 
     def predict(self, z: Tensor, t: Tensor, labels: Tensor, weight: float, guided: Tensor | None = None) -> Tensor:
-        """The network's output under guidance, float32, by one call.
+        """Return the network's output under guidance, float32, by one call.
 
         Args:
             guided: rows that have a class, where not all do; only these are computed with and without it.
@@ -244,7 +246,7 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
         return unconditional.index_copy(0, guided, torch.lerp(unconditional[guided], conditional, weight))
 
     def label_ids(self, class_labels: Label | Sequence[Label] | Tensor) -> list[int]:
-        """Class numbers, names or None (or a list of them) as the network's labels."""
+        """Return class numbers, names or None (or a list of them) as the network's labels."""
         return label_ids(class_labels, self.transformer.config.num_classes, self.config.class_names)
 
     def prepare_latents(
@@ -255,16 +257,14 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
         height: int | None,
         width: int | None,
     ) -> Tensor:
-        """The start of the ODE (batch, 3, H, W), float32: `latents`, or noise at the scheduler's scale."""
+        """Return the start of the ODE (batch, 3, H, W), float32: `latents`, or noise at the scheduler's scale."""
         config = self.transformer.config
         if latents is not None and not (isinstance(latents, Tensor) and latents.ndim == 4):
             kind = f"shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
             raise ValueError(f"latents of {kind}: give a tensor (B, {config.in_channels}, H, W)")
-        for name, side in (("height", height), ("width", width)):
-            if side is not None:
-                checked_count(name, side)
         natural = (config.img_size,) * 2 if latents is None else latents.shape[-2:]
-        size = tuple(own if given is None else given for own, given in zip(natural, (height, width)))
+        given = (("height", height), ("width", width))
+        size = tuple(own if side is None else checked_count(name, side) for own, (name, side) in zip(natural, given))
         shape = (config.in_channels, *size)
         if any(side < 1 or side % config.patch_size for side in size):
             raise ValueError(f"{size[0]} x {size[1]} pixels: both must be multiples of the patch, {config.patch_size}")
@@ -284,7 +284,7 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
         return torch.stack([draw.to(device) for draw in draws]) * self.scheduler.init_noise_sigma
 
     def _start(self, noise: Tensor, image, mask_image) -> tuple[Tensor, KnownRegion | None]:
-        """The state at the scheduler's first t, and what of the image has to stay."""
+        """Return the state at the scheduler's first t, and what of the image has to stay."""
         if image is None:
             return noise, None
         batch, size = len(noise), tuple(noise.shape[-2:])
@@ -295,7 +295,7 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
         return z, KnownRegion(original, noise, repaint_mask(mask_image, size, batch).to(noise.device))
 
     def _step_end(self, callback, tensor_inputs: Sequence[str]) -> Callable[[int, Tensor, Tensor], Tensor]:
-        """What is done after each step: the callback, if there is one, may replace the state."""
+        """Return what is called after each step: the callback, if there is one, may replace the state."""
         tensor_inputs = getattr(callback, "tensor_inputs", tensor_inputs)  # diffusers' callback objects
         if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)}: there is only 'latents'")
@@ -320,7 +320,7 @@ class JiTPipeline(OwnCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Dropout off, and back to what it was: a trainer samples from the network that it trains."""
+    """Switch dropout off for the block, and back to what it was: a trainer samples from the network it trains."""
     trained = [part for part in module.modules() if part.training]  # a part may be frozen
     module.eval()
     try:

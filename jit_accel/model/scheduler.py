@@ -16,16 +16,16 @@ from jit_accel.model.spaces import SPACES, convert, noised
 CALLS_PER_STEP = {"euler": 1, "heun": 2}
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def velocity(model_output: Tensor, sample: Tensor, t: Tensor | float, prediction_type: str, t_eps: float) -> Tensor:
-    """dz/dt = x - e at z = `sample`, from a prediction of x, e or v; in float32 at least.
+    """Return dz/dt = x - e at z = `sample`, from a prediction of x, e or v; in float32 at least.
 
     1/(1-t), and 1/t for e, diverge at the ends; t_eps is the paper's clamp (2511.13720, Algorithm 2).
     """
     return convert(_at_least_float32(model_output), _at_least_float32(sample), t, prediction_type, "v", t_eps)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _choose(table: Collection[str], name: str, setting: str) -> str:
@@ -35,6 +35,7 @@ def _choose(table: Collection[str], name: str, setting: str) -> str:
 
 
 def checked_method(method: str) -> str:
+    """Return the name of a solver. Raises `ValueError` for one that is not there."""
     return _choose(CALLS_PER_STEP, method, "method")
 
 
@@ -80,7 +81,7 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def mid_step(self) -> bool:
-        """Between the two model calls of one Heun step."""
+        """True between the two model calls of one Heun step."""
         return self._start is not None
 
     @property
@@ -131,7 +132,7 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
     def step(
         self, model_output: Tensor, timestep: Tensor | float, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
-        """From the model's output at (sample, timestep) to the sample of the next model call.
+        """Return the sample of the next model call from the model's output at (sample, timestep).
 
         Args:
             model_output: (B, 3, H, W), of the kind `prediction_type`.
@@ -161,7 +162,7 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """`z = t x + (1 - t) e` for x (B, 3, H, W), noise e that is already scaled, and t (B,) in [0, 1]."""
+        """Return `z = t x + (1 - t) e` of x (B, 3, H, W), noise e that is already scaled, and t (B,) in [0, 1]."""
         return noised(original_samples, noise, timesteps.to(original_samples))
 
     def __len__(self) -> int:

@@ -32,9 +32,9 @@ class JiTOutput(BaseOutput):
 
 
 class RMSNorm(nn.Module):
-    """Holds the weight of a norm; what surrounds the norm is fused with it in `functional`.
+    """The weight of a norm; what surrounds the norm is fused with it in `functional`.
 
-    The weight is had by a call, because hooks that move weights to the device (sequential offload) act on calls.
+    A call returns the weight, because hooks that move weights to the device (sequential offload) act on calls.
     """
 
     def __init__(self, dim: int):
@@ -53,7 +53,7 @@ class PatchProjection(nn.Conv2d):
 
 
 class PatchEmbedding(nn.Module):
-    """Pixels (B, 3, H, W) to tokens (B, N, D) through a bottleneck."""
+    """The layers from pixels (B, 3, H, W) to tokens (B, N, D) through a bottleneck."""
 
     def __init__(self, patch_size: int, in_channels: int, bottleneck_dim: int, hidden_size: int):
         super().__init__()
@@ -135,7 +135,7 @@ class JiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """x (B, T, D) float32, c (B, D) -> (B, T, D) float32."""
+        """Return (B, T, D) float32 from x (B, T, D) float32 and the condition c (B, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
         attended = self.attn(modulated_rms_norm(x, self.norm1(), shift1, scale1), rope)
         x = torch.addcmul(x, gate1, attended)
@@ -204,17 +204,15 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.reset_parameters()
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
-        """diffusers' regional compilation. Static shapes unless told otherwise: the blocks see two lengths
-        (without and with the in-context tokens), and one kernel for both is slower and compiles longer."""
+        """Compile each block, as diffusers does, but with static shapes unless `dynamic` is given.
+
+        The blocks see two lengths, without and with the in-context tokens; one kernel for both is slower.
+        """
         kwargs.setdefault("dynamic", False)
         super().compile_repeated_blocks(*args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """diffusers' own, which writes names that it cannot read again where an adapter is attached.
-
-        Raises:
-            ValueError: one is.
-        """
+        """Save as diffusers does. Raises `ValueError` with an adapter attached: diffusers could not read it again."""
         if getattr(self, "peft_config", None):
             raise ValueError(
                 "a LoRA adapter is attached: fuse_lora() and unload_lora_weights() first to save the weights with it, "
@@ -308,7 +306,7 @@ def _check_sizes(img_size: int, patch_size: int, hidden_size: int, num_heads: in
 def build_model(
     name: str, img_size: int, num_classes: int, proj_dropout: float | None = None, attn_dropout: float | None = None
 ) -> JiTTransformer2DModel:
-    """A freshly initialised model from a name such as `JiT-B/16`; None means the preset's dropout.
+    """Return a freshly initialised model of a name such as `JiT-B/16`; None means the preset's dropout.
 
     Raises:
         UserError: no such name.
