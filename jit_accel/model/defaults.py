@@ -1,4 +1,4 @@
-"""What calls of a saved pipeline use that do not say otherwise: steps, solver and guidance, in `model_index.json`."""
+"""The defaults of a saved pipeline for calls that do not say: steps, solver and guidance, in `model_index.json`."""
 
 from __future__ import annotations
 

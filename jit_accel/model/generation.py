@@ -18,7 +18,7 @@ CPU_BATCH_MULTIPLE = 4
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How images are drawn; None is the pipeline's own."""
+    """The settings with which images are drawn; None is the pipeline's own."""
 
     num_inference_steps: int | None = None
     guidance_scale: float | None = None

@@ -18,7 +18,7 @@ STRENGTH = 0.6  # where a call does not say
 
 @dataclass
 class KnownRegion:
-    """What an inpainting keeps: at each t the original, noised by the noise that the sampling started from.
+    """The region that an inpainting keeps: at each t the original, noised by the noise the sampling started from.
 
     Args:
         original: (B, 3, H, W) in [-1, 1].

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -316,31 +315,3 @@ def build_model(
     given = {"proj_dropout": proj_dropout, "attn_dropout": attn_dropout}
     sizes = asdict(preset) | {name: p for name, p in given.items() if p is not None}
     return JiTTransformer2DModel(img_size=img_size, patch_size=patch_size, num_classes=num_classes, **sizes)
-
-
-def load_reference_weights(model: JiTTransformer2DModel, state_dict: Mapping[str, Tensor]) -> None:
-    """Load weights with the reference implementation's names, with or without the prefix `net.`.
-
-    Raises:
-        ValueError: names are missing or unexpected, shapes differ, or the position embedding is not ours.
-    """
-    given = {name.removeprefix("net."): tensor for name, tensor in state_dict.items()}
-    config = model.config
-    grid = config.img_size // config.patch_size
-    positions = position_table(config.hidden_size, (grid, grid), grid, torch.device("cpu"))
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if "pos_embed" in given:  # fixed, so it is compared, not loaded
-        expected["pos_embed"] = positions.shape
-    problems = [f"missing: {name}" for name in sorted(expected.keys() - given.keys())]
-    problems += [f"unexpected: {name}" for name in sorted(given.keys() - expected.keys())]
-    problems += [
-        f"shape of {name}: {tuple(given[name].shape)} in the weights, {tuple(shape)} in the model"
-        for name, shape in sorted(expected.items())
-        if name in given and given[name].shape != shape
-    ]
-    if problems:
-        raise ValueError("the weights do not fit the model:\n  " + "\n  ".join(problems))
-    pos_embed = given.pop("pos_embed", None)
-    if pos_embed is not None and not torch.allclose(pos_embed.float().cpu(), positions, atol=1e-4):
-        raise ValueError("the weights' pos_embed is not the fixed 2-D sin-cos table: they are not a JiT of this kind")
-    model.load_state_dict(given, strict=True)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from jit_accel.base.errors import UserError
 from jit_accel.config.presets import forward_macs
 from jit_accel.model import functional
-from jit_accel.model.transformer import JiTTransformer2DModel, build_model, load_reference_weights
+from jit_accel.model.transformer import JiTTransformer2DModel, build_model
 
 SMALL = {
     "img_size": 16,
@@ -290,28 +290,6 @@ def test_no_labels_are_the_no_class_label_and_a_scalar_time_is_everyones():
     assert torch.equal(model(x, 0.25).sample, expected)
     assert torch.equal(model(x, torch.tensor(0.25), None, return_dict=False)[0], expected)
     assert not torch.equal(model(x, 0.25, torch.zeros(3, dtype=torch.long)).sample, expected)
-
-
-def test_reference_weights_load_with_and_without_their_prefix():
-    golden = load_golden("tiny")
-    for prefix in ("", "net."):
-        model = JiTTransformer2DModel(**golden.config)
-        load_reference_weights(model, {prefix + name: tensor for name, tensor in golden.weights.items()})
-        state = model.state_dict()
-        assert all(torch.equal(tensor, golden.weights[name]) for name, tensor in state.items())
-
-
-def test_weights_that_do_not_fit_are_named():
-    golden = load_golden("tiny")
-    weights = golden.weights
-    del weights["blocks.0.norm1.weight"]
-    weights["blocks.9.norm1.weight"] = torch.ones(96)
-    weights["final_layer.linear.bias"] = torch.zeros(27)
-    with pytest.raises(ValueError, match=r"(?s)missing: blocks\.0\.norm1.*unexpected: blocks\.9.*\(27,\).*\(48,\)"):
-        load_reference_weights(JiTTransformer2DModel(**golden.config), weights)
-    shifted = golden.weights | {"pos_embed": golden.weights["pos_embed"].roll(1, 1)}
-    with pytest.raises(ValueError, match="pos_embed"):
-        load_reference_weights(JiTTransformer2DModel(**golden.config), shifted)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,12 @@
-import json
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from golden import load_golden
 
 from jit_accel.model.objective import diffusion_loss, draw_noise, draw_times, drop_labels
 from jit_accel.model.spaces import SPACES, convert
-from jit_accel.model.transformer import JiTTransformer2DModel, load_reference_weights
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 PAIRS = list(product(SPACES, SPACES))
 
 
@@ -74,12 +70,7 @@ def test_velocity_error_is_bounded_near_the_clean_end():
 
 @pytest.mark.parametrize("name", ["tiny", "nocontext"])
 def test_loss_and_gradient_of_the_reference(name):
-    with safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
-        golden = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        model = JiTTransformer2DModel(**json.loads(file.metadata()["config"]))
-    load_reference_weights(
-        model, {k.removeprefix("weights."): v for k, v in golden.items() if k.startswith("weights.")}
-    )
+    golden, model = load_golden(name).tensors, load_golden(name).model()
     x, t, labels = golden["forward.x"], golden["forward.t"], golden["forward.y"]
     loss = diffusion_loss(model, x, t, golden["loss.noise"], labels).mean()
     loss.backward()
