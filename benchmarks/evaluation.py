@@ -10,17 +10,36 @@ formulas at the end, whose cost does not grow with the number of images once tha
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Callable
 
+import torch
 from accelerate import Accelerator
 
 from jit_accel.base.devices import default_precision
-from jit_accel.evaluate.evaluator import Evaluator, Seconds
-from jit_accel.evaluate.features import load_features
-from jit_accel.evaluate.names import chosen_metrics
+from jit_accel.evaluate.catalogue import chosen_metrics
+from jit_accel.evaluate.evaluator import Evaluator
+from jit_accel.evaluate.features import FeatureNetwork, load_features
+from jit_accel.evaluate.statistics import Collector
 from jit_accel.model.generation import SamplerSettings
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import build_model
+
+
+def clocked(owner: type, name: str, part: str, seconds: dict[str, float]) -> None:
+    """Add the time of every call of a method to `seconds[part]`."""
+    method: Callable = getattr(owner, name)
+
+    def timed(*args, **kwargs):
+        start = time.perf_counter()
+        result = method(*args, **kwargs)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        seconds[part] += time.perf_counter() - start
+        return result
+
+    setattr(owner, name, timed)
 
 
 def main() -> None:
@@ -46,15 +65,20 @@ def main() -> None:
     transformer = build_model(args.model, img_size=args.img_size, num_classes=10).eval().to(accelerator.device)
     pipeline = JiTPipeline(transformer, JiTScheduler(noise_scale=1.0))
     pipeline.set_progress_bar_config(disable=True)
-    evaluator.seconds = Seconds()
+    seconds = dict.fromkeys(("images", "features", "sums", "formulas"), 0.0)
+    clocked(FeatureNetwork, "__call__", "features", seconds)
+    clocked(Collector, "add", "sums", seconds)
+    clocked(Collector, "finish", "sums", seconds)
+    clocked(Evaluator, "compare", "formulas", seconds)
+    start = time.perf_counter()
     found = evaluator.measure_pipeline(
         pipeline, reference, args.num_images, SamplerSettings(args.num_inference_steps, args.guidance_scale)
     )
-    seconds = evaluator.seconds
+    seconds["images"] = time.perf_counter() - start - sum(seconds.values())
     print(f"{args.model}, {args.img_size} px, {args.num_images:,} images; {', '.join(found)}")
-    for part, value in vars(seconds).items():
-        print(f"  {part:9} {value:8.2f} s  {value / seconds.images:7.2%} of generation")
-    print(f"  bookkeeping {(seconds.sums + seconds.formulas) / seconds.images:.2%} of generation")
+    for part, value in seconds.items():
+        print(f"  {part:9} {value:8.2f} s  {value / seconds['images']:7.2%} of generation")
+    print(f"  bookkeeping {(seconds['sums'] + seconds['formulas']) / seconds['images']:.2%} of generation")
 
 
 if __name__ == "__main__":

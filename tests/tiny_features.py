@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from jit_accel.evaluate import features, names, settings
+from jit_accel.evaluate import catalogue, features
 
 
 def load_tiny(weights: str | None) -> tuple:
@@ -22,10 +22,9 @@ def load_tiny(weights: str | None) -> tuple:
 def install() -> None:
     """Make it known as `--features tiny`."""
     features.LOADERS["tiny"] = load_tiny
-    names.FEATURES = settings.FEATURES = (*dict.fromkeys([*names.FEATURES, "tiny"]),)
+    catalogue.FEATURES["tiny"] = None
 
 
 def remove() -> None:
     """Forget it again."""
-    del features.LOADERS["tiny"]
-    names.FEATURES = settings.FEATURES = tuple(name for name in names.FEATURES if name != "tiny")
+    del features.LOADERS["tiny"], catalogue.FEATURES["tiny"]

@@ -43,7 +43,7 @@ def on_all(accelerator, work: Callable[[], T], in_turn: bool = False, stop: Stop
         pass  # the signal's number says so
     except Exception as error:  # the others must not wait for this process
         problem, bug = _shared(error)
-    problems, numbers = zip(*gather_object([(problem, stop.number if stop else 0)]))
+    problems, numbers = zip(*_gathered((problem, stop.number if stop else 0), accelerator))
     _raise_first(bug, common_error(problems), max(numbers))
     return result
 
@@ -59,11 +59,18 @@ def on_main(accelerator, work: Callable[[], T], stop: StopSignal | None = None) 
         except Exception as error:  # the others must not wait for this process
             problem, bug = _shared(error)
             outcome = (None, problem, 0)
-    ((result, problem, number),) = broadcast_object_list([outcome])
+    if accelerator.num_processes > 1:
+        (outcome,) = broadcast_object_list([outcome])
+    result, problem, number = outcome
     if stop and not problem:
-        number = max(gather_object([number or stop.number]))
+        number = max(_gathered(number or stop.number, accelerator))
     _raise_first(bug, problem, number)
     return result
+
+
+def _gathered(item: T, accelerator) -> list[T]:
+    """Return the items of all processes; one that works alone waits for nobody, whatever else is launched."""
+    return [item] if accelerator.num_processes == 1 else gather_object([item])
 
 
 def _shared(error: Exception) -> tuple[UserError, Exception | None]:

@@ -1,16 +1,22 @@
-"""Entry point: `python -m jit_accel.evaluate --model runs/mine --reference photos`, or with `accelerate launch -m`."""
+"""Measure a model: `python -m jit_accel.evaluate --model runs/mine --reference photos`, or `accelerate launch -m`."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from os import PathLike
+from typing import TYPE_CHECKING
 
 from jit_accel.config.command_line import exit_code_of, parse_flags
-from jit_accel.evaluate import grid  # not its `names`: a module of this room has that name
+from jit_accel.evaluate.grid import words
 from jit_accel.evaluate.settings import EvaluateConfig, check
+
+if TYPE_CHECKING:
+    from jit_accel.data.formats.source import Source
+    from jit_accel.model.pipeline import JiTPipeline
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate as the command line says. Returns the exit code: 0 done, 2 something to mend, 128 + signal."""
+    """Evaluate as the command line says. Returns the exit code: 0 done, 2 wrong settings or data, 128 + signal."""
 
     def run() -> int:
         config = parse_args(argv)
@@ -31,4 +37,68 @@ def parse_args(argv: list[str] | None = None) -> EvaluateConfig:
         SystemExit: `--help` (0), a value of the wrong type (2).
     """
     config = parse_flags(EvaluateConfig, argv, "python -m jit_accel.evaluate")
-    return replace(config, metrics=tuple(grid.names(config.metrics)) or config.metrics)  # a mere comma is refused later
+    return replace(config, metrics=tuple(words(config.metrics)) or config.metrics)  # a mere comma is refused later
+
+
+def measure(
+    pipe: JiTPipeline,
+    reference: str | PathLike | Source,
+    *,
+    num_images: int = 5000,
+    features: str = "inception",
+    feature_weights: str | None = None,
+    metrics: tuple[str, ...] = (),
+    img_size: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    method: str | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    max_features: int = 10_000,
+    show_progress: bool = False,
+) -> dict[str, float]:
+    """Measure how far a pipeline's images are from real ones, in this process alone.
+
+    The numbers are those of `python -m jit_accel.evaluate` with the same settings.
+
+    Args:
+        pipe: makes image n of class n % classes from noise that follows from `seed` and n; on any device.
+        reference: the real images: whatever `--data_path` of training may be, a data set that `open_images` opened, or
+            an `.npz` of statistics (of `--make_reference`, ADM's, JiT's).
+        num_images: how many to generate, 2 or more; distances of few images are too large.
+        features: the network to compare by: inception, or efficientnet_lite0, which needs no download.
+        feature_weights: file of the network's weights (None: torch hub's cache, or a package).
+        metrics: such as fid or, with any features, fd, kd, precision, recall (): all that can be measured.
+        img_size: side in pixels of the images (None: the model's).
+        num_inference_steps, guidance_scale, guidance_interval, method: None for the pipeline's own.
+        max_features: how many images, drawn at random, are compared one by one for kd, precision and recall.
+
+    Returns:
+        The values by the metrics' names: {"fid": 12.3, "kid": 0.004, "kid_std": 0.001, ...}.
+
+    Raises:
+        UserError: the data or the features cannot be had, or a metric was asked for that they do not allow.
+
+    Example:
+        >>> found = measure(jit_accel.load("runs/flowers"), "photos", features="efficientnet_lite0", metrics=("fd",))
+        >>> found["fd_efficientnet_lite0"]
+    """
+    from jit_accel.evaluate.run import measure_here
+    from jit_accel.model.generation import SamplerSettings
+
+    config = EvaluateConfig(
+        model="",
+        reference=str(reference) if isinstance(reference, PathLike) else reference,
+        features=features,
+        feature_weights=feature_weights,
+        metrics=tuple(metrics),
+        num_images=num_images,
+        img_size=img_size,
+        seed=seed,
+        batch_size=batch_size,
+        max_features=max_features,
+    )
+    check(config)
+    settings = SamplerSettings(num_inference_steps, guidance_scale, guidance_interval, method)
+    return measure_here(pipe, config, settings, show_progress)

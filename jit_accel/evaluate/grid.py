@@ -1,19 +1,20 @@
-"""The grid of a sweep: which settings its flags name. Imports no torch."""
+"""The settings that a sweep goes over, read from flags, whose values raise `UserError`. Imports no torch."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from decimal import Decimal, InvalidOperation
 
-from jit_accel.base.errors import UserError, nearest
+from jit_accel.base.errors import UserError, lookup
 from jit_accel.config.settings import MOST_STEPS, UNAVERAGED
 
 ALL = "all"
 METHODS = ("heun", "euler")
 MAX_VALUES = 10_000
+NUMBERS = "give numbers such as 1.5, lists such as 1,1.5,2 and ranges start:stop:step such as 1.0:4.0:0.1."
 Interval = tuple[float, float]
 
 
@@ -28,119 +29,100 @@ class Setting:
     method: str = "heun"
 
     def __post_init__(self):
-        if self.guidance_scale == 1:  # where it acts makes no difference then
-            object.__setattr__(self, "guidance_interval", None)
+        # Without guidance the interval makes no difference; JSON has lists for pairs.
+        interval = None if self.is_unguided or self.guidance_interval is None else tuple(self.guidance_interval)
+        object.__setattr__(self, "guidance_interval", interval)
 
     @property
     def is_unguided(self) -> bool:
         return self.guidance_scale == 1
 
-    def unguided(self) -> Setting:
-        """The same without guidance."""
-        return replace(self, guidance_scale=1.0)
+    @property
+    def sampling(self) -> dict:
+        """The fields of `SamplerSettings`."""
+        return {name: value for name, value in asdict(self).items() if name != "ema"}
 
-    def plain(self) -> dict:
-        """As JSON has it."""
-        interval = self.guidance_interval
-        return {**asdict(self), "guidance_interval": None if interval is None else list(interval)}
+    def interval_text(self, form: str = "{:g} to {:g}") -> str:
+        """The interval in words; "" without one."""
+        return form.format(*self.guidance_interval) if self.guidance_interval else ""
 
     def __str__(self) -> str:
         ema = f"EMA {self.ema}, " if self.ema else ""
-        interval = ""
-        if self.guidance_interval is not None:
-            low, high = self.guidance_interval
-            interval = f" in ({low:g}, {high:g})"
-        guidance = "no guidance" if self.is_unguided else f"guidance {self.guidance_scale:g}{interval}"
+        guidance = f"guidance {self.guidance_scale:g}{self.interval_text(' in ({:g}, {:g})')}"
+        guidance = "no guidance" if self.is_unguided else guidance
         return f"{ema}{guidance}, {self.num_inference_steps} {self.method} steps"
 
 
-def setting_of(plain: dict) -> Setting:
-    """The inverse of `Setting.plain`."""
-    interval = plain["guidance_interval"]
-    return Setting(**{**plain, "guidance_interval": None if interval is None else tuple(interval)})
-
-
 def grid(
-    emas: Sequence[str | None],
-    guidance_scales: Sequence[float],
-    guidance_intervals: Sequence[Interval],
+    ema: Sequence[str | None],
+    guidance_scale: Sequence[float],
+    guidance_interval: Sequence[Interval],
     num_inference_steps: Sequence[int],
-    methods: Sequence[str],
+    method: Sequence[str],
     with_unguided: bool = True,
 ) -> list[Setting]:
-    """All combinations, sorted; each once, and with `with_unguided` also guidance 1."""
-    scales = {*guidance_scales, 1.0} if with_unguided else {*guidance_scales}
-    axes = (emas, methods, num_inference_steps, guidance_intervals, sorted(scales))
-    found = [
-        Setting(ema, scale, interval, steps, method)
-        for ema, method, steps, interval, scale in itertools.product(*map(dict.fromkeys, axes))
-    ]
-    return list(dict.fromkeys(found))
+    """Return all combinations, sorted, each once; with `with_unguided` those at guidance 1 too."""
+    scales = sorted({*guidance_scale, 1.0} if with_unguided else {*guidance_scale})
+    axes = itertools.product(ema, method, num_inference_steps, guidance_interval, scales)
+    settings = [Setting(average, scale, interval, steps, solver) for average, solver, steps, interval, scale in axes]
+    return list(dict.fromkeys(settings))
 
 
-@dataclass(frozen=True)
-class Axes:
-    """What a sweep goes over; nothing on an axis means the pipeline's own. `emas` are names as they were given."""
-
-    emas: list[str]
-    guidance_scales: list[float]
-    guidance_intervals: list[Interval]
-    num_inference_steps: list[int]
-    methods: list[str]
-
-    @property
-    def is_sweep(self) -> bool:
-        """Whether there is more than one setting."""
-        axes = (self.emas, self.guidance_scales, self.guidance_intervals, self.num_inference_steps, self.methods)
-        return ALL in self.emas or any(len(axis) > 1 for axis in axes)
+def axes_of(config) -> dict[str, list]:
+    """Return the values of the flags that name settings, by the fields of `Setting`; [] for the pipeline's own."""
+    return {name: read(name, getattr(config, name)) if getattr(config, name) else [] for name, read in AXES.items()}
 
 
-def names(parts: Iterable[str]) -> list[str]:
-    """Names with commas or spaces between them, each once."""
-    return list(dict.fromkeys(_split(parts)))
+def is_sweep(axes: dict[str, list]) -> bool:
+    """Return True for more than one setting."""
+    return ALL in axes["ema"] or any(len(values) > 1 for values in axes.values())
 
 
-def numbers(flag: str, parts: Iterable[str], at_least: float = 0.0) -> list[float]:
-    """The values of a flag: numbers and ranges `start:stop:step` that hold both ends, exact in decimals, in order.
+def words(parts: str | Iterable[str]) -> list[str]:
+    """Return the words that commas or spaces divide, each once."""
+    parts = [parts] if isinstance(parts, str) else parts
+    return list(dict.fromkeys(piece for part in parts for piece in str(part).replace(",", " ").split()))
 
-    Raises:
-        UserError: not a number, not a range, below `at_least`, or too many.
-    """
+
+def numbers(flag: str, parts: Iterable[str], least: float = 0, most: float = math.inf) -> list[float]:
+    """Return the values of a flag in order: numbers and ranges `start:stop:step` with both ends, exact in decimals."""
     values: list[float] = []
-    for part in _split(parts):
-        values += _range(flag, part) if ":" in part else [float(_decimal(flag, part, part))]
-        if len(values) > MAX_VALUES:
+    for part in words(parts):
+        ends = [_decimal(flag, end, part) for end in part.split(":")]
+        if len(ends) not in (1, 3):
+            raise UserError("a range is start:stop:step, such as 1.0:4.0:0.1.", about=flag, value=part)
+        start, stop, step = ends if len(ends) == 3 else (ends[0], ends[0], Decimal(1))
+        if step <= 0 or start > stop:
+            raise UserError("must have start <= stop and a step above 0, such as 1.0:4.0:0.1.", about=flag, value=part)
+        count = int((stop - start) / step) + 1
+        if len(values) + count > MAX_VALUES:
             raise UserError(f"more than {MAX_VALUES:,} values: take a larger step.", about=flag, value=part)
+        values += [float(start + i * step) for i in range(count)]
     for value in values:
-        if not value >= at_least or math.isinf(value):
-            raise UserError(f"must be at least {at_least:g}.", about=flag, value=f"{value:g}")
+        if not least <= value <= most:
+            limit = f"at least {least:g}" if value < least else f"at most {most:,}"
+            raise UserError(f"must be {limit}.", about=flag, value=f"{value:g}")
     if not values:
         raise UserError("no value: give a number, a list 1,1.5,2 or a range 1.0:4.0:0.1.", about=flag)
     return sorted(set(values))
 
 
 def whole_numbers(flag: str, parts: Iterable[str]) -> list[int]:
-    """The same for numbers of steps, 1 or more."""
-    values = numbers(flag, parts, at_least=1)
+    """Return the same for numbers of steps, 1 or more."""
+    values = numbers(flag, parts, 1, MOST_STEPS)
     for value in values:
-        if value > MOST_STEPS:
-            raise UserError(f"must be at most {MOST_STEPS:,}.", about=flag, value=f"{value:g}")
         if value != int(value):
             raise UserError("must be a whole number.", about=flag, value=f"{value:g}")
     return [int(value) for value in values]
 
 
 def intervals(flag: str, parts: Iterable[str]) -> list[Interval]:
-    """Intervals of t: `low:high`, several with commas or spaces between them; or two numbers, `0.1 1.0`, for one.
-
-    Raises:
-        UserError: not of that form, or not 0 <= low <= high <= 1.
-    """
-    parts = _split(parts)
-    if parts and not any(":" in part for part in parts) and len(parts) % 2 == 0:
-        parts = [f"{low}:{high}" for low, high in zip(parts[::2], parts[1::2])]
+    """Return intervals of t: `low:high`, several with commas or spaces between; or two numbers, `0.1 1.0`, for one."""
+    if not any(":" in part for part in words(parts)):
+        ends = [piece for part in parts for piece in part.replace(",", " ").split()]  # two may be equal
+        parts = [":".join(ends[start : start + 2]) for start in range(0, len(ends), 2)]
     found = []
-    for part in parts:
+    for part in words(parts):
         ends = part.split(":")
         if len(ends) != 2:
             raise UserError("must be low:high, such as 0.1:1.0; several as 0.1:1.0,0:1.", about=flag, value=part)
@@ -154,79 +136,41 @@ def intervals(flag: str, parts: Iterable[str]) -> list[Interval]:
 
 
 def methods(flag: str, parts: Iterable[str]) -> list[str]:
-    """Names of solvers.
-
-    Raises:
-        UserError: one that is none.
-    """
-    found = [part.lower() for part in _split(parts)]
-    for name in found:
-        if name not in METHODS:
-            raise UserError(f"choose from {', '.join(METHODS)}.{nearest(name, METHODS)}", about=flag, value=name)
-    return list(dict.fromkeys(found))
+    """Return names of solvers."""
+    names = words(part.lower() for part in parts)
+    return [lookup(dict(zip(METHODS, METHODS)), name, flag) for name in names]
 
 
 def averages(flag: str, parts: Iterable[str], available: Sequence[str]) -> list[str]:
-    """Names of averages out of those `available`: `all` is all of them, `model` the weights themselves.
-
-    Raises:
-        UserError: one that is not there.
-    """
-    found: list[str] = []
-    for part in _split(parts):
-        known = {UNAVERAGED: UNAVERAGED, **{name: name for name in available}}
-        by_value = {_as_number(name): name for name in available if _as_number(name) is not None}
-        if part == ALL:
-            found += available
-        elif part in known:
-            found.append(part)
-        elif _as_number(part) in by_value:  # 0.99990 is 0.9999
-            found.append(by_value[_as_number(part)])
-        else:
-            choices = (*available, UNAVERAGED, ALL)
-            raise UserError(
-                f"not there; choose from {', '.join(choices)}.{nearest(part, choices)}", about=flag, value=part
-            )
-    if not found:
-        raise UserError(f"no average: choose from {', '.join((*available, UNAVERAGED, ALL))}.", about=flag)
+    """Return names of averages out of those `available`: `all` is all of them, `model` the weights themselves."""
+    table = {name: [name] for name in (*available, UNAVERAGED)} | {ALL: list(available)}
+    found = []
+    for part in words(parts):
+        alike = [name for name in table if _number(name) == _number(part) is not None]  # 0.99990 is 0.9999
+        found += lookup(table, alike[0] if alike else part, flag, rule="not there")
     return list(dict.fromkeys(found))
 
 
-def _split(parts: str | Iterable[str]) -> list[str]:
-    parts = [parts] if isinstance(parts, str) else parts
-    return [piece for part in parts for piece in str(part).replace(",", " ").split()]
-
-
-def _range(flag: str, text: str) -> list[float]:
-    ends = text.split(":")
-    if len(ends) != 3:
-        raise UserError("a range is start:stop:step, such as 1.0:4.0:0.1.", about=flag, value=text)
-    start, stop, step = (_decimal(flag, end, text) for end in ends)
-    if step <= 0 or start > stop:
-        raise UserError("must have start <= stop and a step above 0, such as 1.0:4.0:0.1.", about=flag, value=text)
-    count = int((stop - start) / step) + 1
-    if count > MAX_VALUES:
-        raise UserError(f"more than {MAX_VALUES:,} values: take a larger step.", about=flag, value=text)
-    return [float(start + i * step) for i in range(count)]
-
-
-def _decimal(flag: str, text: str, whole: str) -> Decimal:
-    try:
-        value = Decimal(text)
-    except InvalidOperation:
-        value = Decimal("nan")
-    if not value.is_finite() or math.isinf(float(value)):
-        raise UserError(
-            f"{text!r} is no number: give numbers such as 1.5, lists such as 1,1.5,2 and ranges "
-            "start:stop:step such as 1.0:4.0:0.1.",
-            about=flag,
-            value=whole,
-        )
+def _decimal(flag: str, text: str, part: str) -> Decimal:
+    value = _number(text)
+    if value is None or math.isinf(float(value)):
+        raise UserError(f"{text!r} is no number: {NUMBERS}", about=flag, value=part)
     return value
 
 
-def _as_number(text: str) -> Decimal | None:
+def _number(text: str) -> Decimal | None:
     try:
-        return Decimal(text)
+        value = Decimal(text)
     except InvalidOperation:
         return None
+    return value if value.is_finite() else None
+
+
+# How the values of each flag are read; names of averages are compared with those of the checkpoint later.
+AXES = {
+    "ema": lambda flag, parts: words(parts),
+    "guidance_scale": numbers,
+    "guidance_interval": intervals,
+    "num_inference_steps": whole_numbers,
+    "method": methods,
+}

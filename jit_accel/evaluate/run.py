@@ -1,47 +1,67 @@
-"""`jit_accel.evaluate`: from settings to a table, and a record in a JSON file."""
+"""`jit_accel.evaluate`: from settings to a table, records in a JSON file, and the winner of a sweep."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
-from diffusers.utils import logging as diffusers_logging
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from jit_accel.base.console import say, warn
 from jit_accel.base.devices import chosen_precision
 from jit_accel.base.errors import UserError
+from jit_accel.base.files import disk_errors
 from jit_accel.base.processes import on_all, on_main, process_group
-from jit_accel.evaluate.evaluator import Evaluator, side_of, unmeasurable
-from jit_accel.evaluate.features import MAIN, load_features
-from jit_accel.evaluate.images import ImageSet, open_image_set
-from jit_accel.evaluate.names import chosen_metrics
-from jit_accel.evaluate.place import weights_of
+from jit_accel.evaluate.candidate import Candidate
+from jit_accel.evaluate.catalogue import chosen_metrics, is_better_higher
+from jit_accel.evaluate.evaluator import Evaluator
+from jit_accel.evaluate.features import MAIN, FeatureNetwork, load_features
+from jit_accel.evaluate.formulas import unmeasurable
+from jit_accel.evaluate.grid import Setting, is_sweep
+from jit_accel.evaluate.image_sets import ImageSet, open_image_set
 from jit_accel.evaluate.records import FILE, add_records, read_records, record_file, table_of
-from jit_accel.evaluate.reference import Reference, save_reference
-from jit_accel.evaluate.settings import EvaluateConfig, axes_of
-from jit_accel.evaluate.sweep import Measured
-from jit_accel.evaluate.sweep_run import Opened, emas_of, record_of, run_sweep, sampler, settings_of
-from jit_accel.evaluate.winner import show_on_card
+from jit_accel.evaluate.reference import save_reference
+from jit_accel.evaluate.settings import EvaluateConfig, selected_metric
+from jit_accel.evaluate.statistics import ImageStatistics
+from jit_accel.evaluate.sweep import Measured, Outcome, SweepLog, sweep
+from jit_accel.evaluate.sweep_table import as_markdown, verdict, write_sweep_files
+from jit_accel.evaluate.winner import pipeline_folder_of, show_on_card, write_winner
 from jit_accel.model.carried_code import INDEX_FILE
-from jit_accel.model.loading import load_pipeline
+from jit_accel.model.generation import SamplerSettings
 from jit_accel.model.pipeline import JiTPipeline
 
-UNBALANCED = 0.1  # of a reference: which share of its images would have to be of other classes
+UNBALANCED = 0.1  # the share of a reference's images that would have to be of other classes
+GO_ON = "give the same command again"
+OF_CONTEXT = ("features", "feature_weights", "img_size", "mixed_precision", "seed")
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is measured: a pipeline, or images; neither where only a reference is made."""
+class OneProcess:
+    """An accelerator's part for the process that calls `measure`, whatever else is launched."""
 
-    pipeline: JiTPipeline | None = None
-    images: ImageSet | None = None
-    img_size: int | None = None
+    num_processes, process_index, is_main_process, is_local_main_process = 1, 0, True, True
+    distributed_type = DistributedType.NO
+    autocast = staticmethod(nullcontext)
+
+    def wait_for_everyone(self) -> None:
+        """Wait for nobody."""
+
+
+def measure_here(
+    pipeline: JiTPipeline, config: EvaluateConfig, settings: SamplerSettings, show_progress: bool
+) -> dict[str, float]:
+    """Measure a pipeline in this process; see `jit_accel.evaluate.measure`."""
+    evaluator = build_evaluator(config, OneProcess(), pipeline.device, show_progress)
+    side = checked_side(pipeline, config.img_size)
+    reference = evaluator.load_reference(config.reference, side)
+    evaluator.metrics = measurable(config, evaluator, reference, config.num_images)
+    return evaluator.measure_pipeline(pipeline, reference, config.num_images, settings, config.seed, side)
 
 
 def evaluate(config: EvaluateConfig) -> int:
@@ -52,111 +72,78 @@ def evaluate(config: EvaluateConfig) -> int:
     """
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("jit_accel").setLevel(logging.ERROR)
-    accelerator = build_accelerator(config)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    # Formulas take minutes on the main process while the others wait.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+    accelerator = Accelerator(mixed_precision=chosen_precision(config.mixed_precision), kwargs_handlers=[patience])
     with process_group(accelerator):
-        evaluator = build_evaluator(config, accelerator)
+        evaluator = build_evaluator(config, accelerator, accelerator.device, show_progress=True)
         file = record_file(config)
         on_main(accelerator, lambda: read_records(file))  # a file that nothing can be added to is found at once
-        axes, weights, emas = axes_of(config), "", [None]
-        if config.model:
-            weights = on_main(accelerator, lambda: weights_of(config.model, wants_average=bool(axes.emas)))
-            emas = on_all(accelerator, lambda: emas_of(config.model, weights, axes))
-        opened = partial(open_model, replace(config, model=weights), accelerator)
-        subject = on_all(accelerator, lambda: open_subject(config, opened, emas[0]), in_turn=True)
-        reference = evaluator.load_reference(config.reference, subject.img_size or config.img_size)
+        candidate, images, num_images, img_size = None, None, None, config.img_size
+        if config.model is not None:
+            candidate, num_images = Candidate(config, accelerator), config.num_images
+            img_size = checked_side(candidate.pipeline(candidate.emas[0]), img_size)
+        elif config.images is not None:
+            images = on_all(accelerator, lambda: open_image_set(config.images, "images"), in_turn=True)
+            num_images, img_size = images.num_images, images.side(img_size, "images")
+        reference = evaluator.load_reference(config.reference, img_size)
         if accelerator.is_main_process:
-            introduce(config, evaluator, subject, reference)
+            introduce(evaluator.network, reference, num_images, img_size, candidate is not None)
         if config.make_reference:
-            path = Path(config.make_reference).expanduser()
-            on_main(accelerator, lambda: save_reference(path, reference, evaluator.network.weights_id))
-        if subject.pipeline is None and subject.images is None:
+            on_main(accelerator, lambda: save_reference(Path(config.make_reference).expanduser(), reference))
+        if num_images is None:
             return 0
-        evaluator.metrics = measurable(config, evaluator, subject, reference)
-        if axes.is_sweep:
-            about = about_model(config, evaluator, subject, reference)
-            del subject
-            run_sweep(config, weights, evaluator, opened, reference, about, file)
+        evaluator.metrics = measurable(config, evaluator, reference, num_images)
+        evaluation = Evaluation(config, evaluator, reference, img_size, candidate)
+        if candidate and is_sweep(candidate.axes):
+            run_sweep(evaluation, file)
             return 0
-        records = measure(config, evaluator, subject, reference, emas)
+        records = evaluation.records_of_images(images) if images else evaluation.records_of_model()
         if accelerator.is_main_process:
             say(table_of(records))
-        on_main(accelerator, lambda: keep(config, weights, records, file))
+        on_main(accelerator, lambda: keep(evaluation, records, file))
         return 0
 
 
-def build_accelerator(config: EvaluateConfig) -> Accelerator:
-    """The processes of this evaluation; formulas take minutes on the main one while the others wait."""
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
-    return Accelerator(mixed_precision=chosen_precision(config.mixed_precision), kwargs_handlers=[patience])
+def build_evaluator(config: EvaluateConfig, accelerator, device, show_progress: bool) -> Evaluator:
+    """Return an evaluator with the feature network, loaded on all processes; one of a machine gets the weights."""
+    weights = config.feature_weights
+    network = on_all(accelerator, lambda: load_features(config.features, device, weights), in_turn=True)
+    metrics = chosen_metrics(config.features, config.metrics)
+    return Evaluator(network, accelerator, metrics, config.batch_size, config.max_features, show_progress)
 
 
-def build_evaluator(config: EvaluateConfig, accelerator: Accelerator) -> Evaluator:
-    """The feature network, loaded on all processes; of one machine one looks for the weights first."""
-
-    def load():
-        return load_features(config.features, accelerator.device, config.feature_weights)
-
-    return Evaluator(
-        on_all(accelerator, load, in_turn=True),
-        accelerator,
-        chosen_metrics(config.features, config.metrics),
-        batch_size=config.batch_size,
-        max_features=config.max_features,
-        show_progress=True,
-    )
+def checked_side(pipeline: JiTPipeline, img_size: int | None) -> int:
+    """Return the side of the images to make, None being the pipeline's own, or raise `UserError`."""
+    network = pipeline.transformer.config
+    side = img_size or network.img_size
+    if side % network.patch_size:
+        rule = f"must be a multiple of the model's patch size {network.patch_size}."
+        raise UserError(rule, about="img_size", value=side)
+    return side
 
 
-def open_subject(config: EvaluateConfig, open_pipeline: Opened, ema: str | None) -> Subject:
-    """The model, with these averaged weights, or the images to measure."""
-    if config.model is not None:
-        pipeline = open_pipeline(ema)
-        network = pipeline.transformer.config
-        side = config.img_size or network.img_size
-        if side % network.patch_size:
-            raise UserError(
-                f"must be a multiple of the model's patch size {network.patch_size}.", about="img_size", value=side
-            )
-        return Subject(pipeline, None, side)
-    if config.images is not None:
-        images = open_image_set(config.images, "images")
-        return Subject(None, images, side_of(images, config.img_size, "images"))
-    return Subject()
-
-
-def open_model(config: EvaluateConfig, accelerator: Accelerator, ema: str | None) -> JiTPipeline:
-    """The pipeline with these averaged weights (None: its own), on the device."""
-    diffusers_logging.disable_progress_bar()
-    diffusers_logging.set_verbosity_error()
-    pipeline = load_pipeline(config.model, ema).to(accelerator.device)
-    pipeline.set_progress_bar_config(disable=True)
-    if config.compile:
-        pipeline.transformer.compile_repeated_blocks()
-    return pipeline
-
-
-def introduce(config: EvaluateConfig, evaluator: Evaluator, subject: Subject, reference: Reference) -> None:
+def introduce(
+    network: FeatureNetwork, reference: ImageStatistics, num_images: int | None, img_size: int | None, is_model: bool
+) -> None:
     """Say what is compared, and what of it is doubtful."""
-    network, count = evaluator.network, config.num_images
-    if subject.images is not None:
-        count = subject.images.num_images
+    features = network.sizes[MAIN]
     real = "?" if reference.num_images is None else f"{reference.num_images:,}"
     size = f", {reference.img_size} px" if reference.img_size else ""
-    say(f"Reference: {reference.name}, {real} images{size}; features {network.name}, {network.sizes[MAIN]} numbers")
-    counts = [("--reference", reference.num_images)]
-    counts += [("--num_images" if subject.pipeline else "--images", count)] * (subject != Subject())
-    for flag, number in counts:
-        if number is not None and number <= network.sizes[MAIN]:
+    say(f"Reference: {reference.name}, {real} images{size}; features {network.name}, {features} numbers")
+    for flag, number in (("reference", reference.num_images), ("num_images" if is_model else "images", num_images)):
+        if number is not None and number <= features:
             warn(
-                f"{flag}: {number:,} images do not determine a covariance of {network.sizes[MAIN]:,} features, and a "
+                f"--{flag}: {number:,} images do not determine a covariance of {features:,} features, and a "
                 "Fréchet distance of few images is too large: compare only with others of as many images."
             )
-    if reference.img_size and subject.img_size and reference.img_size != subject.img_size:
+    if reference.img_size and img_size and reference.img_size != img_size:
         warn(
             f"--reference {reference.name}: of images of {reference.img_size} px, but those measured have "
-            f"{subject.img_size} px: make a reference of that size (--img_size {subject.img_size})."
+            f"{img_size} px: make a reference of that size (--img_size {img_size})."
         )
-    if subject.pipeline is not None and (share := imbalance(reference.label_counts)) > UNBALANCED:
+    if is_model and (share := imbalance(reference.label_counts)) > UNBALANCED:
         warn(
             f"--reference {reference.name}: its classes differ in size, the model's images do not; for equal classes "
             f"{share:.0%} of its images would have to be others, and that is part of the distance."
@@ -164,20 +151,13 @@ def introduce(config: EvaluateConfig, evaluator: Evaluator, subject: Subject, re
 
 
 def imbalance(label_counts: tuple[int, ...]) -> float:
-    """The share of images that would have to change their class for all classes to have as many; 0 if not known."""
+    """Return the share of images that would have to change their class for all to have as many; 0 if not known."""
     total, classes = sum(label_counts), len(label_counts)
-    if not total:
-        return 0.0
-    return sum(max(0, count / total - 1 / classes) for count in label_counts)
+    return sum(max(0, count / total - 1 / classes) for count in label_counts) if total else 0.0
 
 
-def measurable(config: EvaluateConfig, evaluator: Evaluator, subject: Subject, reference: Reference) -> tuple[str, ...]:
-    """The metrics to measure: those asked for, or all that can be.
-
-    Raises:
-        UserError: one was asked for that cannot.
-    """
-    num_images = subject.images.num_images if subject.images else config.num_images
+def measurable(config: EvaluateConfig, evaluator: Evaluator, reference: ImageStatistics, num_images: int) -> tuple:
+    """Return the metrics that can be measured; raise `UserError` where others were asked for."""
     missing = unmeasurable(evaluator.metrics, reference, num_images)
     if missing and config.metrics:
         name, reason = next(iter(missing.items()))
@@ -187,52 +167,132 @@ def measurable(config: EvaluateConfig, evaluator: Evaluator, subject: Subject, r
     return tuple(name for name in evaluator.metrics if name not in missing)
 
 
-def measure(
-    config: EvaluateConfig, evaluator: Evaluator, subject: Subject, reference: Reference, emas: list[str | None]
-) -> list[dict]:
-    """One record of a model with guidance, one without, or one of images."""
-    if subject.images is not None:
-        statistics = evaluator.statistics_of_images(subject.images, subject.img_size)
-        found = evaluator.compare(statistics, reference)
-        of_images = {"images": config.images, "num_images": statistics.num_images}
-        return [{**of_images, **about_all(config, evaluator, subject, reference), "metrics": found}]
-    about, records = about_model(config, evaluator, subject, reference), []
-    settings = settings_of(config, axes_of(config), emas, subject.pipeline)
-    for setting in sorted(settings, key=lambda setting: setting.is_unguided):  # as asked for, then without guidance
-        found = evaluator.measure_pipeline(
-            subject.pipeline, reference, config.num_images, sampler(setting), config.seed, subject.img_size
-        )
-        records.append(record_of(Measured(setting, config.num_images, found), about))
-    return records
+@dataclass(frozen=True)
+class Evaluation:
+    """A model or images, the features they are measured by, and the reference they are measured against."""
+
+    config: EvaluateConfig
+    evaluator: Evaluator
+    reference: ImageStatistics
+    img_size: int
+    candidate: Candidate | None
+
+    @property
+    def about(self) -> dict:
+        """The part of a record that is the same for all settings."""
+        config, accelerator = self.config, self.evaluator.accelerator
+        precision = {"mixed_precision": accelerator.mixed_precision}
+        of_model = {"model": config.model, "seed": config.seed, **precision} if self.candidate else {}
+        return {
+            **of_model,
+            "features": config.features,
+            "feature_weights": self.evaluator.network.weights_id,
+            "reference": self.reference.name,
+            "reference_images": self.reference.num_images,
+            "img_size": self.img_size,
+            "num_processes": accelerator.num_processes,
+        }
+
+    def measure(self, setting: Setting, num_images: int) -> Measured:
+        """Measure the model with one setting; all processes together."""
+        pipeline, sampling = self.candidate.pipeline(setting.ema), SamplerSettings(**setting.sampling)
+        how = (num_images, sampling, self.config.seed, self.img_size)
+        return Measured(setting, num_images, self.evaluator.measure_pipeline(pipeline, self.reference, *how))
+
+    def record_of(self, measured: Measured) -> dict:
+        """Return the record of the model with one setting."""
+        return {**self.about, **measured.place(), "metrics": measured.values}
+
+    def records_of_model(self) -> list[dict]:
+        """Measure with guidance and without, and return a record of each."""
+        settings = sorted(self.candidate.settings(), key=lambda setting: setting.is_unguided)
+        return [self.record_of(self.measure(setting, self.config.num_images)) for setting in settings]
+
+    def records_of_images(self, images: ImageSet) -> list[dict]:
+        """Measure images that are there, and return their one record."""
+        statistics = self.evaluator.statistics_of_images(images, self.img_size)
+        of_images = {"images": self.config.images, "num_images": statistics.num_images}
+        return [{**of_images, **self.about, "metrics": self.evaluator.compare(statistics, self.reference)}]
 
 
-def keep(config: EvaluateConfig, weights: str, records: list[dict], file: Path | None) -> None:
+def keep(evaluation: Evaluation, records: list[dict], file: Path | None) -> None:
     """Add the records to `file`, and to the model card where they are of a pipeline folder's own weights."""
     add_records(records, file)
-    folder = Path(weights).expanduser()
-    if weights and not config.output and (folder / INDEX_FILE).is_file() and os.access(folder, os.W_OK):
+    if evaluation.candidate is None or evaluation.config.output:
+        return
+    folder = Path(evaluation.candidate.weights).expanduser()
+    if (folder / INDEX_FILE).is_file() and os.access(folder, os.W_OK):
         if file is None or file.resolve() != (folder / FILE).resolve():
             add_records(records, folder / FILE)
         show_on_card(folder)
 
 
-def about_all(config: EvaluateConfig, evaluator: Evaluator, subject: Subject, reference: Reference) -> dict:
-    """What every record says of how it was measured."""
-    return {
-        "features": config.features,
-        "feature_weights": evaluator.network.weights_id,
-        "reference": reference.name,
-        "reference_images": reference.num_images,
-        "img_size": subject.img_size,
-        "num_processes": evaluator.accelerator.num_processes,
+def run_sweep(evaluation: Evaluation, file: Path | None) -> None:
+    """Measure the grid, write its files and records beside `file`, and the winner into the pipeline folder."""
+    config, evaluator, candidate = evaluation.config, evaluation.evaluator, evaluation.candidate
+    accelerator, every_metric, select = evaluator.accelerator, evaluator.metrics, selected_metric(config)
+    settings = candidate.settings()
+    if select not in every_metric:
+        rule = f"cannot be measured here; choose from {', '.join(every_metric)}."
+        raise UserError(rule, about="select", value=select)
+    folder = (file.parent if file else Path()) / "sweep"
+    context = {
+        **{key: evaluation.about[key] for key in OF_CONTEXT},
+        "metrics": list(every_metric),
+        "max_features": config.max_features,
+        "reference": reference_fingerprint(evaluation.reference),
+        "model": candidate.fingerprint(),
     }
 
+    def on_writer(work: Callable):
+        with disk_errors("output", folder, GO_ON):
+            return work()
 
-def about_model(config: EvaluateConfig, evaluator: Evaluator, subject: Subject, reference: Reference) -> dict:
-    """What every record of a model says."""
-    return {
-        "model": config.model,
-        "seed": config.seed,
-        "mixed_precision": evaluator.accelerator.mixed_precision,
-        **about_all(config, evaluator, subject, reference),
-    }
+    log = SweepLog(folder / "sweep.jsonl", context, lambda work: on_main(accelerator, lambda: on_writer(work)))
+    report = say if accelerator.is_main_process else lambda line: None
+    known = f"; {len(log.done)} measurements are there already" if log.done else ""
+    report(f"Sweep:     {len(settings)} settings by {select} → {folder}{known}")
+
+    def measure(setting: Setting, count: int) -> Measured:
+        # Metrics that compare images one by one take their time: of few images only the one that decides.
+        evaluator.metrics = every_metric if count == config.num_images else (select,)
+        return log.measured(setting, count, evaluator.metrics, evaluation.measure)
+
+    few = config.sweep_images or max(2, config.num_images // 10)
+    sizes = {"sweep_images": few, "num_images": config.num_images, "top": config.sweep_top}
+    is_higher = is_better_higher(select)
+    outcome = sweep(settings, measure, **sizes, select=select, higher_is_better=is_higher, say=report)
+    candidate.close()
+    on_main(accelerator, lambda: write_outcome(evaluation, outcome, folder, file))
+
+
+def write_outcome(evaluation: Evaluation, outcome: Outcome, folder: Path, file: Path | None) -> None:
+    """Write and say what was found; on the main process."""
+    with disk_errors("output", folder, GO_ON):
+        paths = write_sweep_files(outcome, folder, evaluation.about)
+    say(as_markdown(outcome))
+    say(verdict(outcome))
+    say("Sweep:     " + ", ".join(map(str, paths)))
+    add_records(map(evaluation.record_of, outcome.full), file, only_new=True)
+    if not evaluation.config.write_best:
+        return
+    model, checkpoint = evaluation.config.model, evaluation.candidate.checkpoint
+    pipeline_folder = pipeline_folder_of(model, checkpoint)
+    if pipeline_folder is None:
+        what = "has no pipeline folder here" if checkpoint is None else "is not the newest checkpoint of its run"
+        say(f"Pipeline:  {model} {what}, so nothing is written: the defaults and weights stay as they are.")
+        return
+    with disk_errors("output", pipeline_folder, GO_ON):
+        say(write_winner(checkpoint, pipeline_folder, outcome))
+    if file is None or (pipeline_folder / FILE).resolve() != file.resolve():  # the model card reads it there
+        best = [one for one in outcome.full if one in (outcome.best, outcome.best_unguided)]
+        add_records(map(evaluation.record_of, best), pipeline_folder / FILE, only_new=True)
+    show_on_card(pipeline_folder)
+
+
+def reference_fingerprint(reference: ImageStatistics) -> str:
+    """Return a hash of a file of statistics; of images their place, count, size and their data set's fingerprint."""
+    path = Path(reference.name).expanduser()
+    if path.suffix == ".npz" and path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return f"{reference.name} ({reference.num_images}, {reference.img_size} px) {reference.fingerprint}".rstrip()

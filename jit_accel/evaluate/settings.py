@@ -7,13 +7,15 @@ from typing import Literal
 
 from jit_accel.base.errors import UserError, lookup
 from jit_accel.config.settings import MOST_IMAGES, MOST_PIXELS
-from jit_accel.evaluate.grid import Axes, intervals, methods, names, numbers, whole_numbers
-from jit_accel.evaluate.names import FEATURES, INCEPTION, chosen_metrics
+from jit_accel.evaluate.catalogue import FEATURES, INCEPTION, chosen_metrics
+from jit_accel.evaluate.grid import AXES, axes_of, words
 
 RANGES = {
     **dict.fromkeys(("num_images", "sweep_images"), (2, MOST_IMAGES)),
     **dict.fromkeys(("sweep_top", "batch_size"), (1, MOST_IMAGES)),
+    "max_features": (4, None),  # three neighbours of each
     "img_size": (1, MOST_PIXELS),
+    "seed": (0, 2**63 - 1),
 }
 
 
@@ -22,14 +24,14 @@ class EvaluateConfig:
     """Measure how far generated images are from real ones: FID and others."""
 
     model: str | None = None
-    """What makes the images: a pipeline folder, a run's output folder, a checkpoint, owner/name of the Hub."""
+    """Source of the images: a pipeline folder, a run's output folder, a checkpoint, owner/name of the Hub."""
     images: str | None = None
     """Images to measure instead of a model's: whatever --data_path of training may be, or an .npz with arr_0."""
     reference: str | None = None
     """The real images: whatever --data_path of training may be; or statistics, an .npz that --make_reference wrote, or
     ADM's or JiT's."""
     ema: tuple[str, ...] = ()
-    """Which averaged weights of a run or checkpoint: a decay, "model" for the weights themselves (default: those of the
+    """Averaged weights of a run or checkpoint: a decay, "model" for the weights themselves (default: those of the
     pipeline folder, or the first average); several or "all" for a sweep."""
     features: str = INCEPTION
     """The network to compare by: inception (FID, sFID, Inception Score, KID, precision and recall), or
@@ -37,32 +39,32 @@ class EvaluateConfig:
     feature_weights: str | None = None
     """File of the network's weights (default: torch hub's cache, downloaded if they are not there)."""
     metrics: tuple[str, ...] = ()
-    """Which ones: fid, sfid, inception_score, kid, precision, recall; or, with any features, fd, kd, precision, recall
+    """Names: fid, sfid, inception_score, kid, precision, recall; or, with any features, fd, kd, precision, recall
     (default: all that the features and the reference allow)."""
     num_images: int = 50_000
-    """How many to generate; image n is of class n % classes."""
+    """Number of images to generate; image n is of class n % classes."""
     batch_size: int = 64
     """Images that a process works on together."""
     img_size: int | None = None
     """Side in pixels to crop images to (default: the model's, or that of the images)."""
     max_features: int = 10_000
-    """How many images, drawn at random, are compared one by one for KID, precision and recall."""
+    """Number of images, drawn at random, to compare one by one for KID, precision and recall."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     num_inference_steps: tuple[str, ...] = ()
     """ODE steps (default: the pipeline's own); several for a sweep: 25,50."""
     guidance_scale: tuple[str, ...] = ()
     """Classifier-free guidance (default: the pipeline's own); where it is not 1, images without it are measured too.
     Several for a sweep: 1,1.5,2 or start:stop:step, both ends included, 1.0:4.0:0.1."""
     guidance_interval: tuple[str, ...] = ()
-    """Where guidance acts, low:high in t, such as 0.1:1.0 (default: the pipeline's own); several for a sweep:
+    """Interval of t with guidance, low:high, such as 0.1:1.0 (default: the pipeline's own); several for a sweep:
     0.1:1.0,0:1."""
     method: tuple[str, ...] = ()
-    """How the ODE is solved, heun or euler (default: the pipeline's own); both for a sweep."""
+    """Solver of the ODE, heun or euler (default: the pipeline's own); both for a sweep."""
     sweep_images: int | None = None
-    """In a sweep, how many images each setting is measured on (default: a tenth of --num_images)."""
+    """Number of images that each setting of a sweep is measured on (default: a tenth of --num_images)."""
     sweep_top: int = 3
-    """In a sweep, how many of the best settings are then measured on all of --num_images, beside the best without
+    """Number of the best settings of a sweep that are then measured on all of --num_images, beside the best without
     guidance; the best of these wins."""
     select: str | None = None
     """The metric that a sweep goes by (default: the first one, fid or fd_FEATURES)."""
@@ -71,7 +73,7 @@ class EvaluateConfig:
     unguided: bool = True
     """Measure the images without guidance too."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Of the generating network (default: accelerate's configuration, else bf16 where the device is good at it)."""
+    """Precision of the model (default: accelerate's configuration, else bf16 where the device is good at it)."""
     compile: bool = False
     """torch.compile each block: faster after a slower start."""
     make_reference: str | None = None
@@ -87,69 +89,34 @@ def check(config: EvaluateConfig) -> None:
     Raises:
         UserError: naming the flag, its value and the rule.
     """
-    lookup(dict.fromkeys(FEATURES), config.features, "features")
+    lookup(FEATURES, config.features, "features")
     for flag in ("ema", "metrics", "method"):
-        if (value := getattr(config, flag)) and not names(value):
-            raise UserError("names nothing: give some, or leave the flag out.", about=flag, value=f"{' '.join(value)}")
-    chosen_metrics(config.features, config.metrics)
+        if (value := getattr(config, flag)) and not words(value):
+            raise UserError("names nothing: give some, or leave the flag out.", about=flag, value=" ".join(value))
+    chosen = chosen_metrics(config.features, config.metrics)
     if config.reference is None:
         raise UserError("not given: name the real images, or a file of their statistics.", about="reference")
     if config.model is not None and config.images is not None:
         raise UserError("does not go with --model: give the one or the other.", about="images", value=config.images)
     if config.model is None and config.images is None and config.make_reference is None:
         raise UserError("not given: name what makes the images, or measure others with --images.", about="model")
-    if config.ema and config.model is None:
-        raise UserError(
-            "chooses among the weights of --model, which is not given.", about="ema", value=f"{','.join(config.ema)}"
-        )
     if config.make_reference is not None and not config.make_reference.endswith(".npz"):
         raise UserError("must end in .npz.", about="make_reference", value=config.make_reference)
-    check_sweep(config)
+    axes_of(config)
+    for flag in AXES:
+        if (value := getattr(config, flag)) and config.model is None:
+            rule = "says how --model makes images, which is not given: leave it out."
+            raise UserError(rule, about=flag, value=" ".join(value))
+    if config.select is not None and chosen_metrics(config.features, (config.select,), "select")[0] not in chosen:
+        rule = f"is not among --metrics {','.join(config.metrics)}: add it."
+        raise UserError(rule, about="select", value=config.select)
     for flag, (least, most) in RANGES.items():
         value = getattr(config, flag)
-        if value is not None and not least <= value <= most:
-            raise UserError(f"must be at least {least} and at most {most:,}.", about=flag, value=value)
-    if config.max_features < 4:
-        raise UserError(
-            "must be at least 4, for three neighbours of each.", about="max_features", value=config.max_features
-        )
-    if not 0 <= config.seed < 2**63:
-        raise UserError("must be from 0 to 2^63 - 1.", about="seed", value=config.seed)
-
-
-def axes_of(config: EvaluateConfig) -> Axes:
-    """The values of the flags that a sweep goes over.
-
-    Raises:
-        UserError: one that is none.
-    """
-    return Axes(
-        names(config.ema),
-        numbers("guidance_scale", config.guidance_scale) if config.guidance_scale else [],
-        intervals("guidance_interval", config.guidance_interval) if config.guidance_interval else [],
-        whole_numbers("num_inference_steps", config.num_inference_steps) if config.num_inference_steps else [],
-        methods("method", config.method) if config.method else [],
-    )
-
-
-def check_sweep(config: EvaluateConfig) -> None:
-    """Refuse what is no grid of settings, or has nothing to sweep over.
-
-    Raises:
-        UserError: naming the flag, its value and the rule.
-    """
-    axes_of(config)
-    for flag in ("guidance_scale", "guidance_interval", "num_inference_steps", "method"):
-        if getattr(config, flag) and config.model is None:
-            value = " ".join(getattr(config, flag))
-            raise UserError("says how --model makes images, which is not given: leave it out.", about=flag, value=value)
-    chosen = chosen_metrics(config.features, config.metrics)
-    if config.select is not None and chosen_metrics(config.features, (config.select,), "select")[0] not in chosen:
-        raise UserError(
-            f"is not among --metrics {','.join(config.metrics)}: add it.", about="select", value=config.select
-        )
+        if value is not None and not least <= value <= (most or value):
+            limit = "" if most is None else f" and at most {most:,}"
+            raise UserError(f"must be at least {least}{limit}.", about=flag, value=value)
 
 
 def selected_metric(config: EvaluateConfig) -> str:
-    """The name of the metric that a sweep goes by."""
+    """Return the name of the metric that a sweep goes by."""
     return chosen_metrics(config.features, (config.select,) if config.select else config.metrics)[0]

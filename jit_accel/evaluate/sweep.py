@@ -1,7 +1,4 @@
-"""A sweep: a grid of settings measured on few images, the best of them on all, and the one that wins there.
-
-What has been measured is kept line by line, so that a sweep goes on where it was stopped.
-"""
+"""A sweep: a grid of settings measured on few images, the best of them on all, and the one that wins there."""
 
 from __future__ import annotations
 
@@ -9,13 +6,13 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from jit_accel.base.files import append_json_lines, read_json_lines
-from jit_accel.evaluate.grid import Setting, setting_of
+from jit_accel.evaluate.grid import Setting
 
-LOG_FILE = "sweep.jsonl"
 # Of 50,000 images the FID's standard deviation is 1 to 2% over trainings, and a third of that over other noise for one
 # network (arXiv 2606.20536): two of the latter, and more for fewer images.
 NOISE, NOISE_IMAGES = 0.01, 50_000
@@ -31,55 +28,55 @@ class Measured:
     num_images: int
     values: Values
 
+    def place(self) -> dict:
+        """Return everything but the values on one level."""
+        return {**asdict(self.setting), "num_images": self.num_images}
+
+    def plain(self) -> dict:
+        """Return all of it on one level, as JSON has it."""
+        return self.place() | self.values
+
 
 class SweepLog:
-    """`sweep.jsonl`: one JSON object for each setting that has been measured.
+    """`sweep.jsonl`: a JSON object for each setting that has been measured, with which a stopped sweep goes on.
 
     Args:
         path: of the file; made with the first line.
         context: whatever else the values depend on, as JSON: weights, reference, features, seed. Lines of another
             context stay and are not used.
+        on_writer: calls a function on the one process that reads and writes, and returns the result on all.
     """
 
-    def __init__(self, path: Path, context: dict):
-        self.path, self.context = path, context
+    def __init__(self, path: Path, context: dict, on_writer: Callable[[Callable], Any] = lambda work: work()):
+        self.path, self.context, self.on_writer = path, context, on_writer
         self.key = hashlib.sha256(json.dumps(context, sort_keys=True).encode()).hexdigest()[:16]
+        self.done: dict[tuple[Setting, int], Measured] = on_writer(self._read)
 
-    def read(self) -> dict[tuple[Setting, int], Measured]:
-        """What was measured in this context; a line that was cut short is passed over."""
-        found = {}
+    def _read(self) -> dict[tuple[Setting, int], Measured]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        found: dict[tuple[Setting, int], Measured] = {}
         for row in read_json_lines(self.path):
-            try:
-                if row["key"] == self.key:
-                    setting, count = setting_of(row["setting"]), row["num_images"]
-                    values = {name: math.nan if v is None else v for name, v in row["values"].items()}
-                    if (setting, count) in found:  # other metrics were asked for then
-                        values = found[setting, count].values | values
-                    found[setting, count] = Measured(setting, count, values)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue
+            if row.get("key") == self.key:
+                place = (Setting(**row["setting"]), row["num_images"])
+                known = found[place].values if place in found else {}  # other metrics were asked for then
+                found[place] = Measured(*place, known | row["values"])
         return found
 
-    def add(self, measured: Measured) -> None:
-        """Append a line, on disk when this returns.
-
-        Raises:
-            OSError: the disk does not take it.
-        """
-        row = {
-            "key": self.key,
-            "setting": measured.setting.plain(),
-            "num_images": measured.num_images,
-            "values": measured.values,
-            "context": self.context,
-        }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        append_json_lines(self.path, [row], durable=True)
+    def measured(
+        self, setting: Setting, num_images: int, metrics: Iterable[str], measure: Callable[[Setting, int], Measured]
+    ) -> Measured:
+        """Return what is known of a setting; where it lacks a metric, measure and append a line to the file."""
+        found = self.done.get((setting, num_images))
+        if found is None or not set(metrics) <= found.values.keys():
+            found = self.done[setting, num_images] = measure(setting, num_images)
+            row = {"key": self.key, **asdict(found), "context": self.context}
+            self.on_writer(lambda: append_json_lines(self.path, [row], durable=True))
+        return found
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a sweep found. `few` and `full` are in the grid's order; `full` holds the winner and the unguided one."""
+    """The result of a sweep. `few` and `full` are in the grid's order; `full` holds the winner and the unguided one."""
 
     select: str
     higher_is_better: bool
@@ -100,51 +97,35 @@ class Outcome:
     def not_told_apart(self) -> list[Measured]:
         """Other settings whose value over all images is as good as the winner's but for noise."""
         best = self.best
-        near = abs(best.values[self.select]) * noise_of(best.num_images)
-        return [
-            measured
-            for measured in self.full
-            if measured is not best and abs(measured.values[self.select] - best.values[self.select]) <= near
-        ]
+        value = best.values[self.select]
+        near = abs(value) * noise_of(best.num_images)
+        return [one for one in self.full if one is not best and abs(one.values[self.select] - value) <= near]
 
 
 def sweep(
     settings: Sequence[Setting],
-    measure: Callable[[Setting, int], Values],
+    measure: Callable[[Setting, int], Measured],
     *,
     sweep_images: int,
     num_images: int,
     top: int,
     select: str,
     higher_is_better: bool,
-    done: dict[tuple[Setting, int], Measured],
-    keep: Callable[[Measured], None],
-    wanted: Callable[[int], Sequence[str]] | None = None,
-    tell: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
     """Measure all settings on `sweep_images` images, the `top` best and the best unguided one on `num_images`.
 
     Where that would be all of them, or few images are all images, everything is measured once, on all.
 
     Args:
-        measure: values of a setting over the images 0 to n - 1; called by all processes alike.
-        done: what is measured already; extended.
-        keep: called with each new measurement.
-        wanted: the metrics that a measurement of so many images must have to be used again (None: `select`).
+        measure: measures a setting over the images 0 to n - 1; called by all processes alike.
     """
 
-    def is_done(setting: Setting, count: int) -> bool:
-        known = done.get((setting, count))
-        return known is not None and {select, *(wanted(count) if wanted else ())} <= known.values.keys()
-
-    def measured(these: Iterable[Setting], count: int) -> list[Measured]:
-        these, found = list(these), []
+    def measured(these: Sequence[Setting], count: int) -> list[Measured]:
+        found = []
         for i, setting in enumerate(these, 1):
-            if not is_done(setting, count):
-                done[setting, count] = Measured(setting, count, measure(setting, count))
-                keep(done[setting, count])
-            found.append(done[setting, count])
-            tell(f"[{i}/{len(these)}] {setting}, {count:,} images: {select} {found[-1].values[select]:.5g}")
+            found.append(measure(setting, count))
+            say(f"[{i}/{len(these)}] {setting}, {count:,} images: {select} {found[-1].values[select]:.5g}")
         return found
 
     if sweep_images >= num_images or len(settings) <= top:
@@ -158,12 +139,12 @@ def sweep(
 
 
 def noise_of(num_images: int) -> float:
-    """The share of a Fréchet distance by which two settings must differ to be told apart, roughly."""
+    """Return the share of a Fréchet distance by which two settings must differ to be told apart, roughly."""
     return NOISE * max(1.0, NOISE_IMAGES / num_images) ** 0.5
 
 
 def ranked(these: Sequence[Measured], select: str, higher_is_better: bool) -> list[Measured]:
-    """The best first; of equal ones that which costs fewer network calls. Values that are no numbers come last."""
+    """Sort the best first; of equal ones that which costs fewer network calls. Values that are no numbers come last."""
 
     def rank(measured: Measured) -> tuple:
         value, setting = measured.values[select], measured.setting

@@ -4,32 +4,63 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
 
 from jit_accel.base.console import warn
 from jit_accel.base.files import atomic_folder, restore_folder, write_text
 from jit_accel.config.settings import UNAVERAGED
-from jit_accel.evaluate.grid import Setting
-from jit_accel.evaluate.place import holds
+from jit_accel.evaluate.candidate import run_folder_of
 from jit_accel.evaluate.sweep import Outcome
 from jit_accel.model.card import CARD_FILE, refresh_card
 from jit_accel.model.carried_code import INDEX_FILE
+from jit_accel.model.checkpoints import complete_checkpoints
 from jit_accel.model.defaults import write_defaults
-from jit_accel.model.loading import pipeline_of_checkpoint
-from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.model.loading import averages_of, pipeline_of_checkpoint
 
+WEIGHTS = "diffusion_pytorch_model*.safetensors"
 BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"
+# The card's sentence about the weights; the picture stays, and with it whose it is.
+WEIGHTS_SENTENCE = re.compile(
+    r"Weights: (?:moving average with decay `(?P<now>[^`]+)`|those of the last step)\."
+    r"(?P<space>\s+)The samples above(?: are of decay `(?P<first>[^`]+)`)?: "
+)
+
+
+def pipeline_folder_of(model: str, checkpoint: Path | None) -> Path | None:
+    """Return the pipeline folder that a result for this model may change: itself, or `pipeline` in the run's folder.
+
+    None for the Hub, and for a checkpoint that is not its run's newest, unless the folder was made of it.
+    """
+    folder = Path(model).expanduser()
+    if (folder / INDEX_FILE).is_file():
+        return folder
+    run = run_folder_of(folder)
+    pipeline = run / "pipeline"
+    if not (run / "checkpoints").is_dir() and not pipeline.is_dir():
+        return None
+    if checkpoint is None or complete_checkpoints(checkpoint.parent)[-1].name == checkpoint.resolve().name:
+        return pipeline
+    return pipeline if any(holds(pipeline, checkpoint, ema) for ema in (*averages_of(checkpoint), UNAVERAGED)) else None
+
+
+def holds(folder: Path, checkpoint: Path, ema: str) -> bool:
+    """Return True where a pipeline folder has exactly these weights of a checkpoint."""
+    held = {}
+    for file in sorted((folder / "transformer").glob(WEIGHTS)):
+        held |= load_file(file)
+    if not held:
+        return False
+    wanted = pipeline_of_checkpoint(checkpoint, ema).transformer.state_dict()
+    return held.keys() == wanted.keys() and all(torch.equal(held[name], wanted[name]) for name in wanted)
 
 
 def write_winner(checkpoint: Path | None, folder: Path, outcome: Outcome) -> str:
-    """Make the winner the default of this pipeline folder, weights included, and say what was done.
+    """Make the winner the default of this pipeline folder, weights included, and return what was done in words.
 
-    Args:
-        checkpoint: where the averages that were compared come from; None: they are the folder's own weights.
-
-    Raises:
-        OSError: the folder cannot be written.
+    The averages that were compared are the checkpoint's; None: the folder's own weights. Raises `OSError`.
     """
     restore_folder(folder)
     setting, is_new = outcome.best.setting, not (folder / INDEX_FILE).is_file()
@@ -37,50 +68,32 @@ def write_winner(checkpoint: Path | None, folder: Path, outcome: Outcome) -> str
     replaces = comes_from_there and (is_new or not holds(folder, checkpoint, setting.ema))
 
     def write_settings(into: Path) -> None:
-        interval = setting.guidance_interval
-        write_defaults(
-            into,
-            guidance_scale=setting.guidance_scale,
-            **({} if interval is None else {"guidance_interval": interval}),
-            num_inference_steps=setting.num_inference_steps,
-            method=setting.method,
-        )
-        update_card(into / CARD_FILE, setting, outcome, replaces and not is_new)
+        given = {name: value for name, value in setting.sampling.items() if value is not None}
+        write_defaults(into, **given)
+        update_card(into / CARD_FILE, outcome, replaces and not is_new)
 
     if replaces:
-        export_average(pipeline_of_checkpoint(checkpoint, setting.ema), folder, write_settings)
+        with atomic_folder(folder) as temporary:
+            pipeline_of_checkpoint(checkpoint, setting.ema).save_pretrained(temporary, safe_serialization=True)
+            for path in folder.iterdir() if folder.exists() else ():  # what else the folder held stays in it
+                if not (temporary / path.name).exists():
+                    (shutil.copytree if path.is_dir() else shutil.copy2)(path, temporary / path.name)
+            write_settings(temporary)
     else:
         write_settings(folder)
     weights = f", with the weights {setting.ema}" if replaces else ""
     return f"Pipeline:  {folder} {'made' if is_new else 'has new defaults'}{weights}"
 
 
-def export_average(pipeline: JiTPipeline, folder: Path, complete: Callable[[Path], None]) -> None:
-    """Write the pipeline into the folder's place, whole or not at all; what else the folder held stays in it.
-
-    Args:
-        complete: writes what else changes with the weights, before they take their place.
-    """
-    with atomic_folder(folder) as temporary:
-        pipeline.save_pretrained(temporary, safe_serialization=True)
-        for path in folder.iterdir() if folder.exists() else ():
-            if path.is_dir() and not (temporary / path.name).exists():
-                shutil.copytree(path, temporary / path.name)
-            elif path.is_file() and not (temporary / path.name).exists():
-                shutil.copy2(path, temporary / path.name)
-        complete(temporary)
-
-
-def update_card(card: Path, setting: Setting, outcome: Outcome, is_other_average: bool) -> None:
-    """Let the model card say which weights are in the folder and what its defaults are, and how they were chosen."""
+def update_card(card: Path, outcome: Outcome, is_other_average: bool) -> None:
+    """Write the weights in the folder, its defaults, and how they were chosen on the model card, if there is one."""
     if not card.is_file():
         return
     try:
         text = card.read_text(encoding="utf-8")
         if is_other_average:
-            text = with_average(text, setting.ema)
-        text = with_defaults(text, setting, outcome)
-        write_text(card, text)
+            text = with_average(text, outcome.best.setting.ema)
+        write_text(card, with_defaults(text, outcome))
     except (OSError, UnicodeDecodeError) as error:
         warn(f"{card} cannot be brought up to date ({error}).")
 
@@ -95,11 +108,7 @@ def show_on_card(folder: Path) -> None:
 
 
 def with_average(text: str, ema: str) -> str:
-    """The card's sentence about the weights; the picture stays, and with it whose it is."""
-    sentence = re.compile(
-        r"Weights: (?:moving average with decay `(?P<now>[^`]+)`|those of the last step)\."
-        r"(?P<space>\s+)The samples above(?: are of decay `(?P<first>[^`]+)`)?: "
-    )
+    """Return the card with its sentence about the weights changed."""
     weights = "those of the last step" if ema == UNAVERAGED else f"moving average with decay `{ema}`"
 
     def replaced(match: re.Match) -> str:
@@ -107,18 +116,18 @@ def with_average(text: str, ema: str) -> str:
         whose = f" are of decay `{of}`" if of and of != ema else ""
         return f"Weights: {weights}.{match['space']}The samples above{whose}: "
 
-    return sentence.sub(replaced, text)
+    return WEIGHTS_SENTENCE.sub(replaced, text)
 
 
-def with_defaults(text: str, setting: Setting, outcome: Outcome) -> str:
-    """The card with a paragraph on the defaults, in place of an earlier sweep's."""
+def with_defaults(text: str, outcome: Outcome) -> str:
+    """Return the card with a paragraph on the defaults, in place of an earlier sweep's."""
     best, unguided, select = outcome.best, outcome.best_unguided, outcome.select
     without = f", {unguided.values[select]:.4g} without guidance" if unguided and unguided is not best else ""
     block = (
-        f"{BEGIN}\nDefaults: {setting}. They won a sweep by {select} over {best.num_images:,} images: "
+        f"{BEGIN}\nDefaults: {best.setting}. They won a sweep by {select} over {best.num_images:,} images: "
         f"{best.values[select]:.4g}{without}.\n{END}"
     )
-    marked = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    marked = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
     if marked.search(text):
         return marked.sub(lambda _: block, text)
     heading = re.search(r"^## (Training|Origin)$", text, re.MULTILINE)

@@ -1,51 +1,42 @@
-"""Entry point: `python -m jit_accel.report runs/mine`, or several folders to compare."""
+"""Show runs on a page: `python -m jit_accel.report runs/mine`, or several folders to compare."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from jit_accel.base.errors import UserError, message_of
+from jit_accel.config.command_line import exit_code_of
 from jit_accel.monitor.report_process import REPORT_FILE
 
 COMPARISON_FILE = "comparison.html"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the page of the folders on the command line. Returns the exit code: 0 done, 2 something to mend."""
+    """Write the page of the folders on the command line. Returns the exit code: 0 done, 2 wrong folders or output."""
     args = parse_args(argv)
-    # Only now, so that --help and wrong flags answer at once.
-    from jit_accel.report.page import build_page, write_page
-    from jit_accel.report.runs import read_runs
 
-    try:
+    def run() -> int:
+        # Only now, so that --help and wrong flags answer at once.
+        from jit_accel.report.page import build_page, write_page
+        from jit_accel.report.runs import read_runs
+
         runs = read_runs(args.folders)
         path = args.output or (runs[0].folder / REPORT_FILE if len(runs) == 1 else Path(COMPARISON_FILE))
         write_page(build_page(runs), path)
-    except UserError as error:
-        print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
-        return 2
-    print(f"Report: {path}")
-    return 0
+        print(f"Report: {path}")
+        return 0
+
+    return exit_code_of(run)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line.
-
-    Raises:
-        SystemExit: `--help` (0), an unknown or missing argument (2).
-    """
+    """Read the command line. Raises `SystemExit`: `--help` (0), an unknown or missing argument (2)."""
     parser = argparse.ArgumentParser(
         prog="python -m jit_accel.report",
         description="Show a run, or compare several, on one HTML page that needs no network: loss curves, samples, "
         "settings, and what looked wrong.",
     )
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="output folder of a run")
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        type=Path,
-        help=f"where to write the page (default: DIR/{REPORT_FILE}; of several folders, {COMPARISON_FILE} here)",
-    )
+    where = f"where to write the page (default: DIR/{REPORT_FILE}; of several folders, {COMPARISON_FILE} here)"
+    parser.add_argument("--output", metavar="FILE", type=Path, help=where)
     return parser.parse_args(argv)

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import exp, isfinite
 from pathlib import Path
 
 from jit_accel.monitor.log import METRICS_FILE, as_row
+from jit_accel.monitor.metric_table import HEALTH, metric_of, part_of
 
 MAX_BUCKETS = 2000
 SIGNIFICANT_DIGITS = 5
-HEALTH = "health/"
-LOSS_BY_T = "train/loss_by_t/"
-KEPT = frozenset(
-    [
-        *("train/loss", "train/learning_rate", "train/grad_norm", "train/epoch", "train/update_ratio"),
-        *("train/epoch_loss", "train/epoch_time", "train/samples_per_second", "train/best_loss"),
-        *("val/loss", "data/wait_fraction", "data/worker_rss_gib", "data/bad_images"),
-        *("perf/images_per_second", "perf/step_time", "perf/mfu", "perf/peak_memory_gib"),
-    ]
-)
-EVAL = "eval/"
-KEPT_BEGINNINGS = ("ema/", EVAL, LOSS_BY_T, HEALTH)
 
 
 class Bucket:
@@ -32,25 +20,22 @@ class Bucket:
 
     def __init__(self, step: int):
         self.count, self.sum = 0, 0.0
-        self.low = self.high = 0.0
+        self.low, self.high = float("inf"), float("-inf")
         self.first = self.last = self.low_step = self.high_step = step
 
     def add(self, step: int, value: float) -> None:
-        if self.count == 0:
-            self.low = self.high = value
-            self.low_step = self.high_step = step
-        elif value < self.low:
+        if value < self.low:
             self.low, self.low_step = value, step
-        elif value > self.high:
+        if value > self.high:
             self.high, self.high_step = value, step
         self.count += 1
         self.sum += value
         self.last = step
 
     def merge(self, later: Bucket) -> None:
-        if later.count and (not self.count or later.low < self.low):
+        if later.low < self.low:
             self.low, self.low_step = later.low, later.low_step
-        if later.count and (not self.count or later.high > self.high):
+        if later.high > self.high:
             self.high, self.high_step = later.high, later.high_step
         self.count += later.count
         self.sum += later.sum
@@ -83,14 +68,11 @@ class Curve:
 
     def _double_width(self) -> None:
         self.width *= 2
-        merged: dict[int, Bucket] = {}
-        for index in sorted(self.buckets):
-            bucket = self.buckets[index]
-            if index // 2 in merged:
-                merged[index // 2].merge(bucket)
-            else:
-                merged[index // 2] = bucket
-        self.buckets = merged
+        ordered, self.buckets = self.ordered, {}
+        for bucket in ordered:
+            known = self.buckets.setdefault(bucket.first // self.width, bucket)
+            if known is not bucket:
+                known.merge(bucket)
 
     @property
     def ordered(self) -> list[Bucket]:
@@ -103,34 +85,31 @@ class Curve:
 
     @property
     def low(self) -> float:
-        return min(bucket.low for bucket in self.buckets.values() if bucket.count)
+        return min(bucket.low for bucket in self.buckets.values())
 
     @property
     def high(self) -> float:
-        return max(bucket.high for bucket in self.buckets.values() if bucket.count)
+        return max(bucket.high for bucket in self.buckets.values())
 
-    def means(self) -> dict[str, list]:
-        """Of each bucket the middle step `x`, the mean `y` (None: nothing finite) and the number of values `n`."""
+    def means(self, factor: float = 1) -> dict[str, list]:
+        """Return each bucket's middle step `x`, mean `y` (None: nothing finite) and number of values `n`."""
         buckets = self.ordered
         return {
             "x": [plain((bucket.first + bucket.last) / 2) for bucket in buckets],
-            "y": [rounded(bucket.sum / bucket.count) if bucket.count else None for bucket in buckets],
+            "y": [rounded(factor * bucket.sum / bucket.count) if bucket.count else None for bucket in buckets],
             "n": [bucket.count for bucket in buckets],
         }
 
-    def extremes(self) -> dict[str, list]:
-        """Lowest and highest value of each bucket at their true steps `x`, in order: spikes survive."""
+    def extremes(self, factor: float = 1) -> dict[str, list]:
+        """Return lowest and highest value of each bucket at their true steps `x`, in order: spikes survive."""
         points: list[tuple[int, float | None]] = []
         for bucket in self.ordered:
-            if not bucket.count:
-                points.append((bucket.first, None))
-                continue
             ends = {bucket.low_step: bucket.low, bucket.high_step: bucket.high}
-            points += sorted(ends.items())
-        return {"x": [step for step, _ in points], "y": [rounded(value) for _, value in points]}
+            points += sorted(ends.items()) if bucket.count else [(bucket.first, None)]
+        return {"x": [step for step, _ in points], "y": [value and rounded(factor * value) for _, value in points]}
 
     def smoothed_end(self, memory_steps: float) -> float | None:
-        """The last value of the running mean with this memory, as the page draws it (`smooth` in charts.js)."""
+        """Return the last value of the running mean with this memory, as the page draws it (`smooth` in charts.js)."""
         total = weight = 0.0
         before = None
         for bucket in self.ordered:
@@ -143,91 +122,85 @@ class Curve:
 
 
 @dataclass
-class Event:
-    """All occurrences of one kind of health event. `low` and `high` are the extremes of the finite measured values."""
+class Occurrences:
+    """All events of one kind of trouble: the steps they came at, and the finite ones of the measured values."""
 
-    count: int = 0
-    first: int = 0
-    last: int = 0
-    low: float | None = None
-    high: float | None = None
     steps: Curve = field(default_factory=Curve)
+    values: Curve = field(default_factory=Curve)
 
     def add(self, step: int, value: float | None) -> None:
-        self.first = min(self.first, step) if self.count else step
-        self.last = max(self.last, step)
-        self.count += 1
         self.steps.add(step, 1.0)
-        if value is not None:
-            self.low = value if self.low is None else min(self.low, value)
-            self.high = value if self.high is None else max(self.high, value)
+        self.values.add(step, value)
+
+    @property
+    def count(self) -> int:
+        return self.steps.count
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """First and last step."""
+        buckets = self.steps.ordered
+        return buckets[0].first, buckets[-1].last
 
 
 @dataclass
 class Measurements:
-    """What a `metrics.jsonl` holds: curves by key, events by kind, and the last step."""
+    """Everything in a `metrics.jsonl` that is shown: curves by key, events by kind, and the last step."""
 
     curves: dict[str, Curve] = field(default_factory=dict)
-    events: dict[str, Event] = field(default_factory=dict)
+    events: dict[str, Occurrences] = field(default_factory=dict)
     last_step: int = 0
     num_rows: int = 0
     num_unreadable: int = 0
+    _dropped: set[str] = field(default_factory=set)
 
     def add(self, row: dict) -> None:
         step = row["step"]
         self.num_rows += 1
         self.last_step = max(self.last_step, step)
-        curves = self.curves
         for key, value in row.items():
-            curve = curves.get(key)
-            if curve is None:
-                if key not in KEPT and not key.startswith(KEPT_BEGINNINGS):
+            if type(value) is not float or value - value != 0:  # seldom: a million rows pass here
+                if not (value is None or isinstance(value, (int, float))) or isinstance(value, bool):
                     continue
-                if key.startswith(HEALTH):
-                    if is_number(value):
-                        self.events.setdefault(key.removeprefix(HEALTH), Event()).add(step, finite(value))
-                    continue
-                curve = curves.setdefault(key, Curve())
-            if type(value) is float and value - value == 0:  # the usual case first: a million rows pass here
-                curve.add(step, value)
-            elif is_number(value):
-                curve.add(step, finite(value))
+                value = finite(value)
+            place = self.curves.get(key)
+            if place is None and key not in self._dropped:
+                place = self._place_of(key)
+            if place is not None:
+                place.add(step, value)
 
-    def curve(self, key: str) -> Curve | None:
-        """The curve of `key` where it has a finite value."""
-        curve = self.curves.get(key)
-        return curve if curve and curve.count else None
+    def _place_of(self, key: str) -> Curve | Occurrences | None:
+        """Return where the values of a new key go; None for those that no page shows."""
+        if (kind := part_of(key, HEALTH)) is not None:
+            return self.events.setdefault(kind, Occurrences())
+        metric = metric_of(key)
+        if metric is None or metric.thinned == "nothing":
+            self._dropped.add(key)
+            return None
+        return self.curves.setdefault(key, Curve())
+
+    def curve(self, *keys: str) -> Curve | None:
+        """Return the curve of the first of these keys that has a finite value."""
+        found = (self.curves.get(key) for key in keys)
+        return next((curve for curve in found if curve and curve.count), None)
 
 
 def read_measurements(folder: Path) -> Measurements:
-    """Read `metrics.jsonl` of a run's folder; what cannot be read in it is left out and counted."""
+    """Read `metrics.jsonl` of a run's folder; lines that cannot be read are left out and counted."""
     measurements = Measurements()
-    try:
-        with open(folder / METRICS_FILE, "rb") as file:
-            for row in rows_of(file):
-                if row is None:
-                    measurements.num_unreadable += 1
-                else:
+    if (folder / METRICS_FILE).exists():
+        with open(folder / METRICS_FILE, "rb") as lines:
+            for line in lines:
+                row = as_row(line)
+                if row is not None:
                     measurements.add(row)
-    except FileNotFoundError:
-        pass
+                elif line.strip():
+                    measurements.num_unreadable += 1
     return measurements
 
 
-def rows_of(lines: Iterable[bytes]) -> Iterator[dict | None]:
-    """The rows of a metrics file; None for a line that is none, such as a last one that was cut short."""
-    for line in lines:
-        row = as_row(line)
-        if row is not None or line.strip():
-            yield row
-
-
-def is_number(value) -> bool:
-    """Whether a value of a row is a measurement; null stands for one that is not finite."""
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
-
-
 def finite(value: float | None) -> float | None:
+    """Return the value as a float; None for one that is not finite."""
     try:
         value = float(value) if value is not None else None
     except OverflowError:  # an integer of more than 308 digits
@@ -236,7 +209,7 @@ def finite(value: float | None) -> float | None:
 
 
 def rounded(value: float | None) -> float | None:
-    """To as many digits as a screen can show; None for a sum that overflowed."""
+    """Return as many digits as a screen can show; None for a sum that overflowed."""
     return None if value is None or not isfinite(value) else plain(float(f"{value:.{SIGNIFICANT_DIGITS}g}"))
 
 

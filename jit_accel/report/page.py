@@ -9,12 +9,12 @@ from string import Template
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_file, disk_errors
+from jit_accel.monitor.metric_table import EPOCH
 from jit_accel.report import tables
 from jit_accel.report.charts import SMOOTHING, charts_of
 from jit_accel.report.runs import Run
-from jit_accel.report.sheets import load_sheets
+from jit_accel.report.sample_sheets import load_sheets
 
-PARTS = Path(__file__).parent
 SECTIONS = {
     "loss": "Loss",
     "evaluation": "Generated images",
@@ -25,7 +25,7 @@ SECTIONS = {
 
 
 def build_page(runs: list[Run]) -> str:
-    """The whole page: of one run, or of several laid over each other."""
+    """Return the whole page: of one run, or of several laid over each other."""
     from plotly.offline import get_plotlyjs
 
     charts = charts_of(runs)
@@ -55,21 +55,20 @@ def build_page(runs: list[Run]) -> str:
 
 
 def part(name: str) -> str:
-    return (PARTS / name).read_text(encoding="utf-8")
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def epochs_of(run: Run) -> dict | None:
-    """Epoch over steps, for what the charts show at the pointer."""
-    curve = run.measurements.curve("train/epoch")
-    if not curve:
-        return None
-    points = curve.means()
-    known = [(x, y) for x, y in zip(points["x"], points["y"]) if y is not None]
-    return {"x": [x for x, _ in known], "y": [y for _, y in known]}
+    """Return the epoch over the steps, which the charts show at the pointer."""
+    if curve := run.measurements.curve(EPOCH):
+        points = curve.means()
+        known = [(x, y) for x, y in zip(points["x"], points["y"]) if y is not None]
+        return {"x": [x for x, _ in known], "y": [y for _, y in known]}
+    return None
 
 
 def sections(charts: list[dict], has_sheets: bool) -> str:
-    """Sections with a place for each chart; the samples stand behind the loss."""
+    """Return sections with a place for each chart; the samples stand behind the loss."""
     parts = []
     for name, title in SECTIONS.items():
         inside = "".join(place_of(chart) for chart in charts if chart["section"] == name)
@@ -85,17 +84,17 @@ def section(name: str, title: str, inside: str) -> str:
 
 
 def place_of(chart: dict) -> str:
-    notes = [chart["note"], *(f"{t['name']} {t['value']:g}{chart['unit']}" for t in chart.get("thresholds", ()))]
+    notes = [chart["note"], *(f"{line['name']} {line['value']:g}{chart['unit']}" for line in chart["thresholds"])]
     title, note = escape(chart["title"]), escape(" · ".join(notes))
     unit = f' <span class="unit">{escape(chart["unit"])}</span>' if chart["unit"] else ""
     return (
-        f'<figure class="card chart" data-chart="{chart["id"]}"><figcaption><h3>{title}{unit}</h3><p>{note}</p>'
+        f'<figure class="card chart" data-chart="{escape(chart["id"])}"><figcaption><h3>{title}{unit}</h3><p>{note}</p>'
         f'</figcaption><div class="options"></div><div class="plot" role="img" aria-label="{title}"></div></figure>'
     )
 
 
 def embedded(data: dict) -> str:
-    """JSON that nothing inside it can break out of: no tag ends or begins in it."""
+    """Return JSON that nothing inside it can break out of: no tag ends or begins in it."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
@@ -106,11 +105,10 @@ def write_page(page: str, path: Path) -> None:
     Raises:
         UserError: it cannot be written there.
     """
+    if path.is_dir():
+        rule = f"this is a folder; name a file, such as {path / 'report.html'}."
+        raise UserError(rule, about="output", value=path)
     with disk_errors("output", path):
-        if path.is_dir():
-            raise UserError(
-                f"this is a folder; name a file, such as {path / 'report.html'}.", about="output", value=path
-            )
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path, durable=False) as temporary:  # the training's report may be written at the same time
+        with atomic_file(path, durable=False) as temporary:
             temporary.write_text(page, encoding="utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 from jit_accel.base.errors import UserError
 from jit_accel.monitor.log import FAILED_FILE, INTERRUPTED_FILE, METRICS_FILE
 from jit_accel.report.curves import Measurements, read_measurements
-from jit_accel.report.sheets import find_sheets
+from jit_accel.report.sample_sheets import find_sheets
 
 RECORD_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
@@ -20,13 +20,7 @@ MAX_NAMED_FOLDERS = 5
 
 @dataclass
 class Run:
-    """One run.
-
-    Attributes:
-        label: tells it from the others on the page.
-        failure: what ended it early, if anything did.
-        updated: time of the last row in s, or None.
-    """
+    """A run. `label` is its name among the others, `failure` the error that ended it, `updated` its last row's time."""
 
     folder: Path
     label: str
@@ -46,12 +40,9 @@ class Run:
 
     @property
     def total_steps(self) -> int | None:
-        """Length of the run in optimizer steps, where the folder tells it."""
-        for key in ("total_steps", "max_steps"):
-            total = self.settings.get(key)
-            if type(total) is int and total > 0:
-                return total
-        return None
+        """Length of the run in optimizer steps, where it is known."""
+        totals = (self.settings.get(key) for key in ("total_steps", "max_steps"))
+        return next((total for total in totals if type(total) is int and total > 0), None)
 
     @property
     def state(self) -> str:
@@ -72,7 +63,7 @@ def read_runs(folders: list[Path]) -> list[Run]:
     """Read the runs of these folders, each folder once.
 
     Raises:
-        UserError: a folder that is none, or holds no run.
+        UserError: there is no such folder, or it holds no run.
     """
     by_place: dict[Path, Path] = {}
     for folder in folders:
@@ -87,14 +78,14 @@ def read_run(given: Path, folder: Path, label: str) -> Run:
         raise UserError(f"{given}: not a folder; {hint}.")
     if not holds_run(folder):
         raise UserError(f"{given}: no run in this folder ({METRICS_FILE} or {RECORD_FILE}); {other_folders(given)}")
-    metrics = folder / METRICS_FILE
+    metrics, failed = folder / METRICS_FILE, folder / FAILED_FILE
     return Run(
         folder=given,
         label=label,
         settings=read_settings(folder),
         measurements=read_measurements(folder),
         is_interrupted=(folder / INTERRUPTED_FILE).exists(),
-        failure=read_failure(folder),
+        failure=failed.read_text(encoding="utf-8", errors="replace").strip() if failed.is_file() else None,
         updated=metrics.stat().st_mtime if metrics.exists() else None,
     )
 
@@ -105,7 +96,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def other_folders(folder: Path) -> str:
-    """What to give instead of a folder that holds no run."""
+    """Say which folder to give instead of one that holds no run."""
     inside = [child for child in sorted(folder.iterdir()) if child.is_dir() and holds_run(child)]
     if not inside:
         return "give the --output_dir of a training."
@@ -113,41 +104,26 @@ def other_folders(folder: Path) -> str:
     return "give one or more of those inside it: " + " ".join(map(str, inside[:MAX_NAMED_FOLDERS])) + more
 
 
-def read_failure(folder: Path) -> str | None:
-    try:
-        return (folder / FAILED_FILE).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None
-
-
 def read_settings(folder: Path) -> dict:
-    """The record of the run, else its settings alone; empty where neither can be read."""
-    try:
-        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        if isinstance(record, dict):
-            return record
-    except (OSError, ValueError, RecursionError):
-        pass
-    try:
-        text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return {}
+    """Read the record of the run, else its settings alone; empty where neither can be read."""
     import yaml
 
-    try:
-        record = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
-        return {}
-    return {str(key): value for key, value in record.items()} if isinstance(record, dict) else {}
+    for name, parse in ((RECORD_FILE, json.loads), (CONFIG_FILE, yaml.safe_load)):
+        try:
+            record = parse((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            continue
+        if isinstance(record, dict):
+            return {str(key): value for key, value in record.items()}
+    return {}
 
 
 def distinct_names(folders: list[Path]) -> list[str]:
-    """The folders' names, with as many parents before them as tell those of equal names apart."""
+    """Return the folders' names, with as many parents before them as tell those of equal names apart."""
     names = []
     for folder in folders:
-        alike = [other for other in folders if other.name == folder.name and other != folder]
         depth = 1
-        while any(other.parts[-depth:] == folder.parts[-depth:] for other in alike):
+        while sum(other.parts[-depth:] == folder.parts[-depth:] for other in folders) > 1:
             depth += 1
         names.append("/".join(folder.parts[-depth:]))
     return names

@@ -1,22 +1,23 @@
-"""What a page says in words and numbers: its head, health events and settings. All text of a run is escaped here."""
+"""The words and numbers of a page: its head, health events and settings. All text of a run is escaped here."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import fields
 from datetime import datetime, timezone
 from html import escape
 from math import nan
 
 from jit_accel.config.settings import GROUPS, SETTINGS
+from jit_accel.monitor import metric_table as metrics
 from jit_accel.monitor.health import KINDS
-from jit_accel.report.charts import SMOOTHING, UNGUIDED, event_name, metric_name
-from jit_accel.report.curves import EVAL, Event
+from jit_accel.report.charts import SMOOTHING, event_name, title_of
+from jit_accel.report.curves import Curve, Occurrences
 from jit_accel.report.runs import Run
 
-GROUP_TITLES = {"Optim": "Optimization", "Sample": "Samples", "Eval": "Evaluation"}
-FRECHET = (f"{EVAL}fid", f"{EVAL}fd_")  # of the metrics of generated images, those that a tile shows
+GROUP_TITLES = {"Optim": "Optimization", "Sample": "Samples", "Sheet": "Samples", "Eval": "Evaluation"}
 UNKNOWN_KIND = "Not known to this version of the report."
 WORSE_BELOW = {"grad_vanishing"}  # of other kinds the highest value is the worst
 STATES = {
@@ -30,7 +31,7 @@ STATES = {
 
 
 def header(runs: list[Run], title: str) -> str:
-    """Title, facts and the most important numbers: as tiles of one run, as a table of several."""
+    """Return title, facts and the most important numbers: as tiles of one run, as a table of several."""
     if len(runs) > 1:
         return f"<h1>{escape(title)}</h1>{runs_table(runs)}"
     run = runs[0]
@@ -45,7 +46,7 @@ def header(runs: list[Run], title: str) -> str:
 
 
 def facts(run: Run) -> list[str]:
-    """Model, size, data and devices, as far as they are known."""
+    """Return model, size, data and devices, as far as they are known."""
     known = run.settings
     found = []
     if known.get("model"):
@@ -65,58 +66,58 @@ def facts(run: Run) -> list[str]:
 
 
 def progress(run: Run) -> str:
-    """State, step and time, with a bar where the length of the run is known."""
-    sign, word = STATES[run.state]
-    steps = f"step {run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")
-    parts = [steps, *epochs_in_words(run)]
+    """Return state, step and time, with a bar where the length of the run is known."""
+    parts = [f"step {run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")]
+    if curve := run.measurements.curve(metrics.EPOCH):
+        parts.append(f"epoch {curve.high:.2f}")
+    step_time = run.measurements.curve(metrics.STEP_TIME)
+    if run.state == "running" and run.total_steps and step_time:
+        parts.append(f"{duration((run.total_steps - run.step) * step_time.latest)} to go")
     if run.updated is not None:
-        parts.append(f"last row {when(run.updated)}")
+        parts.append(f"last row {datetime.fromtimestamp(run.updated, timezone.utc):%Y-%m-%d %H:%M} UTC")
     bar = ""
     if run.total_steps:
         share = min(1.0, run.step / run.total_steps)
         bar = f'<progress max="1" value="{share:.4f}" aria-label="Progress">{share:.0%}</progress>'
-    return (
-        f'<div class="state"><span class="badge {run.state.replace(" ", "-")}">{sign} {word}</span>'
-        f"<span>{escape(' · '.join(parts))}</span>{bar}</div>"
-        + (f'<p class="failed">{escape(run.failure)}</p>' if run.failure else "")
-    )
+    failure = f'<p class="failed">{escape(run.failure)}</p>' if run.failure else ""
+    return f'<div class="state">{badge(run)}<span>{escape(" · ".join(parts))}</span>{bar}</div>{failure}'
 
 
-def epochs_in_words(run: Run) -> list[str]:
-    curve = run.measurements.curve("train/epoch")
-    found = [f"epoch {curve.high:.2f}"] if curve else []
-    step_time = run.measurements.curve("perf/step_time")
-    if run.state == "running" and run.total_steps and step_time:
-        found.append(f"{duration((run.total_steps - run.step) * step_time.latest)} to go")
-    return found
+def badge(run: Run) -> str:
+    sign, word = STATES[run.state]
+    return f'<span class="badge {run.state.replace(" ", "-")}">{sign} {word}</span>'
 
 
 def numbers(run: Run) -> list[tuple[str, str, str]]:
-    """Name, value and remark of each tile; a value is HTML."""
+    """Return name, value and remark of each tile; a value is HTML."""
+    curve_of = run.measurements.curve
     found = [("Loss", number(current_loss(run)), "running mean")]
-    best = run.measurements.curve("train/best_loss") or run.measurements.curve("train/epoch_loss")
-    if best:
+    if best := best_epoch(run):
         found.append(("Best epoch", number(best.low), "mean loss of an epoch"))
-    for key, name in (("val/loss", "Validation"), ("ema/val_loss", "Validation, EMA")):
-        if curve := run.measurements.curve(key):
+    names = {metrics.VAL_LOSS: "Validation", metrics.EMA_VAL_LOSS: "Validation, EMA"}
+    for key in sorted(run.measurements.curves):
+        is_distance = metrics.metric_of(key).when == "eval" and metrics.metric_of(key).better != "higher"
+        if is_distance and not key.endswith(metrics.UNGUIDED):
+            names[key] = title_of(key)
+    for key, name in names.items():
+        if curve := curve_of(key):
             found.append((name, number(curve.latest), f"lowest {number(curve.low)}"))
-    found += [
-        (metric_name(key.removeprefix(EVAL)), number(curve.latest), f"lowest {number(curve.low)}")
-        for key, curve in sorted(run.measurements.curves.items())
-        if key.startswith(FRECHET) and not key.endswith(UNGUIDED) and curve.count
-    ]
-    if speed := run.measurements.curve("perf/images_per_second"):
-        mfu = run.measurements.curve("perf/mfu")
+    if speed := curve_of(metrics.IMAGES_PER_SECOND):
+        mfu = curve_of(metrics.MFU)
         found.append(("Images/s", short(speed.latest), f"MFU {mfu.latest:.0%}" if mfu else "all processes"))
-    elif speed := run.measurements.curve("train/samples_per_second"):
+    elif speed := curve_of(metrics.SAMPLES_PER_SECOND):
         found.append(("Images/s", short(speed.latest), "last epoch"))
-    found.append(("Health", health_badge(run), health_remark(run)))
-    return found
+    remark = ", ".join(event_name(name).lower() for name in run.measurements.events)
+    return [*found, ("Health", health_badge(run), remark or "nothing noticed")]
 
 
 def current_loss(run: Run) -> float | None:
-    curve = run.measurements.curve("train/loss")
+    curve = run.measurements.curve(metrics.TRAIN_LOSS)
     return curve.smoothed_end(SMOOTHING * run.step) if curve else None
+
+
+def best_epoch(run: Run) -> Curve | None:
+    return run.measurements.curve(metrics.BEST_LOSS, metrics.EPOCH_LOSS)
 
 
 def health_badge(run: Run) -> str:
@@ -126,81 +127,72 @@ def health_badge(run: Run) -> str:
     return f'<a class="bad" href="#health-title">⚠ {count} finding{"s" * (count > 1)}</a>'
 
 
-def health_remark(run: Run) -> str:
-    return ", ".join(event_name(name).lower() for name in run.measurements.events) or "nothing noticed"
-
-
 def runs_table(runs: list[Run]) -> str:
     names = ("Run", "State", "Step", "Loss", "Best epoch", "Validation", "Val., EMA", "Images/s", "Health")
-    rows = "".join(
+    rows = [
         f'<tr data-run="{i}"><th scope="row"><label><input type="checkbox" checked data-run="{i}">'
         f'<span class="swatch" data-run="{i}"></span>{escape(run.label)}</label></th>'
-        + "".join(f"<td>{cell}</td>" for cell in run_cells(run))
-        + "</tr>"
+        f"{tagged('td', run_cells(run))}</tr>"
         for i, run in enumerate(runs)
-    )
-    heads = "".join(f'<th scope="col">{name}</th>' for name in names)
-    return scrolled(f'<table class="runs"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>', "Runs")
+    ]
+    return scrolled("Runs", names, rows, ' class="runs"')
 
 
 def run_cells(run: Run) -> list[str]:
-    """The HTML of a run's cells behind its name."""
-    sign, word = STATES[run.state]
-    curves = {key: run.measurements.curve(key) for key in ("val/loss", "ema/val_loss", "perf/images_per_second")}
-    best = run.measurements.curve("train/best_loss") or run.measurements.curve("train/epoch_loss")
+    """Return the HTML of a run's cells behind its name."""
+    best, curve_of = best_epoch(run), run.measurements.curve
+    latest = map(curve_of, (metrics.VAL_LOSS, metrics.EMA_VAL_LOSS, metrics.IMAGES_PER_SECOND))
     return [
-        f'<span class="badge {run.state.replace(" ", "-")}">{sign} {word}</span>',
+        badge(run),
         f"{run.step:,}" + (f" / {run.total_steps:,}" if run.total_steps else ""),
         number(current_loss(run)),
-        number(best.low if best else None),
-        *(number(curve.latest if curve else None) for curve in curves.values()),
+        number(best and best.low),
+        *(number(curve and curve.latest) for curve in latest),
         health_badge(run),
     ]
 
 
 def health(runs: list[Run]) -> str:
-    """The table of health events, each kind once; empty where there is none."""
+    """Return the table of health events, each kind once; empty where there are none."""
+    columns = ["Run", "What", "Count", "Step", "At worst", "Likely cause and remedy"][len(runs) == 1 :]
     rows = []
     for run in runs:
-        for name, event in sorted(run.measurements.events.items(), key=lambda item: item[1].first):
-            steps = f"{event.first:,}" if event.first == event.last else f"{event.first:,} – {event.last:,}"
+        for name, event in sorted(run.measurements.events.items(), key=lambda item: item[1].ends):
+            first, last = event.ends
             cells = [
-                *([("Run", escape(run.label))] if len(runs) > 1 else []),
-                ("What", f"<strong>{escape(event_name(name))}</strong> <code>health/{escape(name)}</code>"),
-                ("Count", f"{event.count:,}×"),
-                ("Step", steps),
-                ("At worst", escape(at_worst(name, event))),
-                ("Likely cause and remedy", remedy_of(name)),
-            ]
-            columns = [column for column, _ in cells]
-            rows.append("".join(f'<td data-column="{column}">{cell}</td>' for column, cell in cells))
+                escape(run.label),
+                f"<strong>{escape(event_name(name))}</strong> <code>health/{escape(name)}</code>",
+                f"{event.count:,}×",
+                f"{first:,}" if first == last else f"{first:,} – {last:,}",
+                escape(at_worst(name, event)),
+                remedy_of(name),
+            ][len(runs) == 1 :]
+            rows.append("".join(f'<td data-column="{column}">{cell}</td>' for column, cell in zip(columns, cells)))
     if not rows:
         return ""
-    heads = "".join(f'<th scope="col">{column}</th>' for column in columns)
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    table = f'<table class="events"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
+    table = scrolled("Health events", columns, [f"<tr>{row}</tr>" for row in rows], ' class="events"')
     return (
         '<section aria-labelledby="health-title"><h2 id="health-title">Health</h2>'
-        f'<div class="card">{scrolled(table, "Health events")}</div></section>'
+        f'<div class="card">{table}</div></section>'
     )
 
 
-def at_worst(name: str, event: Event) -> str:
-    """What was seen, with the value that was furthest from what it should be."""
-    value = event.low if name in WORSE_BELOW else event.high
+def at_worst(name: str, event: Occurrences) -> str:
+    """Return the event in words, with the value that was furthest from what it should be."""
+    value = (event.values.low if name in WORSE_BELOW else event.values.high) if event.values.count else None
     if name not in KINDS:
         return number(value)
     return KINDS[name].describe(nan if value is None else value)
 
 
 def remedy_of(name: str) -> str:
-    """Likely cause and what to do, as HTML with its flags marked."""
+    """Return the likely cause and what to do, as HTML with its flags marked."""
     remedy = KINDS[name].remedy if name in KINDS else UNKNOWN_KIND
     return re.sub(r"--\w+", r"<code>\g<0></code>", escape(remedy[:1].upper() + remedy[1:]))
 
 
 def settings(runs: list[Run]) -> str:
-    """Every setting, by group and searchable; of several runs those that differ come first."""
+    """Return every setting, by group and searchable; of several runs those that differ come first."""
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     if not names:
         return ""
@@ -223,23 +215,20 @@ def settings(runs: list[Run]) -> str:
 
 
 def settings_group(title: str, names: list[str], values: dict, labels: list[str], attributes: str = "") -> str:
-    """A part that opens and closes: a column for each of the `labels`, or one value for all runs."""
+    """Return a part that opens and closes: a column for each of the `labels`, or one value for all runs."""
     if not names:
         return ""
-    heads = "".join(f'<th scope="col">{escape(text)}</th>' for text in ("Setting", *labels)) if labels else ""
-    body = "".join(settings_row(name, values[name] if labels else values[name][:1]) for name in names)
-    table = f"<table><thead>{f'<tr>{heads}</tr>' if heads else ''}</thead><tbody>{body}</tbody></table>"
-    summary = f"<summary>{escape(title)} <span>{len(names)}</span></summary>"
-    return f"<details{attributes}>{summary}{scrolled(table, title)}</details>"
-
-
-def settings_row(name: str, values: list[str]) -> str:
-    cells = "".join(f"<td>{escape(value)}</td>" for value in values)
-    return f'<tr><th scope="row"><code>{escape(name)}</code></th>{cells}</tr>'
+    rows = [
+        f'<tr><th scope="row"><code>{escape(name)}</code></th>'
+        f"{tagged('td', map(escape, values[name] if labels else values[name][:1]))}</tr>"
+        for name in names
+    ]
+    table = scrolled(title, map(escape, ("Setting", *labels)) if labels else (), rows)
+    return f"<details{attributes}><summary>{escape(title)} <span>{len(names)}</span></summary>{table}</details>"
 
 
 def groups(names: list[str]) -> list[tuple[str, list[str]]]:
-    """The names by the groups of the settings; what is recorded besides comes first."""
+    """Return the names by the groups of the settings; what is recorded besides comes first."""
     found = [("Facts", [name for name in names if name not in SETTINGS])]
     for group in GROUPS:
         title = group.__name__.removesuffix("Config")
@@ -248,9 +237,18 @@ def groups(names: list[str]) -> list[tuple[str, list[str]]]:
     return found
 
 
-def scrolled(table: str, name: str) -> str:
-    """A table that scrolls inside itself, by keyboard too."""
-    return f'<div class="scrolled" tabindex="0" role="region" aria-label="{escape(name)}">{table}</div>'
+def scrolled(name: str, heads: Iterable[str], rows: Iterable[str], attributes: str = "") -> str:
+    """Return a table that scrolls inside itself, by keyboard too; heads and rows are HTML."""
+    heads = tagged('th scope="col"', heads)
+    head = f"<tr>{heads}</tr>" if heads else ""
+    return (
+        f'<div class="scrolled" tabindex="0" role="region" aria-label="{escape(name)}">'
+        f"<table{attributes}><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def tagged(tag: str, cells: Iterable[str]) -> str:
+    return "".join(f"<{tag}>{cell}</{tag.split()[0]}>" for cell in cells)
 
 
 # --- numbers in words
@@ -273,10 +271,10 @@ def number(value: float | None) -> str:
 
 
 def short(value: float) -> str:
-    """1234567 as 1.23M."""
-    for limit, letter in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+    """Return 1234567 as 1.23M."""
+    for limit, unit, letter in ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if value >= limit:
-            return f"{value / (1e3 if letter == 'k' else limit):.3g}{letter}"
+            return f"{value / unit:.3g}{letter}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -286,7 +284,3 @@ def duration(seconds: float) -> str:
     if days:
         return f"{days} d {hours} h"
     return f"{hours} h {minutes % 60} min" if hours else f"{max(1, minutes)} min"
-
-
-def when(timestamp: float) -> str:
-    return f"{datetime.fromtimestamp(timestamp, timezone.utc):%Y-%m-%d %H:%M} UTC"

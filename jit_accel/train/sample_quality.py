@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ from jit_accel.base.processes import on_all, on_main
 from jit_accel.base.sharding import reshard
 from jit_accel.config.settings import Config
 from jit_accel.data.formats.sources import Source, open_images
+from jit_accel.evaluate.catalogue import metric_names
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import load_features
-from jit_accel.evaluate.images import images_of_source
-from jit_accel.evaluate.names import metric_names
-from jit_accel.evaluate.reference import Reference, read_reference, reference_of, save_reference
+from jit_accel.evaluate.image_sets import images_of_source
+from jit_accel.evaluate.reference import read_reference, save_reference
+from jit_accel.evaluate.statistics import ImageStatistics
 from jit_accel.model.generation import SamplerSettings
 from jit_accel.model.loading import build_pipeline
 from jit_accel.monitor.log import iterate_metrics
@@ -64,7 +66,7 @@ class SampleQuality:
         # No gradients are kept, so that the batch of the training has room for guidance's double one.
         batch_size = max(8, config.optim.batch_size)
         self.evaluator = Evaluator(features, accelerator, metrics, batch_size)
-        self.reference: Reference | None = None
+        self.reference: ImageStatistics | None = None
         self._open_reference(settings.eval_reference)
 
     def _open_reference(self, path: str | None) -> None:
@@ -150,7 +152,7 @@ class SampleQuality:
         parts = (source.fingerprint, self.config.data.img_size, network.name, network.weights_id)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def _remembered(self, source: Source) -> Reference | None:
+    def _remembered(self, source: Source) -> ImageStatistics | None:
         """What an earlier start of this run measured; the main process alone compares with it."""
         path, key = Path(self.config.run.output_dir) / REFERENCE_FILE, self._key(source)
         found = None
@@ -160,19 +162,20 @@ class SampleQuality:
             except UserError:  # a broken file is made again
                 found = None
         is_there = on_main(self.accelerator, lambda: found is not None)
-        return (found or Reference(key, self.evaluator.network.name, {})) if is_there else None
+        network = self.evaluator.network
+        return (found or ImageStatistics(network.name, network.weights_id, {})) if is_there else None
 
-    def _measured(self, source: Source) -> Reference:
+    def _measured(self, source: Source) -> ImageStatistics:
         if self.accelerator.is_main_process:
             count = "" if source.num_images is None else f"{source.num_images:,} "
             say(f"Evaluation: looks at the {count}images of {source.name} once, to compare with them ...")
         images = images_of_source(source)
         statistics = self.evaluator.statistics_of_images(images, self.config.data.img_size, "reference")
-        reference = reference_of(self._key(source), statistics)
+        reference = replace(statistics, name=self._key(source))
         if self.accelerator.is_main_process:
             path = Path(self.config.run.output_dir) / REFERENCE_FILE
             try:
-                save_reference(path, reference, self.evaluator.network.weights_id)
+                save_reference(path, reference)
             except UserError:
                 warn(f"{path} cannot be written: the next start looks at the reference's images again.")
         return reference

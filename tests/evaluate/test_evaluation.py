@@ -15,17 +15,22 @@ from toy_features import load_toy
 
 from jit_accel.base.errors import UserError
 from jit_accel.data.formats.sources import open_images
-from jit_accel.evaluate import formulas, main, parse_args
+from jit_accel.evaluate import formulas, main, measure, parse_args
+from jit_accel.evaluate.catalogue import chosen_metrics, is_better_higher, metric_names
 from jit_accel.evaluate.evaluator import Evaluator
-from jit_accel.evaluate.features import LOADERS, FeatureNetwork, inception_file, load_features
-from jit_accel.evaluate.images import open_image_set
-from jit_accel.evaluate.libraries import has_torch_fidelity, import_torch_fidelity, swapped
-from jit_accel.evaluate.names import chosen_metrics, is_better_higher, metric_names
-from jit_accel.evaluate.reference import Gaussian, Reference, reference_of, save_reference
-from jit_accel.evaluate.run import imbalance
+from jit_accel.evaluate.features import (
+    LOADERS,
+    FeatureNetwork,
+    has_torch_fidelity,
+    import_torch_fidelity,
+    inception_file,
+    load_features,
+)
+from jit_accel.evaluate.image_sets import open_image_set
+from jit_accel.evaluate.reference import save_reference
+from jit_accel.evaluate.run import imbalance, reference_fingerprint
 from jit_accel.evaluate.settings import EvaluateConfig, check
-from jit_accel.evaluate.statistics import Collector, Moments
-from jit_accel.evaluate.sweep_run import identity_of_reference
+from jit_accel.evaluate.statistics import Collector, Gaussian, ImageStatistics, Moments
 from jit_accel.model.generation import SamplerSettings
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.scheduler import JiTScheduler
@@ -108,7 +113,7 @@ def as_npz(path, pixels):
 
 
 def statistics(network, accelerator, pixels, batch_size=50, order=None, num_images=None):
-    collector = Collector(network, num_images or len(pixels), max_features=1000, wants_scores=True)
+    collector = Collector(network, num_images or len(pixels), ALL, 1000)
     order = torch.arange(len(pixels)) if order is None else order
     layers = network(pixels)
     for numbers in order.split(batch_size):
@@ -127,38 +132,37 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
     # of covariances with the same axes the distance is that of each axis
     exact = shift.square().sum() + (one.sqrt() - two.sqrt()).square().sum()
     covariances = [basis @ torch.diag(values) @ basis.T for values in (one, two)]
-    root = formulas.covariance_root(covariances[1])
-    assert formulas.frechet_distance(shift, covariances[0], torch.zeros_like(shift), root) == pytest.approx(
-        float(exact)
-    )
+    one, other = Gaussian(shift, covariances[0]), Gaussian(torch.zeros_like(shift), covariances[1])
+    assert formulas.frechet_distance(one, other) == pytest.approx(float(exact))
 
 
 @pytest.mark.parametrize("count", [10, 500])
 def test_a_set_is_at_distance_zero_from_itself_also_with_fewer_images_than_features(count):
     moments = Moments(64)
     moments.add(torch.randn(count, 64, generator=torch.Generator().manual_seed(0)) * 10 + 5)
-    moments.flush()
-    root = formulas.covariance_root(moments.covariance)
-    distance = formulas.frechet_distance(moments.mean, moments.covariance, moments.mean, root)
-    assert 0 <= distance < 1e-8 * float(moments.covariance.trace())
+    gaussian = moments.gaussian()
+    assert 0 <= formulas.frechet_distance(gaussian, gaussian) < 1e-8 * float(gaussian.covariance.trace())
 
 
 def test_the_distance_is_computed_on_the_device_of_the_features_wherever_the_reference_is():
     mean, matrix = torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
-    assert formulas._frechet_distance(mean.to("meta"), matrix.to("meta"), mean, matrix).device.type == "meta"
+    one = Gaussian(mean.to("meta"), matrix.to("meta"))
+    assert formulas._frechet_distance(one, mean, matrix).device.type == "meta"
 
 
 def test_the_distance_of_what_is_not_finite_is_no_number():
     mean, matrix = torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
-    assert np.isnan(formulas.frechet_distance(mean, matrix * np.nan, mean, matrix))
-    assert np.isnan(formulas.frechet_distance(mean * np.nan, matrix, mean, matrix))
+    good = Gaussian(mean, matrix)
+    for bad in (Gaussian(mean, matrix * np.nan), Gaussian(mean * np.nan, matrix)):
+        assert np.isnan(formulas.frechet_distance(bad, good))
+        assert np.isnan(formulas.frechet_distance(good, bad))
 
 
 @needs_torch_fidelity
 @pytest.mark.parametrize("count", [12, 120])  # fewer and more than features
 def test_all_numbers_agree_with_torch_fidelity_on_the_same_features(network, accelerator, pixels, count):
     generated, real = 255 - pixels[:count], pixels.flip(0)
-    reference = reference_of("real", statistics(network, accelerator, real))
+    reference = statistics(network, accelerator, real)
     found = Evaluator(network, accelerator, ALL).compare(statistics(network, accelerator, generated), reference)
 
     fid, kid, isc, prc = (import_torch_fidelity(f"metric_{name}") for name in ("fid", "kid", "isc", "prc"))
@@ -190,7 +194,7 @@ def test_fid_and_kid_agree_with_torchmetrics_on_the_same_images(network, acceler
             return network(images)["main"]
 
     generated, real = 255 - pixels[:100], pixels
-    reference = reference_of("real", statistics(network, accelerator, real))
+    reference = statistics(network, accelerator, real)
     found = Evaluator(network, accelerator, ("fid", "kid")).compare(
         statistics(network, accelerator, generated), reference
     )
@@ -207,8 +211,10 @@ def test_statistics_do_not_depend_on_order_and_batches(network, accelerator, pix
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(1))
     other = statistics(network, accelerator, pixels, batch_size=7, order=order)
     for layer in ("main", "spatial"):
-        assert torch.allclose(one.moments[layer].covariance, other.moments[layer].covariance, rtol=1e-12, atol=1e-12)
-    assert torch.allclose(one.scores.scores(), other.scores.scores(), rtol=1e-12)
+        assert torch.allclose(
+            one.gaussians[layer].covariance, other.gaussians[layer].covariance, rtol=1e-12, atol=1e-12
+        )
+    assert torch.allclose(one.scores, other.scores, rtol=1e-12)
     assert torch.allclose(one.kept, other.kept)  # in the order of their numbers
 
 
@@ -216,16 +222,16 @@ def test_images_that_only_fill_batches_up_are_not_counted(network, accelerator, 
     exact = statistics(network, accelerator, pixels[:90])
     filled = statistics(network, accelerator, pixels[:100], num_images=90)
     assert filled.num_images == 90
-    assert torch.allclose(exact.moments["main"].covariance, filled.moments["main"].covariance, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(
+        exact.gaussians["main"].covariance, filled.gaussians["main"].covariance, rtol=1e-12, atol=1e-12
+    )
     assert torch.equal(exact.kept, filled.kept)
 
 
-@pytest.mark.parametrize("is_counted", [True, False])
-def test_the_images_compared_one_by_one_are_drawn_from_all(network, accelerator, pixels, is_counted):
-    collector = Collector(network, len(pixels) if is_counted else None, max_features=10)
+def test_the_images_compared_one_by_one_are_drawn_from_all(network, accelerator, pixels):
+    collector = Collector(network, len(pixels), ["kid"], 10)
     for numbers in torch.arange(len(pixels)).split(7):
         collector.add(numbers, network(pixels[numbers]))
-    assert sum(map(len, collector._numbers)) < 30
     kept = collector.finish(accelerator).kept
     every = network(pixels)["main"]
     places = [int((every - row).abs().sum(1).argmin()) for row in kept]
@@ -261,7 +267,8 @@ def inception_weights(tmp_path_factory):
     """A file of random weights of torch-fidelity's Inception."""
     library = import_torch_fidelity("feature_extractor_inceptionv3")
     torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch, swapped(library, "load_state_dict_from_url", lambda *_, **__: {}):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "load_state_dict_from_url", lambda *_, **__: {})
         patch.setattr(library.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         network = library.FeatureExtractorInceptionV3("random", ["2048"])
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
@@ -345,7 +352,7 @@ def test_every_kind_of_images_is_read_once_by_any_number_of_processes(pixels, fo
     kinds = [str(folder), str(tmp_path / "uint8"), str(tmp_path / "png"), as_npz(tmp_path / "a.npz", pixels[:31])]
     wanted = sorted(image.numpy().tobytes() for image in pixels[:31])
     for path in kinds:
-        images = open_image_set(path, "--images")
+        images = open_image_set(path, "images")
         assert (images.num_images, images.img_size) == (31, 28)
         for world_size in (1, 3):
             shares = [share for rank in range(world_size) for share in images.shares(28, 5, rank, world_size)]
@@ -363,12 +370,12 @@ def test_images_are_cropped_as_for_training_and_broken_ones_left_out(network, ac
         canvas.save(wide / f"{number}.png")
     (wide / "broken.png").write_bytes(b"no image")
     evaluator = Evaluator(network, accelerator, ALL[:1])
-    images = open_image_set(str(wide), "--images")
+    images = open_image_set(str(wide), "images")
     found = evaluator.statistics_of_images(images, 28)
     assert (found.num_images, found.bad_images) == (3, 1)
     assert "1 images cannot be read and are left out" in capsys.readouterr().err
-    assert torch.allclose(found.moments["main"].mean, network(pixels[:3])["main"].double().mean(0), rtol=1e-4)
-    with pytest.raises(UserError, match=r"reference .*first image is no square.*--img_size"):
+    assert torch.allclose(found.gaussians["main"].mean, network(pixels[:3])["main"].double().mean(0), rtol=1e-4)
+    with pytest.raises(UserError, match=r"^reference .*first image is no square.*--img_size"):
         evaluator.load_reference(str(wide))
 
 
@@ -377,7 +384,7 @@ def test_a_saved_reference_gives_the_same_numbers_as_its_images(network, acceler
     path = as_npz(tmp_path / "images.npz", pixels)
     evaluator = Evaluator(network, accelerator, ALL)
     reference = evaluator.load_reference(path)
-    save_reference(tmp_path / "reference.npz", reference, network.weights_id)
+    save_reference(tmp_path / "reference.npz", reference)
     generated = statistics(network, accelerator, 255 - pixels[:60])
     again = evaluator.load_reference(str(tmp_path / "reference.npz"))
     assert evaluator.compare(generated, again) == evaluator.compare(generated, reference)
@@ -417,7 +424,7 @@ def test_statistics_of_adm_and_jit_are_read(network, accelerator, pixels, tmp_pa
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"mu": np.zeros(3), "sigma": np.zeros((3, 3))}, "have the shapes"),
+        ({"mu": np.zeros(3), "sigma": np.zeros((3, 3))}, "mu is float64 .3,., not finite numbers .16,."),
         ({"other": np.zeros(3)}, "neither statistics"),
         ({"mu": np.array([{}], dtype=object), "sigma": np.zeros(1)}, "cannot be read"),
         ({"arr_0": np.zeros((4, 3, 28, 28), np.float32)}, "images are uint8"),
@@ -438,12 +445,12 @@ ABOUT = {"maker": "jit_accel", "features": "inception", "weights_id": "toy"}
         ({"kept": np.zeros((5, 3), np.float32)}, "kept is float32 .5, 3."),
         ({"kept": np.full((5, 16), np.nan, np.float32)}, "kept is .*not finite"),
         ({"kept": np.array(["a"])}, "kept is"),
-        ({"mu": np.array(["a"] * 16)}, "have the shapes"),
+        ({"mu": np.array(["a"] * 16)}, "mu is <U1"),
         ({"about": json.dumps({**ABOUT, "maker": "other"})}, "no one of ours"),
         ({"about": "[1]"}, "no one of ours"),
         ({"about": json.dumps({**ABOUT, "label_counts": ["x"]})}, "counts that are none"),
         ({"about": json.dumps({**ABOUT, "num_images": 0})}, "counts that are none"),
-        ({"kept": np.zeros((1, 16), np.float32)}, "of 2 images or more"),
+        ({"kept": np.zeros((1, 16), np.float32)}, "not finite numbers .2, 16. or more"),
         ({"kept": np.zeros((3, 16), np.float32)}, None),
         ({"sigma": np.diag([-1e-12] + 15 * [1.0])}, None),
         ({"sigma": -np.eye(16)}, "sigma is no covariance"),
@@ -484,7 +491,7 @@ def test_another_data_set_at_the_same_place_is_another_reference(network, accele
     for shift in (0, 5):
         for number in range(3):
             Image.fromarray(pixels[number].permute(1, 2, 0).numpy()).save(tmp_path / f"{number + shift}.png")
-        found.append(identity_of_reference(evaluator.load_reference(str(tmp_path))))
+        found.append(reference_fingerprint(evaluator.load_reference(str(tmp_path))))
         for path in tmp_path.iterdir():
             path.unlink()
     assert found[0] != found[1]
@@ -518,26 +525,49 @@ def test_imbalance_is_the_share_of_images_in_the_wrong_class():
 # --- pipelines and the command
 
 
-def test_a_pipelines_images_are_those_of_their_numbers(network, accelerator, pipeline):
+def test_a_pipelines_images_are_those_of_their_numbers(network, accelerator, pipeline, monkeypatch):
     from jit_accel.model.generation import generate
 
     settings = SamplerSettings(num_inference_steps=2)
     evaluator = Evaluator(network, accelerator, ("fid",), batch_size=4)
-    found = evaluator.statistics_of_pipeline(pipeline, 10, settings, seed=3)
+    compared = []
+    monkeypatch.setattr(Evaluator, "compare", lambda self, *sides: compared.extend(sides))
+    evaluator.measure_pipeline(pipeline, None, 10, settings, seed=3)
+    found = compared[0]
     images = generate(pipeline, range(10), seed=3, num_inference_steps=2)
     expected = network(images)["main"].double()
-    assert torch.allclose(found.moments["main"].mean, expected.mean(0), rtol=1e-4)
-    assert torch.allclose(found.moments["main"].covariance, expected.T.cov(), rtol=1e-4, atol=1e-4)
-    assert evaluator.seconds.images > 0
-    assert evaluator.seconds.features > 0
+    assert torch.allclose(found.gaussians["main"].mean, expected.mean(0), rtol=1e-4)
+    assert torch.allclose(found.gaussians["main"].covariance, expected.T.cov(), rtol=1e-4, atol=1e-4)
 
 
 def test_scores_of_a_reference_of_one_gaussian_are_its_distance(network, accelerator, pixels):
     found = statistics(network, accelerator, pixels)
-    moved = Gaussian(found.moments["main"].mean + 2, found.moments["main"].covariance)
-    reference = Reference("moved", "inception", {"main": moved})
+    moved = Gaussian(found.gaussians["main"].mean + 2, found.gaussians["main"].covariance)
+    reference = ImageStatistics("inception", "toy", {"main": moved})
     distance = Evaluator(network, accelerator, ("fid",)).compare(found, reference)["fid"]
     assert distance == pytest.approx(16 * 2**2, rel=1e-6)
+
+
+def test_measure_gives_the_numbers_of_the_program_and_leaves_no_state(
+    alone, network, pipeline, saved, folder, tmp_path
+):
+    reference, file = str(tmp_path / "reference.npz"), tmp_path / "one.json"
+    flags = ["--model", str(saved), "--reference", str(folder), *FLAGS, "--guidance_scale", "3", "--output", str(file)]
+    assert main([*flags, "--make_reference", reference, "--mixed_precision", "no"]) == 0
+    by_program = [record["metrics"] for record in json.loads(file.read_text())]
+    AcceleratorState._reset_state()
+    how = {"num_images": 7, "num_inference_steps": 2, "batch_size": 3}
+    for real in (folder, reference, open_images(str(folder))):
+        assert measure(pipeline, real, guidance_scale=3, **how) == pytest.approx(by_program[0], rel=1e-6)
+    assert measure(pipeline, folder, metrics=("fd", "recall"), **how) == pytest.approx(
+        {name: by_program[1][name] for name in ("fid", "recall")}, rel=1e-6
+    )
+    assert not AcceleratorState._shared_state  # an Accelerator of any precision may be made afterwards
+    for wrong, message in [({"metrics": ("fidd",)}, "Did you mean"), ({"num_images": 1}, "at least 2")]:
+        with pytest.raises(UserError, match=message):
+            measure(pipeline, folder, **{**how, **wrong})
+    with pytest.raises(UserError, match="multiple of the model's patch size 7"):
+        measure(pipeline, folder, **how, img_size=30)
 
 
 FLAGS = ["--num_images", "7", "--num_inference_steps", "2", "--batch_size", "3"]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import asdict
 
 import pytest
 from PIL import Image
 
 from jit_accel.base.errors import UserError
-from jit_accel.evaluate.grid import Setting, averages, grid, intervals, methods, numbers, setting_of, whole_numbers
+from jit_accel.evaluate.grid import Setting, averages, grid, intervals, methods, numbers, whole_numbers
 from jit_accel.evaluate.sweep import Measured, SweepLog, ranked, sweep
-from jit_accel.evaluate.sweep_files import edges, write_sweep_files
+from jit_accel.evaluate.sweep_table import edges, write_sweep_files
 
 
 def test_a_range_holds_both_ends_and_its_decimals_are_exact():
@@ -93,7 +94,7 @@ def test_a_grid_has_each_setting_once_and_always_the_unguided_one():
         Setting(None, 2.0, (0.1, 1.0), 4),
     ]
     assert len(grid([None], [2.0], [(0.1, 1.0)], [4], ["heun"], with_unguided=False)) == 1
-    assert [setting_of(json.loads(json.dumps(setting.plain()))) for setting in settings] == settings
+    assert [Setting(**json.loads(json.dumps(asdict(setting)))) for setting in settings] == settings
 
 
 SETTINGS = grid([None], [1.0, 1.5, 2.0, 2.5, 3.0, 3.5], [(0.1, 1.0)], [4], ["heun"])
@@ -107,18 +108,15 @@ def run(measure, tmp_path, top=2, few=10, all_images=100, select="fid", higher=F
         if limit is not None and len(calls) == limit:
             raise KeyboardInterrupt
         calls.append((setting.guidance_scale, count))
-        return measure(setting, count)
+        return Measured(setting, count, measure(setting, count))
 
+    sizes = {"sweep_images": few, "num_images": all_images, "top": top}
     try:
         outcome = sweep(
-            *(SETTINGS, counted),
-            sweep_images=few,
-            num_images=all_images,
-            top=top,
+            *(SETTINGS, lambda *place: log.measured(*place, [select], counted)),
+            **sizes,
             select=select,
             higher_is_better=higher,
-            done=log.read(),
-            keep=log.add,
         )
     except KeyboardInterrupt:
         outcome = None
@@ -179,24 +177,25 @@ def test_an_interrupted_sweep_goes_on_without_measuring_again(tmp_path, limit):
 
 
 def test_what_was_measured_in_another_context_is_not_used(tmp_path):
-    SweepLog(tmp_path / "sweep.jsonl", {"seed": 0}).add(Measured(SETTINGS[0], 10, {"fid": 1.0}))
-    assert SweepLog(tmp_path / "sweep.jsonl", {"seed": 1}).read() == {}
-    assert len(SweepLog(tmp_path / "sweep.jsonl", {"seed": 0}).read()) == 1
+    place = (SETTINGS[0], 10, ["fid"])
+    known = SweepLog(tmp_path / "sweep.jsonl", {"seed": 0}).measured(
+        *place, lambda *place: Measured(*place, {"fid": 1.0})
+    )
+    assert SweepLog(tmp_path / "sweep.jsonl", {"seed": 1}).done == {}
+    assert SweepLog(tmp_path / "sweep.jsonl", {"seed": 0}).done == {place[:2]: known}
 
 
 def test_what_lacks_a_wanted_metric_is_measured_again_and_both_are_remembered(tmp_path):
-    log, settings = SweepLog(tmp_path / "sweep.jsonl", {}), SETTINGS[:2]
 
     def swept(select):
-        calls = []
+        log, calls = SweepLog(tmp_path / "sweep.jsonl", {}), []
 
         def measure(setting, count):
             calls.append(count)
-            return {select: 1.0}
+            return Measured(setting, count, {select: 1.0})
 
-        sizes = {"sweep_images": 10, "num_images": 10, "top": 1}
-        how = {"select": select, "higher_is_better": False, "done": log.read(), "keep": log.add}
-        sweep(settings, measure, **sizes, **how, wanted=lambda count: [select])
+        for setting in SETTINGS[:2]:
+            log.measured(setting, 10, [select], measure)
         return len(calls)
 
     assert [swept(select) for select in ("fid", "kid", "fid", "kid")] == [2, 2, 0, 0]
@@ -211,16 +210,9 @@ def two_curves(setting, count):
 
 def test_table_plot_and_json_say_the_same(tmp_path):
     settings = grid(["auto", "0.9999"], numbers("", ["1:4:0.5"]), [(0.1, 1.0), (0.0, 1.0)], [4], ["heun"])
-    outcome = sweep(
-        *(settings, two_curves),
-        sweep_images=100,
-        num_images=1000,
-        top=3,
-        select="fid",
-        higher_is_better=False,
-        done={},
-        keep=lambda one: None,
-    )
+    sizes = {"sweep_images": 100, "num_images": 1000, "top": 3}
+    measure = lambda *place: Measured(*place, two_curves(*place))  # noqa: E731
+    outcome = sweep(settings, measure, **sizes, select="fid", higher_is_better=False)
     files = write_sweep_files(outcome, tmp_path, {"model": "mine"})
     assert [path.name for path in files] == ["sweep.json", "sweep.csv", "sweep.md", "sweep.png"]
     found = json.loads((tmp_path / "sweep.json").read_text())
@@ -241,6 +233,6 @@ def test_table_plot_and_json_say_the_same(tmp_path):
 @pytest.mark.parametrize(("best", "end"), [(9.0, "upper end"), (0.0, "lower end"), (2.0, None)])
 def test_a_winner_at_an_end_of_the_range_is_told(tmp_path, best, end):
     settings = grid([None], [0.5, 1.0, 2.0, 3.0], [(0.1, 1.0)], [4], ["heun"])
-    fid = {"select": "fid", "higher_is_better": False, "done": {}, "keep": lambda one: None}
-    values = lambda setting, count: {"fid": 1 + abs(setting.guidance_scale - best)}  # noqa: E731
-    assert edges(sweep(settings, values, sweep_images=2, num_images=4, top=1, **fid)) == end
+    values = lambda setting, count: Measured(setting, count, {"fid": 1 + abs(setting.guidance_scale - best)})  # noqa: E731
+    sizes = {"sweep_images": 2, "num_images": 4, "top": 1}
+    assert edges(sweep(settings, values, **sizes, select="fid", higher_is_better=False)) == end

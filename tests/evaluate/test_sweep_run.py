@@ -13,7 +13,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers import SPAWNER, free_port, train_here
 from safetensors.torch import load_file, save_file
 
-from jit_accel.evaluate import main, sweep_run
+from jit_accel.evaluate import main
+from jit_accel.evaluate.candidate import Candidate
 from jit_accel.model.pipeline import JiTPipeline
 
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -91,7 +92,7 @@ def test_the_winner_is_the_pipelines_default_with_its_weights_and_another_sweep_
     assert found["best"]["fd_tiny"] in [record["metrics"]["fd_tiny"] for record in records]
 
     kept = [(run / "evaluation.json").read_bytes(), (run / "pipeline" / "evaluation.json").read_bytes()]
-    monkeypatch.setattr(sweep_run.Pipelines, "close", lambda self: None)
+    monkeypatch.setattr(Candidate, "close", lambda self: None)
     monkeypatch.setattr("jit_accel.evaluate.evaluator.Evaluator.measure_pipeline", None)  # nothing is measured again
     assert evaluate_here(*command) == 0
     assert lines(run) == rows
@@ -208,7 +209,7 @@ def test_two_processes_find_the_same(run, trained, images, tmp_path):
         (["--ema", "0.5,0.3"], "--ema 0.5: not there; choose from 0.9999, 0.3, model, all"),
         (["--guidance_scale", "3:1:1"], "--guidance_scale 3:1:1: must have start <= stop"),
         (["--guidance_interval", "0.1:2"], "--guidance_interval 0.1:2: must be low:high"),
-        (["--method", "heun,rk4"], "--method rk4: choose from heun, euler"),
+        (["--method", "heun,rk4"], "--method rk4: unknown; choose from heun, euler"),
         (["--select", "fid"], "is measured with the Inception network alone"),
         (["--sweep_top", "0"], "--sweep_top 0: must be at least 1"),
         (["--sweep_imagse", "8"], "Did you mean '--sweep_images'?"),

@@ -20,7 +20,7 @@ from jit_accel.report.charts import charts_of
 from jit_accel.report.curves import MAX_BUCKETS, Curve, read_measurements
 from jit_accel.report.page import build_page
 from jit_accel.report.runs import read_runs
-from jit_accel.report.sheets import BYTES_ON_PAGE, MAX_SHEETS, MIN_SHEETS, load_sheets
+from jit_accel.report.sample_sheets import BYTES_ON_PAGE, MAX_SHEETS, MIN_SHEETS, load_sheets
 
 SETTINGS = {
     "model": "JiT-B/16",

@@ -1,10 +1,11 @@
-"""What a sweep leaves to read: a table as Markdown, CSV and JSON, and a plot of the metric over guidance."""
+"""The files of a sweep to read: a table as Markdown, CSV and JSON, and a plot of the metric over guidance."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+from dataclasses import fields
 from math import nan
 from pathlib import Path
 
@@ -12,8 +13,7 @@ from jit_accel.base.files import atomic_file, write_text
 from jit_accel.evaluate.grid import Setting
 from jit_accel.evaluate.sweep import Measured, Outcome, noise_of
 
-JSON_FILE, CSV_FILE, TABLE_FILE, PLOT_FILE = "sweep.json", "sweep.csv", "sweep.md", "sweep.png"
-COLUMNS = ("ema", "guidance_scale", "guidance_interval", "num_inference_steps", "method", "num_images")
+COLUMNS = (*(field.name for field in fields(Setting)), "num_images")
 
 
 def write_sweep_files(outcome: Outcome, folder: Path, about: dict) -> list[Path]:
@@ -22,17 +22,16 @@ def write_sweep_files(outcome: Outcome, folder: Path, about: dict) -> list[Path]
     Args:
         about: what was measured and against what, as JSON.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {
-        JSON_FILE: json.dumps(as_json(outcome, about), indent=1),
-        CSV_FILE: as_csv(outcome),
-        TABLE_FILE: as_markdown(outcome) + "\n\n" + verdict(outcome) + "\n",
+        "sweep.json": json.dumps(as_json(outcome, about), indent=1),
+        "sweep.csv": as_csv(outcome),
+        "sweep.md": as_markdown(outcome) + "\n\n" + verdict(outcome) + "\n",
     }
     for name, text in texts.items():
         write_text(folder / name, text)
-    with atomic_file(folder / PLOT_FILE) as temporary:
+    with atomic_file(folder / "sweep.png") as temporary:
         draw_sweep(outcome, temporary)
-    return [folder / name for name in (*texts, PLOT_FILE)]
+    return [folder / name for name in (*texts, "sweep.png")]
 
 
 def as_json(outcome: Outcome, about: dict) -> dict:
@@ -40,32 +39,32 @@ def as_json(outcome: Outcome, about: dict) -> dict:
     return {
         **about,
         "select": outcome.select,
-        "best": _plain(outcome.best),
-        "best_unguided": None if unguided is None else _plain(unguided),
-        "not_told_apart_from_best": [_plain(one) for one in outcome.not_told_apart],
-        "all_images": [_plain(one) for one in outcome.full],
-        "few_images": [_plain(one) for one in outcome.few],
+        "best": outcome.best.plain(),
+        "best_unguided": unguided and unguided.plain(),
+        "not_told_apart_from_best": [one.plain() for one in outcome.not_told_apart],
+        "all_images": [one.plain() for one in outcome.full],
+        "few_images": [one.plain() for one in outcome.few],
     }
 
 
 def as_csv(outcome: Outcome) -> str:
-    """A line for each measurement, over all images first."""
-    metrics = metrics_of(outcome)
+    """Return a line for each measurement, over all images first."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS, *metrics, "is_best"])
+    columns = [*COLUMNS, *metrics_of(outcome), "is_best"]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
     for one in [*outcome.full, *outcome.few]:
-        writer.writerow([*_cells(one), *(one.values.get(metric) for metric in metrics), int(one is outcome.best)])
+        interval = one.setting.interval_text("{:g}:{:g}")
+        writer.writerow({**one.plain(), "guidance_interval": interval, "is_best": int(one is outcome.best)})
     return text.getvalue()
 
 
 def as_markdown(outcome: Outcome) -> str:
-    """The grid in its order; what was measured on all images stands beside what few images said."""
+    """Return the grid in its order; beside the values of few images stand those of all."""
     metrics, full = metrics_of(outcome), {one.setting: one for one in outcome.full}
     rows = outcome.few or outcome.full
     has_ema = any(one.setting.ema for one in rows)
-    settings = {(one.setting.num_inference_steps, one.setting.method) for one in rows}
-    has_solver = len(settings) > 1
+    has_solver = _has_several_solvers(rows)
     heads = [*["ema"] * has_ema, *["steps", "method"] * has_solver, "interval", "guidance"]
     if outcome.few:
         heads += [f"{outcome.select}, {outcome.few[0].num_images:,} images"]
@@ -75,7 +74,7 @@ def as_markdown(outcome: Outcome) -> str:
         setting, measured = one.setting, full.get(one.setting)
         cells = [*[setting.ema or ""] * has_ema]
         cells += [str(setting.num_inference_steps), setting.method] * has_solver
-        cells += [_interval_text(setting), f"{setting.guidance_scale:g}"]
+        cells += [setting.interval_text(), f"{setting.guidance_scale:g}"]
         cells += [_number(one.values[outcome.select])] if outcome.few else []
         cells += [_number(measured.values.get(metric)) if measured else "" for metric in metrics]
         is_best = measured is outcome.best
@@ -84,7 +83,7 @@ def as_markdown(outcome: Outcome) -> str:
 
 
 def verdict(outcome: Outcome) -> str:
-    """Who won, by how much, and who might have."""
+    """Say who won, by how much, and who might have."""
     best, unguided, select = outcome.best, outcome.best_unguided, outcome.select
     lines = [f"Best {select} over {best.num_images:,} images: {_number(best.values[select])} with {best.setting}."]
     if unguided is not None and unguided is not best:
@@ -98,7 +97,7 @@ def verdict(outcome: Outcome) -> str:
 
 
 def edges(outcome: Outcome) -> str | None:
-    """Which end of the guidance scales the winner lies at, where there is more than one scale."""
+    """Return the end of the guidance scales that the winner lies at, where there are three or more."""
     scales = sorted({one.setting.guidance_scale for one in outcome.few or outcome.full})
     best = outcome.best.setting.guidance_scale
     if len(scales) < 3 or best not in (scales[0], scales[-1]) or best == 1:
@@ -107,15 +106,12 @@ def edges(outcome: Outcome) -> str | None:
 
 
 def metrics_of(outcome: Outcome) -> list[str]:
-    """The one that decides first."""
-    found = dict.fromkeys([outcome.select])
-    for one in outcome.full:
-        found |= dict.fromkeys(one.values)
-    return list(found)
+    """Return the metrics' names, the one that decides first."""
+    return list(dict.fromkeys([outcome.select, *(name for one in outcome.full for name in one.values)]))
 
 
 def draw_sweep(outcome: Outcome, file) -> None:
-    """The metric over guidance as a PNG: a curve for each average, interval and solver; the winner is marked.
+    """Draw the metric over guidance as a PNG: a curve for each average, interval and solver; the winner is marked.
 
     Lines are few images, dots all of them.
     """
@@ -125,10 +121,8 @@ def draw_sweep(outcome: Outcome, file) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    every = [*outcome.few, *outcome.full]
-    lines, dots = curves_of(outcome.few or outcome.full, outcome.select, every), {}
-    if outcome.few:
-        dots = curves_of(outcome.full, outcome.select, every)
+    lines = curves_of(outcome.few or outcome.full, outcome)
+    dots = curves_of(outcome.full, outcome) if outcome.few else {}
     for index, (name, points) in enumerate(lines.items()):
         colour, line = f"C{index % 10}", "-" if index < 10 else "--"
         axes.plot(*zip(*points), line, color=colour, label=name, linewidth=1.4)
@@ -148,48 +142,27 @@ def draw_sweep(outcome: Outcome, file) -> None:
     pyplot.close(figure)
 
 
-def curves_of(these: list[Measured], select: str, every: list[Measured]) -> dict[str, list[tuple[float, float]]]:
-    """(guidance, value) by the curve's name, which tells it from all those of `every`.
-
-    An unguided setting belongs to the curves of all intervals.
-    """
-    intervals = {one.setting.guidance_interval for one in every if not one.setting.is_unguided}
-    solvers = {(one.setting.num_inference_steps, one.setting.method) for one in every}
-    curves: dict[tuple, list[tuple[float, float]]] = {}
+def curves_of(these: list[Measured], outcome: Outcome) -> dict[str, list[tuple[float, float]]]:
+    """Return (guidance, value) by the curve's name; an unguided setting belongs to the curves of all intervals."""
+    every = [*outcome.few, *outcome.full]
+    intervals = {one.setting.guidance_interval: one.setting for one in every if not one.setting.is_unguided}
+    names_solver = _has_several_solvers(every)
+    curves: dict[str, list[tuple[float, float]]] = {}
     for one in these:
-        setting = one.setting
-        solver = (setting.ema, setting.num_inference_steps, setting.method)
-        for interval in (intervals or {None}) if setting.is_unguided else (setting.guidance_interval,):
-            value = one.values[select]
-            curves.setdefault((*solver, interval), []).append((setting.guidance_scale, nan if value is None else value))
-    return {_curve_name(key, len(solvers) > 1): sorted(points) for key, points in curves.items()}
+        setting, value = one.setting, one.values[outcome.select]
+        for other in (intervals or {None: setting}).values() if setting.is_unguided else (setting,):
+            parts = [
+                f"EMA {setting.ema}" if setting.ema else "",
+                f"{setting.num_inference_steps} {setting.method} steps" if names_solver else "",
+                other.interval_text("t in {:g} to {:g}"),
+            ]
+            name = ", ".join(filter(None, parts)) or "no guidance"
+            curves.setdefault(name, []).append((setting.guidance_scale, nan if value is None else value))
+    return {name: sorted(points) for name, points in curves.items()}
 
 
-def _curve_name(key: tuple, names_solver: bool) -> str:
-    ema, steps, method, interval = key
-    parts = [f"EMA {ema}"] if ema else []
-    if names_solver:
-        parts.append(f"{steps} {method} steps")
-    if interval:
-        parts.append("t in {:g} to {:g}".format(*interval))
-    return ", ".join(parts) or "no guidance"
-
-
-def _plain(one: Measured) -> dict:
-    return {**one.setting.plain(), "num_images": one.num_images, **one.values}
-
-
-def _cells(one: Measured) -> list:
-    setting = one.setting
-    interval = "" if setting.guidance_interval is None else ":".join(f"{end:g}" for end in setting.guidance_interval)
-    return [
-        *(setting.ema or "", setting.guidance_scale, interval, setting.num_inference_steps, setting.method),
-        one.num_images,
-    ]
-
-
-def _interval_text(setting: Setting) -> str:
-    return "" if setting.guidance_interval is None else "{:g} to {:g}".format(*setting.guidance_interval)
+def _has_several_solvers(these: list[Measured]) -> bool:
+    return len({(one.setting.num_inference_steps, one.setting.method) for one in these}) > 1
 
 
 def _number(value: float | None) -> str:

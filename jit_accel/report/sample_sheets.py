@@ -17,40 +17,35 @@ NAME = re.compile(r"step_(\d{1,15})\.png")
 
 
 def find_sheets(folder: Path) -> dict[int, Path]:
-    """The sheets of a run's folder by step, in order."""
-    found = {}
-    samples = folder / "samples"
-    for path in samples.iterdir() if samples.is_dir() else ():
-        if (match := NAME.fullmatch(path.name)) and path.is_file():
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+    """Return the sheets of a run's folder by step, in order."""
+    matches = ((NAME.fullmatch(path.name), path) for path in (folder / "samples").glob("*.png"))
+    return dict(sorted((int(match[1]), path) for match, path in matches if match and path.is_file()))
 
 
 def load_sheets(folder: Path, num_runs: int = 1) -> list[dict]:
-    """Some sheets, evenly spaced in time, with the first and the newest that can be read.
+    """Load some sheets, evenly spaced in time, with the first and the newest that can be read.
 
     Args:
         folder: of the run.
         num_runs: how many runs share the page.
 
     Returns:
-        Of each sheet the `step`, `src` (a data URI of WebP), `width` and `height` in pixels, in order.
+        The `step`, `src` (a data URI of WebP), `width` and `height` in pixels of each sheet, in order.
     """
     count = max(MIN_SHEETS, min(MAX_SHEETS, MAX_SHEETS_ON_PAGE // num_runs))
     max_bytes = BYTES_ON_PAGE // (count * num_runs)
     paths, loaded = find_sheets(folder), {}
-    for step in wanted(list(paths), count):
+    for step in evenly_spaced(list(paths), count):
         nearest = sorted((other for other in paths if other not in loaded), key=lambda other: abs(other - step))
         for candidate in nearest[:MIN_SHEETS]:  # the next one for a sheet that is broken or being written
-            sheet = encode(paths.pop(candidate), max_bytes)
-            if sheet:
+            if sheet := encode(paths.pop(candidate), max_bytes):
                 loaded[candidate] = {"step": candidate, **sheet}
                 break
     return [loaded[step] for step in sorted(loaded)]
 
 
-def wanted(steps: list[int], count: int) -> list[int]:
-    """The steps nearest to `count` points evenly spaced between the first and the last."""
+def evenly_spaced(steps: list[int], count: int) -> list[int]:
+    """Return the steps nearest to `count` points evenly spaced between the first and the last."""
     if len(steps) <= count:
         return steps
     first, last = steps[0], steps[-1]
@@ -59,7 +54,7 @@ def wanted(steps: list[int], count: int) -> list[int]:
 
 
 def encode(path: Path, max_bytes: int) -> dict | None:
-    """A sheet as a data URI of about `max_bytes` before base64 at most; None where it cannot be read."""
+    """Return a sheet as a data URI of about `max_bytes` before base64 at most; None where it cannot be read."""
     from PIL import Image
 
     try:

@@ -1,53 +1,55 @@
-"""What can be measured with which features; imports no torch."""
+"""The metrics, and the features that each is measured with; imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from jit_accel.base.errors import UserError, lookup
 
 INCEPTION, EFFICIENTNET_LITE0 = "inception", "efficientnet_lite0"
-FEATURES = (INCEPTION, EFFICIENTNET_LITE0)
+FEATURES = dict.fromkeys((INCEPTION, EFFICIENTNET_LITE0))
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One kind of number.
+class Metric(NamedTuple):
+    """A row of `METRICS`.
 
-    short: what `--metrics` may call it, whatever the features. inception: what it is called with the Inception network,
-    whose names belong to it alone. other: with other features, of which the name follows; None: not measured with them.
+    short: its name in `--metrics` with any features. inception: its name with the Inception network, which belongs to
+    that network alone. other: its name with other features, before theirs; None: not measured with them. is_pairwise:
+    images are compared one by one, by features that are kept.
     """
 
     short: str
     inception: str
     other: str | None
-    is_better_higher: bool
+    is_better_higher: bool = False
+    is_pairwise: bool = False
 
 
+# A new one is a row here and a function in `formulas.MEASURES`.
 METRICS = (
-    Metric("fd", "fid", "fd", False),
-    Metric("sfd", "sfid", None, False),
-    Metric("is", "inception_score", None, True),
-    Metric("kd", "kid", "kd", False),
-    Metric("precision", "precision", "precision", True),
-    Metric("recall", "recall", "recall", True),
+    Metric("fd", "fid", "fd"),
+    Metric("sfd", "sfid", None),
+    Metric("is", "inception_score", None, is_better_higher=True),
+    Metric("kd", "kid", "kd", is_pairwise=True),
+    Metric("precision", "precision", "precision", is_better_higher=True, is_pairwise=True),
+    Metric("recall", "recall", "recall", is_better_higher=True, is_pairwise=True),
 )
 
 
 def metric_names(features: str) -> dict[str, Metric]:
-    """The metrics of these features by the names that their results have, the Fréchet distance first."""
+    """Return the metrics of these features by the names of their results, the Fréchet distance first."""
     if features == INCEPTION:
         return {metric.inception: metric for metric in METRICS}
     return {f"{metric.other}_{features}": metric for metric in METRICS if metric.other}
 
 
 def is_better_higher(name: str) -> bool:
-    """Whether a larger value of the metric of this name is the better one."""
+    """Return True where a larger value of this metric is the better one."""
     return next(names[name].is_better_higher for names in map(metric_names, FEATURES) if name in names)
 
 
 def chosen_metrics(features: str, names: tuple[str, ...], about: str = "metrics") -> tuple[str, ...]:
-    """The results' names of what the setting `about` names, all of the features' if that is nothing.
+    """Return the results' names of the metrics that the setting `about` names; all of the features' for none.
 
     Raises:
         UserError: no such metric, or not with these features.
