@@ -66,13 +66,13 @@ def measure(
         pipe: makes image n of class n % classes from noise that follows from `seed` and n; on any device.
         reference: the real images: whatever `--data_path` of training may be, a data set that `open_images` opened, or
             an `.npz` of statistics (of `--make_reference`, ADM's, JiT's).
-        num_images: how many to generate, 2 or more; distances of few images are too large.
+        num_images: of the pipeline, 2 or more; distances of few images are too large.
         features: the network to compare by: inception, or efficientnet_lite0, which needs no download.
         feature_weights: file of the network's weights (None: torch hub's cache, or a package).
-        metrics: such as fid or, with any features, fd, kd, precision, recall (): all that can be measured.
-        img_size: side in pixels of the images (None: the model's).
+        metrics: such as fid or, with any features, fd, kd, precision, recall; (): all that can be measured.
+        img_size: in pixels (None: the model's).
         num_inference_steps, guidance_scale, guidance_interval, method: None for the pipeline's own.
-        max_features: how many images, drawn at random, are compared one by one for kd, precision and recall.
+        max_features: most images of each side to compare one by one for kd, precision and recall.
 
     Returns:
         The values by the metrics' names: {"fid": 12.3, "kid": 0.004, "kid_std": 0.001, ...}.

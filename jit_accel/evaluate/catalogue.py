@@ -43,11 +43,6 @@ def metric_names(features: str) -> dict[str, Metric]:
     return {f"{metric.other}_{features}": metric for metric in METRICS if metric.other}
 
 
-def is_better_higher(name: str) -> bool:
-    """Return True where a larger value of this metric is the better one."""
-    return next(names[name].is_better_higher for names in map(metric_names, FEATURES) if name in names)
-
-
 def chosen_metrics(features: str, names: tuple[str, ...], about: str = "metrics") -> tuple[str, ...]:
     """Return the results' names of the metrics that the setting `about` names; all of the features' for none.
 

@@ -20,7 +20,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.base.files import disk_errors
 from jit_accel.base.processes import on_all, on_main, process_group
 from jit_accel.evaluate.candidate import Candidate
-from jit_accel.evaluate.catalogue import chosen_metrics, is_better_higher
+from jit_accel.evaluate.catalogue import chosen_metrics, metric_names
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import MAIN, FeatureNetwork, load_features
 from jit_accel.evaluate.formulas import unmeasurable
@@ -28,7 +28,7 @@ from jit_accel.evaluate.grid import Setting, is_sweep
 from jit_accel.evaluate.image_sets import ImageSet, open_image_set
 from jit_accel.evaluate.records import FILE, add_records, read_records, record_file, table_of
 from jit_accel.evaluate.reference import save_reference
-from jit_accel.evaluate.settings import EvaluateConfig, selected_metric
+from jit_accel.evaluate.settings import EvaluateConfig
 from jit_accel.evaluate.statistics import ImageStatistics
 from jit_accel.evaluate.sweep import Measured, Outcome, SweepLog, sweep
 from jit_accel.evaluate.sweep_table import as_markdown, verdict, write_sweep_files
@@ -230,7 +230,8 @@ def keep(evaluation: Evaluation, records: list[dict], file: Path | None) -> None
 def run_sweep(evaluation: Evaluation, file: Path | None) -> None:
     """Measure the grid, write its files and records beside `file`, and the winner into the pipeline folder."""
     config, evaluator, candidate = evaluation.config, evaluation.evaluator, evaluation.candidate
-    accelerator, every_metric, select = evaluator.accelerator, evaluator.metrics, selected_metric(config)
+    accelerator, every_metric = evaluator.accelerator, evaluator.metrics
+    (select, *_) = chosen_metrics(config.features, (config.select,) if config.select else config.metrics)
     settings = candidate.settings()
     if select not in every_metric:
         rule = f"cannot be measured here; choose from {', '.join(every_metric)}."
@@ -260,7 +261,7 @@ def run_sweep(evaluation: Evaluation, file: Path | None) -> None:
 
     few = config.sweep_images or max(2, config.num_images // 10)
     sizes = {"sweep_images": few, "num_images": config.num_images, "top": config.sweep_top}
-    is_higher = is_better_higher(select)
+    is_higher = metric_names(config.features)[select].is_better_higher
     outcome = sweep(settings, measure, **sizes, select=select, higher_is_better=is_higher, say=report)
     candidate.close()
     on_main(accelerator, lambda: write_outcome(evaluation, outcome, folder, file))

@@ -115,8 +115,3 @@ def check(config: EvaluateConfig) -> None:
         if value is not None and not least <= value <= (most or value):
             limit = "" if most is None else f" and at most {most:,}"
             raise UserError(f"must be at least {least}{limit}.", about=flag, value=value)
-
-
-def selected_metric(config: EvaluateConfig) -> str:
-    """Return the name of the metric that a sweep goes by."""
-    return chosen_metrics(config.features, (config.select,) if config.select else config.metrics)[0]

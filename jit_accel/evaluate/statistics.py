@@ -61,9 +61,7 @@ class Moments:
     """Sums in float64 for mean and covariance: total (D,), products (D, D) of x x^T."""
 
     def __init__(self, size: int, device: torch.device | str = "cpu"):
-        self.count = 0
-        self.total = torch.zeros(size, dtype=torch.float64, device=float64_device(device))
-        self.products = torch.zeros(size, size, dtype=torch.float64, device=float64_device(device))
+        self.count, self.total, self.products = 0, _zeros(device, size), _zeros(device, size, size)
         self._waiting: list[Tensor] = []
 
     def add(self, features: Tensor) -> None:
@@ -102,7 +100,7 @@ class InceptionScoreSums:
         split_of = np.empty(num_images, np.int64)
         split_of[_shuffled(num_images)] = np.searchsorted(ends, np.arange(num_images), side="right")
         self.split_of = torch.from_numpy(split_of)
-        self.sums = torch.zeros(INCEPTION_SCORE_SPLITS, 2 + size, dtype=torch.float64, device=float64_device(device))
+        self.sums = _zeros(device, INCEPTION_SCORE_SPLITS, 2 + size)
 
     def add(self, numbers: Tensor, logits: Tensor) -> None:
         """Add logits (B, C) of the images of these numbers, int64 (B,), below `num_images`."""
@@ -185,10 +183,9 @@ class Collector:
         )
 
 
-def float64_device(device: torch.device | str) -> torch.device:
-    """Return where float64 sums are kept: Apple's GPUs have none."""
-    device = torch.device(device)
-    return torch.device("cpu") if device.type == "mps" else device
+def _zeros(device: torch.device | str, *shape: int) -> Tensor:
+    is_apple = torch.device(device).type == "mps"  # has no float64
+    return torch.zeros(shape, dtype=torch.float64, device="cpu" if is_apple else device)
 
 
 def _shuffled(num_images: int) -> np.ndarray:

@@ -90,8 +90,8 @@ class Outcome:
 
     @property
     def best_unguided(self) -> Measured | None:
-        unguided = [measured for measured in self.full if measured.setting.is_unguided]
-        return ranked(unguided, self.select, self.higher_is_better)[0] if unguided else None
+        unguided = [one for one in self.full if one.setting.is_unguided]
+        return next(iter(ranked(unguided, self.select, self.higher_is_better)), None)
 
     @property
     def not_told_apart(self) -> list[Measured]:

@@ -66,14 +66,12 @@ def as_markdown(outcome: Outcome) -> str:
     has_ema = any(one.setting.ema for one in rows)
     has_solver = _has_several_solvers(rows)
     heads = [*["ema"] * has_ema, *["steps", "method"] * has_solver, "interval", "guidance"]
-    if outcome.few:
-        heads += [f"{outcome.select}, {outcome.few[0].num_images:,} images"]
+    heads += [f"{outcome.select}, {one.num_images:,} images" for one in outcome.few[:1]]
     heads += [f"{metric}, {outcome.full[0].num_images:,} images" for metric in metrics]
     lines = [heads, ["---:" for _ in heads]]
     for one in rows:
         setting, measured = one.setting, full.get(one.setting)
-        cells = [*[setting.ema or ""] * has_ema]
-        cells += [str(setting.num_inference_steps), setting.method] * has_solver
+        cells = [*[setting.ema or ""] * has_ema, *[str(setting.num_inference_steps), setting.method] * has_solver]
         cells += [setting.interval_text(), f"{setting.guidance_scale:g}"]
         cells += [_number(one.values[outcome.select])] if outcome.few else []
         cells += [_number(measured.values.get(metric)) if measured else "" for metric in metrics]
@@ -132,10 +130,8 @@ def draw_sweep(outcome: Outcome, file) -> None:
     at = (best.setting.guidance_scale, best.values[outcome.select])
     text = f"best of {best.num_images:,} images: {_number(at[1])} at guidance {at[0]:g}"
     axes.plot(*at, "*", color="gold", markersize=20, markeredgecolor="black", label=text, linestyle="none")
-    title = f"{outcome.select} over guidance"
-    if outcome.few:
-        title += f" (lines: {outcome.few[0].num_images:,} images; dots: {best.num_images:,})"
-    axes.set(xlabel="guidance scale", ylabel=outcome.select, title=title)
+    counts = f" (lines: {outcome.few[0].num_images:,} images; dots: {best.num_images:,})" if outcome.few else ""
+    axes.set(xlabel="guidance scale", ylabel=outcome.select, title=f"{outcome.select} over guidance{counts}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=150, format="png")

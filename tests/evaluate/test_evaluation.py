@@ -16,7 +16,7 @@ from toy_features import load_toy
 from jit_accel.base.errors import UserError
 from jit_accel.data.formats.sources import open_images
 from jit_accel.evaluate import formulas, main, measure, parse_args
-from jit_accel.evaluate.catalogue import chosen_metrics, is_better_higher, metric_names
+from jit_accel.evaluate.catalogue import chosen_metrics, metric_names
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import (
     LOADERS,
@@ -335,7 +335,15 @@ def test_only_inception_measures_what_is_called_fid():
         chosen_metrics("efficientnet_lite0", ("fid",))
     with pytest.raises(UserError, match="Did you mean 'recall'"):
         chosen_metrics("inception", ("recal",))
-    assert [is_better_higher(name) for name in (*ALL, of_others[0])] == [False, False, True, False, True, True, False]
+    assert [metric.is_better_higher for metric in metric_names("inception").values()] == [
+        False,
+        False,
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert not metric_names("efficientnet_lite0")[of_others[0]].is_better_higher
 
 
 # --- images and references
