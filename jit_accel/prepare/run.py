@@ -156,7 +156,7 @@ def _fill_spool(work: Work, how: dict) -> tuple[Work, int]:
     num_done = num_images * (len(parts) - len(missing)) // len(parts) if num_images else 0  # for the bar: about
     made = run_jobs(fill_part, missing, work, label="reading", num_images=num_images, num_done=num_done, **how)
     spool = Spool(folder, len(parts))
-    names = work.source.class_names or int_labels(range(spool.largest_label() + 1)).names or ("image",)
+    names = work.source.class_names or int_labels(spool.largest_label()).names or ("image",)
     layout = _layout(work.config, work.source, names)
     return replace(work, layout=layout, spool=spool, counts=spool.counts()), made
 

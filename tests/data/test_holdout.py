@@ -2,7 +2,6 @@
 
 import math
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,18 +113,6 @@ def test_adding_renaming_and_moving_files_changes_nothing_for_the_others(tmp_pat
     after = held_numbers(split(open_images(moved), max_images=1000)[1])
     assert [n for n in after if n < N] == before
     assert after == expected(numbers=range(N + 100))
-
-
-def test_without_known_sizes_the_same_images_are_held_out(tmp_path):
-    tars = open_images(tars_of(tmp_path))
-    unsized = replace(tars, images=replace(tars.images, sizes=None), num_images=None)
-    training, held_out = split(unsized)
-    assert held_numbers(held_out) == expected()
-    loader = build_loader(training, img_size=SIZE, batch_size=1, seed=3)
-    rest = sorted(set(range(N)) - set(expected()))
-    assert sorted(take(loader, len(rest))) == rest
-    assert len(split(unsized, max_images=10, world_size=3)[1].keys) == 4
-    assert training.num_images is None
 
 
 def test_broken_images_are_left_out_of_the_holdout(tmp_path):

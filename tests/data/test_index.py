@@ -15,6 +15,7 @@ from jit_accel.data import open_images
 from jit_accel.data.formats import index_cache, scan, tables, tars
 from jit_accel.data.formats.folder import is_known_image_folder
 from jit_accel.data.formats.scan import walk_folder
+from jit_accel.data.reading.shards import LocalShard
 
 
 @pytest.fixture(autouse=True)
@@ -297,7 +298,7 @@ def make_tables(root):
 )
 def test_of_files_only_new_and_changed_ones_are_looked_into(tmp_path, monkeypatch, make, module, look):
     looked, real = [], getattr(module, look)
-    monkeypatch.setattr(module, look, lambda file, *args: looked.append(os.path.basename(file)) or real(file, *args))
+    monkeypatch.setattr(module, look, lambda shard, *args: looked.append(shard.name) or real(shard, *args))
     make(tmp_path)
     first = open_images(tmp_path)
     assert len(looked) == 2
@@ -318,13 +319,17 @@ def test_of_files_only_new_and_changed_ones_are_looked_into(tmp_path, monkeypatc
     assert looked[4:] == [f"2{new.suffix}"]  # so new that it may still change
 
 
+def size_of(shard):
+    return shard.size
+
+
 def test_what_was_remembered_of_a_file_is_kept_by_what_was_looked_for(tmp_path):
     file = tmp_path / "a.bin"
     file.write_bytes(b"abc")
     age(tmp_path)
-    assert index_cache.remembered("size", [str(file)], os.path.getsize) == [3]
-    assert index_cache.remembered("size", [str(file)], lambda file: 99) == [3]
-    assert index_cache.remembered("name", [str(file)], os.path.basename) == ["a.bin"]
+    assert index_cache.remembered("size", [LocalShard(str(file))], size_of) == [3]
+    assert index_cache.remembered("size", [LocalShard(str(file))], lambda shard: 99) == [3]
+    assert index_cache.remembered("name", [LocalShard(str(file))], lambda shard: shard.name) == ["a.bin"]
 
 
 def test_damaged_memories_of_files_are_made_anew(tmp_path, cache):
@@ -332,7 +337,7 @@ def test_damaged_memories_of_files_are_made_anew(tmp_path, cache):
     file.write_bytes(b"abc")
     age(tmp_path)
     for damaged in (b"", b"[]", b"{}", b'["1", 3]', b'["1", {"a.bin": 3}]', b"\xff"):
-        index_cache.remembered("size", [str(file)], os.path.getsize)
+        index_cache.remembered("size", [LocalShard(str(file))], size_of)
         (memory,) = cache.iterdir()
         memory.write_bytes(damaged)
-        assert index_cache.remembered("size", [str(file)], os.path.getsize) == [3]
+        assert index_cache.remembered("size", [LocalShard(str(file))], size_of) == [3]

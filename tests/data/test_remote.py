@@ -1,9 +1,11 @@
 """Data on servers that fail: nothing is lost, nothing comes twice, and what cannot be mended is said."""
 
+import errno
 import gc
 import json
 import logging
 import os
+from pathlib import Path
 
 import datasets
 import fsspec
@@ -19,7 +21,7 @@ from http_server import FailingServer
 from jit_accel.base.errors import UserError
 from jit_accel.data import build_loader, open_images
 from jit_accel.data.formats import remote
-from jit_accel.data.reading import http_files, outages
+from jit_accel.data.reading import outages, shard_cache, shards
 
 FILES, EACH = 3, 20
 N = FILES * EACH
@@ -35,6 +37,14 @@ def folder(tmp_path_factory):
             members |= {f"{n:04d}.png": png(n), f"{n:04d}.cls": b"%d" % (n % 2)}
         parquet(folder / f"{file}.parquet", numbers)
         tar(folder / f"{file}.tar", members)
+    (folder / "sizes.json").write_text(json.dumps({f"{file}.tar": EACH for file in range(FILES)}))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("JIT_ACCEL_CACHE", str(folder))
     return folder
 
 
@@ -51,7 +61,7 @@ def impatience(monkeypatch):
     monkeypatch.setattr(outages, "FIRST_WAIT_S", 0.02)
     monkeypatch.setattr(outages, "LONGEST_WAIT_S", 0.2)
     monkeypatch.setattr(outages, "PATIENCE_S", 20.0)
-    monkeypatch.setattr(outages, "_said_s", {})
+    monkeypatch.setattr(outages, "_warned_s", {})
 
 
 @pytest.fixture
@@ -91,13 +101,10 @@ MISCHIEF = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mischief", MISCHIEF)
 def test_every_image_comes_once_an_epoch(server, loaders, monkeypatch, mischief, kind, num_workers):
-    monkeypatch.setattr(http_files, "READ_S", 0.3)
-    source = open_images(all_of(server, kind))
+    monkeypatch.setattr(shards, "READ_S", 0.3)
     for name, value in MISCHIEF[mischief].items():
         setattr(server, name, value)
-    http_files._infos.clear()  # the server was found out anew
-    if not server.ranges and kind == "parquet":
-        source = open_images(all_of(server, kind))
+    source = open_images(all_of(server, kind))
     loader = loaders(source, num_workers=num_workers)
     seen = take(loader, 2 * N)
     assert sorted(seen[:N]) == sorted(seen[N:]) == list(range(N))
@@ -108,7 +115,7 @@ def test_every_image_comes_once_an_epoch(server, loaders, monkeypatch, mischief,
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_may_go_away_for_a_while(server, loaders, kind, num_workers, caplog):
     loader = loaders(open_images(all_of(server, kind)), num_workers=num_workers)
-    server.away_at, server.away_s = len(server.requests) + 3, 1.0
+    server.away_at, server.away_s = len(server.requests) + 1, 1.0
     with caplog.at_level(logging.WARNING):
         assert sorted(take(loader, N)) == list(range(N))
     assert server.failures == 1
@@ -167,19 +174,79 @@ def test_processes_may_come_and_go(server, loaders):
     assert sorted(seen) == list(range(N))
 
 
-def test_an_index_beside_tars_gives_their_sizes(tmp_path, folder, loaders):
+def test_an_index_beside_tars_spares_fetching_them_to_count_their_images(tmp_path, folder, loaders, caplog):
     for file in range(FILES):
         (tmp_path / f"{file}.tar").write_bytes((folder / f"{file}.tar").read_bytes())
     server = FailingServer(tmp_path)
-    assert open_images(all_of(server, "tar")).num_images is None
+    counted = open_images(all_of(server, "tar"))
+    assert (counted.num_images, counted.num_classes) == (N, 2)
+    assert "3 tar files are fetched once to count their images" in caplog.text
     wids = {"wids_version": 1, "shardlist": [{"url": f"{file}.tar", "nsamples": EACH} for file in range(FILES)]}
     (tmp_path / "index.json").write_text(json.dumps(wids))
-    assert open_images(all_of(server, "tar")).num_images == N
+    server.requests.clear()
+    listed = open_images(all_of(server, "tar"))
+    assert (listed.num_images, listed.num_classes) == (N, None)  # the labels were not read
+    assert len(server.requests) == FILES + 2  # which describe them, and two for indices
     (tmp_path / "sizes.json").write_text(json.dumps({f"{file}.tar": EACH for file in range(FILES - 1)}))
     assert open_images(f"{server.url}/{{0..1}}.tar").num_images == 2 * EACH
     far, local = open_images(all_of(server, "tar")), open_images(folder / "?.tar")  # sizes.json lacks one: the other
-    assert far.fingerprint == local.fingerprint
+    assert far.fingerprint == local.fingerprint == counted.fingerprint
     assert equal_batches(batches(loaders(local, batch_size=7), 10), batches(loaders(far, batch_size=7), 10))
+
+
+# --- the cache
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_fetched_is_read_again_without_the_server(server, loaders, kind):
+    take(loaders(open_images(all_of(server, kind))), N)
+    again = loaders(open_images(all_of(server, kind)))
+    server.go_away()
+    assert sorted(take(again, N)) == list(range(N))
+
+
+def test_a_file_is_fetched_once_by_all_that_want_it(server):
+    shard = shards.describe(f"{server.url}/0.tar")
+    server.requests.clear()
+    server.rate = 50_000
+    paths = shards.at_once(lambda _: shard.local(), range(4))
+    assert len(set(paths)) == 1
+    assert server.requests == ["GET /0.tar"]
+
+
+def test_of_a_row_group_no_more_is_fetched_than_its_bytes(server, folder, cache):
+    source = open_images(f"{server.url}/0.parquet")
+    rows = list(source.images.rows(1))
+    assert [row["label"] for row in rows] == [n % 2 for n in range(5, 10)]
+    whole = (folder / "0.parquet").read_bytes()
+    (file,) = (file for file in (cache / "shards").glob("*.parquet") if len(rows) and b"5.png" in file.read_bytes())
+    copy, spans = file.read_bytes(), source.images.spans
+    assert len(copy) == len(whole)
+    for unit, ((start, end), _) in enumerate(spans.tolist()):
+        assert copy[start:end] == (whole[start:end] if unit == 1 else bytes(end - start))
+
+
+def test_copies_that_were_not_used_for_longest_give_way(server, cache, monkeypatch):
+    monkeypatch.setattr(shard_cache, "_IN_USE_S", 0.0)
+    files = [shards.describe(f"{server.url}/{file}.tar") for file in range(FILES)]
+    monkeypatch.setenv("JIT_ACCEL_SHARD_CACHE_GIB", str(2.5 * files[0].size / 2**30))
+    paths = [Path(file.local()) for file in files[:2]]
+    os.utime(paths[0])
+    os.utime(paths[1], (1e9, 1e9))
+    paths.append(Path(files[2].local()))
+    assert [path.is_file() for path in paths] == [True, False, True]
+    monkeypatch.setenv("JIT_ACCEL_SHARD_CACHE_GIB", "much")
+    with pytest.raises(UserError, match="JIT_ACCEL_SHARD_CACHE_GIB=much: it is a number of GiB"):
+        files[1].local()
+
+
+def test_a_full_disk_is_named(server, monkeypatch):
+    def write(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shards.RemoteShard, "_write", write)
+    with pytest.raises(UserError, match=r"No space left on device.*JIT_ACCEL_CACHE"):
+        open_images(f"{server.url}/0.tar")
 
 
 def test_an_index_that_counts_too_many_is_found_out(tmp_path, folder, loaders):
@@ -220,7 +287,7 @@ def test_a_missing_file_is_named_at_the_start(server, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_that_is_not_there_is_named_at_the_start(server, monkeypatch, kind, caplog):
-    monkeypatch.setattr(remote, "OPENING_PATIENCE_S", 0.3)
+    monkeypatch.setattr(outages, "OPENING_PATIENCE_S", 0.3)
     server.go_away()
     with pytest.raises(UserError, match=rf"{server.url}/0.{kind}: no progress for 0.3 s .*check the address"):
         open_images(f"{server.url}/0.{kind}")
@@ -239,7 +306,7 @@ def test_an_archive_that_is_cut_short_on_the_server_is_named(tmp_path, folder, l
     whole = (folder / "0.tar").read_bytes()
     (tmp_path / "0.tar").write_bytes(whole[: len(whole) // 2 // 512 * 512 - 100])
     server = FailingServer(tmp_path)
-    with pytest.raises(UserError, match=r"0.tar: it is damaged, or was cut short .*ReadError"):
+    with pytest.raises(UserError, match=rf"{server.url}/0.tar: not a readable tar file"):
         take(loaders(open_images(f"{server.url}/0.tar")), N)
 
 
@@ -274,10 +341,6 @@ def test_negative_labels_are_found_in_the_footers(tmp_path):
     parquet(tmp_path / "0.parquet", range(10), [-1] * 10, feature=Value("int64"))
     with pytest.raises(UserError, match="has the label -1"):
         open_images(f"{FailingServer(tmp_path).url}/0.parquet")
-
-
-def test_labels_of_tars_are_not_known_before_they_are_read(server):
-    assert open_images(f"{server.url}/0.tar").num_classes is None
 
 
 # --- what a data path may be
@@ -317,8 +380,9 @@ def test_remote_tables_can_be_downloaded_for_random_access(server, loaders, hf_c
     source = open_images(all_of(server, "parquet"), streaming=False)
     assert (source.streaming, source.num_images) == (False, N)
     assert sorted(take(loaders(source), N)) == list(range(N))
-    with pytest.raises(UserError, match=r"streaming false: .* is read as a stream"):
-        open_images(all_of(server, "tar"), streaming=False)
+    source = open_images(all_of(server, "tar"), streaming=False)
+    assert (source.streaming, source.num_images) == (False, N)
+    assert sorted(take(loaders(source, num_classes=2), N)) == list(range(N))
 
 
 class _Flaky(LocalFileSystem):
@@ -350,7 +414,7 @@ class _Flaky(LocalFileSystem):
 def test_other_stores_are_read_on_through_failures_too(folder, loaders, kind):
     fsspec.register_implementation("flaky", _Flaky, clobber=True)
     source = open_images(f"flaky://{folder}/*.{kind}")
-    assert source.num_images == (N if kind == "parquet" else None)
+    assert source.num_images == N
     before = _Flaky.failures
     assert sorted(take(loaders(source), N)) == list(range(N))
     assert _Flaky.failures > before
@@ -368,9 +432,8 @@ def test_hub_tables_tell_the_sizes_of_their_row_groups(server, loaders, monkeypa
 
     for name in ("load_dataset", "load_dataset_builder"):
         monkeypatch.setattr(datasets, name, instead(getattr(datasets, name)))
-    http_files.install()
     source = open_images("someone/pictures:small@v1.0")
-    assert asked == [("someone/pictures", "small", "v1.0")] * 2
+    assert asked == [("someone/pictures", "small", "v1.0")]
     assert (source.format, source.num_images, source.images.num_units) == ("hub", N, N // 5)
     assert sorted(take(loaders(source), N)) == list(range(N))
 
@@ -381,12 +444,11 @@ def test_hub_tables_tell_the_sizes_of_their_row_groups(server, loaders, monkeypa
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_forked_processes_leave_the_connections_of_their_parent_alone(server, monkeypatch):
     """They share an epoll object: to close an inherited connection would deafen the parent."""
-    monkeypatch.setattr(http_files, "READ_S", 5.0)
+    monkeypatch.setattr(shards, "READ_S", 5.0)
     monkeypatch.setattr(outages, "PATIENCE_S", 0.1)
-    http_files.install()
 
     def new():
-        return fsspec.filesystem("http", client_kwargs={"trust_env": True})
+        return shards.file_system(server.url)[0]
 
     files = new()
     size = len(files.cat_file(f"{server.url}/0.tar"))
@@ -397,18 +459,18 @@ def test_forked_processes_leave_the_connections_of_their_parent_alone(server, mo
         gc.collect()
         os._exit(len(other.cat_file(f"{server.url}/1.tar")) == 0)
     assert os.waitpid(pid, 0)[1] == 0
-    info = outages.patiently(lambda: files.info(f"{server.url}/1.tar"), server.url)
-    assert info["size"] == size
-    assert not outages._said_s  # nothing failed, not even a timeout
+    assert shards.describe(f"{server.url}/1.tar").size == size
+    assert not outages._warned_s  # nothing failed, not even a timeout
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_goes_on_as_if_nothing_had_happened(server, tmp_path, kind):
+def test_training_goes_on_as_if_nothing_had_happened(server, tmp_path, monkeypatch, kind):
     flags = ["--data_path", all_of(server, kind), "--img_size", "28", "--num_classes", "2", "--shuffle_buffer", "2"]
     flags += ["--num_workers", "1", "--max_steps", "12"]
     assert train_here(*flags, "--output_dir", str(tmp_path / "calm")) == 0
     calm, server.away_s = len(server.requests), 2.0
     server.requests.clear()
+    monkeypatch.setenv("JIT_ACCEL_CACHE", str(tmp_path / "cache"))
     server.away_at = calm * 2 // 3
     assert train_here(*flags, "--output_dir", str(tmp_path / "stormy")) == 0
     assert server.failures == 1

@@ -167,20 +167,43 @@ def test_a_saved_data_set_is_read(tmp_path):
         assert labels_by_number(source) == {n: n % 2 for n in range(6)}
 
 
+def as_hub(monkeypatch, kind, *files):
+    """Let the Hub's data sets consist of these files."""
+
+    def instead(real):
+        return lambda path, **how: real(kind, data_files=list(map(str, files)), **how)
+
+    for name in ("load_dataset", "load_dataset_builder"):
+        monkeypatch.setattr(datasets, name, instead(getattr(datasets, name)))
+
+
 def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
-    file = parquet(tmp_path / "a.parquet", range(8))
-    real = datasets.load_dataset
-
-    def hub(path, split, streaming):
-        assert (path, split) == ("someone/pictures", "train")
-        return real("parquet", data_files=str(file), split=split, streaming=streaming)
-
-    monkeypatch.setattr(datasets, "load_dataset", hub)
+    as_hub(monkeypatch, "parquet", parquet(tmp_path / "a.parquet", range(8)))
     source = open_images("someone/pictures")
-    assert (source.format, source.streaming, source.num_images) == ("hub", True, None)
+    assert (source.format, source.streaming, source.num_images) == ("hub", True, 8)
     assert (source.class_names, source.max_label) == (("even", "odd"), 1)
-    assert source.images.num_units == 1  # the files; row groups where their sizes are known
-    assert open_images("someone/pictures", streaming=False).num_images == 8
+    assert source.images.sizes.tolist() == [5, 3]
+    assert labels_by_number(source) == {n: n % 2 for n in range(8)}
+    downloaded = open_images("someone/pictures", streaming=False)
+    assert (downloaded.format, downloaded.streaming, downloaded.num_images) == ("hub", False, 8)
+
+
+def test_tars_of_the_hub_are_streamed(tmp_path, monkeypatch):
+    as_hub(monkeypatch, "webdataset", tar(tmp_path / "a.tar", {f"{n}.png": png(n) for n in range(3)}))
+    source = open_images("someone/pictures")
+    assert (source.format, source.streaming, source.num_images) == ("hub", True, 3)
+
+
+def test_other_files_of_the_hub_are_downloaded_for_random_access(tmp_path, monkeypatch):
+    as_hub(monkeypatch, "imagefolder", *sorted(image_folder(tmp_path, 4).rglob("*.png")))
+    source = open_images("someone/pictures")
+    assert (source.format, source.streaming, source.num_images) == ("hub", False, 4)
+    assert "streaming true: someone/pictures" in refusal("someone/pictures", streaming=True)
+
+
+def test_text_labels_of_the_hub_are_listed(tmp_path, monkeypatch):
+    as_hub(monkeypatch, "parquet", parquet(tmp_path / "a.parquet", range(2), ["b", "a"], feature=Value("string")))
+    assert open_images("someone/pictures").class_names == ("a", "b")
 
 
 # WebDataset
@@ -238,7 +261,7 @@ def test_an_unreachable_hub_is_told_from_a_missing_path(monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("Couldn't reach the Hub\nwith more lines")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     message = refusal("someone/pictures")
     assert "no such file or folder here" in message
     assert "(ConnectionError: Couldn't reach the Hub)" in message
@@ -289,7 +312,7 @@ def test_a_table_without_an_image_column_is_refused(tmp_path):
     pq.write_table(pa.table({"x": [1], "label": [0]}), tmp_path / "a.parquet")
     message = refusal(tmp_path)
     assert "(x, label)" in message
-    assert "--image_column" in message
+    assert "image_column" in message
     assert "image_column x: it holds values like 1" in refusal(tmp_path, image_column="x")
 
 
@@ -318,13 +341,6 @@ def test_impossible_labels_are_refused(tmp_path, labels, feature, expected):
     message = refusal(tmp_path, label_column="label")
     assert "label_column label" in message
     assert expected in message
-
-
-def test_text_labels_of_an_unread_stream_are_refused(tmp_path, monkeypatch):
-    file = parquet(tmp_path / "a.parquet", range(2), ["a", "b"], feature=Value("string"))
-    real = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, **how: real("parquet", data_files=str(file), **how))
-    assert "--streaming false" in refusal("someone/pictures")
 
 
 def test_files_that_are_not_what_they_seem_are_refused(tmp_path):

@@ -18,10 +18,11 @@ import torch
 
 from jit_accel.base.errors import UserError
 from jit_accel.data.batches.batch import decode_row
-from jit_accel.data.formats.index_cache import remembered, remembered_once
-from jit_accel.data.formats.source import Source, find_shards, fingerprint_of
+from jit_accel.data.formats.index_cache import remembered
+from jit_accel.data.formats.source import Source, fingerprint_of
 from jit_accel.data.reading.decode import BadImage
 from jit_accel.data.reading.images import Images, SomeImages, announce_keys
+from jit_accel.data.reading.shards import Shard
 from jit_accel.data.reading.units import Stream
 
 log = logging.getLogger(__name__)
@@ -46,9 +47,8 @@ def split_holdout(
 ) -> tuple[Source, HeldOut | None]:
     """Take a share of the images out of `source`, and read those `max_images` of them with the smallest keys.
 
-    Where files do not tell how many images they hold (see `Stream`), those that come first are read instead. What
-    process `rank` gets is its part of them; None, with a warning, where the share is too small for any. The fingerprint
-    of the rest tells which images these are, where that is known.
+    Process `rank` gets its part of them; None, with a warning, where the share is too small for any. The fingerprint
+    of the rest follows from which images these are.
 
     Raises:
         UserError: no image is left.
@@ -63,7 +63,7 @@ def split_holdout(
             about="holdout",
             value=f"{share:g}",
         )
-    if rest.num_images == source.num_images and rest.num_images is not None:
+    if rest.num_images == source.num_images:
         log.warning(
             "--holdout %g: holds out none of the %d images of %s (by a hash of their content), so there is no "
             "val/loss: use a larger share, or more images",
@@ -117,12 +117,6 @@ def _read(images: Images, chosen: list[tuple[int, int]], wanted: _Wanted) -> Ite
 def _split_stream(source: Source, limit: int, wanted: _Wanted) -> tuple[Source, Iterator[Decoded]]:
     stream: Stream = source.images
     kept = replace(stream, min_key=limit)
-    if stream.sizes is None:
-        units = range(wanted.rank, stream.num_units, wanted.world_size)
-        keyed = ((stream.key_of(row), row) for unit in units for row in stream.rows(unit))
-        held = ((key, row) for key, row in keyed if key < limit)
-        count = len(wanted.of(range(wanted.max_images)))
-        return replace(source, images=kept), islice(_decode(stream, held, wanted), count)
     keys = _stream_keys(source)
     is_held = [of_unit < np.uint64(limit) for of_unit in keys]
     sizes = np.array([(~of_unit).sum() for of_unit in is_held], np.int64)
@@ -137,48 +131,33 @@ def _split_stream(source: Source, limit: int, wanted: _Wanted) -> tuple[Source, 
 def _stream_keys(source: Source) -> list[np.ndarray]:
     """The content keys of each unit, read once and then kept, unless they were stored with the images."""
     stream: Stream = source.images
-    if stream.is_remote:
-        return _remote_keys(source)
     if not stream.columns.key:
-        first = next(stream.rows(0), {}).get(stream.columns.image)
+        first = next(stream.rows(int(stream.sizes.argmax())), {}).get(stream.columns.image)
         if not isinstance(stream.columns.image_of(first)[0], str):  # as files of their own are, which change alone
-            return _local_keys(source)
+            return _kept_keys(source)
         announce_keys(source.num_images)
     return [stream.keys(unit) for unit in range(stream.num_units)]
 
 
-def _remote_keys(source: Source) -> list[np.ndarray]:
+def _kept_keys(source: Source) -> list[np.ndarray]:
     stream: Stream = source.images
-
-    def look() -> list[str]:
-        log.warning(
-            "--holdout: reading all of %s once over the network, since the content of the images decides which are "
-            "held out: to avoid it, prepare the data (python -m jit_accel.prepare) or leave --holdout out",
-            source.name,
-        )
-        return [_packed(stream.keys(unit)) for unit in range(stream.num_units)]
-
-    identity = [source.fingerprint, *(url.partition("?")[0] for url in stream.urls)]  # signatures change
-    found = remembered_once(f"content keys {stream.columns.image}", "\0".join(identity), look)
-    return [_unpacked(keys) for keys in found]
-
-
-def _local_keys(source: Source) -> list[np.ndarray]:
-    stream: Stream = source.images
-    files = stream.files or tuple(find_shards(source.name, ".tar"))
-    groups = [1] * len(files) if stream.groups is None else stream.groups.tolist()
-    starts = dict(zip(files, np.cumsum([0, *groups]).tolist()))
-    counts = dict(zip(files, groups))
+    files = {shard: number for number, shard in enumerate(stream.shards)}
     is_first = True
 
-    def look(file: str) -> list[str]:
+    def look(shard: Shard) -> list[str]:
         nonlocal is_first
-        if is_first:
+        if is_first and stream.is_remote:
+            log.warning(
+                "--holdout: reading all of %s once over the network, since the content of the images decides which are "
+                "held out: to avoid it, prepare the data (python -m jit_accel.prepare) or leave --holdout out",
+                source.name,
+            )
+        elif is_first:
             announce_keys(source.num_images)
-            is_first = False
-        return [_packed(stream.keys(unit)) for unit in range(starts[file], starts[file] + counts[file])]
+        is_first = False
+        return [_packed(stream.keys(unit)) for unit in stream.units_of(files[shard])]
 
-    found = remembered(f"content keys {stream.columns.image}", list(files), look)
+    found = remembered(f"content keys {stream.columns.image}", stream.shards, look)
     return [_unpacked(keys) for of_file in found for keys in of_file]
 
 

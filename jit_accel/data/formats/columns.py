@@ -1,10 +1,10 @@
-"""Which columns of a table are the image and the label, and what the labels mean."""
+"""The columns of a table that are its images and labels, and the meaning of the labels."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -30,7 +30,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Columns:
-    """How to read one row of a data set: `image`, `label`, `key` and `name` are column names."""
+    """The columns that one row is read by: `image`, `label`, `key` and `name` are column names."""
 
     image: str
     label: str | None = None
@@ -41,9 +41,13 @@ class Columns:
     name: str | None = None  # where names are not stored with the images
     any_image: bool = False  # a sample of a tar file without `image` may have one of another ending
 
+    def of_classes(self, labels: Labels) -> Columns:
+        """Return the same with the classes of text labels."""
+        return replace(self, label_ids=labels.ids)
+
     @property
     def all(self) -> list[str]:
-        """The columns that are read."""
+        """Return the names of the columns that are read."""
         return [column for column in (self.image, self.label, self.key, self.name) if column is not None]
 
     def image_of(self, value: Any) -> tuple[bytes | str | None, str]:
@@ -54,7 +58,7 @@ class Columns:
         return value, value if isinstance(value, str) else ""
 
     def label_of(self, value: Any) -> int:
-        """The class of one value of the label column; -1 where there is none."""
+        """Return the class of one value of the label column; -1 where there is none."""
         if self.label is None:
             return 0
         if self.label_key is not None:
@@ -65,7 +69,7 @@ class Columns:
 
 
 def features_of(schema: pa.Schema) -> dict[str, Any]:
-    """The columns as HF datasets describes them, or by Arrow's type where it knows none like it."""
+    """Return the columns as HF datasets describes them, or by Arrow's type where it knows none like it."""
     found = {}
     for field in schema:
         try:
@@ -100,6 +104,13 @@ def find_columns(
             about="data_path",
             value=where,
         )
+    if isinstance(features[image], pa.DataType):  # which HF datasets does not know
+        raise UserError(
+            f"its type is {features[image]}, and images are the bytes of JPEG, PNG, ... files: choose another of the "
+            f"columns {columns}.",
+            about="image_column",
+            value=image,
+        )
     label = label_column or guess_label(features, image)
     if label is not None and label_kind(features[label]) is None:
         raise UserError(
@@ -132,14 +143,14 @@ def _guess_image(features: Mapping[str, Any]) -> str | None:
 
 
 def guess_label(features: Mapping[str, Any], image: str) -> str | None:
-    """The column that its name or type shows to be the labels."""
+    """Return the column that its name or type shows to be the labels."""
     named = [name for name in LABEL_NAMES if name in features and name != image and label_kind(features[name])]
     typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     return next(iter(named + typed), None)
 
 
 def label_kind(feature: Any) -> str | None:
-    """What labels of type `feature` are: "class", "int" or "text"; None where they are no labels."""
+    """Return the kind of labels of type `feature`: "class", "int" or "text"; None where they are no labels."""
     if isinstance(feature, ClassLabel):
         return "class"
     dtype = feature.dtype if isinstance(feature, Value) else ""
@@ -148,23 +159,16 @@ def label_kind(feature: Any) -> str | None:
     return "text" if "string" in dtype else None
 
 
-def read_labels(feature: Any, values: Iterable | None, column: str, where: str) -> Labels:
-    """What the labels of type `feature` mean, given all different `values`, or None where they are unknown.
+def read_labels(feature: Any, values: Iterable | None, column: str | None, where: str) -> Labels:
+    """Return what the labels of type `feature` mean, given all different `values` or the bounds of numbers.
 
     Raises:
-        UserError: labels missing or negative, text and numbers mixed, text that cannot be listed, ids not classes.
+        UserError: labels missing or negative, text and numbers mixed, ids not classes.
     """
-    kind = label_kind(feature)
-    if kind == "text" and values is None:
-        raise UserError(
-            f"the labels of {where} are text, and their list is not known before the "
-            "whole stream was read: use --streaming false, or store them as ClassLabel.",
-            about="label_column",
-            value=column,
-        )
-    values = None if values is None else list(values)
-    if values is not None:
-        _check_labels(kind, values, column, where)
+    if column is None:
+        return Labels(("image",), 0)
+    kind, values = label_kind(feature), list(values)
+    _check_labels(kind, values, column, where)
     if kind == "text":
         names = tuple(sorted(values))
         return Labels(names, len(names) - 1, {name: i for i, name in enumerate(names)})
@@ -176,15 +180,12 @@ def read_labels(feature: Any, values: Iterable | None, column: str, where: str) 
                 value=column,
             )
         return Labels(tuple(feature.names), feature.num_classes - 1)
-    return int_labels(values)
+    return int_labels(int(max(values))) if values else Labels()
 
 
-def int_labels(values: Iterable[int] | None) -> Labels:
-    """Labels that are bare numbers are their own names: "0", "1", ..."""
-    if not values:
-        return Labels()
-    largest = int(max(values))
-    return Labels(tuple(str(i) for i in range(largest + 1)), largest)
+def int_labels(largest: int) -> Labels:
+    """Return labels that are bare numbers, which are their own names: "0", "1", ..."""
+    return Labels(tuple(map(str, range(largest + 1))), largest)
 
 
 def _check_labels(kind: str | None, values: list, column: str, where: str) -> None:
@@ -219,6 +220,3 @@ def _check_labels(kind: str | None, values: list, column: str, where: str) -> No
             about="label_column",
             value=column,
         )
-
-
-ONE_CLASS = Labels(("image",), 0)  # of data without labels

@@ -18,7 +18,8 @@ from jit_accel.data.formats.columns import Columns, Labels
 from jit_accel.data.formats.index_cache import hash_strings, known_scan, scan_folder
 from jit_accel.data.formats.metadata import labels_from_metadata
 from jit_accel.data.formats.scan import IMAGE_EXTENSIONS, FolderScan
-from jit_accel.data.formats.source import Request, Source, make_source, missing_path
+from jit_accel.data.formats.source import Request, Source, missing_path, source_of
+from jit_accel.data.reading.images import TableImages
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def open_folder(request: Request) -> Source:
         identity = hash_strings(pa.chunked_array([pa.array(ids).cast(pa.string())]), ["metadata", identity])
     dataset = _as_dataset(os.path.abspath(root), images, ids, labels.names, identity)
     columns = Columns("image", None if ids is None else "label")
-    return make_source(root, "folder", dataset, columns, labels, len(images), identity)
+    return source_of(root, "folder", TableImages(dataset, columns), labels, identity)
 
 
 def _check_request(request: Request) -> None:

@@ -1,7 +1,6 @@
-"""What the walks over data sets found, kept between runs, and true only while nothing has changed.
+"""The findings of walks over data sets, kept between runs in the cache folder, and true only while nothing changes.
 
-The files lie in $JIT_ACCEL_CACHE, or else in jit_accel/ of $XDG_CACHE_HOME or ~/.cache. They may be deleted at any
-time; where they cannot be read or written, the work is done again.
+The files may be deleted at any time; where they cannot be read or written, the work is done again.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jit_accel.base.files import atomic_file
-from jit_accel.data.formats.scan import RACY_NS, FolderScan, changed_ns, walk_folder
+from jit_accel.data.formats.scan import FolderScan, changed_ns, walk_folder
+from jit_accel.data.reading.shard_cache import cache_folder
+from jit_accel.data.reading.shards import RACY_NS, Shard, at_once
 
 VERSION = "1"  # of what is in the files: another version's are not read
 FILE_STATE = np.dtype([("path", "<u8"), ("size", "<i8"), ("mtime_ns", "<i8")])  # path: a hash
@@ -29,25 +30,18 @@ _FILE_VALUE = np.dtype([*FILE_STATE.descr, ("value", "<u8")])
 _DIGEST_SIZE = hashlib.sha256().digest_size  # before the contents: Arrow crashes on some damaged files
 
 
-def cache_folder() -> Path:
-    """Where the caches are; it need not exist."""
-    if named := os.environ.get("JIT_ACCEL_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jit_accel"
-
-
 def scan_folder(root: str) -> FolderScan:
-    """The images under `root`; walked only if any folder in it was changed since the last time."""
+    """Return the images under `root`, which is walked only if any folder in it was changed since the last time."""
     scan = known_scan(root)
     if scan is None:
         scan = walk_folder(root)
         if scan.is_settled:
-            _write(_index_file(root), lambda file: _write_scan(scan, file))
+            _write(_index_file(root), _sealed(_scan_data(scan)))
     return scan
 
 
 def known_scan(root: str) -> FolderScan | None:
-    """What the cache holds of the folder `root`, if that is still true."""
+    """Return the kept scan of the folder `root`, if that is still true."""
     try:
         table = pa.ipc.open_file(_read_sealed(_index_file(root))).read_all()
     except (OSError, pa.ArrowException):  # none, or a damaged one
@@ -61,46 +55,34 @@ def known_scan(root: str) -> FolderScan | None:
     return FolderScan(table.column(0), other_endings=other_endings, directories=directories, **facts)
 
 
-def remembered(kind: str, files: list[str], look: Callable[[str], Any]) -> list[Any]:
-    """`look(file)` of each file, a JSON value, from the cache where size and mtime are as they were.
+def remembered(kind: str, shards: Sequence[Shard], look: Callable[[Shard], Any]) -> list[Any]:
+    """Return `look` of each file, a JSON value, from the cache where its size and mtime, or tag, are as they were.
 
     Args:
-        kind: tells what is looked for; part of the key.
+        kind: the name of what is looked for; part of the key.
     """
-    folders: dict[str, dict] = {}
-    found, changed = [], set()
-    for file in files:
-        folder, name = os.path.split(os.path.realpath(file))
-        if folder not in folders:
-            folders[folder] = _read_facts(_facts_file(kind, folder))
-        info = os.stat(file)
-        state = [info.st_size, info.st_mtime_ns]
-        held = folders[folder].get(name)
-        if held is None or held[0] != state:
-            held = folders[folder][name] = [state, look(file)]
-            if info.st_mtime_ns < time.time_ns() - RACY_NS:
-                changed.add(folder)
-        found.append(held[1])
-    for folder in changed:
-        entries = {n: entry for n, entry in folders[folder].items() if entry[0][1] < time.time_ns() - RACY_NS}
-        data = json.dumps([VERSION, entries]).encode("utf-8", "surrogateescape")
-        _write(_facts_file(kind, folder), lambda path, data=data: path.write_bytes(data))
-    return found
-
-
-def remembered_once(kind: str, identity: str, look: Callable[[], Any]) -> Any:
-    """`look()`, a JSON value, from the cache where `identity` was looked at before: it must tell every change."""
-    path = cache_folder() / f"named-{_key(kind, identity)}.json"
-    try:
-        return json.loads(_read_sealed(path).to_pybytes())
-    except (OSError, ValueError):
-        found = look()
-        _write(path, lambda file: _write_sealed(json.dumps(found).encode(), file))
-        return found
+    identities = at_once(lambda shard: shard.identity(), shards)
+    caches = {folder: _facts_file(kind, folder) for folder, *_ in identities}
+    facts = {folder: _read_facts(file) for folder, file in caches.items()}
+    unknown = [
+        n for n, (folder, name, state, _) in enumerate(identities) if facts[folder].get(name, [None])[0] != state
+    ]
+    ask = at_once if shards[0].is_remote else map
+    for n, found in zip(unknown, ask(look, [shards[n] for n in unknown])):
+        folder, name, state, _ = identities[n]
+        facts[folder][name] = [state, found]
+    values = [facts[folder][name][1] for folder, name, *_ in identities]
+    for folder, name, _, is_settled in identities:
+        if not is_settled:
+            del facts[folder][name]
+    for folder in {identities[n][0] for n in unknown}:
+        data = json.dumps([VERSION, facts[folder]]).encode("utf-8", "surrogateescape")
+        _write(caches[folder], data)
+    return values
 
 
 def remembered_values(kind: str, root: str, states: np.ndarray, look: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """A number of each of many small files, as `remembered`, but compact: one cache for all of them.
+    """Return a number of each of many small files, as `remembered`, but compact: one cache for all of them.
 
     Args:
         kind, root: name the cache; what is asked for replaces what is in it.
@@ -129,12 +111,12 @@ def remembered_values(kind: str, root: str, states: np.ndarray, look: Callable[[
     is_settled = (states["mtime_ns"] > 0) & (states["mtime_ns"] < started_ns - RACY_NS) & (states["size"] >= 0)
     entries = entries[is_settled & (values != np.iinfo(np.uint64).max)]
     entries.sort(order="path")
-    _write(path, lambda file: _write_sealed(entries.tobytes(), file))
+    _write(path, _sealed(entries.tobytes()))
     return values
 
 
 def hash_strings(strings: pa.ChunkedArray, head: Iterable[str] = ()) -> str:
-    """Sixteen hex digits of `head` and the strings, joined by zero bytes, without a Python object for each."""
+    """Return sixteen hex digits of `head` and the strings, joined by zero bytes, without a Python object for each."""
     digest = hashlib.sha256("".join(part + "\0" for part in head).encode())
     for chunk in strings.chunks:
         for start in range(0, len(chunk), 2**18):
@@ -157,7 +139,7 @@ def _is_readable(path: str) -> bool:
     return os.path.exists(path) and (not os.path.isdir(path) or os.access(path, os.R_OK | os.X_OK))
 
 
-def _write_scan(scan: FolderScan, path: Path) -> None:
+def _scan_data(scan: FolderScan) -> bytes:
     facts = {
         "metadata": scan.metadata,
         "other_endings": scan.other_endings,
@@ -175,11 +157,11 @@ def _write_scan(scan: FolderScan, path: Path) -> None:
     data = pa.BufferOutputStream()
     with pa.ipc.new_file(data, schema) as writer:
         writer.write_table(pa.table([scan.images], schema=schema))
-    _write_sealed(data.getvalue(), path)
+    return data.getvalue().to_pybytes()
 
 
-def _write_sealed(data: bytes | pa.Buffer, path: Path) -> None:
-    path.write_bytes(hashlib.sha256(data).digest() + data)
+def _sealed(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest() + data
 
 
 def _read_sealed(path: Path) -> pa.Buffer:
@@ -209,9 +191,9 @@ def _key(*parts: str) -> str:
     return hashlib.sha256("\0".join((VERSION, *parts)).encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make the file whole, or not at all; not being able to is no error."""
-    with contextlib.suppress(OSError, pa.ArrowException):
+def _write(path: Path, data: bytes) -> None:
+    """Write a file that is there complete or not at all; not being able to is no error."""
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path, durable=False) as temporary:
-            write(temporary)
+            temporary.write_bytes(data)

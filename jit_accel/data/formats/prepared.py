@@ -12,11 +12,14 @@ import pyarrow.parquet as pq
 import torch
 
 from jit_accel.base.errors import UserError
-from jit_accel.data.formats.columns import ONE_CLASS, Columns, Labels
+from jit_accel.data.formats.columns import Columns, Labels, features_of
 from jit_accel.data.formats.index import read_index
-from jit_accel.data.formats.source import Request, Source, fingerprint_of, make_source, missing_path
-from jit_accel.data.formats.tables import units_of
+from jit_accel.data.formats.source import Request, Source, fingerprint_of, missing_path, source_of, table_images
+from jit_accel.data.formats.tables import parquet_stream, read_footer
 from jit_accel.data.reading.decode import crop_pixels
+from jit_accel.data.reading.images import TableImages
+from jit_accel.data.reading.shards import LocalShard, at_once
+from jit_accel.data.reading.units import Stream
 
 
 def open_prepared(request: Request) -> Source:
@@ -33,33 +36,27 @@ def open_prepared(request: Request) -> Source:
             raise UserError(f"{folder} was prepared, its columns are known: leave it out.", about=about, value=value)
     index = read_index(folder)
     names = tuple(index["class_names"])
-    labels = Labels(names, len(names) - 1) if index["is_labelled"] else ONE_CLASS
+    labels = Labels(names, len(names) - 1) if index["is_labelled"] else Labels(("image",), 0)
     identity = fingerprint_of(
         [index["format"], index["encoding"], str(index["img_size"]), *names, *(s["sha256"] for s in index["shards"])]
     )
-    opener = _open_pixels if index["encoding"] == "uint8" else _open_tables
-    return replace(opener(request, index, labels, identity), img_size=index["img_size"])
+    images = (_open_pixels if index["encoding"] == "uint8" else _open_tables)(request, index)
+    source = source_of(folder, "prepared", images, labels, identity)
+    return replace(source, img_size=index["img_size"])
 
 
-def _open_pixels(request: Request, index: dict, labels: Labels, identity: str) -> Source:
+def _open_pixels(request: Request, index: dict) -> PixelStore:
     if request.streaming:
         raise UserError(
             f"{request.path} holds memory-mapped pixels, which are read by random access: leave the flag out.",
             about="streaming",
             value="true",
         )
-    images = PixelStore(
-        os.path.abspath(request.path),
-        index["img_size"],
-        tuple((shard["file"], shard["table"]["file"], shard["images"]) for shard in index["shards"]),
-        index["is_labelled"],
-    )
-    return Source(
-        request.path, "prepared", images, len(images), labels.names, identity, labels.max_label, index["is_labelled"]
-    )
+    shards = tuple((shard["file"], shard["table"]["file"], shard["images"]) for shard in index["shards"])
+    return PixelStore(os.path.abspath(request.path), index["img_size"], shards, index["is_labelled"])
 
 
-def _open_tables(request: Request, index: dict, labels: Labels, identity: str) -> Source:
+def _open_tables(request: Request, index: dict) -> TableImages | Stream:
     is_raw = index["encoding"] == "raw"
     columns = Columns(
         "image",
@@ -68,17 +65,12 @@ def _open_tables(request: Request, index: dict, labels: Labels, identity: str) -
         key="key",
         name="name" if is_raw else None,
     )
-    files = [os.path.join(os.path.abspath(request.path), shard["file"]) for shard in index["shards"]]
-    dataset = datasets.load_dataset(
-        "parquet",
-        data_files=files,
-        split="train",
-        columns=columns.all,
-        streaming=request.streaming is not False,
-    )
-    units = units_of(dataset, [shard["row_groups"] for shard in index["shards"]])
-    how = {"files": tuple(files), **units} if "groups" in units else units
-    return make_source(request.path, "prepared", dataset, columns, labels, index["num_images"], identity, **how)
+    shards = [LocalShard(os.path.join(os.path.abspath(request.path), shard["file"])) for shard in index["shards"]]
+    if request.streaming is not False:
+        footers = at_once(read_footer, shards)
+        return parquet_stream(shards, footers, columns, features_of(footers[0][1]))
+    paths = [shard.path for shard in shards]
+    return table_images(datasets.load_dataset("parquet", data_files=paths, split="train", columns=columns.all), columns)
 
 
 @dataclass(frozen=True)

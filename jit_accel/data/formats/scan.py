@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from jit_accel.data.reading.shards import RACY_NS
+
 IMAGE_EXTENSIONS = frozenset(
     [
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
@@ -23,7 +25,6 @@ SAMPLES_RECORD = "samples.json"
 SAMPLES_PICTURES = frozenset(["grid.png", "trajectory.png", "animation.gif", "animation.webp"])
 
 _PATHS_PER_CHUNK = 2**18  # far below the 2 GiB that the offsets of an Arrow string array reach
-RACY_NS = 2_000_000_000  # coarsest mtime of a usual file system (FAT: 2 s)
 
 
 @dataclass

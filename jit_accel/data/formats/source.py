@@ -1,4 +1,4 @@
-"""What every opener of a data set returns, and the few things they share."""
+"""What an opened data set is, and the few things that its openers share."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from datasets import Dataset, Image, IterableDataset
+from datasets import Dataset, Image
 
 from jit_accel.base.errors import UserError, nearest
 from jit_accel.data.formats.columns import Columns, Labels
+from jit_accel.data.formats.remote import find_remote_shards, is_url
 from jit_accel.data.reading.images import Images, TableImages
+from jit_accel.data.reading.shards import LocalShard, Shard
 from jit_accel.data.reading.units import Stream
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ _OTHER_SPLIT = re.compile(r"^(test|val|valid|validation|dev|eval)([-_.\d]|$)", r
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for, handed to the opener of a format."""
+    """The user's wishes, handed to the opener of a format."""
 
     path: str  # without the prefix `builtin:`
     image_column: str | None = None
@@ -39,16 +40,16 @@ class Request:
 class Source:
     """A data set of images, opened but not read.
 
-    `images` gives random access, or is a `Stream`. `num_images` is None where only reading everything would tell,
-    `class_names` is () and `max_label` None likewise. `is_labelled` is False where all images are of one class because
-    nothing tells them apart. `fingerprint` tells data sets apart at little cost (names, sizes, counts); it does not
-    change when the data moves elsewhere. `img_size` is the side in pixels of images that are all squares of one size.
+    `images` gives random access, or is a `Stream`. `class_names` is () and `max_label` None where labels are numbers
+    that only reading everything would show. `is_labelled` is False where all images are of one class because nothing
+    tells them apart. `fingerprint` tells data sets apart at little cost (names, sizes, counts); it does not change when
+    the data moves elsewhere. `img_size` is the side in pixels of images that are all squares of one size.
     """
 
     name: str
     format: str
     images: Images | Stream
-    num_images: int | None
+    num_images: int
     class_names: tuple[str, ...]
     fingerprint: str
     max_label: int | None
@@ -61,58 +62,53 @@ class Source:
 
     @property
     def is_encoded(self) -> bool:
-        """Whether its images have to be decoded; those of a store of pixels have not."""
+        """Return whether its images have to be decoded; those of a store of pixels have not."""
         return getattr(self.images, "is_encoded", True)
 
     @property
     def num_classes(self) -> int | None:
-        """Smallest number of classes that holds every label; None where the labels are not known yet."""
+        """Return the smallest number of classes that holds every label; None where the labels are not known yet."""
         return None if self.max_label is None else self.max_label + 1
 
 
-def make_source(
-    name: str,
-    format: str,
-    dataset: Dataset | IterableDataset,
-    columns: Columns,
-    labels: Labels,
-    num_images: int | None,
-    fingerprint: str,
-    *,
-    groups: np.ndarray | None = None,
-    sizes: np.ndarray | None = None,
-    files: tuple[str, ...] = (),
-    is_remote: bool = False,
-    urls: tuple[str, ...] = (),
-) -> Source:
-    """Keep the two columns we read, undecoded, and wrap them up; of a stream with its units (see `Stream`).
+def source_of(name: str, format: str, images: Images | Stream, labels: Labels, fingerprint: str) -> Source:
+    """Return the data set of these images.
 
     Raises:
         UserError: there are no images.
     """
-    if num_images == 0:
-        raise UserError("the data set has no rows: choose one with images.", about="data_path", value=name)
+    count = int(images.sizes.sum()) if isinstance(images, Stream) else len(images)
+    if not count:
+        raise no_rows(name)
+    is_labelled = images.is_labelled
+    return Source(name, format, images, count, labels.names, fingerprint, labels.max_label, is_labelled)
+
+
+def no_rows(name: str) -> UserError:
+    """Return the error for a data set without images."""
+    return UserError("the data set has no rows: choose one with images.", about="data_path", value=name)
+
+
+def table_images(dataset: Dataset, columns: Columns) -> TableImages:
+    """Return the columns of a table that are read, undecoded."""
     if list(dataset.features) != columns.all:
         dataset = dataset.select_columns(columns.all)
     feature = dataset.features[columns.image]
     if isinstance(feature, Image) and feature.decode:
         dataset = dataset.cast_column(columns.image, Image(decode=False))
-    if isinstance(dataset, IterableDataset):
-        images = Stream(dataset, columns, groups, sizes, files, is_remote, urls)
-    else:
-        images = TableImages(dataset, columns)
-    is_labelled = columns.label is not None
-    return Source(name, format, images, num_images, labels.names, fingerprint, labels.max_label, is_labelled)
+    return TableImages(dataset, columns)
 
 
-def check_embedded(value, columns: Columns, where: str) -> None:
+def check_embedded(images: Images | Stream, where: str) -> None:
     """Refuse a table whose first image is only the path of a file that is not there, or nothing like an image.
 
     Raises:
         UserError: saying how to embed the bytes, or to choose another column.
     """
-    data, path = columns.image_of(value)
-    if isinstance(data, bytes) or (data is None and not path):  # no image at all is one bad image, not a bad table
+    columns = images.columns
+    row = next(images.rows(int(images.sizes.argmax())), {}) if isinstance(images, Stream) else images.dataset[0]
+    data, path = columns.image_of(row.get(columns.image))
+    if isinstance(data, (bytes, memoryview)) or (data is None and not path):  # one bad image is not a bad table
         return
     if isinstance(data, str) and os.path.isfile(data):
         return
@@ -132,35 +128,36 @@ def check_embedded(value, columns: Columns, where: str) -> None:
     )
 
 
-def find_shards(path: str, ending: str) -> list[str]:
-    """The files behind a file name, a glob or a folder, sorted; those of test and validation splits left out.
+def find_shards(path: str, ending: str) -> list[Shard]:
+    """Return the files behind URLs, a file name, a glob or a folder, sorted; of a folder without those of other splits.
 
     Raises:
-        UserError: nothing is there.
+        UserError: nothing is there; a server does not answer.
     """
+    return find_remote_shards(path) if is_url(path) else [LocalShard(file) for file in _find_files(path, ending)]
+
+
+def _find_files(path: str, ending: str) -> list[str]:
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
         root = Path(glob.escape(path))
         files = glob.glob(str(root / f"*{ending}")) or glob.glob(str(root / "**" / f"*{ending}"), recursive=True)
+        kept = [file for file in files if not _OTHER_SPLIT.match(os.path.basename(file))] or files
+        if len(kept) < len(files):
+            log.warning("--data_path %s: %d files of other splits are left out", path, len(files) - len(kept))
+        problem = f"the folder holds no *{ending} file"
     elif glob.has_magic(path):
-        return _sorted_or_complain(glob.glob(path, recursive=True), path, "the pattern matches no file")
+        kept, problem = glob.glob(path, recursive=True), "the pattern matches no file"
     else:
         raise missing_path(path)
-    kept = [file for file in files if not _OTHER_SPLIT.match(os.path.basename(file))]
-    if kept and len(kept) < len(files):
-        log.warning("--data_path %s: %d files of other splits are left out", path, len(files) - len(kept))
-    return _sorted_or_complain(kept or files, path, f"the folder holds no *{ending} file")
-
-
-def _sorted_or_complain(files: list[str], path: str, problem: str) -> list[str]:
-    if not files:
+    if not kept:
         raise UserError(f"{problem}: correct the path.", about="data_path", value=path)
-    return sorted(files)
+    return sorted(kept)
 
 
 def missing_path(path: str, remedy: str = "correct the path.") -> UserError:
-    """The error for a path that does not exist, with the nearest name in the folder that does."""
+    """Return the error for a path that does not exist, with the nearest name in the folder that does."""
     parent = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(parent):
         return UserError(f"no such file or folder, nor the folder above it: {remedy}", about="data_path", value=path)
@@ -169,10 +166,10 @@ def missing_path(path: str, remedy: str = "correct the path.") -> UserError:
 
 
 def fingerprint_of(parts: Iterable[str]) -> str:
-    """Sixteen hex digits that tell lists of strings apart."""
+    """Return sixteen hex digits that tell lists of strings apart."""
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def shard_names_and_sizes(files: list[str]) -> list[str]:
-    """Of each file its name without the folder, and its size: the identity of a sharded data set."""
-    return [f"{os.path.basename(file)}:{os.path.getsize(file)}" for file in files]
+def names_and_sizes(shards: Iterable[Shard]) -> list[str]:
+    """Return of each file its name without the folder, and its size: the identity of a sharded data set, anywhere."""
+    return [f"{shard.name}:{shard.size}" for shard in shards]

@@ -1,8 +1,9 @@
-"""What `--data_path` may be. A new format is one opener and one row in `FORMATS`."""
+"""The kinds of data that `--data_path` may name. A new format is one opener and one row in `FORMATS`."""
 
 from __future__ import annotations
 
 import glob
+import logging
 import os
 
 import datasets
@@ -12,7 +13,7 @@ from jit_accel.data.formats.folder import is_known_image_folder, open_folder
 from jit_accel.data.formats.hub import HUB_ID, open_hub
 from jit_accel.data.formats.index import is_prepared
 from jit_accel.data.formats.prepared import open_prepared
-from jit_accel.data.formats.remote import ending_of, is_url, open_remote_parquet, open_remote_webdataset
+from jit_accel.data.formats.remote import ending_of, is_url
 from jit_accel.data.formats.scan import has_images
 from jit_accel.data.formats.source import Request, Source, missing_path
 from jit_accel.data.formats.tables import has_saved_dataset, open_builtin, open_parquet, open_saved
@@ -29,7 +30,7 @@ FORMATS = {
     "hub": open_hub,
     "builtin": open_builtin,
 }
-_REMOTE = {"parquet": open_remote_parquet, "webdataset": open_remote_webdataset}
+_OF_URLS = ("parquet", "webdataset")
 _BY_ENDING = {".parquet": "parquet", ".tar": "webdataset"}
 
 
@@ -52,7 +53,7 @@ def open_images(
         UserError: whatever is wrong with the path, the columns or the labels, found before any training.
     """
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()  # HF warns about a lost shuffle buffer, which holds one image here
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what is wrong is raised, and said once
     path = os.fspath(data_path)
     if not path.startswith("builtin:"):
         path = os.path.expanduser(path)
@@ -60,14 +61,13 @@ def open_images(
         data_format = detect_format(path)
     if data_format not in FORMATS:
         lookup({"auto": None, **FORMATS}, data_format, "data_format")
-    request = Request(path, image_column, label_column, streaming)
-    if not is_url(path):
-        return FORMATS[data_format](request)
-    return lookup(_REMOTE, data_format, "data_format", rule="no format of URLs")(request)
+    if is_url(path):
+        lookup(dict.fromkeys(_OF_URLS), data_format, "data_format", rule="no format of URLs")
+    return FORMATS[data_format](Request(path, image_column, label_column, streaming))
 
 
 def detect_format(path: str) -> str:
-    """The key of `FORMATS` that fits what is at `path`.
+    """Return the key of `FORMATS` that fits what is at `path`.
 
     Raises:
         UserError: nothing is there, or a file of no known kind.

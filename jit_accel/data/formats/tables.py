@@ -1,20 +1,21 @@
-"""Tables of images by HF datasets: Parquet, a saved data set, and those that come with the package."""
+"""Tables of images by HF datasets: Parquet anywhere, a saved data set, and those that come with the package."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, Features, IterableDataset
+from datasets import Dataset, DatasetDict, Features, Image
 
 from jit_accel.base.errors import UserError, lookup
-from jit_accel.data.formats.columns import ONE_CLASS, Columns, Labels, features_of, find_columns, read_labels
+from jit_accel.data.formats.columns import Columns, Labels, features_of, find_columns, label_kind, read_labels
 from jit_accel.data.formats.index_cache import remembered
 from jit_accel.data.formats.source import (
     Request,
@@ -22,33 +23,58 @@ from jit_accel.data.formats.source import (
     check_embedded,
     find_shards,
     fingerprint_of,
-    make_source,
     missing_path,
-    shard_names_and_sizes,
+    names_and_sizes,
+    no_rows,
+    source_of,
+    table_images,
 )
+from jit_accel.data.reading.parquet_rows import ParquetReader
+from jit_accel.data.reading.shards import LocalShard, Shard, Span, at_hand, at_once
+from jit_accel.data.reading.units import Stream
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
 _ROWS_AT_ONCE = 64
+_TAIL_BYTES = 2**16  # of a remote file, in which most footers end
+Footer = tuple[pq.FileMetaData, pa.Schema]
 
 
 def open_parquet(request: Request) -> Source:
-    """Open Parquet files (a file, a glob, a folder), as a stream unless `streaming` is False.
+    """Open Parquet files (a file, a glob, a folder, URLs), as a stream unless `streaming` is False.
 
     Raises:
         UserError: missing, not Parquet, wrong columns or labels, images stored as paths only.
     """
-    files = find_shards(request.path, ".parquet")
-    row_groups, schema = _check_files(files)
-    rows = sum(map(sum, row_groups))
+    return open_tables(request, "parquet", find_shards(request.path, ".parquet"))
+
+
+def open_tables(request: Request, format: str, shards: Sequence[Shard], named: Features | None = None) -> Source:
+    """Open these Parquet files; `named`: their columns, where more is known of them than the files say.
+
+    Raises:
+        UserError: see `open_parquet`.
+    """
+    footers = at_once(read_footer, shards)
+    check_schemas(shards, footers)
+    rows = sum(footer.num_rows for footer, _ in footers)
     if not rows:
-        raise UserError("the data set has no rows: choose one with images.", about="data_path", value=request.path)
-    columns, labels = _parquet_columns(files, schema, request)
-    how = how_to_read(schema, columns, row_groups)
-    dataset = _load(files, request, how)
-    identity = fingerprint_of(["parquet", str(rows), *shard_names_and_sizes(files)])
-    units = units_of(dataset, row_groups)
-    how = {"files": tuple(files), **units} if "groups" in units else units
-    return make_source(request.path, "parquet", dataset, columns, labels, rows, identity, **how)
+        raise no_rows(request.path)
+    schema = footers[0][1]
+    features = features_of(schema) | {name: named[name] for name in named or () if name in schema.names}
+    columns = find_columns(features, request.image_column, request.label_column, request.path)
+    _check_unique(columns, schema, request.path)
+    labels = _read_labels(shards, footers, columns, features, request.path)
+    columns = columns.of_classes(labels)
+    parts = ["hub", request.path] if format == "hub" else ["parquet"]
+    identity = fingerprint_of([*parts, str(rows), *(() if format == "hub" else names_and_sizes(shards))])
+    if request.streaming is False:
+        features = Features({name: features[name] for name in columns.all})
+        images = table_images(_load([str(getattr(s, "url", s)) for s in shards], features, request.path), columns)
+    else:
+        images = parquet_stream(shards, footers, columns, features)
+    source = source_of(request.path, format, images, labels, identity)
+    check_embedded(images, request.path)
+    return source
 
 
 def open_builtin(request: Request) -> Source:
@@ -57,17 +83,14 @@ def open_builtin(request: Request) -> Source:
     Raises:
         UserError: unknown name, or streaming asked for.
     """
-    file = lookup(_builtin_files(), request.path, "data_path")
+    file = LocalShard(lookup(_builtin_files(), request.path, "data_path"))
     if request.streaming:
         raise UserError(
             f"{request.path} is small and held in memory: leave the flag out.", about="streaming", value="true"
         )
-    row_groups, schema = _check_files([file])
-    rows = sum(row_groups[0])
-    columns, labels = _parquet_columns([file], schema, request)
-    identity = fingerprint_of(["builtin", str(rows), *shard_names_and_sizes([file])])
-    dataset = Dataset(pq.read_table(file, use_threads=False))
-    return make_source(request.path, "builtin", dataset, columns, labels, rows, identity)
+    table = pq.read_table(file.path, use_threads=False)
+    identity = fingerprint_of(["builtin", str(len(table)), *names_and_sizes([file])])
+    return _open_table(request, "builtin", Dataset(table), identity)
 
 
 def open_saved(request: Request) -> Source:
@@ -90,167 +113,177 @@ def open_saved(request: Request) -> Source:
         ) from error
     if isinstance(dataset, DatasetDict):
         dataset = lookup(dataset, "train", "data_path", value=request.path, rule="has no split train")
-    shards = [file["filename"] for file in dataset.cache_files]
-    identity = fingerprint_of(["saved", str(len(dataset)), *shard_names_and_sizes(shards)])
-    return random_access(request, "saved", dataset, identity)
+    files = [LocalShard(file["filename"]) for file in dataset.cache_files]
+    identity = fingerprint_of(["saved", str(len(dataset)), *names_and_sizes(files)])
+    return _open_table(request, "saved", dataset, identity)
 
 
-def how_to_read(schema: pa.Schema, columns: Columns, row_groups: list[list[int]] | None) -> dict:
-    """The arguments that make HF datasets read these columns and no others, whatever is in the others.
-
-    row_groups: their numbers of rows in each file, or None where they are not known.
-    """
-    features = features_of(schema)
-    how = {"columns": columns.all, "features": Features({name: features[name] for name in columns.all})}
-    # HF takes the number of rows of the first row group for the size of a batch
-    may_be_empty = row_groups is None or any(0 in groups for groups in row_groups)
-    return how | ({"batch_size": _ROWS_AT_ONCE} if may_be_empty else {})
-
-
-def units_of(dataset, row_groups: list[list[int]]) -> dict:
-    """The units of a stream of Parquet files (see `Stream`) with these numbers of rows in their row groups.
-
-    Row groups where this version of HF datasets can split a stream by them, else the files.
-    """
-    if not isinstance(dataset, IterableDataset):
-        return {}
-    if hasattr(dataset, "reshard"):
-        return {
-            "groups": np.array([len(groups) for groups in row_groups]),
-            "sizes": np.array([rows for groups in row_groups for rows in groups], np.int64),
-        }
-    return {"sizes": np.array([sum(groups) for groups in row_groups], np.int64)}
-
-
-def has_saved_dataset(folder: str) -> bool:
-    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote this folder."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
-
-
-def random_access(request: Request, format: str, dataset: Dataset, identity: str) -> Source:
-    """The source of a table with random access.
+def open_downloaded(request: Request, dataset: Dataset) -> Source:
+    """Open a table that HF datasets has downloaded from the Hub.
 
     Raises:
-        UserError: wrong columns or labels, images stored as paths only.
+        UserError: wrong columns or labels.
     """
+    return _open_table(request, "hub", dataset, fingerprint_of(["hub", request.path, str(len(dataset))]))
+
+
+def _open_table(request: Request, format: str, dataset: Dataset, identity: str) -> Source:
     columns = find_columns(dataset.features, request.image_column, request.label_column, request.path)
-    labels = ONE_CLASS
-    if columns.label is not None:
-        feature = dataset.features[columns.label]
-        labels = read_labels(feature, dataset.unique(columns.label), columns.label, request.path)
-    columns = with_ids(columns, labels)
-    source = make_source(request.path, format, dataset, columns, labels, len(dataset), identity)
-    check_embedded(source.images.dataset[0][columns.image], columns, request.path)
+    values = None if columns.label is None else dataset.unique(columns.label)
+    labels = read_labels(dataset.features.get(columns.label), values, columns.label, request.path)
+    images = table_images(dataset, columns.of_classes(labels))
+    source = source_of(request.path, format, images, labels, identity)
+    check_embedded(images, request.path)
     return source
 
 
-def with_ids(columns: Columns, labels: Labels) -> Columns:
-    """`columns` that know the classes of text labels."""
-    return Columns(columns.image, columns.label, columns.label_key, labels.ids)
+def has_saved_dataset(folder: str) -> bool:
+    """Return whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote this folder."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
 
 
-def read_footer(file: str, opened: BinaryIO | None = None) -> tuple[pq.FileMetaData, pa.Schema]:
-    """The footer of a Parquet file, that may be `opened` already.
+def parquet_stream(
+    shards: Sequence[Shard], footers: Sequence[Footer], columns: Columns, features: dict[str, Any]
+) -> Stream:
+    """Return the stream of the row groups of Parquet files."""
+    wanted = {name: features[name] for name in columns.all}
+    if isinstance(wanted[columns.image], Image):
+        wanted[columns.image] = Image(decode=False)
+    groups = [[footer.row_group(n) for n in range(footer.num_row_groups)] for footer, _ in footers]
+    spans = None
+    if all(shard.is_remote and shard.has_ranges for shard in shards):
+        spans = [_spans(s, f, [g], columns.all) for s, (f, _), some in zip(shards, footers, groups) for g in some]
+    return Stream(
+        tuple(shards),
+        ParquetReader(columns, Features(wanted)),
+        columns,
+        np.array([group.num_rows for of_file in groups for group in of_file], np.int64),
+        np.array([len(of_file) for of_file in groups], np.int64),
+        None if spans is None else np.array(spans, np.int64).reshape(-1, 2, 2),
+    )
+
+
+def read_footer(shard: Shard) -> Footer:
+    """Return what the end of a Parquet file says: row groups, statistics, columns.
 
     Raises:
-        UserError: it is none.
+        UserError: it is none, or cannot be fetched.
     """
+    where = shard.local() if not (shard.is_remote and shard.has_ranges) else None
+    if where is None:
+        tail = shard.read(max(0, shard.size - _TAIL_BYTES), shard.size)
+        missing = int.from_bytes(tail[-8:-4], "little") + 8 - len(tail)
+        if 0 < missing <= shard.size - len(tail):
+            tail = shard.read(shard.size - len(tail) - missing, shard.size)
+        where = pa.BufferReader(tail)
     try:
-        with pq.ParquetFile(file if opened is None else opened) as parquet:
+        with pq.ParquetFile(where) as parquet:
             return parquet.metadata, parquet.schema_arrow
     except (OSError, pa.ArrowException) as error:
-        if opened is not None and not isinstance(error, pa.ArrowException):
-            raise  # the network's
         raise UserError(
-            f"not a readable Parquet file ({error}): remove or replace it.", about="data_path", value=file
+            f"not a readable Parquet file ({error}): remove or replace it.", about="data_path", value=str(shard)
         ) from error
 
 
-def check_schemas(files: list[str], schemas: list[pa.Schema]) -> None:
+def _spans(
+    shard: Shard, footer: pq.FileMetaData, groups: Iterable[pq.RowGroupMetaData], columns: list[str]
+) -> list[Span]:
+    """Return the bytes of a Parquet file that reading these columns of row groups needs, and its footer."""
+    spans = []
+    for group in groups:
+        chunks = [group.column(n) for n in range(group.num_columns)]
+        chunks = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
+        starts = [c.dictionary_page_offset if c.has_dictionary_page else c.data_page_offset for c in chunks]
+        ends = [start + chunk.total_compressed_size for start, chunk in zip(starts, chunks)]
+        spans.append((min(starts), max(ends)))
+    return [*spans, (shard.size - footer.serialized_size - 8, shard.size)]
+
+
+def check_schemas(shards: Sequence[Shard], footers: Sequence[Footer]) -> None:
     """Refuse files whose columns differ.
 
     Raises:
         UserError: naming the first.
     """
-    first = schemas[0]
-    for file, schema in zip(files, schemas):
+    first = footers[0][1]
+    for shard, (_, schema) in zip(shards, footers):
         if schema.names != first.names:
             raise UserError(
-                f"its columns ({', '.join(schema.names)}) differ from those of {files[0]} "
+                f"its columns ({', '.join(schema.names)}) differ from those of {shards[0]} "
                 f"({', '.join(first.names)}): give a pattern that matches the files of one data set.",
                 about="data_path",
-                value=file,
+                value=str(shard),
             )
 
 
-def choose_columns(schema: pa.Schema, request: Request) -> tuple[Columns, dict]:
-    """The columns of Parquet files that are read, and what `features_of` says of all.
-
-    Raises:
-        UserError: there are none such, or one of them is there twice.
-    """
-    features = features_of(schema)
-    columns = find_columns(features, request.image_column, request.label_column, request.path)
+def _check_unique(columns: Columns, schema: pa.Schema, where: str) -> None:
     twice = next((name for name in columns.all if schema.names.count(name) > 1), None)
     if twice is not None:
         raise UserError(
             f"two columns are named {twice!r}: rename one, or choose others with --image_column and --label_column.",
             about="data_path",
-            value=request.path,
+            value=where,
         )
-    return columns, features
 
 
-def row_groups_of(footer: pq.FileMetaData) -> list[int]:
-    """The rows of each row group."""
-    return [footer.row_group(n).num_rows for n in range(footer.num_row_groups)]
+def _read_labels(
+    shards: Sequence[Shard], footers: Sequence[Footer], columns: Columns, features: dict[str, Any], where: str
+) -> Labels:
+    """Return what the labels mean, by the bounds in the footers, or by reading their column alone."""
+    column = columns.label
+    if column is None:
+        return read_labels(None, None, None, where)
+    values = None if label_kind(features[column]) == "text" else _bounds([footer for footer, _ in footers], column)
+    if values is None:
+        footer_of = dict(zip(shards, footers))
+        found = remembered(
+            f"parquet {column}", shards, lambda shard: _different_values(shard, column, footer_of[shard][0])
+        )
+        values = {value for of_file in found for value in of_file}
+    return read_labels(features[column], values, column, where)
 
 
-def _builtin_files() -> dict[str, str]:
-    """`builtin:NAME` of each training split, `builtin:NAME_SPLIT` of each other one, and their files."""
-    files = sorted(BUILTIN.glob("*/*.parquet"), key=lambda path: (path.parent.name, path.stem != "train", path.stem))
-    names = [path.parent.name + ("" if path.stem == "train" else f"_{path.stem}") for path in files]
-    return {f"builtin:{name}": str(path) for name, path in zip(names, files)}
+def _bounds(footers: Iterable[pq.FileMetaData], column: str) -> set | None:
+    """Return the least and the largest value of a column, and None if some are missing; None if footers lack them."""
+    found = set()
+    for footer in footers:
+        number = footer.schema.names.index(column) if column in footer.schema.names else None
+        for group in map(footer.row_group, range(footer.num_row_groups)):
+            if group.num_rows:
+                statistics = None if number is None else group.column(number).statistics
+                if statistics is None or not statistics.has_min_max:
+                    return None
+                found |= {statistics.min, statistics.max} | ({None} if statistics.null_count else set())
+    return found
 
 
-def _check_files(files: list[str]) -> tuple[list[list[int]], pa.Schema]:
-    """Read every footer: the numbers of rows of the row groups of each file, and the schema of the first."""
-    footers = [read_footer(file) for file in files]
-    check_schemas(files, [schema for _, schema in footers])
-    return [row_groups_of(footer) for footer, _ in footers], footers[0][1]
+def _different_values(shard: Shard, column: str, footer: pq.FileMetaData) -> list:
+    groups = filter(lambda group: group.num_rows, map(footer.row_group, range(footer.num_row_groups)))
+    with at_hand(shard, _spans(shard, footer, groups, [column]) if shard.is_remote else ()) as path:
+        return pc.unique(pq.read_table(path, columns=[column], use_threads=False)[0]).to_pylist()
 
 
-def _parquet_columns(files: list[str], schema: pa.Schema, request: Request) -> tuple[Columns, Labels]:
-    columns, features = choose_columns(schema, request)
-    first = next(_first_rows(files, columns.image), None)
-    check_embedded(first, columns, request.path)
-    if columns.label is None:
-        return columns, ONE_CLASS
-    found = remembered(f"parquet {columns.label}", files, lambda file: _different_values(file, columns.label))
-    values = {value for values in found for value in values}
-    labels = read_labels(features[columns.label], values, columns.label, request.path)
-    return with_ids(columns, labels), labels
-
-
-def _load(files: list[str], request: Request, how: dict) -> Dataset | IterableDataset:
-    streaming = request.streaming is not False
+def _load(addresses: list[str], features: Features, where: str) -> Dataset:
     try:
-        return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming, **how)
+        return datasets.load_dataset(
+            "parquet",
+            data_files=addresses,
+            split="train",
+            columns=list(features),
+            features=features,
+            batch_size=_ROWS_AT_ONCE,  # else HF takes the number of rows of the first row group, which may be 0
+        )
     except Exception as error:  # of many kinds
         reason = error.__cause__ or error
         raise UserError(
             f"HF datasets cannot read these files ({type(reason).__name__}: {reason}): correct them.",
             about="data_path",
-            value=request.path,
+            value=where,
         ) from error
 
 
-def _different_values(file: str, column: str) -> list:
-    return pc.unique(pq.read_table(file, columns=[column], use_threads=False)[0]).to_pylist()
-
-
-def _first_rows(files: list[str], column: str):
-    for file in files:
-        with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=1, columns=[column], use_threads=False):
-                yield from batch.column(0).to_pylist()
+def _builtin_files() -> dict[str, str]:
+    """Return `builtin:NAME` of each training split, `builtin:NAME_SPLIT` of each other one, and their files."""
+    files = sorted(BUILTIN.glob("*/*.parquet"), key=lambda path: (path.parent.name, path.stem != "train", path.stem))
+    names = [path.parent.name + ("" if path.stem == "train" else f"_{path.stem}") for path in files]
+    return {f"builtin:{name}": str(path) for name, path in zip(names, files)}

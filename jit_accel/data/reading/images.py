@@ -54,6 +54,10 @@ class TableImages:
     dataset: Dataset
     columns: Columns
 
+    @property
+    def is_labelled(self) -> bool:
+        return self.columns.label is not None
+
     def __len__(self) -> int:
         return len(self.dataset)
 

@@ -1,17 +1,14 @@
-"""What to do when a network fails: say so once, wait, go on where it stopped; or give up with a message."""
+"""Networks that fail: one line when a host is lost, patience, and a message where it is in vain."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
-import tarfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
-
-import pyarrow as pa
 
 from jit_accel.base.errors import UserError
 
@@ -21,30 +18,25 @@ T = TypeVar("T")
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 PATIENCE_S = 600.0  # without any progress, in the middle of a run
 OPENING_PATIENCE_S = 30.0  # at its start, when more likely something is spelled wrong
-QUIET_S = 60.0  # a connection that breaks and is mended at once is not worth a line each time
-MOST_DAMAGED_READS = 3  # a file that is damaged each time it is read is damaged on the server
+QUIET_S = 60.0  # a connection that breaks and comes back at once is not worth a line each time
 
 _PASSING_STATUS = {408, 425, 429}  # besides 5xx
 _NETWORK_LIBRARIES = {
-    *("aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "google", "http", "httpcore", "httpx"),
+    *("aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "google", "http", "httpcore", "httpx", "httpx2"),
     *("huggingface_hub", "requests", "s3fs", "ssl", "urllib3"),
 }
-_DAMAGE = (tarfile.TarError, pa.ArrowInvalid)
-
-# Of hosts: the outages that go on, when a line last told of one, and whether it told of those that go on.
-_lock, _down, _said_s, _is_known = threading.Lock(), {}, {}, set()
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+_warned_s: dict[str, float] = {}  # of hosts: when a line last said that they fail
 
 
 class Outage:
-    """The failures of one reader since its last progress.
-
-    `wait` returns when it is time to try again; `over` tells that there was progress.
-    """
+    """The failures of one reader since its last progress."""
 
     def __init__(self, url: str, patience_s: float | None = None):
-        self.url, self._host = without_secrets(url), urlsplit(url).netloc or url
-        self._patience_s = patience_s
-        self._began_s, self._wait_s, self._damaged_reads = None, FIRST_WAIT_S, 0
+        self._url, self._patience_s = without_secrets(url), patience_s or PATIENCE_S
+        self._host = urlsplit(self._url).netloc
+        self._began_s: float | None = None
+        self._wait_s, self._has_warned = FIRST_WAIT_S, False
 
     def wait(self, error: Exception) -> None:
         """Sleep before the next attempt: half a second at first, doubling up to half a minute.
@@ -53,73 +45,40 @@ class Outage:
             UserError: the server refuses for good, or there was no progress for too long.
             Exception: `error` itself, where it is not the network's.
         """
-        try:
-            self._wait(error)
-        except Exception:
-            self._end()
-            raise
-
-    def _wait(self, error: Exception) -> None:
-        reason = _reason(error)
-        if isinstance(error, _DAMAGE):
-            self._damaged_reads += 1
-            if self._damaged_reads == MOST_DAMAGED_READS:
-                raise UserError(
-                    f"it is damaged, or was cut short ({reason}): write it again and go on with --resume auto.",
-                    about="data_path",
-                    value=self.url,
-                ) from error
-        elif not may_pass(error):
-            if _is_refusal(error):
-                raise UserError(f"{_refusal(error)}", about="data_path", value=self.url) from error
-            raise error
-        patience_s, now = self._patience_s or PATIENCE_S, time.monotonic()
-        is_first = self._began_s is None
-        if is_first:
-            self._began_s = now
-        self._say(reason, patience_s, now, is_first)
-        if now - self._began_s >= patience_s:
+        if not may_pass(error):
+            if _status(error) is None and not isinstance(error, (FileNotFoundError, PermissionError)):
+                raise error
+            raise UserError(_refusal(error), about="data_path", value=self._url) from error
+        now = time.monotonic()
+        self._began_s = self._began_s or now
+        self._warn(error, now)
+        left_s = self._began_s + self._patience_s - now
+        if left_s <= 0:
             raise UserError(
-                f"no progress for {patience_s:g} s ({reason}): check the address, the network "
+                f"no progress for {self._patience_s:g} s ({_reason(error)}): check the address, the network "
                 "and the server, then go on with --resume auto.",
                 about="data_path",
-                value=self.url,
+                value=self._url,
             ) from error
-        time.sleep(min(self._wait_s, max(0.0, self._began_s + patience_s - now)))
+        time.sleep(min(self._wait_s, left_s))
         self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
 
-    def over(self) -> None:
-        """There was progress."""
-        if self._began_s is not None:
+    def end(self) -> None:
+        """Start anew with the patience: there was progress."""
+        if self._has_warned:
             passed_s = time.monotonic() - self._began_s
-            if self._end():
-                log.warning("%s answers again after %.1f s: reading goes on where it stopped", self._host, passed_s)
+            log.warning("%s answers again after %.1f s: reading goes on where it stopped", self._host, passed_s)
+        self._began_s, self._wait_s, self._has_warned = None, FIRST_WAIT_S, False
 
-    def _say(self, reason: str, patience_s: float, now: float, is_first: bool) -> None:
-        """One line for all readers of a host, that lose it together; none for a mishap soon after the last line."""
-        with _lock:
-            _down.setdefault(self._host, set()).add(id(self))
-            told_lately = self._host in _said_s and now - _said_s[self._host] < QUIET_S
-            if self._host in _is_known or (is_first and told_lately):
-                return
-            _is_known.add(self._host)
-            _said_s[self._host] = now
-        log.warning("%s: %s; trying again for up to %g s", self.url, reason, patience_s)
-
-    def _end(self) -> bool:
-        """Forget the failures; whether that ends an outage of the host that a line told of."""
-        self._began_s, self._wait_s, self._damaged_reads = None, FIRST_WAIT_S, 0
-        with _lock:
-            others = _down.get(self._host, set())
-            others.discard(id(self))
-            was_known = self._host in _is_known
-            if not others:
-                _is_known.discard(self._host)
-            return was_known and not others
+    def _warn(self, error: Exception, now: float) -> None:
+        """Write one line for all readers of a host, which lose it together."""
+        if not self._has_warned and now - _warned_s.get(self._host, -QUIET_S) >= QUIET_S:
+            self._has_warned, _warned_s[self._host] = True, now
+            log.warning("%s: %s; trying again for up to %g s", self._url, _reason(error), self._patience_s)
 
 
 def patiently(attempt: Callable[[], T], url: str, patience_s: float | None = None) -> T:
-    """The result of `attempt`, repeated while the network fails.
+    """Return the result of `attempt`, repeated while the network fails.
 
     Raises:
         UserError: see `Outage.wait`.
@@ -131,41 +90,25 @@ def patiently(attempt: Callable[[], T], url: str, patience_s: float | None = Non
         except Exception as error:  # the libraries of networks raise errors of many kinds
             outage.wait(error)
         else:
-            outage.over()
+            outage.end()
             return result
 
 
-def steady(open_at: Callable[[int], Iterator[T]], start: int, url: str) -> Iterator[T]:
-    """The rows `open_at(start)` yields; where reading fails it goes on with the next row, by `open_at` of its number.
-
-    Raises:
-        UserError: see `Outage.wait`.
-    """
-    outage, row = Outage(url), start
-    while True:
-        try:
-            for value in open_at(row):
-                outage.over()
-                row += 1
-                yield value
-            return
-        except Exception as error:  # of many kinds, as above
-            outage.wait(error)
-
-
 def may_pass(error: Exception) -> bool:
-    """Whether an error is of the kind that networks and servers recover from."""
+    """Return whether an error is of the kind that networks and servers recover from."""
     status = _status(error)
     if status is not None:
         return status >= 500 or status in _PASSING_STATUS
     if isinstance(error, (FileNotFoundError, PermissionError, UserError)):
+        return False
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
         return False
     library = type(error).__module__.partition(".")[0]
     return isinstance(error, (OSError, EOFError, asyncio.TimeoutError)) or library in _NETWORK_LIBRARIES
 
 
 def without_secrets(url: str) -> str:
-    """A URL fit to be shown: no password, no signature."""
+    """Return a URL fit to be shown, without password and signature."""
     parts = urlsplit(url)
     if not parts.scheme or not parts.netloc:
         return url
@@ -173,16 +116,12 @@ def without_secrets(url: str) -> str:
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status in errors of aiohttp, requests, httpx and huggingface_hub, and of botocore."""
+    """Return the HTTP status in errors of aiohttp, requests, httpx and huggingface_hub, and of botocore."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     status = getattr(error, "status", None) or getattr(response, "status_code", None)
     return status if isinstance(status, int) and status > 0 else None
-
-
-def _is_refusal(error: Exception) -> bool:
-    return _status(error) is not None or isinstance(error, (FileNotFoundError, PermissionError))
 
 
 def _refusal(error: Exception) -> str:

@@ -1,4 +1,7 @@
-"""The samples in a tar file, grouped as HF datasets and webdataset group them."""
+"""The samples in a tar file, grouped as HF datasets and webdataset group them.
+
+HF's own reader decodes all members, of which any that is broken ends the reading, and skips rows by reading them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO
 
 from jit_accel.base.errors import UserError
 from jit_accel.data.formats.columns import Columns
@@ -18,28 +20,28 @@ _STEM_AND_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as HF datasets and
 
 
 def is_image(key: str) -> bool:
-    """Whether members of this ending are images."""
+    """Return whether members of this ending are images."""
     return key.rsplit(".", 1)[-1].lower() in IMAGE_KEYS
 
 
 def image_key(sample: Iterable[str], columns: Columns) -> str | None:
-    """The ending of the member that is the image of this sample, if there is any."""
+    """Return the ending of the member that is the image of this sample, if there is any."""
     if columns.image in sample:
         return columns.image
     return next((key for key in sample if columns.any_image and key.lower() in IMAGE_KEYS), None)
 
 
-def sample_rows(file: str, columns: Columns, start: int = 0) -> Iterator[dict]:
-    """The rows of a local tar file from number `start` on, with the image and the label alone.
-
-    HF would decode all members, of which any that is broken ends the reading, and skip rows by reading them.
+def sample_rows(columns: Columns, file: str, _: int = 0, start: int = 0) -> Iterator[dict]:
+    """Yield the rows of a tar file from number `start` on, with the image and the label alone.
 
     Raises:
         UserError: the file is damaged, or a label no number.
     """
-    for number, (stem, sample) in enumerate(
-        samples_in(file, read=lambda number, key: number >= start and (key == columns.label or is_image(key)))
-    ):
+
+    def is_wanted(number: int, key: str) -> bool:
+        return number >= start and (key == columns.label or is_image(key))
+
+    for number, (stem, sample) in enumerate(samples_in(file, is_wanted)):
         if number >= start:
             key = image_key(sample, columns)
             row = {columns.image: None if key is None else {"bytes": sample[key], "path": f"{stem}.{key}"}}
@@ -55,19 +57,16 @@ def _label_value(data: bytes | None, columns: Columns, where: str) -> int | str 
     return label if columns.label_key is None else {columns.label_key: label}
 
 
-def _members(file: str, opened: BinaryIO | None = None):
-    """Yield (tar, member, stem, key) of the members that HF datasets sees too; `opened` is read front to back."""
+def _members(file: str):
+    """Yield (tar, member, stem, key) of the members that HF datasets sees too."""
     try:
-        with tarfile.open(file, "r:") if opened is None else tarfile.open(fileobj=opened, mode="r|") as tar:
+        with tarfile.open(file, "r:") as tar:
             for member in tar:
                 match = _STEM_AND_KEY.match(member.name)
                 if member.isfile() and match and not os.path.basename(member.name).startswith((".", "__")):
                     yield tar, member, match[1], match[2]
-            if opened is None:
-                _check_end(file, tar.offset)
+            _check_end(file, tar.offset)
     except (tarfile.TarError, OSError) as error:
-        if opened is not None:
-            raise  # it may be the network's
         raise UserError(
             f"not a readable tar file ({error}): remove or replace it.", about="data_path", value=file
         ) from error
@@ -87,15 +86,14 @@ def _check_end(file: str, offset: int) -> None:
 
 
 def samples_in(
-    file: str, opened: BinaryIO | None = None, read: Callable[[int, str], bool] | None = None
+    file: str, is_wanted: Callable[[int, str], bool] = lambda number, key: True
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield (stem, the members by their endings) of each row that HF datasets makes of the file.
+    """Yield (stem, the members by their endings) of each row that HF datasets makes of a tar file.
 
-    Only the members for which `read(number of the sample, ending)` holds are read, all where it is None; the others
-    are b"".
+    Only the members for which `is_wanted(number of the sample, ending)` holds are read; the others are b"".
     """
     sample, stem, number = {}, None, 0
-    for tar, member, next_stem, key in _members(file, opened):
+    for tar, member, next_stem, key in _members(file):
         if sample and next_stem != stem:
             yield stem, sample
             sample, number = {}, number + 1
@@ -107,7 +105,7 @@ def samples_in(
                 about="data_path",
                 value=file,
             )
-        sample[key] = tar.extractfile(member).read() if read is None or read(number, key) else b""
+        sample[key] = tar.extractfile(member).read() if is_wanted(number, key) else b""
     if sample:
         yield stem, sample
 
@@ -121,7 +119,7 @@ def load_json(data: bytes) -> dict:
 
 
 def label_in(data: bytes, columns: Columns, where: str) -> int | str | None:
-    """The label in the bytes of a member.
+    """Return the label in the bytes of a member.
 
     Raises:
         UserError: a .cls file that holds no number.
