@@ -3,14 +3,13 @@
 import json
 import threading
 import time
-from dataclasses import replace
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from data_samples import SIZE, numbers_in, parquet, png, take, tar
+from http_server import FailingServer
 
 from jit_accel.base.errors import UserError
 from jit_accel.data import build_loader, open_images
@@ -141,12 +140,16 @@ def test_a_block_is_shuffled_and_not_in_the_order_of_the_shard(tmp_path, loaders
     assert [next(k for k, part in enumerate(parts) if n in part) for n in seen[:8]] == [0, 1, 2, 3] * 2
 
 
-def test_local_row_groups_are_read_as_hf_reads_them(source):
-    by_hf = replace(source.images, files=())
-    assert source.images.num_units == by_hf.num_units > len(UNEVEN)
-    for unit in range(by_hf.num_units):
-        for first in range(3):
-            assert list(source.images.rows(unit, first)) == list(by_hf.rows(unit, first))
+def test_row_groups_are_read_as_they_are_from_any_row_on(source):
+    images, unit = source.images, 0
+    assert images.num_units > len(UNEVEN)
+    for shard in images.shards:
+        with pq.ParquetFile(shard.path) as file:
+            for number in range(file.num_row_groups):
+                rows = file.read_row_group(number).to_pylist()
+                for first in range(3):
+                    assert list(images.rows(unit, first)) == rows[first:]
+                unit += 1
 
 
 def test_a_row_group_that_went_away_is_named(tmp_path, loaders):
@@ -293,48 +296,6 @@ def test_more_processes_than_images_wait_for_their_turn(tmp_path, loaders):
     assert [sorted(seen[n : n + 2]) for n in range(0, 12, 2)] == [[0, 1]] * 6
 
 
-@pytest.fixture
-def unsized(tars):
-    """Tars of which nobody knows how many images they hold, as over a network."""
-    return replace(tars, images=replace(tars.images, sizes=None), num_images=None)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_without_known_sizes_one_process_gives_each_image_once_an_epoch(unsized, loaders, num_workers):
-    epochs = epochs_of(take(loaders(unsized, batch_size=1, num_workers=num_workers), 3 * N))
-    assert all(sorted(epoch) == list(range(N)) for epoch in epochs)
-
-
-@pytest.mark.parametrize("changes", [[1, 2, 3, 1], [2, 1, 2, 1], [3, 2, 1, 1]])
-def test_without_known_sizes_a_resume_by_other_processes_loses_nothing(unsized, loaders, changes):
-    """Processes end an epoch at different times, so only counts tell: at no time two more than of another."""
-    seen, states = [], None
-    for world_size in changes:
-        ranks = start(unsized, loaders, world_size, batch_size=1)
-        for loader in ranks:
-            if states:
-                loader.load_state_dict(states)
-        seen += in_turn(ranks, 5 if world_size > 1 else N // 2)
-        states = states_of(ranks)
-    assert len(ranks) == 1
-    while len(seen) % N or ranks[0].epoch < 2:
-        seen += take(ranks[0], 1)
-    counts = [seen.count(n) for n in range(N)]
-    assert max(counts) - min(counts) <= 1
-    begun = ranks[0].epoch
-    while ranks[0].epoch == begun:
-        seen += take(ranks[0], 1)
-    # what came after the epoch's end was taken back to it by the last batch of one image
-    counts = [seen.count(n) for n in range(N)]
-    assert len(set(counts)) == 1
-
-
-def test_more_processes_than_files_of_unknown_size_stop_with_a_message(tmp_path, loaders, unsized):
-    with pytest.raises(UserError, match=r"process \d of 6 found no image in a whole epoch: there are 5 files"):
-        for loader in start(unsized, loaders, 6):
-            batches(loader, 3 * N)
-
-
 def test_a_state_of_another_seed_or_kind_is_refused(source, loaders):
     state = loaders(source).state_dict()
     with pytest.raises(UserError, match="--seed was 11"):
@@ -348,10 +309,13 @@ def test_labels_beyond_num_classes_are_refused(source, loaders):
         batches(loaders(source, num_classes=1), 3)
 
 
-def test_unlabelled_images_in_a_stream_nobody_scanned_are_refused(tmp_path, loaders, monkeypatch):
-    file, real = parquet(tmp_path / "a.parquet", range(6), [0, 1, 0, -1, 0, 1]), datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, **how: real("parquet", data_files=str(file), **how))
-    source = open_images("someone/pictures")
+def test_unlabelled_images_in_a_stream_nobody_scanned_are_refused(tmp_path, loaders):
+    members = {}
+    for n, label in enumerate([0, 1, 0, -1, 0, 1]):
+        members |= {f"{n}.png": png(n), f"{n}.cls": b"%d" % label}
+    tar(tmp_path / "a.tar", members)
+    (tmp_path / "sizes.json").write_text(json.dumps({"a.tar": 6}))
+    source = open_images(f"{FailingServer(tmp_path).url}/a.tar")
     with pytest.raises(UserError, match="no label, or a negative one"):
         batches(loaders(source), 2)
 
@@ -384,30 +348,13 @@ def test_the_state_stays_small_when_others_resume_it(tmp_path, loaders):
         next(one)
 
 
-@pytest.mark.parametrize("num_workers", [2, 3])
-def test_resume_is_exact_with_workers_and_unknown_sizes(unsized, loaders, num_workers):
-    whole = loaders(unsized, num_workers=0, batch_size=2)
-    states, expected = [], []
-    for _ in range(2 * N // 2):
-        states.append(whole.state_dict())
-        expected.append(next(whole))
-    for stop in range(N // 4, len(states) - 4, 3):
-        resumed = loaders(unsized, num_workers=num_workers, batch_size=2)
-        resumed.load_state_dict(states[stop])
-        assert_equal_batches(expected[stop : stop + 4], batches(resumed, 4))
-        resumed.close()
-
-
 def test_reading_ahead_changes_nothing_and_passes_errors_on(source, loaders, monkeypatch):
     expected = batches(loaders(source), 2 * N // 3)
-    stream = source.images
-    remote = replace(source, images=replace(stream, is_remote=True))
-    rows = Stream.rows
-    monkeypatch.setattr(Stream, "rows", lambda self, unit, start=0: rows(stream, unit, start))
-    assert_equal_batches(expected, batches(loaders(remote), 2 * N // 3))
+    monkeypatch.setattr(Stream, "is_remote", True)
+    assert_equal_batches(expected, batches(loaders(source), 2 * N // 3))
     monkeypatch.setattr(Stream, "rows", lambda self, unit, start=0: iter(()))
     with pytest.raises(UserError, match="a shard ended after 0 images"):
-        next(loaders(remote))
+        next(loaders(source))
     for _ in range(50):
         if not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]:
             break

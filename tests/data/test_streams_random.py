@@ -24,7 +24,7 @@ class Numbers(Stream):
 
     def __init__(self, counts, is_sized):
         sizes = np.array(counts, np.int64) if is_sized else None
-        super().__init__(None, Columns("image", "label"), None, sizes)
+        super().__init__((), None, Columns("image", "label"), sizes)
         object.__setattr__(self, "counts", counts)
 
     @property

@@ -47,7 +47,7 @@ class Stream:
     @property
     def is_remote(self) -> bool:
         """Return whether units are fetched before they are read."""
-        return self.shards[0].is_remote
+        return any(shard.is_remote for shard in self.shards[:1])
 
     def rows(self, unit: int, start: int = 0) -> Iterator[dict]:
         """Yield the rows of a unit from number `start` on.
