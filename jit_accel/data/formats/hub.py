@@ -31,7 +31,9 @@ def open_hub(request: Request) -> Source:
     if request.streaming is not False:
         builder = _ask(request.path, lambda: datasets.load_dataset_builder(**how))
         splits = builder.config.data_files or {"train": []}
-        files = [str(file) for file in lookup(splits, "train", "data_path", value=request.path, rule="has no split train")]
+        files = [
+            str(file) for file in lookup(splits, "train", "data_path", value=request.path, rule="has no split train")
+        ]
         shards = at_once(lambda file: describe(file) if is_url(file) else LocalShard(file), files)
         if files and all(file.endswith(".parquet") for file in files):
             return open_tables(request, "hub", shards, builder.info.features)
