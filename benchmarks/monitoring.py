@@ -90,7 +90,7 @@ def main() -> None:
         config = parse_args([*CASE, *data, "--max_steps", "100000", *flags])
         accelerator = build_accelerator(config, 1, precision)
         trainer = build_trainer(config, open_images("builtin:fashion_mnist"), accelerator, 1, precision)
-        trainer.monitor.open(0, record_run(trainer))
+        trainer.monitor.open(0, record_run(config.recorded(), trainer.plan, trainer.network, accelerator))
         device, on, off = accelerator.device, Timed(trainer.monitor), Silence()
 
         def seconds_a_step(monitor) -> float:

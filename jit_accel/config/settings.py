@@ -324,11 +324,11 @@ GROUPS = (
 SETTINGS = {f.name: f for group in GROUPS for f in fields(group)}
 
 
-def write_config(config: Config, path: Path) -> None:
-    """Record the settings as YAML that `--config` reads back; secrets in URLs are left out."""
+def write_config(recorded: dict[str, Any], path: Path) -> None:
+    """Write settings, as `Config.recorded` gives them, as YAML that `--config` reads back."""
     import yaml
 
-    path.write_text(yaml.safe_dump(config.recorded(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml.safe_dump(recorded, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _without_secrets(value):

@@ -2,7 +2,7 @@
 
     checkpoints/step_00002000/
         model.safetensors  ema_<decay>.safetensors  optimizer.safetensors
-        state.json         step, loader positions of every process, settings, data fingerprint
+        state.json         the step, and all parts that are no tensors: run (settings, data), feed, monitor, scaler
         manifest.json      names and sizes of the above, written last
 
 No pickle is written or read. Tensors are saved whole, whatever the sharding, so the number of processes may
@@ -13,27 +13,31 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
-import torch
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import move, sync
-from jit_accel.config.settings import SETTINGS
+from jit_accel.base.sharding import whole_tensors
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-FORMAT_VERSION = 1
-# What must agree between a checkpoint and the run that continues it; everything else may change.
-FIXED_SETTINGS = (
-    *("model", "img_size", "num_classes", "prediction", "optimizer", "ema_decays", "seed"),
-    *("image_column", "label_column", "holdout", "lora_rank", "lora_alpha", "lora_targets"),
-)
+FORMAT_VERSION = 2
+
+
+class Part(Protocol):
+    """What remembers something that the next steps follow from: tensors by name, or JSON values."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
 
 
 class Checkpointer:
@@ -49,12 +53,11 @@ class Checkpointer:
         self.folder = output_dir / "checkpoints"
         self.keep = keep
 
-    def save(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> Path:
+    def save(self, step: int, parts: Mapping[str, Part | None]) -> Path:
         """Write a checkpoint; when this returns, it is on disk under its final name.
 
         Args:
-            tensors: file stem -> name -> tensor, on every process (sharded ones are gathered).
-            state: JSON values, from the main process.
+            parts: by name, on every process (sharded tensors are gathered); None where this run has no such part.
 
         Raises:
             UserError: on every process, where the disk does not take it.
@@ -62,13 +65,17 @@ class Checkpointer:
         final = self.folder / f"step_{step:08d}"
         temporary = final.with_name(f"tmp_{final.name}")
         is_writer = self.accelerator.is_main_process
-        problem = self.try_on_writer(partial(self._make_empty, temporary))
-        for stem, named in tensors.items():
-            whole = whole_tensors(named, keep=is_writer)
-            problem = problem or self.try_on_writer(partial(save_file, whole, temporary / f"{stem}.safetensors"))
-            del whole
-        text = json.dumps({"format": FORMAT_VERSION, "step": step, **state}, indent=1)
-        problem = problem or self.try_on_writer(partial(self._seal, text, temporary, final))
+        problem = self._try_on_writer(partial(self._make_empty, temporary))
+        values = {"format": FORMAT_VERSION, "step": step}
+        for name, part in parts.items():
+            state = part.state_dict() if part else None
+            if state and all(isinstance(value, Tensor) for value in state.values()):
+                whole = whole_tensors(state, keep=is_writer)
+                problem = problem or self._try_on_writer(partial(save_file, whole, temporary / f"{name}.safetensors"))
+                del whole
+            else:
+                values[name] = state
+        problem = problem or self._try_on_writer(partial(self._seal, values, temporary, final))
         (problem,) = broadcast_object_list([problem])
         if problem:
             found = complete_checkpoints(self.folder)
@@ -81,8 +88,8 @@ class Checkpointer:
             )
         return final
 
-    def try_on_writer(self, write) -> str | None:
-        """What stood in the way of writing on the main process, if anything; None on the others."""
+    def _try_on_writer(self, write) -> str | None:
+        """Write on the main process, and return what stood in the way, if anything; None on the others."""
         if self.accelerator.is_main_process:
             try:
                 write()
@@ -95,8 +102,8 @@ class Checkpointer:
             shutil.rmtree(left_over)
         temporary.mkdir(parents=True)
 
-    def _seal(self, state: str, temporary: Path, final: Path) -> None:
-        (temporary / STATE).write_text(state)
+    def _seal(self, values: dict, temporary: Path, final: Path) -> None:
+        (temporary / STATE).write_text(json.dumps(values, indent=1))
         sizes = {}
         for file in sorted(temporary.iterdir()):
             sync(file)
@@ -122,7 +129,7 @@ class Checkpointer:
 
         Otherwise the newest would not be this run's, and rotation would delete what it writes.
         """
-        later = [path for path in complete_checkpoints(self.folder) if read_state(path)["step"] > step]
+        later = [path for path in complete_checkpoints(self.folder) if _read(path)["step"] > step]
         for path in later:
             aside = path.with_name(f"abandoned_{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -169,90 +176,37 @@ def is_complete(path: Path) -> bool:
         return False
 
 
-def read_state(path: Path) -> dict:
-    """What `save` was given as `state`, and the `step`.
+def load_parts(path: Path, parts: Mapping[str, Part | None]) -> int:
+    """Let each part take its state from a checkpoint. Returns the step it was written at."""
+    state = _read(path)
+    for name, part in parts.items():
+        if part is None:
+            continue
+        if name not in state:
+            part.load_state_dict(load_file(path / f"{name}.safetensors"))
+        elif state[name] is not None:
+            part.load_state_dict(state[name])
+    return state["step"]
+
+
+def read_run(path: Path) -> dict:
+    """Read the part `run` of a checkpoint: the run's `settings`, `class_names`, `data` and so on.
 
     Raises:
         UserError: written by a newer version.
     """
+    return _read(path)["run"]
+
+
+def _read(path: Path) -> dict:
     state = json.loads((path / STATE).read_text())
     if state["format"] > FORMAT_VERSION:
         raise UserError("was written by a newer jit_accel: update this one.", about="resume", value=path)
+    if state["format"] == 1:  # its parts run and feed were not named
+        parts = {name: state.pop(name, None) for name in ("format", "step", "monitor", "scaler")}
+        feed = {name: state.pop(name) for name in ("loaders", "bad_images")}
+        if parts["monitor"] is None:
+            images_seen = parts["step"] * state["global_batch_size"]
+            parts["monitor"] = {"epochs": {"images_seen": images_seen}, "health": None}
+        state = {**parts, "feed": feed, "run": state}
     return state
-
-
-def refuse_other_run(path: Path, state: dict, settings: dict, data: str, fingerprint: str) -> None:
-    """Raise `UserError` where a run with these settings and data cannot continue a checkpoint, naming each difference.
-
-    Args:
-        path, state: the checkpoint, and its `read_state`.
-        data, fingerprint: the run's data in words, and what identifies it.
-    """
-    saved = {name: SETTINGS[name].default for name in FIXED_SETTINGS} | state["settings"]
-    differences = [
-        f"--{name} is {settings[name]}, the checkpoint has {saved[name]}"
-        for name in FIXED_SETTINGS
-        if settings[name] != saved[name]
-    ]
-    if state["fingerprint"] != fingerprint:
-        differences.append(f"--data_path is {data}, the checkpoint has {state['data']}")
-    if differences:
-        raise UserError(
-            f"belongs to another run: {'; '.join(differences)}. "
-            "Give the settings it was made with, or another --output_dir to start anew.",
-            about="resume",
-            value=path,
-        )
-
-
-def load_tensors(path: Path, stem: str, into: dict[str, Tensor]) -> None:
-    """Copy a file's tensors into these, in place; sharded ones take their share."""
-    with safe_open(path / f"{stem}.safetensors", framework="pt") as file:
-        stored = set(file.keys())
-        assert stored == set(into), f"{path}/{stem}: {sorted(stored ^ set(into))[:5]} stand on one side only"
-        with torch.no_grad():
-            for name, tensor in into.items():
-                tensor.copy_(_like(file.get_tensor(name), tensor))
-
-
-def optimizer_tensors(model: torch.nn.Module, optimizers) -> dict[str, Tensor]:
-    """The state of all optimizers as `<parameter>|<key>` -> tensor."""
-    names = {p: name for name, p in model.named_parameters()}
-    return {
-        f"{names[p]}|{key}": value
-        for optimizer in optimizers
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
-def load_optimizer_tensors(path: Path, model: torch.nn.Module, optimizers) -> None:
-    """Put back what `optimizer_tensors` gave, into optimizers that have not stepped yet."""
-    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    params = dict(model.named_parameters())
-    with safe_open(path / "optimizer.safetensors", framework="pt") as file:
-        for full_name in file.keys():  # noqa: SIM118 (not a dict)
-            name, _, key = full_name.rpartition("|")
-            p, value = params[name], file.get_tensor(full_name)
-            # Step counts are scalars; they follow the device of their parameter, as fused AdamW wants it.
-            owner[p].state[p][key] = _like(value, p) if value.shape == p.shape else value.to(p.device)
-
-
-def whole_tensors(named: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor | None]:
-    """Gather sharded tensors; all processes take part, those that `keep` get the values, on the CPU."""
-    return {name: _whole(tensor, keep) for name, tensor in named.items()}
-
-
-def _whole(tensor: Tensor, keep: bool) -> Tensor | None:
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor.cpu().contiguous() if keep else None
-
-
-def _like(value: Tensor, reference: Tensor) -> Tensor:
-    if hasattr(reference, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value.to(reference.device), reference.device_mesh, reference.placements)
-    return value.to(reference.device)

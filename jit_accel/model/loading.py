@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from jit_accel.base.errors import UserError, message_of, nearest
 from jit_accel.config.settings import SETTINGS, UNAVERAGED, Config, DataConfig
 from jit_accel.model.carried_code import INDEX_FILE
-from jit_accel.model.checkpoints import complete_checkpoints, is_complete, read_state
+from jit_accel.model.checkpoints import complete_checkpoints, is_complete, read_run
 from jit_accel.model.lora import identity_of, merged, refuse_other_base
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.scheduler import JiTScheduler
@@ -129,7 +129,7 @@ def find_checkpoint_in(folder: Path) -> Path | None:
 
 def averages_of(checkpoint: Path) -> list[str]:
     """Names of the averaged weights that a checkpoint holds, the run's first one first."""
-    return list(read_state(checkpoint)["settings"]["ema_decays"])
+    return list(read_run(checkpoint)["settings"]["ema_decays"])
 
 
 def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, about: str = "model") -> JiTPipeline:
@@ -138,8 +138,8 @@ def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, about: str 
     Raises:
         UserError: it has no such weights, or they cannot be read; `about` is the setting that names the checkpoint.
     """
-    state = read_state(checkpoint)
-    config = config_of(state["settings"])
+    run = read_run(checkpoint)
+    config = config_of(run["settings"])
     averages = averages_of(checkpoint)
     ema = averages[0] if ema is None else ema
     if ema not in (UNAVERAGED, *averages):
@@ -156,23 +156,23 @@ def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, about: str 
             f"cannot be read ({_first(error)}): give another checkpoint.", about=about, value=file
         ) from None
     if config.tune.lora_rank:
-        weights = merged(base_of(checkpoint, state), weights, config.tune.lora_alpha / config.tune.lora_rank)
+        weights = merged(base_of(checkpoint, run), weights, config.tune.lora_alpha / config.tune.lora_rank)
     network.load_state_dict(weights, strict=True, assign=True)
-    return build_pipeline(network.eval(), config, state.get("class_names"))
+    return build_pipeline(network.eval(), config, run.get("class_names"))
 
 
-def base_of(checkpoint: Path, state: dict) -> dict[str, torch.Tensor]:
+def base_of(checkpoint: Path, run: dict) -> dict[str, torch.Tensor]:
     """The weights that a checkpoint of an adapter stands on, from where its run had them.
 
     Raises:
         UserError: they are not there any more, or others.
     """
-    path = state["settings"]["init_from"]
+    path = run["settings"]["init_from"]
     try:
         base = load_pipeline(path, about="init_from").transformer.state_dict()
     except UserError as error:
         raise UserError(f"{checkpoint} is an adapter for {message_of(error)}") from None
-    refuse_other_base(checkpoint, state, path, identity_of(base))
+    refuse_other_base(checkpoint, run, path, identity_of(base))
     return base
 
 

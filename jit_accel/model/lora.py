@@ -90,12 +90,12 @@ def identity_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def refuse_other_base(checkpoint: Path, state: dict, path: str, identity: str) -> None:
+def refuse_other_base(checkpoint: Path, run: dict, path: str, identity: str) -> None:
     """Raise `UserError` where a checkpoint's adapter was trained on other weights than those from `path`."""
-    if state["base_identity"] != identity:
+    if run["base_identity"] != identity:
         raise UserError(
             f"holds other weights (SHA-256 {identity[:12]}) than the adapter of {checkpoint} was "
-            f"trained on ({state['base_identity'][:12]}, then from {state['settings']['init_from']}): give those, or "
+            f"trained on ({run['base_identity'][:12]}, then from {run['settings']['init_from']}): give those, or "
             "another --output_dir to start anew.",
             about="init_from",
             value=path,

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from jit_accel.base import rng
 from jit_accel.model.spaces import convert, noised
+
+
+@dataclass(frozen=True)
+class FlowPoint:
+    """Noised images z (B, 3, H, W) at the times t (B,) of their way from noise (t = 0) to images (t = 1)."""
+
+    z: Tensor
+    t: Tensor
+
+    def convert(self, value: Tensor, source: str, target: str, t_eps: float) -> Tensor:
+        """Express a prediction of `source` ("x", "e" or "v") at this point as one of `target`."""
+        return convert(value, self.z, self.t.view(-1, 1, 1, 1), source, target, t_eps)
+
+
+def between(x: Tensor, e: Tensor, t: Tensor) -> FlowPoint:
+    """Return the point z = t x + (1 - t) e between clean images x and noise e (B, 3, H, W), at times t (B,)."""
+    return FlowPoint(noised(x, e, t), t)
 
 
 def diffusion_loss(
@@ -20,7 +39,7 @@ def diffusion_loss(
     loss_space: str = "v",
     t_eps: float = 0.05,
 ) -> Tensor:
-    """Squared error of the network's prediction, a mean over each image's pixels (Algorithm 1 of the paper).
+    """Return the squared error of the network's prediction, a mean over each image's pixels (the paper's Algorithm 1).
 
     Args:
         model: called as `model(z, t, labels).sample`.
@@ -32,24 +51,23 @@ def diffusion_loss(
     Returns:
         Losses (B,), float32, on the device.
     """
-    per_image = t.view(-1, 1, 1, 1)
-    z = noised(x, e, t)
-    output = model(z, t, labels).sample.float()
+    point = between(x, e, t)
+    predicted = model(point.z, t, labels).sample.float()
     truth = {"x": x, "e": e, "v": x - e}[prediction]
-    error = convert(output, z, per_image, prediction, loss_space, t_eps) - convert(
-        truth, z, per_image, prediction, loss_space, t_eps
+    error = point.convert(predicted, prediction, loss_space, t_eps) - point.convert(
+        truth, prediction, loss_space, t_eps
     )
     return error.square().mean(dim=(1, 2, 3))
 
 
 def draw_times(seed: int, positions, P_mean: float = -0.8, P_std: float = 0.8) -> Tensor:
-    """Logit-normal times of the images at these positions of the run: float32 (B,) in (0, 1), on the CPU."""
+    """Draw logit-normal times of the images at these positions of the run: float32 (B,) in (0, 1), on the CPU."""
     normal = torch.special.ndtri(torch.from_numpy(rng.uniform(seed, "t", positions)))
     return torch.sigmoid(P_std * normal + P_mean).float()
 
 
 def draw_noise(seed: int, positions, like: Tensor, noise_scale: float = 1.0) -> Tensor:
-    """Gaussian noise of the shape of `like` (B, 3, H, W), each image's from its own position in the run.
+    """Draw Gaussian noise of the shape of `like` (B, 3, H, W), each image's from its own position in the run.
 
     So no image's noise depends on which process, micro-step or slot of the batch it falls into.
     """
@@ -65,3 +83,36 @@ def drop_labels(seed: int, positions, labels: Tensor, num_classes: int, label_dr
     """Replace labels (B,) by "no class" (`num_classes`) with this probability, for classifier-free guidance."""
     dropped = torch.from_numpy(rng.uniform(seed, "label_drop", positions) < label_drop_prob)
     return labels.masked_fill(dropped.to(labels.device, non_blocking=True), num_classes)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The functions above with the settings of one run; a subclass may draw other times or take another loss.
+
+    The fields are the settings of the same names. Positions are the images' numbers in the run, (B,) integers.
+    """
+
+    prediction: str = "x"
+    loss_space: str = "v"
+    P_mean: float = -0.8
+    P_std: float = 0.8
+    noise_scale: float = 1.0
+    t_eps: float = 0.05
+    label_drop_prob: float = 0.1
+
+    def times(self, seed: int, positions) -> Tensor:
+        """Draw times, float32 (B,) in (0, 1), on the CPU."""
+        return draw_times(seed, positions, self.P_mean, self.P_std)
+
+    def noise(self, seed: int, positions, like: Tensor) -> Tensor:
+        """Draw noise of the shape of `like` (B, 3, H, W), scaled by `noise_scale`."""
+        return draw_noise(seed, positions, like, self.noise_scale)
+
+    def dropped(self, seed: int, positions, labels: Tensor, num_classes: int) -> Tensor:
+        """Replace some of the labels (B,) by "no class"."""
+        return drop_labels(seed, positions, labels, num_classes, self.label_drop_prob)
+
+    def losses(self, model, x: Tensor, t: Tensor, e: Tensor, labels: Tensor) -> Tensor:
+        """Return the losses, float32 (B,), of clean images x, times t and noise e, as `diffusion_loss` takes them."""
+        how = {"prediction": self.prediction, "loss_space": self.loss_space, "t_eps": self.t_eps}
+        return diffusion_loss(model, x, t, e, labels, **how)

@@ -47,13 +47,24 @@ class Ema:
         for decay, average in self.averages.items():
             torch._foreach_lerp_(list(average.values()), weights, 1 - decay_at(decay, step))
 
+    @property
+    def name(self) -> str:
+        """The decay that the run names first, whose average its samples and its pipeline are made of."""
+        return next(iter(self.averages))
+
+    @property
+    def first(self) -> dict[str, Tensor]:
+        """The average of that decay."""
+        return self.averages[self.name]
+
     def measured_at(self, step: int) -> dict[str, float]:
         """Return the decay of the growing average at `step`, if there is one, keyed as the trackers show it."""
         return {AUTO_DECAY: decay_at(AUTO, step)} if AUTO in self.averages else {}
 
     @contextmanager
-    def applied(self, decay: str) -> Iterator[None]:
-        """Exchange the model's weights for this average inside the block, and exactly back after it."""
+    def applied(self, decay: str | None = None) -> Iterator[None]:
+        """Exchange the model's weights for this average (None: the first) inside the block, and exactly back after."""
+        decay = decay or self.name
         self._swap(decay)
         try:
             yield

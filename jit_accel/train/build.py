@@ -6,8 +6,9 @@ import contextlib
 import logging
 import os
 import tempfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,18 +28,28 @@ from jit_accel.base.devices import DTYPES, chosen_precision, device_name, is_goo
 from jit_accel.base.errors import UserError
 from jit_accel.base.processes import on_all, on_main, process_group
 from jit_accel.config.checks import image_size
-from jit_accel.config.completion import default_output_dir, plan_run, resolve, warnings_for
+from jit_accel.config.completion import Plan, default_output_dir, plan_run, resolve, warnings_for
 from jit_accel.config.settings import STREAMING, Config, DataConfig
 from jit_accel.data.batches.holdout import HeldOut, split_holdout
 from jit_accel.data.batches.workers import cores_per_process
 from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.model import hub
-from jit_accel.model.checkpoints import complete_checkpoints, find_checkpoint, read_state
+from jit_accel.model.checkpoints import complete_checkpoints, find_checkpoint, read_run
+from jit_accel.model.loading import build_network, build_pipeline
+from jit_accel.model.objective import Objective
 from jit_accel.monitor.log import METRICS_FILE
+from jit_accel.monitor.monitor import Monitor
 from jit_accel.monitor.trackers import build_trackers
-from jit_accel.train.initial_weights import Initial, read_initial
+from jit_accel.train.averages import Ema
+from jit_accel.train.feed import Feed
+from jit_accel.train.initial_weights import Initial, read_initial, tune
+from jit_accel.train.optimizers import build_optimizers, lr_at
 from jit_accel.train.record import describe_data
+from jit_accel.train.sample_quality import SampleQuality
+from jit_accel.train.samples import SampleSheets
+from jit_accel.train.state import RunFacts
 from jit_accel.train.trainer import Trainer
+from jit_accel.train.validation import Validation
 
 
 def start(config: Config) -> int:
@@ -86,7 +97,7 @@ def choose_checkpoint(config: Config) -> tuple[Config, Path | None]:
     checkpoint = find_checkpoint(Path(config.run.output_dir), config.run.resume)
     if checkpoint is None:
         return config, None
-    saved, given = read_state(checkpoint)["settings"], config.flat()
+    saved, given = read_run(checkpoint)["settings"], config.flat()
     names = ("ema_decays", *(("model", "img_size", "noise_scale", "guidance_scale") if config.tune.init_from else ()))
     kept = {name: saved[name] for name in names if given[name] is None}
     if "ema_decays" in kept:
@@ -202,15 +213,107 @@ def build_trainer(
         raise UserError(
             "does not go with --mixed_precision fp16: use bf16 or no, or adamw.", about="optimizer", value="muon"
         )
-    trainer = Trainer(config, plan, source, accelerator, held_out, initial)
+    trainer = assemble(config, plan, source, accelerator, held_out, initial)
     if accelerator.is_main_process:
-        introduce(trainer)
+        introduce(trainer, config, source)
     return trainer
 
 
-def introduce(trainer: Trainer) -> None:
+def assemble(
+    config: Config,
+    plan: Plan,
+    source: Source,
+    accelerator: Accelerator,
+    held_out: HeldOut | None,
+    initial: Initial | None,
+) -> Trainer:
+    """Build the parts of a run from its resolved settings."""
+    optim, run, output_dir = config.optim, config.run, Path(config.run.output_dir)
+
+    def tell(message: str) -> None:
+        if accelerator.is_main_process:
+            say(message)
+
+    torch.manual_seed(run.seed)  # the same initial weights on every process
+    model = build_network(config)
+    tuning = tune(model, config.tune, config.objective.noise_scale, source, initial, tell)
+    if config.performance.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if config.performance.compile:
+        model.compile_repeated_blocks()
+    optimizers = build_optimizers(
+        model, optimizer=optim.optimizer, weight_decay=optim.weight_decay, adam_betas=optim.adam_betas
+    )
+    # Nothing else is prepared: see "Accelerate" in docs/architecture.md.
+    model, *optimizers = accelerator.prepare(model, *optimizers)
+    network = accelerator.unwrap_model(model)
+    averages = Ema(network, optim.ema_decays)
+    class_names = [*tuning.class_names, *map(str, range(len(tuning.class_names), config.model.num_classes))]
+    pipeline = build_pipeline(network, config, class_names)
+    pipeline.set_progress_bar_config(disable=True)
+    how = {"seed": run.seed, "num_inference_steps": config.sample.num_inference_steps, "batch_size": optim.batch_size}
+    quality = None
+    if config.evaluation.eval_every_steps:
+        quality = SampleQuality(
+            pipeline, averages, accelerator, source, config.evaluation, output_dir=output_dir, **how
+        )
+    feed = Feed(config, source, accelerator)
+    return Trainer(
+        accelerator,
+        plan,
+        run=run,
+        sample=config.sample,
+        evaluation=config.evaluation,
+        facts=RunFacts(
+            {
+                "world_size": accelerator.num_processes,
+                "global_batch_size": plan.global_batch_size,
+                "settings": config.recorded(),
+                "data": describe_data(source),
+                "class_names": class_names,
+                "fingerprint": source.fingerprint,
+                "base_identity": tuning.base_identity,
+            },
+            accelerator.is_main_process,
+        ),
+        model=model,
+        optimizers=optimizers,
+        averages=averages,
+        objective=Objective(**{field.name: getattr(config.objective, field.name) for field in fields(Objective)}),
+        learning_rate_at=partial(
+            lr_at,
+            learning_rate=optim.learning_rate,
+            warmup_steps=plan.warmup_steps,
+            total_steps=plan.total_steps,
+            schedule=optim.lr_schedule,
+            min_learning_rate=optim.min_learning_rate,
+        ),
+        max_grad_norm=optim.max_grad_norm,
+        max_bad_images=config.data.max_bad_images,
+        tuning=tuning,
+        feed=feed,
+        monitor=Monitor(
+            accelerator,
+            feed,
+            network,
+            averages,
+            plan=plan,
+            output_dir=output_dir,
+            tracking=config.tracking,
+            health=config.health,
+            log_every_steps=run.log_every_steps,
+            precision=config.performance.mixed_precision,
+            is_untrained=config.tune.init_from is None,
+        ),
+        sheets=SampleSheets(pipeline, averages, accelerator, **how),
+        validation=Validation(held_out, accelerator, optim.batch_size) if held_out else None,
+        quality=quality,
+    )
+
+
+def introduce(trainer: Trainer, config: Config, source: Source) -> None:
     """Say in a few lines what is about to run, and what of it will not work."""
-    config, plan, accelerator = trainer.config, trainer.plan, trainer.accelerator
+    plan, accelerator = trainer.plan, trainer.accelerator
     parameters = sum(p.numel() for p in trainer.network.parameters())
     trained = sum(p.numel() for p in trainer.network.parameters() if p.requires_grad)
     adapter = f", {trained:,} of them trained (LoRA of rank {config.tune.lora_rank})" if trained < parameters else ""
@@ -218,7 +321,7 @@ def introduce(trainer: Trainer) -> None:
     held_out = f"; val/loss on {validation.num_images} of those held out" if validation else ""
     epochs = f" ({plan.epoch_of(plan.total_steps):.4g} epochs)" if plan.num_images else ""
     say(
-        f"Data:   {describe_data(trainer.source)}, {config.data.img_size} px{held_out}\n"
+        f"Data:   {describe_data(source)}, {config.data.img_size} px{held_out}\n"
         f"Model:  {config.model.model}, {parameters:,} parameters{adapter}, predicts {config.objective.prediction}, "
         f"loss in {config.objective.loss_space}\n"
         f"Device: {accelerator.num_processes} x {device_name(accelerator.device)}, "
@@ -227,7 +330,7 @@ def introduce(trainer: Trainer) -> None:
         f"learning rate {config.optim.learning_rate:.3g}, {config.optim.optimizer}, "
         f"ema {' '.join(config.optim.ema_decays)} → {config.run.output_dir}",
     )
-    for message in [*warnings_for(config, plan), *data_warnings(trainer.source, accelerator.num_processes)]:
+    for message in [*warnings_for(config, plan), *data_warnings(source, accelerator.num_processes)]:
         warn(message)
     for message in device_warnings(config, accelerator.device):
         warn(message)

@@ -97,15 +97,15 @@ class Feed:
         )
         return share, advice
 
-    def state(self) -> dict:
+    def state_dict(self) -> dict:
         """Everything a later run needs, of all processes, which call this together."""
         return {
             "loaders": gather_object([self.loader.state_dict()]),
             "bad_images": gather_object([list(self.bad_images)]),
         }
 
-    def load_state(self, state: dict) -> None:
-        """Continue where `state()` was taken, by these or other numbers of processes; before the first batch.
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state_dict()` was taken, by these or other numbers of processes; before the first batch.
 
         Raises:
             UserError: it is of another seed or another way of reading.

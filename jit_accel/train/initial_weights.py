@@ -12,13 +12,13 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from jit_accel.base.errors import UserError
+from jit_accel.base.sharding import whole_tensors
 from jit_accel.config.presets import PRESETS, parse_model_name
-from jit_accel.config.settings import Config
+from jit_accel.config.settings import Config, TuneConfig
 from jit_accel.data.batches.batch import Batch
 from jit_accel.data.formats.source import Source
-from jit_accel.model.checkpoints import whole_tensors
 from jit_accel.model.loading import load_pipeline
-from jit_accel.model.lora import Adapter, merged
+from jit_accel.model.lora import Adapter, merged, refuse_other_base
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.transformer import JiTTransformer2DModel
 
@@ -220,15 +220,22 @@ class Tuning:
         class_names: of the first classes.
         labels: the network's class of each label of the data, where these differ.
         adapter: what alone is trained, or None.
+        path: where the weights that it stands on are from.
     """
 
     class_names: Sequence[str]
     labels: Tensor | None = None
     adapter: Adapter | None = None
+    path: str = ""
 
     @property
     def base_identity(self) -> str | None:
         return self.adapter.base_identity if self.adapter else None
+
+    def refuse_other(self, checkpoint: Path, run: dict) -> None:
+        """Raise `UserError` where the adapter of a checkpoint, whose part is `run`, stands on other weights."""
+        if self.adapter:
+            refuse_other_base(checkpoint, run, self.path, self.adapter.base_identity)
 
     def labels_of(self, batch: Batch) -> Tensor:
         """Labels (B,) as the network knows them."""
@@ -241,11 +248,17 @@ class Tuning:
 
 
 def tune(
-    model: JiTTransformer2DModel, config: Config, source: Source, initial: Initial | None, say: Callable[[str], None]
+    model: JiTTransformer2DModel,
+    settings: TuneConfig,
+    noise_scale: float,
+    source: Source,
+    initial: Initial | None,
+    say: Callable[[str], None],
 ) -> Tuning:
     """Give a fresh model the weights to start from, and an adapter where one is to be trained.
 
     Args:
+        noise_scale: what the run trains with.
         say: told what became of the weights.
 
     Raises:
@@ -253,10 +266,9 @@ def tune(
     """
     if initial is None:
         return Tuning(source.class_names)
-    settings = config.tune
     done = transfer(initial, model, None if settings.lora_rank else names_of(source))
     if settings.lora_rank is None:
-        say("\n".join([done.in_words(initial.path), *notes(initial, model, config)]))
+        say("\n".join([done.in_words(initial.path), *notes(initial, model, noise_scale)]))
         return Tuning(source.class_names)
     refuse_what_an_adapter_cannot_learn(initial, done, model)
     labels, names = initial.labels_for(source)
@@ -264,7 +276,7 @@ def tune(
         how = "by name"
     else:
         how = "by number: the data's take the place of the source's first ones"
-    say("\n".join([done.in_words(initial.path), *notes(initial, model, config), f"  classes go {how}"]))
+    say("\n".join([done.in_words(initial.path), *notes(initial, model, noise_scale), f"  classes go {how}"]))
     adapter = Adapter(
         model,
         rank=settings.lora_rank,
@@ -272,18 +284,18 @@ def tune(
         dropout=settings.lora_dropout,
         targets=settings.lora_targets,
     )
-    return Tuning(names, labels, adapter)
+    return Tuning(names, labels, adapter, initial.path)
 
 
-def notes(initial: Initial, model: JiTTransformer2DModel, config: Config) -> list[str]:
+def notes(initial: Initial, model: JiTTransformer2DModel, noise_scale: float) -> list[str]:
     """What differs from the source without being a weight."""
     old, new, found = initial.network.config, model.config, []
     if old.img_size != new.img_size:
         found.append(
             f"  {new.img_size} px instead of {old.img_size}: positions are computed, so no weight depends on it"
         )
-    if initial.noise_scale != config.objective.noise_scale:
-        found.append(f"  --noise_scale {config.objective.noise_scale:g} instead of {initial.noise_scale:g}")
+    if initial.noise_scale != noise_scale:
+        found.append(f"  --noise_scale {noise_scale:g} instead of {initial.noise_scale:g}")
     if old.in_context_start != new.in_context_start:
         found.append(f"  in-context tokens from block {new.in_context_start} on instead of {old.in_context_start}")
     return found

@@ -5,55 +5,40 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
+
+import torch
 
 from jit_accel import __version__
 from jit_accel.base.console import warn
 from jit_accel.base.devices import device_name
 from jit_accel.base.redaction import redacted
-from jit_accel.config.settings import EvalConfig, HealthConfig, HubConfig, TrackingConfig
+from jit_accel.config.completion import Plan
 from jit_accel.data.formats.sources import Source
 
-# Settings that leave the trained weights as they are.
-WITHOUT_EFFECT = (
-    *("output_dir", "resume", "dry_run", "num_workers", "max_bad_images", "compile", "gradient_checkpointing"),
-    "init_from",  # the weights have left it behind
-    *("save_every_steps", "keep_checkpoints", "log_every_steps", "val_every_steps", "val_images"),
-    *("sample_every_steps", "guidance_scale", "num_inference_steps"),
-    *(field.name for group in (EvalConfig, HealthConfig, HubConfig, TrackingConfig) for field in fields(group)),
-)
 RECORD_FILE = "run.json"
 RECORDED_PACKAGES = ("torch", "accelerate", "diffusers", "datasets", "numpy", "wandb")
 
 
 def describe_data(source: Source) -> str:
+    """Return a data set's name, size and classes in words."""
     images = "unknown number of" if source.num_images is None else f"{source.num_images:,}"
     classes = f"{source.num_classes or 'unknown number of'} classes" if source.is_labelled else "unlabelled"
     return f"{redacted(source.name)} ({images} images, {classes})"
 
 
-def changed_settings(saved: dict, now: dict, left_out: tuple[str, ...] = ("resume", "output_dir")) -> str:
-    """What a resumed run does otherwise than the checkpoint's, in words."""
-    return ", ".join(
-        f"{name} {saved.get(name)} → {value}"
-        for name, value in now.items()
-        if name not in left_out and saved.get(name) != value
-    )
-
-
-def record_run(trainer) -> dict:
-    """All settings of a `Trainer`, and what they run on."""
+def record_run(settings: dict, plan: Plan, network: torch.nn.Module, accelerator) -> dict:
+    """Return all settings of a run, and what they run on."""
     return {
-        **trainer.config.recorded(),
-        "global_batch_size": trainer.plan.global_batch_size,
-        "total_steps": trainer.plan.total_steps,
-        "num_parameters": sum(p.numel() for p in trainer.network.parameters()),
-        "num_images": trainer.plan.num_images,
-        "num_processes": trainer.accelerator.num_processes,
-        "device": device_name(trainer.accelerator.device),
-        "distributed_type": trainer.accelerator.distributed_type.value,
+        **settings,
+        "global_batch_size": plan.global_batch_size,
+        "total_steps": plan.total_steps,
+        "num_parameters": sum(p.numel() for p in network.parameters()),
+        "num_images": plan.num_images,
+        "num_processes": accelerator.num_processes,
+        "device": device_name(accelerator.device),
+        "distributed_type": accelerator.distributed_type.value,
         "jit_accel_version": __version__,
         "git_commit": git_commit(),
         "python_version": platform.python_version(),
@@ -70,7 +55,7 @@ def write_record(record: dict, output_dir: Path) -> None:
 
 
 def git_commit() -> str | None:
-    """The commit of the code, with `-dirty` behind it where files were changed; None where it is no checkout."""
+    """Return the commit of the code, with `-dirty` behind it where files were changed; None where it is no checkout."""
     folder = Path(__file__).parent
     try:
         _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)  # not a copy inside another repository

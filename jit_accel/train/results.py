@@ -1,54 +1,118 @@
-"""What a `Trainer` leaves at its end: sample sheet, loss curve, pipeline folder, adapter."""
+"""What a run leaves at its end: sample sheet, loss curve, diffusers pipeline folder, adapter."""
 
 from __future__ import annotations
 
+import filecmp
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from torch import Tensor
 
 from jit_accel.base.errors import UserError
-from jit_accel.model.checkpoints import whole_tensors
+from jit_accel.base.files import atomic_folder
+from jit_accel.base.processes import on_main
+from jit_accel.base.sharding import whole_tensors
+from jit_accel.model.card import CARD_FILE, CARD_PICTURE, training_card
+from jit_accel.model.defaults import DEFAULTS
+from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.monitor.log import read_metrics
-from jit_accel.monitor.report_process import REPORT_FILE
-from jit_accel.train.export import draw_loss_curve, export_pipeline, is_export_of
+from jit_accel.monitor.metric_table import TRAIN_LOSS
+from jit_accel.train.averages import Ema
+from jit_accel.train.initial_weights import Tuning
+
+CURVE_FILE, PIPELINE_FOLDER, LORA_FOLDER = "loss_curve.png", "pipeline", "lora"
 
 
-def leave_results(trainer) -> None:
-    """Write them, unless an earlier start has, and name them; all processes together.
+def write_results(
+    output_dir: Path, sheet: Path, pipeline: JiTPipeline, averages: Ema, tuning: Tuning, record: dict, accelerator
+) -> None:
+    """Write loss curve, pipeline folder and adapter of a finished run, all processes together.
+
+    Args:
+        sheet: its last samples, for the model card.
+        pipeline: around the trained network; gives the configuration.
+        record: the run's settings and facts, on the main process.
 
     Raises:
         UserError: on all processes, where the disk does not take them.
     """
-    output_dir = trainer.output_dir
-    sheet = output_dir / "samples" / f"step_{trainer.step:08d}.png"
-    curve, pipeline_dir = output_dir / "loss_curve.png", output_dir / "pipeline"
-    # The main process decides: the others may see another state of a shared file system.
-    (is_exported,) = broadcast_object_list([is_export_of(pipeline_dir, sheet)])
-    if not is_exported:
-        trainer.sample()
-        is_main, decay = trainer.accelerator.is_main_process, trainer.config.optim.ema_decays[0]
-        weights = whole_tensors(trainer.ema.averages[decay], keep=is_main)
-        if adapter := trainer.tuning.adapter:
-            _on_main(trainer, lambda: adapter.save(weights, output_dir / "lora"))
-            weights = trainer.tuning.plain_weights(trainer.network, weights, is_main)
-        pipeline, record = trainer.samples.pipeline(), trainer.record
-        _on_main(trainer, lambda: draw_loss_curve(read_metrics(output_dir), curve))
-        _on_main(trainer, lambda: export_pipeline(pipeline, weights, pipeline_dir, sheet, record, decay))
-    trainer.say(f"Samples:    {sheet}\nLoss curve: {curve}\nPipeline:   {pipeline_dir}")
-    if trainer.config.tracking.html_report:
-        trainer.say(f"Report:     {output_dir / REPORT_FILE}")
-    if bad_images := trainer.feed.all_bad_images():
-        trainer.say(f"Skipped {len(bad_images)} images that cannot be decoded:")
-        trainer.say("\n".join(f"  {name}" for name in bad_images))
+
+    def write(action: Callable[[], object]) -> None:
+        def attempt() -> None:
+            try:
+                action()
+            except (OSError, SafetensorError) as problem:
+                raise UserError(
+                    f"cannot be written to ({problem}). The training is complete and its last checkpoint is saved:",
+                    about="output_dir",
+                    value=output_dir,
+                    remedy="make room, and the same command with --resume auto writes the rest.",
+                ) from None
+
+        on_main(accelerator, attempt)
+
+    is_main = accelerator.is_main_process
+    weights = whole_tensors(averages.first, keep=is_main)
+    if adapter := tuning.adapter:
+        write(lambda: adapter.save(weights, output_dir / LORA_FOLDER))
+        weights = tuning.plain_weights(pipeline.transformer, weights, is_main)
+    write(lambda: draw_loss_curve(read_metrics(output_dir), output_dir / CURVE_FILE))
+    folder = output_dir / PIPELINE_FOLDER
+    write(lambda: export_pipeline(pipeline, weights, folder, sheet, training_card(pipeline, record, averages.name)))
 
 
-def _on_main(trainer, write: Callable[[], None]) -> None:
-    """Write on the main process; where that fails, all end alike."""
-    (problem,) = broadcast_object_list([trainer.checkpointer.try_on_writer(write)])
-    if problem:
-        raise UserError(
-            f"cannot be written to ({problem}). The training is complete and its "
-            "last checkpoint is saved: make room, and the same command with --resume auto writes the rest.",
-            about="output_dir",
-            value=trainer.output_dir,
-        )
+def export_pipeline(pipeline: JiTPipeline, weights: dict[str, Tensor], folder: Path, sheet: Path, card: str) -> None:
+    """Write a pipeline folder (safetensors only) with these weights, whole or not at all.
+
+    Args:
+        pipeline: gives the configuration; its own network is left as it is.
+        weights: float32 tensors by the network's parameter names.
+        folder: where to; replaced if it exists.
+        sheet: PNG of samples for the model card.
+        card: text of the model card.
+    """
+    network = type(pipeline.transformer).from_config(pipeline.transformer.config)
+    network.load_state_dict(weights, strict=True)
+    settings = {name: pipeline.config[name] for name in ("class_names", *DEFAULTS)}
+    with atomic_folder(folder) as temporary:
+        JiTPipeline(network, pipeline.scheduler, **settings).save_pretrained(temporary, safe_serialization=True)
+        shutil.copy(sheet, temporary / CARD_PICTURE)
+        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def is_exported(output_dir: Path, sheet: Path) -> bool:
+    """Whether the run's folder has a whole pipeline folder, exported together with this sheet of samples."""
+    copy = output_dir / PIPELINE_FOLDER / CARD_PICTURE
+    return sheet.exists() and copy.exists() and filecmp.cmp(copy, sheet, shallow=False)
+
+
+def draw_loss_curve(rows: list[dict], path: Path) -> None:
+    """Plot `train/loss` over the steps, raw and smoothed, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    points = [(row["step"], row[TRAIN_LOSS]) for row in rows if isinstance(row.get(TRAIN_LOSS), float)]
+    steps = [step for step, _ in points]
+    losses = [loss for _, loss in points]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="each step")
+    axes.plot(steps, smoothed(losses), color="#08519c", linewidth=1.8, label="smoothed")
+    axes.set(xlabel="optimizer step", ylabel="loss", yscale="log", title=TRAIN_LOSS)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def smoothed(values: list[float], memory_share: float = 0.02) -> list[float]:
+    """Running mean with a memory of this share of the points, without the bias of its start."""
+    decay = 1 - 1 / max(1.0, memory_share * len(values))
+    average, weight, out = 0.0, 0.0, []
+    for value in values:
+        average, weight = decay * average + (1 - decay) * value, decay * weight + (1 - decay)
+        out.append(average / weight)
+    return out

@@ -13,7 +13,7 @@ from jit_accel.base.console import say, warn
 from jit_accel.base.errors import UserError, message_of, renamed_settings
 from jit_accel.base.processes import on_all, on_main
 from jit_accel.base.sharding import reshard
-from jit_accel.config.settings import Config
+from jit_accel.config.settings import EvalConfig
 from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.evaluate.catalogue import metric_names
 from jit_accel.evaluate.evaluator import Evaluator
@@ -22,9 +22,10 @@ from jit_accel.evaluate.image_sets import images_of_source
 from jit_accel.evaluate.reference import read_reference, save_reference
 from jit_accel.evaluate.statistics import ImageStatistics
 from jit_accel.model.generation import SamplerSettings
-from jit_accel.model.loading import build_pipeline
+from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.monitor.log import iterate_metrics
 from jit_accel.monitor.metric_table import EVAL, UNGUIDED
+from jit_accel.train.averages import Ema
 
 REFERENCE_FILE = "eval_reference.npz"
 MEASURED = ("fd", "is")  # what sums alone give: no features of single images are kept in a training
@@ -45,17 +46,35 @@ class SampleQuality:
     """Measures images of a run's averaged weights, always from the same noise; all processes call it together.
 
     Args:
-        network: the model without its wrapper; `ema` averages it.
-        config: resolved settings.
+        pipeline: around the network without its wrapper; `averages` are those of its weights.
         source: the images of the training, which are the reference unless the settings name another.
+        settings: what to measure.
+        seed: of the noise.
+        num_inference_steps: steps of the solver, where `settings` do not say otherwise.
+        batch_size: images that a process makes at once.
 
     Raises:
         UserError: on all processes, where the feature network cannot be had.
     """
 
-    def __init__(self, network, ema, accelerator, config: Config, source: Source):
-        self.network, self.ema, self.accelerator, self.config, self.source = network, ema, accelerator, config, source
-        settings = config.evaluation
+    def __init__(
+        self,
+        pipeline: JiTPipeline,
+        averages: Ema,
+        accelerator,
+        source: Source,
+        settings: EvalConfig,
+        *,
+        output_dir: Path,
+        seed: int,
+        num_inference_steps: int,
+        batch_size: int,
+    ):
+        self.pipeline, self.averages, self.accelerator, self.source = pipeline, averages, accelerator, source
+        self.output_dir, self.seed, self.path = output_dir, seed, settings.eval_reference
+        self.num_images = settings.eval_images
+        self.num_inference_steps = settings.eval_num_inference_steps or num_inference_steps
+        self.img_size = pipeline.transformer.config.img_size
         with renamed_settings(**NAMES):
             features = on_all(
                 accelerator,
@@ -64,15 +83,13 @@ class SampleQuality:
             )
         metrics = tuple(name for name, metric in metric_names(features.name).items() if metric.short in MEASURED)
         # No gradients are kept, so that the batch of the training has room for guidance's double one.
-        batch_size = max(8, config.optim.batch_size)
-        self.evaluator = Evaluator(features, accelerator, metrics, batch_size)
+        self.evaluator = Evaluator(features, accelerator, metrics, max(8, batch_size))
         self.reference: ImageStatistics | None = None
-        self._open_reference(settings.eval_reference)
+        if self.path is not None:
+            self._open_reference(self.path)
 
-    def _open_reference(self, path: str | None) -> None:
+    def _open_reference(self, path: str) -> None:
         """Find at once, also in a dry run, what is wrong with `--eval_reference`; images are read in `prepare`."""
-        if path is None:
-            return
         with renamed_settings(**NAMES):
             if path.endswith(".npz"):
                 network = self.evaluator.network
@@ -89,7 +106,7 @@ class SampleQuality:
         """Whether the log has this step, but without the values; the main process looks."""
 
         def look() -> bool:
-            row = next((row for row in iterate_metrics(Path(self.config.run.output_dir)) if row["step"] == step), None)
+            row = next((row for row in iterate_metrics(self.output_dir) if row["step"] == step), None)
             return row is not None and not any(key in row for key in self.keys)
 
         return on_main(self.accelerator, look)
@@ -100,12 +117,12 @@ class SampleQuality:
         Raises:
             UserError: on all processes, whatever is wrong with it.
         """
-        path, img_size = self.config.evaluation.eval_reference, self.config.data.img_size
+        path = self.path
         if self.reference is not None:
             return
         with renamed_settings(**NAMES):
             if path and path.endswith(".npz"):  # of images
-                self.reference = self.evaluator.load_reference(path, img_size)
+                self.reference = self.evaluator.load_reference(path, self.img_size)
             else:
                 self.reference = self._remembered(self.source) or self._measured(self.source)
 
@@ -123,23 +140,17 @@ class SampleQuality:
             raise Unmeasured(message_of(error)) from error
 
     def _measured_values(self) -> dict[str, float]:
-        config, scale = self.config, self.config.sample.guidance_scale
-        steps = config.evaluation.eval_num_inference_steps or config.sample.num_inference_steps
-        pipeline = build_pipeline(self.network, config, None)
-        pipeline.set_progress_bar_config(disable=True)
+        scale = self.pipeline.config.guidance_scale
         found: dict[float, dict[str, float]] = {}
-        with self.ema.applied(config.optim.ema_decays[0]):
+        with self.averages.applied():
             try:
                 for guidance in dict.fromkeys((1.0, scale)):
+                    settings = SamplerSettings(self.num_inference_steps, guidance)
                     found[guidance] = self.evaluator.measure_pipeline(
-                        pipeline,
-                        self.reference,
-                        config.evaluation.eval_images,
-                        SamplerSettings(steps, guidance),
-                        config.run.seed,
+                        self.pipeline, self.reference, self.num_images, settings, self.seed
                     )
             finally:
-                reshard(self.network)  # the gathered weights are the average's
+                reshard(self.pipeline.transformer)  # the gathered weights are the average's
         return {
             EVAL.format(name=name + ending): found[guidance][name]
             for guidance, ending in ((scale, ""), (1.0, UNGUIDED))
@@ -149,12 +160,12 @@ class SampleQuality:
     def _key(self, source: Source) -> str:
         """What the statistics follow from."""
         network = self.evaluator.network
-        parts = (source.fingerprint, self.config.data.img_size, network.name, network.weights_id)
+        parts = (source.fingerprint, self.img_size, network.name, network.weights_id)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _remembered(self, source: Source) -> ImageStatistics | None:
         """What an earlier start of this run measured; the main process alone compares with it."""
-        path, key = Path(self.config.run.output_dir) / REFERENCE_FILE, self._key(source)
+        path, key = self.output_dir / REFERENCE_FILE, self._key(source)
         found = None
         if self.accelerator.is_main_process and is_of(path, key):
             try:
@@ -170,10 +181,10 @@ class SampleQuality:
             count = "" if source.num_images is None else f"{source.num_images:,} "
             say(f"Evaluation: looks at the {count}images of {source.name} once, to compare with them ...")
         images = images_of_source(source)
-        statistics = self.evaluator.statistics_of_images(images, self.config.data.img_size, "reference")
+        statistics = self.evaluator.statistics_of_images(images, self.img_size, "reference")
         reference = replace(statistics, name=self._key(source))
         if self.accelerator.is_main_process:
-            path = Path(self.config.run.output_dir) / REFERENCE_FILE
+            path = self.output_dir / REFERENCE_FILE
             try:
                 save_reference(path, reference)
             except UserError:

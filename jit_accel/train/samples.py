@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from jit_accel.base.console import warn
 from jit_accel.base.files import atomic_file
 from jit_accel.base.sharding import reshard
 from jit_accel.base.sheets import draw_rows
-from jit_accel.config.settings import Config
-from jit_accel.model.generation import SamplerSettings, generate_batches
-from jit_accel.model.loading import build_pipeline
+from jit_accel.model.generation import generate
 from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.train.averages import Ema
 
 SAMPLES_PER_CLASS = 8
 MAX_CLASSES = 10
@@ -24,58 +22,53 @@ class SampleSheets:
     """Draws what a run's averaged weights make of a few classes, always from the same noise.
 
     Args:
-        network: the model without its wrapper; `ema` averages it.
-        config: resolved settings.
-        class_names: of the first classes; the others are numbered.
+        pipeline: around the network without its wrapper; `averages` are those of its weights.
+        seed: of the noise.
+        num_inference_steps: steps of the solver.
+        batch_size: images that a process makes at once, at least one class.
     """
 
-    def __init__(self, network, ema, accelerator, config: Config, class_names):
-        self.network, self.ema, self.accelerator, self.config = network, ema, accelerator, config
-        num_classes = config.model.num_classes
-        self.class_names = [*class_names, *map(str, range(len(class_names), num_classes))]
+    def __init__(
+        self, pipeline: JiTPipeline, averages: Ema, accelerator, *, seed: int, num_inference_steps: int, batch_size: int
+    ):
+        self.pipeline, self.averages, self.accelerator = pipeline, averages, accelerator
+        self.seed, self.num_inference_steps = seed, num_inference_steps
+        self.batch_size = max(batch_size, SAMPLES_PER_CLASS)
+        num_classes = pipeline.transformer.config.num_classes
         count = min(num_classes, MAX_CLASSES)
         self.classes = [i * num_classes // count for i in range(count)]
-
-    def pipeline(self) -> JiTPipeline:
-        """The diffusers pipeline around the network as it is now."""
-        return build_pipeline(self.network, self.config, self.class_names)
+        self.row_names = [pipeline.config.class_names[label] for label in self.classes]
 
     def caption(self, step: int) -> str:
-        """A sheet in words."""
-        sample, decay = self.config.sample, self.config.optim.ema_decays[0]
-        rows = ", ".join(self.class_names[label] for label in self.classes)
+        """Return a sheet in words."""
         return (
-            f"step {step:,}, EMA {decay}, guidance {sample.guidance_scale:g}, "
-            f"{sample.num_inference_steps} Heun steps; rows: {rows}"
+            f"step {step:,}, EMA {self.averages.name}, guidance {self.pipeline.config.guidance_scale:g}, "
+            f"{self.num_inference_steps} Heun steps; rows: {', '.join(self.row_names)}"
         )
 
     def draw(self, path: Path) -> None:
         """Make a sheet, all processes together, and write it as a PNG on the main one."""
-        with self.ema.applied(self.config.optim.ema_decays[0]):
+        with self.averages.applied():
             images = self._sample()
-            reshard(self.network)  # the gathered weights are the average's
+            reshard(self.pipeline.transformer)  # the gathered weights are the average's
         if self.accelerator.is_main_process:
-            save_sheet(images, [self.class_names[label] for label in self.classes], path)
+            save_sheet(images, self.row_names, path)
 
     def _sample(self) -> Tensor:
-        """Images uint8 (classes * 8, 3, H, W) on the CPU, class after class, on every process."""
-        config, accelerator, seed = self.config, self.accelerator, self.config.run.seed
+        """Return images uint8 (classes * 8, 3, H, W) on the CPU, class after class, on every process."""
+        accelerator = self.accelerator
         labels = [label for label in self.classes for _ in range(SAMPLES_PER_CLASS)]
         share = -(-len(labels) // accelerator.num_processes)  # padded: every process makes equally many
         mine = [(accelerator.process_index * share + i) % len(labels) for i in range(share)]
-        size = max(config.optim.batch_size, SAMPLES_PER_CLASS)
-        pipeline = self.pipeline()
-        pipeline.set_progress_bar_config(disable=True)
-        images = generate_batches(
-            pipeline,
+        images = generate(
+            self.pipeline,
             mine,
-            seed=seed,
+            seed=self.seed,
             labels=[labels[i] for i in mine],
-            settings=SamplerSettings(config.sample.num_inference_steps),
-            batch_size=size,
+            num_inference_steps=self.num_inference_steps,
+            batch_size=self.batch_size,
         )
-        pixels = torch.cat([part for _, part in images]).to(accelerator.device)
-        return accelerator.gather(pixels)[: len(labels)].cpu()
+        return accelerator.gather(images.to(accelerator.device))[: len(labels)].cpu()
 
 
 def save_sheet(images: Tensor, row_names: list[str], path: Path) -> None:

@@ -1,78 +1,133 @@
-"""What a checkpoint holds of a `Trainer`: all that its next steps follow from."""
+"""The parts of a run that its checkpoints hold, besides those that keep their own state (feed, monitor, scaler)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from jit_accel.base.console import warn
-from jit_accel.model.checkpoints import (
-    load_optimizer_tensors,
-    load_tensors,
-    optimizer_tensors,
-    read_state,
-    refuse_other_run,
+from jit_accel.base.errors import UserError
+from jit_accel.base.sharding import sharded_like
+from jit_accel.config.settings import SETTINGS, EvalConfig, HealthConfig, HubConfig, TrackingConfig
+
+# Settings that must agree between a checkpoint and the run that continues it; everything else may change.
+FIXED_SETTINGS = (
+    *("model", "img_size", "num_classes", "prediction", "optimizer", "ema_decays", "seed"),
+    *("image_column", "label_column", "holdout", "lora_rank", "lora_alpha", "lora_targets"),
 )
-from jit_accel.model.lora import refuse_other_base
-from jit_accel.train.record import WITHOUT_EFFECT, changed_settings, describe_data
+# Settings that leave the trained weights as they are.
+WITHOUT_EFFECT = (
+    *("output_dir", "resume", "dry_run", "num_workers", "max_bad_images", "compile", "gradient_checkpointing"),
+    "init_from",  # the weights have left it behind
+    *("save_every_steps", "keep_checkpoints", "log_every_steps", "val_every_steps", "val_images"),
+    *("sample_every_steps", "guidance_scale", "num_inference_steps"),
+    *(field.name for group in (EvalConfig, HealthConfig, HubConfig, TrackingConfig) for field in fields(group)),
+)
 
 
-def trained_weights(trainer) -> dict[str, Tensor]:
-    """All of the network, or only the adapter where one is trained."""
-    return {name: weight for name, weight in trainer.network.state_dict().items() if name in trainer.ema.params}
+class NamedTensors:
+    """Weights or an average of them, as a part of a checkpoint; they are loaded in place."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors = tensors
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.tensors
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy the whole tensors of a checkpoint into these; sharded ones take their share."""
+        assert state.keys() == self.tensors.keys(), f"{sorted(state.keys() ^ self.tensors.keys())[:5]} on one side only"
+        for name, tensor in self.tensors.items():
+            tensor.copy_(sharded_like(state[name], tensor))
 
 
-def save_state(trainer) -> Path:
-    """Write a checkpoint of this step, all processes together. Returns its path.
+class OptimizerState:
+    """The state of all optimizers as `<parameter>|<key>` -> tensor.
 
-    Raises:
-        UserError: on all processes, where the disk does not take it.
+    Args:
+        network: what they train, without its wrapper.
     """
-    averages = {f"ema_{decay}": average for decay, average in trainer.ema.averages.items()}
-    optimizer = optimizer_tensors(trainer.network, trainer.optimizers)
-    tensors = {"model": trained_weights(trainer), **averages, "optimizer": optimizer}
-    scaler = trainer.accelerator.scaler
-    state = {
-        **trainer.feed.state(),
-        "monitor": trainer.monitor.state_dict(),
-        "world_size": trainer.accelerator.num_processes,
-        "global_batch_size": trainer.plan.global_batch_size,
-        "scaler": scaler.state_dict() if scaler else None,
-        "settings": trainer.config.recorded(),
-        "data": describe_data(trainer.source),
-        "class_names": trainer.samples.class_names,
-        "fingerprint": trainer.source.fingerprint,
-        "base_identity": trainer.tuning.base_identity,
-    }
-    return trainer.checkpointer.save(trainer.step, tensors, state)
+
+    def __init__(self, network: nn.Module, optimizers: Sequence):
+        self.network, self.optimizers = network, optimizers
+
+    def state_dict(self) -> dict[str, Tensor]:
+        names = {p: name for name, p in self.network.named_parameters()}
+        return {
+            f"{names[p]}|{key}": value
+            for optimizer in self.optimizers
+            for p, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state_dict` gave, into optimizers that have not stepped yet."""
+        owner = {p: each for each in self.optimizers for group in each.param_groups for p in group["params"]}
+        params = dict(self.network.named_parameters())
+        for full_name, value in state.items():
+            name, _, key = full_name.rpartition("|")
+            p = params[name]
+            # Step counts are scalars; they follow the device of their parameter, as fused AdamW wants it.
+            owner[p].state[p][key] = sharded_like(value, p) if value.shape == p.shape else value.to(p.device)
 
 
-def resume_state(trainer, path: Path) -> None:
-    """Continue exactly where the checkpoint was written.
+class RunFacts:
+    """The settings and data of a run, to be held against those of the start that continues it.
 
-    Raises:
-        UserError: it belongs to another model, size, data set or seed.
+    Args:
+        facts: `settings`, `data` in words, its `fingerprint`, `global_batch_size`, and whatever else a reader of the
+            checkpoint needs.
+        is_main: whether this process talks.
     """
-    state, settings, plan = read_state(path), trainer.config.recorded(), trainer.plan
-    refuse_other_run(path, state, settings, describe_data(trainer.source), trainer.source.fingerprint)
-    if trainer.tuning.adapter:
-        refuse_other_base(path, state, trainer.config.tune.init_from, trainer.tuning.base_identity)
-    load_tensors(path, "model", trained_weights(trainer))
-    for decay, average in trainer.ema.averages.items():
-        load_tensors(path, f"ema_{decay}", average)
-    load_optimizer_tensors(path, trainer.network, trainer.optimizers)
-    if trainer.accelerator.scaler and state["scaler"]:
-        trainer.accelerator.scaler.load_state_dict(state["scaler"])
-    trainer.feed.load_state(state)
-    trainer.step = state["step"]
-    images_seen = trainer.step * plan.global_batch_size
-    trainer.monitor.load_state_dict(state.get("monitor") or {"epochs": {"images_seen": images_seen}, "health": None})
-    if state["global_batch_size"] != plan.global_batch_size and trainer.accelerator.is_main_process:
-        warn(
-            f"the global batch was {state['global_batch_size']} images and is now {plan.global_batch_size}: "
-            "--epochs and the learning rate's schedule count as if the whole run had the new one."
-        )
-    changed = changed_settings(state["settings"], settings)
-    trainer.is_other_training = bool(changed_settings(state["settings"], settings, WITHOUT_EFFECT))
-    trainer.say(f"Resumed from {path} at step {trainer.step:,}" + (f" with {changed}" if changed else ""))
+
+    def __init__(self, facts: dict, is_main: bool):
+        self.facts, self.is_main = facts, is_main
+        self.changes = ""  # in words, since the checkpoint
+        self.is_other_training = False  # than the one it goes on from
+
+    def state_dict(self) -> dict:
+        return self.facts
+
+    def load_state_dict(self, saved: dict) -> None:
+        before, now = saved["global_batch_size"], self.facts["global_batch_size"]
+        if before != now and self.is_main:
+            warn(
+                f"the global batch was {before} images and is now {now}: "
+                "--epochs and the learning rate's schedule count as if the whole run had the new one."
+            )
+        settings = saved["settings"], self.facts["settings"]
+        self.changes = changed_settings(*settings)
+        self.is_other_training = bool(changed_settings(*settings, WITHOUT_EFFECT))
+
+    def refuse_other(self, path: Path, saved: dict) -> None:
+        """Raise `UserError` where this run cannot continue the checkpoint at `path`, naming each difference."""
+        settings = self.facts["settings"]
+        fixed = {name: SETTINGS[name].default for name in FIXED_SETTINGS} | saved["settings"]
+        differences = [
+            f"--{name} is {settings[name]}, the checkpoint has {fixed[name]}"
+            for name in FIXED_SETTINGS
+            if settings[name] != fixed[name]
+        ]
+        if saved["fingerprint"] != self.facts["fingerprint"]:
+            differences.append(f"--data_path is {self.facts['data']}, the checkpoint has {saved['data']}")
+        if differences:
+            raise UserError(
+                f"belongs to another run: {'; '.join(differences)}.",
+                about="resume",
+                value=path,
+                remedy="Give the settings it was made with, or another --output_dir to start anew.",
+            )
+
+
+def changed_settings(saved: dict, now: dict, left_out: tuple[str, ...] = ("resume", "output_dir")) -> str:
+    """Return what a resumed run does otherwise than the checkpoint's, in words."""
+    return ", ".join(
+        f"{name} {saved.get(name)} → {value}"
+        for name, value in now.items()
+        if name not in left_out and saved.get(name) != value
+    )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from jit_accel.base import rng
 from jit_accel.base.console import say, warn
@@ -16,174 +19,237 @@ from jit_accel.base.processes import on_main
 from jit_accel.base.sharding import reshard
 from jit_accel.base.signals import StopSignal
 from jit_accel.config.completion import Plan
-from jit_accel.config.settings import Config, write_config
+from jit_accel.config.settings import EvalConfig, RunConfig, SampleConfig, write_config
 from jit_accel.data.batches.batch import Batch
-from jit_accel.data.batches.holdout import HeldOut
-from jit_accel.data.formats.sources import Source
-from jit_accel.model.checkpoints import Checkpointer
-from jit_accel.model.loading import build_network
-from jit_accel.model.objective import diffusion_loss, draw_noise, draw_times, drop_labels
+from jit_accel.model.checkpoints import Checkpointer, load_parts, read_run
+from jit_accel.model.objective import Objective
 from jit_accel.monitor.log import FAILED_FILE, INTERRUPTED_FILE
 from jit_accel.monitor.metric_table import EMA_VAL_LOSS, EVAL, VAL_LOSS, part_of
 from jit_accel.monitor.monitor import Monitor
+from jit_accel.monitor.report_process import REPORT_FILE
 from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed
 from jit_accel.train.guards import has_too_many_bad_images, stop_if_not_finite
-from jit_accel.train.initial_weights import Initial, tune
-from jit_accel.train.optimizers import build_optimizers, lr_at, set_lr
+from jit_accel.train.initial_weights import Tuning
+from jit_accel.train.occasions import Occasion, due
+from jit_accel.train.optimizers import set_lr
 from jit_accel.train.record import record_run, write_record
-from jit_accel.train.results import leave_results
+from jit_accel.train.results import CURVE_FILE, PIPELINE_FOLDER, is_exported, write_results
 from jit_accel.train.sample_quality import SampleQuality, Unmeasured
 from jit_accel.train.samples import SampleSheets
-from jit_accel.train.state import resume_state, save_state
+from jit_accel.train.state import NamedTensors, OptimizerState, RunFacts
 from jit_accel.train.validation import Validation
 
 
 class Trainer:
-    """One training run.
+    """One training run, of parts that `build.assemble` has put together.
 
     Args:
-        config: fully resolved settings (`resolve.resolve`).
-        plan: its lengths in optimizer steps.
-        source: the data, opened.
-        accelerator: `accelerate.Accelerator`, with the same accumulation and precision as `config`.
-        held_out: images for `val/loss`.
-        initial: the weights to start from.
+        plan: the run's lengths in optimizer steps.
+        run, sample, evaluation: the groups of settings, resolved.
+        facts: the run's settings and data, as its checkpoints hold them.
+        model, optimizers: as `accelerator.prepare` returned them.
+        averages: of the model's trained weights.
+        objective: what is minimised.
+        learning_rate_at: the learning rate of step number n, from 0.
+        max_grad_norm: where gradients are clipped; 0 = never.
+        max_bad_images: the share of the images that may be broken.
+        tuning: how the run stands to the weights that it started from.
+        validation, quality: measure the holdout's loss, and generated images; None where that is not wanted.
     """
 
     def __init__(
         self,
-        config: Config,
-        plan: Plan,
-        source: Source,
         accelerator,
-        held_out: HeldOut | None = None,
-        initial: Initial | None = None,
+        plan: Plan,
+        *,
+        run: RunConfig,
+        sample: SampleConfig,
+        evaluation: EvalConfig,
+        facts: RunFacts,
+        model: torch.nn.Module,
+        optimizers: Sequence,
+        averages: Ema,
+        objective: Objective,
+        learning_rate_at: Callable[[int], float],
+        max_grad_norm: float,
+        max_bad_images: float,
+        tuning: Tuning,
+        feed: Feed,
+        monitor: Monitor,
+        sheets: SampleSheets,
+        validation: Validation | None = None,
+        quality: SampleQuality | None = None,
     ):
-        self.config, self.plan, self.source, self.accelerator = config, plan, source, accelerator
-        self.output_dir = Path(config.run.output_dir)
-        self.checkpointer = Checkpointer(accelerator, self.output_dir, config.run.keep_checkpoints)
-        self.step = 0
-        self.stop = StopSignal()
+        self.accelerator, self.plan, self.facts = accelerator, plan, facts
+        self.model, self.optimizers, self.averages = model, optimizers, averages
+        self.network = accelerator.unwrap_model(model)
+        self.objective, self.learning_rate_at, self.max_grad_norm = objective, learning_rate_at, max_grad_norm
+        self.max_bad_images, self.tuning, self.feed, self.monitor = max_bad_images, tuning, feed, monitor
+        self.sheets, self.validation, self.quality = sheets, validation, quality
+        self.seed, self.output_dir = run.seed, Path(run.output_dir)
+        self.checkpointer = Checkpointer(accelerator, self.output_dir, run.keep_checkpoints)
+        self.step = self.first_step = 0  # of this start
         self.saved_step: int | None = None  # by this start
-        self.is_other_training = False  # than the one it goes on from
+        self.stop = StopSignal()
         self.is_stopping = False  # unlike the signal itself, known to all processes alike
-
-        torch.manual_seed(config.run.seed)  # the same initial weights on every process
-        model = build_network(config)
-        self.tuning = tune(model, config, source, initial, self.say)
-        if config.performance.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        if config.performance.compile:
-            model.compile_repeated_blocks()
-        optim = config.optim
-        optimizers = build_optimizers(
-            model, optimizer=optim.optimizer, weight_decay=optim.weight_decay, adam_betas=optim.adam_betas
-        )
-        # Nothing else is prepared: see "Accelerate" in docs/architecture.md.
-        self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
-        self.network = accelerator.unwrap_model(self.model)
-        self.ema = Ema(self.network, optim.ema_decays)
-        self.samples = SampleSheets(self.network, self.ema, accelerator, config, self.tuning.class_names)
-        self.feed = Feed(config, source, accelerator)
-        self.monitor = Monitor(
-            accelerator,
-            self.feed,
-            self.network,
-            self.ema,
-            plan=plan,
-            output_dir=self.output_dir,
-            tracking=config.tracking,
-            health=config.health,
-            log_every_steps=config.run.log_every_steps,
-            precision=config.performance.mixed_precision,
-            is_untrained=config.tune.init_from is None,
-        )
-        self.validation = Validation(held_out, accelerator, optim.batch_size) if held_out else None
-        measures_samples = config.evaluation.eval_every_steps > 0
-        self.quality = SampleQuality(self.network, self.ema, accelerator, config, source) if measures_samples else None
+        self.parts = {
+            "model": NamedTensors(averages.params),
+            **{f"ema_{decay}": NamedTensors(average) for decay, average in averages.averages.items()},
+            "optimizer": OptimizerState(self.network, optimizers),
+            "feed": feed,
+            "monitor": monitor,
+            "scaler": accelerator.scaler,
+            "run": facts,
+        }
+        self.occasions = [
+            Occasion("log", run.log_every_steps, self.flush, at_end=False, reads_first=False),
+            Occasion("save", run.save_every_steps, self.save),
+            # After the checkpoint, so that whatever happens to them costs no step.
+            Occasion("sample", sample.sample_every_steps, self.sample, self._has_sheet, at_end=False),
+        ]
+        if validation:  # before the metrics of the step are read, since it adds to them
+            self.occasions.insert(0, Occasion("validate", run.val_every_steps, self.validate, reads_first=False))
+        if quality:
+            is_evaluated = lambda: not quality.is_lacking(self.step)  # noqa: E731
+            self.occasions.append(Occasion("evaluate", evaluation.eval_every_steps, self.evaluate, is_evaluated))
 
     def run(self) -> int:
         """Train to the end, or until a signal. Returns the exit code."""
-        config, plan = self.config, self.plan
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        lacks_evaluation = self._lacks_evaluation()
-        if self.quality and (self.step < plan.total_steps or lacks_evaluation):
+        last_step = self.plan.total_steps
+        if self.quality and (self.step < last_step or self.quality.is_lacking(last_step)):
             self.quality.prepare()
         with self.stop, self.monitor:
             self._open_logs()
-            if self._lacks_samples():
-                self.sample(is_late=True)
-            if lacks_evaluation:
-                self.evaluate()
-            while self.step < plan.total_steps:
-                self.train_step()
-                at_end = self.step == plan.total_steps
-                if self.validation and (at_end or is_due(self.step, config.run.val_every_steps)):
-                    self.validate()
-                if is_due(self.step, config.run.log_every_steps) or self._is_told_to_stop_alone():
-                    self.flush()
-                if self.is_stopping:
-                    return self._leave()
-                if at_end or is_due(self.step, config.run.save_every_steps):
-                    self.save()
-                # Only after the checkpoint, so that whatever happens to them costs no step.
-                for is_now, action in ((self._samples_now(), self.sample), (self._evaluates_now(), self.evaluate)):
-                    if is_now:
+            while True:
+                for occasion in due(self.occasions, self.step, last_step, is_new=self.step > self.first_step):
+                    if occasion.reads_first:
                         self.flush()
-                        if self.is_stopping:
-                            return self._leave()
-                        action()
-            return self._finish()
+                    if self.is_stopping:
+                        break
+                    occasion.action()
+                if self.is_stopping or self._is_told_to_stop_alone():
+                    return self._leave()
+                if self.step == last_step:
+                    return self._finish()
+                self.train_step()
 
     def train_step(self) -> None:
-        """One optimizer step: predict the clean image of a noised one, over all processes and micro-steps."""
-        accelerator, optim = self.accelerator, self.config.optim
+        """One optimizer step: predict the clean images of noised ones, over all processes and micro-steps."""
+        accelerator, micro_steps = self.accelerator, self.accelerator.gradient_accumulation_steps
         self.model.train()
         step_loss = torch.zeros((), device=accelerator.device)
-        for micro_step in range(optim.gradient_accumulation_steps):
-            is_last = micro_step == optim.gradient_accumulation_steps - 1
-            # Gradients travel between processes once a step, with the last micro-step.
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
+        for _ in range(micro_steps):
+            with accelerator.accumulate(self.model):  # gradients travel between processes with the last one
                 loss = self.loss(self.feed.next()).mean()
                 accelerator.backward(loss)  # divides by the number of micro-steps
-            step_loss += loss.detach() / optim.gradient_accumulation_steps
+            step_loss += loss.detach() / micro_steps
 
-        grad_norm = self._clip_gradients(optim.max_grad_norm)
-        learning_rate = self.learning_rate
+        grad_norm = self._clip_gradients()
+        learning_rate = self.learning_rate_at(self.step)
         set_lr(self.optimizers, learning_rate)
         self.step += 1
         with self.monitor.watched_step(self.step):
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            self.ema.update(self.step)
+            self.averages.update(self.step)
             self.monitor.record(self.step, learning_rate, step_loss, grad_norm)
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """Losses (B,) of a batch, all randomness following from their positions in the run."""
-        config, seed, positions = self.config, self.config.run.seed, batch.positions
-        if config.model.proj_dropout or config.model.attn_dropout or config.tune.lora_dropout:
-            torch.manual_seed(int(rng.hash64(seed, "dropout", positions[0])) >> 1)
-        drop_prob = config.objective.label_drop_prob
-        labels = drop_labels(seed, positions, self.tuning.labels_of(batch), config.model.num_classes, drop_prob)
-        losses, t = self._denoising_loss(replace(batch, labels=labels), seed)
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the losses (B,) of a batch, all randomness following from its images' positions in the run."""
+        torch.manual_seed(int(rng.hash64(self.seed, "dropout", batch.positions[0])) >> 1)
+        labels, num_classes = self.tuning.labels_of(batch), self.network.config.num_classes
+        labels = self.objective.dropped(self.seed, batch.positions, labels, num_classes)
+        losses, t = self._denoising_loss(replace(batch, labels=labels), self.seed)
         self.monitor.record_by_t(t, losses)
         return losses
+
+    def _denoising_loss(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the losses (B,) of a batch, and the times (B,) it was noised to."""
+        x = batch.images
+        t = self.objective.times(seed, batch.positions).to(x.device, non_blocking=True)
+        e = self.objective.noise(seed, batch.positions, like=x)
+        return self.objective.losses(self.model, x, t, e, batch.labels), t
+
+    def _clip_gradients(self) -> Tensor:
+        """Return the L2 norm over all parameters before clipping, on the device."""
+        if self.max_grad_norm:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        else:
+            self.accelerator.unscale_gradients()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def validate(self) -> None:
         """Measure the holdout's loss with the weights of this step and with their average, all processes together."""
         self.model.eval()
-        averaged = self.ema.applied(self.config.optim.ema_decays[0])
-        for name, weights in ((VAL_LOSS, contextlib.nullcontext()), (EMA_VAL_LOSS, averaged)):
+        for name, weights in ((VAL_LOSS, contextlib.nullcontext()), (EMA_VAL_LOSS, self.averages.applied())):
             with self.monitor.pause(), weights:
                 loss = self.validation.loss(self._validation_loss)
                 reshard(self.network)
             self.monitor.record_occasional(name, loss)
 
-    def _validation_loss(self, batch: Batch) -> torch.Tensor:
+    def _validation_loss(self, batch: Batch) -> Tensor:
         batch = replace(batch, labels=self.tuning.labels_of(batch))
         return self._denoising_loss(batch, self.validation.seed)[0]
+
+    def flush(self) -> None:
+        """Read the kept metrics: the only place where the host waits for the device.
+
+        Raises:
+            UserError: loss or gradient norm not finite; too many broken images.
+        """
+        interval = self.monitor.read(self.stop.number > 0)
+        self.is_stopping = interval.stop_asked
+        stop_if_not_finite(interval.not_finite, self.output_dir)
+        limit, bad_images = self.max_bad_images, interval.bad_images
+        if has_too_many_bad_images(bad_images, limit, interval.images_seen, self.plan.num_images):
+            self.save()
+            raise UserError(
+                f"{bad_images} images cannot be decoded, more than that share; the first: "
+                f"{'; '.join(self.feed.all_bad_images()[:3])}. Mend or remove them, or raise the share; the run is "
+                "saved and goes on with --resume auto.",
+                about="max_bad_images",
+                value=f"{limit:g}",
+            )
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, once; the metrics have been read, and are finite."""
+        if self.saved_step != self.step:
+            with self.monitor.pause():
+                path = self.checkpointer.save(self.step, self.parts)
+            self.saved_step = self.step
+            self.say(f"Saved {path}")
+
+    def resume(self, path: Path) -> None:
+        """Continue exactly where the checkpoint was written.
+
+        Raises:
+            UserError: it belongs to another model, size, data set or seed.
+        """
+        run = read_run(path)
+        self.facts.refuse_other(path, run)
+        self.tuning.refuse_other(path, run)
+        self.step = self.first_step = load_parts(path, self.parts)
+        changes = f" with {self.facts.changes}" if self.facts.changes else ""
+        self.say(f"Resumed from {path} at step {self.step:,}{changes}")
+
+    @property
+    def sheet_path(self) -> Path:
+        return self.output_dir / "samples" / f"step_{self.step:08d}.png"
+
+    def _has_sheet(self) -> bool:
+        return on_main(self.accelerator, self.sheet_path.exists)
+
+    def sample(self) -> None:
+        """Draw this step's sheet of samples, all processes together, and report it."""
+        self.model.eval()
+        with self.monitor.pause():
+            self.sheets.draw(self.sheet_path)
+        is_late = self.step == self.first_step  # the trackers may have this step already
+        self.monitor.log_samples(self.sheet_path, self.step, self.sheets.caption(self.step), is_late)
 
     def evaluate(self) -> None:
         """Measure generated images of this step's average against real ones, all processes together.
@@ -200,165 +266,59 @@ class Trainer:
             return
         self.monitor.amend(self.step, found)
         values = ", ".join(f"{part_of(name, EVAL)} {value:.4g}" for name, value in found.items())
-        self.say(f"Step {self.step:,}: {values} of {self.config.evaluation.eval_images:,} images")
-
-    def _samples_now(self) -> bool:
-        at_end = self.step == self.plan.total_steps  # where there is a sheet in any case
-        return not at_end and is_due(self.step, self.config.sample.sample_every_steps)
-
-    def _lacks_samples(self) -> bool:
-        """Whether an earlier start saved this step, but was stopped before its sheet was drawn."""
-        if self.step == 0 or not self._samples_now():
-            return False
-        return on_main(self.accelerator, lambda: not self.sheet_path.exists())
-
-    def _evaluates_now(self) -> bool:
-        at_end = self.step == self.plan.total_steps
-        return bool(self.quality) and (at_end or is_due(self.step, self.config.evaluation.eval_every_steps))
-
-    def _lacks_evaluation(self) -> bool:
-        """Whether an earlier start saved this step, but was stopped before it was evaluated."""
-        return self.step > 0 and self._evaluates_now() and self.quality.is_lacking(self.step)
-
-    def _denoising_loss(self, batch: Batch, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses (B,) of a batch, and the times (B,) they were noised to."""
-        objective, positions, x = self.config.objective, batch.positions, batch.images
-        t = draw_times(seed, positions, objective.P_mean, objective.P_std).to(x.device, non_blocking=True)
-        e = draw_noise(seed, positions, like=x, noise_scale=objective.noise_scale)
-        losses = diffusion_loss(
-            self.model,
-            x,
-            t,
-            e,
-            batch.labels,
-            prediction=objective.prediction,
-            loss_space=objective.loss_space,
-            t_eps=objective.t_eps,
-        )
-        return losses, t
-
-    @property
-    def learning_rate(self) -> float:
-        """Of the step to come."""
-        optim = self.config.optim
-        return lr_at(
-            self.step,
-            learning_rate=optim.learning_rate,
-            warmup_steps=self.plan.warmup_steps,
-            total_steps=self.plan.total_steps,
-            schedule=optim.lr_schedule,
-            min_learning_rate=optim.min_learning_rate,
-        )
-
-    def _clip_gradients(self, max_norm: float) -> torch.Tensor:
-        """L2 norm over all parameters before clipping, on the device."""
-        if max_norm:
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
-        else:
-            self.accelerator.unscale_gradients()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-    def flush(self) -> None:
-        """Read the kept metrics: the only place where the host waits for the device.
-
-        Raises:
-            UserError: loss or gradient norm not finite; too many broken images.
-        """
-        interval = self.monitor.read(self.stop.number > 0)
-        self.is_stopping = interval.stop_asked
-        stop_if_not_finite(interval.not_finite, self.output_dir)
-        self._stop_if_data_is_bad(interval.bad_images, interval.images_seen)
-
-    def _stop_if_data_is_bad(self, bad_images: int, images_seen: int) -> None:
-        share = self.config.data.max_bad_images
-        if has_too_many_bad_images(bad_images, share, images_seen, self.plan.num_images):
-            self._write_checkpoint()
-            raise UserError(
-                f"{bad_images} images cannot be decoded, more than that share; the first: "
-                f"{'; '.join(self.feed.all_bad_images()[:3])}. Mend or remove them, or raise the share; the run is "
-                "saved and goes on with --resume auto.",
-                about="max_bad_images",
-                value=f"{share:g}",
-            )
-
-    def save(self) -> None:
-        """Write a checkpoint of this step, after making sure that it is worth keeping; once."""
-        self.flush()
-        if self.saved_step != self.step:
-            self._write_checkpoint()
-
-    def _write_checkpoint(self) -> None:
-        with self.monitor.pause():
-            path = save_state(self)
-        self.saved_step = self.step
-        self.say(f"Saved {path}")
-
-    def resume(self, path: Path) -> None:
-        """Continue exactly where the checkpoint was written.
-
-        Raises:
-            UserError: it belongs to another model, size, data set or seed.
-        """
-        resume_state(self, path)
-
-    def sample(self, is_late: bool = False) -> Path:
-        """Make this step's sheet of samples, all processes together, and report it. Returns its path.
-
-        Args:
-            is_late: the trackers may have this step already.
-        """
-        self.model.eval()
-        with self.monitor.pause():
-            self.samples.draw(self.sheet_path)
-        self.monitor.log_samples(self.sheet_path, self.step, self.samples.caption(self.step), is_late)
-        return self.sheet_path
-
-    @property
-    def sheet_path(self) -> Path:
-        return self.output_dir / "samples" / f"step_{self.step:08d}.png"
+        self.say(f"Step {self.step:,}: {values} of {self.quality.num_images:,} images")
 
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:
             say(message)
 
     def _open_logs(self) -> None:
-        self.record = record_run(self) if self.accelerator.is_main_process else {}
+        settings = self.facts.facts["settings"]
+        self.record = {}
         if self.accelerator.is_main_process:
+            self.record = record_run(settings, self.plan, self.network, self.accelerator)
             for marker in (INTERRUPTED_FILE, FAILED_FILE):
                 (self.output_dir / marker).unlink(missing_ok=True)
             for later in self.checkpointer.set_aside_after(self.step):
                 self.say(f"Set aside {later.name}, which lies behind step {self.step:,}, as abandoned_{later.name}")
             if self.step < self.plan.total_steps:
                 with contextlib.suppress(OSError):
-                    write_config(self.config, self.output_dir / "config.yaml")
+                    write_config(settings, self.output_dir / "config.yaml")
                 write_record(self.record, self.output_dir)
-        self.monitor.open(self.step, self.record, self.is_other_training)
+        self.monitor.open(self.step, self.record, self.facts.is_other_training)
 
     def _is_told_to_stop_alone(self) -> bool:
         # Several processes agree at the next flush; one need not wait for it.
         return self.stop.number > 0 and self.accelerator.num_processes == 1
 
     def _leave(self) -> int:
+        self.flush()
         self.save()
         if self.accelerator.is_main_process:
             with contextlib.suppress(OSError):
                 note = f"stopped at step {self.step}; go on with --resume auto\n"
                 (self.output_dir / INTERRUPTED_FILE).write_text(note)
         self.say(f"Stopped by a signal at step {self.step:,}. Go on with --resume auto.")
-        code = 128 + (self.stop.number or signal.SIGTERM)  # this process may not have been told
-        self._close(code)
-        return code
+        return self._close(128 + (self.stop.number or signal.SIGTERM))  # this process may not have been told
 
     def _finish(self) -> int:
-        leave_results(self)
-        self._close(0)
-        return 0
+        # The main process decides: the others may see another state of a shared file system.
+        output_dir, sheet = self.output_dir, self.sheet_path
+        if not on_main(self.accelerator, partial(is_exported, output_dir, sheet)):
+            self.sample()
+            results = (self.sheets.pipeline, self.averages, self.tuning, self.record)
+            write_results(output_dir, sheet, *results, self.accelerator)
+        self.say(
+            f"Samples:    {sheet}\nLoss curve: {output_dir / CURVE_FILE}\nPipeline:   {output_dir / PIPELINE_FOLDER}"
+        )
+        if self.monitor.report.is_wanted:
+            self.say(f"Report:     {output_dir / REPORT_FILE}")
+        if bad_images := self.feed.all_bad_images():
+            names = "".join(f"\n  {name}" for name in bad_images)
+            self.say(f"Skipped {len(bad_images)} images that cannot be decoded:{names}")
+        return self._close(0)
 
-    def _close(self, exit_code: int) -> None:
+    def _close(self, exit_code: int) -> int:
         self.monitor.close(exit_code)
         self.accelerator.wait_for_everyone()
-
-
-def is_due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
+        return exit_code

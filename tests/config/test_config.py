@@ -51,7 +51,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
 
 def test_recorded_configuration_reads_back_as_itself(tmp_path):
     config, _ = resolved(parse("--model", "JiT-S/8", "--use_wandb", "--streaming", "false", "--max_steps", "50"))
-    write_config(config, tmp_path / "config.yaml")
+    write_config(config.recorded(), tmp_path / "config.yaml")
     assert parse_args(["--config", str(tmp_path / "config.yaml")]) == config
     assert set(yaml.safe_load((tmp_path / "config.yaml").read_text())) == set(SETTINGS)
 

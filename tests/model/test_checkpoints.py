@@ -8,18 +8,16 @@ import torch
 
 from jit_accel.base.errors import UserError
 from jit_accel.model.checkpoints import (
-    FIXED_SETTINGS,
+    STATE,
     Checkpointer,
     complete_checkpoints,
     find_checkpoint,
     is_complete,
-    load_optimizer_tensors,
-    load_tensors,
-    optimizer_tensors,
-    read_state,
-    refuse_other_run,
+    load_parts,
+    read_run,
 )
 from jit_accel.train.optimizers import build_optimizers, set_lr
+from jit_accel.train.state import FIXED_SETTINGS, NamedTensors, OptimizerState, RunFacts
 
 ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
 
@@ -33,17 +31,64 @@ def find(checkpointer, resume):
     return find_checkpoint(checkpointer.folder.parent, resume)
 
 
+class Values:
+    """A part that is no tensors."""
+
+    def __init__(self, **values):
+        self.values = values
+
+    def state_dict(self):
+        return self.values
+
+    def load_state_dict(self, state):
+        self.values = state
+
+
 def save(checkpointer, step):
-    return checkpointer.save(step, {"model": {"w": torch.full((3,), float(step))}}, {"loaders": [step]})
+    return checkpointer.save(step, {"model": NamedTensors({"w": torch.full((3,), float(step))}), "run": Values(n=step)})
+
+
+def loaded(path):
+    """The weight and the step of a checkpoint."""
+    target = torch.zeros(3)
+    step = load_parts(path, {"model": NamedTensors({"w": target})})
+    return target, step
 
 
 def test_what_was_saved_comes_back(checkpointer):
     path = save(checkpointer, 7)
-    target = torch.zeros(3)
-    load_tensors(path, "model", {"w": target})
+    target, step = loaded(path)
     assert torch.equal(target, torch.full((3,), 7.0))
-    assert read_state(path)["loaders"] == [7]
-    assert read_state(path)["step"] == 7
+    assert step == 7
+    run = Values()
+    load_parts(path, {"run": run})
+    assert run.values == read_run(path) == {"n": 7}
+
+
+def test_a_part_that_one_of_two_runs_does_not_have_is_passed_over(checkpointer):
+    path = checkpointer.save(1, {"scaler": None, "feed": Values(a=1), "run": Values()})
+    scaler = Values(scale=2.0)
+    assert load_parts(path, {"scaler": scaler, "feed": None}) == 1
+    assert scaler.values == {"scale": 2.0}
+
+
+def test_parts_without_names_are_read_as_they_were_written_before(checkpointer):
+    """The first format's state.json."""
+    path = save(checkpointer, 5)
+    old = {"format": 1, "step": 5, "loaders": [3], "bad_images": [[]], "world_size": 1, "global_batch_size": 4}
+    (path / STATE).write_text(json.dumps({**old, "scaler": None, "settings": {"seed": 1}, "fingerprint": "a"}))
+    feed, monitor = Values(), Values()
+    assert load_parts(path, {"feed": feed, "monitor": monitor, "scaler": Values()}) == 5
+    assert feed.values == {"loaders": [3], "bad_images": [[]]}
+    assert monitor.values == {"epochs": {"images_seen": 20}, "health": None}
+    assert read_run(path) == {"world_size": 1, "global_batch_size": 4, "settings": {"seed": 1}, "fingerprint": "a"}
+
+
+def test_a_newer_format_is_refused(checkpointer):
+    path = save(checkpointer, 5)
+    (path / STATE).write_text(json.dumps({"format": 99}))
+    with pytest.raises(UserError, match=r"was written by a newer jit_accel"):
+        read_run(path)
 
 
 def test_the_newest_stay(checkpointer):
@@ -97,9 +142,8 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(checkpointer, 
                 finished = False
         found = find(checkpointer, "auto")
         assert found is not None
-        target = torch.zeros(3)
-        load_tensors(found, "model", {"w": target})
-        assert target[0] == read_state(found)["step"]
+        target, step = loaded(found)
+        assert target[0] == step
     assert finished  # the last moments lie behind the end of the save
     assert find(checkpointer, "auto").name == "step_00000041"
     save(checkpointer, 50)
@@ -178,10 +222,13 @@ def test_a_restored_optimizer_steps_like_the_one_that_was_saved(tmp_path, name):
     step(model, optimizers, 1)
     step(model, optimizers, 2)
     checkpointer = Checkpointer(ALONE, tmp_path, keep=1)
-    path = checkpointer.save(2, {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizers)}, {})
+
+    def parts(model, optimizers):
+        return {"model": NamedTensors(model.state_dict()), "optimizer": OptimizerState(model, optimizers)}
+
+    path = checkpointer.save(2, parts(model, optimizers))
     other, restored = build()
-    load_tensors(path, "model", other.state_dict())
-    load_optimizer_tensors(path, other, restored)
+    load_parts(path, parts(other, restored))
     step(model, optimizers, 3)
     step(other, restored, 3)
     for a, b in zip(model.parameters(), other.parameters()):
@@ -190,7 +237,11 @@ def test_a_restored_optimizer_steps_like_the_one_that_was_saved(tmp_path, name):
 
 def test_another_run_is_refused_with_every_difference_named(tmp_path):
     settings = dict.fromkeys(FIXED_SETTINGS, 1)
-    state = {"settings": settings, "fingerprint": "a", "data": "cats (10 images, 2 classes)"}
-    refuse_other_run(tmp_path, state, {**settings, "batch_size": 5}, "cats", "a")
+    saved = {"settings": settings, "fingerprint": "a", "data": "cats (10 images, 2 classes)"}
+
+    def refuse(settings, **data):
+        RunFacts({"settings": settings, **data}, is_main=True).refuse_other(tmp_path, saved)
+
+    refuse({**settings, "batch_size": 5}, data="cats", fingerprint="a")
     with pytest.raises(UserError, match=r"--img_size is 2, the checkpoint has 1; --data_path is dogs, .* cats \(10"):
-        refuse_other_run(tmp_path, state, {**settings, "img_size": 2}, "dogs", "b")
+        refuse({**settings, "img_size": 2}, data="dogs", fingerprint="b")

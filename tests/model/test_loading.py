@@ -57,7 +57,7 @@ def test_a_checkpoint_of_before_names_were_kept_is_read(run, tmp_path):
     old = tmp_path / last_checkpoint(run).name
     shutil.copytree(last_checkpoint(run), old)
     state = json.loads((old / "state.json").read_text())
-    del state["class_names"], state["settings"]["val_images"]
+    del state["run"]["class_names"], state["run"]["settings"]["val_images"]
     (old / "state.json").write_text(json.dumps(state, indent=1))
     manifest = json.loads((old / "manifest.json").read_text())
     manifest["files"]["state.json"] = (old / "state.json").stat().st_size

@@ -86,7 +86,7 @@ def test_no_host_sync_between_flushes(images, tmp_path, monkeypatch):
         }
         before = self.feed.loader.__class__.__next__
         try:
-            batches = [next(self.feed.loader) for _ in range(self.config.optim.gradient_accumulation_steps)]
+            batches = [next(self.feed.loader) for _ in range(self.accelerator.gradient_accumulation_steps)]
             supply = iter(batches)
             self.feed.loader.__class__.__next__ = lambda loader: next(supply)
             for name, method in real.items():

@@ -194,14 +194,14 @@ def test_a_stop_while_saving_costs_no_sheet(images, tmp_path, monkeypatch):
     flags += ("--report_to", "tensorboard")
     whole, stopped, sheet = tmp_path / "whole", tmp_path / "stopped", "samples/step_00000003.png"
     assert train_here(*flags, "--output_dir", str(whole)) == 0
-    write = Trainer._write_checkpoint
+    write = Trainer.save
 
     def write_and_be_told(self):
         write(self)
         self.stop.number = signal.SIGTERM
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_write_checkpoint", write_and_be_told)
+        patched.setattr(Trainer, "save", write_and_be_told)
         assert train_here(*flags, "--output_dir", str(stopped)) == 128 + signal.SIGTERM
     assert last_checkpoint(stopped).name == "step_00000003"
     assert not (stopped / sheet).exists()  # whoever stops a run soon kills it
