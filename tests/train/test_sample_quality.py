@@ -81,7 +81,7 @@ def test_a_failure_of_an_evaluation_costs_neither_a_step_nor_the_run(run, images
     monkeypatch.setattr(Evaluator, "measure_pipeline", fail_at_first)
     flags = ("--output_dir", str(tmp_path / "run"), *EVAL, "--save_every_steps", "3")
     assert train_here("--data_path", str(images), *flags) == 0
-    assert "step 3 is not evaluated, and training goes on: no memory" in capsys.readouterr().err
+    assert "step 3 is not evaluated, and training goes on: OutOfMemoryError: no memory" in capsys.readouterr().err
     assert saved[0] == ["step_00000003"]  # before anything can happen
     assert measured(tmp_path / "run") == {6: measured(run)[6]}
     assert_same_state(run, tmp_path / "run")
