@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -38,8 +39,12 @@ class UserError(Exception):
         return self.in_words()
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Call the setting as the caller does, by `names` from one name to the other."""
+        """Call settings as the caller does, by `names` from one name to the other, also the flags in the text."""
         self.about = names.get(self.about, self.about)
+        self.rule, self.remedy = (
+            text and re.sub(r"--(\w+)", lambda flag: f"--{names.get(flag[1], flag[1])}", text)
+            for text in (self.rule, self.remedy)
+        )
 
 
 class ProcessErrors(UserError):
