@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -33,8 +32,8 @@ from PIL import Image
 from toy_features import load_toy
 
 from jit_accel import JiTPipeline, JiTScheduler
-from jit_accel.config.command_line import parse_args
-from jit_accel.config.completion import plan_run
+from jit_accel.config.command_line import parse_args, read_recipe
+from jit_accel.config.plan import plan_run
 from jit_accel.config.settings import SETTINGS, EvalConfig, HealthConfig, HubConfig, TrackingConfig, TuneConfig
 from jit_accel.convert import main as convert
 from jit_accel.data.benchmark import main as benchmark
@@ -49,7 +48,8 @@ from jit_accel.sample import main as sample
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "accelerate_configs").glob("*.yaml"))
-RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
+PAPER_BASE = REPOSITORY / "launch" / "recipes" / "paper.yaml"
+RECIPES = sorted({*PAPER_BASE.parent.glob("*.yaml")} - {PAPER_BASE})
 SCRIPTS = [*sorted((REPOSITORY / "launch").glob("*.sh")), REPOSITORY / ".ci" / "run"]
 IMAGENET_IMAGES = 1_281_167
 
@@ -139,7 +139,7 @@ NOT_IN_RECIPES = {
 
 @pytest.mark.parametrize("path", RECIPES, ids=by_name)
 def test_each_recipe_is_complete_and_commented(path):
-    recipe = yaml.safe_load(path.read_text())
+    recipe = read_recipe(path)
     assert set(SETTINGS) - NOT_IN_RECIPES <= set(recipe)
     assert len({"epochs", "max_steps"} & set(recipe)) == 1
     assert len({"warmup_epochs", "warmup_steps"} & set(recipe)) == 1
@@ -149,6 +149,14 @@ def test_each_recipe_is_complete_and_commented(path):
         kept = flat[name]
         assert kept == (type(kept)(map(str, value)) if name == "ema_decays" else value), name
     assert path.read_text().startswith("# ")
+
+
+def test_each_recipe_means_what_it_did_when_it_was_complete_in_itself():
+    before = json.loads((REPOSITORY / "tests/fixtures/fc94876/recipes.json").read_text())
+    assert {path.stem for path in RECIPES} >= set(before)
+    for name, settings in before.items():
+        now = parse_args(["--config", str(PAPER_BASE.with_name(f"{name}.yaml")), "--data_path", settings["data_path"]])
+        assert {key: value for key, value in now.flat().items() if key in settings} == settings, name
 
 
 PAPER = {  # size, patch, image size: dropout, noise scale, guidance
