@@ -80,7 +80,6 @@ def main() -> None:
 
     from jit_accel.base.devices import default_precision, device_name
     from jit_accel.config.command_line import parse_args
-    from jit_accel.data.formats.sources import open_images
     from jit_accel.train.build import build_accelerator, build_trainer
     from jit_accel.train.record import record_run
 
@@ -88,8 +87,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = ("--data_path", "builtin:fashion_mnist", "--output_dir", folder, "--log_every_steps", str(args.steps))
         config = parse_args([*CASE, *data, "--max_steps", "100000", *flags])
-        accelerator = build_accelerator(config, 1, precision)
-        trainer = build_trainer(config, open_images("builtin:fashion_mnist"), accelerator, 1, precision)
+        accelerator = build_accelerator(config)
+        trainer = build_trainer(config, accelerator)
         trainer.monitor.open(0, record_run(config.recorded(), trainer.plan, trainer.network, accelerator))
         device, on, off = accelerator.device, Timed(trainer.monitor), Silence()
 

@@ -60,7 +60,6 @@ def measure(case: Case) -> dict:
     from jit_accel.base.devices import default_precision, device_name, peak_flops
     from jit_accel.config.command_line import parse_args
     from jit_accel.config.presets import forward_macs, parse_model_name
-    from jit_accel.data.formats.sources import open_images
     from jit_accel.monitor.monitor import TRAIN_FLOPS_PER_FORWARD_MAC, peak_memory_gib
     from jit_accel.train.build import build_accelerator, build_trainer
 
@@ -68,11 +67,11 @@ def measure(case: Case) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         argv = [*case.flags, "--data_path", "builtin:fashion_mnist", "--output_dir", folder, "--num_workers", "0"]
         config = parse_args(argv)
-        accelerator = build_accelerator(config, 1, precision)
-        trainer = build_trainer(config, open_images("builtin:fashion_mnist"), accelerator, 1, precision)
+        accelerator = build_accelerator(config)
+        trainer = build_trainer(config, accelerator)
         device = accelerator.device
         trainer.monitor.open(0, {})
-        bare = BareStep(trainer)
+        bare = BareStep(trainer, config.optim.batch_size)
         for _ in range(3):
             trainer.train_step()
             trainer.flush()
@@ -86,8 +85,8 @@ def measure(case: Case) -> dict:
             times["bare"].append(timed(bare, device, case.steps))
         flops = (
             TRAIN_FLOPS_PER_FORWARD_MAC
-            * forward_macs(*parse_model_name(trainer.config.model.model), *(trainer.config.data.img_size,) * 2)
-            * trainer.config.optim.batch_size
+            * forward_macs(*parse_model_name(config.model.model), *(trainer.network.config.img_size,) * 2)
+            * config.optim.batch_size
         )
     step, rate = statistics.median(times["trainer"]), 2 * MATRIX_SIDE**3 / statistics.median(times["matrix"])
     overheads = [a / b - 1 for a, b in zip(times["trainer"], times["bare"])]
@@ -97,7 +96,7 @@ def measure(case: Case) -> dict:
         "device": name,
         "precision": precision,
         "step_s": step,
-        "images_per_s": trainer.config.optim.batch_size / step,
+        "images_per_s": config.optim.batch_size / step,
         "overhead": statistics.median(overheads),
         "of_matrix_rate": flops / step / rate,
         "matrix_gflops": rate / 1e9,
@@ -109,12 +108,11 @@ def measure(case: Case) -> dict:
 class BareStep:
     """Forward, backward and optimizer of a trainer's own model on a fixed batch, and nothing else."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer, batch: int):
         import torch
 
         self.model, self.optimizers = trainer.model, trainer.optimizers
-        config, device = trainer.config, trainer.accelerator.device
-        batch, side = config.optim.batch_size, config.data.img_size
+        device, side = trainer.accelerator.device, trainer.network.config.img_size
         self.x, self.target = torch.randn(2, batch, 3, side, side, device=device)
         self.t = torch.rand(batch, device=device)
         self.labels = torch.zeros(batch, dtype=torch.long, device=device)

@@ -1,136 +1,116 @@
-"""What the settings come to, completed once data and devices are known."""
+"""Settings completed once: what was left open follows from devices, data, checkpoint and weights to start from."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from jit_accel.base.errors import UserError
-from jit_accel.config.checks import LORA_TARGETS, check, image_size
-from jit_accel.config.presets import parse_model_name
+from jit_accel.config.checks import LORA_TARGETS, check, image_size, model_name
+from jit_accel.config.plan import PAPER_EPOCHS, Plan, ema_memory_steps, plan_run
+from jit_accel.config.presets import PRESETS, Preset, parse_model_name
 from jit_accel.config.settings import Config, OptimConfig
 
 PAPER_EMA_DECAYS = (0.9996, 0.9998, 0.9999)
-PAPER_EPOCHS = 200.0
-PAPER_WARMUP_EPOCHS = 5.0
 # The memory of an EMA, 1 / (1 - decay) steps, may be this share of a run; beyond it the average
-# still holds the random weights of the start (see `ema.py`).
+# still holds the random weights of the start.
 EMA_SHARE_OF_RUN = 0.1
 LORA_LEARNING_RATE = 1e-4  # what diffusers' LoRA training scripts start from
+# More decoding processes than this rarely help.
+MOST_WORKERS = 8
+# The sizes that all of a network hangs on; others may differ from those of weights to start from.
+SIZES = ("depth", "hidden_size", "num_heads", "mlp_ratio")
+# What a checkpoint knows of the weights that its run started from, which need not be there any more.
+OF_START = ("model", "img_size", "noise_scale", "guidance_scale")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The lengths and rates of a run, in optimizer steps.
+class Start:
+    """Trained weights to start from.
 
     Attributes:
-        num_images: images of one epoch, or None where a stream does not tell.
-        global_batch_size: images per optimizer step, over all processes and micro-steps.
+        path: as `--init_from` names them.
+        sizes: `SIZES` by name.
+        noise_scale, prediction: what they were trained with.
+        guidance_scale: of their samples.
     """
 
-    total_steps: int
-    warmup_steps: int
-    global_batch_size: int
-    num_images: int | None
-
-    def epoch_of(self, step: int) -> float:
-        """Passes over the data after `step` optimizer steps (0 where the length is unknown)."""
-        return step * self.global_batch_size / self.num_images if self.num_images else 0.0
-
-
-def plan_run(optim: OptimConfig, *, num_images: int | None, world_size: int) -> Plan:
-    """Turn epochs into steps.
-
-    Raises:
-        UserError: the global batch is larger than the data, or epochs of a stream of unknown length.
-    """
-    accumulation = optim.gradient_accumulation_steps or 1
-    global_batch = optim.batch_size * world_size * accumulation
-    if num_images is not None and global_batch > num_images:
-        raise UserError(
-            f"must not be larger than the data set ({num_images} images): use a smaller batch or more images.",
-            about="batch_size",
-            value=f"{optim.batch_size} x {world_size} processes x {accumulation} accumulation steps = {global_batch}",
-        )
-    epochs = optim.epochs if optim.epochs is not None else PAPER_EPOCHS
-    if optim.max_steps is not None:
-        total = optim.max_steps
-    elif num_images is None:
-        raise UserError("this data set does not tell its length: give --max_steps instead.", about="epochs")
-    else:
-        total = max(1, math.ceil(epochs * num_images / global_batch))
-    return Plan(total, _warmup_steps(optim, total, num_images, global_batch), global_batch, num_images)
+    path: str
+    sizes: Mapping[str, float]
+    patch_size: int
+    img_size: int
+    num_classes: int
+    noise_scale: float
+    prediction: str
+    guidance_scale: float | None = None
 
 
-def _warmup_steps(optim: OptimConfig, total: int, num_images: int | None, global_batch: int) -> int:
-    if optim.warmup_steps is not None:
-        warmup = optim.warmup_steps
-    elif optim.warmup_epochs is not None:
-        if num_images is None:
-            raise UserError(
-                "this data set does not tell its length: give --warmup_steps instead.", about="warmup_epochs"
-            )
-        warmup = round(optim.warmup_epochs * num_images / global_batch)
-    else:
-        paper = PAPER_WARMUP_EPOCHS * (num_images or math.inf) / global_batch
-        return round(min(paper, 0.1 * total))
-    if warmup > total:
-        raise UserError(
-            f"the warm-up of {warmup} steps is longer than the run of {total}: shorten it.", about="warmup_steps"
-        )
-    return warmup
+@dataclass(frozen=True)
+class Facts:
+    """What only the world knows of a run.
 
-
-def resolve(
-    config: Config,
-    plan: Plan,
-    *,
-    data_classes: int | None,
-    gradient_accumulation_steps: int,
-    mixed_precision: str,
-    num_workers: int,
-    is_labelled: bool = True,
-) -> Config:
-    """Fill in every setting that was left to the data or the device.
-
-    Args:
+    Attributes:
+        num_images, num_classes: of the data; None where a stream does not tell.
         is_labelled: False where nothing tells the images apart; guidance towards their one class means nothing then.
+        is_encoded: the images must be decoded.
+        processes: of the run, on all machines.
+        accumulation, precision: what the accelerator was built with.
+        is_sharded: the processes split the weights (FSDP).
+        is_good_at_bf16: products in bf16 are faster than in float32 on this device.
+        cores: of this process. threads: to which torch is limited on a CPU, if it is.
+        saved: the settings of the checkpoint that the run goes on from.
+        start: the weights to start from, where they are read.
+    """
+
+    num_images: int | None
+    num_classes: int | None = None
+    is_labelled: bool = True
+    is_encoded: bool = True
+    processes: int = 1
+    accumulation: int = 1
+    precision: str = "no"
+    is_sharded: bool = False
+    is_good_at_bf16: bool = False
+    cores: int = 1
+    threads: int | None = None
+    saved: Mapping[str, Any] = field(default_factory=dict)
+    start: Start | None = None
+
+
+def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
+    """Return the settings with every open one filled in, the lengths of the run, and what to warn of.
 
     Raises:
-        UserError: `--num_classes` is smaller than what the data holds.
+        UserError: a setting does not go with these facts.
     """
+    config = _started(config, facts.saved, facts.start)
+    optim = replace(config.optim, gradient_accumulation_steps=facts.accumulation)
+    plan = plan_run(optim, num_images=facts.num_images, world_size=facts.processes)
     preset, _ = parse_model_name(config.model.model)
-    num_classes = config.model.num_classes or data_classes
-    if num_classes is None:
-        raise UserError(
-            "the labels of this stream are not known before it is read: give their number.", about="num_classes"
-        )
-    if data_classes is not None and num_classes < data_classes:
-        raise UserError(
-            f"the data has {data_classes} classes (labels 0 to {data_classes - 1}): "
-            "leave the flag out, or give at least that number.",
-            about="num_classes",
-            value=num_classes,
-        )
-    size = image_size(config)
-    optim, tune, guidance = config.optim, config.tune, config.sample.guidance_scale
+    size, tune, guidance = image_size(config), config.tune, config.sample.guidance_scale
+    if guidance is None and facts.is_labelled and facts.start:
+        guidance = facts.start.guidance_scale
     decays = optim.ema_decays or (
         "auto",
-        *(str(d) for d in PAPER_EMA_DECAYS if ema_memory_steps(d) <= EMA_SHARE_OF_RUN * plan.total_steps),
+        *(str(decay) for decay in PAPER_EMA_DECAYS if ema_memory_steps(decay) <= EMA_SHARE_OF_RUN * plan.total_steps),
     )
-    settings = {
+    workers = max(0, min(MOST_WORKERS, facts.cores - 1)) if facts.is_encoded else 0  # a core is left to the training
+    settings: dict[str, Any] = {
         "img_size": size,
-        "num_workers": num_workers,
-        "num_classes": num_classes,
+        "num_workers": workers if config.data.num_workers is None else config.data.num_workers,
+        "num_classes": _num_classes(config.model.num_classes, facts.num_classes),
         "proj_dropout": preset.proj_dropout if config.model.proj_dropout is None else config.model.proj_dropout,
         "noise_scale": config.objective.noise_scale or max(1.0, size / 256),
-        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "gradient_accumulation_steps": facts.accumulation,
         "learning_rate": optim.learning_rate
         or (LORA_LEARNING_RATE if tune.lora_rank else 5e-5 * plan.global_batch_size / 256),
         "ema_decays": tuple(dict.fromkeys(decays)),
-        "mixed_precision": mixed_precision,
-        "guidance_scale": (2.0 if is_labelled else 1.0) if guidance is None else guidance,
-        "output_dir": config.run.output_dir or default_output_dir(config),
+        "mixed_precision": facts.precision,
+        "guidance_scale": (2.0 if facts.is_labelled else 1.0) if guidance is None else guidance,
+        "output_dir": run_folder(config),
+        "resume": os.path.expanduser(config.run.resume),
     }
     if tune.lora_rank:
         settings |= {
@@ -141,36 +121,127 @@ def resolve(
         settings["epochs"] = PAPER_EPOCHS
     if optim.warmup_epochs is None:
         settings["warmup_steps"] = plan.warmup_steps
-    resolved = config.updated(**settings)
-    check(resolved)
-    return resolved
+    config = config.updated(**settings)
+    check(config)
+    _refuse_muon(config, facts)
+    return config, plan, [*_warnings_of_length(config, plan), *_warnings_of_device(facts)]
 
 
-def default_output_dir(config: Config) -> str:
-    """`runs/` and the W&B name, or a name that every process makes alike."""
+def run_folder(config: Config) -> str:
+    """Return the run's folder: as set, or `runs/` and the W&B name, or a name that every process makes alike."""
+    if config.run.output_dir:
+        return os.path.expanduser(config.run.output_dir)
     if config.tracking.wandb_name:
         name = config.tracking.wandb_name
     else:
         data = config.data.data_path.rstrip("/").rpartition("/")[2].removeprefix("builtin:")
-        name = f"{data or 'data'}-{_what_is_trained(config)}"
+        if model := model_name(config):
+            trained = f"{model}-{image_size(config)}px"
+        else:
+            source = config.tune.init_from.rstrip("/").removesuffix("/pipeline").rpartition("/")[2]
+            trained = f"from-{source}" + (f"-lora{config.tune.lora_rank}" if config.tune.lora_rank else "")
+        name = f"{data or 'data'}-{trained}"
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".")
     return f"runs/{safe or 'run'}"
 
 
-def _what_is_trained(config: Config) -> str:
-    if config.model.model:
-        return f"{config.model.model}-{image_size(config)}px"
-    source = config.tune.init_from.rstrip("/").removesuffix("/pipeline").rpartition("/")[2]
-    return f"from-{source}" + (f"-lora{config.tune.lora_rank}" if config.tune.lora_rank else "")
+def accumulation_steps(optim: OptimConfig) -> int:
+    """Return the micro-steps of an optimizer step: as set, or of accelerate's configuration, or 1."""
+    configured = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
+    return optim.gradient_accumulation_steps or (int(configured) if configured.isdigit() else 0) or 1
 
 
-def ema_memory_steps(decay: float) -> float:
-    """Steps over which an EMA of this decay averages."""
-    return 1 / (1 - decay)
+def training_size(config: Config, saved: Mapping[str, Any], start: Start | None) -> int:
+    """Return the training resolution in pixels, before the data are opened."""
+    return image_size(_started(config, saved, start))
 
 
-def warnings_for(config: Config, plan: Plan) -> list[str]:
-    """What a run of this length will not achieve with these (resolved) settings, each with its remedy."""
+def _started(config: Config, saved: Mapping[str, Any], start: Start | None) -> Config:
+    """Return the settings with what a checkpoint and the weights to start from leave no choice about.
+
+    The default averages depend on the length of the run, which may be another one now, so a checkpoint's stay.
+    """
+    open_settings = {name for name, value in config.flat().items() if value is None}
+    kept = ("ema_decays", *(OF_START if config.tune.init_from else ())) if saved else ()
+    config = config.updated(**{name: saved[name] for name in kept if name in open_settings})
+    if start:
+        return config.updated(**_of_start(config, start))
+    return config.updated(model=model_name(config))
+
+
+def _of_start(config: Config, start: Start) -> dict[str, Any]:
+    model = config.model.model or _model_of(start)
+    preset, patch = parse_model_name(model)
+    if _sizes(preset) != start.sizes:
+        raise UserError(
+            f"is of another size than --model {model}: {_in_words(start.sizes)} against {_in_words(_sizes(preset))}: "
+            "leave --model out, or choose the size of the source.",
+            about="init_from",
+            value=start.path,
+        )
+    if start.prediction != config.objective.prediction:
+        raise UserError(
+            f"predicts {start.prediction}, and --prediction is {config.objective.prediction}: its last layer would "
+            f"mean something else: use --prediction {start.prediction}.",
+            about="init_from",
+            value=start.path,
+        )
+    size = config.data.img_size or (start.img_size if start.img_size % patch == 0 else 16 * patch)
+    settings: dict[str, Any] = {"model": model, "img_size": size}
+    if size == start.img_size and config.objective.noise_scale is None:
+        settings["noise_scale"] = start.noise_scale
+    if config.tune.lora_rank and config.model.num_classes is None:
+        settings["num_classes"] = start.num_classes
+    return settings
+
+
+def _model_of(start: Start) -> str:
+    for name, preset in PRESETS.items():
+        if _sizes(preset) == start.sizes:
+            return f"{name}/{start.patch_size}"
+    raise UserError(
+        f"{_in_words(start.sizes)} is none of the sizes that can be trained ({', '.join(PRESETS)}): start from a "
+        "network of one of these.",
+        about="init_from",
+        value=start.path,
+    )
+
+
+def _sizes(preset: Preset) -> dict[str, float]:
+    return {name: getattr(preset, name) for name in SIZES}
+
+
+def _in_words(sizes: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in sizes.items())
+
+
+def _num_classes(given: int | None, data_classes: int | None) -> int:
+    if given is None and data_classes is None:
+        raise UserError(
+            "the labels of this stream are not known before it is read: give their number.", about="num_classes"
+        )
+    if None not in (given, data_classes) and given < data_classes:
+        raise UserError(
+            f"the data has {data_classes} classes (labels 0 to {data_classes - 1}): leave the flag out, or give at "
+            "least that number.",
+            about="num_classes",
+            value=given,
+        )
+    return given or data_classes
+
+
+def _refuse_muon(config: Config, facts: Facts) -> None:
+    rule = None
+    if facts.is_sharded:
+        rule = "needs whole matrices, which FSDP splits: use --optimizer adamw."
+    elif facts.precision == "fp16":
+        rule = "does not go with --mixed_precision fp16: use bf16 or no, or adamw."
+    if rule and config.optim.optimizer == "muon":
+        raise UserError(rule, about="optimizer", value="muon")
+
+
+def _warnings_of_length(config: Config, plan: Plan) -> list[str]:
+    """Return what a run of this length will not achieve with these completed settings, each with its remedy."""
     total, found = plan.total_steps, []
     is_from_scratch = config.tune.init_from is None  # else weights and averages start as good as the source
     for decay in config.optim.ema_decays if is_from_scratch else ():
@@ -192,5 +263,20 @@ def warnings_for(config: Config, plan: Plan) -> list[str]:
             f"{total:,} steps at a learning rate of {learning_rate:.1e} hardly move the weights: expect grey or noisy "
             "samples. Train longer (--epochs), or see launch/recipes/my_images_64.yaml for settings that suit a "
             "small data set (such as --learning_rate 3e-4)."
+        )
+    return found
+
+
+def _warnings_of_device(facts: Facts) -> list[str]:
+    """Return what makes this device slower than it could be, each with its remedy."""
+    found = []
+    if facts.precision == "no" and facts.is_good_at_bf16:
+        found.append("training in float32; --mixed_precision bf16 is faster on this device.")
+    if facts.precision == "bf16" and not facts.is_good_at_bf16:
+        found.append("this device only emulates bf16, up to a hundred times slower: use --mixed_precision no.")
+    if facts.threads is not None and facts.threads < facts.cores:
+        found.append(
+            f"training uses {facts.threads} of {facts.cores} cores: set OMP_NUM_THREADS={facts.cores}, which "
+            "`accelerate launch` sets to 1 unless --num_cpu_threads_per_process says otherwise."
         )
     return found

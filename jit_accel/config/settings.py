@@ -5,10 +5,12 @@ Defaults < YAML file (`--config`) < command line. Nothing here imports torch, so
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
+from jit_accel.base.errors import UserError, lookup
 from jit_accel.base.redaction import redacted
 
 DEFAULT_MODEL = "JiT-B/16"
@@ -172,7 +174,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SheetConfig:
     sample_every_steps: int = 2000
     """Interval of the sample sheets (PNG, fixed noise, EMA weights); the end always makes one. 0 = only there."""
     guidance_scale: float | None = None
@@ -271,7 +273,7 @@ class Config:
     """Speed and memory."""
     run: RunConfig = field(default_factory=RunConfig)
     """Output, checkpoints, logging."""
-    sample: SampleConfig = field(default_factory=SampleConfig)
+    sample: SheetConfig = field(default_factory=SheetConfig)
     """Pictures on the way."""
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     """How good the samples are, measured on the way."""
@@ -282,45 +284,53 @@ class Config:
     hub: HubConfig = field(default_factory=HubConfig)
     """Sharing the result."""
 
+    @classmethod
+    def of(cls, **settings: Any) -> Config:
+        """Return checked settings, given by their flat names: `Config.of(data_path="photos", img_size=64)`.
+
+        Raises:
+            UserError: no such setting, a value of another type or out of range, or settings that contradict each other.
+        """
+        from jit_accel.config.checks import as_type, check
+
+        if settings.get("data_path") is None:
+            raise UserError("not given: name the images to learn from.", about="data_path")
+        for name in settings:
+            lookup(SETTINGS, name, "settings", rule="no such setting")
+        typed = {name: as_type(name, value) for name, value in settings.items()}
+        config = cls(DataConfig(typed["data_path"])).updated(**typed)
+        check(config)
+        return config
+
+    @classmethod
+    def of_record(cls, settings: Mapping[str, Any]) -> Config:
+        """Return recorded settings; names that this version does not know are left out, new ones have defaults."""
+        known = {name: value for name, value in settings.items() if name in SETTINGS}
+        return cls(DataConfig(known["data_path"])).updated(**known)
+
     def flat(self) -> dict[str, Any]:
-        """All settings by their one flat name, as plain YAML values."""
+        """Return all settings by their one flat name, as plain YAML values."""
         values = {}
         for group in fields(self):
-            part = getattr(self, group.name)
-            for f in fields(part):
-                value = getattr(part, f.name)
-                values[f.name] = list(value) if isinstance(value, tuple) else value
-        return values
+            values |= vars(getattr(self, group.name))
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def recorded(self) -> dict[str, Any]:
-        """The same without secrets, for files and trackers."""
+        """Return the same without secrets, for files and trackers."""
         return {name: _without_secrets(value) for name, value in self.flat().items()}
 
-    def updated(self, **settings) -> Config:
-        """A copy with these flat settings replaced."""
+    def updated(self, **settings: Any) -> Config:
+        """Return a copy with these flat settings in the place of its own."""
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
         parts = {}
         for group in fields(self):
             part = getattr(self, group.name)
-            mine = {f.name: settings.pop(f.name) for f in fields(part) if f.name in settings}
-            parts[group.name] = replace(part, **mine)
-        assert not settings, f"no such settings: {sorted(settings)}"
+            parts[group.name] = replace(part, **{name: values.pop(name) for name in vars(part) if name in values})
+        assert not values, f"no such settings: {sorted(values)}"
         return Config(**parts)
 
 
-GROUPS = (
-    DataConfig,
-    ModelConfig,
-    TuneConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    PerformanceConfig,
-    RunConfig,
-    SampleConfig,
-    EvalConfig,
-    TrackingConfig,
-    HealthConfig,
-    HubConfig,
-)
+GROUPS: tuple[type, ...] = tuple(get_type_hints(Config).values())
 SETTINGS = {f.name: f for group in GROUPS for f in fields(group)}
 
 
@@ -331,7 +341,7 @@ def write_config(recorded: dict[str, Any], path: Path) -> None:
     path.write_text(yaml.safe_dump(recorded, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _without_secrets(value):
+def _without_secrets(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_secrets(part) for part in value]
     return redacted(value) if isinstance(value, str) else value

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from jit_accel.base.errors import UserError, message_of, nearest
-from jit_accel.config.settings import SETTINGS, UNAVERAGED, Config, DataConfig
+from jit_accel.config.settings import UNAVERAGED, Config
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.checkpoints import complete_checkpoints, is_complete, read_run
 from jit_accel.model.lora import identity_of, merged, refuse_other_base
@@ -139,7 +139,7 @@ def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, about: str 
         UserError: it has no such weights, or they cannot be read; `about` is the setting that names the checkpoint.
     """
     run = read_run(checkpoint)
-    config = config_of(run["settings"])
+    config = Config.of_record(run["settings"])
     averages = averages_of(checkpoint)
     ema = averages[0] if ema is None else ema
     if ema not in (UNAVERAGED, *averages):
@@ -174,10 +174,3 @@ def base_of(checkpoint: Path, run: dict) -> dict[str, torch.Tensor]:
         raise UserError(f"{checkpoint} is an adapter for {message_of(error)}") from None
     refuse_other_base(checkpoint, run, path, identity_of(base))
     return base
-
-
-def config_of(settings: dict) -> Config:
-    """A `Config` from recorded settings; what an older version did not know has its default."""
-    known = {name: value for name, value in settings.items() if name in SETTINGS}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
-    return Config(DataConfig(values.pop("data_path"))).updated(**values)

@@ -1,12 +1,16 @@
-"""Entry point: `accelerate launch -m jit_accel.train`, or `python -m jit_accel.train` on one device."""
+"""Training: `accelerate launch -m jit_accel.train`, or `python -m jit_accel.train` on one device."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from jit_accel.config.command_line import exit_code_of, parse_args
+from jit_accel.config.completion import run_folder
+from jit_accel.config.settings import Config
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says. Returns the exit code: 0 done, 2 something to mend, 128 + signal stopped."""
+    """Train as the command line says. Returns the exit code: 0 done, 2 an error of the user, 128 + signal stopped."""
 
     def run() -> int:
         config = parse_args(argv)
@@ -16,3 +20,23 @@ def main(argv: list[str] | None = None) -> int:
         return start(config)
 
     return exit_code_of(run)
+
+
+def fit(config: Config) -> Path:
+    """Train in this process, and return the run's folder, which `jit_accel.load` takes.
+
+    SIGTERM and Ctrl-C save a checkpoint and end the training; `resume="auto"` goes on from there.
+
+    Args:
+        config: as `Config.of` returns it.
+
+    Raises:
+        UserError: a setting, the data or the device does not allow the training.
+
+    Example:
+        >>> run = fit(Config.of(data_path="photos", model="JiT-B/4", img_size=64, output_dir="runs/photos"))
+    """
+    from jit_accel.train.build import start
+
+    start(config)
+    return Path(run_folder(config))

@@ -6,10 +6,12 @@ import contextlib
 import logging
 import os
 import tempfile
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +21,6 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     broadcast_object_list,
-    gather_object,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -27,12 +28,12 @@ from jit_accel.base.console import say, warn
 from jit_accel.base.devices import DTYPES, chosen_precision, device_name, is_good_at_bf16
 from jit_accel.base.errors import UserError
 from jit_accel.base.processes import on_all, on_main, process_group
-from jit_accel.config.checks import image_size
-from jit_accel.config.completion import Plan, default_output_dir, plan_run, resolve, warnings_for
-from jit_accel.config.settings import STREAMING, Config, DataConfig
-from jit_accel.data.batches.holdout import HeldOut, split_holdout
+from jit_accel.config.completion import Facts, Start, accumulation_steps, complete, run_folder, training_size
+from jit_accel.config.plan import Plan
+from jit_accel.config.settings import Config
+from jit_accel.data.batches.holdout import HeldOut
 from jit_accel.data.batches.workers import cores_per_process
-from jit_accel.data.formats.sources import Source, open_images
+from jit_accel.data.formats.sources import Source
 from jit_accel.model import hub
 from jit_accel.model.checkpoints import complete_checkpoints, find_checkpoint, read_run
 from jit_accel.model.loading import build_network, build_pipeline
@@ -49,6 +50,7 @@ from jit_accel.train.sample_quality import SampleQuality
 from jit_accel.train.samples import SampleSheets
 from jit_accel.train.state import RunFacts
 from jit_accel.train.trainer import Trainer
+from jit_accel.train.training_data import open_data
 from jit_accel.train.validation import Validation
 
 
@@ -56,167 +58,74 @@ def start(config: Config) -> int:
     """Build everything and train. Returns the exit code."""
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("jit_accel").setLevel(logging.ERROR)
-    config = expand_paths(config)
-    check_output_dir(config)
-    config, checkpoint = choose_checkpoint(config)
-    accumulation = config.optim.gradient_accumulation_steps or env_int("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1)
-    precision = chosen_precision(config.performance.mixed_precision)
-    accelerator = build_accelerator(config, accumulation, precision)
+    folder, resume = Path(run_folder(config)), os.path.expanduser(config.run.resume)
+    check_output_dir(folder, resume, is_written=not config.run.dry_run)
+    checkpoint = find_checkpoint(folder, resume)
+    accelerator = build_accelerator(config)
     with process_group(accelerator):
         if config.hub.push_to_hub:  # found out now, not after days of training
             on_main(accelerator, lambda: hub.check_login(config.hub.hub_model_id))
         # The main process chooses, so that all load the same.
         (checkpoint,) = broadcast_object_list([checkpoint])
-        config, initial = read_weights(config, checkpoint, accelerator)
-        source, held_out = open_data(config, accelerator)
-        trainer = build_trainer(config, source, accelerator, accumulation, precision, held_out, initial)
+        trainer = build_trainer(config, accelerator, checkpoint)
         with contextlib.closing(trainer.feed):
             if checkpoint:
                 trainer.resume(checkpoint)
-            elif config.run.resume == "auto":
-                trainer.say(f"--resume auto: no checkpoint in {trainer.output_dir} yet, starting anew.")
+            elif resume == "auto":
+                trainer.say(f"--resume auto: no checkpoint in {folder} yet, starting anew.")
             if config.run.dry_run:
                 return dry_run(trainer)
             exit_code = trainer.run()
         if exit_code == 0 and config.hub.push_to_hub and accelerator.is_main_process:
-            hub.share(trainer.output_dir / "pipeline", config.hub)  # last, so that nobody waits for the network
+            hub.share(folder / "pipeline", config.hub)  # last, so that nobody waits for the network
         return exit_code
 
 
-def expand_paths(config: Config) -> Config:
-    output_dir = os.path.expanduser(config.run.output_dir or default_output_dir(config))
-    return config.updated(output_dir=output_dir, resume=os.path.expanduser(config.run.resume))
+def build_trainer(config: Config, accelerator: Accelerator, checkpoint: Path | None = None) -> Trainer:
+    """Open data and weights, complete the settings with what they are, and put the parts of the run together.
 
-
-def choose_checkpoint(config: Config) -> tuple[Config, Path | None]:
-    """The checkpoint to go on from, if any, and the settings with its averages where the user named none.
-
-    The default averages depend on the length of the run, which may be another one now. What came from the source of
-    `--init_from` is the checkpoint's, since the source need not be there any more.
-    """
-    checkpoint = find_checkpoint(Path(config.run.output_dir), config.run.resume)
-    if checkpoint is None:
-        return config, None
-    saved, given = read_run(checkpoint)["settings"], config.flat()
-    names = ("ema_decays", *(("model", "img_size", "noise_scale", "guidance_scale") if config.tune.init_from else ()))
-    kept = {name: saved[name] for name in names if given[name] is None}
-    if "ema_decays" in kept:
-        kept["ema_decays"] = tuple(kept["ema_decays"])
-    return config.updated(**kept), checkpoint
-
-
-def read_weights(config: Config, checkpoint: Path | None, accelerator: Accelerator) -> tuple[Config, Initial | None]:
-    """The weights to start from, if they are needed, and the settings with what these leave no choice about.
+    Args:
+        checkpoint: that the run goes on from.
 
     Raises:
-        UserError: on all processes, whichever met something.
+        UserError: on all processes, whichever raised it.
     """
-    tune = config.tune
-    if tune.init_from is None or (checkpoint and not tune.lora_rank):
-        return config, None
-
-    def read() -> tuple[Config, Initial]:
-        initial = read_initial(tune.init_from)
-        return initial.settled(config), initial
-
-    return on_all(accelerator, read, in_turn=True)
-
-
-def open_data(config: Config, accelerator: Accelerator) -> tuple[Source, HeldOut | None]:
-    """The images to train on, and those held out, if any; the same of both on all processes.
-
-    Raises:
-        UserError: on all processes, whichever met something.
-    """
-    source, held_out = on_all(accelerator, lambda: open_and_split(config, accelerator), in_turn=True)
-    num_held_out = len(held_out.keys) if held_out else 0
-    counts, identities, held_counts = zip(*gather_object([(source.num_images, source.fingerprint, num_held_out)]))
-    if problem := disagreement(config.data, counts, identities):
-        raise problem
-    if held_out and not sum(held_counts):
-        if accelerator.is_main_process:
-            warn("no image of the holdout can be read, or none was found: there is no val/loss.")
-        held_out = None
-    return source, held_out
-
-
-def open_and_split(config: Config, accelerator: Accelerator) -> tuple[Source, HeldOut | None]:
-    data = config.data
-    source = open_images(
-        data.data_path,
-        data_format=data.data_format,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        streaming=STREAMING[data.streaming],
-    )
-    if not data.holdout:
-        return source, None
-    return split_holdout(
-        source,
-        data.holdout,
-        max_images=config.run.val_images,
-        img_size=image_size(config),
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-
-
-def disagreement(data: DataConfig, counts: tuple[int | None, ...], identities: tuple[str, ...]) -> UserError | None:
-    """The error where processes would not train on the same images, of which these are number and fingerprint."""
-    found = list(zip(counts, identities))
-    other = next((rank for rank, finding in enumerate(found) if finding != found[0]), None)
-    if other is None:
-        return None
-    trained = ", ".join(
-        f"process {rank} trains on {'?' if counts[rank] is None else f'{counts[rank]:,}'} ({identities[rank][:8]})"
-        for rank in (0, other)
-    )
-    about, value = ("holdout", f"{data.holdout:g}") if data.holdout else ("data_path", data.data_path)
-    return UserError(
-        f"the processes do not find the same images ({trained}): make sure that all machines have the same files and "
-        "can read all of them, then start again.",
-        about=about,
-        value=value,
-    )
-
-
-def build_trainer(
-    config: Config,
-    source: Source,
-    accelerator: Accelerator,
-    accumulation: int,
-    precision: str,
-    held_out: HeldOut | None = None,
-    initial: Initial | None = None,
-) -> Trainer:
-    """Resolve the settings against data and devices, say what will happen, and build the trainer."""
-    if initial and config.tune.lora_rank:
-        initial.labels_for(source)  # of other classes it says so better than `resolve` would
-    if initial and source.is_labelled and config.sample.guidance_scale is None:
-        config = config.updated(guidance_scale=initial.guidance_scale)
-    optim = replace(config.optim, gradient_accumulation_steps=accumulation)
-    plan = plan_run(optim, num_images=source.num_images, world_size=accelerator.num_processes)
-    config = resolve(
-        config,
-        plan,
-        is_labelled=source.is_labelled,
-        data_classes=max(source.num_classes or 0, len(source.class_names)) or None,
-        gradient_accumulation_steps=accumulation,
-        mixed_precision=precision,
-        num_workers=default_num_workers(source) if config.data.num_workers is None else config.data.num_workers,
-    )
-    if config.optim.optimizer == "muon" and accelerator.distributed_type.value == "FSDP":
-        raise UserError(
-            "needs whole matrices, which FSDP splits: use --optimizer adamw.", about="optimizer", value="muon"
-        )
-    if config.optim.optimizer == "muon" and precision == "fp16":
-        raise UserError(
-            "does not go with --mixed_precision fp16: use bf16 or no, or adamw.", about="optimizer", value="muon"
-        )
+    initial, tuning = None, config.tune
+    if tuning.init_from is not None and (checkpoint is None or tuning.lora_rank):
+        initial = on_all(accelerator, lambda: read_initial(tuning.init_from), in_turn=True)
+    saved = read_run(checkpoint)["settings"] if checkpoint else {}
+    weights = initial.start if initial else None
+    size = training_size(config, saved, weights)
+    source, held_out = open_data(config.data, img_size=size, val_images=config.run.val_images, accelerator=accelerator)
+    if initial and tuning.lora_rank:
+        initial.labels_for(source)  # of other classes it says so better than `complete` would
+    config, plan, warnings = complete(config, facts_of(accelerator, source, saved, weights))
     trainer = assemble(config, plan, source, accelerator, held_out, initial)
     if accelerator.is_main_process:
         introduce(trainer, config, source)
+        for message in warnings:
+            warn(message)
     return trainer
+
+
+def facts_of(accelerator: Accelerator, source: Source, saved: Mapping[str, Any], weights: Start | None) -> Facts:
+    """Return what completes the settings of a run on these data and devices."""
+    is_limited = accelerator.device.type == "cpu" and "OMP_NUM_THREADS" in os.environ
+    return Facts(
+        num_images=source.num_images,
+        num_classes=max(source.num_classes or 0, len(source.class_names)) or None,
+        is_labelled=source.is_labelled,
+        is_encoded=source.is_encoded,
+        processes=accelerator.num_processes,
+        accumulation=accelerator.gradient_accumulation_steps,
+        precision=accelerator.mixed_precision,
+        is_sharded=accelerator.distributed_type.value == "FSDP",
+        is_good_at_bf16=is_good_at_bf16(accelerator.device),
+        cores=cores_per_process(),
+        threads=torch.get_num_threads() if is_limited else None,
+        saved=saved,
+        start=weights,
+    )
 
 
 def assemble(
@@ -312,7 +221,7 @@ def assemble(
 
 
 def introduce(trainer: Trainer, config: Config, source: Source) -> None:
-    """Say in a few lines what is about to run, and what of it will not work."""
+    """Say in a few lines what is about to run."""
     plan, accelerator = trainer.plan, trainer.accelerator
     parameters = sum(p.numel() for p in trainer.network.parameters())
     trained = sum(p.numel() for p in trainer.network.parameters() if p.requires_grad)
@@ -330,53 +239,19 @@ def introduce(trainer: Trainer, config: Config, source: Source) -> None:
         f"learning rate {config.optim.learning_rate:.3g}, {config.optim.optimizer}, "
         f"ema {' '.join(config.optim.ema_decays)} → {config.run.output_dir}",
     )
-    for message in [*warnings_for(config, plan), *data_warnings(source, accelerator.num_processes)]:
-        warn(message)
-    for message in device_warnings(config, accelerator.device):
-        warn(message)
 
 
-def data_warnings(source: Source, num_processes: int) -> list[str]:
-    """What this source cannot promise."""
-    if not source.streaming or source.images.sizes is not None or num_processes == 1:
-        return []
-    return [
-        f"{source.name} does not tell how many images its files hold: no image is lost or repeated, also by a resume, "
-        "but processes begin a new epoch when their own share is read, so that epochs overlap. Prepared data "
-        "(python -m jit_accel.prepare), local files and Parquet have exact epochs."
-    ]
-
-
-def device_warnings(config: Config, device: torch.device) -> list[str]:
-    """What makes this device slower than it could be, each with its remedy."""
-    found = []
-    precision, good_at_bf16 = config.performance.mixed_precision, is_good_at_bf16(device)
-    if precision == "no" and good_at_bf16:
-        found.append("training in float32; --mixed_precision bf16 is faster on this device.")
-    if precision == "bf16" and not good_at_bf16:
-        found.append("this device only emulates bf16, up to a hundred times slower: use --mixed_precision no.")
-    share = cores_per_process()
-    if device.type == "cpu" and "OMP_NUM_THREADS" in os.environ and torch.get_num_threads() < share:
-        found.append(
-            f"training uses {torch.get_num_threads()} of {share} cores: set OMP_NUM_THREADS={share}, which "
-            "`accelerate launch` sets to 1 unless --num_cpu_threads_per_process says otherwise."
-        )
-    return found
-
-
-def check_output_dir(config: Config) -> None:
+def check_output_dir(folder: Path, resume: str, is_written: bool) -> None:
     """Make sure that the run can write, and that it overwrites nobody's work.
 
     Raises:
         UserError: not writable, or it holds another run.
     """
-    folder, resume = Path(config.run.output_dir), config.run.resume
+    refused = partial(UserError, about="output_dir", value=folder)
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     except OSError as error:  # a name that is too long, say
-        raise UserError(
-            f"cannot be written to ({error.strerror}): give another.", about="output_dir", value=folder
-        ) from None
+        raise refused(f"cannot be written to ({error.strerror}): give another.") from None
     held = [
         *(path for path in (folder / METRICS_FILE,) if path.exists() and path.stat().st_size),
         *folder.glob("pipeline/model_index.json"),
@@ -385,24 +260,18 @@ def check_output_dir(config: Config) -> None:
     resumed = Path(resume).resolve()
     continues_here = resume == "auto" or (resume != "none" and folder.resolve() in (resumed, *resumed.parents))
     if held and not continues_here:
-        raise UserError(
-            f"holds another run ({held[-1].relative_to(folder)}): add --resume auto to "
-            "continue it, or give another folder.",
-            about="output_dir",
-            value=folder,
+        raise refused(
+            f"holds another run ({held[-1].relative_to(folder)}): add --resume auto to continue it, or give another "
+            "folder."
         )
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{existing} is not a folder that can be written to: give another.", about="output_dir", value=folder
-        )
-    if not config.run.dry_run:
+        raise refused(f"{existing} is not a folder that can be written to: give another.")
+    if is_written:
         try:  # the folder itself is made where training begins, after all that may be refused
             with tempfile.TemporaryFile(dir=existing):
                 pass
         except OSError as error:
-            raise UserError(
-                f"cannot be written to ({error.strerror}): give another.", about="output_dir", value=folder
-            ) from None
+            raise refused(f"cannot be written to ({error.strerror}): give another.") from None
 
 
 def dry_run(trainer: Trainer) -> int:
@@ -413,11 +282,14 @@ def dry_run(trainer: Trainer) -> int:
     return 0
 
 
-def build_accelerator(config: Config, accumulation: int, precision: str) -> Accelerator:
+def build_accelerator(config: Config) -> Accelerator:
+    """Return the accelerator of these settings, and of accelerate's configuration where they are open."""
+    precision = chosen_precision(config.performance.mixed_precision)
+    accumulation = accumulation_steps(config.optim)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     return Accelerator(
         mixed_precision=precision,
-        log_with=build_trackers(config.tracking, Path(config.run.output_dir)) or None,
+        log_with=build_trackers(config.tracking, Path(run_folder(config))) or None,
         # As a plugin: the environment of `accelerate launch` overrides the plain argument.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         fsdp_plugin=build_fsdp_plugin(precision),
@@ -447,16 +319,3 @@ def build_fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
         cast_forward_inputs=False,
     )
     return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
-
-
-def env_int(name: str, default: int) -> int:
-    value = os.environ.get(name, "")
-    return int(value) if value.isdigit() and int(value) > 0 else default
-
-
-def default_num_workers(source: Source) -> int:
-    """One core of each process's share is left to the training itself; more than eight rarely help.
-
-    Pixels that need no decoding come faster without workers, whose batches travel through shared memory.
-    """
-    return max(0, min(8, cores_per_process() - 1)) if source.is_encoded else 0

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.sharding import whole_tensors
-from jit_accel.config.presets import PRESETS, parse_model_name
-from jit_accel.config.settings import Config, TuneConfig
+from jit_accel.config.completion import SIZES, Start
+from jit_accel.config.settings import TuneConfig
 from jit_accel.data.batches.batch import Batch
 from jit_accel.data.formats.source import Source
 from jit_accel.model.loading import load_pipeline
@@ -25,8 +25,6 @@ from jit_accel.model.transformer import JiTTransformer2DModel
 LABELS = "y_embedder.embedding_table.weight"
 PATCH_IN = "x_embedder.proj1.weight"
 PATCH_OUT = ("final_layer.linear.weight", "final_layer.linear.bias")
-# Sizes that all of the network hangs on; the others may differ.
-SIZE = ("depth", "hidden_size", "num_heads", "mlp_ratio")
 
 
 @dataclass(frozen=True)
@@ -47,50 +45,19 @@ class Initial:
     prediction: str
     guidance_scale: float | None = None
 
-    def settled(self, config: Config) -> Config:
-        """The settings with what was left to the source filled in.
-
-        Raises:
-            UserError: the source is of another size, or predicts something else.
-        """
-        source, with_lora = self.network.config, bool(config.tune.lora_rank)
-        model = config.model.model or self._model_name()
-        preset, patch = parse_model_name(model)
-        own = {name: getattr(preset, name, 4.0) for name in SIZE}
-        given = {name: source[name] for name in SIZE}
-        if own != given:
-            raise UserError(
-                f"is of another size than --model {model}: {_in_words(given)} against "
-                f"{_in_words(own)}: leave --model out, or choose the size of the source.",
-                about="init_from",
-                value=self.path,
-            )
-        if self.prediction != config.objective.prediction:
-            raise UserError(
-                f"predicts {self.prediction}, and --prediction is "
-                f"{config.objective.prediction}: its last layer would mean something else: use --prediction "
-                f"{self.prediction}.",
-                about="init_from",
-                value=self.path,
-            )
-        size = config.data.img_size or (source.img_size if source.img_size % patch == 0 else 16 * patch)
-        settings = {"model": model, "img_size": size}
-        if size == source.img_size and config.objective.noise_scale is None:
-            settings["noise_scale"] = self.noise_scale
-        if with_lora and config.model.num_classes is None:
-            settings["num_classes"] = source.num_classes
-        return config.updated(**settings)
-
-    def _model_name(self) -> str:
-        source = self.network.config
-        for name, preset in PRESETS.items():
-            if all(source[size] == getattr(preset, size, 4.0) for size in SIZE):
-                return f"{name}/{source.patch_size}"
-        raise UserError(
-            f"{_in_words({name: source[name] for name in SIZE})} is none of the sizes that "
-            f"can be trained ({', '.join(PRESETS)}): start from a network of one of these.",
-            about="init_from",
-            value=self.path,
+    @property
+    def start(self) -> Start:
+        """What completes the settings of a run that starts from these weights."""
+        network = self.network.config
+        return Start(
+            self.path,
+            {name: network[name] for name in SIZES},
+            network.patch_size,
+            network.img_size,
+            network.num_classes,
+            self.noise_scale,
+            self.prediction,
+            self.guidance_scale,
         )
 
     def rows_for(self, names: Sequence[str] | None, num_classes: int) -> list[int | None]:
@@ -362,10 +329,6 @@ def real_names(names: Sequence[str] | None) -> tuple[str, ...] | None:
     if not names or len(names) < 2 or all(name == str(i) for i, name in enumerate(names)):
         return None
     return tuple(names)
-
-
-def _in_words(sizes: dict) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in sizes.items())
 
 
 def _shape(tensor: Tensor) -> str:

@@ -18,8 +18,8 @@ from jit_accel.base.errors import UserError
 from jit_accel.base.processes import on_main
 from jit_accel.base.sharding import reshard
 from jit_accel.base.signals import StopSignal
-from jit_accel.config.completion import Plan
-from jit_accel.config.settings import EvalConfig, RunConfig, SampleConfig, write_config
+from jit_accel.config.plan import Plan
+from jit_accel.config.settings import EvalConfig, RunConfig, SheetConfig, write_config
 from jit_accel.data.batches.batch import Batch
 from jit_accel.model.checkpoints import Checkpointer, load_parts, read_run
 from jit_accel.model.objective import Objective
@@ -64,7 +64,7 @@ class Trainer:
         plan: Plan,
         *,
         run: RunConfig,
-        sample: SampleConfig,
+        sample: SheetConfig,
         evaluation: EvalConfig,
         facts: RunFacts,
         model: torch.nn.Module,

@@ -6,7 +6,8 @@ import yaml
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.command_line import parse_args
-from jit_accel.config.completion import default_output_dir, plan_run, resolve, warnings_for
+from jit_accel.config.completion import Facts, Start, complete, run_folder
+from jit_accel.config.plan import plan_run
 from jit_accel.config.settings import SETTINGS, Config, DataConfig, write_config
 
 
@@ -14,11 +15,14 @@ def parse(*flags):
     return parse_args(["--data_path", "x", *flags])
 
 
-def resolved(config, num_images=5000, world_size=1, **facts):
-    plan = plan_run(config.optim, num_images=num_images, world_size=world_size)
-    defaults = {"data_classes": 10, "mixed_precision": "no", "num_workers": 0}
+def completed(config, **facts):
+    """The completed settings, the plan and the warnings for 5,000 images of ten classes."""
     accumulation = config.optim.gradient_accumulation_steps or 1
-    return resolve(config, plan, gradient_accumulation_steps=accumulation, **defaults | facts), plan
+    return complete(config, Facts(**{"num_images": 5000, "num_classes": 10, "accumulation": accumulation} | facts))
+
+
+def resolved(config, **facts):
+    return completed(config, **facts)[:2]
 
 
 def test_guidance_follows_the_data_unless_it_is_given():
@@ -46,7 +50,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert config.optim.learning_rate == 1e-4
     assert config.optim.ema_decays == ("auto", "0.99")
     assert config.data.horizontal_flip is False
-    assert config.model.model == "JiT-B/16"
+    assert resolved(config)[0].model.model == "JiT-B/16"
 
 
 def test_recorded_configuration_reads_back_as_itself(tmp_path):
@@ -150,7 +154,7 @@ def test_size_defaults_to_sixteen_patches_and_noise_to_the_papers_scale():
 
 
 def test_learning_rate_follows_the_global_batch():
-    config, plan = resolved(parse("--batch_size", "128", "--gradient_accumulation_steps", "2"), world_size=4)
+    config, plan = resolved(parse("--batch_size", "128", "--gradient_accumulation_steps", "2"), processes=4)
     assert plan.global_batch_size == 1024
     assert config.optim.learning_rate == pytest.approx(2e-4)
 
@@ -183,7 +187,7 @@ def test_fewer_classes_than_the_data_has_are_refused():
         resolved(parse("--num_classes", "5"))
     assert resolved(parse("--num_classes", "20"))[0].model.num_classes == 20
     with pytest.raises(UserError, match=r"num_classes: .*give their number"):
-        resolved(parse(), data_classes=None)
+        resolved(parse(), num_classes=None)
 
 
 def test_the_papers_averages_come_only_with_runs_that_are_long_enough():
@@ -194,13 +198,13 @@ def test_the_papers_averages_come_only_with_runs_that_are_long_enough():
 
 
 def test_a_run_too_short_for_its_settings_says_so():
-    config, plan = resolved(parse("--max_steps", "600", "--ema_decays", "0.9999", "--warmup_steps", "500"))
-    found = " ".join(warnings_for(config, plan))
+    *_, warnings = completed(parse("--max_steps", "600", "--ema_decays", "0.9999", "--warmup_steps", "500"))
+    found = " ".join(warnings)
     assert "--ema_decays 0.9999 averages over 10,000 steps, but the run has only 600" in found
     assert "the warm-up takes 500 of the run's 600 steps" in found
     assert "hardly move the weights" in found
-    good, plan = resolved(parse("--max_steps", "5000", "--learning_rate", "3e-4"))
-    assert warnings_for(good, plan) == []
+    *_, warnings = completed(parse("--max_steps", "5000", "--learning_rate", "3e-4"))
+    assert warnings == []
 
 
 def test_dropout_defaults_to_the_sizes_own():
@@ -210,5 +214,113 @@ def test_dropout_defaults_to_the_sizes_own():
 
 
 def test_output_folder_is_named_alike_on_every_process():
-    assert default_output_dir(parse("--wandb_name", "my run/1")) == "runs/my-run-1"
-    assert default_output_dir(parse("--model", "JiT-B/4")) == "runs/x-JiT-B-4-64px"
+    assert run_folder(parse("--wandb_name", "my run/1")) == "runs/my-run-1"
+    assert run_folder(parse("--model", "JiT-B/4")) == "runs/x-JiT-B-4-64px"
+
+
+def test_settings_from_python_are_those_of_the_command_line():
+    given = Config.of(
+        data_path="x", model="JiT-B/4", img_size=64, epochs=3, ema_decays=["auto", "0.99"], use_wandb=True
+    )
+    flags = ("--model", "JiT-B/4", "--img_size", "64", "--epochs", "3", "--ema_decays", "auto", "0.99", "--use_wandb")
+    assert given == parse(*flags)
+    assert isinstance(given.optim.epochs, float)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data_path": "x", "modle": "JiT-B/4"}, r"modle: no such setting; .* Did you mean 'model'"),
+        ({"model": "JiT-B/4"}, r"^data_path: not given"),
+        ({"data_path": "x", "batch_size": "32"}, r"^batch_size '32': must be of the type int"),
+        ({"data_path": "x", "batch_size": True}, r"^batch_size True: must be of the type int"),
+        ({"data_path": "x", "loss_space": "z"}, r"^loss_space 'z': must be of the type Literal"),
+        ({"data_path": "x", "adam_betas": (0.9,)}, r"^adam_betas \(0.9,\): must be of the type tuple"),
+        ({"data_path": "x", "model": "JiT-B/16", "img_size": 250}, r"^img_size 250: must be a multiple"),
+    ],
+)
+def test_wrong_settings_from_python_are_named(settings, message):
+    with pytest.raises(UserError, match=message):
+        Config.of(**settings)
+
+
+def test_a_recorded_configuration_of_another_version_is_read():
+    recorded = {"data_path": "x", "ema_decays": ["auto", "0.9"], "a_setting_of_later": 3}
+    assert Config.of_record(recorded) == parse("--ema_decays", "auto", "0.9")
+
+
+def write(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_recipe_states_only_what_differs_from_its_base(tmp_path):
+    write(tmp_path / "bases" / "paper.yaml", "data_path: x\nbatch_size: 7\nepochs: 9\nseed: 1\n")
+    write(tmp_path / "small.yaml", "base: bases/paper.yaml\nbatch_size: 8\nepochs: null\nmax_steps: 5\n")
+    file = write(tmp_path / "tiny.yaml", "base: small.yaml\nseed: 2\n")
+    expected = parse("--batch_size", "8", "--max_steps", "5", "--seed", "2")
+    assert parse_args(["--config", file]) == expected
+    assert parse_args(["--config", file, "--seed", "3"]).run.seed == 3
+
+
+def test_bases_that_cannot_be_are_refused(tmp_path):
+    loop = write(tmp_path / "a.yaml", "base: b.yaml\n")
+    write(tmp_path / "b.yaml", "base: c.yaml\n")
+    write(tmp_path / "c.yaml", "base: a.yaml\n")
+    with pytest.raises(UserError, match=r"^config .*c.yaml: its base a.yaml has it as a base"):
+        parse("--config", loop)
+    with pytest.raises(UserError, match=r"^config .*gone.yaml: cannot be read"):
+        parse("--config", write(tmp_path / "d.yaml", "base: gone.yaml\n"))
+    write(tmp_path / "wrong.yaml", "batchsize: 3\n")
+    with pytest.raises(UserError, match=r"^config .*wrong.yaml: batchsize is no setting. Did you mean 'batch_size'"):
+        parse("--config", write(tmp_path / "e.yaml", "base: wrong.yaml\n"))
+
+
+def weights(**facts):
+    sizes = {"depth": 12, "hidden_size": 768, "num_heads": 12, "mlp_ratio": 4.0}
+    defaults = {"patch_size": 4, "img_size": 64, "num_classes": 5, "noise_scale": 1.5, "prediction": "x"}
+    return Start(**{"path": "runs/a", "sizes": sizes, "guidance_scale": 2.7} | defaults | facts)
+
+
+def test_what_is_left_open_follows_from_the_weights_to_start_from():
+    config, _ = resolved(parse("--init_from", "runs/a"), start=weights())
+    settings = config.flat()
+    expected = {"model": "JiT-B/4", "img_size": 64, "noise_scale": 1.5, "guidance_scale": 2.7, "num_classes": 10}
+    assert {name: settings[name] for name in expected} == expected
+    given = ("--img_size", "128", "--guidance_scale", "3", "--lora_rank", "4")
+    config, _ = resolved(parse("--init_from", "runs/a", *given), start=weights(), num_classes=3)
+    assert (config.data.img_size, config.objective.noise_scale, config.sample.guidance_scale) == (128, 1.0, 3.0)
+    assert (config.model.num_classes, config.tune.lora_alpha) == (5, 4.0)
+    assert resolved(parse("--init_from", "a"), start=weights(), is_labelled=False)[0].sample.guidance_scale == 1.0
+
+
+def test_a_resumed_run_keeps_its_averages_and_what_it_had_from_its_source():
+    saved = {"ema_decays": ["auto"], "model": "JiT-S/8", "img_size": 32, "noise_scale": 2.0, "guidance_scale": 2.2}
+    config, _ = resolved(parse("--init_from", "gone", "--max_steps", "250000"), saved=saved)
+    assert {name: config.flat()[name] for name in saved} == saved
+    config, _ = resolved(parse("--max_steps", "250000"), saved=saved)
+    assert (config.model.model, config.data.img_size, config.optim.ema_decays) == ("JiT-B/16", 256, ("auto",))
+    assert resolved(parse("--ema_decays", "0.5"), saved=saved)[0].optim.ema_decays == ("0.5",)
+
+
+def test_workers_leave_a_core_to_the_training():
+    facts = [{"cores": 1}, {"cores": 4}, {"cores": 64}, {"cores": 64, "is_encoded": False}]
+    assert [resolved(parse(), **fact)[0].data.num_workers for fact in facts] == [0, 3, 8, 0]
+    assert resolved(parse("--num_workers", "2"), cores=64)[0].data.num_workers == 2
+
+
+@pytest.mark.parametrize(("fact", "reason"), [({"is_sharded": True}, "FSDP"), ({"precision": "fp16"}, "fp16")])
+def test_muon_needs_whole_matrices_in_a_wide_type(fact, reason):
+    with pytest.raises(UserError, match=rf"^optimizer muon: .*{reason}"):
+        resolved(parse("--optimizer", "muon"), **fact)
+
+
+def test_a_slow_use_of_the_device_is_said():
+    def warnings(**facts):
+        return " ".join(completed(parse("--max_steps", "5000", "--learning_rate", "3e-4"), **facts)[2])
+
+    assert "--mixed_precision bf16 is faster" in warnings(is_good_at_bf16=True)
+    assert "only emulates bf16" in warnings(precision="bf16")
+    assert "uses 1 of 4 cores: set OMP_NUM_THREADS=4" in warnings(cores=4, threads=1)
+    assert warnings(cores=4, threads=4) == warnings(cores=4) == ""

@@ -572,4 +572,4 @@ def test_a_broken_pipeline_folder_is_told(folder, tmp_path, capsys, spoil):
     spoil(tmp_path / "broken")
     assert "cannot be loaded" in refusal(capsys, tmp_path / "broken", tmp_path / "out")
     with pytest.raises(UserError, match=r"^init_from .*cannot be loaded"):
-        load_pipeline(str(tmp_path / "broken"), flag="--init_from")
+        load_pipeline(str(tmp_path / "broken"), about="init_from")

@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 from jit_accel import JiTPipeline, JiTScheduler, JiTTransformer2DModel
 from jit_accel.base.errors import UserError
+from jit_accel.config.completion import Facts, complete
+from jit_accel.config.settings import Config
 from jit_accel.data.batches.batch import Batch
 from jit_accel.model.transformer import build_model
 from jit_accel.train.initial_weights import Initial, Tuning, real_names, resample_patches, transfer
@@ -248,10 +250,9 @@ def test_sources_that_cannot_be_used_are_refused(images, base, tmp_path, capsys,
 
 
 def test_a_network_of_no_known_size_is_refused_with_the_sizes():
-    from jit_accel.config.settings import Config, DataConfig
-
+    config = Config.of(data_path="x", init_from="runs/source")
     with pytest.raises(UserError, match=r"depth 2, hidden_size 32.* is none of the sizes .*JiT-Ti"):
-        initial().settled(Config(DataConfig("x")))
+        complete(config, Facts(num_images=100, start=initial().start))
 
 
 def test_a_pipeline_without_a_run_or_names_serves_as_source(images, tmp_path, capsys):

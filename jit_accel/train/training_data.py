@@ -1,0 +1,71 @@
+"""The images to train on, and those held out, the same on all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from jit_accel.base.console import warn
+from jit_accel.base.errors import UserError
+from jit_accel.base.processes import on_all
+from jit_accel.config.settings import STREAMING, DataConfig
+from jit_accel.data.batches.holdout import HeldOut, split_holdout
+from jit_accel.data.formats.sources import Source, open_images
+
+
+def open_data(
+    data: DataConfig, *, img_size: int, val_images: int, accelerator: Accelerator
+) -> tuple[Source, HeldOut | None]:
+    """Open the images to train on, and those held out, if any; the same of both on all processes.
+
+    Args:
+        val_images: how many of those held out are read, at most.
+
+    Raises:
+        UserError: on all processes, whichever raised it.
+    """
+
+    def open_and_split() -> tuple[Source, HeldOut | None]:
+        source = open_images(
+            data.data_path,
+            data_format=data.data_format,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            streaming=STREAMING[data.streaming],
+        )
+        if not data.holdout:
+            return source, None
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        return split_holdout(
+            source, data.holdout, max_images=val_images, img_size=img_size, rank=rank, world_size=world_size
+        )
+
+    source, held_out = on_all(accelerator, open_and_split, in_turn=True)
+    num_held_out = len(held_out.keys) if held_out else 0
+    counts, fingerprints, held_counts = zip(*gather_object([(source.num_images, source.fingerprint, num_held_out)]))
+    _refuse_disagreement(data, counts, fingerprints)
+    if held_out and not sum(held_counts):
+        if accelerator.is_main_process:
+            warn("no image of the holdout can be read, or none was found: there is no val/loss.")
+        held_out = None
+    return source, held_out
+
+
+def _refuse_disagreement(data: DataConfig, counts: Sequence[int | None], fingerprints: Sequence[str]) -> None:
+    found = list(zip(counts, fingerprints))
+    other = next((rank for rank, finding in enumerate(found) if finding != found[0]), None)
+    if other is None:
+        return
+    trained = ", ".join(
+        f"process {rank} trains on {'?' if counts[rank] is None else f'{counts[rank]:,}'} ({fingerprints[rank][:8]})"
+        for rank in (0, other)
+    )
+    about, value = ("holdout", f"{data.holdout:g}") if data.holdout else ("data_path", data.data_path)
+    raise UserError(
+        f"the processes do not find the same images ({trained}): make sure that all machines have the same files and "
+        "can read all of them, then start again.",
+        about=about,
+        value=value,
+    )
