@@ -17,9 +17,9 @@ import torch
 from accelerate import Accelerator
 
 from jit_accel.base.devices import default_precision
-from jit_accel.evaluate.catalogue import chosen_metrics
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import FeatureNetwork, load_features
+from jit_accel.evaluate.settings import chosen_metrics
 from jit_accel.evaluate.statistics import Collector
 from jit_accel.model.generation import SamplerSettings
 from jit_accel.model.pipeline import JiTPipeline

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from jit_accel.evaluate import catalogue, features
+from jit_accel.evaluate import features, settings
 
 
 def load_tiny(weights: str | None) -> tuple:
@@ -22,9 +22,9 @@ def load_tiny(weights: str | None) -> tuple:
 def install() -> None:
     """Make it known as `--features tiny`."""
     features.LOADERS["tiny"] = load_tiny
-    catalogue.FEATURES["tiny"] = None
+    settings.FEATURES["tiny"] = None
 
 
 def remove() -> None:
     """Forget it again."""
-    del features.LOADERS["tiny"], catalogue.FEATURES["tiny"]
+    del features.LOADERS["tiny"], settings.FEATURES["tiny"]

@@ -93,18 +93,13 @@ class Candidate:
     def fingerprint(self) -> str:
         """Return a hash of the weights, by a checkpoint's seal or a pipeline's tensors, and of the scheduler."""
         pipeline = self.pipeline(self.emas[0])
-
-        def compute() -> str:
-            scheduler = json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str)
-            digest = hashlib.sha256(scheduler.encode())
-            if self.checkpoint is None:
-                digest.update(str(identity_of(pipeline.transformer.state_dict())).encode())
-            else:
-                for name in (MANIFEST, STATE):
-                    digest.update((self.checkpoint / name).read_bytes())
-            return digest.hexdigest()[:16]
-
-        return on_main(self.accelerator, compute)
+        digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
+        if self.checkpoint is None:
+            digest.update(str(identity_of(pipeline.transformer.state_dict())).encode())
+        else:
+            for name in (MANIFEST, STATE):
+                digest.update((self.checkpoint / name).read_bytes())
+        return digest.hexdigest()[:16]
 
 
 def weights_of(model: str, wants_average: bool) -> str:

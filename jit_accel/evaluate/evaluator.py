@@ -13,12 +13,11 @@ from jit_accel.base.console import warn
 from jit_accel.base.errors import UserError
 from jit_accel.base.processes import on_all, on_main
 from jit_accel.data.formats.sources import Source
-from jit_accel.evaluate.catalogue import metric_names
 from jit_accel.evaluate.features import FeatureNetwork
 from jit_accel.evaluate.formulas import measured
 from jit_accel.evaluate.image_sets import ImageSet, find_array, open_image_set
-from jit_accel.evaluate.reference import read_reference
-from jit_accel.evaluate.statistics import Collector, ImageStatistics
+from jit_accel.evaluate.settings import metric_names
+from jit_accel.evaluate.statistics import Collector, ImageStatistics, read_reference
 from jit_accel.model.generation import SamplerSettings, generate_batches, share_of
 from jit_accel.model.pipeline import JiTPipeline
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from jit_accel.base.devices import full_float32
 from jit_accel.base.errors import UserError, lookup
-from jit_accel.evaluate.catalogue import EFFICIENTNET_LITE0, INCEPTION
+from jit_accel.evaluate.settings import EFFICIENTNET_LITE0, INCEPTION
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # ends in the first digits of its SHA-256
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from jit_accel.evaluate.catalogue import metric_names
 from jit_accel.evaluate.features import MAIN, SPATIAL, has_torch_fidelity, import_torch_fidelity
+from jit_accel.evaluate.settings import metric_names
 from jit_accel.evaluate.statistics import INCEPTION_SCORE_SPLITS, Gaussian, ImageStatistics
 
 KID_SUBSET_SIZE = 1000

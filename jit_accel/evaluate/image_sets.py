@@ -8,7 +8,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import BinaryIO, NamedTuple
@@ -81,9 +81,6 @@ def open_image_set(path: str | Source, about: str) -> ImageSet:
 def images_of_source(source: Source) -> ImageSet:
     """Return all images of an opened data set."""
     images = source.images
-    if source.streaming and images.sizes is None:
-        counts = [sum(1 for _ in images.training_rows(unit)) for unit in range(images.num_units)]
-        images = replace(images, sizes=np.array(counts))
     count = int(np.sum(images.sizes)) if source.streaming else len(images)
     shares = partial(_stream_shares if source.streaming else _random_shares, images)
     return ImageSet(source.name, count, source.img_size or _first_side(source), shares, source.fingerprint)

@@ -98,5 +98,5 @@ def table_of(records: list[dict]) -> str:
 
 
 def _with_deviation(found: dict[str, float], name: str) -> str:
-    value = f"{found[name]:.5g}"
-    return f"{value} ± {found[f'{name}_std']:.2g}" if f"{name}_std" in found else value
+    deviation = found.get(f"{name}_std")
+    return f"{found[name]:.5g}" + ("" if deviation is None else f" ± {deviation:.2g}")

@@ -20,16 +20,14 @@ from jit_accel.base.errors import UserError
 from jit_accel.base.files import disk_errors
 from jit_accel.base.processes import on_all, on_main, process_group
 from jit_accel.evaluate.candidate import Candidate
-from jit_accel.evaluate.catalogue import chosen_metrics, metric_names
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import MAIN, FeatureNetwork, load_features
 from jit_accel.evaluate.formulas import unmeasurable
 from jit_accel.evaluate.grid import Setting, is_sweep
 from jit_accel.evaluate.image_sets import ImageSet, open_image_set
 from jit_accel.evaluate.records import FILE, add_records, read_records, record_file, table_of
-from jit_accel.evaluate.reference import save_reference
-from jit_accel.evaluate.settings import EvaluateConfig
-from jit_accel.evaluate.statistics import ImageStatistics
+from jit_accel.evaluate.settings import EvaluateConfig, chosen_metrics, metric_names
+from jit_accel.evaluate.statistics import ImageStatistics, save_reference
 from jit_accel.evaluate.sweep import Measured, Outcome, SweepLog, sweep
 from jit_accel.evaluate.sweep_table import as_markdown, verdict, write_sweep_files
 from jit_accel.evaluate.winner import pipeline_folder_of, show_on_card, write_winner

@@ -16,7 +16,6 @@ from toy_features import load_toy
 from jit_accel.base.errors import UserError
 from jit_accel.data.formats.sources import open_images
 from jit_accel.evaluate import formulas, main, measure, parse_args
-from jit_accel.evaluate.catalogue import chosen_metrics, metric_names
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import (
     LOADERS,
@@ -27,10 +26,9 @@ from jit_accel.evaluate.features import (
     load_features,
 )
 from jit_accel.evaluate.image_sets import open_image_set
-from jit_accel.evaluate.reference import save_reference
 from jit_accel.evaluate.run import imbalance, reference_fingerprint
-from jit_accel.evaluate.settings import EvaluateConfig, check
-from jit_accel.evaluate.statistics import Collector, Gaussian, ImageStatistics, Moments
+from jit_accel.evaluate.settings import EvaluateConfig, check, chosen_metrics, metric_names
+from jit_accel.evaluate.statistics import Collector, Gaussian, ImageStatistics, Moments, save_reference
 from jit_accel.model.generation import SamplerSettings
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.scheduler import JiTScheduler
