@@ -5,10 +5,12 @@ import os
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from data_samples import tar
 from helpers import Group
 from PIL import Image
 from toy_features import load_toy
@@ -355,7 +357,12 @@ def test_every_kind_of_images_is_read_once_by_any_number_of_processes(pixels, fo
         assert (
             prepare(["--data_path", str(folder), "--output_dir", str(tmp_path / form), "--format", form, *options]) == 0
         )
-    kinds = [str(folder), str(tmp_path / "uint8"), str(tmp_path / "png"), as_npz(tmp_path / "a.npz", pixels[:31])]
+    encoded = [path.read_bytes() for path in sorted(folder.iterdir())]
+    tar(tmp_path / "a.tar", {f"{number:03d}.png": data for number, data in enumerate(encoded)})
+    table = pyarrow.table({"image": [{"bytes": data, "path": None} for data in encoded], "label": list(range(31))})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=5)
+    kinds = [str(folder), as_npz(tmp_path / "a.npz", pixels[:31])]
+    kinds += [str(tmp_path / name) for name in ("uint8", "png", "a.tar", "a.parquet")]
     wanted = sorted(image.numpy().tobytes() for image in pixels[:31])
     for path in kinds:
         images = open_image_set(path, "images")
