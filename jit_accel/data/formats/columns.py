@@ -89,44 +89,35 @@ def find_columns(
     Raises:
         UserError: a named column does not exist, or no image column can be recognised.
     """
-    columns = ", ".join(features)
+    names = ", ".join(features)
     for about, wanted in (("image_column", image_column), ("label_column", label_column)):
         if wanted is not None and wanted not in features:
-            raise UserError(
-                f"{where} has no such column; choose from {columns}.{nearest(wanted, features)}",
-                about=about,
-                value=wanted,
-            )
+            rule = f"{where} has no such column; choose from {names}.{nearest(wanted, features)}"
+            raise UserError(rule, about=about, value=wanted)
     image = image_column or _guess_image(features)
     if image is None:
-        raise UserError(
-            f"none of the columns ({columns}) is recognisable as the image: name it with --image_column.",
-            about="data_path",
-            value=where,
-        )
-    if isinstance(features[image], pa.DataType):  # which HF datasets does not know
-        raise UserError(
-            f"its type is {features[image]}, and images are the bytes of JPEG, PNG, ... files: choose another of the "
-            f"columns {columns}.",
-            about="image_column",
-            value=image,
-        )
+        rule = f"none of the columns ({names}) is recognisable as the image: name it with --image_column."
+        raise UserError(rule, about="data_path", value=where)
     label = label_column or guess_label(features, image)
-    if label is not None and label_kind(features[label]) is None:
-        raise UserError(
-            f"its type is {features[label]}; labels are class labels, whole numbers or "
-            f"text: choose another of the columns {columns}.",
-            about="label_column",
-            value=label,
-        )
-    if label is None:
-        _warn_of_no_labels(features, image, where)
-    return Columns(image, label)
-
-
-def _warn_of_no_labels(features: Mapping[str, Any], image: str, where: str) -> None:
+    for about, column, is_fit, rule in (
+        (
+            "image_column",
+            image,
+            not isinstance(features[image], pa.DataType),
+            "images are JPEG, PNG, ... files as bytes",
+        ),
+        (
+            "label_column",
+            label,
+            label is None or label_kind(features[label]),
+            "labels are class labels, whole numbers or text",
+        ),
+    ):
+        if not is_fit:
+            rule = f"its type is {features[column]}; {rule}: choose another of the columns {names}."
+            raise UserError(rule, about=about, value=column)
     named = next((name for name in LABEL_NAMES if name in features and name != image), None)
-    if named is not None:
+    if label is None and named is not None:
         log.warning(
             "--data_path %s: the column %r is %s, which is no class: the images train unlabelled. Write it as whole "
             "numbers or text, or name another column with --label_column",
@@ -134,6 +125,7 @@ def _warn_of_no_labels(features: Mapping[str, Any], image: str, where: str) -> N
             named,
             features[named],
         )
+    return Columns(image, label)
 
 
 def _guess_image(features: Mapping[str, Any]) -> str | None:
@@ -174,11 +166,8 @@ def read_labels(feature: Any, values: Iterable | None, column: str | None, where
         return Labels(names, len(names) - 1, {name: i for i, name in enumerate(names)})
     if kind == "class":
         if values and max(values) >= feature.num_classes:
-            raise UserError(
-                f"{where} has the label {max(values)}, but only {feature.num_classes} class names: correct the data.",
-                about="label_column",
-                value=column,
-            )
+            rule = f"{where} has the label {max(values)}, but only {feature.num_classes} class names: correct the data."
+            raise UserError(rule, about="label_column", value=column)
         return Labels(tuple(feature.names), feature.num_classes - 1)
     return int_labels(int(max(values))) if values else Labels()
 
@@ -189,34 +178,19 @@ def int_labels(largest: int) -> Labels:
 
 
 def _check_labels(kind: str | None, values: list, column: str, where: str) -> None:
-    if any(value is None for value in values):
-        raise UserError(
-            f"some images of {where} have no label: label or remove them, or choose another column.",
-            about="label_column",
-            value=column,
-        )
     is_text = kind == "text"
+    numbers = [value for value in values if value is not None and not isinstance(value, str)]
     odd = [value for value in values if isinstance(value, str) != is_text]
-    if odd:
-        raise UserError(
-            f"in {where} some labels are text and others are numbers (among "
-            f"{'texts' if is_text else 'numbers'} there is {odd[0]!r}): write all in one type.",
-            about="label_column",
-            value=column,
-        )
-    if is_text or not values:
-        return
-    if min(values) < 0:
-        raise UserError(
-            f"{where} has the label {min(values)}; labels are 0, 1, 2, ... "
-            "(-1 marks unlabelled images, as in test splits): remove these images or choose another column.",
-            about="label_column",
-            value=column,
-        )
-    if max(values) >= MAX_CLASSES:
-        raise UserError(
-            f"{where} has the label {max(values)}, which looks like an id and not like "
-            f"one of at most {MAX_CLASSES:,} classes: choose another column.",
-            about="label_column",
-            value=column,
-        )
+    least, largest = min(numbers, default=0), max(numbers, default=0)
+    problems = {
+        f"some images of {where} have no label: label or remove them, or choose another column.": None in values,
+        f"in {where} some labels are text and others are numbers ({odd[:1]} is no {'text' if is_text else 'number'}): "
+        "write all in one type.": odd,
+        f"{where} has the label {least}; labels are 0, 1, 2, ... (-1 marks unlabelled images, as in test splits): "
+        "remove these images or choose another column.": least < 0,
+        f"{where} has the label {largest}, which looks like an id and not like one of at most {MAX_CLASSES:,} classes: "
+        "choose another column.": largest >= MAX_CLASSES,
+    }
+    problem = next((rule for rule, is_there in problems.items() if is_there), None)
+    if problem is not None:
+        raise UserError(problem, about="label_column", value=column)

@@ -31,7 +31,7 @@ UNDECODABLE_EXTENSIONS = frozenset(
 
 
 def is_known_image_folder(folder: str) -> bool:
-    """Whether the folder was opened before, has not changed since, and holds images and no files of other formats."""
+    """Return whether a folder was opened before, is unchanged, and holds images and no files of other formats."""
     scan = known_scan(folder)
     return scan is not None and len(scan.images) > 0 and not scan.other_endings.keys() & {".parquet", ".tar"}
 
@@ -78,11 +78,8 @@ def _check_request(request: Request) -> None:
     if not os.path.isdir(root):
         raise missing_path(root)
     if request.image_column is not None:
-        raise UserError(
-            f"{root} is a folder of images, which has no columns of images: leave the flag out.",
-            about="image_column",
-            value=request.image_column,
-        )
+        rule = f"{root} is a folder of images, which has no columns of images: leave the flag out."
+        raise UserError(rule, about="image_column", value=request.image_column)
     if request.streaming:
         raise UserError(
             f"{root} is a folder of images, which is read by random access (better shuffled, and any number of "
@@ -99,7 +96,7 @@ def _check_request(request: Request) -> None:
 
 
 def _classify(root: str, images: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray | None, Labels]:
-    """Classes by the names of the subfolders of `root`."""
+    """Return classes by the names of the subfolders of `root`."""
     in_folders = images.filter(pc.greater_equal(pc.find_substring(images, "/"), 0))
     if not len(in_folders):
         return images, None, Labels((_name_of(root),), 0)
@@ -107,11 +104,8 @@ def _classify(root: str, images: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.n
     names = tuple(sorted(pc.unique(folders).to_pylist()))
     if all(name.lower() in SPLIT_NAMES for name in names):
         best = next((name for name in names if name.lower().startswith("train")), names[0])
-        raise UserError(
-            f"its folders are splits ({', '.join(names)}), not classes: use --data_path {os.path.join(root, best)}.",
-            about="data_path",
-            value=root,
-        )
+        rule = f"its folders are splits ({', '.join(names)}), not classes: use --data_path {os.path.join(root, best)}."
+        raise UserError(rule, about="data_path", value=root)
     strays = len(images) - len(in_folders)
     if len(names) == 1:
         return images, None, Labels((_name_of(root) if strays else names[0],), 0)
@@ -150,16 +144,10 @@ def _no_images(root: str, scan: FolderScan) -> UserError:
         remedy = "give a folder of images, of Parquet files or of .tar files."
         if UNDECODABLE_EXTENSIONS & scan.other_endings.keys():
             remedy = "convert them to JPEG or PNG."
-        return UserError(
-            f"no images found. Looked for {looked_for} here and in all subfolders, and found {found}: {remedy}",
-            about="data_path",
-            value=root,
-        )
-    return UserError(
-        f"the folder is empty. Put images in it (one subfolder a class, or none): {looked_for}.",
-        about="data_path",
-        value=root,
-    )
+        rule = f"no images found. Looked for {looked_for} here and in all subfolders, and found {found}: {remedy}"
+        return UserError(rule, about="data_path", value=root)
+    rule = f"the folder is empty. Put images in it (one subfolder a class, or none): {looked_for}."
+    return UserError(rule, about="data_path", value=root)
 
 
 def _report_unreadable(root: str, scan: FolderScan) -> None:

@@ -1,4 +1,4 @@
-"""`index.json`: what a folder written by `python -m jit_accel.prepare` holds."""
+"""`index.json`, the table of contents of a folder written by `python -m jit_accel.prepare`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ UNFINISHED = ".unfinished"
 STORE_FORMAT = "jit_accel.prepared"
 STORE_VERSION = 1
 _CHUNK_BYTES = 2**20
-_FIELDS = {  # that are used, and their types; [type]: a list of these
+_FILE = {"file": str, "bytes": int, "sha256": str}
+_TABLE_SHARD = _FILE | {"images": int, "row_groups": [int]}
+_PIXELS_SHARD = _FILE | {"images": int, "table": _FILE}  # of encoding uint8
+_INDEX = {  # the fields that are used, and their types
     "encoding": str,
     "img_size": int,
     "num_images": int,
@@ -24,17 +27,14 @@ _FIELDS = {  # that are used, and their types; [type]: a list of these
     "num_skipped": int,
     "is_labelled": bool,
     "class_names": [str],
-    "settings": dict,
-    "shards": [dict],
+    "settings": {},
+    "shards": [{}],
 }
-_FILE_FIELDS = {"file": str, "bytes": int, "sha256": str}
-_PIXELS_FIELDS = _FILE_FIELDS | {"images": int, "table": dict}  # of encoding uint8
-_TABLE_FIELDS = _FILE_FIELDS | {"images": int, "row_groups": [int]}
-_TYPE_NAMES = {str: "text", int: "natural number", bool: "true or false", dict: "object"}
+_WORDS = {str: "text", int: "natural number", bool: "true or false", dict: "object", list: "list"}
 
 
 def is_prepared(folder: str | os.PathLike) -> bool:
-    """Whether `jit_accel.prepare` wrote this folder, or began to."""
+    """Return whether `jit_accel.prepare` wrote this folder, or began to."""
     if os.path.isfile(os.path.join(folder, UNFINISHED, "plan.json")):
         return True
     path = os.path.join(folder, INDEX)
@@ -76,39 +76,34 @@ def read_index(folder: str | os.PathLike, about: str = "data_path") -> dict:
 
 
 def files_of(index: dict) -> list[dict]:
-    """All files of a store, each with `file`, `bytes` and `sha256`."""
+    """Return all files of a store, each with `file`, `bytes` and `sha256`."""
     return [file for shard in index["shards"] for file in (shard, shard.get("table")) if file]
 
 
 def _check_index(index: dict) -> None:
     """Raise ValueError for what is missing or of another type, and for files elsewhere than in the folder."""
-    _check_fields(index, _FIELDS, INDEX)
+    _check_shape(index, _INDEX, INDEX)
     if not index["shards"]:
         raise ValueError("shards is empty")
-    for number, shard in enumerate(index["shards"]):
-        what = f"shard {number}"
-        _check_fields(shard, _PIXELS_FIELDS if index["encoding"] == "uint8" else _TABLE_FIELDS, what)
-        if "table" in shard:
-            _check_fields(shard["table"], _FILE_FIELDS, f"the table of {what}")
+    _check_shape(index["shards"], [_PIXELS_SHARD if index["encoding"] == "uint8" else _TABLE_SHARD], "shards")
     for name in (file["file"] for file in files_of(index)):
         if name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
             raise ValueError(f"{name!r} is no name of a file in this folder")
 
 
-def _check_fields(value: dict, fields: dict, what: str) -> None:
-    for name, kind in fields.items():
-        if name not in value:
-            raise ValueError(f"of {what}, {name} is missing")
-        found = value[name]
-        if not isinstance(kind, list):
-            if not _is_of(found, kind):
-                raise ValueError(f"of {what}, {name} is no {_TYPE_NAMES[kind]}")
-        elif not (isinstance(found, list) and all(_is_of(item, kind[0]) for item in found)):
-            raise ValueError(f"of {what}, {name} is no list of {_TYPE_NAMES[kind[0]]}s")
-
-
-def _is_of(value: object, kind: type) -> bool:
-    return type(value) is kind and (kind is not int or value >= 0)  # true and false are no numbers
+def _check_shape(value: object, shape: object, name: str, of: str = "") -> None:
+    """Raise ValueError unless `value` is of a type, a list of such, or a dict with such fields, as `shape` is one."""
+    kind = shape if isinstance(shape, type) else type(shape)
+    if type(value) is not kind or (kind is int and value < 0):
+        raise ValueError(f"{name} is no {of}{_WORDS[kind]}")
+    if isinstance(shape, list):
+        for item in value:
+            _check_shape(item, shape[0], name, "list of ")
+    elif isinstance(shape, dict):
+        for field, kind in shape.items():
+            if field not in value:
+                raise ValueError(f"{field} is missing")
+            _check_shape(value[field], kind, field)
 
 
 def _check_size(path: Path, expected: int, problem: Callable[[str], UserError]) -> None:
@@ -126,7 +121,7 @@ def _check_size(path: Path, expected: int, problem: Callable[[str], UserError]) 
 
 
 def sha256_of(path: str | os.PathLike) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

@@ -24,7 +24,7 @@ from jit_accel.data.formats.scan import FolderScan, changed_ns, walk_folder
 from jit_accel.data.reading.shard_cache import cache_folder
 from jit_accel.data.reading.shards import RACY_NS, Shard, at_once
 
-VERSION = "1"  # of what is in the files: another version's are not read
+VERSION = "2"  # of what is in the files: another version's are not read
 FILE_STATE = np.dtype([("path", "<u8"), ("size", "<i8"), ("mtime_ns", "<i8")])  # path: a hash
 _FILE_VALUE = np.dtype([*FILE_STATE.descr, ("value", "<u8")])
 _DIGEST_SIZE = hashlib.sha256().digest_size  # before the contents: Arrow crashes on some damaged files
@@ -46,13 +46,9 @@ def known_scan(root: str) -> FolderScan | None:
         table = pa.ipc.open_file(_read_sealed(_index_file(root))).read_all()
     except (OSError, pa.ArrowException):  # none, or a damaged one
         return None
-    directories = pa.ipc.open_stream(table.schema.metadata[b"directories"]).read_all()
-    directories = dict(zip(*(column.to_pylist() for column in directories.columns)))
     facts = json.loads(table.schema.metadata[b"scan"])
-    if not _is_unchanged(root, directories, facts["doubtful"]):
-        return None
-    other_endings = Counter(facts.pop("other_endings"))
-    return FolderScan(table.column(0), other_endings=other_endings, directories=directories, **facts)
+    scan = FolderScan(table.column(0), **facts | {"other_endings": Counter(facts["other_endings"])})
+    return scan if _is_unchanged(root, scan) else None
 
 
 def remembered(kind: str, shards: Sequence[Shard], look: Callable[[Shard], Any]) -> list[Any]:
@@ -127,33 +123,20 @@ def hash_strings(strings: pa.ChunkedArray, head: Iterable[str] = ()) -> str:
     return digest.hexdigest()[:16]
 
 
-def _is_unchanged(root: str, directories: dict[str, int], doubtful: list[str]) -> bool:
+def _is_unchanged(root: str, scan: FolderScan) -> bool:
     try:
-        found = [changed_ns(os.stat(os.path.join(root, prefix))) for prefix in directories]
+        found = [changed_ns(os.stat(os.path.join(root, prefix))) for prefix in scan.directories]
     except OSError:
         return False
-    return found == list(directories.values()) and not any(_is_readable(os.path.join(root, path)) for path in doubtful)
-
-
-def _is_readable(path: str) -> bool:
-    return os.path.exists(path) and (not os.path.isdir(path) or os.access(path, os.R_OK | os.X_OK))
+    return found == list(scan.directories.values()) and not any(
+        os.path.exists(path) and (not os.path.isdir(path) or os.access(path, os.R_OK | os.X_OK))
+        for path in (os.path.join(root, name) for name in scan.doubtful)
+    )
 
 
 def _scan_data(scan: FolderScan) -> bytes:
-    facts = {
-        "metadata": scan.metadata,
-        "other_endings": scan.other_endings,
-        "unreadable": scan.unreadable,
-        "doubtful": scan.doubtful,
-    }
-    changed = pa.array(scan.directories.values(), pa.int64())
-    directories = pa.table({"path": pa.array(scan.directories, pa.string()), "changed_ns": changed})
-    buffer = pa.BufferOutputStream()
-    with pa.ipc.new_stream(buffer, directories.schema) as writer:
-        writer.write_table(directories)
-    schema = pa.schema(
-        [("path", pa.string())], {"scan": json.dumps(facts), "directories": buffer.getvalue().to_pybytes()}
-    )
+    facts = {name: value for name, value in vars(scan).items() if name != "images"}
+    schema = pa.schema([("path", pa.string())], {"scan": json.dumps(facts)})
     data = pa.BufferOutputStream()
     with pa.ipc.new_file(data, schema) as writer:
         writer.write_table(pa.table([scan.images], schema=schema))

@@ -25,7 +25,7 @@ FILE_NAME = "file_name"
 def labels_from_metadata(
     root: str, scan: FolderScan, label_column: str | None
 ) -> tuple[pa.ChunkedArray, np.ndarray | None, Labels | None]:
-    """The images that the metadata files under `root` list, and their labels.
+    """Return the images that the metadata files under `root` list, and their labels.
 
     A metadata file speaks for its own folder and those below: its column `file_name` holds paths relative to it. The
     labels come from `label_column`, or from the first column named label, class, ...: whole numbers as they are, text
@@ -79,7 +79,7 @@ def _read(file: str, label_column: str | None) -> pa.Table:
 
 
 def _without_repeated(table: pa.Table, file: str, label_column: str | None) -> pa.Table:
-    """Without the columns of which there are several of one name, none of which may be needed."""
+    """Return a table without the columns of which there are several of one name, none of which may be needed."""
     counts = Counter(table.column_names)
     needed = [FILE_NAME, *([label_column] if label_column else LABEL_NAMES)]
     for name in needed:
@@ -128,11 +128,8 @@ def _label_column(tables: list[pa.Table], names: list[str], wanted: str | None) 
     shared = [name for name in tables[0].column_names if all(name in table.column_names for table in tables)]
     columns = [name for name in shared if name != FILE_NAME]
     if wanted is not None and wanted not in columns:
-        raise UserError(
-            f"{names[0]} has no such column; choose from {', '.join(columns) or 'none'}.{nearest(wanted, columns)}",
-            about="label_column",
-            value=wanted,
-        )
+        rule = f"{names[0]} has no such column; choose from {', '.join(columns) or 'none'}.{nearest(wanted, columns)}"
+        raise UserError(rule, about="label_column", value=wanted)
     features = features_of(tables[0].select(columns).schema)
     if wanted is not None and label_kind(features[wanted]) is None:
         raise UserError(
@@ -152,7 +149,7 @@ def _label_column(tables: list[pa.Table], names: list[str], wanted: str | None) 
 
 
 def _one_type(columns: list[pa.ChunkedArray], name: str) -> pa.ChunkedArray:
-    """Numbers in one file and text in another are text."""
+    """Return the columns as one; numbers in one file and text in another are text."""
     types = {column.type for column in columns}
     if len(types) > 1:
         columns = [column.cast(pa.string()) for column in columns]
@@ -160,7 +157,7 @@ def _one_type(columns: list[pa.ChunkedArray], name: str) -> pa.ChunkedArray:
 
 
 def _paths(table: pa.Table, metadata: str) -> pa.Array:
-    """The listed paths relative to the root."""
+    """Return the listed paths relative to the root."""
     listed = table.column(FILE_NAME).combine_chunks().cast(pa.string())
     listed = pc.replace_substring_regex(pc.replace_substring(listed, "\\", "/"), r"^(\./+)+", "")
     folder = posixpath.dirname(metadata)
@@ -173,7 +170,7 @@ def _paths(table: pa.Table, metadata: str) -> pa.Array:
 
 
 def _once(places: np.ndarray, ids: np.ndarray, scan: FolderScan, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Each image once, in the order of the paths."""
+    """Return each image once, in the order of the paths."""
     order = np.argsort(places, kind="stable")
     places, ids = places[order], ids[order]
     again = places[1:] == places[:-1]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -47,11 +48,8 @@ def open_prepared(request: Request) -> Source:
 
 def _open_pixels(request: Request, index: dict) -> PixelStore:
     if request.streaming:
-        raise UserError(
-            f"{request.path} holds memory-mapped pixels, which are read by random access: leave the flag out.",
-            about="streaming",
-            value="true",
-        )
+        rule = f"{request.path} holds memory-mapped pixels, which are read by random access: leave the flag out."
+        raise UserError(rule, about="streaming", value="true")
     shards = tuple((shard["file"], shard["table"]["file"], shard["images"]) for shard in index["shards"])
     return PixelStore(os.path.abspath(request.path), index["img_size"], shards, index["is_labelled"])
 
@@ -84,66 +82,74 @@ class PixelStore:
     img_size: int
     shards: tuple[tuple[str, str, int], ...]
     is_labelled: bool = True
-    _open: dict = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def is_encoded(self) -> bool:
-        return False
+    is_encoded = False
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}
-
-    @property
-    def _starts(self) -> np.ndarray:
-        if "starts" not in self._open:
-            self._open["starts"] = np.cumsum([0, *(count for *_, count in self.shards)])
-        return self._open["starts"]
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def read(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
         """Copy pixels; see `Images.read`. Into a smaller `out` the squares are scaled, as `center_crop` does."""
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         rows = indices - self._starts[shards]
-        if out.shape[-1] != self.img_size:
-            for place, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist())):
-                out[place] = crop_pixels(self._pixels(shard)[row], out.shape[-1])
-        elif len(shards) and (shards == shards[0]).all() and out.flags.c_contiguous:
-            np.take(self._pixels(int(shards[0])), rows, axis=0, out=out, mode="clip")  # "raise" makes a copy first
+        is_scaled = out.shape[-1] != self.img_size
+        if not is_scaled and len(shards) and (shards == shards[0]).all() and out.flags.c_contiguous:
+            np.take(self._pixels[int(shards[0])], rows, axis=0, out=out, mode="clip")  # "raise" makes a copy first
         else:
             for place, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist())):
-                out[place] = self._pixels(shard)[row]
+                pixels = self._pixels[shard][row]
+                out[place] = crop_pixels(pixels, out.shape[-1]) if is_scaled else pixels
         return self.labels()[indices], {}
 
-    def _pixels(self, shard: int) -> np.ndarray:
-        """uint8 (N, 3, S, S), read-only."""
-        if shard not in self._open:
-            self._open[shard] = _map_array(Path(self.folder) / self.shards[shard][0])
-        return self._open[shard]
-
     def labels(self) -> np.ndarray:
-        """int64 (n,)."""
-        return self._column("label") if self.is_labelled else self._zeros
+        """Return the classes, int64 (n,)."""
+        return (
+            self._column("label") if self.is_labelled else self._columns.setdefault("", np.zeros(len(self), np.int64))
+        )
 
     def keys(self) -> np.ndarray:
-        """The `content_key` of the file that each image was made of: uint64 (n,)."""
+        """Return the `content_key` of the file that each image was made of, uint64 (n,)."""
         return self._column("key")
 
     def names(self) -> np.ndarray:
-        """Of each image the name it had in its source: str (n,)."""
+        """Return the name that each image had in its source, str (n,)."""
         return self._column("name")
 
-    @property
+    @cached_property
     def _zeros(self) -> np.ndarray:
-        if "zeros" not in self._open:
-            self._open["zeros"] = np.zeros(len(self), np.int64)
-        return self._open["zeros"]
+        return np.zeros(len(self), np.int64)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum([0, *(count for *_, count in self.shards)])
+
+    @cached_property
+    def _pixels(self) -> _MappedArrays:
+        return _MappedArrays([Path(self.folder) / name for name, *_ in self.shards])
+
+    @cached_property
+    def _columns(self) -> dict[str, np.ndarray]:
+        return {}
 
     def _column(self, name: str) -> np.ndarray:
-        if name not in self._open:
-            self._open[name] = np.concatenate([_read_column(Path(self.folder) / t, name) for _, t, _ in self.shards])
-        return self._open[name]
+        if name not in self._columns:
+            parts = [_read_column(Path(self.folder) / table, name) for _, table, _ in self.shards]
+            self._columns[name] = np.concatenate(parts)
+        return self._columns[name]
+
+
+class _MappedArrays(dict):
+    """The pixels of each shard by its number, uint8 (N, 3, S, S), read-only; mapped when they are first asked for."""
+
+    def __init__(self, paths: list[Path]):
+        super().__init__()
+        self._paths = paths
+
+    def __missing__(self, shard: int) -> np.ndarray:
+        self[shard] = _map_array(self._paths[shard])
+        return self[shard]
 
 
 def _read_column(path: Path, name: str) -> np.ndarray:

@@ -57,11 +57,8 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
             return [f"{n:0{len(ends[1])}d}" for n in range(first, last + 1)]
     elif "," in inside:
         return inside.split(",")
-    raise UserError(
-        f"{{{inside}}} is no range and no list of names: write {{000..009}} or {{a,b}}.",
-        about="data_path",
-        value=pattern,
-    )
+    rule = f"{{{inside}}} is no range and no list of names: write {{000..009}} or {{a,b}}."
+    raise UserError(rule, about="data_path", value=pattern)
 
 
 def find_remote_shards(path: str) -> list[RemoteShard]:
@@ -77,11 +74,8 @@ def _matches(pattern: str) -> list[str]:
     if "*" not in pattern:
         return [pattern]
     if pattern.partition("://")[0].lower() in ("http", "https"):
-        raise UserError(
-            "web servers do not list their files: name them by braces, as in shard-{000..009}.tar.",
-            about="data_path",
-            value=pattern,
-        )
+        rule = "web servers do not list their files: name them by braces, as in shard-{000..009}.tar."
+        raise UserError(rule, about="data_path", value=pattern)
     files, inside = file_system(pattern)
     found = patiently(lambda: sorted(files.glob(inside)), pattern, outages.OPENING_PATIENCE_S)
     if not found:

@@ -1,4 +1,4 @@
-"""The walk over a folder of image files: which there are, in which order, and what else was met."""
+"""The walk over a folder of image files, their order, and what else lies there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PATHS_PER_CHUNK = 2**18  # far below the 2 GiB that the offsets of an Arrow str
 
 @dataclass
 class FolderScan:
-    """What is under a folder; all paths are relative to it, with /.
+    """The content of a folder; all paths are relative to it, with /.
 
     images: strings, sorted. metadata: the metadata files. other_endings: how many files of which other kinds.
     unreadable: "path (reason)" of what cannot be read. doubtful: those of them that may become readable without any
@@ -47,7 +47,7 @@ class FolderScan:
 
 
 def changed_ns(info: os.stat_result) -> int:
-    """When a folder changed last: its mtime, unless that was set back, as tar and cp -a do."""
+    """Return when a folder changed last: its mtime, unless that was set back, as tar and cp -a do."""
     return max(info.st_mtime_ns, info.st_ctime_ns)
 
 
@@ -59,7 +59,7 @@ def walk_folder(root: str) -> FolderScan:
 
 
 def has_images(root: str) -> bool:
-    """Whether `walk_folder` would find any; stops at the first folder that holds some."""
+    """Return whether `walk_folder` would find any; stops at the first folder that holds some."""
     return next(_walk(root, FolderScan(pa.chunked_array([], pa.string()))), None) is not None
 
 
@@ -113,7 +113,7 @@ def _in_order(files: list[str], folders: list[str], prefix: str, ancestors: tupl
 
 
 def _list(folder: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[str]]:
-    """The names of the images and of the folders in a folder."""
+    """Return the names of the images and of the folders in a folder."""
     files, folders, holds_samples = [], [], False
     with os.scandir(folder) as entries:
         for entry in entries:

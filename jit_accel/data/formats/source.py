@@ -1,4 +1,4 @@
-"""What an opened data set is, and the few things that its openers share."""
+"""An opened data set, and the few things that its openers share."""
 
 from __future__ import annotations
 

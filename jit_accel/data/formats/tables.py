@@ -219,11 +219,8 @@ def check_schemas(shards: Sequence[Shard], footers: Sequence[Footer]) -> None:
 def _check_unique(columns: Columns, schema: pa.Schema, where: str) -> None:
     twice = next((name for name in columns.all if schema.names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(
-            f"two columns are named {twice!r}: rename one, or choose others with --image_column and --label_column.",
-            about="data_path",
-            value=where,
-        )
+        rule = f"two columns are named {twice!r}: rename one, or choose others with --image_column and --label_column."
+        raise UserError(rule, about="data_path", value=where)
 
 
 def _read_labels(
@@ -275,11 +272,8 @@ def _load(addresses: list[str], features: Features, where: str) -> Dataset:
         )
     except Exception as error:  # of many kinds
         reason = error.__cause__ or error
-        raise UserError(
-            f"HF datasets cannot read these files ({type(reason).__name__}: {reason}): correct them.",
-            about="data_path",
-            value=where,
-        ) from error
+        rule = f"HF datasets cannot read these files ({type(reason).__name__}: {reason}): correct them."
+        raise UserError(rule, about="data_path", value=where) from error
 
 
 def _builtin_files() -> dict[str, str]:

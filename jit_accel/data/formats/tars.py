@@ -58,11 +58,8 @@ def open_tars(request: Request, format: str, shards: Sequence[Shard]) -> Source:
     sample = _first_sample(shards[0])
     columns = _find_columns(sample, request)
     if columns.image.rsplit(".", 1)[-1].lower() not in IMAGE_EXTENSIONS:
-        raise UserError(
-            f"the members .{columns.image} of {request.path} are no images: choose another ending.",
-            about="image_column",
-            value=columns.image,
-        )
+        rule = f"the members .{columns.image} of {request.path} are no images: choose another ending."
+        raise UserError(rule, about="image_column", value=columns.image)
     counts = _listed_counts(shards, columns, sample)
     labels, kind = read_labels(None, None, None, request.path), Value("int64")
     if counts is None:
@@ -127,11 +124,8 @@ def _find_columns(sample: dict[str, bytes], request: Request) -> Columns:
             return Columns(image, table, key, any_image=any_image)
         keys += f" (in .json: {', '.join(entries)})"
     if wanted is not None:
-        raise UserError(
-            f"the first sample of {request.path} consists of {keys}: choose from these.",
-            about="label_column",
-            value=wanted,
-        )
+        rule = f"the first sample of {request.path} consists of {keys}: choose from these."
+        raise UserError(rule, about="label_column", value=wanted)
     return Columns(image, any_image=any_image)
 
 

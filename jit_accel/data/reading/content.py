@@ -1,4 +1,4 @@
-"""Which image this is, by its encoded bytes: the same wherever and under whatever name it is stored."""
+"""Keys of images by their encoded bytes: the same wherever and under whatever name it is stored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LASTING = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR
 
 
 def content_key(data: bytes | memoryview) -> int:
-    """A number below 2**64 that tells encoded images apart, from their size, beginning and end."""
+    """Return a number below 2**64 that tells encoded images apart, from their size, beginning and end."""
     return _key(len(data), bytes(data[:_EDGE]), bytes(data[-_EDGE:]))
 
 

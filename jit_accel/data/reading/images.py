@@ -28,7 +28,7 @@ _FILES_AT_ONCE = 256
 
 
 class Images(Protocol):
-    """What `RandomAccessLoader` reads from. Where no image needs decoding, `is_encoded` is there and False."""
+    """Images that can be read in any order. Where no image needs decoding, `is_encoded` is there and False."""
 
     def __len__(self) -> int: ...
 
@@ -75,7 +75,7 @@ class TableImages:
         return labels, bad
 
     def keys(self) -> np.ndarray:
-        """Reads both ends of every file that is new or changed, unless keys were stored; see `Images.keys`."""
+        """Read both ends of every file that is new or changed, unless keys were stored; see `Images.keys`."""
         if self.columns.key:
             return self.dataset.with_format("arrow")[self.columns.key][:].to_numpy().astype(np.uint64)
         if paths := self._paths():
@@ -90,7 +90,7 @@ class TableImages:
         return keys
 
     def _paths(self) -> list[str]:
-        """The images' files, or [] where any image is in the table itself."""
+        """Return the images' files, or [] where any image is in the table itself."""
         if not isinstance(self.columns.image_of(self.dataset[0][self.columns.image])[0], str):
             return []
         column = self.dataset.select_columns([self.columns.image]).with_format("arrow")[self.columns.image][:]
@@ -101,7 +101,7 @@ class TableImages:
 
 
 def announce_keys(count: int) -> None:
-    """Say why the start takes long."""
+    """Warn that the start takes long, and why."""
     if count > MANY_KEYS:
         log.warning("reading the content keys of %s images for --holdout ...", f"{count:,}")
 
@@ -127,7 +127,7 @@ def _read_keys(paths: list[str]) -> np.ndarray:
 
 
 def _states(paths: list[str], root: str) -> np.ndarray:
-    """`FILE_STATE` of each; its path as seen from `root`, so that the name of `root` does not matter."""
+    """Return the `FILE_STATE` of each; its path as seen from `root`, so that the name of `root` does not matter."""
     states = np.empty(len(paths), FILE_STATE)
     hashes = [hashlib.blake2b(path.removeprefix(root).encode(), digest_size=8).digest() for path in paths]
     states["path"] = np.frombuffer(b"".join(hashes), "<u8")

@@ -72,8 +72,5 @@ class ParquetReader:
 
 
 def _damaged(path: str, group: int, error: Exception) -> UserError:
-    return UserError(
-        f"row group {group} cannot be read ({error}): restore the file and go on with --resume auto.",
-        about="data_path",
-        value=path,
-    )
+    rule = f"row group {group} cannot be read ({error}): restore the file and go on with --resume auto."
+    return UserError(rule, about="data_path", value=path)

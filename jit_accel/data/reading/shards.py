@@ -218,11 +218,8 @@ def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     except ImportError as error:
         raise UserError(f"{error}.", about="data_path", value=without_secrets(url)) from error
     except ValueError as error:
-        raise UserError(
-            f"{protocol}:// is unknown ({error}): https://, s3://, gs:// and hf:// are among those that can be read.",
-            about="data_path",
-            value=without_secrets(url),
-        ) from error
+        rule = f"{protocol}:// is unknown ({error}): https://, s3://, gs:// and hf:// are among those that can be read."
+        raise UserError(rule, about="data_path", value=without_secrets(url)) from error
     if not any(files is other for other in _kept):
         _kept.append(files)
     return files, inside
