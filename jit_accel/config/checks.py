@@ -32,7 +32,7 @@ RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (lambda v: 1 <= v <= MOST_STEPS, f"at least 1 and at most {MOST_STEPS:,}", "eval_num_inference_steps"),
     (lambda v: 2 <= v <= MOST_IMAGES, f"at least 2 and at most {MOST_IMAGES:,}", "eval_images"),
     (lambda v: v >= 1, "at least 1", "shuffle_buffer num_classes batch_size gradient_accumulation_steps max_steps"),
-    (lambda v: v >= 1, "at least 1", "keep_checkpoints log_every_steps val_images"),
+    (lambda v: v >= 1, "at least 1", "lanes keep_checkpoints log_every_steps val_images"),
     (lambda v: v >= 1, "at least 1; leave it out to train all weights", "lora_rank"),
     (lambda v: v == 3, "3: grey and transparent images are converted to RGB, so leave it out", "in_channels"),
     (lambda v: v >= 0, "0 or more", "num_workers warmup_steps save_every_steps sample_every_steps val_every_steps"),

@@ -47,8 +47,10 @@ class DataConfig:
     streaming: Literal["auto", "true", "false"] = "auto"
     """Read in order instead of at random (auto: Parquet, WebDataset and Hub data stream, the rest does not)."""
     shuffle_buffer: int = 1024
-    """Images that each of the (up to eight) lanes of a stream shuffles together; held undecoded, about 256 MiB at most
-    (over a network, as many again are read ahead)."""
+    """Images of a lane of a stream that are shuffled together; held undecoded, about 256 MiB at most."""
+    lanes: int | None = None
+    """Parts of a stream that are read side by side; the order of the images depends on their number, which a run keeps
+    (default: about eight a process, at most one a file or row group)."""
     img_size: int | None = None
     """Side of the square training images in pixels (default: 16 patches, or that of init_from)."""
     horizontal_flip: bool = True

@@ -1,4 +1,4 @@
-"""From `--data_path` to batches: `open_images`, then `build_loader`."""
+"""From `--data_path` to batches: `open_images`, then `batches.ready_batches.batches`."""
 
 from importlib import import_module
 
@@ -12,7 +12,7 @@ __all__ = list(_ROOMS)
 
 
 def __getattr__(name: str):
-    """Import on demand, so that `python -m jit_accel.data.benchmark --help` need not wait for torch."""
+    """Import on demand, so that settings and names can be read without torch."""
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_ROOMS[name]), name)

@@ -64,7 +64,7 @@ KINDS = {
     "data_starving": Kind(
         "the training waits for data {value:.0%} of the time",
         "images are read or decoded too slowly: raise --num_workers, or store them once with jit_accel.prepare; "
-        "python -m jit_accel.data.benchmark tells which stage is slow.",
+        "benchmarks/loader.py measures which stage is slow.",
     ),
 }
 

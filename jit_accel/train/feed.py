@@ -5,10 +5,9 @@ from __future__ import annotations
 from accelerate.utils import gather_object
 
 from jit_accel.base.errors import UserError
-from jit_accel.config.settings import Config
+from jit_accel.config.settings import DataConfig
 from jit_accel.data.batches.batch import Batch
-from jit_accel.data.batches.loader import build_loader
-from jit_accel.data.batches.ready_batches import ReadyBatches
+from jit_accel.data.batches.ready_batches import batches
 from jit_accel.data.batches.waiting import Waiting, waiting_advice
 from jit_accel.data.batches.workers import cores_per_process, worker_memory_gib
 from jit_accel.data.formats.sources import Source
@@ -17,31 +16,33 @@ from jit_accel.monitor.metrics import of_each_process
 
 
 class Feed:
-    """The images of one process of a run.
+    """The images of one process of a run, on its device.
 
     Args:
-        config: fully resolved settings.
-        accelerator: tells the process, and the device that batches are wanted on.
+        data: where the images are, and how they are read.
+        accelerator: process, number of processes, and device.
+        batch_size, seed, num_classes: see `build_loader`.
     """
 
-    def __init__(self, config: Config, source: Source, accelerator):
-        self.config, self.source, self.accelerator = config, source, accelerator
-        data, device = config.data, accelerator.device
-        loader = build_loader(
+    def __init__(
+        self, data: DataConfig, source: Source, accelerator, *, batch_size: int, seed: int, num_classes: int | None
+    ):
+        self.data, self.source, self.accelerator = data, source, accelerator
+        self.loader = batches(
             source,
             img_size=data.img_size,
-            batch_size=config.optim.batch_size,
-            seed=config.run.seed,
+            batch_size=batch_size,
+            seed=seed,
+            device=accelerator.device,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             num_workers=data.num_workers,
             horizontal_flip=data.horizontal_flip,
-            pin_memory=device.type == "cuda",
             shuffle_buffer=data.shuffle_buffer,
-            num_classes=config.model.num_classes,
+            lanes=data.lanes,
+            num_classes=num_classes,
         )
-        self.loader = ReadyBatches(loader, device)
-        self.waiting = Waiting(device)
+        self.waiting = Waiting(accelerator.device)
         self.bad_images: dict[str, None] = {}  # in the order of their discovery
 
     def next(self) -> Batch:
@@ -63,16 +64,16 @@ class Feed:
         self.loader.close()
 
     def all_bad_images(self) -> list[str]:
-        """Those of all processes, which call this together."""
+        """Return the broken images of all processes, which call this together."""
         return list(dict.fromkeys(gather_object(list(self.bad_images))))
 
     def counters(self) -> list[float]:
-        """What `read_counters` wants of every process, to be averaged over them."""
+        """Return what `read_counters` wants of every process, to be averaged over them."""
         waited_s = of_each_process(self.waiting.seconds, self.accelerator.process_index, self.accelerator.num_processes)
         return [float(len(self.bad_images)), *waited_s]  # the slowest gates all
 
     def read_counters(self, means: list[float], steps: int) -> tuple[int, dict[str, float]]:
-        """The number of broken images, and the metrics of the last `steps` steps, from averaged `counters()`."""
+        """Return the number of broken images, and metrics of the last `steps` steps, from averaged `counters()`."""
         bad_images, *waited_s = means
         measured = {}
         if steps:
@@ -83,13 +84,13 @@ class Feed:
         return round(bad_images * self.accelerator.num_processes), measured
 
     def lost_lately(self) -> tuple[float | None, str | None]:
-        """The share of the time that was lost to waiting, where there is enough to tell, and what helps against it."""
+        """Return the share of the time that was lost to waiting, and what helps; None where it is too early to say."""
         share = self.waiting.lost_lately()
         if share is None:
             return None, None
         advice = waiting_advice(
-            self.config.data.data_path,
-            num_workers=self.config.data.num_workers,
+            self.data.data_path,
+            num_workers=self.data.num_workers,
             cores=cores_per_process(),
             is_remote=getattr(self.source.images, "is_remote", False),
             is_encoded=self.source.is_encoded,
@@ -98,14 +99,14 @@ class Feed:
         return share, advice
 
     def state_dict(self) -> dict:
-        """Everything a later run needs, of all processes, which call this together."""
+        """Return the place of the next images, and the broken ones of all processes, which call this together."""
         return {
-            "loaders": gather_object([self.loader.state_dict()]),
+            "loaders": [self.loader.state_dict()],  # a list, because streams had a state for each process
             "bad_images": gather_object([list(self.bad_images)]),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue where `state_dict()` was taken, by these or other numbers of processes; before the first batch.
+        """Continue where `state` was taken, by these or other numbers of processes; before the first batch.
 
         Raises:
             UserError: it is of another seed or another way of reading.

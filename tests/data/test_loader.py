@@ -113,9 +113,9 @@ def test_another_number_of_processes_continues_without_loss(source, loaders):
 
 def test_a_state_of_another_seed_or_kind_is_refused(source, loaders):
     loader = loaders(source)
-    with pytest.raises(UserError, match=r"--seed was 12 .* is 11 now"):
+    with pytest.raises(UserError, match=r"the seed 12, and it is 11 now"):
         loader.load_state_dict(loader.state_dict() | {"seed": 12})
-    with pytest.raises(UserError, match="--streaming was stream"):
+    with pytest.raises(UserError, match="the kind stream, and it is random_access now"):
         loader.load_state_dict({"kind": "stream"})
 
 

@@ -7,6 +7,7 @@ files are added, renamed, moved or prepared, and copies of one image are all on 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from jit_accel.data.reading.shards import Shard
 from jit_accel.data.reading.units import Stream
 
 log = logging.getLogger(__name__)
-Decoded = tuple[int, np.ndarray, int]  # key, uint8 (3, H, W), label
+Decoded = tuple[int, np.ndarray, int]  # index, uint8 (3, H, W), label
 
 
 @dataclass(frozen=True)
@@ -47,23 +48,25 @@ def split_holdout(
 ) -> tuple[Source, HeldOut | None]:
     """Take a share of the images out of `source`, and read those `max_images` of them with the smallest keys.
 
-    Process `rank` gets its part of them; None, with a warning, where the share is too small for any. The fingerprint
-    of the rest follows from which images these are.
+    Process `rank` gets its part of them; None, with a warning, where the share is too small for any. The fingerprint of
+    the rest follows from which images these are.
 
     Raises:
         UserError: no image is left.
     """
     limit = int(share * 2**64)
-    split = _split_stream if source.streaming else _split_images
-    rest, decoded = split(source, limit, _Wanted(max_images, img_size, rank, world_size))
-    if rest.num_images == 0:
+    by_unit = _stream_keys(source) if source.streaming else [source.images.keys()]
+    keys = np.concatenate(by_unit)
+    is_held = keys < np.uint64(limit)
+    held = np.flatnonzero(is_held)
+    if len(held) == len(keys):
         raise UserError(
             f"holds out all {source.num_images} images of {source.name} (by a hash of their "
             "content): use a smaller share, or more images.",
             about="holdout",
             value=f"{share:g}",
         )
-    if rest.num_images == source.num_images:
+    if not len(held):
         log.warning(
             "--holdout %g: holds out none of the %d images of %s (by a hash of their content), so there is no "
             "val/loss: use a larger share, or more images",
@@ -72,60 +75,43 @@ def split_holdout(
             source.name,
         )
         return source, None
-    found = list(decoded)
-    images = np.stack([pixels for _, pixels, _ in found]) if found else np.empty((0, 3, img_size, img_size), np.uint8)
-    keys = np.array([key >> 1 for key, *_ in found], np.int64)
-    labels = torch.tensor([label for *_, label in found], dtype=torch.int64)
-    return rest, HeldOut(torch.from_numpy(images), labels, keys)
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    max_images: int
-    img_size: int
-    rank: int
-    world_size: int
-
-    def of(self, sorted_items: list) -> list:
-        """This process's share of the first `max_images`."""
-        return sorted_items[: self.max_images][self.rank :: self.world_size]
-
-
-def _split_images(source: Source, limit: int, wanted: _Wanted) -> tuple[Source, Iterator[Decoded]]:
-    images: Images = source.images
-    keys = images.keys()
-    is_held = keys < np.uint64(limit)
-    held = sorted(zip(keys[is_held].tolist(), np.flatnonzero(is_held).tolist()))
-    rest = _without(source, is_held, SomeImages(images, np.flatnonzero(~is_held)))
-    return rest, _read(images, wanted.of(held), wanted)
-
-
-def _without(source: Source, is_held: np.ndarray, images: Images | Stream) -> Source:
+    chosen = held[np.argsort(keys[held], kind="stable")][:max_images][rank::world_size]
+    if source.streaming:
+        ends = np.cumsum([len(of_unit) for of_unit in by_unit])
+        sizes = np.array([(~part).sum() for part in np.split(is_held, ends[:-1])], np.int64)
+        images = replace(source.images, min_key=limit, sizes=sizes)
+        found = list(_read_stream(source.images, np.sort(chosen), ends, img_size))
+    else:
+        images = SomeImages(source.images, np.flatnonzero(~is_held))
+        found = list(_read_images(source.images, chosen, img_size))
     kept = hashlib.sha256(np.packbits(is_held)).hexdigest()
     identity = fingerprint_of([source.fingerprint, kept])
-    return replace(source, images=images, num_images=int((~is_held).sum()), fingerprint=identity)
+    rest = replace(source, images=images, num_images=len(keys) - len(held), fingerprint=identity)
+    pixels = np.stack([one for _, one, _ in found]) if found else np.empty((0, 3, img_size, img_size), np.uint8)
+    labels = torch.tensor([label for *_, label in found], dtype=torch.int64)
+    indices = np.array([index for index, *_ in found], np.int64)
+    return rest, HeldOut(torch.from_numpy(pixels), labels, (keys[indices] >> np.uint64(1)).astype(np.int64))
 
 
-def _read(images: Images, chosen: list[tuple[int, int]], wanted: _Wanted) -> Iterator[Decoded]:
-    for key, index in chosen:
-        out = np.empty((1, 3, wanted.img_size, wanted.img_size), np.uint8)
+def _read_images(images: Images, chosen: np.ndarray, img_size: int) -> Iterator[Decoded]:
+    for index in chosen.tolist():
+        out = np.empty((1, 3, img_size, img_size), np.uint8)
         labels, bad = images.read(np.array([index]), out)
         if not bad:
-            yield key, out[0], int(labels[0])
+            yield index, out[0], int(labels[0])
 
 
-def _split_stream(source: Source, limit: int, wanted: _Wanted) -> tuple[Source, Iterator[Decoded]]:
-    stream: Stream = source.images
-    kept = replace(stream, min_key=limit)
-    keys = _stream_keys(source)
-    is_held = [of_unit < np.uint64(limit) for of_unit in keys]
-    sizes = np.array([(~of_unit).sum() for of_unit in is_held], np.int64)
-    held = sorted(
-        (key, u, row) for u, of_unit in enumerate(keys) for row, key in enumerate(of_unit.tolist()) if key < limit
-    )
-    chosen = sorted((unit, row, key) for key, unit, row in wanted.of(held))
-    rest = _without(source, np.concatenate(is_held), replace(kept, sizes=sizes))
-    return rest, _decode(stream, _rows(stream, chosen), wanted)
+def _read_stream(stream: Stream, chosen: np.ndarray, ends: np.ndarray, img_size: int) -> Iterator[Decoded]:
+    """Read the images of these numbers, which are sorted; `ends`: of each unit the number behind its last image."""
+    columns, unit, rows, position = stream.columns, -1, iter(()), 0
+    for index in chosen.tolist():
+        if unit < 0 or index >= ends[unit]:
+            unit, position = int(np.searchsorted(ends, index, side="right")), index
+            rows = stream.rows(unit, index - (int(ends[unit - 1]) if unit else 0))
+        row = next(islice(rows, index - position, None))
+        position = index + 1
+        with contextlib.suppress(BadImage):
+            yield index, decode_row(row[columns.image], columns, img_size), columns.label_of(row.get(columns.label))
 
 
 def _stream_keys(source: Source) -> list[np.ndarray]:
@@ -167,23 +153,3 @@ def _packed(keys: np.ndarray) -> str:
 
 def _unpacked(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), "<u8").astype(np.uint64)
-
-
-def _rows(stream: Stream, chosen: list[tuple[int, int, int]]) -> Iterator[tuple[int, dict]]:
-    """Yield (key, row) of these (unit, row number, key), which are sorted."""
-    unit, position, rows = -1, 0, iter(())
-    for wanted_unit, number, key in chosen:
-        if wanted_unit != unit:
-            unit, position, rows = wanted_unit, number, stream.rows(wanted_unit, number)
-        yield key, next(islice(rows, number - position, None))
-        position = number + 1
-
-
-def _decode(stream: Stream, held: Iterator[tuple[int, dict]], wanted: _Wanted) -> Iterator[Decoded]:
-    columns = stream.columns
-    for key, row in held:
-        try:
-            pixels = decode_row(row[columns.image], columns, wanted.img_size)
-        except BadImage:
-            continue
-        yield key, pixels, columns.label_of(row.get(columns.label))

@@ -1,243 +1,223 @@
-"""The lanes in which a process reads its share of a stream: rows in, decoded chunks in a shuffled order out."""
+"""The lanes of a stream: undecoded rows in, by windows; decoded images out, in the order of `StreamOrder`."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from itertools import islice
 
 import numpy as np
 import torch
 
 from jit_accel.base import rng
 from jit_accel.base.errors import UserError
-from jit_accel.data.batches import order
 from jit_accel.data.batches.batch import MAX_SUBSTITUTES, decode_row, empty_batch
-from jit_accel.data.batches.partition import Partition, Place, shuffled
-from jit_accel.data.batches.spans import Span, clipped, from_numbers
+from jit_accel.data.batches.order import StreamOrder, shares
 from jit_accel.data.formats.source import Source
 from jit_accel.data.reading.decode import BadImage
 from jit_accel.data.reading.read_ahead import ReadAhead
 
-MAX_BLOCK_BYTES = 2**28  # a lane's block ends here at the latest, so that photos of megabytes do not fill the memory
+MAX_WINDOW_BYTES = 2**28  # so that photos of megabytes do not fill the memory
+_SAMPLED_ROWS = 32  # for the size of an image
 MAX_UNREADABLE = 10_000
 
 
-@dataclass
-class Chunk:
-    """Decoded images that come next in a lane, and the places before and after them.
+@dataclass(frozen=True)
+class Window:
+    """The undecoded images of one window. first: the number of its first in the epoch. order: indices into `rows`."""
 
-    images: uint8 (k, 3, H, W), k <= batch_size, 0 where the lane has nothing in an epoch. labels: int64 (k,).
-    mirror: bool (k,). bad_images: by their places in the chunk, "name: reason" of those that another image replaces.
+    key: tuple[int, int]  # epoch, window
+    first: int
+    rows: list[dict]
+    order: np.ndarray
+
+
+@dataclass
+class _Lane:
+    """A lane that is being read, in `epoch`, to the image `number`, and its last window."""
+
+    epoch: int
+    number: int
+    rows: Iterator[dict]
+    window: Window | None = None
+    used: int = 0
+
+    def close(self) -> None:
+        self.rows.close()
+
+
+class LaneReader:
+    """The windows of a stream's lanes, each read once as long as the positions that are asked for only grow.
+
+    A lane that was not used for as many batches as there are lanes is closed: each pattern of lanes has come again by
+    then, so that it is another reader's, of which a few images at the end of an epoch were this one's.
     """
 
-    lane: int
-    before: Place
+    def __init__(self, source: Source, order: StreamOrder):
+        self._name, self._stream, self._order = source.name, source.images, order
+        self._lanes: dict[int, _Lane] = {}
+        self._batches = 0
+
+    def window(self, epoch: int, lane: int, number: int) -> Window:
+        """Return window `number` of `lane`, read if it is not there.
+
+        Raises:
+            UserError: a shard is shorter than it was when it was opened, or cannot be read.
+        """
+        current = self._lanes.get(lane)
+        if current is None or current.window.key != (epoch, number):
+            current = self._lanes[lane] = self._read(lane, epoch, number)
+        current.used = self._batches
+        return current.window
+
+    def end_batch(self) -> None:
+        """Close the lanes that are no longer used."""
+        self._batches += 1
+        for lane in [lane for lane, one in self._lanes.items() if self._batches - one.used > self._order.lanes]:
+            self._lanes.pop(lane).close()
+
+    def _read(self, lane: int, epoch: int, number: int) -> _Lane:
+        first, end = self._order.window_bounds(lane, number)
+        current = self._lanes.pop(lane, None)
+        if current is None or (current.epoch, current.number) != (epoch, first):
+            if current is not None:
+                current.close()
+            current = _Lane(epoch, first, self._rows(epoch, first, self._order.lane_bounds(lane)[1]))
+        current.number, current.window = end, None  # whose memory is free while the next is read
+        rows = list(islice(current.rows, end - first))
+        current.window = Window((epoch, number), first, rows, self._order.shuffled(epoch, lane, number) - first)
+        return current
+
+    def _rows(self, epoch: int, first: int, end: int) -> Iterator[dict]:
+        """Return the images [first, end) of `epoch`; over a network a window is read while the last is decoded."""
+        rows = self._rows_in_units(epoch, first, end)
+        if not self._stream.is_remote:
+            return rows
+        return ReadAhead(rows, self._order.window, MAX_WINDOW_BYTES, partial(num_bytes, self._stream))
+
+    def _rows_in_units(self, epoch: int, first: int, end: int) -> Iterator[dict]:
+        units, starts = self._order.units(epoch)
+        while first < end:
+            place = int(np.searchsorted(starts, first, side="right")) - 1
+            start, stop = int(starts[place]), min(int(starts[place + 1]), end)
+            read = first
+            for row in islice(self._stream.training_rows(int(units[place]), first - start), stop - first):
+                yield row
+                read += 1
+            if read < stop:
+                raise UserError(
+                    f"a shard ended after {read - start} images where there were {starts[place + 1] - start} when it "
+                    "was opened: it changed or was cut short; restore it and go on with --resume auto.",
+                    about="data_path",
+                    value=self._name,
+                )
+            first = stop
+
+
+@dataclass
+class Part:
+    """What one reader decodes of a batch: the images at `places`, int64 (k,), sorted.
+
+    images: uint8 (k, 3, H, W). labels: int64 (k,). bad_images: {place: "name: reason"}, replaced by other images.
+    """
+
+    places: np.ndarray
     images: torch.Tensor
     labels: np.ndarray
-    mirror: np.ndarray
     bad_images: dict[int, str]
-    after: Place
-
-    def split(self, count: int) -> tuple[Chunk, Chunk]:
-        """The first `count` images and the rest."""
-        between = replace(self.before, offset=self.before.offset + count)
-        bad = self.bad_images.items()
-        first = replace(
-            self,
-            images=self.images[:count],
-            labels=self.labels[:count],
-            mirror=self.mirror[:count],
-            bad_images={place: reason for place, reason in bad if place < count},
-            after=between,
-        )
-        rest = replace(
-            self,
-            before=between,
-            images=self.images[count:],
-            labels=self.labels[count:],
-            mirror=self.mirror[count:],
-            bad_images={place - count: reason for place, reason in bad if place >= count},
-        )
-        return first, rest
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """What the lanes of a loader have in common."""
+class PartReader(torch.utils.data.IterableDataset):
+    """The endless `Part`s of reader `number` of `count`, which read the images of `batches` together.
 
-    img_size: int
-    batch_size: int
-    seed: int
-    shuffle_buffer: int
-    horizontal_flip: bool
+    An item is a Part, or a UserError, which is not raised: torch would bury its message under a worker's traceback.
+    """
 
+    def __init__(
+        self, source: Source, order: StreamOrder, img_size: int, batches: Iterable[np.ndarray], number: int, count: int
+    ):
+        """`batches`: of sorted positions, int64 (k,)."""
+        self._source, self._stream, self._order, self._img_size = source, source.images, order, img_size
+        self._batches, self._number, self._count = batches, number, count
+        self._first_readable: tuple[np.ndarray, int] | None = None
 
-class Item(NamedTuple):
-    """An undecoded image: its number in the epoch, and where it lies."""
-
-    number: int
-    value: dict
-    unit: int
-    row: int
-
-
-class Lane:
-    """The endless chunks of one lane of process `rank`, from `place` on."""
-
-    def __init__(self, source: Source, decoding: Decoding, partition: Partition, rank: int, lane: int, place: Place):
-        self.name, self.stream, self.decoding, self.partition = source.name, source.images, decoding, partition
-        self.rank, self.lane, self.place = rank, lane, place
-        self.fallback: tuple[np.ndarray, int] | None = None
-
-    def chunks(self) -> Iterator[Chunk]:
-        while True:
-            for chunk in self._epoch(self.place):
-                self.place = chunk.after
-                yield chunk
-
-    def _epoch(self, place: Place) -> Iterator[Chunk]:
-        """From `place` to the end of its epoch."""
-        part = clipped(self.partition.part(place.epoch, self.rank, self.lane), place.start)
-        over = Place(place.epoch + 1)
-        with contextlib.closing(self._ahead(self._rows(place.epoch, part))) as rows:
-            first = next(rows, None)
-            if first is None:
-                yield self._empty_chunk(0, place, over)
-            while first is not None:
-                block = self._read_block(itertools.chain([first], rows), place)
-                first = next(rows, None)  # the block's last chunk must know whether the epoch ends with it
-                begun = replace(place, block=tuple(from_numbers(np.array([item.number for item in block]))))
-                place = Place(place.epoch, block[-1].number + 1)
-                yield from self._block(block, begun, over if first is None else place)
-
-    def _rows(self, epoch: int, spans: list[Span]) -> Iterator[Item]:
-        """All images in `spans`."""
-        for unit, first_number, ranges in self.partition.order(epoch).in_units(spans):
-            row, missing = ranges[0][0], ranges[-1][1]
-            rows = self.stream.training_rows(unit, row)
-            for start, stop in ranges:
-                for value in rows:
-                    if row >= start:
-                        yield Item(first_number + row, value, unit, row)
-                    row += 1
-                    if row == stop:
-                        break
-            if row < missing and self.partition.sizes is not None:
-                raise UserError(
-                    f"a shard ended after {row} images where there were {missing} when it was "
-                    "opened: it changed or was cut short; restore it and go on with --resume auto.",
-                    about="data_path",
-                    value=self.name,
-                )
-
-    def _ahead(self, rows: Iterator[Item]) -> Iterator[Item]:
-        """Over a network the next block is read while this one is decoded."""
-        if not self.stream.is_remote:
-            return rows
-        return ReadAhead(rows, self.decoding.shuffle_buffer, MAX_BLOCK_BYTES, self._num_bytes)
-
-    def _num_bytes(self, item: Item) -> int:
-        data, _ = self.stream.columns.image_of(item.value[self.stream.columns.image])
-        return len(data or b"")
-
-    def _read_block(self, rows: Iterator[Item], place: Place) -> list[Item]:
-        """The next images, as many as are shuffled together."""
-        block, num_bytes = [], 0
-        known = sum(b - a for a, b in place.block)  # a block that was begun ends where it ended
-        while len(block) < (known or self.decoding.shuffle_buffer) and (known or num_bytes < MAX_BLOCK_BYTES):
-            item = next(rows, None)
-            if item is None:
-                break
-            num_bytes += self._num_bytes(item)
-            block.append(item)
-        return block
-
-    def _block(self, block: list[Item], place: Place, after: Place) -> Iterator[Chunk]:
-        """Decode the rest of a block in its shuffled order, in chunks that end at multiples of the batch size."""
-        decoding, epoch = self.decoding, place.epoch
-        numbers = np.array([item.number for item in block], np.int64)
-        turns = shuffled(decoding.seed, epoch, numbers)
-        mirrored = order.flips(decoding.seed, numbers, f"flip/{epoch}")
-        while place.offset < len(block):
-            stop = min((place.offset // decoding.batch_size + 1) * decoding.batch_size, len(block))
-            following = replace(place, offset=stop)
-            turns_now = turns[place.offset : stop]
-            chunk = self._empty_chunk(len(turns_now), place, after if stop == len(block) else following)
-            images = chunk.images.numpy()
-            for n, k in enumerate(turns_now):
-                try:
-                    images[n], chunk.labels[n] = self._decode(block[k])
-                except BadImage as error:
-                    chunk.bad_images[n] = str(error)
-                    images[n], chunk.labels[n] = self._substitute(block, numbers[k], epoch, str(error))
-                chunk.mirror[n] = mirrored[k]
-            yield chunk
-            place = following
-
-    def _empty_chunk(self, count: int, before: Place, after: Place) -> Chunk:
-        size = self.decoding.img_size
-        images = empty_batch((count, 3, size, size))
-        return Chunk(self.lane, before, images, np.zeros(count, np.int64), np.zeros(count, bool), {}, after)
-
-    def _substitute(self, block: list[Item], number: int, epoch: int, reason: str) -> tuple[np.ndarray, int]:
-        """Another image of the block for one that is bad, so that batches keep their shape and epochs their length."""
-        draws = int(number) * MAX_SUBSTITUTES + np.arange(MAX_SUBSTITUTES)
-        for k in rng.hash64(self.decoding.seed, f"substitute/{epoch}", draws) % np.uint64(len(block)):
-            try:
-                return self._decode(block[int(k)])
-            except BadImage:  # it is named at its own turn
-                continue
-        if self.fallback is None:
-            self.fallback = self._first_readable(reason)
-        return self.fallback
-
-    def _first_readable(self, reason: str) -> tuple[np.ndarray, int]:
-        rows = (
-            Item(0, value, unit, row)
-            for unit in range(self.stream.num_units)
-            for row, value in enumerate(self.stream.training_rows(unit))
-        )
-        tried = 0
-        for item in itertools.islice(rows, MAX_UNREADABLE):
-            try:
-                return self._decode(item)
-            except BadImage:
-                tried += 1
-        raise UserError(
-            f"none of {tried} images can be decoded ({reason}): repair the data.", about="data_path", value=self.name
-        )
-
-    def _decode(self, item: Item) -> tuple[np.ndarray, int]:
-        columns, value = self.stream.columns, item.value
-        name_of = partial(self.stream.name_of, item.unit, item.row)
-        pixels = decode_row(value[columns.image], columns, self.decoding.img_size, name_of)
-        return pixels, columns.label_of(value.get(columns.label))
-
-
-class Lanes(torch.utils.data.IterableDataset):
-    """The chunks of the lanes of one worker, in the order in which `StreamLoader` asks for them."""
-
-    def __init__(self, lanes: list[Lane], epoch: int, turn: int):
-        """`turn`: the lane of the whole process that comes next, in `epoch`, the least of its lanes'."""
-        self.lanes, self.epoch, self.turn = lanes, epoch, turn
-
-    def __iter__(self) -> Iterator[Chunk | UserError]:
-        """A UserError is yielded, not raised: torch would bury its message under a worker's traceback."""
-        chunks = [lane.chunks() for lane in self.lanes]
-        places = [lane.place for lane in self.lanes]
-        turn = self.turn if min(place.epoch for place in places) == self.epoch else 0
+    def __iter__(self) -> Iterator[Part | UserError]:
+        lanes = LaneReader(self._source, self._order)
         try:
-            while True:
-                epoch = min(place.epoch for place in places)
-                for n, lane in enumerate(self.lanes):
-                    if lane.lane >= turn and places[n].epoch == epoch:
-                        chunk = next(chunks[n])
-                        places[n] = chunk.after
-                        yield chunk
-                turn = 0
+            for positions in self._batches:
+                yield self._part(lanes, positions)
+                lanes.end_batch()
         except UserError as error:
             yield error
+
+    def _part(self, lanes: LaneReader, positions: np.ndarray) -> Part:
+        by_place = self._order.places(positions)
+        mine = shares(by_place.lane, self._count)[self._number]
+        slots = np.argsort(np.argsort(mine))  # the images lie in the order of their places, and are read by lanes
+        size = self._img_size
+        part = Part(np.sort(mine), empty_batch((len(mine), 3, size, size)), np.empty(len(mine), np.int64), {})
+        images = part.images.numpy()
+        for slot, place in zip(slots.tolist(), mine.tolist()):
+            epoch, lane, number, offset = (int(values[place]) for values in by_place)
+            window = lanes.window(epoch, lane, number)
+            try:
+                images[slot], part.labels[slot] = self._decode(window, int(window.order[offset]))
+            except BadImage as error:
+                part.bad_images[place] = str(error)
+                images[slot], part.labels[slot] = self._substitute(window, int(positions[place]), str(error))
+        return part
+
+    def _decode(self, window: Window, index: int) -> tuple[np.ndarray, int]:
+        def name() -> str:
+            unit, row = self._order.rows(window.key[0], window.first + index)
+            return self._stream.name_of(int(unit), int(row))
+
+        return self._decode_row(window.rows[index], name)
+
+    def _decode_row(self, row: dict, name: Callable[[], str]) -> tuple[np.ndarray, int]:
+        columns = self._stream.columns
+        pixels = decode_row(row[columns.image], columns, self._img_size, name)
+        return pixels, columns.label_of(row.get(columns.label))
+
+    def _substitute(self, window: Window, position: int, reason: str) -> tuple[np.ndarray, int]:
+        """Return another image of the window for one that is bad, so that batches keep their shape."""
+        draws = position * MAX_SUBSTITUTES + np.arange(MAX_SUBSTITUTES)
+        chosen = rng.hash64(self._order.seed, "substitute", draws) % np.uint64(len(window.rows))
+        for index in chosen.tolist():
+            with contextlib.suppress(BadImage):  # it is named at its own turn
+                return self._decode(window, index)
+        if self._first_readable is None:
+            self._first_readable = self._find_readable(reason)
+        return self._first_readable
+
+    def _find_readable(self, reason: str) -> tuple[np.ndarray, int]:
+        stream = self._stream
+        rows = ((unit, row) for unit in range(stream.num_units) for row in enumerate(stream.training_rows(unit)))
+        tried = 0
+        for unit, (number, row) in islice(rows, MAX_UNREADABLE):
+            tried += 1
+            with contextlib.suppress(BadImage):
+                return self._decode_row(row, partial(stream.name_of, unit, number))
+        raise UserError(
+            f"none of {tried} images can be decoded ({reason}): repair the data.",
+            about="data_path",
+            value=self._source.name,
+        )
+
+
+def num_bytes(stream, row: dict) -> int:
+    """Return the size of an undecoded image that is in its row."""
+    data, _ = stream.columns.image_of(row[stream.columns.image])
+    return 0 if data is None or isinstance(data, str) else len(data)
+
+
+def images_in_a_window(stream, shuffle_buffer: int) -> int:
+    """Return `shuffle_buffer`, or fewer images where so many would not fit into a window's memory.
+
+    This follows from the data alone: from the mean size of the first images of the largest unit.
+    """
+    rows = islice(stream.training_rows(int(np.argmax(stream.sizes))), _SAMPLED_ROWS)
+    sizes = [num_bytes(stream, row) for row in rows]
+    return max(1, min(shuffle_buffer, int(MAX_WINDOW_BYTES * len(sizes) / max(1, sum(sizes)))))

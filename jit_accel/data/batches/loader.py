@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,13 +15,12 @@ from jit_accel.base import rng
 from jit_accel.base.errors import UserError
 from jit_accel.data.batches import order
 from jit_accel.data.batches.batch import MAX_SUBSTITUTES, PixelBatch, check_labels, empty_batch
-from jit_accel.data.batches.lanes import Decoding
-from jit_accel.data.batches.state import check_state
-from jit_accel.data.batches.streams import StreamLoader
+from jit_accel.data.batches.lanes import Part, PartReader, images_in_a_window
 from jit_accel.data.batches.workers import make_loader
 from jit_accel.data.formats.source import Source
 
-__all__ = ["PixelBatch", "RandomAccessLoader", "StreamLoader", "build_loader"]
+log = logging.getLogger(__name__)
+STREAM_VERSION = 3  # of the order, and of the state that goes with it
 
 
 def build_loader(
@@ -30,21 +33,19 @@ def build_loader(
     world_size: int = 1,
     num_workers: int = 0,
     horizontal_flip: bool = True,
-    pin_memory: bool = False,
     shuffle_buffer: int = 1024,
+    lanes: int | None = None,
     num_classes: int | None = None,
-) -> RandomAccessLoader | StreamLoader:
-    """An endless iterator of `PixelBatch`es of `batch_size` images for process `rank` of `world_size`.
+) -> Loader:
+    """Return an endless iterator of `PixelBatch`es of `batch_size` images for process `rank` of `world_size`.
 
-    It has `state_dict()` (small, JSON, describing what was handed out and not what was prefetched),
-    `load_state_dict(states)` (of all processes in the order of their ranks; before the first batch), `epoch` and
-    `close()`. Each image comes exactly once an epoch, and states may be resumed with other values of `world_size`,
-    `batch_size` and `num_workers`. Random access gives the images in an order that does not depend on these; the
-    order of a stream depends on the first two.
+    Each image comes exactly once an epoch, in an order that follows from the seed and the data (of a stream also from
+    `lanes` and `shuffle_buffer`), and not from the numbers of processes and workers.
 
     Args:
         num_workers: processes that decode; 0 decodes in this one.
-        shuffle_buffer: images that each of the (up to eight) lanes of a stream shuffles together.
+        shuffle_buffer: images of a lane of a stream that are shuffled together; fewer where they are large.
+        lanes: of a stream; None for about eight a process.
         num_classes: labels from here on are refused with a `UserError` when they are met.
 
     Raises:
@@ -57,27 +58,128 @@ def build_loader(
             about="img_size",
             value=img_size,
         )
-    how = {"world_size": world_size, "num_workers": num_workers, "pin_memory": pin_memory, "num_classes": num_classes}
-    if source.streaming:
-        decoding = Decoding(img_size, batch_size, seed, shuffle_buffer, horizontal_flip)
-        return StreamLoader(source, decoding, rank=rank, **how)
-    return RandomAccessLoader(_BatchView(source, img_size, batch_size, seed, rank, horizontal_flip), **how)
+    task = ReadingTask(source, img_size, batch_size, seed, rank, world_size, num_workers, horizontal_flip)
+    reader = StreamReader(task, shuffle_buffer, lanes) if source.streaming else RandomAccessReader(task)
+    return Loader(task, reader, num_classes)
 
 
-class _BatchView(torch.utils.data.Dataset):
+@dataclass(frozen=True)
+class ReadingTask:
+    """The arguments of `build_loader` that all readers need."""
+
+    source: Source
+    img_size: int
+    batch_size: int
+    seed: int
+    rank: int
+    world_size: int
+    num_workers: int
+    horizontal_flip: bool
+
+    @property
+    def step_images(self) -> int:
+        """Images of one micro-batch of all processes."""
+        return self.world_size * self.batch_size
+
+    @property
+    def num_images(self) -> int:
+        images = self.source.images
+        return int(images.sizes.sum()) if self.source.streaming else len(images)
+
+    def batch(self, images: torch.Tensor, labels: np.ndarray, positions: np.ndarray, bad: list[str]) -> PixelBatch:
+        """Return a batch with the mirroring that follows from the positions."""
+        mirror = order.flips(self.seed, positions) if self.horizontal_flip else None
+        return PixelBatch(images, torch.from_numpy(labels), positions, bad, mirror)
+
+
+class Loader:
+    """Batches of one process, from a position that is the same on all of them; see `build_loader`."""
+
+    def __init__(self, task: ReadingTask, reader: RandomAccessReader | StreamReader, num_classes: int | None):
+        self._task, self._reader, self._num_classes = task, reader, num_classes
+        self._position = 0
+        self._batches: Iterator[PixelBatch | UserError] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next image, counted from 0."""
+        return self._position // self._task.num_images
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> PixelBatch:
+        if self._batches is None:
+            self._batches = self._reader.batches(self._position)
+        batch = next(self._batches)
+        if isinstance(batch, UserError):
+            raise batch
+        check_labels(batch.labels.numpy(), self._num_classes)
+        self._position += self._task.step_images
+        return batch
+
+    def state_dict(self) -> dict:
+        """Return the place of the next batch, and what the order depends on; equal on all processes, JSON."""
+        return {**self._reader.circumstances(), "seed": self._task.seed, "position": self._position}
+
+    def load_state_dict(self, state: dict | list[dict]) -> None:
+        """Continue where `state` (or the states of all processes) was taken; before the first batch.
+
+        The numbers of processes and workers and the batch size may be others. Lanes and windows stay as they were.
+
+        Raises:
+            UserError: the state is of another way of reading, or of another seed.
+        """
+        if self._batches is not None:
+            raise RuntimeError("load_state_dict() after the first batch")
+        state = state[0] if isinstance(state, list) else state
+        for name, now, remedy in (
+            ("kind", self._reader.kind, "use the same --streaming as then"),
+            ("seed", self._task.seed, f"the order of the images follows from the seed: use {state.get('seed')} again"),
+        ):
+            if state.get(name) != now:
+                raise UserError(
+                    f"the checkpoint was saved with the {name} {state.get(name)}, and it is {now} now; {remedy}, or "
+                    "start anew with --resume none.",
+                    about="resume",
+                )
+        self._position = self._reader.resumed(state)
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._batches is not None:
+            self._batches.close()
+        self._batches = None
+
+
+class RandomAccessReader(torch.utils.data.Dataset):
     """Item `base` is the batch of this rank when the run stands at position `base`."""
 
-    def __init__(self, source: Source, img_size: int, batch_size: int, seed: int, rank: int, horizontal_flip: bool):
-        self.images, self.num_images = source.images, len(source.images)
-        self.img_size, self.batch_size, self.seed, self.rank = img_size, batch_size, seed, rank
-        self.horizontal_flip = horizontal_flip
+    kind = "random_access"
+
+    def __init__(self, task: ReadingTask):
+        self._task, self._images, self._num_images = task, task.source.images, task.num_images
+
+    def circumstances(self) -> dict:
+        """Return what the order depends on besides the seed."""
+        return {"kind": self.kind}
+
+    def resumed(self, state: dict) -> int:
+        """Return the position to go on from."""
+        return state["position"]
+
+    def batches(self, position: int) -> Iterator[PixelBatch | UserError]:
+        """Yield the batches from `position` on."""
+        bases = _Bases(position, self._task.step_images)
+        yield from make_loader(self, num_workers=self._task.num_workers, sampler=bases)
 
     def __getitem__(self, base: int) -> PixelBatch | UserError:
-        """A UserError is returned, not raised: torch would bury its message under a worker's traceback."""
-        positions = order.batch_positions(base, self.rank, self.batch_size)
-        batch = empty_batch((self.batch_size, 3, self.img_size, self.img_size))
-        images = batch.numpy()
-        labels, bad = self.images.read(order.image_indices(self.seed, positions, self.num_images), images)
+        """Return a UserError instead of raising it: torch would bury its message under a worker's traceback."""
+        task = self._task
+        positions = order.batch_positions(base, task.rank, task.batch_size)
+        pixels = empty_batch((task.batch_size, 3, task.img_size, task.img_size))
+        images = pixels.numpy()
+        labels, bad = self._images.read(order.image_indices(task.seed, positions, self._num_images), images)
         for place, reason in bad.items():
             label = self._substitute(int(positions[place]), images[place : place + 1])
             if label is None:
@@ -87,79 +189,112 @@ class _BatchView(torch.utils.data.Dataset):
                     about="data_path",
                 )
             labels[place] = label
-        mirror = order.flips(self.seed, positions) if self.horizontal_flip else None
-        return PixelBatch(batch, torch.from_numpy(labels), positions, list(bad.values()), mirror)
+        return task.batch(pixels, labels, positions, list(bad.values()))
 
     def _substitute(self, position: int, out: np.ndarray) -> int | None:
-        """Another image for a position whose own is bad, so that batches keep their shape: a pure function too."""
+        """Read another image for a position whose own is bad, so that batches keep their shape: a pure function too."""
         draws = position * MAX_SUBSTITUTES + np.arange(MAX_SUBSTITUTES)
-        for index in rng.hash64(self.seed, "substitute", draws) % np.uint64(self.num_images):
-            labels, bad = self.images.read(np.array([index], np.int64), out)
+        for index in rng.hash64(self._task.seed, "substitute", draws) % np.uint64(self._num_images):
+            labels, bad = self._images.read(np.array([index], np.int64), out)
             if not bad:  # one that is bad as well is named at its own turn
                 return int(labels[0])
         return None
 
 
-class RandomAccessLoader:
-    """Batches of a data set with random access: the state is one position, whatever the number of processes."""
+class StreamReader:
+    """Batches in the order of `StreamOrder`, each merged from the parts that the workers decode."""
 
-    def __init__(
-        self, view: _BatchView, *, world_size: int, num_workers: int, pin_memory: bool, num_classes: int | None
-    ):
-        self._view, self._world_size = view, world_size
-        self._num_workers, self._pin_memory, self._num_classes = num_workers, pin_memory, num_classes
-        self._position = 0
-        self._batches = None
+    kind = "stream"
 
-    @property
-    def epoch(self) -> int:
-        """The epoch of the next image, counted from 0."""
-        return self._position // self._view.num_images
+    def __init__(self, task: ReadingTask, shuffle_buffer: int, lanes: int | None):
+        self._task, self._shuffle_buffer, self._lanes = task, shuffle_buffer, lanes
 
-    def __iter__(self) -> RandomAccessLoader:
-        return self
+    @cached_property
+    def _order(self) -> order.StreamOrder:
+        task, stream = self._task, self._task.source.images
+        default = order.default_lanes(int(np.count_nonzero(stream.sizes)), task.world_size, task.batch_size)
+        window = images_in_a_window(stream, self._shuffle_buffer)
+        return order.StreamOrder(task.seed, stream.sizes, self._lanes or default, window)
 
-    def __next__(self) -> PixelBatch:
-        stride = self._world_size * self._view.batch_size
-        if self._batches is None:
-            loader = make_loader(
-                self._view,
-                num_workers=self._num_workers,
-                sampler=_Bases(self._position, stride),
-                pin_memory=self._pin_memory,
+    def circumstances(self) -> dict:
+        """Return what the order depends on besides the seed."""
+        now = self._order
+        buffer = {"shuffle_buffer": self._shuffle_buffer, "window": now.window}
+        return {"kind": self.kind, "version": STREAM_VERSION, "lanes": now.lanes, **buffer}
+
+    def resumed(self, state: dict) -> int:
+        """Return the position to go on from, with the lanes and windows of `state`."""
+        if state["version"] != STREAM_VERSION:
+            epoch = state["position"] // self._task.num_images
+            log.warning(
+                "the checkpoint is of a version that read data of this kind in another order: epoch %d, in which it "
+                "was saved, begins anew",
+                epoch + 1,
             )
-            self._batches = iter(loader)
-        batch = next(self._batches)
-        if isinstance(batch, UserError):
-            raise batch
-        check_labels(batch.labels.numpy(), self._num_classes)
-        self._position += stride
-        return batch
+            return epoch * self._task.num_images
+        for name, now in (("lanes", self._lanes), ("shuffle_buffer", self._shuffle_buffer)):
+            if now not in (None, state[name]):
+                log.warning("--%s %d: the run began with %d, which stay", name, now, state[name])
+        self._lanes, self._shuffle_buffer = state["lanes"], state["shuffle_buffer"]
+        sizes = self._task.source.images.sizes
+        self._order = order.StreamOrder(self._task.seed, sizes, state["lanes"], state["window"])
+        return state["position"]
 
-    def state_dict(self) -> dict:
-        """The position of the next batch; equal on all ranks."""
-        return {"kind": "random_access", "seed": self._view.seed, "position": self._position}
+    def batches(self, position: int) -> Iterator[PixelBatch | UserError]:
+        """Yield the batches from `position` on."""
+        task, count = self._task, max(1, self._task.num_workers)
+        # A message is a part of as many batches as there are workers, and so about as large as a batch.
+        groups = _BatchGroups(self._order, position, count, task.rank, task.world_size, task.batch_size)
+        readers = [PartReader(task.source, self._order, task.img_size, groups, n, count) for n in range(count)]
+        if task.num_workers:  # a loader of one worker each: HF divides the shards among the workers that it sees
+            readers = [make_loader(reader, num_workers=1) for reader in readers]
+        for positions, *parts in zip(groups, *readers):
+            if errors := [part for part in parts if isinstance(part, UserError)]:
+                yield errors[0]
+                return
+            for first in range(0, len(positions), task.batch_size):
+                yield self._merged(parts, positions, first)
 
-    def load_state_dict(self, state: dict | list[dict]) -> None:
-        """Continue where `state` (or the states of all processes, which are equal) was taken; before the first batch.
+    def _merged(self, parts: list[Part], positions: np.ndarray, first: int) -> PixelBatch:
+        """Return the batch whose first image has the place `first` in `parts`."""
+        task, end = self._task, first + self._task.batch_size
+        bad = {place: reason for part in parts for place, reason in part.bad_images.items() if first <= place < end}
+        reasons = [bad[place] for place in sorted(bad)]
+        if len(parts) == 1:
+            return task.batch(parts[0].images, parts[0].labels, positions, reasons)
+        images = empty_batch((task.batch_size, 3, task.img_size, task.img_size))
+        labels = np.empty(task.batch_size, np.int64)
+        for part in parts:
+            here = slice(*np.searchsorted(part.places, [first, end]))
+            places = part.places[here] - first
+            images.numpy()[places], labels[places] = part.images.numpy()[here], part.labels[here]
+        return task.batch(images, labels, positions[first:end], reasons)
 
-        Raises:
-            UserError: the state is of a stream, or of another seed.
-        """
-        state = state[0] if isinstance(state, list) else state
-        if self._batches is not None:
-            raise RuntimeError("load_state_dict() after the first batch")
-        check_state(state, {"kind": "random_access", "seed": self._view.seed})
-        self._position = state["position"]
 
-    def close(self) -> None:
-        """End the workers."""
-        self._batches = None
-
-
+@dataclass(frozen=True)
 class _Bases:
-    def __init__(self, start: int, stride: int):
-        self._start, self._stride = start, stride
+    start: int
+    stride: int
 
-    def __iter__(self):
-        return itertools.count(self._start, self._stride)
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.start, self.stride)
+
+
+@dataclass(frozen=True)
+class _BatchGroups:
+    """The positions of one rank's batches from `start` on, `size` batches at a time: int64 (size * batch_size,)."""
+
+    order: order.StreamOrder
+    start: int
+    size: int
+    rank: int
+    world_size: int
+    batch_size: int
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        batches = (
+            self.order.positions_of(base, self.rank, self.world_size, self.batch_size)
+            for base in itertools.count(self.start, self.world_size * self.batch_size)
+        )
+        while True:
+            yield np.concatenate(list(itertools.islice(batches, self.size)))

@@ -1,32 +1,38 @@
 """Which image comes n-th: pure functions of (seed, position), nothing to save but one integer.
 
-The run's images are numbered 0, 1, 2, ...; image number p (its *position*) is image
-`epoch_permutation(seed, p // n, n)[p % n]` of the data set. Batches roll over the end of an epoch:
-nothing is dropped or padded, and every image comes exactly once in an epoch.
+The run's images are numbered 0, 1, 2, ...; the number of an image is its *position*. Epoch k consists of the positions
+[k n, (k + 1) n). Batches roll over the end of an epoch: nothing is dropped or padded, and every image comes exactly
+once in an epoch.
+
+Random access: position p is image `epoch_permutation(seed, p // n, n)[p % n]` of the data set. Sources in units, which
+are read front to back: see `StreamOrder`.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+import itertools
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from jit_accel.base import rng
 
+LANES_EACH = 8  # of a process, where there are units enough
+
 
 @lru_cache(maxsize=2)  # a batch at the end of an epoch needs two
 def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order of the `n` images in `epoch`: int64 (n,), read-only.
+    """Return the order of the `n` images in `epoch`: int64 (n,), read-only.
 
     Sorting hashes, unlike `Generator.permutation`, gives the same order with every version of NumPy.
     """
-    order = np.argsort(rng.hash64(seed, f"order/{epoch}", np.arange(n)), kind="stable")
-    order.setflags(write=False)
-    return order
+    return _sorted_by_hash(seed, f"order/{epoch}", np.arange(n))
 
 
 def batch_positions(base: int, rank: int, batch_size: int) -> np.ndarray:
-    """Positions of rank `rank`'s next batch, int64 (batch_size,), when all ranks stand at `base`.
+    """Return the positions of rank `rank`'s next batch, int64 (batch_size,), when all ranks stand at `base`.
 
     A micro-batch of W ranks covers W * batch_size neighbouring positions, so that an optimizer step of
     (1 process, 4 accumulated), (2, 2) and (4, 1) sees the same images.
@@ -35,7 +41,7 @@ def batch_positions(base: int, rank: int, batch_size: int) -> np.ndarray:
 
 
 def image_indices(seed: int, positions: np.ndarray, n: int) -> np.ndarray:
-    """Indices into a data set of `n` images, int64, of the shape of `positions`."""
+    """Return indices into a data set of `n` images, int64, of the shape of `positions`."""
     epochs, places = np.divmod(positions, n)
     indices = np.empty_like(positions)
     for epoch in np.unique(epochs):
@@ -44,6 +50,124 @@ def image_indices(seed: int, positions: np.ndarray, n: int) -> np.ndarray:
     return indices
 
 
-def flips(seed: int, positions, purpose: str = "flip") -> np.ndarray:
-    """Whether the image at each position is mirrored: bool, a fair coin of (seed, position)."""
-    return rng.uniform(seed, purpose, positions) < 0.5
+def flips(seed: int, positions) -> np.ndarray:
+    """Return for each position if its image is mirrored: bool, a fair coin of (seed, position)."""
+    return rng.uniform(seed, "flip", positions) < 0.5
+
+
+class Place(NamedTuple):
+    """The image at `offset` in the shuffled order of window `window` of lane `lane` in `epoch`; ints or int64 (k,)."""
+
+    epoch: np.ndarray
+    lane: np.ndarray
+    window: np.ndarray
+    offset: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class StreamOrder:
+    """The order of a source in units of `sizes` images, int64 (U,).
+
+    In each epoch the units are shuffled and laid end to end, which numbers the images 0 ... n - 1. That row is cut into
+    `lanes` lanes of equal length (to one image), and each lane is shuffled in windows of `window` images. Position p of
+    an epoch is lane p mod `lanes`, place p div `lanes`.
+    """
+
+    seed: int
+    sizes: np.ndarray
+    lanes: int
+    window: int
+
+    @cached_property
+    def num_images(self) -> int:
+        return int(self.sizes.sum())
+
+    @cached_property
+    def _epochs(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        return {}
+
+    def units(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the units in the order of `epoch`, int64 (U,), and the numbers of their first images, (U + 1,)."""
+        if epoch not in self._epochs:
+            if len(self._epochs) > 2:  # lanes stand in two epochs at most, but for tiny data
+                del self._epochs[min(self._epochs)]
+            units = _sorted_by_hash(self.seed, f"units/{epoch}", np.arange(len(self.sizes)))
+            self._epochs[epoch] = units, np.concatenate([[0], np.cumsum(self.sizes[units])])
+        return self._epochs[epoch]
+
+    def places(self, positions: np.ndarray) -> Place:
+        """Return where the images at `positions`, int64 (k,), stand."""
+        epoch, place = np.divmod(positions, self.num_images)
+        window, offset = np.divmod(place // self.lanes, self.window)
+        return Place(epoch, place % self.lanes, window, offset)
+
+    def lane_bounds(self, lane: int) -> tuple[int, int]:
+        """Return the numbers [first, end) of the images of `lane` in every epoch."""
+        length, longer = divmod(self.num_images, self.lanes)
+        return tuple(number * length + min(number, longer) for number in (lane, lane + 1))
+
+    def window_bounds(self, lane: int, window: int) -> tuple[int, int]:
+        """Return the numbers [first, end) of the images of one window in every epoch."""
+        first, end = self.lane_bounds(lane)
+        return first + window * self.window, min(first + (window + 1) * self.window, end)
+
+    def shuffled(self, epoch: int, lane: int, window: int) -> np.ndarray:
+        """Return the numbers of a window's images in the order in which they are handed out, int64."""
+        return _sorted_by_hash(self.seed, f"window/{epoch}", np.arange(*self.window_bounds(lane, window)))
+
+    def rows(self, epoch: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the units that hold the images `numbers` of `epoch`, and the images' rows there, of that shape."""
+        units, starts = self.units(epoch)
+        places = np.searchsorted(starts, numbers, side="right") - 1
+        return units[places], numbers - starts[places]
+
+    def units_and_rows(self, positions: np.ndarray) -> np.ndarray:
+        """Return the unit and the row of the image at each of `positions`: int64 (k, 2)."""
+        found, places = np.empty((len(positions), 2), np.int64), self.places(positions)
+        windows, which = np.unique(np.stack(places[:3]), axis=1, return_inverse=True)
+        for k, (epoch, lane, window) in enumerate(windows.T.tolist()):
+            here = np.flatnonzero(which.reshape(-1) == k)
+            numbers = self.shuffled(epoch, lane, window)[places.offset[here]]
+            found[here] = np.stack(self.rows(epoch, numbers), axis=1)
+        return found
+
+    def positions_of(self, base: int, rank: int, world_size: int, batch_size: int) -> np.ndarray:
+        """Return the positions, sorted, of rank `rank`'s next batch, int64 (batch_size,), when all stand at `base`.
+
+        All ranks together get the next world_size * batch_size, as with random access.
+        """
+        positions = base + np.arange(world_size * batch_size, dtype=np.int64)
+        return positions[np.sort(shares(self.places(positions).lane, world_size)[rank])]
+
+
+def shares(lanes: np.ndarray, count: int) -> list[np.ndarray]:
+    """Divide images among `count` readers evenly, so that each reads as few lanes as can be.
+
+    Args:
+        lanes: of each image, int64 (k,), sorted by position.
+
+    Returns:
+        For each reader the indices of its images, lane by lane, those of one lane in their order.
+    """
+    by_lane = np.argsort(lanes, kind="stable")
+    edges = [len(lanes) * n // count for n in range(count + 1)]
+    return [by_lane[start:end] for start, end in itertools.pairwise(edges)]
+
+
+def default_lanes(num_units: int, world_size: int, batch_size: int) -> int:
+    """Return a number of lanes for a new run: about eight a process, at most `num_units`.
+
+    Preferred are multiples of the number of processes that divide a batch of all of them: no lane is then read by two.
+    """
+    most, step_images = max(1, min(LANES_EACH * world_size, num_units)), world_size * batch_size
+    for multiple_of in (world_size, 1):
+        fitting = [lanes for lanes in range(multiple_of, most + 1, multiple_of) if step_images % lanes == 0]
+        if fitting and 2 * fitting[-1] >= most:
+            return fitting[-1]
+    return most
+
+
+def _sorted_by_hash(seed: int, purpose: str, numbers: np.ndarray) -> np.ndarray:
+    order = numbers[np.argsort(rng.hash64(seed, purpose, numbers), kind="stable")]
+    order.setflags(write=False)
+    return order

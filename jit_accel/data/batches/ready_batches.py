@@ -12,8 +12,28 @@ from typing import Any
 import torch
 
 from jit_accel.data.batches.batch import Batch, ready
+from jit_accel.data.batches.loader import build_loader
+from jit_accel.data.formats.source import Source
 
 PATIENCE_S = 2.0
+
+
+def batches(
+    source: Source, *, img_size: int, batch_size: int, seed: int = 0, device: torch.device | str = "cpu", **how
+) -> ReadyBatches:
+    """Return an endless iterator of the batches that a training sees: images in [-1, 1], labels and positions.
+
+    Args:
+        source: of `open_images`.
+        img_size: side in pixels to which images are cropped.
+        batch_size: images a batch, of this process.
+        seed: of the order and of the mirroring.
+        how: further arguments of `build_loader`, such as `num_workers`, `horizontal_flip`, `rank` and `world_size`.
+
+    Raises:
+        UserError: the images were prepared smaller than `img_size`.
+    """
+    return ReadyBatches(build_loader(source, img_size=img_size, batch_size=batch_size, seed=seed, **how), device)
 
 
 @dataclass(frozen=True)
