@@ -2,6 +2,7 @@
 
     python benchmarks/data.py                 a few minutes, in a temporary folder
     python benchmarks/data.py --images 2000 --rounds 9
+    python benchmarks/data.py --against ../older/checkout    the loaders of two commits, image for image
 
 Everything runs on one core, alternating in rounds, and only the ratios are worth comparing: machines are noisy. The
 pictures are made here, 500 x 375 like ImageNet's, with the spectrum of photos; they stay in the page cache.
@@ -10,10 +11,14 @@ pictures are made here, 500 x 375 like ImageNet's, with the spectrum of photos; 
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
+import json
+import os
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +42,32 @@ TARGETS = {
     "JPEG store": ("image folder", 4.0),
     "JPEG loader": ("JPEG store", 0.8),
 }
+
+
+# Runs beside either checkout: a line in asks for a case, a line out holds its images, CPU seconds and largest worker.
+SERVER = """
+import json, sys, time, psutil, torch
+from jit_accel import data
+torch.set_num_threads(1)
+open_images = getattr(data, "open_images", None) or data.open_source
+loaders, me = {}, psutil.Process()
+def cpu_s():
+    return sum(sum(process.cpu_times()[:2]) for process in (me, *me.children(recursive=True)))
+for line in sys.stdin:
+    path, num_workers, size, batch, seconds = json.loads(line)
+    if line not in loaders:
+        how = {"img_size": size, "batch_size": batch, "seed": 0, "num_workers": num_workers, "horizontal_flip": False}
+        loaders[line] = data.build_loader(open_images(path), **how)
+        next(loaders[line])
+    images, start, begun = 0, time.perf_counter(), cpu_s()
+    while time.perf_counter() - start < seconds:
+        next(loaders[line])
+        images += batch
+    sizes = [memory.rss - memory.shared for memory in (child.memory_info() for child in me.children())]
+    print(json.dumps([images, cpu_s() - begun, max(sizes, default=0) / 2**30]), flush=True)
+    if num_workers:
+        loaders.pop(line).close()
+"""
 
 
 def make_photo(generator: np.random.Generator) -> Image.Image:
@@ -132,6 +163,48 @@ def measure(cases: dict[str, Iterator[int]], rounds: int, seconds: float) -> dic
     return rates
 
 
+def make_tars(folder: Path, images: Path) -> None:
+    folder.mkdir()
+    files = sorted(images.glob("*/*.jpg"))
+    for shard in range(8):
+        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
+            for number, file in enumerate(files[shard::8]):
+                for ending, content in (("jpg", file.read_bytes()), ("cls", b"0")):
+                    member = tarfile.TarInfo(f"{number:05d}.{ending}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+
+
+def compare(checkouts: list[Path], cases: dict[str, tuple[Path, int]], rounds: int, seconds: float) -> None:
+    """Print images a CPU second of the loaders of two checkouts, alternating, and the memory of their workers."""
+    servers = [
+        subprocess.Popen(
+            [sys.executable, "-c", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=checkout,
+            env={**os.environ, "PYTHONPATH": str(checkout.resolve())},
+        )
+        for checkout in checkouts
+    ]
+    print("| case | images a CPU second | the other's | ratio | GiB of a worker | the other's |\n" + "| --- " * 6 + "|")
+    for name, (path, num_workers) in cases.items():
+        found: list[list[list[float]]] = [[], []]
+        for _ in range(rounds + 1):  # the first one warms up
+            for server, of_one in zip(servers, found):
+                print(json.dumps([str(path), num_workers, SIZE, BATCH, seconds]), file=server.stdin, flush=True)
+                of_one.append(json.loads(server.stdout.readline()))
+        rates = [[images / cpu_s for images, cpu_s, _ in of_one[1:]] for of_one in found]
+        ratio = statistics.median(ours / other for ours, other in zip(*rates))
+        memory = " | ".join(f"{max(row[-1] for row in of_one):.2f}" for of_one in found)
+        medians = " | ".join(f"{statistics.median(some):,.0f}" for some in rates)
+        print(f"| {name} | {medians} | {ratio:.2f} | {memory} |", flush=True)
+    for server in servers:
+        server.stdin.close()
+        server.wait()
+
+
 def report(rates: dict[str, list[float]], say: Callable[[str], None] = print) -> None:
     say("| case, one core | images/s | ratio | of | target | met |\n" + "| --- " * 6 + "|")
     for name, found in rates.items():
@@ -149,6 +222,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each case and round")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="compare with the loaders of this one")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
@@ -157,6 +231,13 @@ def main() -> None:
         print(f"{args.images} JPEGs of {WIDTH} x {HEIGHT}, {num_bytes / args.images / 1024:.0f} KiB each; {SIZE} px")
         prepare(folder, pixels, "uint8")
         prepare(folder, files, "jpeg")
+        if args.against:
+            make_tars(Path(root) / "tars", folder)
+            paths = {"folder": folder, "uint8 store": pixels, "JPEG store": files, "tars": Path(root) / "tars"}
+            cases = {name: (path, 0) for name, path in paths.items()}
+            cases |= {f"{name}, 2 workers": (paths[name], 2) for name in ("folder", "JPEG store", "tars")}
+            compare([REPO, args.against], cases, args.rounds, args.seconds)
+            return
         opened: list = []
         cases = {
             "image folder": image_folder(folder),

@@ -166,7 +166,7 @@ def assemble(
         quality = SampleQuality(
             pipeline, averages, accelerator, source, config.evaluation, output_dir=output_dir, **how
         )
-    how = {"batch_size": config.optim.batch_size, "seed": config.run.seed, "num_classes": config.model.num_classes}
+    how = {"batch_size": optim.batch_size, "seed": run.seed, "num_classes": config.model.num_classes}
     feed = Feed(config.data, source, accelerator, **how)
     return Trainer(
         accelerator,

@@ -8,7 +8,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.config.settings import DataConfig
 from jit_accel.data.batches.batch import Batch
 from jit_accel.data.batches.ready_batches import batches
-from jit_accel.data.batches.waiting import Waiting, waiting_advice
+from jit_accel.data.batches.wait_time import WaitTime, waiting_advice
 from jit_accel.data.batches.workers import cores_per_process, worker_memory_gib
 from jit_accel.data.formats.sources import Source
 from jit_accel.monitor.metric_table import WAIT_FRACTION, WORKER_MEMORY
@@ -42,7 +42,7 @@ class Feed:
             lanes=data.lanes,
             num_classes=num_classes,
         )
-        self.waiting = Waiting(accelerator.device)
+        self.wait_time = WaitTime(accelerator.device)
         self.bad_images: dict[str, None] = {}  # in the order of their discovery
 
     def next(self) -> Batch:
@@ -52,7 +52,7 @@ class Feed:
             UserError: met by this process alone, where its share of the data is at fault.
         """
         try:
-            batch = self.waiting.next(self.loader)
+            batch = self.wait_time.next(self.loader)
         except UserError as error:
             error.everywhere = False
             raise
@@ -69,7 +69,8 @@ class Feed:
 
     def counters(self) -> list[float]:
         """Return what `read_counters` wants of every process, to be averaged over them."""
-        waited_s = of_each_process(self.waiting.seconds, self.accelerator.process_index, self.accelerator.num_processes)
+        process, count = self.accelerator.process_index, self.accelerator.num_processes
+        waited_s = of_each_process(self.wait_time.seconds, process, count)
         return [float(len(self.bad_images)), *waited_s]  # the slowest gates all
 
     def read_counters(self, means: list[float], steps: int) -> tuple[int, dict[str, float]]:
@@ -77,7 +78,7 @@ class Feed:
         bad_images, *waited_s = means
         measured = {}
         if steps:
-            measured[WAIT_FRACTION] = self.waiting.end_interval(steps, max(waited_s))
+            measured[WAIT_FRACTION] = self.wait_time.end_interval(steps, max(waited_s))
             memory_gib = worker_memory_gib()
             if memory_gib is not None:
                 measured[WORKER_MEMORY] = memory_gib
@@ -85,7 +86,7 @@ class Feed:
 
     def lost_lately(self) -> tuple[float | None, str | None]:
         """Return the share of the time that was lost to waiting, and what helps; None where it is too early to say."""
-        share = self.waiting.lost_lately()
+        share = self.wait_time.lost_lately()
         if share is None:
             return None, None
         advice = waiting_advice(

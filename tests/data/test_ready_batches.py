@@ -13,7 +13,7 @@ from data_samples import SIZE, image_folder, parquet
 from jit_accel.base.errors import UserError
 from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches.batch import Batch, PixelBatch, empty_batch, ready
-from jit_accel.data.batches.ready_batches import ReadyBatches
+from jit_accel.data.batches.ready_batches import ReadyBatches, batches
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,16 @@ def test_a_resumed_prefetcher_goes_on_with_what_was_not_handed_out(sources, kind
         resumed.load_state_dict(first.state_dict())
     first.close()
     resumed.close()
+
+
+@pytest.mark.parametrize("kind", ["random_access", "stream"])
+def test_batches_are_those_of_a_training_on_one_process(sources, kind):
+    made = batches(sources[kind], img_size=SIZE, batch_size=3, seed=5, shuffle_buffer=8)
+    expected = plain(sources[kind])
+    for batch, pixels in zip(made, [next(expected) for _ in range(5)]):
+        assert content(batch) == content(ready(pixels, "cpu"))
+        assert (batch.images.dtype, batch.labels.dtype) == (torch.float32, torch.int64)
+    made.close()
 
 
 class Counting:

@@ -75,4 +75,4 @@ def test_the_state_of_a_stream_stays_small(tmp_path, sources):
     output = tmp_path / "run"
     train_group(tmp_path, *FLAGS, "--data_path", str(sources["parquet"]), "--output_dir", str(output))
     state = json.loads((last_checkpoint(output) / "state.json").read_text())
-    assert len(json.dumps(state["feed"])) < 2000
+    assert len(json.dumps(state["feed"])) < 300

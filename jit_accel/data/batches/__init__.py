@@ -1,1 +1,1 @@
-"""Which image comes when, and batches of them."""
+"""The order of the images, and batches of them."""

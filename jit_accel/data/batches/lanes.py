@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from jit_accel.data.batches.batch import MAX_SUBSTITUTES, decode_row, empty_batc
 from jit_accel.data.batches.order import StreamOrder, shares
 from jit_accel.data.formats.source import Source
 from jit_accel.data.reading.decode import BadImage
-from jit_accel.data.reading.read_ahead import ReadAhead
 
 MAX_WINDOW_BYTES = 2**28  # so that photos of megabytes do not fill the memory
 _SAMPLED_ROWS = 32  # for the size of an image
@@ -43,9 +42,6 @@ class _Lane:
     rows: Iterator[dict]
     window: Window | None = None
     used: int = 0
-
-    def close(self) -> None:
-        self.rows.close()
 
 
 class LaneReader:
@@ -76,14 +72,14 @@ class LaneReader:
         """Close the lanes that are no longer used."""
         self._batches += 1
         for lane in [lane for lane, one in self._lanes.items() if self._batches - one.used > self._order.lanes]:
-            self._lanes.pop(lane).close()
+            self._lanes.pop(lane).rows.close()
 
     def _read(self, lane: int, epoch: int, number: int) -> _Lane:
         first, end = self._order.window_bounds(lane, number)
         current = self._lanes.pop(lane, None)
         if current is None or (current.epoch, current.number) != (epoch, first):
             if current is not None:
-                current.close()
+                current.rows.close()
             current = _Lane(epoch, first, self._rows(epoch, first, self._order.lane_bounds(lane)[1]))
         current.number, current.window = end, None  # whose memory is free while the next is read
         rows = list(islice(current.rows, end - first))
@@ -91,34 +87,30 @@ class LaneReader:
         return current
 
     def _rows(self, epoch: int, first: int, end: int) -> Iterator[dict]:
-        """Return the images [first, end) of `epoch`; over a network a window is read while the last is decoded."""
-        rows = self._rows_in_units(epoch, first, end)
-        if not self._stream.is_remote:
-            return rows
-        return ReadAhead(rows, self._order.window, MAX_WINDOW_BYTES, partial(num_bytes, self._stream))
-
-    def _rows_in_units(self, epoch: int, first: int, end: int) -> Iterator[dict]:
+        """Yield the images [first, end) of `epoch`; while one remote unit is read, the next is fetched."""
         units, starts = self._order.units(epoch)
-        while first < end:
-            place = int(np.searchsorted(starts, first, side="right")) - 1
-            start, stop = int(starts[place]), min(int(starts[place + 1]), end)
-            read = first
-            for row in islice(self._stream.training_rows(int(units[place]), first - start), stop - first):
-                yield row
-                read += 1
-            if read < stop:
+        edges = np.searchsorted(starts, first, side="right") - 1, np.searchsorted(starts, end)
+        places = [place for place in range(*map(int, edges)) if starts[place] < starts[place + 1]]
+        for place, following in zip_longest(places, places[1:]):
+            if following is not None:
+                self._stream.fetch_ahead(int(units[following]))
+            start, size = int(starts[place]), int(starts[place + 1] - starts[place])
+            row, stop = max(first - start, 0), min(size, end - start)
+            for value in islice(self._stream.training_rows(int(units[place]), row), stop - row):
+                yield value
+                row += 1
+            if row < stop:
                 raise UserError(
-                    f"a shard ended after {read - start} images where there were {starts[place + 1] - start} when it "
-                    "was opened: it changed or was cut short; restore it and go on with --resume auto.",
+                    f"a shard ended after {row} images where there were {size} when it was opened: it changed or was "
+                    "cut short; restore it and go on with --resume auto.",
                     about="data_path",
                     value=self._name,
                 )
-            first = stop
 
 
 @dataclass
 class Part:
-    """What one reader decodes of a batch: the images at `places`, int64 (k,), sorted.
+    """The images of a batch that one reader decodes, at `places`, int64 (k,), sorted.
 
     images: uint8 (k, 3, H, W). labels: int64 (k,). bad_images: {place: "name: reason"}, replaced by other images.
     """
@@ -159,8 +151,8 @@ class PartReader(torch.utils.data.IterableDataset):
         size = self._img_size
         part = Part(np.sort(mine), empty_batch((len(mine), 3, size, size)), np.empty(len(mine), np.int64), {})
         images = part.images.numpy()
-        for slot, place in zip(slots.tolist(), mine.tolist()):
-            epoch, lane, number, offset = (int(values[place]) for values in by_place)
+        columns = (slots, mine, *(values[mine] for values in by_place))
+        for slot, place, epoch, lane, number, offset in zip(*(column.tolist() for column in columns)):
             window = lanes.window(epoch, lane, number)
             try:
                 images[slot], part.labels[slot] = self._decode(window, int(window.order[offset]))

@@ -1,4 +1,4 @@
-"""Which image comes n-th: pure functions of (seed, position), nothing to save but one integer.
+"""The order of the images: pure functions of (seed, position), nothing to save but one integer.
 
 The run's images are numbered 0, 1, 2, ...; the number of an image is its *position*. Epoch k consists of the positions
 [k n, (k + 1) n). Batches roll over the end of an epoch: nothing is dropped or padded, and every image comes exactly

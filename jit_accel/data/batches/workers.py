@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 
 def make_loader(dataset, *, num_workers: int, sampler=None, pin_memory: bool = False) -> DataLoader:
-    """A DataLoader that passes the items of `dataset` through as they are, prefetching two a worker."""
+    """Return a DataLoader that passes the items of `dataset` through as they are, prefetching two a worker."""
     forked = num_workers > 0 and sys.platform.startswith("linux")
     return DataLoader(
         dataset,
@@ -31,18 +31,18 @@ def make_loader(dataset, *, num_workers: int, sampler=None, pin_memory: bool = F
 
 
 def num_cores() -> int:
-    """That this process may run on."""
+    """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cores_per_process() -> int:
-    """This process's share of the cores, where a launcher started several on this machine."""
+    """Return this process's share of the cores, where a launcher started several on this machine."""
     local = os.environ.get("LOCAL_WORLD_SIZE", "")
     return max(1, num_cores() // max(1, int(local) if local.isdigit() else 1))
 
 
 def worker_memory_gib() -> float | None:
-    """Resident memory of the largest process that this one started, or None where there is none.
+    """Return the resident memory of the largest process that this one started; None without one.
 
     Without what is mapped from files or shared: batches, and the pages of a memory-mapped store, which the system
     takes back when it needs them.

@@ -1,4 +1,4 @@
-"""How long training waits for data, and what helps."""
+"""The time that training waits for data, and advice against it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from jit_accel.data.batches.batch import Batch
 
 _POLL_S = 0.001
-# What is said rests on this much: less may be chance.
+# A share is named after this much: less may be chance.
 _LEAST_STEPS, _LEAST_S = 20, 2.0
 _ENOUGH_S = 10.0
 
 
-class Waiting:
+class WaitTime:
     """The time in which `device` had nothing to do because the next batch was not there.
 
     An interval of steps begins with its first batch and ends when its metrics are read. The first one, in which
@@ -30,7 +30,7 @@ class Waiting:
         self._recent = (0, 0.0, 0.0)  # steps, seconds, of these waited
 
     def next(self, loader) -> Batch:
-        """The next batch of `loader`; the wait for it is added to `seconds`."""
+        """Return the next batch of `loader`; the wait for it is added to `seconds`."""
         if self._begun is None:
             self._begun = time.perf_counter()
         idle_since = self._idle_since(loader)
@@ -40,7 +40,7 @@ class Waiting:
         return batch
 
     def _idle_since(self, loader) -> float | None:
-        """When the device ran out of work before a batch was there; None if it did not."""
+        """Return when the device ran out of work before a batch was there; None if it did not."""
         if self.device.type != "cpu":  # and `loader` is a ReadyBatches
             if loader.wait(0):
                 return None
@@ -51,17 +51,13 @@ class Waiting:
         return time.perf_counter()
 
     def _work(self):
-        """An event behind all that the device was told to do so far."""
+        """Return an event behind all the work that the device has so far."""
         event = torch.get_device_module(self.device).Event()
         event.record()
         return event
 
     def end_interval(self, steps: int, waited_s: float) -> float:
-        """Close an interval of `steps` steps in which the slowest process waited `waited_s`.
-
-        Returns:
-            The share of its time that was lost, 0..1.
-        """
+        """Return the share, 0..1, that an interval lost in which the slowest process waited `waited_s`."""
         elapsed_s = time.perf_counter() - (self._begun or 0.0)
         share = min(1.0, waited_s / elapsed_s)
         if self._is_warm:
@@ -70,7 +66,7 @@ class Waiting:
         return share
 
     def lost_lately(self) -> float | None:
-        """The share lost since the last answer; None where that is too short a time to tell."""
+        """Return the share lost since the last answer; None where that is too short a time."""
         steps, elapsed_s, waited_s = self._recent
         if elapsed_s < (_LEAST_S if steps >= _LEAST_STEPS else _ENOUGH_S):
             return None
@@ -81,7 +77,7 @@ class Waiting:
 def waiting_advice(
     data_path: str, *, num_workers: int, cores: int, is_remote: bool, is_encoded: bool, is_prepared: bool
 ) -> str:
-    """What to do about training that waits for its data.
+    """Return what to do about training that waits for its data.
 
     Args:
         cores: that a training process has for itself.

@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_ready_batches import Counting
 
-from jit_accel.data.batches import waiting
+from jit_accel.data.batches import wait_time
 from jit_accel.data.batches.ready_batches import ReadyBatches
-from jit_accel.data.batches.waiting import Waiting, waiting_advice
+from jit_accel.data.batches.wait_time import WaitTime, waiting_advice
 from jit_accel.data.batches.workers import worker_memory_gib
 from jit_accel.monitor.log import read_metrics
 
@@ -26,7 +26,7 @@ def clock(monkeypatch):
         now = 100.0
         perf_counter = staticmethod(lambda: Clock.now)
 
-    monkeypatch.setattr(waiting, "time", Clock)
+    monkeypatch.setattr(wait_time, "time", Clock)
     return Clock
 
 
@@ -38,8 +38,8 @@ class SlowLoader:
         self.clock.now += self.seconds
 
 
-class Device(Waiting):
-    """Waiting beside a device whose work ends after `queries` questions."""
+class Device(WaitTime):
+    """WaitTime beside a device whose work ends after `queries` questions."""
 
     def __init__(self, clock, queries):
         super().__init__(ACCELERATOR)
@@ -67,7 +67,7 @@ class LateLoader(SlowLoader):
 
 
 def test_on_a_cpu_the_whole_wait_counts(clock):
-    lost = Waiting(CPU)
+    lost = WaitTime(CPU)
     for _ in range(4):
         lost.next(SlowLoader(clock, 0.25))
         clock.now += 0.75
@@ -101,7 +101,7 @@ def test_a_prefetcher_tells_whether_a_batch_is_there():
 
 
 def test_time_between_intervals_belongs_to_none(clock):
-    lost = Waiting(CPU)
+    lost = WaitTime(CPU)
     for _ in range(2):
         lost.next(SlowLoader(clock, 1.0))
         clock.now += 1.0
@@ -122,13 +122,13 @@ def intervals(clock, lost, count, wait_s, steps=5, step_s=0.2):
 
 
 def test_a_share_is_told_of_enough_steps_and_not_of_the_start(clock):
-    assert intervals(clock, Waiting(CPU), 41, wait_s=0.02) == [pytest.approx(0.1)] * 10
-    lost = Waiting(CPU)
+    assert intervals(clock, WaitTime(CPU), 41, wait_s=0.02) == [pytest.approx(0.1)] * 10
+    lost = WaitTime(CPU)
     assert intervals(clock, lost, 1, wait_s=0.2, steps=100) == []  # workers start
     assert intervals(clock, lost, 40, wait_s=0) == [0.0] * 10
-    assert intervals(clock, Waiting(CPU), 4, wait_s=0.2) == []  # 15 steps of 3 s: too little to tell
-    assert intervals(clock, Waiting(CPU), 100, wait_s=0.001, step_s=0.001) == []  # half a second
-    assert intervals(clock, Waiting(CPU), 2, wait_s=5, steps=2, step_s=10) == [pytest.approx(0.5)]
+    assert intervals(clock, WaitTime(CPU), 4, wait_s=0.2) == []  # 15 steps of 3 s: too little to tell
+    assert intervals(clock, WaitTime(CPU), 100, wait_s=0.001, step_s=0.001) == []  # half a second
+    assert intervals(clock, WaitTime(CPU), 2, wait_s=5, steps=2, step_s=10) == [pytest.approx(0.5)]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def metrics(folder):
 
 
 def test_a_training_that_waits_says_so_once_and_how_to_mend_it(images, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(waiting, "_LEAST_S", 0.2)
+    monkeypatch.setattr(wait_time, "_LEAST_S", 0.2)
     monkeypatch.setattr("jit_accel.train.feed.cores_per_process", lambda: 6)
     slow_reads(monkeypatch, 0.15)
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--max_steps", "33"]
@@ -201,7 +201,7 @@ def test_a_training_that_waits_says_so_once_and_how_to_mend_it(images, tmp_path,
 
 
 def test_a_training_that_is_fed_well_says_nothing(images, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(waiting, "_LEAST_S", 0.0)
+    monkeypatch.setattr(wait_time, "_LEAST_S", 0.0)
     monkeypatch.setattr("jit_accel.train.trainer.set_lr", lambda *args: time.sleep(0.1))  # slow steps
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--max_steps", "40"]
     assert helpers.train_here(*flags, "--log_every_steps", "20", "--num_workers", "1") == 0
