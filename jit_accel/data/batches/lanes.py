@@ -17,6 +17,7 @@ from jit_accel.data.batches.batch import MAX_SUBSTITUTES, decode_row, empty_batc
 from jit_accel.data.batches.order import StreamOrder, shares
 from jit_accel.data.formats.source import Source
 from jit_accel.data.reading.decode import BadImage
+from jit_accel.data.reading.units import Stream
 
 MAX_WINDOW_BYTES = 2**28  # so that photos of megabytes do not fill the memory
 _SAMPLED_ROWS = 32  # for the size of an image
@@ -199,17 +200,14 @@ class PartReader(torch.utils.data.IterableDataset):
         )
 
 
-def num_bytes(stream, row: dict) -> int:
-    """Return the size of an undecoded image that is in its row."""
-    data, _ = stream.columns.image_of(row[stream.columns.image])
-    return 0 if data is None or isinstance(data, str) else len(data)
-
-
-def images_in_a_window(stream, shuffle_buffer: int) -> int:
+def images_in_a_window(stream: Stream, seed: int, shuffle_buffer: int) -> int:
     """Return `shuffle_buffer`, or fewer images where so many would not fit into a window's memory.
 
-    This follows from the data alone: from the mean size of the first images of the largest unit.
+    This follows from seed and data alone: from the mean size of the first images of the unit that is read first.
     """
-    rows = islice(stream.training_rows(int(np.argmax(stream.sizes))), _SAMPLED_ROWS)
-    sizes = [num_bytes(stream, row) for row in rows]
-    return max(1, min(shuffle_buffer, int(MAX_WINDOW_BYTES * len(sizes) / max(1, sum(sizes)))))
+    units, _ = StreamOrder(seed, stream.sizes, lanes=1, window=1).units(epoch=0)
+    first = int(units[np.flatnonzero(stream.sizes[units])[0]])
+    images = [row[stream.columns.image] for row in islice(stream.training_rows(first), _SAMPLED_ROWS)]
+    found = [stream.columns.image_of(image)[0] for image in images]
+    num_bytes = sum(len(data) for data in found if data is not None and not isinstance(data, str))
+    return max(1, min(shuffle_buffer, int(MAX_WINDOW_BYTES * len(found) / max(1, num_bytes))))

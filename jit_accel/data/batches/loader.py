@@ -213,7 +213,7 @@ class StreamReader:
     def _order(self) -> order.StreamOrder:
         task, stream = self._task, self._task.source.images
         default = order.default_lanes(int(np.count_nonzero(stream.sizes)), task.world_size, task.batch_size)
-        window = images_in_a_window(stream, self._shuffle_buffer)
+        window = images_in_a_window(stream, task.seed, self._shuffle_buffer)
         return order.StreamOrder(task.seed, stream.sizes, self._lanes or default, window)
 
     def circumstances(self) -> dict:
