@@ -36,6 +36,7 @@ def build_loader(
     shuffle_buffer: int = 1024,
     lanes: int | None = None,
     num_classes: int | None = None,
+    pin_memory: bool = False,
 ) -> Loader:
     """Return an endless iterator of `PixelBatch`es of `batch_size` images for process `rank` of `world_size`.
 
@@ -47,6 +48,7 @@ def build_loader(
         shuffle_buffer: images of a lane of a stream that are shuffled together; fewer where they are large.
         lanes: of a stream; None for about eight a process.
         num_classes: labels from here on are refused with a `UserError` when they are met.
+        pin_memory: merge what workers decode of a stream in page-locked memory.
 
     Raises:
         UserError: the images were prepared smaller than `img_size`.
@@ -58,7 +60,7 @@ def build_loader(
             about="img_size",
             value=img_size,
         )
-    task = ReadingTask(source, img_size, batch_size, seed, rank, world_size, num_workers, horizontal_flip)
+    task = ReadingTask(source, img_size, batch_size, seed, rank, world_size, num_workers, horizontal_flip, pin_memory)
     reader = StreamReader(task, shuffle_buffer, lanes) if source.streaming else RandomAccessReader(task)
     return Loader(task, reader, num_classes)
 
@@ -75,6 +77,7 @@ class ReadingTask:
     world_size: int
     num_workers: int
     horizontal_flip: bool
+    pin_memory: bool
 
     @property
     def step_images(self) -> int:
@@ -262,7 +265,8 @@ class StreamReader:
         reasons = [bad[place] for place in sorted(bad)]
         if len(parts) == 1:
             return task.batch(parts[0].images, parts[0].labels, positions, reasons)
-        images = empty_batch((task.batch_size, 3, task.img_size, task.img_size))
+        shape = (task.batch_size, 3, task.img_size, task.img_size)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if task.pin_memory else empty_batch(shape)
         labels = np.empty(task.batch_size, np.int64)
         for part in parts:
             here = slice(*np.searchsorted(part.places, [first, end]))

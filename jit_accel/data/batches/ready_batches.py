@@ -33,6 +33,7 @@ def batches(
     Raises:
         UserError: the images were prepared smaller than `img_size`.
     """
+    how = {"pin_memory": torch.device(device).type == "cuda", **how}
     return ReadyBatches(build_loader(source, img_size=img_size, batch_size=batch_size, seed=seed, **how), device)
 
 
