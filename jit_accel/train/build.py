@@ -166,8 +166,14 @@ def assemble(
         quality = SampleQuality(
             pipeline, averages, accelerator, source, config.evaluation, output_dir=output_dir, **how
         )
-    how = {"batch_size": optim.batch_size, "seed": run.seed, "num_classes": config.model.num_classes}
-    feed = Feed(config.data, source, accelerator, **how)
+    feed = Feed(
+        config.data,
+        source,
+        accelerator,
+        batch_size=optim.batch_size,
+        seed=run.seed,
+        num_classes=config.model.num_classes,
+    )
     return Trainer(
         accelerator,
         plan,
