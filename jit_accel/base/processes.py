@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -35,57 +35,43 @@ def on_all(accelerator, work: Callable[[], T], in_turn: bool = False, stop: Stop
     Raises:
         UserError, Stopped: on all processes, whichever raised it.
     """
-    result, problem, bug = None, None, None
-    try:
-        with _in_turn(accelerator) if in_turn else contextlib.nullcontext():
-            result = work()
-    except Stopped:
-        pass  # the signal's number says so
-    except Exception as error:  # the others must not wait for this process
-        problem, bug = _shared(error)
-    problems, numbers = zip(*_gathered((problem, stop.number if stop else 0), accelerator))
-    _raise_first(bug, common_error(problems), max(numbers))
+    result, problems = _attempt(accelerator, work, in_turn, stop)
+    _raise_everywhere(common_error(problems))
     return result
 
 
 def on_main(accelerator, work: Callable[[], T], stop: StopSignal | None = None) -> T:
     """Do the work on the main process; all processes get its result, `UserError` or `Stopped`."""
-    outcome, bug = (None, None, 0), None
-    if accelerator.is_main_process:
-        try:
-            outcome = (work(), None, 0)
-        except Stopped as stopped:
-            outcome = (None, None, stopped.number)
-        except Exception as error:  # the others must not wait for this process
-            problem, bug = _shared(error)
-            outcome = (None, problem, 0)
-    if accelerator.num_processes > 1:
-        (outcome,) = broadcast_object_list([outcome])
-    result, problem, number = outcome
-    if stop and not problem:
-        number = max(_gathered(number or stop.number, accelerator))
-    _raise_first(bug, problem, number)
+    result, problems = _attempt(accelerator, work if accelerator.is_main_process else lambda: None, False, stop)
+    _raise_everywhere(problems[0])
+    (result,) = broadcast_object_list([result])
     return result
 
 
-def _gathered(item: T, accelerator) -> list[T]:
-    """Return the items of all processes; one that works alone waits for nobody, whatever else is launched."""
-    return [item] if accelerator.num_processes == 1 else gather_object([item])
-
-
-def _shared(error: Exception) -> tuple[UserError, Exception | None]:
-    """Return what the other processes raise, and what this one raises instead where that is a bug."""
-    return (error, None) if isinstance(error, UserError) else (UserError(message_of(error)), error)
-
-
-def _raise_first(bug: Exception | None, problem: UserError | None, number: int) -> None:
+def _attempt(accelerator, work: Callable[[], T], in_turn: bool, stop: StopSignal | None) -> tuple[T, Sequence]:
+    """Return the result of the work, and the `UserError` or None of each process; a bug and `Stopped` are raised."""
+    result, problem, bug, number = None, None, None, 0
+    try:
+        with _in_turn(accelerator) if in_turn else contextlib.nullcontext():
+            result = work()
+    except Stopped as stopped:
+        number = stopped.number
+    except UserError as error:
+        problem = error
+    except Exception as error:  # the others must not wait for this process
+        problem, bug = UserError(message_of(error)), error
+    problems, numbers = zip(*gather_object([(problem, number or (stop.number if stop else 0))]))
     if bug:
         raise bug
-    if problem:
+    if max(numbers) and not any(problems):
+        raise Stopped(max(numbers))
+    return result, problems
+
+
+def _raise_everywhere(problem: UserError | None) -> None:
+    if problem is not None:
         problem.everywhere = True
         raise problem
-    if number:
-        raise Stopped(number)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,6 @@ from jit_accel.config.settings import (
     TRACKERS,
     Config,
     HubConfig,
-    TrackingConfig,
 )
 
 LORA_TARGETS = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
@@ -68,11 +67,16 @@ def check(config: Config) -> None:
             if values[name] is not None and not holds(values[name]):
                 raise UserError(f"must be {rule}.", about=name, value=values[name])
     _check_image_size(config)
+    for name in config.tracking.report_to:
+        if ":" not in name:  # else it is imported where training begins
+            lookup(TRACKERS, name, "report_to")
     _refuse(_contradictions, values)
-    _check_tracking(config.tracking)
     check_hub(config.hub)
-    for decay in config.optim.ema_decays or ():
-        check_ema_decay(decay)
+
+
+def check_hub(hub: HubConfig) -> None:
+    """Raise `UserError` unless these settings say completely, or not at all, where to push to."""
+    _refuse(_contradictions_of_hub, vars(hub))
 
 
 def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
@@ -108,6 +112,15 @@ def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
         yield "min_learning_rate", f"must not be above --learning_rate {s.learning_rate}."
     if s.ema_decays == []:
         yield "ema_decays", "needs at least one value; leave it out for the default, or write auto."
+    for decay in s.ema_decays or ():
+        if not _is_decay(decay):
+            yield "ema_decays", f"each must be auto or a number in [0, 1), such as 0.9999, and {decay!r} is not."
+    for tag in s.wandb_tags:
+        if not 1 <= len(tag.strip()) <= 64:
+            yield "wandb_tags", f"W&B wants 1 to 64 characters a tag: shorten {tag!r}, or leave it out."
+    if not 1 <= len(s.wandb_project) <= 128 or set(s.wandb_project) & set("/\\#?%:"):
+        rule = "must have 1 to 128 characters, none of them / \\ # ? % or : (the team goes into --wandb_entity)."
+        yield "wandb_project", rule
 
 
 def _contradictions_of_hub(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
@@ -117,7 +130,7 @@ def _contradictions_of_hub(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
                 yield name, "says where to push, but nothing is pushed: add --push_to_hub."
     elif s.hub_model_id is None:
         yield "push_to_hub", "needs the repository to push to: add --hub_model_id owner/name."
-    elif not is_repository(s.hub_model_id):
+    elif not _is_repository(s.hub_model_id):
         yield (
             "hub_model_id",
             (
@@ -159,30 +172,7 @@ def _check_image_size(config: Config) -> None:
         )
 
 
-def _check_tracking(tracking: TrackingConfig) -> None:
-    for name in tracking.report_to:
-        if ":" not in name:  # else it is imported where training begins
-            lookup(TRACKERS, name, "report_to")
-    for tag in tracking.wandb_tags:
-        if not 1 <= len(tag.strip()) <= 64:
-            raise UserError(
-                "W&B wants 1 to 64 characters a tag: shorten it, or leave it out.", about="wandb_tags", value=repr(tag)
-            )
-    project = tracking.wandb_project
-    if not 1 <= len(project) <= 128 or set(project) & set("/\\#?%:"):
-        raise UserError(
-            "must have 1 to 128 characters, none of them / \\ # ? % or : (the team goes into --wandb_entity).",
-            about="wandb_project",
-            value=repr(project),
-        )
-
-
-def check_hub(hub: HubConfig) -> None:
-    """Raise `UserError` unless these settings say completely, or not at all, where to push to."""
-    _refuse(_contradictions_of_hub, vars(hub))
-
-
-def is_repository(name: str) -> bool:
+def _is_repository(name: str) -> bool:
     """Return whether this is an owner/name that the Hub allows."""
     # huggingface_hub.utils.validate_repo_id's rule, and an owner, so that the card can name the repository.
     parts = name.split("/")
@@ -211,11 +201,8 @@ def as_type(name: str, value: Any) -> Any:
     raise UserError(f"must be of the type {SETTINGS[name].type}.", about=name, value=repr(value))
 
 
-def check_ema_decay(decay: str) -> None:
-    """Raise `UserError` unless `decay` is `auto` or a number in [0, 1)."""
+def _is_decay(text: str) -> bool:
     try:
-        good = decay == "auto" or 0 <= float(decay) < 1
+        return text == "auto" or 0 <= float(text) < 1
     except ValueError:
-        good = False
-    if not good:
-        raise UserError("each must be auto or a number in [0, 1), such as 0.9999.", about="ema_decays", value=decay)
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -27,12 +28,16 @@ def parse_args(argv: list[str] | None = None) -> Config:
     """
     import tyro
 
-    argv, path = _without_config(list(sys.argv[1:] if argv is None else argv))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?", const="")
+    known, argv = parser.parse_known_args(argv)
+    if known.config == "":
+        raise UserError("no file behind it; write --config run.yaml.", about="config")
     reject_unknown_flags(argv, SETTINGS)
     config = _parsed(
         Config,
         # One parser for both: the file's settings are flags that stand before the user's own.
-        [*(_as_arguments(read_recipe(Path(path)), path) if path else []), *argv],
+        [*(_as_arguments(read_recipe(Path(known.config)), known.config) if known.config else []), *argv],
         "python -m jit_accel.train",
         config=(tyro.conf.OmitArgPrefixes,),
         description=f"{Config.__doc__} --config FILE reads settings from a YAML file; flags win over it.",
@@ -115,22 +120,6 @@ def _parsed(settings: type[T], argv: list[str], prog: str, **how: Any) -> T:
 
     is_main = os.environ.get("RANK", "0") == "0"
     return tyro.cli(settings, args=argv, prog=prog, use_underscores=True, console_outputs=is_main, **how)
-
-
-def _without_config(argv: list[str]) -> tuple[list[str], str | None]:
-    """Return the arguments without `--config`, and its file."""
-    rest, path = [], None
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument == "--config":
-            path = next(arguments, None)
-            if path is None:
-                raise UserError("no file behind it; write --config run.yaml.", about="config")
-        elif argument.startswith("--config="):
-            path = argument.partition("=")[2]
-        else:
-            rest.append(argument)
-    return rest, path
 
 
 def _as_arguments(values: Mapping[str, Any], path: str) -> list[str]:

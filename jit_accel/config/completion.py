@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from jit_accel.base.errors import UserError
@@ -18,8 +18,7 @@ PAPER_EMA_DECAYS = (0.9996, 0.9998, 0.9999)
 # still holds the random weights of the start.
 EMA_SHARE_OF_RUN = 0.1
 LORA_LEARNING_RATE = 1e-4  # what diffusers' LoRA training scripts start from
-# More decoding processes than this rarely help.
-MOST_WORKERS = 8
+MOST_WORKERS = 8  # more decoding processes rarely help; one core is left to the training itself
 # The sizes that all of a network hangs on; others may differ from those of weights to start from.
 SIZES = ("depth", "hidden_size", "num_heads", "mlp_ratio")
 # What a checkpoint knows of the weights that its run started from, which need not be there any more.
@@ -86,42 +85,35 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         UserError: a setting does not go with these facts.
     """
     config = _started(config, facts.saved, facts.start)
-    optim = replace(config.optim, gradient_accumulation_steps=facts.accumulation)
-    plan = plan_run(optim, num_images=facts.num_images, world_size=facts.processes)
+    optim, lora_rank, size = config.optim, config.tune.lora_rank, image_size(config)
     preset, _ = parse_model_name(config.model.model)
-    size, tune, guidance = image_size(config), config.tune, config.sample.guidance_scale
-    if guidance is None and facts.is_labelled and facts.start:
-        guidance = facts.start.guidance_scale
-    decays = optim.ema_decays or (
-        "auto",
-        *(str(decay) for decay in PAPER_EMA_DECAYS if ema_memory_steps(decay) <= EMA_SHARE_OF_RUN * plan.total_steps),
-    )
-    workers = max(0, min(MOST_WORKERS, facts.cores - 1)) if facts.is_encoded else 0  # a core is left to the training
-    settings: dict[str, Any] = {
+    plan = plan_run(optim, num_images=facts.num_images, world_size=facts.processes, accumulation=facts.accumulation)
+    decays = [
+        str(decay) for decay in PAPER_EMA_DECAYS if ema_memory_steps(decay) <= EMA_SHARE_OF_RUN * plan.total_steps
+    ]
+    defaults: dict[str, Any] = {
         "img_size": size,
-        "num_workers": workers if config.data.num_workers is None else config.data.num_workers,
+        "num_workers": max(0, min(MOST_WORKERS, facts.cores - 1)) if facts.is_encoded else 0,
         "num_classes": _num_classes(config.model.num_classes, facts.num_classes),
-        "proj_dropout": preset.proj_dropout if config.model.proj_dropout is None else config.model.proj_dropout,
-        "noise_scale": config.objective.noise_scale or max(1.0, size / 256),
-        "gradient_accumulation_steps": facts.accumulation,
-        "learning_rate": optim.learning_rate
-        or (LORA_LEARNING_RATE if tune.lora_rank else 5e-5 * plan.global_batch_size / 256),
-        "ema_decays": tuple(dict.fromkeys(decays)),
-        "mixed_precision": facts.precision,
-        "guidance_scale": (2.0 if facts.is_labelled else 1.0) if guidance is None else guidance,
-        "output_dir": run_folder(config),
-        "resume": os.path.expanduser(config.run.resume),
+        "proj_dropout": preset.proj_dropout,
+        "noise_scale": max(1.0, size / 256),
+        "learning_rate": LORA_LEARNING_RATE if lora_rank else 5e-5 * plan.global_batch_size / 256,
+        "ema_decays": ("auto", *decays),
+        "guidance_scale": _guidance(facts),
+        "lora_alpha": float(lora_rank) if lora_rank else None,
+        "lora_targets": LORA_TARGETS if lora_rank else None,
+        "epochs": PAPER_EPOCHS if optim.max_steps is None else None,
+        "warmup_steps": plan.warmup_steps if optim.warmup_epochs is None else None,
     }
-    if tune.lora_rank:
-        settings |= {
-            "lora_alpha": float(tune.lora_alpha or tune.lora_rank),
-            "lora_targets": tune.lora_targets or LORA_TARGETS,
-        }
-    if optim.epochs is None and optim.max_steps is None:
-        settings["epochs"] = PAPER_EPOCHS
-    if optim.warmup_epochs is None:
-        settings["warmup_steps"] = plan.warmup_steps
-    config = config.updated(**settings)
+    flat = config.flat()
+    config = config.updated(
+        **{name: default for name, default in defaults.items() if flat[name] is None},
+        gradient_accumulation_steps=facts.accumulation,
+        mixed_precision=facts.precision,
+        output_dir=run_folder(config),
+        resume=os.path.expanduser(config.run.resume),
+    )
+    config = config.updated(ema_decays=tuple(dict.fromkeys(config.optim.ema_decays)))
     check(config)
     _refuse_muon(config, facts)
     return config, plan, [*_warnings_of_length(config, plan), *_warnings_of_device(facts)]
@@ -213,6 +205,12 @@ def _sizes(preset: Preset) -> dict[str, float]:
 
 def _in_words(sizes: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in sizes.items())
+
+
+def _guidance(facts: Facts) -> float:
+    if not facts.is_labelled:
+        return 1.0
+    return 2.0 if facts.start is None or facts.start.guidance_scale is None else facts.start.guidance_scale
 
 
 def _num_classes(given: int | None, data_classes: int | None) -> int:

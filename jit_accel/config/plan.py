@@ -31,13 +31,13 @@ class Plan:
         return step * self.global_batch_size / self.num_images if self.num_images else 0.0
 
 
-def plan_run(optim: OptimConfig, *, num_images: int | None, world_size: int) -> Plan:
+def plan_run(optim: OptimConfig, *, num_images: int | None, world_size: int, accumulation: int | None = None) -> Plan:
     """Turn epochs into steps.
 
     Raises:
         UserError: the global batch is larger than the data, or epochs of a stream of unknown length.
     """
-    accumulation = optim.gradient_accumulation_steps or 1
+    accumulation = accumulation or optim.gradient_accumulation_steps or 1
     global_batch = optim.batch_size * world_size * accumulation
     if num_images is not None and global_batch > num_images:
         raise UserError(
@@ -45,13 +45,12 @@ def plan_run(optim: OptimConfig, *, num_images: int | None, world_size: int) -> 
             about="batch_size",
             value=f"{optim.batch_size} x {world_size} processes x {accumulation} accumulation steps = {global_batch}",
         )
-    epochs = optim.epochs if optim.epochs is not None else PAPER_EPOCHS
     if optim.max_steps is not None:
         total = optim.max_steps
     elif num_images is None:
         raise UserError("this data set does not tell its length: give --max_steps instead.", about="epochs")
     else:
-        total = max(1, math.ceil(epochs * num_images / global_batch))
+        total = max(1, math.ceil((optim.epochs or PAPER_EPOCHS) * num_images / global_batch))
     return Plan(total, _warmup_steps(optim, total, num_images, global_batch), global_batch, num_images)
 
 

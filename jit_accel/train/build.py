@@ -74,7 +74,7 @@ def start(config: Config) -> int:
             elif resume == "auto":
                 trainer.say(f"--resume auto: no checkpoint in {folder} yet, starting anew.")
             if config.run.dry_run:
-                return dry_run(trainer)
+                return trainer.dry_run()
             exit_code = trainer.run()
         if exit_code == 0 and config.hub.push_to_hub and accelerator.is_main_process:
             hub.share(folder / "pipeline", config.hub)  # last, so that nobody waits for the network
@@ -102,7 +102,8 @@ def build_trainer(config: Config, accelerator: Accelerator, checkpoint: Path | N
     config, plan, warnings = complete(config, facts_of(accelerator, source, saved, weights))
     trainer = assemble(config, plan, source, accelerator, held_out, initial)
     if accelerator.is_main_process:
-        introduce(trainer, config, source)
+        validated = trainer.validation.num_images if trainer.validation else 0
+        introduce(config, plan, source, accelerator, trainer.network, validated)
         for message in warnings:
             warn(message)
     return trainer
@@ -227,14 +228,14 @@ def assemble(
     )
 
 
-def introduce(trainer: Trainer, config: Config, source: Source) -> None:
-    """Say in a few lines what is about to run."""
-    plan, accelerator = trainer.plan, trainer.accelerator
-    parameters = sum(p.numel() for p in trainer.network.parameters())
-    trained = sum(p.numel() for p in trainer.network.parameters() if p.requires_grad)
+def introduce(
+    config: Config, plan: Plan, source: Source, accelerator: Accelerator, network: torch.nn.Module, validated: int
+) -> None:
+    """Say in a few lines what is about to run, with a loss of this many `validated` images held out."""
+    parameters = sum(p.numel() for p in network.parameters())
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     adapter = f", {trained:,} of them trained (LoRA of rank {config.tune.lora_rank})" if trained < parameters else ""
-    validation = trainer.validation
-    held_out = f"; val/loss on {validation.num_images} of those held out" if validation else ""
+    held_out = f"; val/loss on {validated} of those held out" if validated else ""
     epochs = f" ({plan.epoch_of(plan.total_steps):.4g} epochs)" if plan.num_images else ""
     say(
         f"Data:   {describe_data(source)}, {config.data.img_size} px{held_out}\n"
@@ -279,14 +280,6 @@ def check_output_dir(folder: Path, resume: str, is_written: bool) -> None:
                 pass
         except OSError as error:
             raise refused(f"cannot be written to ({error.strerror}): give another.") from None
-
-
-def dry_run(trainer: Trainer) -> int:
-    """One forward and backward; nothing is written."""
-    loss = trainer.loss(trainer.feed.next()).mean()
-    trainer.accelerator.backward(loss)
-    trainer.say(f"Dry run: loss {loss.item():.4f} after one forward and backward. Everything is in place.")
-    return 0
 
 
 def build_accelerator(config: Config) -> Accelerator:

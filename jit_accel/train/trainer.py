@@ -157,6 +157,13 @@ class Trainer:
             self.averages.update(self.step)
             self.monitor.record(self.step, learning_rate, step_loss, grad_norm)
 
+    def dry_run(self) -> int:
+        """Do one forward and backward, of which nothing is written. Returns the exit code."""
+        loss = self.loss(self.feed.next()).mean()
+        self.accelerator.backward(loss)
+        self.say(f"Dry run: loss {loss.item():.4f} after one forward and backward. Everything is in place.")
+        return 0
+
     def loss(self, batch: Batch) -> Tensor:
         """Return the losses (B,) of a batch, all randomness following from its images' positions in the run."""
         torch.manual_seed(int(rng.hash64(self.seed, "dropout", batch.positions[0])) >> 1)
