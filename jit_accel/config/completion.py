@@ -48,10 +48,10 @@ class Start:
 
 @dataclass(frozen=True)
 class Facts:
-    """What only the world knows of a run.
+    """Facts of a run that no setting states.
 
     Attributes:
-        num_images, num_classes: of the data; None where a stream does not tell.
+        num_images, num_classes: of the data; None for classes that only reading would show.
         is_labelled: False where nothing tells the images apart; guidance towards their one class means nothing then.
         is_encoded: the images must be decoded.
         processes: of the run, on all machines.
@@ -63,7 +63,7 @@ class Facts:
         start: the weights to start from, where they are read.
     """
 
-    num_images: int | None
+    num_images: int
     num_classes: int | None = None
     is_labelled: bool = True
     is_encoded: bool = True

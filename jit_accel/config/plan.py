@@ -17,60 +17,46 @@ class Plan:
     """The lengths and rates of a run, in optimizer steps.
 
     Attributes:
-        num_images: images of one epoch, or None where a stream does not tell.
         global_batch_size: images per optimizer step, over all processes and micro-steps.
+        num_images: images of one epoch.
     """
 
     total_steps: int
     warmup_steps: int
     global_batch_size: int
-    num_images: int | None
+    num_images: int
 
     def epoch_of(self, step: int) -> float:
-        """Return the passes over the data after `step` optimizer steps (0 where the length is unknown)."""
-        return step * self.global_batch_size / self.num_images if self.num_images else 0.0
+        """Return the passes over the data after `step` optimizer steps."""
+        return step * self.global_batch_size / self.num_images
 
 
-def plan_run(optim: OptimConfig, *, num_images: int | None, world_size: int, accumulation: int | None = None) -> Plan:
+def plan_run(optim: OptimConfig, *, num_images: int, world_size: int, accumulation: int | None = None) -> Plan:
     """Turn epochs into steps.
 
     Raises:
-        UserError: the global batch is larger than the data, or epochs of a stream of unknown length.
+        UserError: the global batch is larger than the data, or the warm-up longer than the run.
     """
     accumulation = accumulation or optim.gradient_accumulation_steps or 1
     global_batch = optim.batch_size * world_size * accumulation
-    if num_images is not None and global_batch > num_images:
+    if global_batch > num_images:
         raise UserError(
             f"must not be larger than the data set ({num_images} images): use a smaller batch or more images.",
             about="batch_size",
             value=f"{optim.batch_size} x {world_size} processes x {accumulation} accumulation steps = {global_batch}",
         )
-    if optim.max_steps is not None:
-        total = optim.max_steps
-    elif num_images is None:
-        raise UserError("this data set does not tell its length: give --max_steps instead.", about="epochs")
-    else:
-        total = max(1, math.ceil((optim.epochs or PAPER_EPOCHS) * num_images / global_batch))
-    return Plan(total, _warmup_steps(optim, total, num_images, global_batch), global_batch, num_images)
-
-
-def _warmup_steps(optim: OptimConfig, total: int, num_images: int | None, global_batch: int) -> int:
+    total = optim.max_steps or max(1, math.ceil((optim.epochs or PAPER_EPOCHS) * num_images / global_batch))
     if optim.warmup_steps is not None:
         warmup = optim.warmup_steps
     elif optim.warmup_epochs is not None:
-        if num_images is None:
-            raise UserError(
-                "this data set does not tell its length: give --warmup_steps instead.", about="warmup_epochs"
-            )
         warmup = round(optim.warmup_epochs * num_images / global_batch)
     else:
-        paper = PAPER_WARMUP_EPOCHS * (num_images or math.inf) / global_batch
-        return round(min(paper, 0.1 * total))
+        warmup = round(min(PAPER_WARMUP_EPOCHS * num_images / global_batch, 0.1 * total))
     if warmup > total:
         raise UserError(
             f"the warm-up of {warmup} steps is longer than the run of {total}: shorten it.", about="warmup_steps"
         )
-    return warmup
+    return Plan(total, warmup, global_batch, num_images)
 
 
 def ema_memory_steps(decay: float) -> float:

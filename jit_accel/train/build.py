@@ -140,13 +140,13 @@ def assemble(
     """Build the parts of a run from its resolved settings."""
     optim, run, output_dir = config.optim, config.run, Path(config.run.output_dir)
 
-    def tell(message: str) -> None:
+    def say_once(message: str) -> None:
         if accelerator.is_main_process:
             say(message)
 
     torch.manual_seed(run.seed)  # the same initial weights on every process
     model = build_network(config)
-    tuning = tune(model, config.tune, config.objective.noise_scale, source, initial, tell)
+    tuning = tune(model, config.tune, config.objective.noise_scale, source, initial, say_once)
     if config.performance.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.performance.compile:
@@ -236,14 +236,14 @@ def introduce(
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     adapter = f", {trained:,} of them trained (LoRA of rank {config.tune.lora_rank})" if trained < parameters else ""
     held_out = f"; val/loss on {validated} of those held out" if validated else ""
-    epochs = f" ({plan.epoch_of(plan.total_steps):.4g} epochs)" if plan.num_images else ""
     say(
         f"Data:   {describe_data(source)}, {config.data.img_size} px{held_out}\n"
         f"Model:  {config.model.model}, {parameters:,} parameters{adapter}, predicts {config.objective.prediction}, "
         f"loss in {config.objective.loss_space}\n"
         f"Device: {accelerator.num_processes} x {device_name(accelerator.device)}, "
         f"precision {config.performance.mixed_precision}\n"
-        f"Run:    {plan.total_steps:,} steps{epochs} of {plan.global_batch_size} images, "
+        f"Run:    {plan.total_steps:,} steps ({plan.epoch_of(plan.total_steps):.4g} epochs) of "
+        f"{plan.global_batch_size} images, "
         f"learning rate {config.optim.learning_rate:.3g}, {config.optim.optimizer}, "
         f"ema {' '.join(config.optim.ema_decays)} → {config.run.output_dir}",
     )

@@ -8,9 +8,6 @@ from jit_accel.base.errors import UserError
 from jit_accel.model.checkpoints import find_checkpoint
 from jit_accel.monitor.monitor import NotFinite
 
-# Before this many images a share of them says little.
-MIN_IMAGES_JUDGED = 1000
-
 
 def stop_if_not_finite(found: NotFinite | None, output_dir: Path) -> None:
     """Raise `UserError` where a metric is not finite."""
@@ -25,6 +22,6 @@ def stop_if_not_finite(found: NotFinite | None, output_dir: Path) -> None:
     )
 
 
-def has_too_many_bad_images(bad_images: int, max_share: float, images_seen: int, num_images: int | None) -> bool:
+def has_too_many_bad_images(bad_images: int, max_share: float, images_seen: int, num_images: int) -> bool:
     """Whether more than `max_share` of the data cannot be decoded, judged on what was seen or on a whole epoch."""
-    return bad_images > max_share * max(images_seen, num_images or MIN_IMAGES_JUDGED)
+    return bad_images > max_share * max(images_seen, num_images)

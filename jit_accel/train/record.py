@@ -23,9 +23,8 @@ RECORDED_PACKAGES = ("torch", "accelerate", "diffusers", "datasets", "numpy", "w
 
 def describe_data(source: Source) -> str:
     """Return a data set's name, size and classes in words."""
-    images = "unknown number of" if source.num_images is None else f"{source.num_images:,}"
     classes = f"{source.num_classes or 'unknown number of'} classes" if source.is_labelled else "unlabelled"
-    return f"{redacted(source.name)} ({images} images, {classes})"
+    return f"{redacted(source.name)} ({source.num_images:,} images, {classes})"
 
 
 def record_run(settings: dict, plan: Plan, network: torch.nn.Module, accelerator) -> dict:

@@ -53,15 +53,12 @@ def open_data(
     return source, held_out
 
 
-def _refuse_disagreement(data: DataConfig, counts: Sequence[int | None], fingerprints: Sequence[str]) -> None:
+def _refuse_disagreement(data: DataConfig, counts: Sequence[int], fingerprints: Sequence[str]) -> None:
     found = list(zip(counts, fingerprints))
     other = next((rank for rank, finding in enumerate(found) if finding != found[0]), None)
     if other is None:
         return
-    trained = ", ".join(
-        f"process {rank} trains on {'?' if counts[rank] is None else f'{counts[rank]:,}'} ({fingerprints[rank][:8]})"
-        for rank in (0, other)
-    )
+    trained = ", ".join(f"process {rank} trains on {counts[rank]:,} ({fingerprints[rank][:8]})" for rank in (0, other))
     about, value = ("holdout", f"{data.holdout:g}") if data.holdout else ("data_path", data.data_path)
     raise UserError(
         f"the processes do not find the same images ({trained}): make sure that all machines have the same files and "

@@ -176,12 +176,6 @@ def test_batch_larger_than_the_data_is_refused():
         plan_run(parse("--gradient_accumulation_steps", "4").optim, num_images=255, world_size=2)
 
 
-def test_stream_of_unknown_length_needs_steps():
-    with pytest.raises(UserError, match="give --max_steps instead"):
-        plan_run(parse("--epochs", "2").optim, num_images=None, world_size=1)
-    assert plan_run(parse("--max_steps", "20").optim, num_images=None, world_size=1).total_steps == 20
-
-
 def test_fewer_classes_than_the_data_has_are_refused():
     with pytest.raises(UserError, match=r"num_classes 5: the data has 10 classes"):
         resolved(parse("--num_classes", "5"))
