@@ -26,8 +26,8 @@ from jit_accel.model.generation import SamplerSettings, generate
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import build_model
-from jit_accel.sample.files import ImageFiles
-from jit_accel.sample.plan import Plan
+from jit_accel.sample.plan import SamplePlan
+from jit_accel.sample.stores import ImageFiles
 
 NUM_CLASSES = 10
 
@@ -99,7 +99,7 @@ class Bench:
         """Seconds that a batch takes, with its files if `folder` says where."""
         case = self.case
         settings = SamplerSettings(case.steps, guidance_scale, interval)
-        plan = Plan(tuple(range(NUM_CLASSES)), (-(-case.batch_size // NUM_CLASSES),) * NUM_CLASSES, NUM_CLASSES)
+        plan = SamplePlan(tuple(range(NUM_CLASSES)), (-(-case.batch_size // NUM_CLASSES),) * NUM_CLASSES, NUM_CLASSES)
         items = plan.items()[: case.batch_size]
         numbers = [item.number for item in items]
         with contextlib.ExitStack() as stack:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 
 from tqdm.auto import tqdm
 
 from jit_accel.base.redaction import redacted
+
+_LINE_EVERY_S = 60.0
 
 
 def say(message: str, file=None) -> None:
@@ -27,6 +30,42 @@ def say(message: str, file=None) -> None:
 
 def warn(message: str) -> None:
     say(f"Warning: {message}", sys.stderr)
+
+
+class ImageProgress:
+    """Counts images of all processes: a bar on a terminal, a line now and then in a log file.
+
+    Args:
+        total, done: all images, and those that were there before.
+        is_shown: whether this process shows it.
+    """
+
+    def __init__(self, name: str, total: int, done: int, is_shown: bool):
+        self.name, self.total, self.done, self.made, self.is_shown = name, total, done, 0, is_shown
+        self.began = self.said_at = time.monotonic()
+        is_terminal = is_shown and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, desc=name, unit=" images") if is_terminal else None
+
+    def add(self, count: int) -> None:
+        self.made += count
+        if self.bar is not None:
+            self.bar.update(count)
+        elif self.is_shown and time.monotonic() - self.said_at > _LINE_EVERY_S:
+            self.said_at, there = time.monotonic(), self.done + self.made
+            left_min = (self.total - there) / self.rate / 60
+            say(f"{self.name}: {there:,}/{self.total:,} images | {self.rate:.3g} images/s | left {left_min:.0f} min")
+
+    @property
+    def rate(self) -> float:
+        """Images/s, of those made now."""
+        return self.made / max(time.monotonic() - self.began, 1e-9)
+
+    def __enter__(self) -> ImageProgress:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 def _hush(file) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -105,3 +105,30 @@ def lookup(table: Mapping[str, T], name: str, about: str, *, value: object = Non
         return table[name]
     given = name if value is None else value
     raise UserError(f"{rule}; choose from {', '.join(table)}.{nearest(name, table)}", about=about, value=given)
+
+
+def check_ranges(values: Mapping[str, object], ranges: Iterable[tuple[str, Callable[..., bool], str]]) -> None:
+    """Raise `UserError` for the first setting that is out of its range; None, or none at all, passes.
+
+    Args:
+        ranges: setting, rule as a predicate, rule in words.
+    """
+    for name, holds, rule in ranges:
+        value = values.get(name)
+        if value is not None and not holds(value):
+            text = f"{value:g}" if isinstance(value, float) else shown(value)
+            raise UserError(f"must be {rule}.", about=name, value=text)
+
+
+def changed_settings(then: Mapping, now: Mapping, words: Mapping[str, str] | None = None) -> list[str]:
+    """Return `--seed was 0 and is 1 now`, or the `words` for it, for each setting that differs from what it was."""
+    return [
+        (words or {}).get(name) or f"--{name} was {shown(then.get(name))} and is {shown(value)} now"
+        for name, value in now.items()
+        if shown(then.get(name)) != shown(value)
+    ]
+
+
+def shown(value: object) -> str:
+    """Return a value as one would give it on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -12,20 +12,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from jit_accel.base.errors import UserError, common_error, message_of
-from jit_accel.base.signals import StopSignal
+from jit_accel.base.signals import Stopped, StopRequest
 
 T = TypeVar("T")
 
 
-class Stopped(Exception):
-    """A signal asked the program to stop. `number` is the signal's."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
-
-
-def on_all(accelerator, work: Callable[[], T], in_turn: bool = False, stop: StopSignal | None = None) -> T:
+def on_all(accelerator, work: Callable[[], T], in_turn: bool = False, stop: StopRequest | None = None) -> T:
     """Do the work on each process, and raise on all of them what any of them raised; it must not wait for the others.
 
     Args:
@@ -40,7 +32,7 @@ def on_all(accelerator, work: Callable[[], T], in_turn: bool = False, stop: Stop
     return result
 
 
-def on_main(accelerator, work: Callable[[], T], stop: StopSignal | None = None) -> T:
+def on_main(accelerator, work: Callable[[], T], stop: StopRequest | None = None) -> T:
     """Do the work on the main process; all processes get its result, `UserError` or `Stopped`."""
     result, problems = _attempt(accelerator, work if accelerator.is_main_process else lambda: None, False, stop)
     _raise_everywhere(problems[0])
@@ -48,7 +40,7 @@ def on_main(accelerator, work: Callable[[], T], stop: StopSignal | None = None) 
     return result
 
 
-def _attempt(accelerator, work: Callable[[], T], in_turn: bool, stop: StopSignal | None) -> tuple[T, Sequence]:
+def _attempt(accelerator, work: Callable[[], T], in_turn: bool, stop: StopRequest | None) -> tuple[T, Sequence]:
     """Return the result of the work, and the `UserError` or None of each process; a bug and `Stopped` are raised."""
     result, problem, bug, number = None, None, None, 0
     try:
@@ -109,5 +101,5 @@ def process_group(accelerator) -> Iterator[None]:
             # `end_training` does) waits for them while it holds the GIL: one exit in twenty hung, torch 2.13.
             time.sleep(0.2)
         # Trackers may take a minute to send what is left: a stop asked for meanwhile is too late to mean anything.
-        with StopSignal() if accelerator.trackers else contextlib.nullcontext():
+        with StopRequest() if accelerator.trackers else contextlib.nullcontext():
             accelerator.end_training()

@@ -2,47 +2,44 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
-from collections.abc import Iterator
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, where it is answered as Ctrl-C is."""
+class Stopped(KeyboardInterrupt):
+    """A signal asked the program to stop. `number` is the signal's."""
 
-    number = signal.SIGTERM
-
-
-@contextlib.contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """Inside, SIGTERM raises `Terminated`, so that whatever was begun is tidied up."""
-
-    def end(number: int, frame) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
 
 
-class StopSignal:
+class StopRequest:
     """Inside its `with` block SIGTERM and Ctrl-C only set `number`, so that a step can end in peace.
 
     A second Ctrl-C interrupts at once.
+
+    Args:
+        at_once: the signals raise `Stopped` where they come, so that whatever was begun is tidied up.
     """
 
-    def __init__(self):
+    def __init__(self, at_once: bool = False):
         self.number: int = 0
+        self.at_once = at_once
 
-    def _request(self, number: int, frame) -> None:
+    def raise_if_asked(self) -> None:
+        """Raise `Stopped` once a signal has come."""
+        if self.number:
+            raise Stopped(self.number)
+
+    def _receive(self, number: int, frame) -> None:
+        if self.at_once:
+            raise Stopped(number)
         if self.number == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number
 
-    def __enter__(self) -> StopSignal:
-        self._before = {n: signal.signal(n, self._request) for n in (signal.SIGTERM, signal.SIGINT)}
+    def __enter__(self) -> StopRequest:
+        self._before = {n: signal.signal(n, self._receive) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *exception) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from jit_accel.base.signals import terminated_as_interrupted
+from jit_accel.base.signals import StopRequest
 from jit_accel.config.command_line import exit_code_of, reject_unknown_flags
 from jit_accel.convert.settings import SETTINGS, ConvertConfig, check
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
 
         disable_progress_bar()
         if os.environ.get("RANK", "0") == "0":  # a launcher's other processes have nothing to do
-            with terminated_as_interrupted():
+            with StopRequest(at_once=True):
                 convert(config)
         return 0
 

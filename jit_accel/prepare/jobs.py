@@ -18,19 +18,11 @@ import torch
 from tqdm import tqdm
 
 from jit_accel.base.errors import UserError
-from jit_accel.base.signals import StopSignal
+from jit_accel.base.signals import Stopped, StopRequest
 from jit_accel.prepare.encode import Encoded
 
 _POLL_S = 0.2
 _worker: tuple | None = None  # in a worker: what the jobs have in common, the counter of images, the request to stop
-
-
-class Stopped(Exception):
-    """A signal asked the program to stop. `number` is the signal's."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
 
 
 def run_jobs(
@@ -39,7 +31,7 @@ def run_jobs(
     common: Any,
     *,
     num_workers: int,
-    stop: StopSignal,
+    stop: StopRequest,
     label: str,
     num_images: int | None,
     num_done: int = 0,

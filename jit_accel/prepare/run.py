@@ -21,14 +21,14 @@ from jit_accel.base import rng
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import write_json
 from jit_accel.base.redaction import redacted
-from jit_accel.base.signals import StopSignal
+from jit_accel.base.signals import Stopped, StopRequest
 from jit_accel.data.formats.columns import int_labels
 from jit_accel.data.formats.index import INDEX, STORE_FORMAT, STORE_VERSION
 from jit_accel.data.formats.source import Source
 from jit_accel.data.formats.sources import open_images
 from jit_accel.prepare import pictures
 from jit_accel.prepare.encode import Encoded, Original, encode, originals_at, originals_of
-from jit_accel.prepare.jobs import Stopped, counted, run_jobs
+from jit_accel.prepare.jobs import counted, run_jobs
 from jit_accel.prepare.output import OutputFolder
 from jit_accel.prepare.settings import PrepareConfig
 from jit_accel.prepare.shards import Layout, write_shard
@@ -71,7 +71,7 @@ def prepare(config: PrepareConfig) -> int:
     if index is not None:
         return _say_finished(config, index)
     started = time.monotonic()
-    with StopSignal() as stop:
+    with StopRequest() as stop:
         try:
             with output.begun(recorded) as index:
                 if index is not None:
@@ -119,7 +119,7 @@ def _summary(index: dict) -> str:
     )
 
 
-def _make(config: PrepareConfig, source: Source, output: OutputFolder, recorded: dict, stop: StopSignal):
+def _make(config: PrepareConfig, source: Source, output: OutputFolder, recorded: dict, stop: StopRequest):
     work = Work(config, source, output.work)
     how = {"num_workers": config.resolved_workers, "stop": stop}
     _check_space(config, source, output)

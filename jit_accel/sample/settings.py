@@ -6,15 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import UserError, check_ranges
 from jit_accel.config.settings import MOST_IMAGES, MOST_PIXELS, MOST_STEPS
 
 DEFAULT_NUM_IMAGES = 64
-MOST = {
-    **dict.fromkeys(("images_per_class", "num_images", "batch_size"), MOST_IMAGES),
-    **dict.fromkeys(("img_size", "height", "width"), MOST_PIXELS),
-    "num_inference_steps": MOST_STEPS,
-}
 
 
 @dataclass(frozen=True)
@@ -69,43 +64,29 @@ class SampleConfig:
     """Also make an animation of the denoising of a grid."""
 
 
-def check(config: SampleConfig) -> None:
-    """Refuse settings that are missing, out of range, or contradict each other.
+def _up_to(most: int, *names: str) -> list[tuple]:
+    return [(name, lambda v: 1 <= v <= most, f"at least 1 and at most {most:,}") for name in names]
 
-    Raises:
-        UserError: naming the flag, its value and the rule.
-    """
+
+RANGES = [
+    *_up_to(MOST_IMAGES, "images_per_class", "num_images", "batch_size"),
+    *_up_to(MOST_PIXELS, "img_size", "height", "width"),
+    *_up_to(MOST_STEPS, "num_inference_steps"),
+    ("seed", lambda v: 0 <= v < 2**63, "from 0 to 2^63 - 1"),
+    ("guidance_scale", lambda v: 0 <= v < math.inf, "at least 0; 1 is no guidance"),
+    ("guidance_interval", lambda v: 0 <= v[0] <= v[1] <= 1, "LO HI with 0 <= LO <= HI <= 1, such as 0.1 1"),
+]
+EITHER = [("images_per_class", "num_images"), ("img_size", "height"), ("img_size", "width")]
+
+
+def check(config: SampleConfig) -> None:
+    """Raise `UserError` for settings that are missing, out of range, or contradict each other."""
     if not config.model:
         raise UserError("not given; name a pipeline folder, the output folder of a run, or a Hub id.", about="model")
     if not config.output_dir:
         raise UserError("is empty; name a folder.", about="output_dir")
-    _check_ranges(config)
-    if config.images_per_class is not None and config.num_images is not None:
-        raise UserError(
-            f"contradicts --num_images {config.num_images}: give one.",
-            about="images_per_class",
-            value=config.images_per_class,
-        )
-    if config.img_size is not None and (config.height is not None or config.width is not None):
-        raise UserError("contradicts --height and --width: give either.", about="img_size", value=config.img_size)
-    if config.guidance_scale is not None and not (math.isfinite(config.guidance_scale) and config.guidance_scale >= 0):
-        raise UserError(
-            "must be at least 0; 1 is no guidance.", about="guidance_scale", value=f"{config.guidance_scale:g}"
-        )
-    if config.guidance_interval is not None:
-        low, high = config.guidance_interval
-        if not 0 <= low <= high <= 1:
-            raise UserError(
-                "must be LO HI with 0 <= LO <= HI <= 1, such as 0.1 1.",
-                about="guidance_interval",
-                value=f"{low:g} {high:g}",
-            )
-
-
-def _check_ranges(config: SampleConfig) -> None:
-    for flag, most in MOST.items():
-        value = getattr(config, flag)
-        if value is not None and not 1 <= value <= most:
-            raise UserError(f"must be at least 1 and at most {most:,}.", about=flag, value=value)
-    if not 0 <= config.seed < 2**63:
-        raise UserError("must be from 0 to 2^63 - 1.", about="seed", value=config.seed)
+    given = vars(config)
+    check_ranges(given, RANGES)
+    for flag, other in EITHER:
+        if given[flag] is not None and given[other] is not None:
+            raise UserError(f"contradicts --{other} {given[other]}: give one.", about=flag, value=given[flag])

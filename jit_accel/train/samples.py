@@ -8,8 +8,8 @@ from torch import Tensor
 
 from jit_accel.base.console import warn
 from jit_accel.base.files import atomic_file
+from jit_accel.base.image_rows import draw_rows
 from jit_accel.base.sharding import reshard
-from jit_accel.base.sheets import draw_rows
 from jit_accel.model.generation import generate
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.train.averages import Ema

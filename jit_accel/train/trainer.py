@@ -17,7 +17,7 @@ from jit_accel.base.console import say, warn
 from jit_accel.base.errors import UserError
 from jit_accel.base.processes import on_main
 from jit_accel.base.sharding import reshard
-from jit_accel.base.signals import StopSignal
+from jit_accel.base.signals import StopRequest
 from jit_accel.config.plan import Plan
 from jit_accel.config.settings import EvalConfig, RunConfig, SheetConfig, write_config
 from jit_accel.data.batches.batch import Batch
@@ -91,7 +91,7 @@ class Trainer:
         self.checkpointer = Checkpointer(accelerator, self.output_dir, run.keep_checkpoints)
         self.step = self.first_step = 0  # of this start
         self.saved_step: int | None = None  # by this start
-        self.stop = StopSignal()
+        self.stop = StopRequest()
         self.is_stopping = False  # unlike the signal itself, known to all processes alike
         self.parts = {
             "model": NamedTensors(averages.params),

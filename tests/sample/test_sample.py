@@ -25,10 +25,9 @@ from jit_accel.data.formats.sources import open_images
 from jit_accel.model.generation import SamplerSettings, generate_batches
 from jit_accel.model.transformer import JiTTransformer2DModel
 from jit_accel.sample import main, parse_args
-from jit_accel.sample.files import ImageFiles, is_whole_png
-from jit_accel.sample.npz import NpzFile, open_array
-from jit_accel.sample.pictures import Denoising, pixels, start_noise, strip_items
-from jit_accel.sample.plan import Item, Plan, label_of, plan_images
+from jit_accel.sample.pictures import Denoising, pixels, start_noise, strip_images
+from jit_accel.sample.plan import ImageId, SamplePlan, label_of, plan_images
+from jit_accel.sample.stores import ImageFiles, NpzFile, is_whole, open_array
 
 NAMES = ["T-shirt/top", "../up", "crème brûlée", "猫", "a" * 300, "cat", "Cat", "cat", ".", "with, comma"]
 FAST = ("--num_inference_steps", "2", "--mixed_precision", "no")
@@ -70,11 +69,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_the_number_of_an_image_does_not_depend_on_what_else_is_made():
     everything = plan_images(parse_args(["--model", "x", "--num_images", "25"]), 10, None)
-    assert everything.items() == [Item(n, n % 10) for n in range(25)]
+    assert everything.ids() == [ImageId(n, n % 10) for n in range(25)]
     some = plan_images(parse_args(["--model", "x", "--classes", "7", "2", "--images_per_class", "2"]), 10, None)
-    assert some.items() == [(2, 2), (7, 7), (12, 2), (17, 7)]
+    assert some.ids() == [(2, 2), (7, 7), (12, 2), (17, 7)]
     no_class = plan_images(parse_args(["--model", "x", "--classes", "none", "--num_images", "3"]), 10, None)
-    assert no_class.items() == [(0, 10), (1, 10), (2, 10)]
+    assert no_class.ids() == [(0, 10), (1, 10), (2, 10)]
     assert sum(plan_images(parse_args(["--model", "x"]), 1000, None).counts) == 64
 
 
@@ -114,12 +113,12 @@ def test_a_network_without_classes_makes_images_of_no_class(sample, tmp_path, ca
 
 
 def test_folders_of_classes_are_safe_and_distinct_and_in_the_order_of_the_labels():
-    plan = Plan(tuple(range(10)), (1,) * 10, 10, tuple(NAMES))
+    plan = SamplePlan(tuple(range(10)), (1,) * 10, 10, tuple(NAMES))
     folders = [plan.folder(label) for label in range(10)]
     assert folders == sorted(set(folders))
     assert all(folder.isascii() and len(folder) < 50 and not set("/\\. ,") & set(folder) for folder in folders)
     assert folders[:4] == ["000_T-shirt-top", "001_up", "002_creme-brulee", "003"]
-    wide = Plan(tuple(range(1001)), (1,) * 1001, 1000)
+    wide = SamplePlan(tuple(range(1001)), (1,) * 1001, 1000)
     assert [wide.folder(label) for label in (0, 999, 1000)] == ["000", "999", "none"]
 
 
@@ -251,12 +250,12 @@ def test_resume_with_other_weights_is_refused(sample, model, tmp_path, capsys):
 
 def test_a_png_is_whole_only_with_its_size_and_its_end(tmp_path):
     path = tmp_path / "image.png"
-    assert not is_whole_png(path, (16, 24))
+    assert not is_whole(path, (16, 24))
     Image.new("RGB", (24, 16)).save(path)
-    assert is_whole_png(path, (16, 24))
-    assert not is_whole_png(path, (24, 16))
+    assert is_whole(path, (16, 24))
+    assert not is_whole(path, (24, 16))
     path.write_bytes(b"")
-    assert not is_whole_png(path, (16, 24))
+    assert not is_whole(path, (16, 24))
 
 
 # --- npz
@@ -268,7 +267,7 @@ def test_an_npz_that_was_stopped_is_finished_by_two_processes(sample, model, tmp
     monkeypatch.setattr(NpzFile, "write", lambda *args: (write(*args), os.kill(os.getpid(), signal.SIGTERM))[0])
     assert sample("--num_images", "7", "--batch_size", "4", "--format", "npz") == 128 + signal.SIGTERM
     assert "--resume" in capsys.readouterr().out
-    assert [len(np.load(part)) for part in (tmp_path / "out" / ".parts").iterdir()] == [4]
+    assert len(list((tmp_path / "out" / ".parts").rglob("*.png"))) == 4
     monkeypatch.undo()
     flags = ("--num_images", "7", "--batch_size", "1", "--format", "npz", "--resume")
     codes, said = sample_group(model, tmp_path / "out", *flags)
@@ -292,20 +291,22 @@ def test_an_npz_that_was_stopped_is_finished_by_two_processes(sample, model, tmp
 
 
 def test_a_part_that_is_cut_off_counts_for_nothing(tmp_path):
-    plan = Plan((0, 1), (2, 2), 2)
+    plan = SamplePlan((0, 1), (2, 2), 2)
     store = NpzFile(tmp_path, plan, (4, 4))
     store.prepare()
     images = np.arange(4 * 48, dtype=np.uint8).reshape(4, 4, 4, 3)
-    store.write(plan.items()[2:], images[2:])
-    store.write(plan.items()[:2], images[:2])
-    part = sorted(store.parts.iterdir())[0]
+    store.write(plan.ids()[2:], images[2:])
+    store.write(plan.ids()[:2], images[:2])
+    store.flush()
+    part = store.path(plan.ids()[1])
     part.write_bytes(part.read_bytes()[:-1])
     again = NpzFile(tmp_path, plan, (4, 4))
-    assert again.missing() == plan.items()[:2]
-    again.write(plan.items()[:2], images[:2])
+    assert again.missing() == plan.ids()[1:2]
+    again.write(plan.ids()[1:2], images[1:2])
+    again.flush()
     again.finish()
-    assert np.array_equal(open_array(again.path, "arr_0"), images)
-    assert struct.unpack("<I", again.path.read_bytes()[:4]) == (0x04034B50,)
+    assert np.array_equal(open_array(again.npz, "arr_0"), images)
+    assert struct.unpack("<I", again.npz.read_bytes()[:4]) == (0x04034B50,)
 
 
 # --- what goes wrong
@@ -413,6 +414,6 @@ def test_a_trajectory_shows_what_the_network_predicts_and_ends_in_the_image(pred
 
 
 def test_a_strip_shows_as_many_classes_as_it_can():
-    assert [item.label for item in strip_items(Plan(tuple(range(10)), (3,) * 10, 10), 6)] == [0, 1, 3, 5, 6, 8]
-    assert strip_items(Plan((4,), (3,), 10), 6) == [(4, 4), (14, 4), (24, 4)]
-    assert len(strip_items(Plan((1, 4), (9, 9), 10), 5)) == 5
+    assert [image.label for image in strip_images(SamplePlan(tuple(range(10)), (3,) * 10, 10), 6)] == [0, 1, 3, 5, 6, 8]
+    assert strip_images(SamplePlan((4,), (3,), 10), 6) == [(4, 4), (14, 4), (24, 4)]
+    assert len(strip_images(SamplePlan((1, 4), (9, 9), 10), 5)) == 5
