@@ -7,17 +7,12 @@ from jit_accel.prepare.settings import PrepareConfig, check
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prepare images as the command line says. Returns the exit code: 0 done, 2 something to mend, 128 + signal."""
+    """Prepare images as the command line says; return the exit code: 0 done, 2 a user's error, 128 + signal."""
 
     def run() -> int:
         config = parse_args(argv)
         check(config)
-        # torch is imported only now, so that --help and wrong flags answer at once.
-        if config.verify is not None:
-            from jit_accel.prepare.verify import verify
-
-            return verify(config.verify)
-        from jit_accel.prepare.run import prepare
+        from jit_accel.prepare.run import prepare  # imports torch: --help and wrong flags answer at once
 
         return prepare(config)
 
@@ -25,10 +20,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_args(argv: list[str] | None = None) -> PrepareConfig:
-    """Read the command line.
-
-    Raises:
-        UserError: an unknown flag.
-        SystemExit: `--help` (0), a value of the wrong type (2).
-    """
+    """Read the command line. Raises `UserError` for an unknown flag, `SystemExit` for --help and wrong types."""
     return parse_flags(PrepareConfig, argv, "python -m jit_accel.prepare")

@@ -18,6 +18,9 @@ from jit_accel.data.reading.decode import BadImage, crop_pixels, decode_image, p
 from jit_accel.prepare.settings import PrepareConfig
 
 _BLOCK = 16  # images that are read from the source at a time
+# Pillow's options of each encoding. Halved chroma would cost more than quality 95 does: at these sizes it is what one
+# sees first. PNG of photos: twice as fast as the default level 6, and 1 % larger.
+_OPTIONS = {"jpeg": {"subsampling": 0}, "png": {"compress_level": 4}, "webp": {"exact": True}}
 
 
 class Original(NamedTuple):
@@ -40,32 +43,27 @@ class Encoded(NamedTuple):
 
 
 def originals_at(source: Source, indices: np.ndarray) -> Iterator[Original]:
-    """Those of a source with random access, by their numbers, int64 (k,)."""
+    """Yield images of a source with random access by their numbers, int64 (k,)."""
     images = source.images
     for block in np.split(indices, range(_BLOCK, len(indices), _BLOCK)):
         if isinstance(images, PixelStore):
-            yield from _stored_pixels(images, block)
+            pixels = np.empty((len(block), 3, images.img_size, images.img_size), np.uint8)
+            labels, _ = images.read(block, pixels)
+            keys, names = images.keys()[block].tolist(), images.names()[block]
+            yield from map(Original, pixels, names, labels.tolist(), keys)
             continue
-        columns = images.columns
         rows = images.dataset[block.tolist()]
         for i, index in enumerate(block.tolist()):
-            yield _original(columns, {column: rows[column][i] for column in columns.all}, f"image {index}")
+            row = {column: rows[column][i] for column in images.columns.all}
+            yield _original(images.columns, row, f"image {index}")
 
 
 def originals_of(source: Source, unit: int, start: int, stop: int | None) -> Iterator[Original]:
-    """Those of rows `start` to `stop` (None: its end) of a unit of a stream."""
+    """Yield rows `start` to `stop` (None: its end) of a unit of a stream."""
     for number, row in enumerate(source.images.rows(unit, start), start):
         if number == stop:
             return
         yield _original(source.images.columns, row, f"shard {unit}, image {number}")
-
-
-def _stored_pixels(images: PixelStore, indices: np.ndarray) -> Iterator[Original]:
-    pixels = np.empty((len(indices), 3, images.img_size, images.img_size), np.uint8)
-    labels, _ = images.read(indices, pixels)
-    keys, names = images.keys()[indices].tolist(), images.names()[indices]
-    for square, name, label, key in zip(pixels, names, labels.tolist(), keys):
-        yield Original(square, name, label, key)
 
 
 def _original(columns: Columns, row: dict, fallback_name: str) -> Original:
@@ -89,32 +87,18 @@ def encode(original: Original, config: PrepareConfig, root: str) -> Encoded:
             pixels = decode_image(original.image, config.img_size, fast=config.resize == "fast")
         key = key_of(original.image) if original.key is None else original.key
     except BadImage as error:
-        return Encoded(None, name, 0, 0, str(error).replace(root, ""))
-    return Encoded(ENCODERS[config.format](pixels, config.resolved_quality), name, original.label, key)
+        reason = str(error)
+        return Encoded(None, name, 0, 0, reason.replace(root, ""))
+    return Encoded(encoded_bytes(pixels, config.format, config.resolved_quality), name, original.label, key)
 
 
-def _bare(pixels: np.ndarray, quality: int | None) -> bytes:
-    return pixels.tobytes()
-
-
-def _saved(pixels: np.ndarray, format: str, **options) -> bytes:
+def encoded_bytes(pixels: np.ndarray, format: str, quality: int | None) -> bytes:
+    """Return pixels, uint8 (3, S, S), as they are stored; WebP of quality 100 is lossless."""
+    if format not in _OPTIONS:
+        return pixels.tobytes()
+    options = _OPTIONS[format] | ({} if quality is None else {"quality": quality})
+    if format == "webp":
+        options["lossless"] = quality == 100
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, format, **options)
+    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, format.upper(), **options)
     return buffer.getvalue()
-
-
-def _jpeg(pixels: np.ndarray, quality: int | None) -> bytes:
-    # Halved chroma would cost more than quality 95 does: at these sizes it is what one sees first.
-    return _saved(pixels, "JPEG", quality=quality, subsampling=0)
-
-
-def _png(pixels: np.ndarray, quality: int | None) -> bytes:
-    # Of photos: twice as fast as the default level 6, and 1 % larger.
-    return _saved(pixels, "PNG", compress_level=4)
-
-
-def _webp(pixels: np.ndarray, quality: int | None) -> bytes:
-    return _saved(pixels, "WEBP", quality=quality, lossless=quality == 100, exact=True)
-
-
-ENCODERS = {"uint8": _bare, "raw": _bare, "jpeg": _jpeg, "png": _png, "webp": _webp}

@@ -1,4 +1,4 @@
-"""Work shared among processes that stop when they are told to, and when the program that started them is gone."""
+"""Work shared among processes that stop when they are asked to, and when the program that started them is gone."""
 
 from __future__ import annotations
 
@@ -26,20 +26,12 @@ _worker: tuple | None = None  # in a worker: what the jobs have in common, the c
 
 
 def run_jobs(
-    function: Callable,
-    jobs: list[tuple],
-    common: Any,
-    *,
-    num_workers: int,
-    stop: StopRequest,
-    label: str,
-    num_images: int | None,
-    num_done: int = 0,
+    function: Callable, jobs: list[tuple], common: Any, *, num_workers: int, stop: StopRequest, bar: dict
 ) -> int:
     """Call `function(common, *job)` for all jobs in `num_workers` processes; return the number of images they counted.
 
     Args:
-        num_images, num_done: of the progress bar: all images, and those of jobs that were done before.
+        bar: of the progress bar: `desc`, `total`, all images, and `initial`, those of jobs that were done before.
 
     Raises:
         Stopped: a signal came; the jobs that were under way are lost.
@@ -52,19 +44,17 @@ def run_jobs(
     pool = ProcessPoolExecutor(min(num_workers, len(jobs)), context, _init_worker, (os.getpid(), common, counter, halt))
     try:
         pending = {pool.submit(_call, function, job) for job in jobs}
-        with tqdm(total=num_images, initial=num_done, desc=label, unit=" images", disable=None) as bar:
+        with tqdm(unit=" images", disable=None, **bar) as shown:
             while pending:
                 done, pending = wait(pending, _POLL_S, FIRST_COMPLETED)
-                bar.update(counter.value + num_done - bar.n)
-                if stop.number:
-                    raise Stopped(stop.number)
+                shown.update(counter.value + bar["initial"] - shown.n)
+                stop.raise_if_asked()
                 for future in done:
                     future.result()
         return counter.value
     except BrokenProcessPool:
         time.sleep(_POLL_S)  # a signal to the whole group ends workers before it is noticed here
-        if stop.number:
-            raise Stopped(stop.number) from None
+        stop.raise_if_asked()
         raise UserError(
             "a process was killed, most likely because the memory was full. What is finished is kept: "
             "run the same command with a smaller --num_workers.",
@@ -91,13 +81,13 @@ def _init_worker(parent_pid: int, common: Any, counter, halt) -> None:
     _worker = common, counter, halt
     torch.set_num_threads(1)
     pyarrow.set_cpu_count(1)
-    # Ctrl-C reaches the whole process group; the main process tells us to stop.
+    # Ctrl-C reaches the whole process group; the main process asks us to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_follow, args=(parent_pid,), daemon=True).start()
+    threading.Thread(target=_leave_with, args=(parent_pid,), daemon=True).start()
 
 
-def _follow(parent_pid: int) -> None:
+def _leave_with(parent_pid: int) -> None:
     while os.getppid() == parent_pid:
         time.sleep(_POLL_S)
     os._exit(1)

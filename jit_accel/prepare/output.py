@@ -8,13 +8,13 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import UserError, changed_settings
 from jit_accel.base.files import disk_errors, move, sync, write_json
 from jit_accel.data.formats.index import INDEX, STORE_VERSION, UNFINISHED, read_index
+from jit_accel.prepare.shards import shard_file
 
 try:
     import fcntl
@@ -31,25 +31,22 @@ class OutputFolder:
     def __init__(self, output_dir: str):
         self.path = Path(output_dir).expanduser()
         self.work = self.path / UNFINISHED
-        self.problem = partial(UserError, about="output_dir", value=output_dir)
 
     def check_place(self, data_path: str) -> None:
         """Refuse a folder inside the source, where the next run would take the shards for images."""
-        if not os.path.isdir(data_path):
-            return
         source, target = Path(data_path).resolve(), self.path.resolve()
-        if target == source or source in target.parents:
-            raise self.problem(f"lies inside --data_path {data_path}: choose a folder elsewhere.")
+        if source.is_dir() and source in (target, *target.parents):
+            raise self._refusal(f"lies inside --data_path {data_path}: choose a folder elsewhere.")
 
     def finished(self, recorded: dict) -> dict | None:
-        """The index of a preparation with these settings that is there already.
+        """Return the index of a preparation with these settings that is there already.
 
         Raises:
             UserError: other settings or other files are there.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise self.problem("is a file: choose a new folder.")
         if not self.path.is_dir():
+            if self.path.exists():
+                raise self._refusal("is a file: choose a new folder.")
             return None
         found = [entry for entry in os.listdir(self.path) if entry != UNFINISHED]
         if INDEX in found:
@@ -58,7 +55,7 @@ class OutputFolder:
             shutil.rmtree(self.work, ignore_errors=True)
             return index
         if found and not (self.work / "plan.json").is_file():
-            raise self.problem(f"is not empty ({sorted(found)[0]}, ...): choose a new folder.")
+            raise self._refusal(f"is not empty ({sorted(found)[0]}, ...): choose a new folder.")
         return None
 
     @contextlib.contextmanager
@@ -73,7 +70,7 @@ class OutputFolder:
         with disk_errors("output_dir", self.path, "run the same command again"), self._lock():
             index = self.finished(recorded)
             if index is None:
-                self._check_plan(recorded)
+                self._check_plan({"version": STORE_VERSION, **recorded})
             yield index
             if (self.path / INDEX).is_file():  # which whoever gets the lock next looks for
                 shutil.rmtree(self.work, ignore_errors=True)
@@ -83,14 +80,14 @@ class OutputFolder:
         free = shutil.disk_usage(self.work).free
         there = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
         if num_bytes > free + there:
-            raise self.problem(
-                f"needs {num_bytes / 2**30:,.1f} GiB, and the disk has {free / 2**30:,.1f} GiB left: "
-                "make room, choose another disk, a smaller --img_size or --format jpeg."
+            raise self._refusal(
+                f"needs {num_bytes / 2**30:,.1f} GiB, and the disk has {free / 2**30:,.1f} GiB left: make room, choose "
+                "another disk, a smaller --img_size or --format jpeg."
             )
 
     def entry(self, number: int) -> dict | None:
-        """What is known of shard `number`, if it is finished."""
-        path = self.work / f"shard-{number:05d}.json"
+        """Return what is known of shard `number`, if it is finished."""
+        path = shard_file(self.work, number, "json")
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def publish(self, names: list[str]) -> None:
@@ -102,25 +99,20 @@ class OutputFolder:
 
     def _check_plan(self, recorded: dict) -> None:
         path = self.work / "plan.json"
-        recorded = {"version": STORE_VERSION, **recorded}
-        if not path.is_file():
+        if path.is_file():
+            remedy = f", or remove {self.work} to begin anew"
+            self._compare(json.loads(path.read_text(encoding="utf-8")), recorded, "was begun otherwise", remedy)
+        else:
             write_json(path, recorded)
-            return
-        remedy = f", or remove {self.work} to begin anew"
-        self._compare(json.loads(path.read_text(encoding="utf-8")), recorded, "was begun otherwise", remedy)
 
     def _compare(self, then: dict, now: dict, problem: str, remedy: str) -> None:
-        changed = [
-            "the images of --data_path changed"
-            if name == "source_fingerprint"
-            else f"{name if name == 'version' else f'--{name}'} was {then.get(name)} and is {value} now"
-            for name, value in now.items()
-            if then.get(name) != value
-        ]
-        if changed:
-            raise self.problem(
-                f"{problem}: {'; '.join(changed)}: use the same settings, or another --output_dir{remedy}."
-            )
+        images = {"source_fingerprint": "the images of --data_path changed"}
+        if changed := changed_settings(then, now, images):
+            remedy = f"use the same settings, or another --output_dir{remedy}."
+            raise self._refusal(f"{problem}: {'; '.join(changed)}: {remedy}")
+
+    def _refusal(self, rule: str) -> UserError:
+        return UserError(rule, about="output_dir", value=self.path)
 
     def _lock_file(self) -> TextIO:
         for _ in range(_MOST_VANISHED):
@@ -139,8 +131,7 @@ class OutputFolder:
                     break
                 except BlockingIOError:
                     if time.monotonic() > deadline:
-                        raise self.problem(
-                            "another process is preparing images there: wait for it, or choose another folder."
-                        ) from None
+                        rule = "another process is preparing images there: wait for it, or choose another folder."
+                        raise self._refusal(rule) from None
                     time.sleep(0.1)
             yield

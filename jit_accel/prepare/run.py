@@ -10,7 +10,7 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,41 +23,52 @@ from jit_accel.base.files import write_json
 from jit_accel.base.redaction import redacted
 from jit_accel.base.signals import Stopped, StopRequest
 from jit_accel.data.formats.columns import int_labels
-from jit_accel.data.formats.index import INDEX, STORE_FORMAT, STORE_VERSION
+from jit_accel.data.formats.index import INDEX, STORE_FORMAT, STORE_VERSION, files_of
 from jit_accel.data.formats.source import Source
 from jit_accel.data.formats.sources import open_images
-from jit_accel.prepare import pictures
+from jit_accel.prepare import preview
 from jit_accel.prepare.encode import Encoded, Original, encode, originals_at, originals_of
 from jit_accel.prepare.jobs import counted, run_jobs
 from jit_accel.prepare.output import OutputFolder
 from jit_accel.prepare.settings import PrepareConfig
 from jit_accel.prepare.shards import Layout, write_shard
 from jit_accel.prepare.spool import Piece, Spool, part_path, parts_of, write_part
+from jit_accel.prepare.verify import verify
 
 
 @dataclass(frozen=True)
 class Work:
-    """What the jobs of a preparation have in common. `layout` is None, and `counts` too, while the spool is filled."""
+    """What the jobs of a preparation have in common. `layout` is None while the spool of a stream is filled."""
 
     config: PrepareConfig
     source: Source
     folder: Path
     layout: Layout | None = None
     spool: Spool | None = None
-    counts: np.ndarray | None = None
 
     @property
     def root(self) -> str:
         """What names of files begin with."""
         return os.path.join(os.path.abspath(self.source.name), "") if self.source.format == "folder" else ""
 
+    @property
+    def spool_folder(self) -> Path:
+        return self.folder / "spool"
+
+    def with_layout(self, class_names: tuple[str, ...]) -> Work:
+        layout = Layout(self.config.format, self.config.img_size, class_names, self.source.is_labelled)
+        return replace(self, layout=layout)
+
+    def run(self, job, arguments: list[tuple], stop: StopRequest, desc: str, total: int | None, done: int) -> int:
+        """Call `job(self, *these)` for all arguments on all workers; return the number of images."""
+        bar = {"desc": desc, "total": total, "initial": done}
+        return run_jobs(job, arguments, self, num_workers=self.config.resolved_workers, stop=stop, bar=bar)
+
 
 def prepare(config: PrepareConfig) -> int:
-    """Prepare the images, or go on where it was interrupted. Returns the exit code.
-
-    Raises:
-        UserError: whatever the user can mend.
-    """
+    """Prepare the images, or go on where it was interrupted; return the exit code. Raises `UserError`."""
+    if config.verify is not None:
+        return verify(config.verify)
     output = OutputFolder(config.output_dir)
     output.check_place(os.path.expanduser(config.data_path))
     source = open_images(
@@ -67,26 +78,30 @@ def prepare(config: PrepareConfig) -> int:
         label_column=config.label_column,
     )
     recorded = config.recorded(_fingerprint(source))
+    started, num_made = time.monotonic(), None
     index = output.finished(recorded)
-    if index is not None:
-        return _say_finished(config, index)
-    started = time.monotonic()
-    with StopRequest() as stop:
-        try:
-            with output.begun(recorded) as index:
-                if index is not None:
-                    return _say_finished(config, index)
-                index, num_made = _make(config, source, output, recorded, stop)
-        except Stopped as stopped:
-            print(f"Stopped. What is finished is kept in {output.work}: the same command goes on from there.")
-            return 128 + stopped.number
-    rate = num_made / max(time.monotonic() - started, 1e-9)
-    print(f"Prepared {_summary(index)}, {rate:,.0f} images/s.")
+    if index is None:
+        with StopRequest() as stop:
+            try:
+                with output.begun(recorded) as index:
+                    if index is None:
+                        index, num_made = _make(config, source, output, recorded, stop)
+            except Stopped as stopped:
+                print(f"Stopped. What is finished is kept in {output.work}: the same command goes on from there.")
+                return 128 + stopped.number
+    if num_made is None:
+        print(
+            f"{config.output_dir} is finished already: {_summary(index)}. To make it anew, remove it or choose another "
+            "--output_dir."
+        )
+    else:
+        rate = num_made / max(time.monotonic() - started, 1e-9)
+        print(f"Prepared {_summary(index)}, {rate:,.0f} images/s.")
     return 0
 
 
 def _fingerprint(source: Source) -> str:
-    """The source's; of a folder, whose own is of the names alone, with the sizes of the files."""
+    """Return the source's fingerprint; of a folder, whose own is of the names alone, with the sizes of the files."""
     if source.format != "folder":
         return source.fingerprint
     images = source.images.dataset.data.column(source.images.columns.image)
@@ -102,14 +117,6 @@ def _size(path: str) -> int:
         return -1
 
 
-def _say_finished(config: PrepareConfig, index: dict) -> int:
-    print(
-        f"{config.output_dir} is finished already: {_summary(index)}. To make it anew, remove it or choose another "
-        "--output_dir."
-    )
-    return 0
-
-
 def _summary(index: dict) -> str:
     labelled = f"{len(index['class_names']):,} classes" if index["is_labelled"] else "no classes"
     skipped = f"{index['num_skipped']:,} skipped" + (f" (see {INDEX})" if index["num_skipped"] else "")
@@ -119,51 +126,42 @@ def _summary(index: dict) -> str:
     )
 
 
-def _make(config: PrepareConfig, source: Source, output: OutputFolder, recorded: dict, stop: StopRequest):
-    work = Work(config, source, output.work)
-    how = {"num_workers": config.resolved_workers, "stop": stop}
-    _check_space(config, source, output)
-    num_read = None
+def _make(
+    config: PrepareConfig, source: Source, output: OutputFolder, recorded: dict, stop: StopRequest
+) -> tuple[dict, int]:
+    """Make the store; return its index, and how many images were read."""
+    if config.format in ("uint8", "raw") and source.num_images is not None:
+        # Known beforehand: the pixels, twice with a spool.
+        output.check_space(source.num_images * 3 * config.img_size**2 * (2 if source.streaming else 1))
+    work, num_read = Work(config, source, output.work), None
     if source.streaming:
-        work, num_read = _fill_spool(work, how)
+        work, num_read = _fill_spool(work, stop)
     else:
-        work = replace(work, layout=_layout(config, source, source.class_names))
+        work = work.with_layout(source.class_names)
     shards = _plan(work)
     missing = [(number, numbers) for number, numbers in enumerate(shards) if output.entry(number) is None]
     total = sum(map(len, shards))
     done = total - sum(len(numbers) for _, numbers in missing)
-    num_made = run_jobs(make_shard, missing, work, label="shards", num_images=total, num_done=done, **how)
+    num_made = work.run(make_shard, missing, stop, "shards", total, done)
     return _finish(work, output, len(shards), recorded), num_made if num_read is None else num_read
 
 
-def _check_space(config: PrepareConfig, source: Source, output: OutputFolder) -> None:
-    """Where it is known beforehand what will be needed: twice the pixels with a spool."""
-    if config.format in ("uint8", "raw") and source.num_images is not None:
-        output.check_space(source.num_images * 3 * config.img_size**2 * (2 if source.streaming else 1))
-
-
-def _layout(config: PrepareConfig, source: Source, class_names: tuple[str, ...]) -> Layout:
-    return Layout(config.format, config.img_size, class_names, source.is_labelled)
-
-
-def _fill_spool(work: Work, how: dict) -> tuple[Work, int]:
+def _fill_spool(work: Work, stop: StopRequest) -> tuple[Work, int]:
     """Read a stream to its end; return what the next stage needs, and the number of images that were read."""
     parts = parts_of(work.source.images)
-    folder = work.folder / "spool"
-    folder.mkdir(exist_ok=True)
-    missing = [(n, part) for n, part in enumerate(parts) if not part_path(folder, n).is_file()]
+    work.spool_folder.mkdir(exist_ok=True)
+    missing = [(n, part) for n, part in enumerate(parts) if not part_path(work.spool_folder, n).is_file()]
     num_images = work.source.num_images
     num_done = num_images * (len(parts) - len(missing)) // len(parts) if num_images else 0  # for the bar: about
-    made = run_jobs(fill_part, missing, work, label="reading", num_images=num_images, num_done=num_done, **how)
-    spool = Spool(folder, len(parts))
+    made = work.run(fill_part, missing, stop, "reading", num_images, num_done)
+    spool = Spool(work.spool_folder, len(parts))
     names = work.source.class_names or int_labels(spool.largest_label()).names or ("image",)
-    layout = _layout(work.config, work.source, names)
-    return replace(work, layout=layout, spool=spool, counts=spool.counts()), made
+    return replace(work.with_layout(names), spool=spool), made
 
 
 def _plan(work: Work) -> list[np.ndarray]:
-    """The images of each shard by their numbers: pieces of one shuffled order."""
-    num_images = int(work.counts.sum()) if work.spool else len(work.source.images)
+    """Return the images of each shard by their numbers: pieces of one shuffled order."""
+    num_images = len(work.source.images if work.spool is None else work.spool)
     # Sorting hashes, as order.epoch_permutation does, but for another purpose than an epoch of the training.
     order = np.argsort(rng.hash64(work.config.seed, "prepare", np.arange(num_images)), kind="stable")
     size = work.config.images_a_shard(num_images) or 1
@@ -172,15 +170,19 @@ def _plan(work: Work) -> list[np.ndarray]:
 
 def fill_part(work: Work, number: int, pieces: list[Piece]) -> None:
     """In a worker: part `number` of the spool."""
-    write_part(part_path(work.folder / "spool", number), counted(_encoded_pieces(work, pieces)))
+    originals = (original for piece in pieces for original in originals_of(work.source, *piece))
+    write_part(part_path(work.spool_folder, number), counted(_encoded(work, originals)))
 
 
-def _encoded_pieces(work: Work, pieces: list[Piece]) -> Iterator[Encoded]:
-    for unit, start, stop in pieces:
-        yield from _encoded(work, originals_of(work.source, unit, start, stop))
+def make_shard(work: Work, number: int, numbers: np.ndarray) -> None:
+    """In a worker: shard `number`, of the images with these numbers."""
+    from_spool = work.spool is not None
+    images = work.spool.images_at(numbers) if from_spool else _encoded(work, originals_at(work.source, numbers))
+    write_shard(work.folder, number, counted(images), work.layout)
 
 
-def _encoded(work: Work, originals: Iterator[Original]) -> Iterator[Encoded]:
+def _encoded(work: Work, originals: Iterable[Original]) -> Iterator[Encoded]:
+    originals = iter(originals)
     while True:
         try:
             original = next(originals, None)
@@ -195,20 +197,13 @@ def _encoded(work: Work, originals: Iterator[Original]) -> Iterator[Encoded]:
         yield encode(original, work.config, work.root)
 
 
-def make_shard(work: Work, number: int, numbers: np.ndarray) -> None:
-    """In a worker: shard `number`, of the images with these numbers."""
-    if work.spool:
-        images = work.spool.images_at(numbers, work.counts)
-    else:
-        images = _encoded(work, originals_at(work.source, numbers))
-    write_shard(work.folder, number, counted(images), work.layout)
-
-
 def _finish(work: Work, output: OutputFolder, num_shards: int, recorded: dict) -> dict:
     """Publish the shards, and at the very end the index that makes a store of them."""
     entries = [output.entry(number) for number in range(num_shards)]
-    shards = [entry["shard"] for entry in entries if entry["shard"]["images"]]
-    skipped = work.spool.skipped() if work.spool else [image for entry in entries for image in entry["skipped"]]
+    listed = [image for entry in entries for image in entry["skipped"]]
+    skipped = listed if work.spool is None else work.spool.skipped()
+    index = _index(work, entries, skipped, recorded)
+    shards, layout = index["shards"], work.layout
     if not shards:
         example = f" ({skipped[0]['name']}: {skipped[0]['reason']})" if skipped else ""
         raise UserError(
@@ -216,42 +211,40 @@ def _finish(work: Work, output: OutputFolder, num_shards: int, recorded: dict) -
             about="data_path",
             value=work.config.data_path,
         )
-    layout, counts = work.layout, Counter()
-    for entry in entries:
-        counts.update({layout.class_names[int(label)]: count for label, count in entry["labels"].items()})
-    class_counts = {name: counts[name] for name in layout.class_names}
-    index = {
-        "format": STORE_FORMAT,
-        "version": STORE_VERSION,
-        "encoding": layout.encoding,
-        "img_size": layout.img_size,
-        "num_images": sum(shard["images"] for shard in shards),
-        "num_bytes": sum(shard["bytes"] + shard.get("table", {"bytes": 0})["bytes"] for shard in shards),
-        "num_skipped": len(skipped),
-        "is_labelled": layout.is_labelled,
-        "class_names": list(layout.class_names),
-        "class_counts": class_counts,
-        "source": {
-            "name": redacted(work.source.name),
-            "format": work.source.format,
-            "fingerprint": work.source.fingerprint,
-        },
-        "settings": recorded,
-        "shards": shards,
-        "skipped": sorted(skipped, key=lambda image: image["name"]),
-    }
-    output.publish([name for shard in shards for name in (shard["file"], shard.get("table", shard)["file"])])
-    images, names = pictures.first_images(output.path, shards, layout, pictures.SHEET_SIDE**2)
-    pictures.draw_sheet(images, names if layout.is_labelled else [""] * len(images), output.path / "preview.png")
-    pictures.draw_classes(class_counts, output.path / "classes.png")
+    output.publish([file["file"] for file in files_of(index)])
+    preview.draw(output.path, shards, layout, index["class_counts"])
     if layout.encoding != "uint8":
         (output.path / "README.md").write_text(_card(index), encoding="utf-8")
     write_json(output.path / INDEX, index)
     return index
 
 
+def _index(work: Work, entries: list[dict], skipped: list[dict], recorded: dict) -> dict:
+    layout, counts = work.layout, Counter()
+    for entry in entries:
+        counts.update({layout.class_names[int(label)]: count for label, count in entry["labels"].items()})
+    shards = [entry["shard"] for entry in entries if entry["shard"]["images"]]
+    source = work.source
+    return {
+        "format": STORE_FORMAT,
+        "version": STORE_VERSION,
+        "encoding": layout.encoding,
+        "img_size": layout.img_size,
+        "num_images": sum(shard["images"] for shard in shards),
+        "num_bytes": sum(file["bytes"] for file in files_of({"shards": shards})),
+        "num_skipped": len(skipped),
+        "is_labelled": layout.is_labelled,
+        "class_names": list(layout.class_names),
+        "class_counts": {name: counts[name] for name in layout.class_names},
+        "source": {"name": redacted(source.name), "format": source.format, "fingerprint": source.fingerprint},
+        "settings": recorded,
+        "shards": shards,
+        "skipped": sorted(skipped, key=lambda image: image["name"]),
+    }
+
+
 def _card(index: dict) -> str:
-    """What makes HF datasets and the Hub take the shards, and not the pictures, for the data."""
+    """Return a README that makes HF datasets and the Hub take the shards, and not the pictures, for the data."""
     return (
         "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: shard-*.parquet\n---\n\n"
         f"{index['num_images']:,} images of {index['img_size']} px in a shuffled order, made by `jit_accel.prepare`.\n"

@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import UserError, check_ranges
 
 SHARD_BYTES = 2**28
 FEWEST_SHARDS = 16  # for streams to shuffle and for workers to share, where there are images enough
@@ -56,7 +56,7 @@ class PrepareConfig:
     """Instead of preparing, compare the checksums of this folder with its index.json."""
 
     def recorded(self, source_fingerprint: str) -> dict:
-        """What the result depends on."""
+        """Return what the result depends on."""
         left_out = ("data_path", "data_format", "output_dir", "num_workers", "verify")
         settings = {name: value for name, value in asdict(self).items() if name not in left_out}
         return {**settings, "quality": self.resolved_quality, "source_fingerprint": source_fingerprint}
@@ -72,7 +72,7 @@ class PrepareConfig:
         )
 
     def images_a_shard(self, num_images: int) -> int:
-        """How many of `num_images` images go into one shard."""
+        """Return how many of `num_images` images go into one shard."""
         if self.shard_images is not None:
             return self.shard_images
         num_bytes = num_images * _BYTES_PER_PIXEL[self.format] * self.img_size**2
@@ -81,12 +81,15 @@ class PrepareConfig:
         return -(-num_images // shards)
 
 
-def check(config: PrepareConfig) -> None:
-    """Refuse settings that are missing, out of range, or contradict each other.
+RANGES = [
+    *((name, lambda v: v >= 1, "at least 1") for name in ("img_size", "shard_images", "num_workers")),
+    ("quality", lambda v: 1 <= v <= 100, "from 1 to 100"),
+    ("seed", lambda v: v >= 0, "0 or more"),
+]
 
-    Raises:
-        UserError: naming the flag, its value and the rule.
-    """
+
+def check(config: PrepareConfig) -> None:
+    """Raise `UserError` for settings that are missing, out of range, or contradict each other."""
     if config.verify is not None:
         if config.data_path is not None or config.output_dir is not None:
             raise UserError(
@@ -96,15 +99,7 @@ def check(config: PrepareConfig) -> None:
     for flag in ("data_path", "output_dir"):
         if not getattr(config, flag):
             raise UserError("not given; preparing needs --data_path and --output_dir.", about=flag)
-    for flag in ("img_size", "shard_images", "num_workers"):
-        value = getattr(config, flag)
-        if value is not None and value < 1:
-            raise UserError("must be at least 1.", about=flag, value=value)
+    check_ranges(vars(config), RANGES)
     if config.quality is not None and config.format not in LOSSY:
-        raise UserError(
-            f"--format {config.format} has none: leave the flag out.", about="quality", value=config.quality
-        )
-    if config.quality is not None and not 1 <= config.quality <= 100:
-        raise UserError("must be from 1 to 100.", about="quality", value=config.quality)
-    if config.seed < 0:
-        raise UserError("must not be negative.", about="seed", value=config.seed)
+        rule = f"--format {config.format} has none: leave the flag out."
+        raise UserError(rule, about="quality", value=config.quality)

@@ -1,14 +1,15 @@
-"""Where the images of a stream, which can only be read in order, wait to be shuffled: one Arrow file a part."""
+"""The Arrow files in which the images of a stream, which can only be read in order, wait to be shuffled."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from jit_accel.base.files import atomic_file
 from jit_accel.data.reading.units import Stream
@@ -17,7 +18,6 @@ from jit_accel.prepare.encode import Encoded
 MOST_PARTS = 256  # files that are open at once later
 FEWEST_PARTS = 32  # for processes to share
 MOST_CUTS = 8  # of one unit: what comes before a cut is read in vain
-_BATCH_BYTES = 2**24
 _TYPES = {"data": "large_binary", "name": "string", "label": "int64", "key": "uint64", "reason": "string"}
 _SCHEMA = pa.schema([(name, getattr(pa, type)()) for name, type in _TYPES.items()])  # as the fields of `Encoded`
 
@@ -26,8 +26,7 @@ Piece = tuple[int, int, int | None]  # unit, its first row, and the row behind i
 
 def parts_of(stream: Stream) -> list[list[Piece]]:
     """Divide a stream into parts in its own order, whoever reads them: up to 256, of whole units or pieces of them."""
-    sizes = stream.sizes
-    cuts = 1
+    sizes, cuts = stream.sizes, 1
     if sizes is not None and not stream.is_remote:
         cuts = max(1, min(MOST_CUTS, FEWEST_PARTS // stream.num_units))
     pieces: list[Piece] = []
@@ -35,8 +34,7 @@ def parts_of(stream: Stream) -> list[list[Piece]]:
         edges = [int(sizes[unit]) * n // cuts for n in range(cuts + 1)] if cuts > 1 else [0, None]
         pieces += [(unit, a, b) for a, b in pairwise(edges) if a != b]
     count = min(MOST_PARTS, len(pieces))
-    edges = [len(pieces) * n // count for n in range(count + 1)]
-    return [pieces[a:b] for a, b in pairwise(edges)]
+    return [pieces[len(pieces) * n // count : len(pieces) * (n + 1) // count] for n in range(count)]
 
 
 def part_path(folder: Path, number: int) -> Path:
@@ -46,68 +44,63 @@ def part_path(folder: Path, number: int) -> Path:
 def write_part(path: Path, images: Iterable[Encoded]) -> None:
     """Write a part that is there whole or not at all."""
     with atomic_file(path) as temporary, open(temporary, "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
-        for batch in _batches(images):
-            columns = list(zip(*batch))
+        for batch in batched(images, 2**16, 2**24):
+            columns = zip(*batch)
             arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA)]
             writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
 
 
-def _batches(images: Iterable[Encoded]) -> Iterator[list[Encoded]]:
+def batched(images: Iterable[Encoded], most_images: int, most_bytes: int) -> Iterator[list[Encoded]]:
+    """Yield images in lists of at most so many images and bytes, or of a single larger image."""
     batch, num_bytes = [], 0
     for image in images:
-        batch.append(image)
-        num_bytes += len(image.data or b"") + 200
-        if num_bytes > _BATCH_BYTES:
+        size = len(image.data or b"")
+        if batch and (len(batch) == most_images or num_bytes + size > most_bytes):
             yield batch
             batch, num_bytes = [], 0
+        batch.append(image)
+        num_bytes += size
     if batch:
         yield batch
 
 
-@dataclass
 class Spool:
-    """Random access to the images in the parts of a spool, numbered in the order of the stream."""
+    """Random access to the images in the parts of a spool, numbered in the order of the stream without those left out.
 
-    folder: Path
-    num_parts: int
-    _tables: dict = field(default_factory=dict, repr=False)
+    Args:
+        folder: of the parts, which are all there.
+    """
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_tables": {}}
+    def __init__(self, folder: Path, num_parts: int):
+        self.folder, self.num_parts = folder, num_parts
 
-    def counts(self) -> np.ndarray:
-        """The number of images in each part, without those that are left out: int64 (num_parts,)."""
-        counts = [len(table) - table["data"].null_count for table in map(self._read, range(self.num_parts))]
-        return np.array(counts, np.int64)
+    def __reduce__(self):
+        return Spool, (self.folder, self.num_parts)  # the mapped files are not sent to processes
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """All images, also those that are left out, mapped into memory."""
+        files = [pa.memory_map(str(part_path(self.folder, number))) for number in range(self.num_parts)]
+        return pa.concat_tables([pa.ipc.open_file(file).read_all() for file in files] or [_SCHEMA.empty_table()])
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        """The row of each image, int64 (n,)."""
+        return np.flatnonzero(self.table["data"].is_valid().to_numpy())
+
+    def __len__(self) -> int:
+        return len(self.kept)
 
     def largest_label(self) -> int:
-        """-1 where there are no images."""
-        return max((max(self._read(n)["label"].to_pylist(), default=-1) for n in range(self.num_parts)), default=-1)
+        """Return the largest label, -1 where there are no images."""
+        return -1 if len(self.table) == 0 else pc.max(self.table["label"]).as_py()
 
     def skipped(self) -> list[dict]:
-        """`name` and `reason` of the images that are left out."""
-        found = []
-        for table in map(self._read, range(self.num_parts)):
-            if table["data"].null_count:
-                found += table.select(["name", "reason"]).filter(table["data"].is_null()).to_pylist()
-        return found
+        """Return `name` and `reason` of the images that are left out."""
+        return self.table.select(["name", "reason"]).filter(self.table["data"].is_null()).to_pylist()
 
-    def images_at(self, numbers: np.ndarray, counts: np.ndarray) -> Iterator[Encoded]:
-        """The images with these numbers, int64 (k,), in their order."""
-        ends = np.cumsum(counts)
-        parts = np.searchsorted(ends, numbers, side="right")
-        rows = numbers - (ends - counts)[parts]
-        for part, row in zip(parts.tolist(), rows.tolist()):
-            table, kept = self._part(part)
-            yield Encoded(*(table[column][int(kept[row])].as_py() for column in _TYPES))
-
-    def _part(self, number: int) -> tuple[pa.Table, np.ndarray]:
-        if number not in self._tables:
-            table = self._read(number)
-            kept = np.flatnonzero(table["data"].is_valid().to_numpy())
-            self._tables[number] = table, kept
-        return self._tables[number]
-
-    def _read(self, number: int) -> pa.Table:
-        with pa.memory_map(str(part_path(self.folder, number))) as file:
-            return pa.ipc.open_file(file).read_all()
+    def images_at(self, numbers: np.ndarray) -> Iterator[Encoded]:
+        """Yield the images with these numbers, int64 (k,), in their order."""
+        columns = [self.table[name] for name in _TYPES]
+        for row in self.kept[numbers].tolist():
+            yield Encoded(*(column[row].as_py() for column in columns))

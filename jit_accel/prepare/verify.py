@@ -11,14 +11,9 @@ from jit_accel.data.formats.index import files_of, read_index, sha256_of
 
 
 def verify(folder: str) -> int:
-    """Read every file of a store. Returns the exit code, 0.
-
-    Raises:
-        UserError: files are missing or damaged.
-    """
+    """Read every file of a store; return the exit code, 0. Raises `UserError` where files are missing or damaged."""
     index = read_index(folder, "verify")
-    files = files_of(index)
-    damaged = []
+    files, damaged = files_of(index), []
     with tqdm(total=index["num_bytes"], unit="B", unit_scale=True, desc="checksums", disable=None) as bar:
         for file in files:
             try:
@@ -30,8 +25,8 @@ def verify(folder: str) -> int:
     if damaged:
         raise UserError(
             f"{len(damaged)} of {len(files)} files are not what was written: "
-            f"{', '.join(damaged[:5])}{', ...' if len(damaged) > 5 else ''}: copy them "
-            "again, or prepare the images again.",
+            f"{', '.join(damaged[:5])}{', ...' if len(damaged) > 5 else ''}: copy them again, or prepare the images "
+            "again.",
             about="verify",
             value=folder,
         )

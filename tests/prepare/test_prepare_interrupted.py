@@ -271,7 +271,7 @@ def test_wrong_flags(refused, sources, tmp_path):
     assert "--img_size 0: must be at least 1" in refused(*folder, "--img_size", "0")
     assert "--quality 90: --format png has none" in refused(*folder, "--format", "png", "--quality", "90")
     assert "--quality 101: must be from 1 to 100" in refused(*folder, "--format", "jpeg", "--quality", "101")
-    assert "--seed -1: must not be negative" in refused(*folder, "--seed=-1")
+    assert "--seed -1: must be 0 or more" in refused(*folder, "--seed=-1")
     assert "--verify: " in refused("--verify", tmp_path, *folder)
     assert f"--data_path {tmp_path}/none: no such file" in refused("--data_path", f"{tmp_path}/none", *folder[2:])
     assert "--label_column x: " in refused(*folder, "--label_column", "x")
@@ -297,13 +297,13 @@ def test_output_folders_that_cannot_be_used(refused, sources, tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
 def test_a_full_disk(refused, sources, tmp_path, monkeypatch):
-    def write_file(path, write):
+    def write_header(file, *shape):
         with open("/dev/full", "wb") as full:
             full.write(bytes(2**20))
 
     flags = ("--data_path", sources["folder"], "--output_dir", tmp_path / "out", "--img_size", SIZE)
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_write_file", write_file)
+        patch.setattr(shards, "_write_header", write_header)
         assert "the disk is full. What is finished is kept: make room" in refused(*flags)
     assert "GiB, and the disk has" in refused(*flags[:3], tmp_path / "large", "--img_size", 10**6)
     assert main(list(map(str, flags))) == 0

@@ -17,21 +17,27 @@ _MIN_CELL_PIXELS, _MAX_CELL_PIXELS = 96, 256
 _MOST_NAMED_CLASSES = 60
 
 
+def draw(folder: Path, shards: list[dict], layout: Layout, class_counts: dict[str, int]) -> None:
+    """Write `preview.png` and `classes.png` into the folder of a store."""
+    images, names = first_images(folder, shards, layout, SHEET_SIDE**2)
+    draw_sheet(images, names if layout.is_labelled else [""] * len(images), folder / "preview.png")
+    draw_classes(class_counts, folder / "classes.png")
+
+
 def first_images(folder: Path, shards: list[dict], layout: Layout, count: int) -> tuple[list[np.ndarray], list[str]]:
-    """The first `count` images of a store, uint8 (3, S, S) each, and the names of their classes."""
+    """Return the first `count` images of a store, uint8 (3, S, S) each, and the names of their classes."""
     images: list[np.ndarray] = []
     labels: list[int] = []
+    columns = Columns("image", raw_size=layout.img_size if layout.encoding == "raw" else None)
     for shard in shards:
         missing = count - len(images)
         if missing <= 0:
             break
-        table = folder / shard.get("table", shard)["file"]
-        with pq.ParquetFile(table) as parquet:
+        with pq.ParquetFile(folder / shard.get("table", shard)["file"]) as parquet:
             rows = next(parquet.iter_batches(missing, use_threads=False)).to_pylist()
         if layout.encoding == "uint8":
             images += [np.array(square) for square in np.load(folder / shard["file"], mmap_mode="r")[:missing]]
         else:
-            columns = Columns("image", raw_size=layout.img_size if layout.encoding == "raw" else None)
             images += [decode_row(row["image"], columns, layout.img_size) for row in rows]
         labels += [row.get("label", 0) for row in rows]
     return images, [layout.class_names[label] for label in labels]
