@@ -11,17 +11,13 @@ from jit_accel.convert.settings import SETTINGS, ConvertConfig, check
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Convert as the command line says. Returns the exit code: 0 done, 2 something to mend, 128 + signal stopped."""
+    """Convert as the command line says; return the exit code: 0 done, 2 a user's error, 128 + signal stopped."""
 
     def run() -> int:
         config = parse_args(argv)
         check(config)
-        # torch is imported only now, so that --help and wrong flags answer at once.
-        from diffusers.utils.logging import disable_progress_bar
+        from jit_accel.convert.run import convert  # imports torch: --help and wrong flags answer at once
 
-        from jit_accel.convert.run import convert
-
-        disable_progress_bar()
         if os.environ.get("RANK", "0") == "0":  # a launcher's other processes have nothing to do
             with StopRequest(at_once=True):
                 convert(config)
@@ -31,20 +27,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_args(argv: list[str] | None = None) -> ConvertConfig:
-    """Read the command line.
-
-    Raises:
-        UserError: an unknown flag.
-        SystemExit: `--help` (0), a missing flag or a value of the wrong type (2).
-    """
+    """Read the command line. Raises `UserError` for an unknown flag, `SystemExit` for --help and wrong types."""
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
     reject_unknown_flags(argv, SETTINGS)
-    return tyro.cli(
-        ConvertConfig,
-        args=argv,
-        prog="python -m jit_accel.convert",
-        config=(tyro.conf.OmitArgPrefixes,),
-        use_underscores=True,
-    )
+    how = {"prog": "python -m jit_accel.convert", "use_underscores": True}
+    return tyro.cli(ConvertConfig, args=argv, config=(tyro.conf.OmitArgPrefixes,), **how)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import UserError, check_ranges
 from jit_accel.config.checks import check_hub
 from jit_accel.config.settings import HubConfig
 
@@ -100,26 +100,15 @@ RANGES = [
 
 
 def check(config: ConvertConfig) -> None:
-    """Refuse settings that are out of range or contradict each other.
-
-    Raises:
-        UserError: naming the flag, its value and the rule.
-    """
+    """Raise `UserError` for settings that are out of range or contradict each other."""
     given = given_flags(config)
-    for name, holds, rule in RANGES:
-        if name in given and not holds(given[name]):
-            shown = given[name] if not isinstance(given[name], tuple) else " ".join(map(str, given[name]))
-            raise UserError(f"must be {rule}.", about=name, value=shown)
+    check_ranges(given, RANGES)
     check_hub(config.hub)
-    if config.output is None:
-        _check_without_output(config, given)
-    elif config.hub.push_to_hub and target_kind(config.output) != FOLDER:
-        raise UserError(
-            f"pushes a pipeline folder, but --output {config.output} is none: name a folder.", about="push_to_hub"
-        )
-
-
-def _check_without_output(config: ConvertConfig, given: dict) -> None:
+    if config.output is not None:
+        if config.hub.push_to_hub and target_kind(config.output) != FOLDER:
+            rule = f"pushes a pipeline folder, but --output {config.output} is none: name a folder."
+            raise UserError(rule, about="push_to_hub")
+        return
     if not config.hub.push_to_hub:
         raise UserError("not given; name a .pth or .safetensors file, or a folder for a pipeline.", about="output")
     changes = [*given, *(name for name in ("weights", "overwrite") if getattr(config, name))]
@@ -133,59 +122,45 @@ def _check_without_output(config: ConvertConfig, given: dict) -> None:
 
 
 def given_flags(config: ConvertConfig) -> dict:
-    """The sizes and sampling settings that the user gave."""
-    values = {f.name: getattr(part, f.name) for part in (config.network, config.sampling) for f in fields(part)}
+    """Return the sizes and sampling settings that the user gave."""
+    values = {**vars(config.network), **vars(config.sampling)}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def target_kind(output: str) -> str:
-    """What is written to a path of this name: pth, safetensors or folder.
-
-    Raises:
-        UserError: a file of a kind that is not written here.
-    """
+    """Return what is written to a path of this name: pth, safetensors or folder; raise `UserError` for other files."""
     suffix = Path(output).suffix.lower()
     if suffix in OTHER_KINDS:
-        raise UserError(
-            f"{suffix} files are not written here: end the name in .pth or .safetensors, or name a "
-            "folder for a pipeline.",
-            about="output",
-            value=output,
-        )
+        rule = f"{suffix} files are not written here: end the name in .pth or .safetensors, or name a folder for a "
+        raise UserError(rule + "pipeline.", about="output", value=output)
     return TARGET_KINDS.get(suffix, FOLDER)
 
 
 def read_class_names(path: str) -> list[str]:
-    """The names in a file of `--class_names`, in the order of the labels.
+    """Return the names in a file of `--class_names`, in the order of the labels.
 
     Raises:
         UserError: it cannot be read, or is neither lines nor a list nor {"0": name}.
     """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot be read ({error}): give a text or JSON file.", about="class_names", value=path
-        ) from None
-    if not text.lstrip().startswith(("[", "{")):
-        return [line.strip() for line in text.strip().splitlines()]
-    try:
+        if not text.lstrip().startswith(("[", "{")):
+            return [line.strip() for line in text.strip().splitlines()]
         values = json.loads(text)
         if isinstance(values, dict):
             values = [values[str(i)] for i in range(len(values))]
         # {"0": ["n01440764", "tench"]}, as ImageNet's index is often kept
         names = [value[-1] if isinstance(value, list) and value else value for value in values]
+    except (OSError, UnicodeDecodeError) as error:
+        rule = f"cannot be read ({error}): give a text or JSON file."
     except (ValueError, KeyError) as error:
-        raise UserError(
+        rule = (
             f'not understood ({error}): write one name a line, or JSON: ["cat", "dog"], or {{"0": "cat", "1": "dog"}} '
-            "without gaps.",
-            about="class_names",
-            value=path,
-        ) from None
-    if not all(isinstance(name, str) for name in names):
-        raise UserError(
-            f"each name must be text; found {next(n for n in names if not isinstance(n, str))!r}.",
-            about="class_names",
-            value=path,
         )
-    return names
+        rule += "without gaps."
+    else:
+        others = [name for name in names if not isinstance(name, str)]
+        if not others:
+            return names
+        rule = f"each name must be text; found {others[0]!r}."
+    raise UserError(rule, about="class_names", value=path) from None

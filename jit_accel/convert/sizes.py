@@ -33,33 +33,37 @@ SHOWN_BY = {
 def network_config(
     weights: Mapping[str, Tensor], positions: Tensor | None, stated: Mapping, flags: Mapping
 ) -> tuple[dict, list[str]]:
-    """The configuration of the network that these weights are of, and what should be told about it.
+    """Return the configuration of the network that these weights are of, and what is worth saying about it.
 
-    Shapes count most; flags may fill in what they do not tell, then what the source states, then the presets.
+    Shapes count most; flags may fill in what they leave open, then what the input states, then the presets.
 
     Raises:
-        UserError: the weights are not a JiT's, a flag contradicts them, or something must be told by a flag.
+        UserError: the weights are not a JiT's, a flag contradicts them, or a flag is needed.
     """
     sizes = sizes_of_shapes(weights)
-    preset_name = preset_of(sizes)
-    preset = PRESETS.get(preset_name)
-    notes: list[str] = []
+    preset = preset_of(sizes)
     if positions is not None:
         sizes["img_size"] = _side_of(positions) * sizes["patch_size"]
-    _compare_flags(sizes, flags)
-    notes += _contradictions(sizes, stated, preset_name)
-
+    for name in SIZES:
+        if name in flags and name in sizes and flags[name] != sizes[name]:
+            rule = f"the weights say {sizes[name]} (shape of {SHOWN_BY[name]}): leave the flag out."
+            raise UserError(rule, about=name, value=flags[name])
+    notes = _contradictions(sizes, stated, preset)
     if "img_size" not in sizes:
-        sizes["img_size"] = _image_size(sizes, preset_name, stated, flags, notes)
-    sizes["in_context_start"] = _in_context_start(sizes, preset_name, stated, flags)
+        sizes["img_size"] = _image_size(sizes, preset, stated, flags, notes)
+    sizes["in_context_start"] = _in_context_start(sizes, preset, stated, flags)
     for name in ("proj_dropout", "attn_dropout"):
-        sizes[name] = flags.get(name, stated.get(name, getattr(preset, name, 0.0)))
+        sizes[name] = flags.get(name, stated.get(name, getattr(PRESETS.get(preset), name, 0.0)))
     check_fit(weights, positions, sizes)
     return sizes, notes
 
 
+def _not_a_jit(problem: str, model: str = "JiT") -> UserError:
+    return UserError(f"the weights are not those of a {model}: {problem}.", about="input")
+
+
 def sizes_of_shapes(weights: Mapping[str, Tensor]) -> dict:
-    """Every size that the shapes alone tell."""
+    """Return every size that follows from the shapes alone."""
     try:
         bottleneck, channels, patch, patch_across = weights["x_embedder.proj1.weight"].shape
         hidden = weights["x_embedder.proj2.weight"].shape[0]
@@ -67,22 +71,14 @@ def sizes_of_shapes(weights: Mapping[str, Tensor]) -> dict:
         head_dim = weights["blocks.0.attn.q_norm.weight"].shape[0]
         inner = weights["blocks.0.mlp.w3.weight"].shape[1]
     except (KeyError, ValueError, IndexError) as error:
-        raise UserError(
-            f"the weights are not those of a JiT: {error} is missing or has another shape.", about="input"
-        ) from None
+        raise _not_a_jit(f"{error} is missing or has another shape") from None
     blocks = {int(match[1]) for name in weights if (match := re.match(r"blocks\.([0-9]+)\.", name))}
     if blocks != set(range(len(blocks))):
-        raise UserError(
-            f"the weights are not those of a JiT: of the blocks only {sorted(blocks)[:9]} are there.", about="input"
-        )
+        raise _not_a_jit(f"of the blocks only {sorted(blocks)[:9]} are there")
     if patch != patch_across or not head_dim or hidden % head_dim or not hidden:
-        raise UserError(
-            f"the weights are not those of a JiT: patches of {patch} x {patch_across}, {hidden} channels in "
-            f"heads of {head_dim}.",
-            about="input",
-        )
+        raise _not_a_jit(f"patches of {patch} x {patch_across}, {hidden} channels in heads of {head_dim}")
     if classes < 0:
-        raise UserError("the weights are not those of a JiT: the table of classes has no row.", about="input")
+        raise _not_a_jit("the table of classes has no row")
     context = weights.get("in_context_posemb")
     return {
         "patch_size": patch,
@@ -98,7 +94,7 @@ def sizes_of_shapes(weights: Mapping[str, Tensor]) -> dict:
 
 
 def mlp_ratio(hidden: int, inner: int) -> float:
-    """The ratio whose SwiGLU has `inner` channels; 4 where that fits, as in the paper."""
+    """Return the ratio whose SwiGLU has `inner` channels; 4 where that fits, as in the paper."""
     # Quarters first; then whatever gives that width.
     near = inner * 1.5 / hidden
     quarters = sorted((k / 4 for k in range(1, 65)), key=lambda ratio: abs(ratio - 4))
@@ -110,7 +106,7 @@ def mlp_ratio(hidden: int, inner: int) -> float:
 
 
 def preset_of(sizes: Mapping) -> str | None:
-    """The preset with these depth, width, heads and bottleneck."""
+    """Return the preset with these depth, width, heads and bottleneck."""
     compared = ("depth", "hidden_size", "num_heads", "bottleneck_dim")
     for name, preset in PRESETS.items():
         if all(getattr(preset, size) == sizes[size] for size in compared):
@@ -119,9 +115,8 @@ def preset_of(sizes: Mapping) -> str | None:
 
 
 def model_name(config: Mapping) -> str:
-    """`JiT-B/16`, or the sizes where no preset has them."""
-    preset = preset_of(config)
-    name = preset or f"JiT {config['depth']}x{config['hidden_size']}"
+    """Return `JiT-B/16`, or the sizes where no preset has them."""
+    name = preset_of(config) or f"JiT {config['depth']}x{config['hidden_size']}"
     return f"{name}/{config['patch_size']}"
 
 
@@ -132,70 +127,54 @@ def _side_of(positions: Tensor) -> int:
     return side
 
 
-def _compare_flags(sizes: Mapping, flags: Mapping) -> None:
-    for name in SIZES:
-        if name in flags and name in sizes and flags[name] != sizes[name]:
-            raise UserError(
-                f"the weights say {sizes[name]} (shape of {SHOWN_BY[name]}): leave the flag out.",
-                about=name,
-                value=flags[name],
-            )
-
-
-def _contradictions(sizes: Mapping, stated: Mapping, preset_name: str | None) -> list[str]:
+def _contradictions(sizes: Mapping, stated: Mapping, preset: str | None) -> list[str]:
     notes = [
         f"the checkpoint says {name} {stated[name]}, its weights have {sizes[name]}, which counts."
         for name in SIZES
         if name in stated and name in sizes and stated[name] != sizes[name]
     ]
-    if "model" in stated:
-        size, _, patch = stated["model"].partition("/")
-        if size != preset_name or (patch and patch != str(sizes["patch_size"])):
-            notes.append(f"the checkpoint says {stated['model']}, its weights are a {model_name(sizes)}, which counts.")
+    size, _, patch = stated.get("model", "").partition("/")
+    if size and (size != preset or (patch and patch != str(sizes["patch_size"]))):
+        notes.append(f"the checkpoint says {stated['model']}, its weights are a {model_name(sizes)}, which counts.")
     return notes
 
 
-def _image_size(sizes: Mapping, preset_name: str | None, stated: Mapping, flags: Mapping, notes: list[str]) -> int:
+def _image_size(sizes: Mapping, preset: str | None, stated: Mapping, flags: Mapping, notes: list[str]) -> int:
+    patch = sizes["patch_size"]
     size = flags.get("img_size", stated.get("img_size"))
-    if size is None and preset_name is None:
-        raise UserError(
-            "these weights have no pos_embed and no preset's sizes: say the size in pixels.", about="img_size"
-        )
+    if size is None and preset is None:
+        rule = "these weights have no pos_embed and no preset's sizes: say the size in pixels."
+        raise UserError(rule, about="img_size")
     if size is None:
-        size = PATCHES_A_SIDE * sizes["patch_size"]
+        size = PATCHES_A_SIDE * patch
         notes.append(f"image size {size}: 16 patches a side, as in the paper; --img_size says otherwise.")
-    if size % sizes["patch_size"] or not size:
-        raise UserError(f"must be a multiple of the patch size, {sizes['patch_size']}.", about="img_size", value=size)
+    if size % patch or not size:
+        raise UserError(f"must be a multiple of the patch size, {patch}.", about="img_size", value=size)
     return size
 
 
-def _in_context_start(sizes: Mapping, preset_name: str | None, stated: Mapping, flags: Mapping) -> int:
+def _in_context_start(sizes: Mapping, preset: str | None, stated: Mapping, flags: Mapping) -> int:
+    about, asked = "in_context_start", flags.get("in_context_start")
     if not sizes["in_context_len"]:
-        if flags.get("in_context_start"):
-            raise UserError(
-                "these weights have no class tokens (in_context_posemb): leave the flag out.",
-                about="in_context_start",
-                value=f"{flags['in_context_start']}",
-            )
+        if asked:
+            rule = "these weights have no class tokens (in_context_posemb): leave the flag out."
+            raise UserError(rule, about=about, value=asked)
         return stated.get("in_context_start", 0)
     named = PRESETS.get(stated.get("model", "").partition("/")[0])
     fits = named and (named.hidden_size, named.depth) == (sizes["hidden_size"], sizes["depth"])
-    known = [
-        flags.get("in_context_start"),
-        stated.get("in_context_start"),
-        PRESETS[preset_name].in_context_start if preset_name else None,
-        named.in_context_start if fits else None,
-    ]
+    of_preset = [PRESETS[preset].in_context_start] if preset else []
+    of_name = [named.in_context_start] if fits else []
+    known = (asked, stated.get("in_context_start"), *of_preset, *of_name)
     start = next((value for value in known if value is not None), None)
     if start is None:
-        raise UserError(
-            f"needed: no preset has {sizes['depth']} blocks of {sizes['hidden_size']} channels, "
-            f"{sizes['num_heads']} heads and a bottleneck of {sizes['bottleneck_dim']}, and shapes do not tell before "
-            "which block the class tokens join in.",
-            about="in_context_start",
+        rule = (
+            f"needed: no preset has {sizes['depth']} blocks of {sizes['hidden_size']} channels, {sizes['num_heads']} "
+            f"heads and a bottleneck of {sizes['bottleneck_dim']}, and shapes do not show before which block the class "
+            "tokens join in."
         )
+        raise UserError(rule, about=about)
     if start >= sizes["depth"]:
-        raise UserError(f"must be below the number of blocks, {sizes['depth']}.", about="in_context_start", value=start)
+        raise UserError(f"must be below the number of blocks, {sizes['depth']}.", about=about, value=start)
     return start
 
 
@@ -205,7 +184,7 @@ def check_fit(weights: Mapping[str, Tensor], positions: Tensor | None, config: M
         with torch.device("meta"):
             expected = JiTTransformer2DModel(**config).state_dict()
     except ValueError as error:
-        raise UserError(f"the weights are not those of a JiT: {error}.", about="input") from None
+        raise _not_a_jit(str(error)) from None
     problems = [f"missing: {name}" for name in sorted(expected.keys() - weights.keys())]
     problems += [f"unexpected: {name}" for name in sorted(weights.keys() - expected.keys())]
     problems += [
@@ -215,27 +194,23 @@ def check_fit(weights: Mapping[str, Tensor], positions: Tensor | None, config: M
     ]
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise UserError(
-            f"the weights are not those of a {model_name(config)}: {'; '.join(problems[:6])}{more}.", about="input"
-        )
+        raise _not_a_jit("; ".join(problems[:6]) + more, model_name(config))
     if positions is not None:
         table = position_table(config)
         # Half-precision copies of the table are as good as their type.
         tolerance = max(1e-4, torch.finfo(positions.dtype).eps)
         if positions.shape != table.shape or not torch.allclose(positions.float(), table, rtol=0, atol=tolerance):
-            raise UserError(
-                "pos_embed is not the fixed 2-D sin-cos table: these weights are not a JiT's.", about="input"
-            )
+            raise _not_a_jit("pos_embed is not the fixed 2-D sin-cos table")
 
 
 def position_table(config: Mapping) -> Tensor:
-    """The reference's `pos_embed` (1, N, D), float32."""
+    """Return the reference's `pos_embed` (1, N, D), float32."""
     grid = config["img_size"] // config["patch_size"]
     return functional.position_table(config["hidden_size"], (grid, grid), grid, torch.device("cpu"))
 
 
 def sampling_settings(config: Mapping, stated: Mapping, flags: Mapping) -> dict:
-    """Everything a pipeline needs beside its network: flags, else what the source states, else the paper."""
+    """Return what a pipeline needs beside its network: from flags, else as the input states, else the paper."""
     size = config["img_size"]
     guidance = PAPER_GUIDANCE.get(preset_of(config), (DEFAULT_GUIDANCE,) * 2)[size >= 512]
     paper = {

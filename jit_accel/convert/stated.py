@@ -56,14 +56,14 @@ ARGUMENT_NAMES = {
 
 
 def from_record(values: Mapping) -> dict:
-    """What is believed of a mapping with our names."""
+    """Return what is believed of a mapping with our names."""
     if not isinstance(values, Mapping):
         return {}
     return {name: values[name] for name, holds in BELIEVED.items() if name in values and holds(values[name])}
 
 
 def from_arguments(arguments: Mapping) -> dict:
-    """What is believed of the reference's `args`."""
+    """Return what is believed of the reference's `args`."""
     renamed = {ARGUMENT_NAMES.get(name, name): value for name, value in arguments.items() if isinstance(name, str)}
     if "interval_min" in renamed and "interval_max" in renamed:
         renamed.setdefault("guidance_interval", (renamed["interval_min"], renamed["interval_max"]))
@@ -71,14 +71,14 @@ def from_arguments(arguments: Mapping) -> dict:
 
 
 def to_arguments(stated: Mapping) -> dict:
-    """The reference's words for sizes and settings, beside ours; plain values only."""
+    """Return the reference's words for sizes and settings, beside ours; plain values only."""
     theirs = {theirs: stated[ours] for theirs, ours in ARGUMENT_NAMES.items() if ours in stated}
     low, high = stated["guidance_interval"]
     return {**stated, **theirs, "interval_min": low, "interval_max": high}
 
 
 def from_pipeline(pipeline: JiTPipeline) -> dict:
-    """All that a pipeline knows of itself."""
+    """Return all that a pipeline knows of itself."""
     scheduler = pipeline.scheduler.config
     values = {name: value for name, value in pipeline.transformer.config.items() if not name.startswith("_")}
     values |= {"prediction": scheduler.prediction_type, "noise_scale": scheduler.noise_scale, "t_eps": scheduler.t_eps}

@@ -1,4 +1,4 @@
-"""What a conversion writes, whole or not at all: a `.pth`, a `.safetensors` file, a pipeline folder."""
+"""The files and folders that a conversion writes, whole or not at all: `.pth`, `.safetensors`, pipeline folder."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ PREFIX = "net."  # the reference's Denoiser holds the network under this name
 
 
 @dataclass
-class Result:
-    """What is to be written.
+class Converted:
+    """The weights that are to be written, and what is said of them.
 
     Attributes:
         weights: by the network's parameter names, in the type to write.
@@ -45,48 +45,31 @@ class Result:
 
 
 def check_target(target: Path, kind: str, source: Path | None, overwrite: bool) -> None:
-    """Refuse a target that would lose something.
-
-    Raises:
-        UserError: it exists, is of another kind, or is the source or holds it.
-    """
+    """Raise `UserError` for a target that exists, is of another kind, or is the source or holds it."""
     try:
-        target.exists()
+        is_there, is_folder = target.exists(), target.is_dir()
     except OSError as error:  # a name that is too long, say
-        raise UserError(
-            f"cannot be written ({error.strerror}): give another place.", about="output", value=target
-        ) from None
-    if source is not None:
-        source = source.resolve()
-        if target == source or target in source.parents:
-            raise UserError(
-                f"is, or holds, what is converted ({source}): give another place.", about="output", value=target
-            )
-        if source in target.parents and source.is_dir() and (source / INDEX_FILE).exists():
-            raise UserError(
-                "lies inside the pipeline that is converted: give another place.", about="output", value=target
-            )
-    if not target.exists():
-        return
-    if target.is_dir() != (kind == FOLDER):
-        raise UserError(
-            f"is {'a folder' if target.is_dir() else 'a file'}: give another name.", about="output", value=target
-        )
-    if target.is_dir() and not any(target.iterdir()):
-        return
-    if target.is_dir() and not (target / INDEX_FILE).is_file():
-        raise UserError(
-            "is a folder that holds other things than a pipeline: give another name.", about="output", value=target
-        )
-    if not overwrite:
-        raise UserError(
-            "is there already: add --overwrite to replace it, or give another name.", about="output", value=target
-        )
+        raise disk_error(error, "output", target) from None
+    source = source and source.resolve()
+    is_pipeline = (target / INDEX_FILE).is_file()
+    problem = None
+    if source and (target == source or target in source.parents):
+        problem = f"is, or holds, what is converted ({source}): give another place."
+    elif source and source in target.parents and (source / INDEX_FILE).exists():
+        problem = "lies inside the pipeline that is converted: give another place."
+    elif is_there and is_folder != (kind == FOLDER):
+        problem = f"is {'a folder' if is_folder else 'a file'}: give another name."
+    elif is_folder and not is_pipeline and any(target.iterdir()):
+        problem = "is a folder that holds other things than a pipeline: give another name."
+    elif is_there and not overwrite and (is_pipeline or not is_folder):
+        problem = "is there already: add --overwrite to replace it, or give another name."
+    if problem:
+        raise UserError(problem, about="output", value=target)
 
 
 @contextlib.contextmanager
 def written_whole(target: Path, kind: str) -> Iterator[Path]:
-    """A path beside `target` to write to, which takes its place at the end; nothing is left where that fails.
+    """Give a path beside `target` to write to, which takes its place at the end; nothing is left where that fails.
 
     Raises:
         UserError: the disk does not take it.
@@ -99,37 +82,31 @@ def written_whole(target: Path, kind: str) -> Iterator[Path]:
         raise disk_error(error, "output", target) from None
 
 
-def write_pth(result: Result, path: Path) -> None:
-    """A checkpoint for the reference's code, which reads `model`, `model_ema1` and `model_ema2`: all three are these.
+def write_pth(result: Converted, path: Path) -> None:
+    """Write a checkpoint for the reference's code: its `model`, `model_ema1` and `model_ema2` are all these weights.
 
     `args` is a dictionary of plain values, so that `torch.load(weights_only=True)` reads the file.
     """
-    weights = reference_names(result)
     arguments = to_arguments({**result.config, **result.settings, "model": model_name(result.config)})
-    sets = dict.fromkeys(("model", "model_ema1", "model_ema2"), weights)  # stored once
-    content = {**sets, "epoch": 0 if result.epoch is None else result.epoch, "args": _plain(arguments)}
+    sets = dict.fromkeys(("model", "model_ema1", "model_ema2"), reference_names(result))  # stored once
     try:
-        torch.save(content, path)
+        torch.save({**sets, "epoch": result.epoch or 0, "args": plain_values(arguments)}, path)
     except RuntimeError as error:  # torch's word for a full disk
         raise OSError(str(error)) from error
 
 
-def write_safetensors(result: Result, path: Path) -> None:
-    """One file with the reference's names; sizes and settings are JSON in its metadata."""
+def write_safetensors(result: Converted, path: Path) -> None:
+    """Write one file with the reference's names; sizes and settings are JSON in its metadata."""
     metadata = {"format": "pt", "weights": result.set_name}
-    metadata |= {"config": json.dumps(_plain(result.config)), "pipeline": json.dumps(_plain(result.settings))}
+    metadata |= {
+        "config": json.dumps(plain_values(result.config)),
+        "pipeline": json.dumps(plain_values(result.settings)),
+    }
     save_file(reference_names(result), path, metadata=metadata)
 
 
-def write_folder(result: Result, folder: Path) -> JiTPipeline:
-    """A pipeline folder, without a model card."""
-    pipeline = build(result)
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    return pipeline
-
-
-def build(result: Result) -> JiTPipeline:
-    """The pipeline of these weights, which are not copied."""
+def build(result: Converted) -> JiTPipeline:
+    """Return the pipeline of these weights, which are not copied."""
     settings = result.settings
     with torch.device("meta"):
         network = JiTTransformer2DModel(**result.config)
@@ -140,27 +117,25 @@ def build(result: Result) -> JiTPipeline:
         noise_scale=settings["noise_scale"],
         solver=settings["solver"],
     )
-    sampling = {name: settings[name] for name in ("class_names", *DEFAULTS)}
-    return JiTPipeline(network.eval(), scheduler, **sampling)
+    return JiTPipeline(network.eval(), scheduler, **{name: settings[name] for name in ("class_names", *DEFAULTS)})
 
 
-def reference_names(result: Result) -> dict[str, Tensor]:
-    """The weights, each with a storage of its own, and the fixed table, as the reference's state dict has them."""
+def reference_names(result: Converted) -> dict[str, Tensor]:
+    """Return the weights and the fixed table as the reference's state dict, each with a storage of its own."""
     dtype = next(iter(result.weights.values())).dtype
     table = position_table(result.config).to(dtype).clone()
-    own = {name: _alone(tensor) for name, tensor in {"pos_embed": table, **result.weights}.items()}
-    return {PREFIX + name: tensor for name, tensor in own.items()}
+    return {PREFIX + name: _alone(tensor) for name, tensor in {"pos_embed": table, **result.weights}.items()}
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """Contiguous, and no view of something larger, which would be saved whole."""
+    """Return the tensor contiguous, and no view of something larger, which would be saved whole."""
     tensor = tensor.contiguous()
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.clone()
+    is_all = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if is_all else tensor.clone()
 
 
-def _plain(values: Mapping) -> dict:
-    """Without absent values, tuples as lists: what JSON and `weights_only` take."""
+def plain_values(values: Mapping) -> dict:
+    """Return values as JSON and `weights_only` take them: without absent ones, tuples as lists."""
     return {
         name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if value is not None
     }

@@ -533,7 +533,7 @@ def test_a_conversion_that_is_stopped_leaves_nothing(folder, tmp_path, monkeypat
     dead.wait()
     (tmp_path / f".old.{dead.pid}.tmp").mkdir()  # of one that was killed
     (tmp_path / f".old.{os.getppid()}.tmp").touch()  # of one that is running
-    monkeypatch.setattr("jit_accel.convert.run.write_folder", lambda _, place: _stop(place))
+    monkeypatch.setattr("jit_accel.convert.run.write_folder", lambda *what: _stop(what[-1]))
     assert convert(folder, target, "--overwrite") == 128 + signal.SIGTERM
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".old.{os.getppid()}.tmp", "old"]
     assert (target / "model_index.json").read_text() == "old"

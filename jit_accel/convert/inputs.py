@@ -1,4 +1,4 @@
-"""What `--input` may be, and what each kind tells: weights, sizes, settings."""
+"""The kinds of `--input`, and what each holds: weights, sizes, settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.loading import averages_of, find_checkpoint_in, load_folder, load_pipeline, pipeline_of_checkpoint
 from jit_accel.model.pipeline import JiTPipeline
 
-# The keys of the paper's checkpoints, and what they are called here; its decays.
+# The reference's keys, and what they are called here; its decays.
 REFERENCE_SETS = {"model": UNAVERAGED, "model_ema1": "ema1", "model_ema2": "ema2", "state_dict": UNAVERAGED}
 REFERENCE_DECAYS = {"ema1": "0.9999", "ema2": "0.9996"}
 # Parts of names that wrappers have put in: the reference's Denoiser, DDP, torch.compile.
@@ -31,14 +31,14 @@ FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
 
 @dataclass
-class Source:
+class Input:
     """Opened weights, one set of them.
 
     Attributes:
         path: the file or folder itself (of a run, its pipeline or checkpoint), None for the Hub.
         weights: by the network's parameter names.
         set_name: which weights these are, in words.
-        stated: sizes and settings that the source itself names; they may be wrong where others wrote it.
+        stated: sizes and settings that the input itself names; they may be wrong where others wrote it.
         positions: the fixed position table, where the weights hold one.
         facts: further facts for the model card.
     """
@@ -52,7 +52,7 @@ class Source:
     facts: dict[str, object] = field(default_factory=dict)
 
 
-def open_source(place: str, wanted: str | None) -> Source:
+def open_input(place: str, wanted: str | None) -> Input:
     """Open what `--input` names.
 
     Args:
@@ -65,41 +65,39 @@ def open_source(place: str, wanted: str | None) -> Source:
     if path.is_file():
         return open_tensors(path, wanted) if is_safetensors(path) else open_checkpoint(path, wanted)
     if path.exists() and not path.is_dir():
-        raise UserError("is neither a file nor a folder.", about="input", value=place)
+        raise _refusal(place, "is neither a file nor a folder.")
     if not path.exists() and (path.suffix.lower() in FILE_SUFFIXES or place.count("/") != 1):
-        raise UserError(
-            "there is no such file or folder: give a checkpoint (.pth), a .safetensors file, a "
-            "pipeline folder, the output folder of a run, or owner/name of the Hub.",
-            about="input",
-            value=place,
+        raise _refusal(
+            place,
+            "there is no such file or folder: give a checkpoint (.pth), a .safetensors file, a pipeline folder, the "
+            "output folder of a run, or owner/name of the Hub.",
         )
     return open_pipeline(place, path, wanted)
 
 
+def _refusal(place: str | Path, rule: str, about: str = "input") -> UserError:
+    return UserError(rule, about=about, value=place)
+
+
 def is_safetensors(path: Path) -> bool:
-    """By content, where the name does not tell: eight bytes of length, then JSON."""
+    """Return whether a file is one of safetensors: eight bytes of length, then JSON, where the name does not say so."""
     with path.open("rb") as file:
         return path.suffix.lower() == ".safetensors" or file.read(9)[8:] == b"{"
 
 
-def open_checkpoint(path: Path, wanted: str | None) -> Source:
-    """A `.pth` of the reference, or any plain state dict of its names."""
+def open_checkpoint(path: Path, wanted: str | None) -> Input:
+    """Open a `.pth` of the reference, or any plain state dict of its names."""
     content = read_pickle(path)
-    if isinstance(content, Mapping) and is_state_dict(content):
-        content = {UNAVERAGED: content}
+    found = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
+    content = content if isinstance(content, Mapping) else {}
+    parts = {UNAVERAGED: content} if is_state_dict(content) else content
     sets = {}
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            if isinstance(value, Mapping) and is_state_dict(value):
-                sets.setdefault(REFERENCE_SETS.get(key, str(key)), value)
+    for key, value in parts.items():
+        if isinstance(value, Mapping) and is_state_dict(value):
+            sets.setdefault(REFERENCE_SETS.get(key, str(key)), value)
     if not sets:
-        found = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
-        raise UserError(
-            f"holds no weights of a JiT (found {found or 'nothing'}; looked for {TELLTALE}, with or "
-            "without net. before it).",
-            about="input",
-            value=path,
-        )
+        looked = f"found {found or 'nothing'}; looked for {TELLTALE}, with or without net. before it"
+        raise _refusal(path, f"holds no weights of a JiT ({looked}).")
     arguments = content.get("args")
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
     arguments = arguments if isinstance(arguments, Mapping) else {}
@@ -112,106 +110,95 @@ def open_checkpoint(path: Path, wanted: str | None) -> Source:
     epoch = epoch if isinstance(epoch, int) and not isinstance(epoch, bool) else None
     set_name = f"{name} (decay {decays[name]})" if name in decays else name
     facts = {"epochs trained": epoch + 1} if epoch is not None and "optimizer" in content else {}
-    return Source(path, weights, set_name, from_arguments(arguments), positions, epoch, facts)
+    return Input(path, weights, set_name, from_arguments(arguments), positions, epoch, facts)
 
 
 def choose(path: Path, sets: Mapping, wanted: str | None, by_decay: Mapping[str, str]) -> str:
-    """The key in `sets` that `--weights` means."""
-    if wanted is not None:
-        wanted = by_decay.get(wanted, wanted)
-        if wanted not in sets:
-            raise UserError(
-                f"{path} has no such weights, but {', '.join(sets)}.{nearest(wanted, sets)}",
-                about="weights",
-                value=wanted,
-            )
-        return wanted
-    if "ema1" in sets or len(sets) == 1:
+    """Return the key in `sets` that `--weights` means."""
+    there = ", ".join(sets)
+    if wanted is None:
+        if len(sets) > 1 and "ema1" not in sets:
+            raise UserError(f"{path} has no ema1, but {there}: choose one with --weights.", about="weights")
         return "ema1" if "ema1" in sets else next(iter(sets))
-    raise UserError(f"{path} has no ema1, but {', '.join(sets)}: choose one with --weights.", about="weights")
+    name = by_decay.get(wanted, wanted)
+    if name not in sets:
+        raise _refusal(wanted, f"{path} has no such weights, but {there}.{nearest(name, sets)}", "weights")
+    return name
 
 
-def open_tensors(path: Path, wanted: str | None) -> Source:
-    """One `.safetensors` file of the reference's names; ours tells sizes and settings in its metadata."""
+def open_tensors(path: Path, wanted: str | None) -> Input:
+    """Open a `.safetensors` file of the reference's names; the metadata of ours holds sizes and settings."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot be read as safetensors ({error}): get it again.", about="input", value=path) from None
+        raise _refusal(path, f"cannot be read as safetensors ({error}): get it again.") from None
     if not is_state_dict(tensors):
-        raise UserError(f"holds no weights of a JiT: there is no {TELLTALE} in it.", about="input", value=path)
+        raise _refusal(path, f"holds no weights of a JiT: there is no {TELLTALE} in it.")
     choose(path, {UNAVERAGED: tensors}, wanted, {})
     weights, positions = plain_names(path, tensors)
-    stated = {}
-    for key in ("config", "pipeline"):
-        try:
-            stated |= from_record(json.loads(metadata.get(key, "{}")))
-        except ValueError:
-            continue
-    return Source(path, weights, metadata.get("weights") or UNAVERAGED, stated, positions)
+    try:
+        stated = from_record({**json.loads(metadata.get("config", "{}")), **json.loads(metadata.get("pipeline", "{}"))})
+    except (ValueError, TypeError):
+        stated = {}
+    return Input(path, weights, metadata.get("weights") or UNAVERAGED, stated, positions)
 
 
-def open_pipeline(place: str, folder: Path, wanted: str | None) -> Source:
-    """A pipeline folder, a run, one of its checkpoints, or a pipeline of the Hub."""
+def open_pipeline(place: str, folder: Path, wanted: str | None) -> Input:
+    """Open a pipeline folder, a run, one of its checkpoints, or a pipeline of the Hub."""
     if wanted is None:
         for candidate in (folder, folder / "pipeline"):
             if (candidate / INDEX_FILE).is_file():
-                source = _of_pipeline(candidate, load_folder(candidate, "input"), "the pipeline's")
+                opened = _of_pipeline(candidate, load_folder(candidate, "input"), "the pipeline's")
                 dtype = stored_dtype(candidate)  # diffusers has made all of it float32
-                source.weights = {name: tensor.to(dtype) for name, tensor in source.weights.items()}
-                return source
-    checkpoint = find_checkpoint_in(folder)
-    if checkpoint:
+                opened.weights = {name: tensor.to(dtype) for name, tensor in opened.weights.items()}
+                return opened
+    if checkpoint := find_checkpoint_in(folder):
         average = average_for(checkpoint, wanted)
         pipeline = pipeline_of_checkpoint(checkpoint, average, "input")
         return _of_pipeline(checkpoint, pipeline, average if average == UNAVERAGED else f"average of decay {average}")
     if wanted is not None:
-        raise UserError(
-            f"{place} holds one set of weights only: leave the flag out, or give the output folder "
-            "of a run, or a .pth.",
-            about="weights",
-            value=wanted,
-        )
+        rule = "holds one set of weights only: leave the flag out, or give the output folder of a run, or a .pth."
+        raise _refusal(wanted, f"{place} {rule}", "weights")
     if folder.exists():
-        raise UserError(
-            f"holds no pipeline ({INDEX_FILE}) and no checkpoint: give a pipeline folder, the "
-            "output folder of a run, or a .pth or .safetensors file.",
-            about="input",
-            value=place,
+        raise _refusal(
+            place,
+            f"holds no pipeline ({INDEX_FILE}) and no checkpoint: give a pipeline folder, the output folder of a run, "
+            "or a .pth or .safetensors file.",
         )
     return _of_pipeline(None, load_pipeline(place, about="input"), "the pipeline's")
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The type of the weights in a pipeline folder."""
-    for file in sorted((folder / "transformer").glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                return tensors.get_tensor(name).dtype
+    """Return the type of the weights in a pipeline folder."""
+    for path in sorted((folder / "transformer").glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                return file.get_tensor(name).dtype
     return torch.float32
 
 
 def average_for(checkpoint: Path, wanted: str | None) -> str:
-    """The average of a run's checkpoint that `--weights` means.
+    """Return the average of a run's checkpoint that `--weights` means.
 
     ema1 and ema2 are the reference's decays where the run kept both, else the run's first and second.
     """
     averages = averages_of(checkpoint)
     if wanted is None:
         return averages[0]
-    named = dict(zip((f"ema{i + 1}" for i in range(len(averages))), averages))
+    named = {f"ema{i}": average for i, average in enumerate(averages, 1)}
     if set(REFERENCE_DECAYS.values()) <= set(averages):
         named |= REFERENCE_DECAYS
     average = named.get(wanted, wanted)
     if average not in (UNAVERAGED, *averages):
         there = [UNAVERAGED, *(f"{name} (decay {decay})" for name, decay in named.items())]
-        raise UserError(f"{checkpoint} has {', '.join(there)}.", about="weights", value=wanted)
+        raise _refusal(wanted, f"{checkpoint} has {', '.join(there)}.", "weights")
     return average
 
 
-def _of_pipeline(path: Path | None, pipeline: JiTPipeline, set_name: str) -> Source:
-    return Source(path, dict(pipeline.transformer.state_dict()), set_name, from_pipeline(pipeline))
+def _of_pipeline(path: Path | None, pipeline: JiTPipeline, set_name: str) -> Input:
+    return Input(path, dict(pipeline.transformer.state_dict()), set_name, from_pipeline(pipeline))
 
 
 def plain_name(name: str) -> str:
@@ -226,7 +213,7 @@ def is_state_dict(content: Mapping) -> bool:
 
 
 def plain_names(path: Path, state_dict: Mapping) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The weights under the network's own names, and the fixed position table if it is among them.
+    """Return the weights under the network's own names, and the fixed position table if it is among them.
 
     Raises:
         UserError: what is no floating-point tensor, or two names that are the same one here.
@@ -237,10 +224,10 @@ def plain_names(path: Path, state_dict: Mapping) -> tuple[dict[str, Tensor], Ten
         if name.endswith(("freqs_cos", "freqs_sin")):  # rotary tables follow from the sizes
             continue
         if name in weights:
-            raise UserError(f"{full_name} is there twice, under different prefixes.", about="input", value=path)
+            raise _refusal(path, f"{full_name} is there twice, under different prefixes.")
         is_tensor = isinstance(tensor, Tensor)
         if not is_tensor or not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
             kind = f"{tensor.layout} {tensor.device.type} {tensor.dtype}" if is_tensor else type(tensor).__name__
-            raise UserError(f"{full_name} is no plain floating-point tensor but {kind}.", about="input", value=path)
+            raise _refusal(path, f"{full_name} is no plain floating-point tensor but {kind}.")
         weights[name] = tensor.detach()
     return weights, weights.pop(POSITIONS, None)
