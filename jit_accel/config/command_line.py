@@ -47,14 +47,15 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 
 def parse_flags(settings: type[T], argv: list[str] | None, prog: str) -> T:
-    """Read the command line of a program whose settings are the fields of this one dataclass.
+    """Read the command line of a program whose settings are the fields of this dataclass, or of groups in it.
 
     Raises:
         UserError: an unknown flag.
         SystemExit: `--help` (0), a missing flag or a value of the wrong type (2).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    reject_unknown_flags(argv, {field.name: field for field in fields(settings)})
+    groups = [getattr(field.default_factory, "__dataclass_fields__", {field.name: field}) for field in fields(settings)]
+    reject_unknown_flags(argv, {name: field for group in groups for name, field in group.items()})
     return _parsed(settings, argv, prog)
 
 

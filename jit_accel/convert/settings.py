@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -82,16 +82,10 @@ class ConvertConfig:
     """Sharing."""
 
 
-GROUPS = {"network": NetworkFlags, "sampling": SamplingFlags, "hub": HubConfig}
-SETTINGS = {f.name: f for group in (ConvertConfig, *GROUPS.values()) for f in fields(group) if f.name not in GROUPS}
-
 RANGES = [
-    ("num_heads", lambda v: v >= 1, "at least 1"),
+    *((name, lambda v: v >= 1, "at least 1") for name in ("num_heads", "patch_size", "img_size")),
+    *((name, lambda v: 0 <= v < 1, "in [0, 1)") for name in ("proj_dropout", "attn_dropout")),
     ("in_context_start", lambda v: v >= 0, "0 or more"),
-    ("patch_size", lambda v: v >= 1, "at least 1"),
-    ("img_size", lambda v: v >= 1, "at least 1"),
-    ("proj_dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
-    ("attn_dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
     ("noise_scale", lambda v: 0 < v < math.inf, "positive"),
     ("t_eps", lambda v: 0 < v < 1, "between 0 and 1, both excluded"),
     ("guidance_scale", lambda v: 0 <= v < math.inf, "0 or more (1 = no guidance)"),

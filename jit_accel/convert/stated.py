@@ -16,13 +16,12 @@ def _is_count(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
-def _is_interval(value) -> bool:
-    is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(map(is_number, value))
-    return is_pair and 0 <= value[0] <= value[1] <= 1
+def _are(holds, value) -> bool:
+    return isinstance(value, list | tuple) and all(map(holds, value))
 
 
-def _is_names(value) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+def _is_text_of(choices):
+    return lambda v: isinstance(v, str) and v in choices
 
 
 SIZES = (
@@ -32,19 +31,16 @@ SIZES = (
 # What may be stated, and when it is believed.
 BELIEVED = {
     **dict.fromkeys(SIZES, _is_count),
-    "mlp_ratio": lambda v: is_number(v) and v > 0,
-    "attn_dropout": lambda v: is_number(v) and 0 <= v < 1,
-    "proj_dropout": lambda v: is_number(v) and 0 <= v < 1,
+    **dict.fromkeys(("attn_dropout", "proj_dropout"), lambda v: is_number(v) and 0 <= v < 1),
+    **dict.fromkeys(("mlp_ratio", "noise_scale"), lambda v: is_number(v) and v > 0),
+    **dict.fromkeys(("solver", "method"), _is_text_of(CALLS_PER_STEP)),
     "model": lambda v: isinstance(v, str) and v.partition("/")[0] in PRESETS,
-    "prediction": lambda v: isinstance(v, str) and v in SPACES,
-    "noise_scale": lambda v: is_number(v) and v > 0,
+    "prediction": _is_text_of(SPACES),
     "t_eps": lambda v: is_number(v) and 0 < v < 1,
-    "solver": lambda v: isinstance(v, str) and v in CALLS_PER_STEP,
     "guidance_scale": lambda v: is_number(v) and v >= 0,
-    "guidance_interval": _is_interval,
+    "guidance_interval": lambda v: _are(is_number, v) and len(v) == 2 and 0 <= v[0] <= v[1] <= 1,
     "num_inference_steps": lambda v: _is_count(v) and v >= 1,
-    "method": lambda v: isinstance(v, str) and v in CALLS_PER_STEP,
-    "class_names": _is_names,
+    "class_names": lambda v: _are(lambda name: isinstance(name, str), v),
 }
 # The reference's command line says the same in its own words.
 ARGUMENT_NAMES = {

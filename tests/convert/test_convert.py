@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,9 @@ from torch import serialization
 from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.base.errors import UserError
 from jit_accel.config.presets import PRESETS
+from jit_accel.config.settings import HubConfig
 from jit_accel.convert import main
-from jit_accel.convert.settings import FOLDER, SETTINGS, read_class_names
+from jit_accel.convert.settings import FOLDER, NetworkFlags, SamplingFlags, read_class_names
 from jit_accel.convert.sizes import network_config, sampling_settings
 from jit_accel.convert.stated import from_arguments
 from jit_accel.convert.targets import written_whole
@@ -90,7 +92,8 @@ def test_help_needs_no_torch():
         "assert not {'torch', 'diffusers', 'safetensors', 'huggingface_hub'} & set(sys.modules)\n"
     )
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert [name for name in SETTINGS if f"--{name}" not in shown] == []
+    names = [field.name for group in (NetworkFlags, SamplingFlags, HubConfig) for field in fields(group)]
+    assert [name for name in (*names, "input", "output", "weights", "dtype") if f"--{name}" not in shown] == []
 
 
 # --- round trips
