@@ -58,11 +58,9 @@ def originals_at(source: Source, indices: np.ndarray) -> Iterator[Original]:
             yield _original(images.columns, row, f"image {index}")
 
 
-def originals_of(source: Source, unit: int, start: int, stop: int | None) -> Iterator[Original]:
-    """Yield rows `start` to `stop` (None: its end) of a unit of a stream."""
-    for number, row in enumerate(source.images.rows(unit, start), start):
-        if number == stop:
-            return
+def originals_of(source: Source, unit: int, start: int, stop: int) -> Iterator[Original]:
+    """Yield rows `start` to `stop` of a unit of a stream."""
+    for number, row in zip(range(start, stop), source.images.rows(unit, start)):
         yield _original(source.images.columns, row, f"shard {unit}, image {number}")
 
 

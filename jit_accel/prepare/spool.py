@@ -21,17 +21,15 @@ MOST_CUTS = 8  # of one unit: what comes before a cut is read in vain
 _TYPES = {"data": "large_binary", "name": "string", "label": "int64", "key": "uint64", "reason": "string"}
 _SCHEMA = pa.schema([(name, getattr(pa, type)()) for name, type in _TYPES.items()])  # as the fields of `Encoded`
 
-Piece = tuple[int, int, int | None]  # unit, its first row, and the row behind its last or None for all
+Piece = tuple[int, int, int]  # unit, its first row, and the row behind its last
 
 
 def parts_of(stream: Stream) -> list[list[Piece]]:
     """Divide a stream into parts in its own order, whoever reads them: up to 256, of whole units or pieces of them."""
-    sizes, cuts = stream.sizes, 1
-    if sizes is not None and not stream.is_remote:
-        cuts = max(1, min(MOST_CUTS, FEWEST_PARTS // stream.num_units))
+    cuts = 1 if stream.is_remote else max(1, min(MOST_CUTS, FEWEST_PARTS // stream.num_units))
     pieces: list[Piece] = []
-    for unit in range(stream.num_units) if sizes is None else np.flatnonzero(sizes).tolist():
-        edges = [int(sizes[unit]) * n // cuts for n in range(cuts + 1)] if cuts > 1 else [0, None]
+    for unit, size in enumerate(stream.sizes.tolist()):
+        edges = [size * n // cuts for n in range(cuts + 1)]
         pieces += [(unit, a, b) for a, b in pairwise(edges) if a != b]
     count = min(MOST_PARTS, len(pieces))
     return [pieces[len(pieces) * n // count : len(pieces) * (n + 1) // count] for n in range(count)]
