@@ -1,1 +1,1 @@
-"""What every room stands on; nothing of JiT."""
+"""The ground that every room stands on; nothing of JiT."""

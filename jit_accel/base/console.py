@@ -1,4 +1,4 @@
-"""What a run says on the terminal or into a log file; where that cannot be written, the run goes on in silence."""
+"""Lines and progress on the terminal or in a log file; where these cannot be written, the run goes on in silence."""
 
 from __future__ import annotations
 

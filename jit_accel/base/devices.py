@@ -15,7 +15,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast; "no" ha
 
 
 def chosen_precision(mixed_precision: str | None) -> str:
-    """`--mixed_precision`, or where it is not given the default.
+    """Return `--mixed_precision`, or where it is not given the default.
 
     Raises:
         UserError: fp16 on a CPU.
@@ -27,7 +27,7 @@ def chosen_precision(mixed_precision: str | None) -> str:
 
 
 def default_precision() -> str:
-    """What accelerate's configuration says, else bf16 where the device is good at it."""
+    """Return the precision of accelerate's configuration, else bf16 where the device is good at it."""
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if configured in ("no", "fp16", "bf16"):
         return configured
@@ -35,7 +35,7 @@ def default_precision() -> str:
 
 
 def chosen_device() -> torch.device:
-    """The device that Accelerate will choose."""
+    """Return the device that Accelerate will choose."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available():
         return torch.device("cpu")
     return torch.accelerator.current_accelerator()
@@ -46,7 +46,7 @@ def device_name(device: torch.device) -> str:
 
 
 def is_good_at_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bf16 are faster than in float32 there."""
+    """Return whether matrix products in bf16 are faster than in float32 there."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -103,7 +103,7 @@ FP16_ONLY = ("V100", "T4")
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """What a device can do at most in bf16 or fp16, FLOP/s; None where that is not known."""
+    """Return the most that a device can do in bf16 or fp16, FLOP/s; None where that is not known."""
     if precision not in ("bf16", "fp16"):
         return None
     for name, peak in PEAK_FLOPS.items():

@@ -23,7 +23,7 @@ _COMPILED = [(re.compile(pattern, re.IGNORECASE), replacement) for pattern, repl
 
 
 def redacted(text: str) -> str:
-    """`text` without the secrets that can be told by their looks.
+    """`text` without the secrets that their looks give away.
 
     `https://user:pw@host/x?token=abc&size=3` becomes `https://***@host/x?***`; URLs without credentials and
     query stay as they are.

@@ -1,4 +1,4 @@
-"""What FSDP2 needs beyond Accelerate."""
+"""The one thing that FSDP2 needs beyond Accelerate."""
 
 from __future__ import annotations
 

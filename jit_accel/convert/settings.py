@@ -21,7 +21,7 @@ OTHER_KINDS = (".ckpt", ".bin", ".pkl", ".npz", ".npy", ".zip", ".tar", ".onnx",
 
 @dataclass(frozen=True)
 class NetworkFlags:
-    """Sizes: read from the weights; needed where these do not tell, else compared with them."""
+    """Sizes: read from the weights; needed where these do not show them, else compared with them."""
 
     num_heads: int | None = None
     """Attention heads (from the shape of q_norm)."""
@@ -39,10 +39,10 @@ class NetworkFlags:
 
 @dataclass(frozen=True)
 class SamplingFlags:
-    """What weights do not tell: taken from the source where it says so, else from the paper."""
+    """Sampling: taken from the input where it says so, else from the paper."""
 
     prediction: Literal["x", "e", "v"] | None = None
-    """What the network predicts (default: x)."""
+    """Prediction of the network (default: x)."""
     noise_scale: float | None = None
     """Standard deviation of the noise (default: img_size / 256, at least 1)."""
     t_eps: float | None = None
@@ -50,7 +50,7 @@ class SamplingFlags:
     guidance_scale: float | None = None
     """The pipeline's default guidance (default: the paper's for the size, else 2)."""
     guidance_interval: tuple[float, float] | None = None
-    """Where guidance acts (default: 0.1 1.0)."""
+    """Times at which guidance acts (default: 0.1 1.0)."""
     class_names: str | None = None
     """File with the name of each class: one a line, or JSON, a list or {"0": "name", ...}."""
 
@@ -66,12 +66,12 @@ class ConvertConfig:
     """A checkpoint of the paper's code (.pth), a plain state dict, a .safetensors file, a pipeline folder, a run's
     output folder, one of its checkpoints, or owner/name of the Hub."""
     output: str | None = None
-    """Where to. May be left out to push a pipeline folder as it is."""
+    """File or folder to write. May be left out to push a pipeline folder as it is."""
     weights: str | None = None
     """model, ema1 or ema2 of a checkpoint; in the paper's, ema1 has decay 0.9999 and ema2 0.9996. A run's averages also
     by their decay, such as 0.9998 (default: ema1)."""
     dtype: Literal["float32", "bfloat16", "float16", "same"] = "float32"
-    """Of the weights written; same keeps the source's."""
+    """Type of the weights written; same keeps the input's."""
     overwrite: bool = False
     """Replace what is at --output: a file, or a pipeline folder."""
     network: NetworkFlags = field(default_factory=NetworkFlags)
@@ -100,7 +100,7 @@ def check(config: ConvertConfig) -> None:
     check_hub(config.hub)
     if config.output is not None:
         if config.hub.push_to_hub and target_kind(config.output) != FOLDER:
-            rule = f"pushes a pipeline folder, but --output {config.output} is none: name a folder."
+            rule = f"pushes a pipeline folder, and --output {config.output} is not one: name a folder."
             raise UserError(rule, about="push_to_hub")
         return
     if not config.hub.push_to_hub:

@@ -1,4 +1,4 @@
-"""What was prepared, to look at: a sheet of the first images, and how many each class has."""
+"""Pictures of a store to look at: a sheet of the first images, and a chart of how many each class has."""
 
 from __future__ import annotations
 

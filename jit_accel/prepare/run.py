@@ -38,7 +38,7 @@ from jit_accel.prepare.verify import verify
 
 @dataclass(frozen=True)
 class Work:
-    """What the jobs of a preparation have in common. `layout` is None while the spool of a stream is filled."""
+    """Common values of the jobs of a preparation. `layout` is None while the spool of a stream is filled."""
 
     config: PrepareConfig
     source: Source
@@ -48,7 +48,7 @@ class Work:
 
     @property
     def root(self) -> str:
-        """What names of files begin with."""
+        """The part that all names of files begin with."""
         return os.path.join(os.path.abspath(self.source.name), "") if self.source.format == "folder" else ""
 
     @property

@@ -33,9 +33,9 @@ class PrepareConfig:
     """uint8: memory-mapped pixels, random access, the fastest to read. The others are Parquet, streamed: raw pixels;
     JPEG (without chroma subsampling), about a fifth of their size; PNG, lossless, half; WebP, a tenth."""
     quality: int | None = None
-    """Of JPEG and WebP, 1 to 100 (default: 95); WebP of 100 is lossless."""
+    """Quality of JPEG and WebP, 1 to 100 (default: 95); WebP of 100 is lossless."""
     data_format: str = "auto"
-    """What data_path is, where it cannot be told by looking: folder, parquet, webdataset, saved, prepared, hub,
+    """Kind of data_path, where looking does not show it: folder, parquet, webdataset, saved, prepared, hub,
     builtin."""
     image_column: str | None = None
     """Column of the images (default: the one that holds images)."""
@@ -47,7 +47,7 @@ class PrepareConfig:
     of 1,280 px: 2.3 times, mean error 0.6 of 255, 49 dB; of 1,280 px to 64: 4 times, 1.4 of 255, 44 dB. Fine patterns
     can be off by 5 in the mean, 30 dB."""
     seed: int = 0
-    """Of the order in which the images are stored."""
+    """Seed of the order in which the images are stored."""
     shard_images: int | None = None
     """Images a shard (default: about 256 MiB, and 16 shards where there are enough images)."""
     num_workers: int | None = None

@@ -24,7 +24,7 @@ ROW_GROUP_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Layout:
-    """What the shards of one store have in common."""
+    """The columns and sizes that the shards of one store have in common."""
 
     encoding: str
     img_size: int

@@ -7,12 +7,11 @@ from jit_accel.sample.settings import SampleConfig, check
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Sample as the command line says. Returns the exit code: 0 done, 2 something to mend, 128 + signal stopped."""
+    """Sample as the command line says; return the exit code: 0 done, 2 a user's error, 128 + signal stopped."""
 
     def run() -> int:
         config = parse_args(argv)
-        # torch is imported only now, so that --help and wrong flags answer at once.
-        from jit_accel.sample.run import sample
+        from jit_accel.sample.run import sample  # imports torch: --help and wrong flags answer at once
 
         return sample(config)
 
@@ -20,12 +19,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_args(argv: list[str] | None = None) -> SampleConfig:
-    """Read the command line into checked settings.
-
-    Raises:
-        UserError: an unknown flag, values out of range, settings that contradict each other.
-        SystemExit: `--help` (0), or a value of the wrong type (2).
-    """
+    """Read the command line into checked settings. Raises `UserError`, or `SystemExit` for --help and wrong types."""
     config = parse_flags(SampleConfig, argv, "python -m jit_accel.sample")
     check(config)
     return config

@@ -19,17 +19,17 @@ class SampleConfig:
     model: str | None = None
     """A pipeline folder, the output folder of a run, a checkpoint, or owner/name of the Hub."""
     ema: str | None = None
-    """Which averaged weights of a checkpoint, by their decay; "model": the weights themselves."""
+    """Averaged weights of a checkpoint, by their decay; "model": the weights themselves."""
     output_dir: str = "samples"
     """New folder for the images."""
     classes: tuple[str, ...] = ()
     """Names or numbers of classes, or none for images of no class (default: all classes)."""
     images_per_class: int | None = None
-    """How many images of each class."""
+    """Images of each class."""
     num_images: int | None = None
-    """Or how many in total, evenly spread over the classes (default: 64)."""
+    """Or images in total, evenly spread over the classes (default: 64)."""
     seed: int = 0
-    """Of the noise that the images start from."""
+    """Seed of the noise that the images start from."""
     batch_size: int | None = None
     """Images at once in each process (default: 64; on a CPU 16)."""
     num_inference_steps: int | None = None
@@ -47,7 +47,7 @@ class SampleConfig:
     width: int | None = None
     """Instead of img_size, for images that are not square."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Of the network; the ODE is float32 always (default: accelerate's, else bf16 where the device is good at it)."""
+    """Precision of the network; the ODE is float32 always (default: accelerate's, else bf16 where the device is good at it)."""
     compile: bool = False
     """Compile the network's blocks: faster after a slower start."""
     format: Literal["png", "webp", "npz"] = "png"
