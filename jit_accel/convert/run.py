@@ -35,11 +35,7 @@ ONLY_IN_TRAINING = ("proj_dropout", "attn_dropout")
 
 
 def convert(config: ConvertConfig) -> None:
-    """Convert, and push where that is asked for.
-
-    Raises:
-        UserError: nothing is half-written then.
-    """
+    """Convert, and push where that is asked for. Raises `UserError`: nothing is half-written then."""
     disable_progress_bar()
     sharing = config.hub
     if sharing.push_to_hub:

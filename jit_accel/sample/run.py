@@ -33,11 +33,7 @@ from jit_accel.sample.stores import ImageFiles, NpzFile
 
 
 def sample(config: SampleConfig) -> int:
-    """Make the images, or those that are missing; return the exit code.
-
-    Raises:
-        UserError: on all processes.
-    """
+    """Make the images, or those that are missing; return the exit code. Raises `UserError`: on all processes."""
     precision = chosen_precision(config.mixed_precision)
     # The others wait while the main process puts an .npz together or draws pictures.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))

@@ -47,7 +47,7 @@ class SampleConfig:
     width: int | None = None
     """Instead of img_size, for images that are not square."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Precision of the network; the ODE is float32 always (default: accelerate's, else bf16 where the device is good at it)."""
+    """Precision of the network; the ODE is float32 always (default: accelerate's, else bf16 where it is fast)."""
     compile: bool = False
     """Compile the network's blocks: faster after a slower start."""
     format: Literal["png", "webp", "npz"] = "png"
