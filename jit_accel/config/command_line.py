@@ -26,8 +26,6 @@ def parse_args(argv: list[str] | None = None) -> Config:
         UserError: unknown flag or key, values out of range, settings that contradict each other.
         SystemExit: `--help` (0), or a value of the wrong type (2).
     """
-    import tyro
-
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="?", const="")
     known, argv = parser.parse_known_args(argv)
@@ -39,7 +37,6 @@ def parse_args(argv: list[str] | None = None) -> Config:
         # One parser for both: the file's settings are flags that stand before the user's own.
         [*(_as_arguments(read_recipe(Path(known.config)), known.config) if known.config else []), *argv],
         "python -m jit_accel.train",
-        config=(tyro.conf.OmitArgPrefixes,),
         description=f"{Config.__doc__} --config FILE reads settings from a YAML file; flags win over it.",
     )
     check(config)
@@ -116,11 +113,12 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return read_recipe(file, files) | values
 
 
-def _parsed(settings: type[T], argv: list[str], prog: str, **how: Any) -> T:
+def _parsed(settings: type[T], argv: list[str], prog: str, description: str | None = None) -> T:
     import tyro
 
+    names = {"config": (tyro.conf.OmitArgPrefixes,), "use_underscores": True}
     is_main = os.environ.get("RANK", "0") == "0"
-    return tyro.cli(settings, args=argv, prog=prog, use_underscores=True, console_outputs=is_main, **how)
+    return tyro.cli(settings, args=argv, prog=prog, description=description, console_outputs=is_main, **names)
 
 
 def _as_arguments(values: Mapping[str, Any], path: str) -> list[str]:
