@@ -22,20 +22,20 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 
 CASE = ("--model", "JiT-S/4", "--img_size", "32", "--batch_size", "16", "--num_workers", "0", "--use_wandb")
-WATCHED_CALLS = ("record_by_t", "record", "watched_step", "flush")
+WATCHED_CALLS = ("record_by_t", "record", "watched_step", "read")
 
 
 class Silence:
     """In place of the monitor."""
 
-    bad_images = images_seen = 0
-
     def record_by_t(self, t, losses): ...
 
     def record(self, step, learning_rate, loss, grad_norm): ...
 
-    def flush(self, is_told_to_stop):
-        return False
+    def read(self, is_asked_to_stop):
+        from jit_accel.monitor.monitor import Interval
+
+        return Interval((), stop_asked=False, bad_images=0, images_seen=0, not_finite=None)
 
     def watched_step(self, step):
         return contextlib.nullcontext()
@@ -108,7 +108,8 @@ def main() -> None:
             pair = [("on", on), ("off", off)]
             for name, monitor in pair if number % 2 else reversed(pair):
                 times[name].append(seconds_a_step(monitor))
-        on.monitor.close()
+        on.monitor.close(0)
+        accelerator.end_training()
     ratios = [a / b - 1 for a, b in zip(times["on"], times["off"])]
     inside = on.seconds / (args.steps * sum(times["on"]))
     print(

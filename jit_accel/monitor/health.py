@@ -20,11 +20,9 @@ FALLEN = 0.9
 
 @dataclass(frozen=True)
 class Kind:
-    """A thing that can go wrong.
+    """A thing that can go wrong: `title` goes behind "step 12: ", with a place for the measured value.
 
-    Attributes:
-        title: what is seen, in words that go behind "step 12: ", with a place for the measured value.
-        remedy: the likely cause, and what to do.
+    `remedy` is the likely cause, and what to do.
     """
 
     title: str
@@ -94,14 +92,13 @@ class Health:
     """
 
     def __init__(self, thresholds: HealthConfig, must_fall: bool = True, has_scaler: bool = False):
-        self.thresholds, self.has_scaler = thresholds, has_scaler
-        self.losses: deque[float] = deque(maxlen=HISTORY_STEPS + JUMP_STEPS)
-        self.must_fall = must_fall
-        self.steps = 0
+        self.thresholds, self.has_scaler, self.must_fall = thresholds, has_scaler, must_fall
         window = max(min(LEVEL_STEPS, thresholds.health_flat_steps // 2), thresholds.health_flat_steps // 10, 1)
+        self.losses: deque[float] = deque(maxlen=HISTORY_STEPS + JUMP_STEPS)
         self.first_losses: list[float] = []
         self.last_losses: deque[float] = deque(maxlen=window)
-        self.told: set[str] = set()
+        self.steps = 0
+        self.found: set[str] = set()
 
     def examine(self, rows: list[dict], lost_to_data: float | None = None, advice: str | None = None) -> list[Event]:
         """Look at consecutive rows; what is found goes into them as `health/<kind>`.
@@ -115,19 +112,19 @@ class Health:
         """
         new = []
         for row in rows:
-            found = self._signs(row)
+            signs = self._signs(row)
             if row is rows[-1] and lost_to_data is not None and 0 < self.thresholds.health_max_wait < lost_to_data:
-                found["data_starving"] = lost_to_data
-            for kind, value in found.items():
+                signs["data_starving"] = lost_to_data
+            for kind, value in signs.items():
                 row[HEALTH.format(kind=kind)] = value
-                if kind not in self.told:
-                    self.told.add(kind)
+                if kind not in self.found:
+                    self.found.add(kind)
                     remedy = advice if kind == "data_starving" and advice else KINDS[kind].remedy
                     new.append(Event(kind, row["step"], value, remedy))
         return new
 
     def state_dict(self) -> dict:
-        """For a checkpoint."""
+        """Return what the signs of later rows follow from."""
         names = ("losses", "first_losses", "last_losses")
         return {name: list(getattr(self, name)) for name in names} | {"must_fall": self.must_fall, "steps": self.steps}
 
@@ -143,23 +140,20 @@ class Health:
 
     def _signs(self, row: dict) -> dict[str, float]:
         loss, norm = row[TRAIN_LOSS], row[GRAD_NORM]
-        least, most = self.thresholds.health_min_grad_norm, self.thresholds.health_max_grad_norm
         is_scaled_away = self.has_scaler and not math.isfinite(norm)
         if not math.isfinite(loss) or not (math.isfinite(norm) or is_scaled_away):
             return {"loss_not_finite": 1.0}
-        found = {}
-        if not is_scaled_away and 0 < most < norm:
-            found["grad_exploding"] = norm
-        if norm < least:
-            found["grad_vanishing"] = norm
-        self.losses.append(loss)
-        if (jump := self._jump()) is not None:
-            found["loss_jump"] = jump
-        if (level := self._level(loss)) is not None:
-            found["loss_flat"] = level
-        return found
+        signs = {}
+        if not is_scaled_away and 0 < self.thresholds.health_max_grad_norm < norm:
+            signs["grad_exploding"] = norm
+        if norm < self.thresholds.health_min_grad_norm:
+            signs["grad_vanishing"] = norm
+        signs |= {"loss_jump": self._jump(loss), "loss_flat": self._level(loss)}
+        return {kind: value for kind, value in signs.items() if value is not None}
 
-    def _jump(self) -> float | None:
+    def _jump(self, loss: float) -> float | None:
+        """Return how many times its usual value the loss is of late, where that is too much."""
+        self.losses.append(loss)
         factor, recent = self.thresholds.health_loss_jump, list(self.losses)
         if not factor or len(recent) < LEAST_HISTORY_STEPS + JUMP_STEPS:
             return None
@@ -168,7 +162,7 @@ class Health:
         return times if times > factor else None
 
     def _level(self, loss: float) -> float | None:
-        """The loss as a share of the first ones, where it should have fallen by now and has not."""
+        """Return the loss as a share of the first ones, where it should have fallen by now and has not."""
         patience = self.thresholds.health_flat_steps
         if not self.must_fall or not patience:
             return None

@@ -11,7 +11,7 @@ from jit_accel.base.console import warn
 from jit_accel.base.files import append_json_lines, json_line, parse_json_line, read_json_lines
 
 METRICS_FILE = "metrics.jsonl"
-# What a run leaves that did not reach its end: told to stop, or met something.
+# Left by a run that a signal stopped, and by one that failed.
 INTERRUPTED_FILE, FAILED_FILE = "INTERRUPTED", "FAILED"
 # Rows that wait in memory for a disk with room.
 MOST_PENDING = 100_000
@@ -76,7 +76,7 @@ class MetricsLog:
 
 
 def end_of_rows(path: Path, step: int) -> int:
-    """Where in the file the last whole row up to `step` ends, in bytes."""
+    """Return the place in the file, in bytes, where the last whole row up to `step` ends."""
     end = position = 0
     with open(path, "rb") as file:
         for line in file:
@@ -96,7 +96,7 @@ def iterate_metrics(output_dir: Path) -> Iterator[dict]:
 
 
 def as_row(line: bytes) -> dict | None:
-    """A line of the file; None where it was cut short or is something else."""
+    """Return the row of a line of the file; None where it was cut short or is something else."""
     row = parse_json_line(line)
     return row if row is not None and _has_step(row) else None
 
@@ -106,5 +106,4 @@ def _has_step(row: dict) -> bool:
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
-    """All of them."""
     return list(iterate_metrics(output_dir))

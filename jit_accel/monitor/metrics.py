@@ -5,24 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from jit_accel.monitor.metric_table import (
-    BEST_LOSS,
-    EMA_DISTANCE,
-    EPOCH,
-    EPOCH_LOSS,
-    EPOCH_TIME,
-    GRAD_NORM,
-    IMAGES_SEEN,
-    LEARNING_RATE,
-    LOSS_BY_T,
-    SAMPLES_PER_SECOND,
-    TRAIN_LOSS,
-    UPDATE_RATIO,
-)
+from jit_accel.monitor import metric_table as table
 
 T_BINS = 10
 
@@ -38,11 +26,8 @@ class StepMetrics:
         self._forget()
 
     def _forget(self) -> None:
-        self.steps: list[int] = []
-        self.learning_rates: list[float] = []
-        self.losses: list[Tensor] = []
-        self.grad_norms: list[Tensor] = []
-        self.occasional: list[tuple[int, str, Tensor, Tensor | None]] = []
+        self.rows: dict[int, dict] = {}  # by step
+        self.values: list[tuple[int, str, Tensor, Tensor | None]] = []
         self.by_t = torch.zeros(2, T_BINS, device=self.device)  # sums of losses, and how many, by the time t
 
     def record_by_t(self, t: Tensor, losses: Tensor) -> None:
@@ -54,18 +39,18 @@ class StepMetrics:
 
     def record(self, step: int, learning_rate: float, loss: Tensor, grad_norm: Tensor) -> None:
         """Keep one step's values; `loss` is this process's mean, `grad_norm` the global one, before clipping."""
-        self.steps.append(step)
-        self.learning_rates.append(learning_rate)
-        self.losses.append(loss)
-        self.grad_norms.append(grad_norm)
+        values = {table.TRAIN_LOSS: loss, table.GRAD_NORM: grad_norm}
+        self.rows[step] = {"step": step, **values, table.LEARNING_RATE: learning_rate}
+        for key, value in values.items():
+            self.record_occasional(key, value)
 
-    def record_occasional(self, name: str, value: Tensor) -> None:
-        """Keep a further value of the step recorded last, one that not every step has."""
-        self.occasional.append((self.steps[-1], name, value, None))
+    def record_occasional(self, key: str, value: Tensor, whole: Tensor | None = None) -> None:
+        """Keep a further value of the newest step.
 
-    def record_ratio(self, name: str, part: Tensor, whole: Tensor) -> None:
-        """The same for a ratio of two L2 norms, of which these are the squares over this process's share."""
-        self.occasional.append((self.steps[-1], name, part, whole))
+        Args:
+            whole: makes it a ratio of two L2 norms, of which these are the squares over this process's share.
+        """
+        self.values.append((next(reversed(self.rows)), key, value, whole))
 
     def flush(self, reduce_mean, counters: list[float]) -> tuple[list[dict], list[float]]:
         """Read and forget the kept steps.
@@ -77,49 +62,33 @@ class StepMetrics:
         Returns:
             One row a step, keyed as the trackers show them, and the averaged counters.
         """
-        parts = [part for _, _, part, _ in self.occasional]
-        wholes = [part if whole is None else whole for _, _, part, whole in self.occasional]
-        on_device = [*self.losses, *self.grad_norms, *parts, *wholes]
         # On the device also where no step is kept: NCCL reduces nothing else.
         kept = [torch.tensor(counters, dtype=torch.float32, device=self.device), self.by_t.flatten()]
-        if on_device:
-            kept.append(torch.stack(on_device).float())
-        values = iter(reduce_mean(torch.cat(kept)).tolist())
-        counters = [next(values) for _ in counters]
-        by_t = [[next(values) for _ in range(T_BINS)] for _ in range(2)]
-        losses, norms = ([next(values) for _ in self.steps] for _ in range(2))
-        parts, wholes = ([next(values) for _ in self.occasional] for _ in range(2))
-
-        rows = {
-            step: {"step": step, TRAIN_LOSS: loss, GRAD_NORM: norm, LEARNING_RATE: rate}
-            for step, loss, norm, rate in zip(self.steps, losses, norms, self.learning_rates)
-        }
-        for (step, name, _, whole), value, size in zip(self.occasional, parts, wholes):
-            rows[step][name] = value if whole is None else (value / size) ** 0.5 if size else 0.0
-        if rows:
-            rows[self.steps[-1]] |= loss_by_t(*by_t)
+        if parts := [part for _, _, *pair in self.values for part in pair if part is not None]:
+            kept.append(torch.stack(parts).float())
+        means = iter(reduce_mean(torch.cat(kept)).tolist())
+        counters = list(islice(means, len(counters)))
+        by_t = zip(list(islice(means, T_BINS)), list(islice(means, T_BINS)))
+        for step, key, _, whole in self.values:
+            value, size = next(means), None if whole is None else next(means)
+            self.rows[step][key] = value if whole is None else (value / size) ** 0.5 if size else 0.0
+        rows = list(self.rows.values())
+        for i, (total, count) in enumerate(by_t if rows else ()):
+            if count:
+                rows[-1][table.LOSS_BY_T.format(bin=f"{i / T_BINS:.1f}-{(i + 1) / T_BINS:.1f}")] = total / count
         self._forget()
-        return list(rows.values()), counters
+        return rows, counters
 
 
 def of_each_process(value: float, rank: int, num_processes: int) -> list[float]:
-    """Counters whose means over the processes are the processes' own values: for what the slowest one decides."""
+    """Return counters whose means over the processes are the processes' own values, of which the worst counts."""
     return [value * num_processes * (place == rank) for place in range(num_processes)]
-
-
-def loss_by_t(sums: list[float], counts: list[float]) -> dict[str, float]:
-    """Mean loss in each tenth of t that any image fell into."""
-    return {
-        LOSS_BY_T.format(bin=f"{i / T_BINS:.1f}-{(i + 1) / T_BINS:.1f}"): total / count
-        for i, (total, count) in enumerate(zip(sums, counts))
-        if count
-    }
 
 
 class WeightWatch:
     """How far a step moves the weights, and how far the averages trail behind them.
 
-    Measured on the matrices of the first, the middle and the last block, which tell as much as all of them and cost
+    Measured on the matrices of the first, the middle and the last block, which say as much as all of them and cost
     little; each process measures the share that it holds.
     """
 
@@ -137,15 +106,16 @@ class WeightWatch:
     def record(self, metrics: StepMetrics, before: list[Tensor]) -> None:
         """Keep the update ratio |w - before| / |w| and of each average the distance |w - average| / |w|."""
         weights = [_local(weight) for weight in self.weights]
-        size = squared_norm(weights)
-        metrics.record_ratio(UPDATE_RATIO, squared_norm(torch._foreach_sub(weights, before)), size)
+        others = {table.UPDATE_RATIO: before}
         for decay, averages in self.averages.items():
-            trail = torch._foreach_sub(weights, [_local(average) for average in averages])
-            metrics.record_ratio(EMA_DISTANCE.format(decay=decay), squared_norm(trail), size)
+            others[table.EMA_DISTANCE.format(decay=decay)] = [_local(average) for average in averages]
+        size = squared_norm(weights)
+        for key, tensors in others.items():
+            metrics.record_occasional(key, squared_norm(torch._foreach_sub(weights, tensors)), size)
 
 
 def squared_norm(tensors: list[Tensor]) -> Tensor:
-    """Of all of them together, a scalar on the device."""
+    """Return the square of the L2 norm of all of them together, a scalar on the device."""
     return torch.stack(torch._foreach_norm(tensors)).square().sum()
 
 
@@ -165,18 +135,17 @@ class StepClock:
 
     def start(self) -> None:
         self.began = self.last = time.perf_counter()
-        self.paused_s = 0.0
-        self.durations_s: list[float] = []
+        self.paused_s, self.durations_s = 0.0, []
 
     def tick(self) -> None:
-        """A step ends here."""
+        """Note the end of a step."""
         now = time.perf_counter()
         self.durations_s.append(now - self.last)
         self.last = now
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What happens inside is no training: validation, samples, checkpoints."""
+        """Leave the time of the block out: validation, samples, checkpoints are no training."""
         began = self._now()
         try:
             yield
@@ -184,18 +153,16 @@ class StepClock:
             self.paused_s += self._now() - began
 
     def end_interval(self) -> tuple[list[float], float]:
-        """Seconds of each step since the last call, pauses included, and of all of them without pauses.
+        """Return the seconds of each step since the last call, pauses included, and of all of them without pauses.
 
         To be called when the device has just been waited for.
         """
-        if self.durations_s:  # the device was still at work when the host ended its last step
-            now = time.perf_counter()
-            self.durations_s[-1] += now - self.last
-            durations_s, trained_s = self.durations_s, max(1e-9, now - self.began - self.paused_s)
-            self.began, self.paused_s, self.durations_s = now, 0.0, []
-            self.last = now
-            return durations_s, trained_s
-        return [], 0.0
+        if not self.durations_s:
+            return [], 0.0
+        began, paused_s, durations_s, last = self.began, self.paused_s, self.durations_s, self.last
+        self.start()
+        durations_s[-1] += self.began - last  # the device was still at work when the host ended its last step
+        return durations_s, max(1e-9, self.began - began - paused_s)
 
     def _now(self) -> float:
         if self.device.type != "cpu":
@@ -215,37 +182,34 @@ class EpochMetrics:
     def __init__(self, num_images: int | None):
         self.num_images = num_images
         self.images_seen = 0
-        self.loss_sum, self.seconds, self.images = 0.0, 0.0, 0
         self.best_loss: float | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self.loss_sum, self.seconds, self.images = 0.0, 0.0, 0
 
     def add(self, row: dict, seconds: float, batch: int) -> bool:
-        """Count a step of `batch` images; where an epoch ends with it, its metrics are put into the row.
-
-        Returns:
-            Whether one did.
-        """
+        """Count a step of `batch` images. Returns True where an epoch ends with it, whose metrics go into the row."""
         before, self.images_seen = self.images_seen, self.images_seen + batch
-        row[IMAGES_SEEN] = self.images_seen
+        row[table.IMAGES_SEEN] = self.images_seen
         if not self.num_images:
             return False
-        row[EPOCH] = self.images_seen / self.num_images
-        self.loss_sum += row[TRAIN_LOSS] * batch
+        row[table.EPOCH] = self.images_seen / self.num_images
+        self.loss_sum += row[table.TRAIN_LOSS] * batch
         self.seconds += seconds
         self.images += batch
         if self.images_seen // self.num_images == before // self.num_images:
             return False
         loss = self.loss_sum / self.images
         self.best_loss = loss if self.best_loss is None else min(loss, self.best_loss)
-        row[EPOCH_LOSS], row[BEST_LOSS] = loss, self.best_loss
-        row[EPOCH_TIME] = self.seconds
-        row[SAMPLES_PER_SECOND] = self.images / max(1e-9, self.seconds)
-        self.loss_sum, self.seconds, self.images = 0.0, 0.0, 0
+        row |= {table.EPOCH_LOSS: loss, table.BEST_LOSS: self.best_loss, table.EPOCH_TIME: self.seconds}
+        row[table.SAMPLES_PER_SECOND] = self.images / max(1e-9, self.seconds)
+        self._begin()
         return True
 
     def state_dict(self) -> dict:
-        """For a checkpoint, of an epoch that has begun."""
+        """Return what the rest of an epoch that has begun needs."""
         return {name: getattr(self, name) for name in ("images_seen", "loss_sum", "seconds", "images", "best_loss")}
 
     def load_state_dict(self, state: dict) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        vars(self).update(state)

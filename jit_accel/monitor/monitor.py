@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,19 +20,9 @@ from jit_accel.base.redaction import redacted
 from jit_accel.config.plan import Plan
 from jit_accel.config.presets import forward_macs
 from jit_accel.config.settings import HealthConfig, TrackingConfig
+from jit_accel.monitor import metric_table as table
 from jit_accel.monitor.health import Event, Health
 from jit_accel.monitor.log import FAILED_FILE, MetricsLog
-from jit_accel.monitor.metric_table import (
-    BAD_IMAGES,
-    GRAD_NORM,
-    IMAGES_PER_SECOND,
-    MFU,
-    PEAK_MEMORY,
-    SAMPLES,
-    STEP_TIME,
-    TRAIN_LOSS,
-    UPDATE_RATIO,
-)
 from jit_accel.monitor.metrics import EpochMetrics, StepClock, StepMetrics, WeightWatch, of_each_process
 from jit_accel.monitor.progress import Progress
 from jit_accel.monitor.report_process import ReportProcess
@@ -66,14 +56,11 @@ class Interval:
     not_finite: NotFinite | None
 
 
-def first_not_finite(rows: list[dict], keys: tuple[str, ...]) -> NotFinite | None:
-    """Return the first of these metrics that is not finite, if any."""
-    found = (NotFinite(key, row[key], row["step"]) for row in rows for key in keys if not math.isfinite(row[key]))
-    return next(found, None)
-
-
 class Monitor:
     """All that watches a run. Every process calls it together; only the main one writes.
+
+    Inside `with monitor.pause():` is no training, whose time is left out of its speed; `record_by_t` and
+    `record_occasional` are those of `StepMetrics`.
 
     Args:
         feed: the run's `Feed`, which knows how long it was waited for.
@@ -100,16 +87,15 @@ class Monitor:
     ):
         self.accelerator, self.feed, self.ema, self.plan, self.tracking = accelerator, feed, ema, plan, tracking
         self.output_dir, self.log_every_steps = output_dir, log_every_steps
-        self.is_main = accelerator.is_main_process
-        self.steps = StepMetrics(accelerator.device)
+        self.is_main, self.is_open = accelerator.is_main_process, False
+        self.steps, self.clock = StepMetrics(accelerator.device), StepClock(accelerator.device)
+        self.record_by_t, self.record_occasional = self.steps.record_by_t, self.steps.record_occasional
+        self.pause = self.clock.pause
         self.weights = WeightWatch(ema.params, ema.averages, network.config.depth)
-        self.clock = StepClock(accelerator.device)
         self.epochs = EpochMetrics(plan.num_images)
         self.health = Health(health, must_fall=is_untrained, has_scaler=accelerator.scaler is not None)
         self.flops_per_image = train_flops(network)
-        peak = peak_flops(device_name(accelerator.device), precision)
-        self.peak_flops = peak * accelerator.num_processes if peak else None
-        self.is_open = False
+        self.peak_flops = peak_flops(device_name(accelerator.device), precision)
 
     def open(self, step: int, record: dict, is_other_training: bool = False) -> None:
         """Start, or go on from `step`.
@@ -155,10 +141,6 @@ class Monitor:
         self.progress.close()
         self.report.build_last(5.0 if exit_code > 128 else 120.0)  # whoever stops a run soon kills it
 
-    def pause(self) -> AbstractContextManager:
-        """Return a block of something that is no training, whose time is left out of its speed."""
-        return self.clock.pause()
-
     @contextmanager
     def watched_step(self, step: int) -> Iterator[None]:
         """Surround the optimizer's part of a step, in which the weights change and `record` is called."""
@@ -173,36 +155,35 @@ class Monitor:
         self.clock.tick()
         self.progress.step_done()
 
-    def record_by_t(self, t: Tensor, losses: Tensor) -> None:
-        """Keep the losses (B,) of a micro-step by their times (B,)."""
-        self.steps.record_by_t(t, losses)
-
-    def record_occasional(self, key: str, value: Tensor) -> None:
-        """Keep a further metric of the newest step."""
-        self.steps.record_occasional(key, value)
-
     def read(self, is_asked_to_stop: bool) -> Interval:
         """Read the kept metrics: the only place where the host waits for the device."""
-        accelerator = self.accelerator
-        memory = of_each_process(
-            peak_memory_gib(accelerator.device), accelerator.process_index, accelerator.num_processes
-        )
+        accelerator, num_processes = self.accelerator, self.accelerator.num_processes
+        memory = of_each_process(peak_memory_gib(accelerator.device), accelerator.process_index, num_processes)
         counters = [float(is_asked_to_stop), *memory, *self.feed.counters()]
         rows, (stops, *means) = self.steps.flush(lambda values: accelerator.reduce(values, "mean"), counters)
         durations_s, trained_s = self.clock.end_interval()
-        memory, waits = means[: len(memory)], means[len(memory) :]
-        bad_images, measured = self.feed.read_counters(waits, len(rows))
+        bad_images, measured = self.feed.read_counters(means[num_processes:], len(rows))
         if rows:
-            rows[-1] |= {BAD_IMAGES: bad_images, **measured, PEAK_MEMORY: max(memory)}
-            rows[-1] |= self._speed(len(rows), trained_s) | self.ema.measured_at(rows[-1]["step"])
+            last = rows[-1]
+            last |= {table.BAD_IMAGES: bad_images, **measured, table.PEAK_MEMORY: max(means[:num_processes])}
+            last |= self._speed(len(rows), trained_s) | self.ema.measured_at(last["step"])
             for row, seconds in zip(rows, durations_s):
                 self.epochs.add(row, seconds, self.plan.global_batch_size)
-                if not math.isfinite(row[GRAD_NORM]):  # a step that a gradient scaler skips
-                    row.pop(UPDATE_RATIO, None)
+                if not math.isfinite(row[table.GRAD_NORM]):  # a step that a gradient scaler skips
+                    row.pop(table.UPDATE_RATIO, None)
             self._write(rows, self.health.examine(rows, *self.feed.lost_lately()))
         # A gradient scaler meets infinite gradients as a matter of course, and skips those steps.
-        keys = (TRAIN_LOSS,) if accelerator.scaler else (TRAIN_LOSS, GRAD_NORM)
-        return Interval(tuple(rows), stops > 0, bad_images, self.epochs.images_seen, first_not_finite(rows, keys))
+        keys = (table.TRAIN_LOSS,) if accelerator.scaler else (table.TRAIN_LOSS, table.GRAD_NORM)
+        bad = (NotFinite(key, row[key], row["step"]) for row in rows for key in keys if not math.isfinite(row[key]))
+        return Interval(tuple(rows), stops > 0, bad_images, self.epochs.images_seen, next(bad, None))
+
+    def _speed(self, steps: int, trained_s: float) -> dict[str, float]:
+        images_per_second = steps * self.plan.global_batch_size / trained_s
+        speed = {table.IMAGES_PER_SECOND: images_per_second, table.STEP_TIME: trained_s / steps}
+        if self.peak_flops:
+            peak = self.peak_flops * self.accelerator.num_processes
+            speed[table.MFU] = self.flops_per_image * images_per_second / peak
+        return speed
 
     def _write(self, rows: list[dict], events: list[Event]) -> None:
         if not self.is_main:
@@ -217,13 +198,6 @@ class Monitor:
                 tracker.alert(event.title, redacted(str(event)))
         self.report.build()
 
-    def _speed(self, steps: int, trained_s: float) -> dict[str, float]:
-        images_per_second = steps * self.plan.global_batch_size / trained_s
-        speed = {IMAGES_PER_SECOND: images_per_second, STEP_TIME: trained_s / steps}
-        if self.peak_flops:
-            speed[MFU] = self.flops_per_image * images_per_second / self.peak_flops
-        return speed
-
     def amend(self, step: int, values: dict[str, float]) -> None:
         """Put values into the row of the newest step, which is written already; they are the same on all processes."""
         if self.is_main:
@@ -234,7 +208,7 @@ class Monitor:
     def log_samples(self, path: Path, step: int, caption: str, is_late: bool) -> None:
         """Show a sheet of samples in the trackers, where it could be written."""
         if path.exists():
-            log_picture(self.accelerator, SAMPLES, path, step, caption, is_late)
+            log_picture(self.accelerator, path, step, caption, is_late)
 
     def state_dict(self) -> dict:
         """Return what a later run needs to go on with, on the main process."""
@@ -249,8 +223,8 @@ class Monitor:
 def train_flops(network) -> float:
     """Return the floating point operations that training takes for an image: forward, and backward twice as much."""
     sizes = network.config
-    has_frozen_weights = any(not p.requires_grad for p in network.parameters())
-    flops_per_mac = LORA_FLOPS_PER_FORWARD_MAC if has_frozen_weights else TRAIN_FLOPS_PER_FORWARD_MAC
+    is_adapted = any(not p.requires_grad for p in network.parameters())
+    flops_per_mac = LORA_FLOPS_PER_FORWARD_MAC if is_adapted else TRAIN_FLOPS_PER_FORWARD_MAC
     return flops_per_mac * forward_macs(sizes, sizes.patch_size, sizes.img_size, sizes.img_size)
 
 

@@ -1,7 +1,8 @@
-"""How far a run is: a bar on a terminal, plain lines now and then in a log file."""
+"""The progress of a run: a bar on a terminal, plain lines now and then in a log file."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -21,8 +22,7 @@ class Progress:
 
     def __init__(self, total_steps: int, step: int, is_shown: bool):
         self.total_steps, self.is_shown = total_steps, is_shown
-        self.began = time.monotonic()
-        self.told_at: float | None = None
+        self.began, self.shown_at = time.monotonic(), -math.inf
         is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self.bar = None
         if is_shown and is_terminal:
@@ -32,34 +32,28 @@ class Progress:
         if self.bar is not None:
             self.bar.update()
 
-    def show(self, row: dict) -> None:
-        """Bring in an interval's last row of metrics."""
-        if self.bar is not None:
-            self.bar.set_postfix_str(", ".join(_in_words(row)), refresh=False)
-        elif self.is_shown and (self._is_due() or row["step"] == self.total_steps):
-            self.told_at = time.monotonic()
-            step = f"step {row['step']:,}/{self.total_steps:,} ({row['step'] / self.total_steps:.0%})"
-            left = timedelta(seconds=round(row[STEP_TIME] * (self.total_steps - row["step"])))
-            say(" | ".join([step, *_in_words(row), f"left {left}"]))
-
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
-    def _is_due(self) -> bool:
-        if self.told_at is None:
-            return True
-        now = time.monotonic()
-        return now - self.told_at >= min(_MOST_S, max(_LEAST_S, _SHARE * (now - self.began)))
+    def show(self, row: dict) -> None:
+        """Bring in an interval's last row of metrics."""
+        now, words = time.monotonic(), _in_words(row)
+        if self.bar is not None:
+            self.bar.set_postfix_str(", ".join(words), refresh=False)
+            return
+        rest_s = min(_MOST_S, max(_LEAST_S, _SHARE * (now - self.began)))
+        if self.is_shown and (now - self.shown_at >= rest_s or row["step"] == self.total_steps):
+            self.shown_at = now
+            step = f"step {row['step']:,}/{self.total_steps:,} ({row['step'] / self.total_steps:.0%})"
+            left = timedelta(seconds=round(row[STEP_TIME] * (self.total_steps - row["step"])))
+            say(" | ".join([step, *words, f"left {left}"]))
 
 
 def _in_words(row: dict) -> list[str]:
-    shown = []
-    if EPOCH in row:
-        shown.append(f"epoch {row[EPOCH]:.2f}")
     loss, speed = row[TRAIN_LOSS], row[IMAGES_PER_SECOND]
     return [
-        *shown,
+        *([f"epoch {row[EPOCH]:.2f}"] if EPOCH in row else []),
         f"loss {loss:.4f}" if abs(loss) < 1000 else f"loss {loss:.3e}",
         f"{speed:,.0f} images/s" if speed >= 100 else f"{speed:.3g} images/s",
     ]

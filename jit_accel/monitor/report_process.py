@@ -6,7 +6,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -31,9 +30,8 @@ class ReportProcess:
 
     def build(self) -> None:
         """Begin to build the report of what is there now, unless the last build still goes on or has just ended."""
-        if self.process:
-            age_s = time.monotonic() - self.began
-            self.wait(0.0 if age_s > _LONGEST_BUILD_S else None)
+        if self.process and (self.process.poll() is not None or time.monotonic() > self.began + _LONGEST_BUILD_S):
+            self.wait(0.0)
         if self.is_wanted and self.process is None and time.monotonic() >= self.not_before:
             self._start()
 
@@ -44,44 +42,36 @@ class ReportProcess:
             self._start()
             self.wait(timeout_s)
 
-    def wait(self, timeout_s: float | None = _LONGEST_BUILD_S) -> None:
-        """Wait for the build that goes on, and give it up after this time; None: only look whether it has ended."""
-        if self.process is None or (timeout_s is None and self.process.poll() is None):
+    def wait(self, timeout_s: float = _LONGEST_BUILD_S) -> None:
+        """Wait until the build that goes on is done; one that takes longer is given up."""
+        if self.process is None:
             return
         try:
-            self.process.wait(timeout_s)
+            _, errors = self.process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
-        self._end()
-
-    def _start(self) -> None:
-        self.began = time.monotonic()
-        command = [sys.executable, "-m", "jit_accel.report", str(self.output_dir)]
-        try:
-            self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by _end)
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self.errors,
-                start_new_session=True,  # Ctrl-C is for the training
-            )
-        except OSError as error:
-            self._fail(str(error))
-            return
-        with contextlib.suppress(psutil.Error, OSError):
-            psutil.Process(self.process.pid).nice(psutil.BELOW_NORMAL_PRIORITY_CLASS if os.name == "nt" else 10)
-
-    def _end(self) -> None:
+            _, errors = self.process.communicate()
         now = time.monotonic()
         self.not_before = now + _REST * (now - self.began)
         code, self.process = self.process.returncode, None
         if code:
-            self.errors.seek(0)
-            lines = self.errors.read().decode(errors="replace").strip().splitlines()
+            lines = errors.decode(errors="replace").strip().splitlines()
             self._fail(lines[-1] if lines else f"exit code {code}")
-        self.errors.close()
+
+    def _start(self) -> None:
+        self.began = time.monotonic()
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "jit_accel.report", str(self.output_dir)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for the training
+            )
+        except OSError as error:
+            return self._fail(str(error))
+        with contextlib.suppress(psutil.Error, OSError):
+            psutil.Process(self.process.pid).nice(psutil.BELOW_NORMAL_PRIORITY_CLASS if os.name == "nt" else 10)
 
     def _fail(self, reason: str) -> None:
         if not self.has_failed:

@@ -1,7 +1,7 @@
 """The trackers of a run, as Accelerate holds them: W&B, its own others, and the user's.
 
-`Accelerator(log_with=build_trackers(…))` gets them, `start_trackers` opens them by `accelerator.init_trackers`, rows go
-through `accelerator.log`, and `accelerator.end_training` ends them; all of it happens on the main process alone.
+`Accelerator(log_with=…)` gets what `build_trackers` returns, `accelerator.init_trackers` starts them, `accelerator.log`
+reaches them, `accelerator.end_training` ends them; all of it on the main process alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,13 @@ from jit_accel.base.errors import UserError
 from jit_accel.config.settings import TRACKERS, TrackingConfig
 from jit_accel.monitor.log import iterate_metrics
 from jit_accel.monitor.metric_table import SAMPLES
-from jit_accel.monitor.wandb_tracker import FINISH_TIMEOUT_S, WandbTracker, in_time, one_line
+from jit_accel.monitor.wandb_tracker import FINISH_TIMEOUT_S, WandbTracker, describe, in_time
 
 
 class SafeTracker(GeneralTracker):
-    """A tracker whose failures cost one warning each run, and neither the training nor the other trackers.
+    """A tracker whose failures cost one warning, and neither the training nor the other trackers.
 
-    Accelerate alone would raise on the main process, while the others wait for it for ever.
+    Accelerate alone would raise on the main process, for which the others then wait for ever.
 
     Args:
         name: by which `accelerator.get_tracker` finds it.
@@ -37,6 +38,7 @@ class SafeTracker(GeneralTracker):
 
     Attributes:
         tracker: what the tracker itself holds, such as the run of W&B; None where it is not open.
+        first_step: the step that the run goes on from, 0 in a new one; to be set before the start.
         last_step: the newest step that it has of earlier starts; rows up to that one are not logged again.
         exit_code: how the training ended: 0, or 128 and a signal's number, or else by an error.
     """
@@ -46,8 +48,7 @@ class SafeTracker(GeneralTracker):
     def __init__(self, name: str, make: Callable[[int], GeneralTracker]):
         self.name, self.make = name, make
         self.inner: GeneralTracker | None = None
-        self.first_step = self.last_step = 0
-        self.exit_code = 1
+        self.first_step, self.last_step, self.exit_code = 0, 0, 1
         super().__init__()
 
     @property
@@ -58,58 +59,56 @@ class SafeTracker(GeneralTracker):
         if self.name in TRACKERS and not is_installed(self.name):
             warn(f"{self.name} not available. Install with: pip install {TRACKERS[self.name]}")
             return
-        try:
+        with self._left_out_if("could not start"):
             self.inner = self.make(self.first_step)
-            self.inner.start()
+            is_wanted = self.inner.start() is not False
             # Trackers that begin a new run at each start have no rows before it.
             self.last_step = getattr(self.inner, "last_step", self.first_step)
-        except (Exception, SystemExit) as error:  # a tracker's failure, whatever it is, must not stop the training
-            self._leave_out("could not start", error)
+            self.inner = self.inner if is_wanted else None
 
     def store_init_configuration(self, values: dict) -> None:
-        if not isinstance(self.inner, WandbTracker):
+        if self.name != "wandb":
             values = {key: as_scalar(value) for key, value in values.items()}
-        self._attempt("could not start", lambda inner: inner.store_init_configuration(values))
+        if self.inner:
+            with self._left_out_if("could not start"):
+                self.inner.store_init_configuration(values)
 
     def log(self, values: dict, step: int | None = None, **kwargs) -> None:
-        if step is None or step > self.last_step:
-            self._attempt("failed to log", lambda inner: inner.log(values, step=step, **kwargs))
+        if self.inner and (step is None or step > self.last_step):
+            with self._left_out_if("failed to log"):
+                self.inner.log(values, step=step, **kwargs)
 
-    def log_picture(self, key: str, path: Path, step: int, caption: str, is_late: bool = False) -> None:
-        """Show a picture, where the tracker can; one that `is_late` also where it has this step."""
+    def log_picture(self, path: Path, step: int, caption: str, is_late: bool = False) -> None:
+        """Show a sheet of samples, where the tracker can; one that `is_late` also where it has this step."""
         if hasattr(self.inner, "log_picture") and (is_late or step > self.last_step):
             try:
-                self.inner.log_picture(key, path, step, caption)
+                self.inner.log_picture(path, step, caption)
             except Exception as error:  # a picture less
                 warn(f"{self.name} did not take {path} ({describe(error)}).")
 
     def alert(self, title: str, text: str) -> None:
         if hasattr(self.inner, "alert"):
-            self._attempt("failed to send an alert", lambda inner: inner.alert(title, text))
+            with self._left_out_if("failed to send an alert"):
+                self.inner.alert(title, text)
 
     def finish(self) -> None:
-        self._attempt("failed to finish", self._finish)
-        self.inner = None
-
-    def _finish(self, inner: GeneralTracker) -> None:
-        if isinstance(inner, WandbTracker):
-            inner.finish(self.exit_code)
-        elif failure := in_time(inner.finish, FINISH_TIMEOUT_S):
-            raise failure
-
-    def _attempt(self, failing: str, action: Callable[[GeneralTracker], None]) -> None:
-        if self.inner:
-            try:
-                action(self.inner)
-            except (Exception, SystemExit) as error:
-                self._leave_out(failing, error)
-
-    def _leave_out(self, failing: str, error: BaseException) -> None:
         inner, self.inner = self.inner, None
-        if inner and failing != "failed to finish":
+        with self._left_out_if("failed to finish"):
+            if isinstance(inner, WandbTracker):  # which keeps time itself
+                inner.finish(self.exit_code)
+            elif inner:
+                in_time(inner.finish, FINISH_TIMEOUT_S)
+
+    @contextlib.contextmanager
+    def _left_out_if(self, failing: str) -> Iterator[None]:
+        try:
+            yield
+        except (Exception, SystemExit) as error:  # whatever a tracker raises must not stop the training
+            inner, self.inner = self.inner, None
             with contextlib.suppress(Exception, SystemExit):
-                self._finish(inner)
-        warn(f"{self.name} {failing} ({describe(error)}). Training goes on without it; metrics.jsonl has every row.")
+                in_time(inner.finish, FINISH_TIMEOUT_S)
+            failure = f"{self.name} {failing} ({describe(error)})"
+            warn(f"{failure}. Training goes on without it; metrics.jsonl has every row.")
 
 
 class TensorBoard(TensorBoardTracker):
@@ -124,8 +123,8 @@ class TensorBoard(TensorBoardTracker):
         if self.is_new:  # TensorBoard makes a run of its own of each configuration it is given
             super().store_init_configuration(values)
 
-    def log_picture(self, key: str, path: Path, step: int, caption: str) -> None:
-        self.writer.add_image(key, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+    def log_picture(self, path: Path, step: int, caption: str) -> None:
+        self.writer.add_image(SAMPLES, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
         self.writer.flush()  # as accelerate does with numbers
 
 
@@ -139,10 +138,17 @@ class Trackio(TrackioTracker):
         self.last_step = (SQLiteStorage.get_max_step_for_run(project, name) or 0) if step else 0
         super().__init__(project, name=name, resume="allow" if step else "never", embed=False)
 
-    def log_picture(self, key: str, path: Path, step: int, caption: str) -> None:
+    def log_picture(self, path: Path, step: int, caption: str) -> None:
         import trackio
 
-        self.log({key: trackio.Image(str(path), caption=caption)}, step=step)
+        self.log({SAMPLES: trackio.Image(str(path), caption=caption)}, step=step)
+
+
+OURS = {
+    "wandb": lambda tracking, output_dir, step: WandbTracker(tracking, output_dir),
+    "tensorboard": TensorBoard,
+    "trackio": Trackio,
+}
 
 
 def build_trackers(tracking: TrackingConfig, output_dir: Path) -> list[SafeTracker]:
@@ -151,20 +157,15 @@ def build_trackers(tracking: TrackingConfig, output_dir: Path) -> list[SafeTrack
     Raises:
         UserError: a class of the user's own cannot be used.
     """
-    ours = {
-        "wandb": lambda step: WandbTracker(tracking, output_dir),
-        "tensorboard": lambda step: TensorBoard(tracking, output_dir, step),
-        "trackio": lambda step: Trackio(tracking, output_dir, step),
-    }
     found = []
     for name in tracking.trackers:
-        if name in ours:
-            found.append(SafeTracker(name, ours[name]))
+        if name in OURS:
+            found.append(SafeTracker(name, partial(OURS[name], tracking, output_dir)))
         else:
             kind = imported_class(name) if ":" in name else LOGGER_TYPE_TO_CLASS[name]
-            # Accelerate's own way of calling them.
-            arguments = (tracking.wandb_project, *([str(output_dir)] if kind.requires_logging_directory else ()))
-            found.append(SafeTracker(kind.name, lambda step, kind=kind, arguments=arguments: kind(*arguments)))
+            # Called as Accelerate calls its own.
+            call = partial(kind, tracking.wandb_project, *((str(output_dir),) * kind.requires_logging_directory))
+            found.append(SafeTracker(kind.name, lambda step, call=call: call()))
     return found
 
 
@@ -177,16 +178,16 @@ def imported_class(path: str) -> type[GeneralTracker]:
     module, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    remedy = "Give package.module:Class, installed or below the working directory."
     try:
         kind = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as error:
+        remedy = "Give package.module:Class, installed or below the working directory."
         rule = f"cannot be imported ({describe(error)})."
         raise UserError(rule, about="report_to", value=path, remedy=remedy) from None
-    is_tracker = isinstance(kind, type) and issubclass(kind, GeneralTracker)
-    if not is_tracker or not all(hasattr(kind, part) for part in ("name", "requires_logging_directory", "tracker")):
-        rule = "must be a subclass of accelerate.tracking.GeneralTracker with `name`, `requires_logging_directory` and "
-        raise UserError(rule + "`tracker`.", about="report_to", value=path)
+    parts = ("name", "requires_logging_directory", "tracker")
+    if not isinstance(kind, type) or not issubclass(kind, GeneralTracker) or not all(hasattr(kind, p) for p in parts):
+        rule = f"must be a subclass of accelerate.tracking.GeneralTracker with {', '.join(parts)}."
+        raise UserError(rule, about="report_to", value=path)
     return kind
 
 
@@ -203,14 +204,15 @@ def start_trackers(accelerator, project: str, record: dict, output_dir: Path, st
     for tracker in accelerator.log_with:
         tracker.first_step = step
     accelerator.init_trackers(project, record)
-    oldest = min((tracker.last_step for tracker in accelerator.trackers if tracker.inner), default=step)
-    for row in iterate_metrics(output_dir) if oldest < step else ():
-        if oldest < row["step"] <= step:
-            log_row(accelerator, row)
-            sheet = output_dir / "samples" / f"step_{row['step']:08d}.png"
-            if is_picture(sheet):
-                log_picture(accelerator, SAMPLES, sheet, row["step"], f"step {row['step']}")
-    return max((tracker.last_step for tracker in accelerator.trackers), default=0)
+    known = [tracker.last_step for tracker in accelerator.trackers if tracker.inner]
+    if known and min(known) < step:
+        for row in iterate_metrics(output_dir):
+            if min(known) < row["step"] <= step:
+                log_row(accelerator, row)
+                sheet = output_dir / "samples" / f"step_{row['step']:08d}.png"
+                if sheet.exists():
+                    log_picture(accelerator, sheet, row["step"], f"step {row['step']}")
+    return max(known, default=0)
 
 
 def log_row(accelerator, row: dict) -> None:
@@ -219,20 +221,10 @@ def log_row(accelerator, row: dict) -> None:
     accelerator.log(values, step=row["step"])
 
 
-def log_picture(accelerator, key: str, path: Path, step: int, caption: str, is_late: bool = False) -> None:
-    """Show a picture in all trackers that can; one that `is_late` also where an earlier start logged its step."""
+def log_picture(accelerator, path: Path, step: int, caption: str, is_late: bool = False) -> None:
+    """Show a sheet of samples in all trackers that can; one that `is_late` also where they have its step."""
     for tracker in accelerator.trackers:
-        tracker.log_picture(key, path, step, caption, is_late)
-
-
-def is_picture(path: Path) -> bool:
-    """Return True where the file is there and whole."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except OSError:
-        return False
-    return True
+        tracker.log_picture(path, step, caption, is_late)
 
 
 def is_installed(name: str) -> bool:
@@ -245,7 +237,3 @@ def as_scalar(value):
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value))
     return value if isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"

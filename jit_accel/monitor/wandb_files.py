@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,9 @@ WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 @dataclass(frozen=True)
 class Segment:
-    """What one start of a training left.
+    """The `.wandb` file of one start of a training.
 
-    Attributes:
-        file: its `.wandb` file.
-        project, entity: where it belongs; entity is empty where the login decides.
-        last_step: of the rows in the file; 0 where there are none.
+    project, entity: where it belongs; entity is empty where the login decides. last_step: of its rows; 0: it has none.
     """
 
     file: Path
@@ -37,7 +34,7 @@ class Segment:
 
     @property
     def is_on_server(self) -> bool:
-        """Whether the server has all of it; `wandb sync` leaves, and looks for, the same mark."""
+        """True where the server has all of it; `wandb sync` leaves, and looks for, the same mark."""
         return synced_mark(self.file).exists()
 
 
@@ -46,16 +43,17 @@ def synced_mark(file: Path) -> Path:
 
 
 def read_segments(output_dir: Path, run_id: str) -> list[Segment]:
-    """The segments of a run that a killed training may have left, oldest first, mended for `wandb sync`.
+    """Return the segments of a run that a killed training may have left, oldest first, repaired for `wandb sync`.
 
     `wandb sync` stops at an empty or cut file, sends none of the later ones, and on the next try sends the rows before
     the cut once more. So what follows the last whole record is cut off, and an offline folder without one is removed.
     """
     found = []
-    for file in sorted((output_dir / "wandb").glob(f"*run-*-{run_id}/run-{run_id}.wandb"), key=_start_time):
+    files = (output_dir / "wandb").glob(f"*run-*-{run_id}/run-{run_id}.wandb")
+    for file in sorted(files, key=lambda file: file.parent.name.removeprefix("offline-")):  # by their time
         run = next((record.run for _, record in records(file) if record.HasField("run")), None)
         if run is not None:
-            os.truncate(file, last_whole_record(file))
+            os.truncate(file, last_in(file, lambda end, record: end) or HEADER)
             found.append(Segment(file, run.project, run.entity, last_step(file)))
         elif file.parent.name.startswith("offline-"):
             shutil.rmtree(file.parent)
@@ -64,12 +62,25 @@ def read_segments(output_dir: Path, run_id: str) -> list[Segment]:
     return found
 
 
-def _start_time(file: Path) -> str:
-    return file.parent.name.removeprefix("offline-")
+def last_step(file: Path) -> int:
+    """Return the step of the last row, or 0."""
+    return last_in(file, lambda end, record: record.history.step.num if record.HasField("history") else None) or 0
+
+
+def last_in(file: Path, find: Callable[[int, object], int | None]) -> int | None:
+    """Return the last result that `find` has for the records; reads little more than the end of the file."""
+    size, blocks, start = file.stat().st_size, 1, HEADER + 1
+    while start > HEADER:  # ever further from the end
+        start = (size // BLOCK - blocks + 1) * BLOCK if blocks * BLOCK < size else HEADER
+        found = [result for record in records(file, start) if (result := find(*record)) is not None]
+        if found:
+            return found[-1]
+        blocks *= 4
+    return None
 
 
 def records(file: Path, start: int = HEADER) -> Iterator[tuple[int, object]]:
-    """`(offset behind it, wandb_internal_pb2.Record)` of all whole records from the block that begins at `start`."""
+    """Yield all whole records (`wandb_internal_pb2.Record`) behind `start`, where a block begins, with their ends."""
     from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
@@ -81,9 +92,8 @@ def records(file: Path, start: int = HEADER) -> Iterator[tuple[int, object]]:
             continue
         parts += fragment
         if kind in (WHOLE, LAST):
-            record = wandb_internal_pb2.Record()
             try:
-                record.ParseFromString(parts)
+                record = wandb_internal_pb2.Record.FromString(parts)
             except DecodeError:
                 return
             parts = None
@@ -92,11 +102,10 @@ def records(file: Path, start: int = HEADER) -> Iterator[tuple[int, object]]:
 
 def _fragments(file: Path, start: int) -> Iterator[tuple[int, int, bytes]]:
     with open(file, "rb") as stream:
-        position = start
-        stream.seek(position)
+        stream.seek(start)
         while True:
-            if (rest := BLOCK - position % BLOCK) < FRAGMENT_HEADER:  # no fragment begins in a block's last bytes
-                position += len(stream.read(rest))
+            if (rest := BLOCK - stream.tell() % BLOCK) < FRAGMENT_HEADER:  # no fragment begins in a block's last bytes
+                stream.seek(rest, os.SEEK_CUR)
             header = stream.read(FRAGMENT_HEADER)
             if len(header) < FRAGMENT_HEADER:
                 return
@@ -104,32 +113,4 @@ def _fragments(file: Path, start: int) -> Iterator[tuple[int, int, bytes]]:
             fragment = stream.read(length)
             if len(fragment) < length or not WHOLE <= kind <= LAST:
                 return
-            position += FRAGMENT_HEADER + length
-            yield position, kind, fragment
-
-
-def _tails(file: Path) -> Iterator[int]:
-    """Where to begin to read for what is last: ever further from the end."""
-    size, blocks = file.stat().st_size, 1
-    while blocks * BLOCK < size:
-        yield (size // BLOCK - blocks + 1) * BLOCK
-        blocks *= 4
-    yield HEADER
-
-
-def last_step(file: Path) -> int:
-    """The step of the last row, or 0; reads little more than the end of the file."""
-    for start in _tails(file):
-        steps = [record.history.step.num for _, record in records(file, start) if record.HasField("history")]
-        if steps:
-            return steps[-1]
-    return 0
-
-
-def last_whole_record(file: Path) -> int:
-    """The offset behind it."""
-    for start in _tails(file):
-        ends = [end for end, _ in records(file, start)]
-        if ends:
-            return ends[-1]
-    return HEADER
+            yield stream.tell(), kind, fragment

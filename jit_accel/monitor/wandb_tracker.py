@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate.tracking import GeneralTracker
@@ -21,7 +22,7 @@ from jit_accel.base.console import say, warn
 from jit_accel.base.redaction import redacted
 from jit_accel.config.settings import TrackingConfig
 from jit_accel.monitor.log import METRICS_FILE
-from jit_accel.monitor.metric_table import EPOCH, METRICS
+from jit_accel.monitor.metric_table import EPOCH, METRICS, SAMPLES
 from jit_accel.monitor.wandb_files import last_step, read_segments, synced_mark
 
 ID_FILE = "wandb_run_id.txt"
@@ -68,9 +69,7 @@ class Complaints:
 
 
 class WandbTracker(GeneralTracker):
-    """A run of W&B, begun or continued.
-
-    Accelerate's own one raises where the server fails, begins a new run at each start, and waits for a slow server.
+    """A run of W&B, begun or continued; Accelerate's own tracker needs a server, and begins a new run at each start.
 
     Args:
         tracking: the settings.
@@ -86,6 +85,8 @@ class WandbTracker(GeneralTracker):
 
     def __init__(self, tracking: TrackingConfig, output_dir: Path):
         self.tracking, self.output_dir, self.run = tracking, output_dir, None
+        self.id_file = output_dir / ID_FILE
+        self.id = self.id_file.read_text().strip() if self.id_file.exists() else ""
         self.last_step = self.newest_step = 0
         self.is_offline = self.is_warned = False
         self.complaints = Complaints()
@@ -95,8 +96,8 @@ class WandbTracker(GeneralTracker):
     def tracker(self):
         return self.run
 
-    def start(self) -> None:
-        """Begin, or go on with, the run: offline where the server cannot be used.
+    def start(self) -> bool:
+        """Begin, or go on with, the run: offline where the server cannot be used. Returns False where W&B is disabled.
 
         Raises:
             OSError: the files cannot be written.
@@ -105,9 +106,12 @@ class WandbTracker(GeneralTracker):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry delays the exit by ten seconds
         mode = self._set_up()
         if mode == "disabled":
-            return
-        check_folder(self.output_dir / "wandb")
-        self.id = self._remembered_id() or secrets.token_hex(4)
+            return False
+        folder = self.output_dir / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0" * 4096)  # wandb would turn to the system's temporary folder silently
+        self.id = self.id or secrets.token_hex(4)
         self.earlier = read_segments(self.output_dir, self.id)
         self.is_offline = mode in ("offline", "dryrun")
         if not self.is_offline:
@@ -118,13 +122,10 @@ class WandbTracker(GeneralTracker):
                 self.is_offline = True
         if self.is_offline:
             self._start_offline()
-        (self.output_dir / ID_FILE).write_text(self.id)
+        self.id_file.write_text(self.id)
         self._introduce()
         self._define_metrics()
-
-    def _remembered_id(self) -> str:
-        file = self.output_dir / ID_FILE
-        return file.read_text().strip() if file.exists() else ""
+        return True
 
     def _set_up(self) -> str:
         """Quieten wandb. Returns the mode that the environment and wandb's own settings ask for."""
@@ -140,10 +141,10 @@ class WandbTracker(GeneralTracker):
             self._init("online")
         except Exception as error:
             self._tear_down()
-            if "deleted" not in str(error) or not self._remembered_id():
-                raise Unusable(f"wandb could not start ({type(error).__name__}: {one_line(error)}).") from None
+            if "deleted" not in str(error) or not self.id_file.exists():
+                raise Unusable(f"wandb could not start ({describe(error)}).") from None
             warn(f"the run {self.id} was deleted in W&B: this training continues in a new one.")
-            (self.output_dir / ID_FILE).unlink()
+            self.id_file.unlink()
             self.id, self.earlier = secrets.token_hex(4), []
             return self._start_online()
         self.last_step = max(0, self.run.starting_step - 1)
@@ -189,8 +190,10 @@ class WandbTracker(GeneralTracker):
         """Undo a start that failed: wandb's service would refuse the id."""
         import wandb
 
-        if isinstance(in_time(wandb.teardown, TEARDOWN_TIMEOUT_S), TimeoutError):
-            raise RuntimeError("wandb's service does not end after a start that failed")
+        try:
+            in_time(wandb.teardown, TEARDOWN_TIMEOUT_S)
+        except TimeoutError:
+            raise RuntimeError("wandb's service does not end after a start that failed") from None
         self._set_up()
         files = {segment.file for segment in self.earlier}
         for file in (self.output_dir / "wandb").glob(f"*run-*-{self.id}/*.wandb"):
@@ -223,51 +226,45 @@ class WandbTracker(GeneralTracker):
 
     def store_init_configuration(self, values: dict) -> None:
         """Show these settings and facts as the run's configuration."""
-        if self.run:
-            self.run.config.update(values, allow_val_change=True)
+        self.run.config.update(values, allow_val_change=True)
 
     def log(self, values: dict, step: int | None = None) -> None:
         """Send a row under its own true step."""
-        if self.run:
-            self.newest_step = step
-            self.run.log({"step": step, **values}, step=step)
-            self._warn_if_given_up()
+        if step is not None:
+            self.newest_step, values = step, {"step": step, **values}
+        self.run.log(values, step=step)
+        self._warn_if_given_up()
 
-    def log_picture(self, key: str, path: Path, step: int, caption: str) -> None:
+    def log_picture(self, path: Path, step: int, caption: str) -> None:
         """Send a picture; W&B takes nothing for a step it has, so that a late one goes with the next."""
-        if self.run:
-            import wandb
+        import wandb
 
-            self.run.log({key: wandb.Image(str(path), caption=caption)}, step=max(step, self.last_step + 1))
+        self.run.log({SAMPLES: wandb.Image(str(path), caption=caption)}, step=max(step, self.last_step + 1))
 
     def alert(self, title: str, text: str) -> None:
-        if self.run:
-            self.run.alert(title=title[:63], text=text, level="WARN")
+        self.run.alert(title=title[:63], text=text, level="WARN")
 
-    def finish(self, exit_code: int = 0) -> None:
+    def finish(self, exit_code: int = 1) -> None:
         """Send what is left, for a minute at most; above 128, a signal's number, W&B calls the run preempted."""
-        if not self.run:
-            return
         if exit_code > 128:
             self.run.mark_preempting()
-        failure = in_time(lambda: self.run.finish(exit_code=exit_code), FINISH_TIMEOUT_S + 10)
-        if failure and not isinstance(failure, TimeoutError):
-            raise failure
+        try:
+            in_time(lambda: self.run.finish(exit_code=exit_code), FINISH_TIMEOUT_S + 10)
+            is_late = False
+        except TimeoutError:
+            is_late = True
         self._warn_if_given_up()
-        if self.is_offline:  # where wandb was slow, its file alone shows whether something is missing
-            self._warn_if_cut()
-        elif failure:
+        if self.is_offline:
+            # Its file alone shows whether something is missing: wandb itself says nothing about a full disk.
+            deadline = time.monotonic() + FILE_TIMEOUT_S
+            while (is_cut := last_step(self._file) < self.newest_step) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            if is_cut:
+                self._warn_incomplete(f"{self._file} could not be written to its end (is the disk full?)")
+        elif is_late:
             self._warn_incomplete(f"W&B's server did not take everything within {FINISH_TIMEOUT_S} s")
         elif not self.is_warned:
             synced_mark(self._file).touch()
-
-    def _warn_if_cut(self) -> None:
-        # wandb itself says nothing about a full disk.
-        deadline = time.monotonic() + FILE_TIMEOUT_S
-        while (is_cut := last_step(self._file) < self.newest_step) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        if is_cut:
-            self._warn_incomplete(f"{self._file} could not be written to its end (is the disk full?)")
 
     def _warn_if_given_up(self) -> None:
         if self.complaints.has_given_up and not self.is_offline:
@@ -301,15 +298,13 @@ def log_in() -> None:
         raise Unusable("wandb has no API key: run `wandb login` once, set WANDB_API_KEY, or set WANDB_MODE=offline.")
 
 
-def check_folder(folder: Path) -> None:
-    """Make sure that files can be written to `folder`: wandb would turn to the system's temporary folder silently."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"0" * 4096)
+def in_time(action: Callable[[], object], timeout_s: float) -> None:
+    """Do something in a thread that is waited for so long at most.
 
-
-def in_time(action, timeout_s: float) -> Exception | None:
-    """Return what `action` raised, if anything, or a `TimeoutError` where it has not ended by then."""
+    Raises:
+        TimeoutError: it goes on.
+        Exception: whatever it raised.
+    """
     raised: list[Exception] = []
 
     def run() -> None:
@@ -321,8 +316,16 @@ def in_time(action, timeout_s: float) -> Exception | None:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(timeout_s)
-    return TimeoutError() if thread.is_alive() else next(iter(raised), None)
+    if thread.is_alive():
+        raise TimeoutError
+    if raised:
+        raise raised[0]
 
 
-def one_line(error: Exception) -> str:
+def describe(error: BaseException) -> str:
+    """Return the kind of an error and its message, on one line."""
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]

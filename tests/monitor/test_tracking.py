@@ -124,7 +124,7 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path):
     accelerator = report(tmp_path, "tensorboard", 10, 20)
     sheet = tmp_path / "sheet.png"
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(sheet)
-    log_picture(accelerator, "samples/grid", sheet, 20, "cats")
+    log_picture(accelerator, sheet, 20, "cats")
     accelerator.end_training()
     steps, events = tensorboard_steps(tmp_path, "train/loss")
     assert steps == [(step, 1 / step) for step in range(1, 21)]

@@ -155,10 +155,8 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     metrics = MetricsLog(output_dir, first)
     if "late_image_at" in options:
-        draw(output_dir / "late.png")
-        log_picture(
-            accelerator, "samples/grid", output_dir / "late.png", options["late_image_at"], "step 20", is_late=True
-        )
+        draw(sheet := output_dir / "late.png")
+        log_picture(accelerator, sheet, options["late_image_at"], "step 20", is_late=True)
     slowest_s = 0.0
     for step in range(first + 1, last + 1):
         row = {"step": step, "train/loss": 1 / step, "train/epoch": step / 10, "from": first}
@@ -170,7 +168,7 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
         slowest_s = max(slowest_s, time.monotonic() - begin)
         if step == options.get("image_at"):
             draw(sheet := output_dir / "sheet.png")
-            log_picture(accelerator, "samples/grid", sheet, step, "cats and dogs")
+            log_picture(accelerator, sheet, step, "cats and dogs")
         if step == options.get("alert_at"):
             tracker.alert("Loss jump", "Lower the learning rate.")
     assert slowest_s < 2, "a step waited for the server"
@@ -182,7 +180,12 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
             time.sleep(0.05)
     if options.get("is_slow"):
         in_time = wandb_tracker.in_time
-        wandb_tracker.in_time = lambda action, timeout_s: in_time(action, timeout_s) or TimeoutError()
+
+        def end_late(action, timeout_s):
+            in_time(action, timeout_s)
+            raise TimeoutError
+
+        wandb_tracker.in_time = end_late
         early = iter([-1, -1])
         wandb_tracker.last_step = lambda file: next(early, None) or last_step(file)
     begin = time.monotonic()
