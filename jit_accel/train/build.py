@@ -38,12 +38,13 @@ from jit_accel.model import hub
 from jit_accel.model.checkpoints import complete_checkpoints, find_checkpoint, read_run
 from jit_accel.model.loading import build_network, build_pipeline
 from jit_accel.model.objective import Objective
+from jit_accel.model.transformer import JiTTransformer2DModel
 from jit_accel.monitor.log import METRICS_FILE
 from jit_accel.monitor.monitor import Monitor
 from jit_accel.monitor.trackers import build_trackers
 from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed
-from jit_accel.train.initial_weights import Initial, read_initial, tune
+from jit_accel.train.initial_weights import Initial, Tuning, read_initial, tune
 from jit_accel.train.optimizers import build_optimizers, lr_at
 from jit_accel.train.record import describe_data
 from jit_accel.train.sample_quality import SampleQuality
@@ -138,19 +139,8 @@ def assemble(
     initial: Initial | None,
 ) -> Trainer:
     """Build the parts of a run from its resolved settings."""
-    optim, run, output_dir = config.optim, config.run, Path(config.run.output_dir)
-
-    def say_once(message: str) -> None:
-        if accelerator.is_main_process:
-            say(message)
-
-    torch.manual_seed(run.seed)  # the same initial weights on every process
-    model = build_network(config)
-    tuning = tune(model, config.tune, config.objective.noise_scale, source, initial, say_once)
-    if config.performance.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if config.performance.compile:
-        model.compile_repeated_blocks()
+    optim, run = config.optim, config.run
+    model, tuning = build_model(config, source, initial, accelerator.is_main_process)
     optimizers = build_optimizers(
         model, optimizer=optim.optimizer, weight_decay=optim.weight_decay, adam_betas=optim.adam_betas
     )
@@ -165,7 +155,7 @@ def assemble(
     quality = None
     if config.evaluation.eval_every_steps:
         quality = SampleQuality(
-            pipeline, averages, accelerator, source, config.evaluation, output_dir=output_dir, **how
+            pipeline, averages, accelerator, source, config.evaluation, output_dir=Path(run.output_dir), **how
         )
     feed = Feed(
         config.data,
@@ -175,24 +165,22 @@ def assemble(
         seed=run.seed,
         num_classes=config.model.num_classes,
     )
+    facts = {
+        "world_size": accelerator.num_processes,
+        "global_batch_size": plan.global_batch_size,
+        "settings": config.recorded(),
+        "data": describe_data(source),
+        "class_names": class_names,
+        "fingerprint": source.fingerprint,
+        "base_identity": tuning.base_identity,
+    }
     return Trainer(
         accelerator,
         plan,
         run=run,
         sample=config.sample,
         evaluation=config.evaluation,
-        facts=RunFacts(
-            {
-                "world_size": accelerator.num_processes,
-                "global_batch_size": plan.global_batch_size,
-                "settings": config.recorded(),
-                "data": describe_data(source),
-                "class_names": class_names,
-                "fingerprint": source.fingerprint,
-                "base_identity": tuning.base_identity,
-            },
-            accelerator.is_main_process,
-        ),
+        facts=RunFacts(facts, accelerator.is_main_process),
         model=model,
         optimizers=optimizers,
         averages=averages,
@@ -209,22 +197,44 @@ def assemble(
         max_bad_images=config.data.max_bad_images,
         tuning=tuning,
         feed=feed,
-        monitor=Monitor(
-            accelerator,
-            feed,
-            network,
-            averages,
-            plan=plan,
-            output_dir=output_dir,
-            tracking=config.tracking,
-            health=config.health,
-            log_every_steps=run.log_every_steps,
-            precision=config.performance.mixed_precision,
-            is_untrained=config.tune.init_from is None,
-        ),
+        monitor=build_monitor(config, plan, accelerator, feed, network, averages),
         sheets=SampleSheets(pipeline, averages, accelerator, **how),
         validation=Validation(held_out, accelerator, optim.batch_size) if held_out else None,
         quality=quality,
+    )
+
+
+def build_model(
+    config: Config, source: Source, initial: Initial | None, is_main: bool
+) -> tuple[JiTTransformer2DModel, Tuning]:
+    """Return the network with its first weights, the same on every process, and how it stands to those of `initial`."""
+    torch.manual_seed(config.run.seed)
+    model = build_network(config)
+    noise_scale = config.objective.noise_scale
+    tuning = tune(model, config.tune, noise_scale, source, initial, say if is_main else lambda message: None)
+    if config.performance.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if config.performance.compile:
+        model.compile_repeated_blocks()
+    return model, tuning
+
+
+def build_monitor(
+    config: Config, plan: Plan, accelerator: Accelerator, feed: Feed, network: JiTTransformer2DModel, averages: Ema
+) -> Monitor:
+    """Return what watches the run."""
+    return Monitor(
+        accelerator,
+        feed,
+        network,
+        averages,
+        plan=plan,
+        output_dir=Path(config.run.output_dir),
+        tracking=config.tracking,
+        health=config.health,
+        log_every_steps=config.run.log_every_steps,
+        precision=config.performance.mixed_precision,
+        is_untrained=config.tune.init_from is None,
     )
 
 
