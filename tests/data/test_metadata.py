@@ -211,7 +211,8 @@ def test_what_is_wrong_with_a_file_is_said(photos, kind):
 def test_a_wrong_column_is_answered_with_the_nearest(photos):
     write_csv(photos, "file_name,species,weight", "0.png,cat,0.5", "1.png,dog,0.7")
     assert "Did you mean 'species'?" in refusal(photos, label_column="specie")
-    assert "its type in metadata.csv is double" in refusal(photos, label_column="weight")
+    assert "its type is Value('float64')" in refusal(photos, label_column="weight")
+    assert "label_column file_name" in refusal(photos, label_column="file_name")
     (photos / "metadata.csv").unlink()
     assert "without metadata.csv" in refusal(photos, label_column="species")
 

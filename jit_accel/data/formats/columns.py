@@ -99,19 +99,11 @@ def find_columns(
         rule = f"none of the columns ({names}) is recognisable as the image: name it with --image_column."
         raise UserError(rule, about="data_path", value=where)
     label = label_column or guess_label(features, image)
+    is_image = not isinstance(features[image], pa.DataType)  # as which HF has no type
+    is_label = label is None or (label != image and label_kind(features[label]) is not None)
     for about, column, is_fit, rule in (
-        (
-            "image_column",
-            image,
-            not isinstance(features[image], pa.DataType),
-            "images are JPEG, PNG, ... files as bytes",
-        ),
-        (
-            "label_column",
-            label,
-            label is None or label_kind(features[label]),
-            "labels are class labels, whole numbers or text",
-        ),
+        ("image_column", image, is_image, "images are JPEG, PNG, ... files as bytes"),
+        ("label_column", label, is_label, "labels are class labels, whole numbers or text"),
     ):
         if not is_fit:
             rule = f"its type is {features[column]}; {rule}: choose another of the columns {names}."

@@ -56,14 +56,8 @@ def open_folder(request: Request) -> Source:
         images, ids, labels = labels_from_metadata(root, scan, request.label_column)
         if labels is None:
             labels = Labels((_name_of(root),), 0)
-    elif request.label_column is not None:
-        raise UserError(
-            f"{root} is a folder of images without metadata.csv or "
-            "metadata.jsonl, so it has no columns: leave the flag out.",
-            about="label_column",
-            value=request.label_column,
-        )
     else:
+        request.refuse("label_column", reason="has no columns, without metadata.csv or metadata.jsonl")
         images, ids, labels = _classify(root, scan.images)
     identity = hash_strings(images, ["folder", str(len(images))])
     if scan.metadata and ids is not None:  # which class folders show in the paths
@@ -77,16 +71,8 @@ def _check_request(request: Request) -> None:
     root = request.path
     if not os.path.isdir(root):
         raise missing_path(root)
-    if request.image_column is not None:
-        rule = f"{root} is a folder of images, which has no columns of images: leave the flag out."
-        raise UserError(rule, about="image_column", value=request.image_column)
-    if request.streaming:
-        raise UserError(
-            f"{root} is a folder of images, which is read by random access (better shuffled, and any number of "
-            "processes can resume): leave the flag out.",
-            about="streaming",
-            value="true",
-        )
+    request.refuse("image_column", reason="is a folder of images, which has no columns of images")
+    request.refuse("streaming", reason="is a folder of images, which is read by random access (better shuffled)")
     try:
         os.path.abspath(root).encode()
     except UnicodeEncodeError:  # Arrow holds only UTF-8

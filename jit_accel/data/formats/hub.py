@@ -39,13 +39,7 @@ def open_hub(request: Request) -> Source:
             return open_tables(request, "hub", shards, builder.info.features)
         if files and all(file.endswith(".tar") for file in files):
             return open_tars(request, "hub", shards)
-        if request.streaming:
-            raise UserError(
-                f"{request.path} consists of files that are no Parquet and no tar files, and is read by random access "
-                "after HF datasets has downloaded it: leave the flag out.",
-                about="streaming",
-                value="true",
-            )
+        request.refuse("streaming", reason="has files other than Parquet and tar, and is downloaded for random access")
     return open_downloaded(request, _ask(request.path, lambda: datasets.load_dataset(**how, split="train")))
 
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from jit_accel.base.errors import UserError, nearest
-from jit_accel.data.formats.columns import LABEL_NAMES, Labels, features_of, guess_label, label_kind, read_labels
+from jit_accel.base.errors import UserError
+from jit_accel.data.formats.columns import LABEL_NAMES, Labels, features_of, find_columns, read_labels
 from jit_accel.data.formats.scan import FolderScan
 
 log = logging.getLogger(__name__)
@@ -126,24 +126,12 @@ def _column(values: list) -> pa.Array:
 
 def _label_column(tables: list[pa.Table], names: list[str], wanted: str | None) -> str | None:
     shared = [name for name in tables[0].column_names if all(name in table.column_names for table in tables)]
-    columns = [name for name in shared if name != FILE_NAME]
-    if wanted is not None and wanted not in columns:
-        rule = f"{names[0]} has no such column; choose from {', '.join(columns) or 'none'}.{nearest(wanted, columns)}"
-        raise UserError(rule, about="label_column", value=wanted)
-    features = features_of(tables[0].select(columns).schema)
-    if wanted is not None and label_kind(features[wanted]) is None:
-        raise UserError(
-            f"its type in {names[0]} is {tables[0].schema.field(wanted).type}; labels are "
-            "whole numbers or text: choose another column.",
-            about="label_column",
-            value=wanted,
-        )
-    column = wanted or guess_label(features, FILE_NAME)
+    column = find_columns(features_of(tables[0].select(shared).schema), FILE_NAME, wanted, names[0]).label
     if column is None:
         log.warning(
             "%s has no column of labels (%s): the images train unlabelled; name one with --label_column.",
             names[0],
-            ", ".join(columns) or "no column but file_name",
+            ", ".join(name for name in shared if name != FILE_NAME) or "no column but file_name",
         )
     return column
 

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from jit_accel.base.errors import UserError
 from jit_accel.data.formats.columns import Columns, Labels, features_of
 from jit_accel.data.formats.index import read_index
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, missing_path, source_of, table_images
@@ -32,9 +31,7 @@ def open_prepared(request: Request) -> Source:
     folder = request.path
     if not os.path.isdir(folder):
         raise missing_path(folder)
-    for about, value in (("image_column", request.image_column), ("label_column", request.label_column)):
-        if value is not None:
-            raise UserError(f"{folder} was prepared, its columns are known: leave it out.", about=about, value=value)
+    request.refuse("image_column", "label_column", reason="was prepared, its columns are known")
     index = read_index(folder)
     names = tuple(index["class_names"])
     labels = Labels(names, len(names) - 1) if index["is_labelled"] else Labels(("image",), 0)
@@ -47,9 +44,7 @@ def open_prepared(request: Request) -> Source:
 
 
 def _open_pixels(request: Request, index: dict) -> PixelStore:
-    if request.streaming:
-        rule = f"{request.path} holds memory-mapped pixels, which are read by random access: leave the flag out."
-        raise UserError(rule, about="streaming", value="true")
+    request.refuse("streaming", reason="holds memory-mapped pixels, which are read by random access")
     shards = tuple((shard["file"], shard["table"]["file"], shard["images"]) for shard in index["shards"])
     return PixelStore(os.path.abspath(request.path), index["img_size"], shards, index["is_labelled"])
 

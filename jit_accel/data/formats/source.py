@@ -35,6 +35,18 @@ class Request:
     label_column: str | None = None
     streaming: bool | None = None  # None: as suits the format
 
+    def refuse(self, *settings: str, reason: str) -> None:
+        """Refuse settings that make no sense for what is at the path.
+
+        Raises:
+            UserError: one of them is given.
+        """
+        for name in settings:
+            value = getattr(self, name)
+            if value not in (None, False):
+                given = "true" if value is True else value
+                raise UserError(f"{self.path} {reason}: leave the flag out.", about=name, value=given)
+
 
 @dataclass(frozen=True)
 class Source:

@@ -84,10 +84,7 @@ def open_builtin(request: Request) -> Source:
         UserError: unknown name, or streaming asked for.
     """
     file = LocalShard(lookup(_builtin_files(), request.path, "data_path"))
-    if request.streaming:
-        raise UserError(
-            f"{request.path} is small and held in memory: leave the flag out.", about="streaming", value="true"
-        )
+    request.refuse("streaming", reason="is small and held in memory")
     table = pq.read_table(file.path, use_threads=False)
     identity = fingerprint_of(["builtin", str(len(table)), *names_and_sizes([file])])
     return _open_table(request, "builtin", Dataset(table), identity)
@@ -101,10 +98,7 @@ def open_saved(request: Request) -> Source:
     """
     if not os.path.isdir(request.path):
         raise missing_path(request.path)
-    if request.streaming:
-        raise UserError(
-            f"{request.path} was saved for random access: leave the flag out.", about="streaming", value="true"
-        )
+    request.refuse("streaming", reason="was saved for random access")
     try:
         dataset = datasets.load_from_disk(request.path)
     except (OSError, ValueError, pa.ArrowException) as error:
