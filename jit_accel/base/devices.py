@@ -58,7 +58,7 @@ def is_good_at_bf16(device: torch.device) -> bool:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Inside, products and convolutions in float32 keep all its bits, whatever the program allows elsewhere (TF32)."""
+    """Keep all bits of float32 products and convolutions in the block, whatever the program allows elsewhere (TF32)."""
     before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
     names = ("enabled", "benchmark", "benchmark_limit", "deterministic")  # `flags` has other defaults
     with cudnn.flags(**{name: getattr(cudnn, name) for name in names}, allow_tf32=False):

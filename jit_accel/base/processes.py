@@ -43,15 +43,15 @@ def on_main(accelerator, work: Callable[[], T], stop: StopRequest | None = None)
 def _attempt(accelerator, work: Callable[[], T], in_turn: bool, stop: StopRequest | None) -> tuple[T, Sequence]:
     """Return the result of the work, and the `UserError` or None of each process; a bug and `Stopped` are raised."""
     result, problem, bug, number = None, None, None, 0
-    try:
-        with _in_turn(accelerator) if in_turn else contextlib.nullcontext():
+    with accelerator.local_main_process_first() if in_turn else contextlib.nullcontext():
+        try:
             result = work()
-    except Stopped as stopped:
-        number = stopped.number
-    except UserError as error:
-        problem = error
-    except Exception as error:  # the others must not wait for this process
-        problem, bug = UserError(message_of(error)), error
+        except Stopped as stopped:
+            number = stopped.number
+        except UserError as error:
+            problem = error
+        except Exception as error:  # the others must not wait for this process
+            problem, bug = UserError(message_of(error)), error
     problems, numbers = zip(*gather_object([(problem, number or (stop.number if stop else 0))]))
     if bug:
         raise bug
@@ -66,21 +66,8 @@ def _raise_everywhere(problem: UserError | None) -> None:
         raise problem
 
 
-@contextlib.contextmanager
-def _in_turn(accelerator) -> Iterator[None]:
-    """One process a machine goes first. Each waits exactly once, whatever happens, so that none waits for ever."""
-    goes_first = accelerator.is_local_main_process
-    if not goes_first:
-        accelerator.wait_for_everyone()
-    try:
-        yield
-    finally:
-        if goes_first:
-            accelerator.wait_for_everyone()
-
-
 def gather_rows(rows: Tensor, accelerator) -> Tensor:
-    """Rows (n, ...) of all processes, which may have different numbers of them, on the CPU."""
+    """Return the rows (n, ...) of all processes, which may have different numbers of them, on the CPU."""
     if accelerator.num_processes == 1:
         return rows.cpu()
     rows = rows.to(accelerator.device)

@@ -69,7 +69,7 @@ def check(config: Config) -> None:
     _check_image_size(config)
     for name in config.tracking.report_to:
         if ":" not in name:  # else it is imported where training begins
-            lookup(TRACKERS, name, "report_to")
+            lookup(dict.fromkeys(TRACKERS), name, "report_to")
     _refuse(_contradictions, values)
     check_hub(config.hub)
 

@@ -18,18 +18,8 @@ DEFAULT_MODEL = "JiT-B/16"
 MOST_STEPS, MOST_IMAGES, MOST_PIXELS = 10_000, 10_000_000, 16_384
 UNAVERAGED = "model"  # in place of a decay: the weights themselves
 STREAMING = {"auto": None, "true": True, "false": False}
-# What --report_to may name, and the package to install for it.
-TRACKERS = {
-    "wandb": "wandb",
-    "tensorboard": "tensorboard",
-    "trackio": "trackio",
-    "mlflow": "mlflow",
-    "aim": "aim",
-    "comet_ml": "comet-ml",
-    "clearml": "clearml",
-    "dvclive": "dvclive",
-    "swanlab": "swanlab",
-}
+# Accelerate's own for --report_to; a package has the tracker's name, with - for _.
+TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow", "aim", "comet_ml", "clearml", "dvclive", "swanlab")
 
 
 @dataclass(frozen=True)

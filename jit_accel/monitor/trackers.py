@@ -57,7 +57,7 @@ class SafeTracker(GeneralTracker):
 
     def start(self) -> None:
         if self.name in TRACKERS and not is_installed(self.name):
-            warn(f"{self.name} not available. Install with: pip install {TRACKERS[self.name]}")
+            warn(f"{self.name} not available. Install with: pip install {self.name.replace('_', '-')}")
             return
         with self._left_out_if("could not start"):
             self.inner = self.make(self.first_step)
