@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING
@@ -47,7 +48,7 @@ def measure(
     num_images: int = 5000,
     features: str = "inception",
     feature_weights: str | None = None,
-    metrics: tuple[str, ...] = (),
+    metrics: str | Sequence[str] = (),
     img_size: int | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
@@ -81,7 +82,7 @@ def measure(
         UserError: the data or the features cannot be had, or a metric was asked for that they do not allow.
 
     Example:
-        >>> found = measure(jit_accel.load("runs/flowers"), "photos", features="efficientnet_lite0", metrics=("fd",))
+        >>> found = measure(jit_accel.load("runs/flowers"), "photos", features="efficientnet_lite0", metrics="fd")
         >>> found["fd_efficientnet_lite0"]
     """
     from jit_accel.evaluate.run import measure_here
@@ -92,7 +93,7 @@ def measure(
         reference=str(reference) if isinstance(reference, PathLike) else reference,
         features=features,
         feature_weights=feature_weights,
-        metrics=tuple(metrics),
+        metrics=tuple(words([metrics] if isinstance(metrics, str) else metrics)),
         num_images=num_images,
         img_size=img_size,
         seed=seed,

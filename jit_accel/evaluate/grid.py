@@ -14,7 +14,6 @@ from jit_accel.config.settings import MOST_STEPS, UNAVERAGED
 ALL = "all"
 METHODS = ("heun", "euler")
 MAX_VALUES = 10_000
-NUMBERS = "give numbers such as 1.5, lists such as 1,1.5,2 and ranges start:stop:step such as 1.0:4.0:0.1."
 Interval = tuple[float, float]
 
 
@@ -78,9 +77,8 @@ def is_sweep(axes: dict[str, list]) -> bool:
     return ALL in axes["ema"] or any(len(values) > 1 for values in axes.values())
 
 
-def words(parts: str | Iterable[str]) -> list[str]:
+def words(parts: Iterable[str]) -> list[str]:
     """Return the words that commas or spaces divide, each once."""
-    parts = [parts] if isinstance(parts, str) else parts
     return list(dict.fromkeys(piece for part in parts for piece in str(part).replace(",", " ").split()))
 
 
@@ -154,7 +152,8 @@ def averages(flag: str, parts: Iterable[str], available: Sequence[str]) -> list[
 def _decimal(flag: str, text: str, part: str) -> Decimal:
     value = _number(text)
     if value is None or math.isinf(float(value)):
-        raise UserError(f"{text!r} is no number: {NUMBERS}", about=flag, value=part)
+        remedy = "give numbers such as 1.5, lists such as 1,1.5,2 and ranges start:stop:step such as 1.0:4.0:0.1."
+        raise UserError(f"{text!r} is no number: {remedy}", about=flag, value=part)
     return value
 
 

@@ -207,7 +207,7 @@ def save_reference(path: Path, reference: ImageStatistics) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    about = {"maker": MAKER, "source": reference.name, **{name: getattr(reference, name) for name in ABOUT}}
+    about = {"maker": MAKER, **{name: getattr(reference, name) for name in ABOUT}, "source": reference.name}
     arrays = {"about": np.array(json.dumps(about))}
     for layer, gaussian in reference.gaussians.items():
         mean, covariance = NAMES[layer]

@@ -572,7 +572,7 @@ def test_measure_gives_the_numbers_of_the_program_and_leaves_no_state(
     how = {"num_images": 7, "num_inference_steps": 2, "batch_size": 3}
     for real in (folder, reference, open_images(str(folder))):
         assert measure(pipeline, real, guidance_scale=3, **how) == pytest.approx(by_program[0], rel=1e-6)
-    assert measure(pipeline, folder, metrics=("fd", "recall"), **how) == pytest.approx(
+    assert measure(pipeline, folder, metrics="fd,recall", **how) == pytest.approx(
         {name: by_program[1][name] for name in ("fid", "recall")}, rel=1e-6
     )
     assert not AcceleratorState._shared_state  # an Accelerator of any precision may be made afterwards
