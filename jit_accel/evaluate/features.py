@@ -135,7 +135,7 @@ def _with_weights(build: Callable[[], nn.Module], state: dict[str, Tensor], name
             network = build()
         network.load_state_dict(state, assign=True)
     except (RuntimeError, TypeError, AttributeError) as error:
-        rule = f"no weights of {name} ({' '.join(str(error).split())[:120]} ...): give another file."
+        rule = f"not weights of {name} ({' '.join(str(error).split())[:120]} ...): give another file."
         raise UserError(rule, about="feature_weights", value=weights) from None
     return network
 
@@ -160,7 +160,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], str]:
         raise UserError(rule, about="feature_weights", value=file) from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, SafetensorError):
         raise UserError(
-            f"is no file of weights, or holds more than weights, which is not run: download "
+            f"is not a file of weights, or holds more than weights, which is not run: download "
             f"it again (Inception's is at {INCEPTION_URL}).",
             about="feature_weights",
             value=file,

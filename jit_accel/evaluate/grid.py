@@ -153,7 +153,7 @@ def _decimal(flag: str, text: str, part: str) -> Decimal:
     value = _number(text)
     if value is None or math.isinf(float(value)):
         remedy = "give numbers such as 1.5, lists such as 1,1.5,2 and ranges start:stop:step such as 1.0:4.0:0.1."
-        raise UserError(f"{text!r} is no number: {remedy}", about=flag, value=part)
+        raise UserError(f"{text!r} is not a number: {remedy}", about=flag, value=part)
     return value
 
 

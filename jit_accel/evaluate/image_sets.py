@@ -41,7 +41,7 @@ class Share(NamedTuple):
 class ImageSet:
     """Images that were opened but not read.
 
-    img_size: the side of the first image in pixels, None where it is no square. `shares(img_size, batch_size, rank,
+    img_size: the side of the first image in pixels, None where it is not square. `shares(img_size, batch_size, rank,
     world_size)` reads them, scaled and cropped as for training; all numbers differ, and are below `num_images`.
     fingerprint: of the data set, "" where there is none.
     """
@@ -55,7 +55,7 @@ class ImageSet:
     def side(self, img_size: int | None, about: str) -> int:
         """Return the side to crop images to: `img_size`, else the one that they have, or raise `UserError`."""
         if img_size is None and self.img_size is None:
-            rule = "the first image is no square: give a size to crop to as --img_size."
+            rule = "the first image is not square: give a size to crop to as --img_size."
             raise UserError(rule, about=about, value=self.name)
         return img_size or self.img_size
 

@@ -13,7 +13,7 @@ INCEPTION, EFFICIENTNET_LITE0 = "inception", "efficientnet_lite0"
 FEATURES = dict.fromkeys((INCEPTION, EFFICIENTNET_LITE0))
 
 
-class Metric(NamedTuple):
+class ImageMetric(NamedTuple):
     """A row of `METRICS`.
 
     short: its name in `--metrics` with any features. inception: its name with the Inception network, which belongs to
@@ -30,12 +30,12 @@ class Metric(NamedTuple):
 
 # A new one is a row here and a function in `formulas.MEASURES`.
 METRICS = (
-    Metric("fd", "fid", "fd"),
-    Metric("sfd", "sfid", None),
-    Metric("is", "inception_score", None, is_better_higher=True),
-    Metric("kd", "kid", "kd", is_pairwise=True),
-    Metric("precision", "precision", "precision", is_better_higher=True, is_pairwise=True),
-    Metric("recall", "recall", "recall", is_better_higher=True, is_pairwise=True),
+    ImageMetric("fd", "fid", "fd"),
+    ImageMetric("sfd", "sfid", None),
+    ImageMetric("is", "inception_score", None, is_better_higher=True),
+    ImageMetric("kd", "kid", "kd", is_pairwise=True),
+    ImageMetric("precision", "precision", "precision", is_better_higher=True, is_pairwise=True),
+    ImageMetric("recall", "recall", "recall", is_better_higher=True, is_pairwise=True),
 )
 RANGES = {
     **dict.fromkeys(("num_images", "sweep_images"), (2, MOST_IMAGES)),
@@ -144,7 +144,7 @@ def check(config: EvaluateConfig) -> None:
             raise UserError(f"must be at least {least}{limit}.", about=flag, value=value)
 
 
-def metric_names(features: str) -> dict[str, Metric]:
+def metric_names(features: str) -> dict[str, ImageMetric]:
     """Return the metrics of these features by the names of their results, the Fréchet distance first."""
     if features == INCEPTION:
         return {metric.inception: metric for metric in METRICS}

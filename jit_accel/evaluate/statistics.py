@@ -263,7 +263,7 @@ def read_reference(path: str, network: FeatureNetwork) -> ImageStatistics | None
         variances = found[1].diagonal()
         is_positive = variances.min() >= -1e-6 * max(1.0, variances.max())  # rounding may leave a constant one below 0
         if not is_positive or not torch.allclose(found[1], found[1].T, rtol=1e-4, atol=1e-6):
-            raise wrong(f"{covariance} is no covariance: give another file.")
+            raise wrong(f"{covariance} is not a covariance: give another file.")
     kept = checked_array(arrays, "kept", (-1, network.sizes[MAIN]), wrong).float() if "kept" in arrays else None
     sizes = {"num_images": about.get("num_images"), "img_size": about.get("img_size")}
     counts = tuple(about.get("label_counts", ()))
@@ -279,11 +279,11 @@ def checked_about(arrays: dict[str, np.ndarray], wrong: Callable[[str], UserErro
     except ValueError:
         about = None
     if not isinstance(about, dict) or about.get("maker") != MAKER:
-        raise wrong("its description is no one of ours: make it again.")
+        raise wrong("its description is not one of ours: make it again.")
     counts, sizes = about.get("label_counts") or [], (about.get("num_images"), about.get("img_size"))
     numbers = [*counts, *(size for size in sizes if size is not None)] if isinstance(counts, list) else [None]
     if not all(type(number) is int and number >= 0 for number in numbers) or 0 in sizes:
-        raise wrong("its description has counts that are none: make it again.")
+        raise wrong("its description has counts that are not whole numbers: make it again.")
     return about | {"label_counts": counts}
 
 

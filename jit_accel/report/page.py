@@ -10,7 +10,7 @@ from string import Template
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_file, disk_errors
 from jit_accel.monitor.metric_table import EPOCH
-from jit_accel.report import tables
+from jit_accel.report import summary
 from jit_accel.report.charts import SMOOTHING, charts_of
 from jit_accel.report.runs import Run
 from jit_accel.report.sample_sheets import load_sheets
@@ -37,16 +37,16 @@ def build_page(runs: list[Run]) -> str:
         "charts": charts,
         "sheets": sheets,
     }
-    findings = tables.health(runs)
+    findings = summary.health(runs)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     return Template(part("page.html")).substitute(
         title=escape(title),
         style=part("page.css"),
-        head=tables.header(runs, title),
+        head=summary.header(runs, title),
         findings=findings if len(runs) == 1 else "",
         findings_below=findings if len(runs) > 1 else "",
         sections=sections(charts, bool(sheets)),
-        settings=tables.settings(runs),
+        settings=summary.settings(runs),
         data=embedded(data),
         plotly=get_plotlyjs(),
         charts=part("charts.js"),

@@ -317,7 +317,7 @@ def test_weights_that_are_more_than_weights_are_not_run(tmp_path, monkeypatch):
             load_features("efficientnet_lite0", weights=name)
     assert not (tmp_path / "pwned").exists()
     torch.save({"weight": torch.zeros(2)}, "other.pth")
-    with pytest.raises(UserError, match=r"other.pth: no weights of efficientnet_lite0"):
+    with pytest.raises(UserError, match=r"other.pth: not weights of efficientnet_lite0"):
         load_features("efficientnet_lite0", weights="other.pth")
 
 
@@ -388,7 +388,7 @@ def test_images_are_cropped_as_for_training_and_broken_ones_left_out(network, ac
     assert (found.num_images, found.bad_images) == (3, 1)
     assert "1 images cannot be read and are left out" in capsys.readouterr().err
     assert torch.allclose(found.gaussians["main"].mean, network(pixels[:3])["main"].double().mean(0), rtol=1e-4)
-    with pytest.raises(UserError, match=r"^reference .*first image is no square.*--img_size"):
+    with pytest.raises(UserError, match=r"^reference .*first image is not square.*--img_size"):
         evaluator.load_reference(str(wide))
 
 
@@ -459,15 +459,15 @@ ABOUT = {"maker": "jit_accel", "features": "inception", "weights_id": "toy"}
         ({"kept": np.full((5, 16), np.nan, np.float32)}, "kept is .*not finite"),
         ({"kept": np.array(["a"])}, "kept is"),
         ({"mu": np.array(["a"] * 16)}, "mu is <U1"),
-        ({"about": json.dumps({**ABOUT, "maker": "other"})}, "no one of ours"),
-        ({"about": "[1]"}, "no one of ours"),
-        ({"about": json.dumps({**ABOUT, "label_counts": ["x"]})}, "counts that are none"),
-        ({"about": json.dumps({**ABOUT, "num_images": 0})}, "counts that are none"),
+        ({"about": json.dumps({**ABOUT, "maker": "other"})}, "not one of ours"),
+        ({"about": "[1]"}, "not one of ours"),
+        ({"about": json.dumps({**ABOUT, "label_counts": ["x"]})}, "counts that are not whole numbers"),
+        ({"about": json.dumps({**ABOUT, "num_images": 0})}, "counts that are not whole numbers"),
         ({"kept": np.zeros((1, 16), np.float32)}, "not finite numbers .2, 16. or more"),
         ({"kept": np.zeros((3, 16), np.float32)}, None),
         ({"sigma": np.diag([-1e-12] + 15 * [1.0])}, None),
-        ({"sigma": -np.eye(16)}, "sigma is no covariance"),
-        ({"sigma": np.eye(16) + np.eye(16, k=1)}, "sigma is no covariance"),
+        ({"sigma": -np.eye(16)}, "sigma is not a covariance"),
+        ({"sigma": np.eye(16) + np.eye(16, k=1)}, "sigma is not a covariance"),
         ({"about": json.dumps({**ABOUT, "label_counts": None})}, None),
     ],
 )

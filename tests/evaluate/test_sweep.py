@@ -43,17 +43,17 @@ def test_numbers_lists_and_ranges_may_be_mixed(parts, values):
         ("1:4:0", "a step above 0"),
         ("1:4:-1", "a step above 0"),
         ("1:4", "start:stop:step"),
-        ("one", "is no number"),
-        ("nan", "is no number"),
-        ("1:inf:1", "is no number"),
+        ("one", "is not a number"),
+        ("nan", "is not a number"),
+        ("1:inf:1", "is not a number"),
         ("-1", "at least 0"),
         ("0:1:0.000001", "larger step"),
-        ("1e400", "is no number"),
+        ("1e400", "is not a number"),
         ("1e-300:1e300:1e-300", "10,000 values: take"),
         (",", "no value"),
     ],
 )
-def test_what_is_no_range_is_refused_with_the_rule(text, rule):
+def test_a_value_that_is_not_a_range_is_refused_with_the_rule(text, rule):
     with pytest.raises(UserError, match=f"guidance_scale.*{rule}"):
         numbers("guidance_scale", [text])
 
@@ -64,7 +64,7 @@ def test_intervals_are_pairs_however_they_are_written():
     assert intervals("guidance_interval", ["0.1", "1.0"]) == [(0.1, 1.0)]
     assert intervals("guidance_interval", ["0.1,1.0"]) == [(0.1, 1.0)]
     for wrong in ("0.1", "1:0.1", "0:2", "a:1", "0:1:2", ""):
-        with pytest.raises(UserError, match=r"guidance_interval.*(low:high|is no number)"):
+        with pytest.raises(UserError, match=r"guidance_interval.*(low:high|is not a number)"):
             intervals("guidance_interval", [wrong])
 
 
@@ -156,7 +156,7 @@ def test_of_equal_settings_the_cheaper_wins_and_near_ones_are_named(tmp_path):
     assert [one.setting.guidance_scale for one in outcome.not_told_apart] == [1.5, 2.5]
 
 
-def test_what_is_no_number_never_wins():
+def test_a_value_that_is_not_a_number_never_wins():
     values = [float("nan"), None, 3.0, float("inf")]
     found = [Measured(setting, 1, {"fid": value}) for setting, value in zip(SETTINGS, values)]
     assert ranked(found, "fid", False)[0].values["fid"] == 3.0
