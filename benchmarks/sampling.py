@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from jit_accel.base.devices import DTYPES, default_precision, device_name
-from jit_accel.model.generation import SamplerSettings, generate
+from jit_accel.model.generation import SamplerSettings, generate_batches
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import build_model
@@ -110,7 +110,7 @@ class Bench:
                 store.prepare()
             began = now()
             with self.precision():
-                ((_, images),) = generate(self.pipeline, numbers, settings=settings, batch_size=case.batch_size)
+                ((_, images),) = generate_batches(self.pipeline, numbers, settings=settings, batch_size=case.batch_size)
             pixels = images.permute(0, 2, 3, 1).cpu().numpy()
             if folder:
                 store.write(items, pixels)

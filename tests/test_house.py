@@ -107,7 +107,7 @@ def test_files_and_functions_are_short():
 @NOT_YET
 def test_a_name_of_a_class_or_file_means_one_thing():
     classes = Counter(node.name for _, node in nodes(ast.ClassDef))
-    files = Counter(file.rpartition("/")[2] for file in TREES)
+    files = Counter(file.rpartition("/")[2] for file in TREES if "/" in file)  # others are names of version 0.1.0
     assert [name for name, count in classes.items() if count > 1] == []
     assert [name for name, count in files.items() if count > 1 and name not in COMMON_FILES] == []
 

@@ -16,7 +16,7 @@ from jit_accel.evaluate.settings import EvaluateConfig
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.checkpoints import MANIFEST, STATE, is_complete
 from jit_accel.model.loading import averages_of, find_checkpoint_in, load_pipeline
-from jit_accel.model.lora import identity_of
+from jit_accel.model.lora import weights_fingerprint
 from jit_accel.model.pipeline import STEPS, JiTPipeline
 
 
@@ -95,7 +95,7 @@ class Candidate:
         pipeline = self.pipeline(self.emas[0])
         digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
         if self.checkpoint is None:
-            digest.update(str(identity_of(pipeline.transformer.state_dict())).encode())
+            digest.update(str(weights_fingerprint(pipeline.transformer.state_dict())).encode())
         else:
             for name in (MANIFEST, STATE):
                 digest.update((self.checkpoint / name).read_bytes())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from numbers import Real
 
 import numpy as np
@@ -14,24 +13,6 @@ from torch import Tensor
 
 Picture = Image.Image | np.ndarray | Tensor
 STRENGTH = 0.6  # where a call does not say
-
-
-@dataclass
-class KnownRegion:
-    """The region that an inpainting keeps: at each t the original, noised by the noise the sampling started from.
-
-    Args:
-        original: (B, 3, H, W) in [-1, 1].
-        noise: (B, 3, H, W), already scaled.
-        repaint: (B, 1, H, W), bool; False is kept.
-    """
-
-    original: Tensor
-    noise: Tensor
-    repaint: Tensor
-
-    def put_back(self, z: Tensor, t: float) -> Tensor:
-        return torch.where(self.repaint, z, t * self.original + (1 - t) * self.noise)
 
 
 def start_images(image: Picture | Sequence[Picture], size: tuple[int, int], batch: int) -> Tensor:

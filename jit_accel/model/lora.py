@@ -41,7 +41,7 @@ class Adapter:
             raise UserError(
                 f"must not be above {least}, the smaller side of a weight it adapts.", about="lora_rank", value=rank
             )
-        self.base_identity = identity_of(network.state_dict())
+        self.base_identity = weights_fingerprint(network.state_dict())
         try:
             from peft import LoraConfig
         except ImportError:
@@ -81,7 +81,7 @@ def merged(tensors: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: 
     return plain
 
 
-def identity_of(tensors: Mapping[str, Tensor]) -> str:
+def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of names, shapes and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -90,11 +90,11 @@ def identity_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def refuse_other_base(checkpoint: Path, run: dict, path: str, identity: str) -> None:
+def refuse_other_base(checkpoint: Path, run: dict, path: str, fingerprint: str) -> None:
     """Raise `UserError` where a checkpoint's adapter was trained on other weights than those from `path`."""
-    if run["base_identity"] != identity:
+    if run["base_identity"] != fingerprint:
         raise UserError(
-            f"holds other weights (SHA-256 {identity[:12]}) than the adapter of {checkpoint} was "
+            f"holds other weights (SHA-256 {fingerprint[:12]}) than the adapter of {checkpoint} was "
             f"trained on ({run['base_identity'][:12]}, then from {run['settings']['init_from']}): give those, or "
             "another --output_dir to start anew.",
             about="init_from",

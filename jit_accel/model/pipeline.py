@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jit_accel.model.carried_code import INDEX_FILE, carry_code
 from jit_accel.model.guidance import checked_count, checked_interval, checked_scale, guidance_weight
-from jit_accel.model.image_input import KnownRegion, Picture, repaint_mask, skipped_steps, start_images
+from jit_accel.model.image_input import Picture, repaint_mask, skipped_steps, start_images
 from jit_accel.model.kept_card import KeptCardMixin
 from jit_accel.model.labels import Label, label_ids
 from jit_accel.model.lora_loader import JiTLoraLoaderMixin
@@ -41,6 +41,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
         >>> from jit_accel import JiTPipeline
         >>> pipe = JiTPipeline.from_pretrained("output/pipeline")  # or "owner/name" of the Hub
         >>> pipe(["bag", "coat"], guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images
+        >>> pipe("bag", image=Image.open("coat.png"), strength=0.7).images[0].save("bag.png")
     """
 
     model_cpu_offload_seq = "transformer"
@@ -141,70 +142,62 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
         Args:
             class_labels: a class number, its name (case does not matter), or None for "no class"; or a list. Left
                 out, "no class"; but of a network with one class, as unlabelled data make it, that one.
-            num_inference_steps: ODE steps. Heun calls the network 2n - 1 times, Euler n times.
-                None: the pipeline's own, which is 50 unless it was saved with another number.
+            num_inference_steps: ODE steps: 2n - 1 calls of the network by Heun, n by Euler. None: the pipeline's own,
+                as for guidance and method; 50 unless it was saved with another number.
             guidance_scale: classifier-free guidance weight inside the interval; 1 is no guidance and costs half.
-                None: the pipeline's own.
-            guidance_interval: guidance acts where lo < t < hi, or t < hi if lo is 0. None: the pipeline's own.
-            method: "heun" or "euler"; None: the pipeline's own, else the scheduler's, which is "heun" unless
-                configured otherwise.
-            generator: one generator draws the images' noise one after the other, so the n-th image is the same
-                at any batch size, and two calls of 4 continue each other like one of 8. A list has one
-                generator an image. A CPU generator gives the same noise on every device.
+            guidance_interval: guidance acts where lo < t < hi, or t < hi if lo is 0.
+            method: "heun" or "euler".
+            generator: one generator draws the images' noise one after the other, so the n-th image is the same at any
+                batch size; or a list with one for each image. A CPU generator gives the same noise on every device.
             latents: (B, 3, H, W), the noise that the ODE starts from, already scaled, instead of `generator`.
-            output_type: "pil"; "pt" (B, 3, H, W) or "np" (B, H, W, 3) in [0, 1];
-                "latent", the state at t = 1, unclamped.
+            output_type: "pil"; "pt" (B, 3, H, W) or "np" (B, H, W, 3) in [0, 1]; "latent", unclamped, at t = 1.
             callback_on_step_end: called as `(pipe, step, t, {"latents": z})` after each ODE step, with the t that the
-                step began at; may return `{"latents": z}` to replace the state, or set `pipe._interrupt = True` to
-                stop there.
+                step began at; may return `{"latents": z}` to replace the state, or set `pipe._interrupt = True`.
             height, width: pixels, multiples of the patch size; None: those of `latents`, else the training size.
             callback_on_step_end_tensor_inputs: what the callback is given; there is only "latents".
             num_images_per_label: images of each label, side by side.
-            image: where to start from, in place of noise alone: PIL, array or tensor, uint8 or in [0, 1]; one, or
-                one for each image. Another size is cut to the shape around the middle, and resampled.
+            image: where to start from: PIL, array or tensor, uint8 or in [0, 1]; one, or one for each image. Another
+                size is cut to the shape around the middle, and resampled.
             strength: how much of the way from `image` is made anew, in (0, 1]: that share of the steps is run, from
                 the image noised to t = 1 - strength. 1 ignores the image. None: 0.6.
             mask_image: white is repainted, black stays as in `image`.
 
         Raises:
             ValueError: a label, size, generator, image or setting that does not fit; the message says what would.
-
-        Example:
-            >>> pipe("bag", image=Image.open("coat.png"), strength=0.7).images[0].save("bag.png")
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r}: choose from {', '.join(OUTPUT_TYPES)}")
-        own = self.config
-        steps = num_inference_steps if num_inference_steps is not None else own.num_inference_steps or STEPS
+        steps = self.config.num_inference_steps or STEPS if num_inference_steps is None else num_inference_steps
         steps = checked_count("num_inference_steps", steps)
+        skipped = skipped_steps(steps, image, strength, mask_image)
+        on_step_end = self._step_end(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        copies, device = checked_count("num_images_per_label", num_images_per_label), self._execution_device
+        ids = [i for i in self.label_ids(class_labels) for _ in range(copies)]
+        field = self._field(ids, guidance_scale, guidance_interval)
+        z = self.prepare_latents(len(ids), generator, latents, height, width).to(device)
+        self.scheduler.set_timesteps(steps, device=device, method=method or self.config.method, skip_steps=skipped)
+        z, keep_known = self._start(z, image, mask_image)
+        images = self.to_output(self._solve(z, field, keep_known, on_step_end), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _field(
+        self, ids: list[int], guidance_scale: float | None, guidance_interval: Sequence[float] | None
+    ) -> Callable[[Tensor, Tensor, float], Tensor]:
+        """Return the guided prediction for these labels as a function of z, t, and t on the host."""
+        own, device = self.config, self._execution_device
         scale = checked_scale(own.guidance_scale if guidance_scale is None else guidance_scale)
         interval = checked_interval(own.guidance_interval if guidance_interval is None else guidance_interval)
-        on_step_end = self._step_end(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        device = self._execution_device
-        copies = checked_count("num_images_per_label", num_images_per_label)
-        ids = [i for i in self.label_ids(class_labels) for _ in range(copies)]
         labels = torch.tensor(ids, dtype=torch.long, device=device)
         with_class = [row for row, i in enumerate(ids) if i != self.transformer.config.num_classes]
         guided = None if len(with_class) == len(ids) else torch.tensor(with_class, dtype=torch.long, device=device)
-
-        def field(z: Tensor, t: Tensor, t_host: float) -> Tensor:
-            return self.predict(z, t, labels, guidance_weight(t_host, scale, interval), guided)
-
-        z = self.prepare_latents(len(labels), generator, latents, height, width).to(device)
-        skipped = skipped_steps(steps, image, strength, mask_image)
-        self.scheduler.set_timesteps(steps, device=device, method=method or own.method, skip_steps=skipped)
-        z, known = self._start(z, image, mask_image)
-        z = self._solve(z, field, known, on_step_end)
-
-        self.maybe_free_model_hooks()
-        images = self.to_output(z, output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return lambda z, t, t_host: self.predict(z, t, labels, guidance_weight(t_host, scale, interval), guided)
 
     def _solve(
         self,
         z: Tensor,
         field: Callable[[Tensor, Tensor, float], Tensor],
-        known: KnownRegion | None,
+        keep_known: Callable[[Tensor, float], Tensor],
         on_step_end: Callable[[int, Tensor, Tensor], Tensor],
     ) -> Tensor:
         """Run the steps that the scheduler is set to, from z at their first t, along the network's output `field`."""
@@ -215,8 +208,8 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
             for t_host, t in zip(scheduler.call_times, scheduler.timesteps):
                 start_t = start_t if scheduler.mid_step else t
                 z = scheduler.step(field(z, t, t_host), t, z).prev_sample
-                if known is not None:  # also between the calls of a Heun step: the network never sees it off its path
-                    z = known.put_back(z, scheduler.next_time)
+                # also between the calls of a Heun step: the network never sees what is known off its path
+                z = keep_known(z, scheduler.next_time)
                 if scheduler.mid_step:
                     continue
                 z = on_step_end(steps_done, start_t, z)
@@ -283,16 +276,17 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
         draws = [torch.randn(shape, generator=g, device=g.device if g is not None else device) for g in generators]
         return torch.stack([draw.to(device) for draw in draws]) * self.scheduler.init_noise_sigma
 
-    def _start(self, noise: Tensor, image, mask_image) -> tuple[Tensor, KnownRegion | None]:
-        """Return the state at the scheduler's first t, and what of the image has to stay."""
+    def _start(self, noise: Tensor, image, mask_image) -> tuple[Tensor, Callable[[Tensor, float], Tensor]]:
+        """Return the state at the scheduler's first t, and a function that puts back what a mask keeps at any t."""
         if image is None:
-            return noise, None
+            return noise, lambda z, t: z
         batch, size = len(noise), tuple(noise.shape[-2:])
         original = start_images(image, size, batch).to(noise.device)
         z = self.scheduler.add_noise(original, noise, torch.tensor([self.scheduler.next_time]))
         if mask_image is None:
-            return z, None
-        return z, KnownRegion(original, noise, repaint_mask(mask_image, size, batch).to(noise.device))
+            return z, lambda z, t: z
+        repaint = repaint_mask(mask_image, size, batch).to(noise.device)
+        return z, lambda z, t: torch.where(repaint, z, t * original + (1 - t) * noise)
 
     def _step_end(self, callback, tensor_inputs: Sequence[str]) -> Callable[[int, Tensor, Tensor], Tensor]:
         """Return what is called after each step: the callback, if there is one, may replace the state."""

@@ -61,10 +61,10 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
         _choose(CALLS_PER_STEP, solver, "solver")
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0)
-        self._forget()
+        self._forget(solver)
 
-    def _forget(self) -> None:
-        self.method = self.config.solver
+    def _forget(self, method: str) -> None:
+        self.method = method
         self._calls: list[tuple[float, float, bool]] = []  # (t, step size, is Heun's second call)
         self._next_call = 0
         self._start: Tensor | None = None
@@ -115,8 +115,7 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
         """
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps {num_inference_steps} must be at least 1; the paper takes 50")
-        self._forget()
-        self.method = checked_method(method or self.config.solver)
+        self._forget(checked_method(method or self.config.solver))
         self.num_inference_steps = num_inference_steps
         # The float32 grid of the reference, so that t falls on the same side of a guidance interval's end.
         times = torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float32, device="cpu").tolist()

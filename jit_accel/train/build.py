@@ -149,7 +149,7 @@ def assemble(
     network = accelerator.unwrap_model(model)
     averages = Ema(network, optim.ema_decays)
     class_names = [*tuning.class_names, *map(str, range(len(tuning.class_names), config.model.num_classes))]
-    pipeline = build_pipeline(network, config, class_names)
+    pipeline = build_pipeline(network, config.objective, class_names, config.sample.guidance_scale)
     pipeline.set_progress_bar_config(disable=True)
     how = {"seed": run.seed, "num_inference_steps": config.sample.num_inference_steps, "batch_size": optim.batch_size}
     quality = None
@@ -209,7 +209,7 @@ def build_model(
 ) -> tuple[JiTTransformer2DModel, Tuning]:
     """Return the network with its first weights, the same on every process, and how it stands to those of `initial`."""
     torch.manual_seed(config.run.seed)
-    model = build_network(config)
+    model = build_network(config.model, config.data.img_size)
     noise_scale = config.objective.noise_scale
     tuning = tune(model, config.tune, noise_scale, source, initial, say if is_main else lambda message: None)
     if config.performance.gradient_checkpointing:

@@ -84,3 +84,9 @@ def test_what_holds_none_is_refused(run, path, ema, message):
 def test_a_hub_id_that_cannot_be_had_is_refused():
     with pytest.raises(UserError, match="model nobody/nothing: is no folder here, and cannot be had from the Hub"):
         load_pipeline("nobody/nothing")
+
+
+def test_a_path_may_be_a_path_and_the_argument_is_named(run, tmp_path):
+    assert same(weights(load_pipeline(run)), weights(load_pipeline(str(run))))
+    with pytest.raises(UserError, match=f"^model {tmp_path}: holds no pipeline"):
+        load_pipeline(tmp_path)
