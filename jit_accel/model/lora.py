@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jit_accel.base.errors import UserError, nearest
 from jit_accel.base.files import atomic_folder
-from jit_accel.model.lora_loader import LORA_COMPONENT
+from jit_accel.model.lora_loader import JiTLoraLoaderMixin
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps rank and alpha in the file's header
 ADAPTER = "default"
 
 
@@ -57,11 +53,9 @@ class Adapter:
         """Write these trained tensors as a file for `load_lora_weights`, whole or not at all."""
         # What rank and alpha mean to diffusers; a whole LoraConfig would tie the file to one release of peft.
         config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": self.targets}
-        metadata = json.dumps({f"{LORA_COMPONENT}.{name}": value for name, value in config.items()})
-        named = {f"{LORA_COMPONENT}.{name.replace(f'.{ADAPTER}.', '.')}": t.contiguous() for name, t in tensors.items()}
+        layers = {name.replace(f".{ADAPTER}.", "."): tensor.contiguous() for name, tensor in tensors.items()}
         with atomic_folder(folder) as temporary:
-            temporary.mkdir(parents=True)
-            save_file(named, temporary / LORA_FILE, metadata={"format": "pt", METADATA_KEY: metadata})
+            JiTLoraLoaderMixin.save_lora_weights(temporary, layers, transformer_lora_adapter_metadata=config)
 
 
 def merged(tensors: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 
 from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 
-LORA_COMPONENT = "transformer"  # what diffusers calls the network, and puts before the names in a file
-
 
 class JiTLoraLoaderMixin(SanaLoraLoaderMixin):
     """`load_lora_weights` and its companions, as of Sana's pipeline, whose only network is a `transformer` too."""
@@ -33,4 +31,5 @@ class JiTLoraLoaderMixin(SanaLoraLoaderMixin):
         super().load_lora_weights(source, adapter_name, hotswap, **kwargs)
         if not hotswap and list(getattr(self.transformer, "peft_config", {})) == before:  # diffusers only warns
             name = "the given tensors" if isinstance(source, Mapping) else source
-            raise ValueError(f"{name}: no LoRA weights of this network, whose names begin with {LORA_COMPONENT}.")
+            rule = f"no LoRA weights of this network, whose names begin with {self.transformer_name}."
+            raise ValueError(f"{name}: {rule}")

@@ -15,9 +15,10 @@ from test_initial_weights import initial, network
 from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.base.errors import UserError
 from jit_accel.model.loading import load_pipeline
-from jit_accel.model.lora import LORA_FILE, Adapter, merged
+from jit_accel.model.lora import Adapter, merged
 from jit_accel.train.initial_weights import refuse_what_an_adapter_cannot_learn, transfer
 
+LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
 TARGETS = ("attn.qkv", "mlp.w3")
 Z, T, LABELS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5)), torch.tensor([0.1, 0.8]), [1, 3]
 
