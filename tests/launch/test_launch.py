@@ -123,6 +123,7 @@ NOT_IN_RECIPES = {
         "label_column",
         "streaming",
         "shuffle_buffer",
+        "lanes",
         "num_workers",
         "num_classes",
     ),
