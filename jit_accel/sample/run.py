@@ -128,16 +128,11 @@ class Sampling:
             on_main(accelerator, lambda: self._finish(len(missing), rate), stop)
 
     def recorded(self) -> dict:
-        """Return what the images follow from, beside the model and their numbers, as JSON keeps it."""
-        return {
-            "seed": self.config.seed,
-            **asdict(self.settings),
-            "guidance_interval": list(self.settings.guidance_interval),
-            "height": self.size[0],
-            "width": self.size[1],
-            "mixed_precision": self.precision,
-            "format": self.config.format,
-        }
+        """Return what the images follow from, beside the model and their numbers."""
+        height, width = self.size
+        size = {"height": height, "width": width}
+        how = {"mixed_precision": self.precision, "format": self.config.format}
+        return {"seed": self.config.seed, **asdict(self.settings), **size, **how}
 
     def _begin(self) -> list[ImageId]:
         """Open the folder; return what is missing in it."""
