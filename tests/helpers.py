@@ -56,19 +56,26 @@ def free_port() -> int:
             return port
 
 
-def train_here(*flags: str) -> int:
-    """Train in this process, alone, and return the exit code."""
-    from jit_accel.train import main
-
+@contextlib.contextmanager
+def in_fresh_accelerate():
+    """Train in this process, alone and on the CPU, inside the block."""
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     os.environ["ACCELERATE_USE_CPU"] = "true"
     try:
-        return main([*TINY, *flags])
+        yield
     finally:
         del os.environ["ACCELERATE_USE_CPU"]
+
+
+def train_here(*flags: str) -> int:
+    """Train in this process, alone, and return the exit code."""
+    from jit_accel.train import main
+
+    with in_fresh_accelerate():
+        return main([*TINY, *flags])
 
 
 def _record_weights(folder: str) -> None:

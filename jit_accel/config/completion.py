@@ -9,7 +9,7 @@ from typing import Any
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.checks import LORA_TARGETS, check, image_size, model_name
-from jit_accel.config.plan import PAPER_EPOCHS, Plan, ema_memory_steps, plan_run
+from jit_accel.config.lengths import PAPER_EPOCHS, Plan, ema_memory_steps, plan_run
 from jit_accel.config.presets import PRESETS, Preset, parse_model_name
 from jit_accel.config.settings import Config, OptimConfig
 

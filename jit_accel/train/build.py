@@ -29,7 +29,7 @@ from jit_accel.base.devices import DTYPES, chosen_precision, device_name, is_goo
 from jit_accel.base.errors import UserError
 from jit_accel.base.processes import on_all, on_main, process_group
 from jit_accel.config.completion import Facts, Start, accumulation_steps, complete, run_folder, training_size
-from jit_accel.config.plan import Plan
+from jit_accel.config.lengths import Plan
 from jit_accel.config.settings import Config
 from jit_accel.data.batches.holdout import HeldOut
 from jit_accel.data.batches.workers import cores_per_process

@@ -14,7 +14,7 @@ from jit_accel import __version__
 from jit_accel.base.console import warn
 from jit_accel.base.devices import device_name
 from jit_accel.base.redaction import redacted
-from jit_accel.config.plan import Plan
+from jit_accel.config.lengths import Plan
 from jit_accel.data.formats.sources import Source
 
 RECORD_FILE = "run.json"

@@ -18,7 +18,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.base.processes import on_main
 from jit_accel.base.sharding import reshard
 from jit_accel.base.signals import StopRequest
-from jit_accel.config.plan import Plan
+from jit_accel.config.lengths import Plan
 from jit_accel.config.settings import EvalConfig, RunConfig, SheetConfig, write_config
 from jit_accel.data.batches.batch import Batch
 from jit_accel.model.checkpoints import Checkpointer, load_parts, read_run

@@ -1,0 +1,25 @@
+"""Training from Python is training from the command line."""
+
+import pytest
+from helpers import TINY, assert_same_state, in_fresh_accelerate, train_here
+
+from jit_accel.base.errors import UserError
+from jit_accel.config.command_line import parse_args
+from jit_accel.config.settings import Config
+from jit_accel.train import fit
+
+
+def test_fit_trains_as_the_command_line_does(images, tmp_path):
+    flags = ("--data_path", str(images), "--output_dir")
+    assert train_here(*flags, str(tmp_path / "a")) == 0
+    with in_fresh_accelerate():
+        run = fit(parse_args([*TINY, *flags, str(tmp_path / "b")]))
+    assert run == tmp_path / "b"
+    assert (run / "pipeline" / "model_index.json").exists()
+    assert_same_state(tmp_path / "a", run)
+
+
+def test_fit_raises_what_the_command_line_prints(tmp_path):
+    with in_fresh_accelerate(), pytest.raises(UserError, match=rf"^data_path {tmp_path}/gone: no such file"):
+        fit(Config.of(data_path=f"{tmp_path}/gone", output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
