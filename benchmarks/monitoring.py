@@ -81,7 +81,7 @@ def main() -> None:
     from jit_accel.base.devices import default_precision, device_name
     from jit_accel.config.command_line import parse_args
     from jit_accel.train.build import build_accelerator, build_trainer
-    from jit_accel.train.record import record_run
+    from jit_accel.train.run_record import record_run
 
     precision = default_precision()
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,7 @@ from typing import TextIO
 from jit_accel.base.errors import UserError, changed_settings
 from jit_accel.base.files import disk_errors, move, sync, write_json
 from jit_accel.data.formats.index import INDEX, STORE_VERSION, UNFINISHED, read_index
-from jit_accel.prepare.shards import shard_file
+from jit_accel.prepare.store_shards import shard_file
 
 try:
     import fcntl

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from jit_accel.data.batches.batch import decode_row
 from jit_accel.data.formats.columns import Columns
-from jit_accel.prepare.shards import Layout
+from jit_accel.prepare.store_shards import Layout
 
 SHEET_SIDE = 8  # images
 _MIN_CELL_PIXELS, _MAX_CELL_PIXELS = 96, 256

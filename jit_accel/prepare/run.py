@@ -31,8 +31,8 @@ from jit_accel.prepare.encode import Encoded, Original, encode, originals_at, or
 from jit_accel.prepare.jobs import counted, run_jobs
 from jit_accel.prepare.output import OutputFolder
 from jit_accel.prepare.settings import PrepareConfig
-from jit_accel.prepare.shards import Layout, write_shard
 from jit_accel.prepare.spool import Piece, Spool, part_path, parts_of, write_part
+from jit_accel.prepare.store_shards import Layout, write_shard
 from jit_accel.prepare.verify import verify
 
 

@@ -46,7 +46,7 @@ from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed
 from jit_accel.train.initial_weights import Initial, Tuning, read_initial, tune
 from jit_accel.train.optimizers import build_optimizers, lr_at
-from jit_accel.train.record import describe_data
+from jit_accel.train.run_record import describe_data
 from jit_accel.train.sample_quality import SampleQuality
 from jit_accel.train.samples import SampleSheets
 from jit_accel.train.state import RunFacts

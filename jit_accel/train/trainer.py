@@ -33,8 +33,8 @@ from jit_accel.train.guards import has_too_many_bad_images, stop_if_not_finite
 from jit_accel.train.initial_weights import Tuning
 from jit_accel.train.occasions import Occasion, due
 from jit_accel.train.optimizers import set_lr
-from jit_accel.train.record import record_run, write_record
 from jit_accel.train.results import CURVE_FILE, PIPELINE_FOLDER, is_exported, write_results
+from jit_accel.train.run_record import record_run, write_record
 from jit_accel.train.sample_quality import SampleQuality, Unmeasured
 from jit_accel.train.samples import SampleSheets
 from jit_accel.train.state import NamedTensors, OptimizerState, RunFacts

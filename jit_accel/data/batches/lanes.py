@@ -110,7 +110,7 @@ class LaneReader:
 
 
 @dataclass
-class Part:
+class BatchPart:
     """The images of a batch that one reader decodes, at `places`, int64 (k,), sorted.
 
     images: uint8 (k, 3, H, W). labels: int64 (k,). bad_images: {place: "name: reason"}, replaced by other images.
@@ -123,9 +123,9 @@ class Part:
 
 
 class PartReader(torch.utils.data.IterableDataset):
-    """The endless `Part`s of reader `number` of `count`, which read the images of `batches` together.
+    """The endless `BatchPart`s of reader `number` of `count`, which read the images of `batches` together.
 
-    An item is a Part, or a UserError, which is not raised: torch would bury its message under a worker's traceback.
+    An item may be a UserError, which is not raised: torch would bury its message under a worker's traceback.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class PartReader(torch.utils.data.IterableDataset):
         self._batches, self._number, self._count = batches, number, count
         self._first_readable: tuple[np.ndarray, int] | None = None
 
-    def __iter__(self) -> Iterator[Part | UserError]:
+    def __iter__(self) -> Iterator[BatchPart | UserError]:
         lanes = LaneReader(self._source, self._order)
         try:
             for positions in self._batches:
@@ -145,12 +145,12 @@ class PartReader(torch.utils.data.IterableDataset):
         except UserError as error:
             yield error
 
-    def _part(self, lanes: LaneReader, positions: np.ndarray) -> Part:
+    def _part(self, lanes: LaneReader, positions: np.ndarray) -> BatchPart:
         by_place = self._order.places(positions)
         mine = shares(by_place.lane, self._count)[self._number]
         slots = np.argsort(np.argsort(mine))  # the images lie in the order of their places, and are read by lanes
         size = self._img_size
-        part = Part(np.sort(mine), empty_batch((len(mine), 3, size, size)), np.empty(len(mine), np.int64), {})
+        part = BatchPart(np.sort(mine), empty_batch((len(mine), 3, size, size)), np.empty(len(mine), np.int64), {})
         images = part.images.numpy()
         columns = (slots, mine, *(values[mine] for values in by_place))
         for slot, place, epoch, lane, number, offset in zip(*(column.tolist() for column in columns)):

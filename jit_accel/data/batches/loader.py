@@ -15,7 +15,7 @@ from jit_accel.base import rng
 from jit_accel.base.errors import UserError
 from jit_accel.data.batches import order
 from jit_accel.data.batches.batch import MAX_SUBSTITUTES, PixelBatch, check_labels, empty_batch
-from jit_accel.data.batches.lanes import Part, PartReader, images_in_a_window
+from jit_accel.data.batches.lanes import BatchPart, PartReader, images_in_a_window
 from jit_accel.data.batches.workers import make_loader
 from jit_accel.data.formats.source import Source
 
@@ -258,7 +258,7 @@ class StreamReader:
             for first in range(0, len(positions), task.batch_size):
                 yield self._merged(parts, positions, first)
 
-    def _merged(self, parts: list[Part], positions: np.ndarray, first: int) -> PixelBatch:
+    def _merged(self, parts: list[BatchPart], positions: np.ndarray, first: int) -> PixelBatch:
         """Return the batch whose first image has the place `first` in `parts`."""
         task, end = self._task, first + self._task.batch_size
         bad = {place: reason for part in parts for place, reason in part.bad_images.items() if first <= place < end}

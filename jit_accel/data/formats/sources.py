@@ -10,7 +10,7 @@ import datasets
 
 from jit_accel.base.errors import UserError, lookup
 from jit_accel.data.formats.folder import is_known_image_folder, open_folder
-from jit_accel.data.formats.hub import HUB_ID, open_hub
+from jit_accel.data.formats.hub_datasets import HUB_ID, open_hub
 from jit_accel.data.formats.index import is_prepared
 from jit_accel.data.formats.prepared import open_prepared
 from jit_accel.data.formats.remote import ending_of, is_url
