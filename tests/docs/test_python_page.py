@@ -1,0 +1,30 @@
+"""The examples of docs/python.md run, in their order."""
+
+import re
+from pathlib import Path
+
+import jit_accel as jit
+
+PAGE = Path(__file__).parents[2] / "docs" / "python.md"
+
+
+def test_the_examples_run(images, tmp_path, monkeypatch, capsys):
+    (tmp_path / "photos").symlink_to(images)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    namespace = {"__name__": "__main__"}
+    for code in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        exec(compile(code, str(PAGE), "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert "img_size 30: must be a multiple of the patch size 7 (JiT-Ti/7): use 28 or 35" in printed
+    assert "torch.Size([8, 3, 28, 28]) torch.uint8" in printed
+    assert "fd_efficientnet_lite0" in printed
+    for run in ("photos", "uniform", "discs"):
+        assert (tmp_path / "runs" / run / "pipeline" / "model_index.json").exists()
+
+
+def test_the_table_names_what_is_public():
+    table = PAGE.read_text(encoding="utf-8").partition("| --- |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`jit\.(\w+)", table))
+    assert named == set(dir(jit)) - {"__version__"}
