@@ -1,27 +1,29 @@
-"""What must stop a run before it does harm."""
+"""The errors that stop a run before it does harm."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from jit_accel.base.errors import UserError
-from jit_accel.model.checkpoints import find_checkpoint
 from jit_accel.monitor.monitor import NotFinite
 
 
-def stop_if_not_finite(found: NotFinite | None, output_dir: Path) -> None:
-    """Raise `UserError` where a metric is not finite."""
-    if found is None:
-        return
-    last = find_checkpoint(output_dir, "auto")
+def not_finite_error(found: NotFinite, last: Path | None) -> UserError:
+    """Return the error for a metric that is not finite, where `last` is the last checkpoint, if any."""
     good = f"the last good checkpoint is {last}" if last else "there is none yet"
-    raise UserError(
+    return UserError(
         f"{found.key} is {found.value} at step {found.step}: training stopped and no checkpoint was overwritten; "
-        f"{good}. Lower --learning_rate, set --max_grad_norm 1, or use --mixed_precision bf16 or no, "
-        "then go on with --resume auto."
+        f"{good}.",
+        remedy="Lower --learning_rate, set --max_grad_norm 1, or use --mixed_precision bf16 or no, then go on with "
+        "--resume auto.",
     )
 
 
-def has_too_many_bad_images(bad_images: int, max_share: float, images_seen: int, num_images: int) -> bool:
-    """Whether more than `max_share` of the data cannot be decoded, judged on what was seen or on a whole epoch."""
-    return bad_images > max_share * max(images_seen, num_images)
+def bad_images_error(count: int, max_share: float, names: list[str]) -> UserError:
+    """Return the error for more broken images than the share of the data that may be, all of which have these names."""
+    return UserError(
+        f"{count} images cannot be decoded, more than that share; the first: {'; '.join(names[:3])}.",
+        about="max_bad_images",
+        value=f"{max_share:g}",
+        remedy="Repair or remove them, or raise the share; the run is saved and goes on with --resume auto.",
+    )

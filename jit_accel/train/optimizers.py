@@ -20,7 +20,7 @@ def lr_at(
     schedule: str = "cosine",
     min_learning_rate: float = 0.0,
 ) -> float:
-    """Learning rate of optimizer step number `step` (from 0): linear from 0, then `cosine` or `constant`."""
+    """Return the learning rate of optimizer step number `step` (from 0): linear from 0, then `cosine` or `constant`."""
     if step < warmup_steps:
         return learning_rate * step / warmup_steps
     if schedule == "constant":
@@ -30,34 +30,39 @@ def lr_at(
 
 
 def set_lr(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:
+    """Give all parameters this learning rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Weight decay is for matrices: not for biases, norms, or tables of embeddings."""
+    """Return True for matrices, which decay: not for biases, norms, or tables of embeddings."""
     return parameter.ndim >= 2 and not any(part in name for part in ("embedding_table", "in_context_posemb"))
 
 
 def is_block_matrix(name: str, parameter: Tensor) -> bool:
-    """The matrices of attention and SwiGLU, whose updates Muon orthogonalises."""
+    """Return True for the matrices of attention and SwiGLU, whose updates Muon orthogonalises."""
     return parameter.ndim == 2 and name.startswith("blocks.") and (".attn." in name or ".mlp." in name)
 
 
 def build_optimizers(
     model: nn.Module, *, optimizer: str, weight_decay: float, adam_betas: tuple[float, float]
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers that together hold each trainable parameter once. Their rate is set by `set_lr` at each step.
+    """Return optimizers that together hold each trainable parameter once. Their rate is set by `set_lr` at each step.
 
     Raises:
         UserError: unknown name.
     """
-    return lookup(OPTIMIZERS, optimizer, "optimizer")(model, weight_decay, adam_betas)
+    return lookup(OPTIMIZERS, optimizer, "optimizer")(trainable(model), weight_decay, adam_betas)
 
 
-def _adamw(params: Iterable[tuple[str, Tensor]], weight_decay: float, betas) -> torch.optim.AdamW:
-    params = list(params)
+def trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters that are trained, by name."""
+    return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+
+def _adamw(params: list[tuple[str, Tensor]], weight_decay: float, betas) -> torch.optim.AdamW:
     groups = [
         {"params": [p for n, p in params if is_decayed(n, p) == decayed], "weight_decay": weight_decay * decayed}
         for decayed in (True, False)
@@ -65,21 +70,17 @@ def _adamw(params: Iterable[tuple[str, Tensor]], weight_decay: float, betas) -> 
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=tuple(betas), fused=True)
 
 
-def build_adamw(model: nn.Module, weight_decay: float, betas) -> list[torch.optim.Optimizer]:
-    return [_adamw(trainable(model), weight_decay, betas)]
+def _adamw_alone(params, weight_decay: float, betas) -> list[torch.optim.Optimizer]:
+    return [_adamw(params, weight_decay, betas)]
 
 
-def build_muon(model: nn.Module, weight_decay: float, betas) -> list[torch.optim.Optimizer]:
-    matrices = [p for n, p in trainable(model) if is_block_matrix(n, p)]
-    rest = [(n, p) for n, p in trainable(model) if not is_block_matrix(n, p)]
+def _muon_and_adamw(params, weight_decay: float, betas) -> list[torch.optim.Optimizer]:
+    matrices = [p for n, p in params if is_block_matrix(n, p)]
+    rest = [(n, p) for n, p in params if not is_block_matrix(n, p)]
     return [Muon(matrices, weight_decay=weight_decay), _adamw(rest, weight_decay, betas)]
 
 
-def trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-
-
-OPTIMIZERS = {"adamw": build_adamw, "muon": build_muon}
+OPTIMIZERS = {"adamw": _adamw_alone, "muon": _muon_and_adamw}
 
 
 class Muon(torch.optim.Optimizer):
@@ -121,7 +122,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def split_stacked(matrix: Tensor) -> list[Tensor]:
-    """The maps that a tall (out, in) weight stacks: qkv's three, and SwiGLU's two; otherwise the matrix itself."""
+    """Return the maps that a tall (out, in) weight stacks: qkv's three, SwiGLU's two; else the matrix itself."""
     rows, columns = matrix.shape
     if rows == 3 * columns:
         return list(matrix.chunk(3))

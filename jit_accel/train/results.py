@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -95,24 +96,13 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    points = [(row["step"], row[TRAIN_LOSS]) for row in rows if isinstance(row.get(TRAIN_LOSS), float)]
-    steps = [step for step, _ in points]
-    losses = [loss for _, loss in points]
+    losses = pandas.Series({row["step"]: row[TRAIN_LOSS] for row in rows if isinstance(row.get(TRAIN_LOSS), float)})
+    memory = max(1.0, 0.02 * len(losses))  # a running mean over a fiftieth of the curve
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="each step")
-    axes.plot(steps, smoothed(losses), color="#08519c", linewidth=1.8, label="smoothed")
+    axes.plot(losses.index, losses, color="#9ecae1", linewidth=0.8, label="each step")
+    axes.plot(losses.index, losses.ewm(alpha=1 / memory).mean(), color="#08519c", linewidth=1.8, label="smoothed")
     axes.set(xlabel="optimizer step", ylabel="loss", yscale="log", title=TRAIN_LOSS)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
-
-
-def smoothed(values: list[float], memory_share: float = 0.02) -> list[float]:
-    """Running mean with a memory of this share of the points, without the bias of its start."""
-    decay = 1 - 1 / max(1.0, memory_share * len(values))
-    average, weight, out = 0.0, 0.0, []
-    for value in values:
-        average, weight = decay * average + (1 - decay) * value, decay * weight + (1 - decay)
-        out.append(average / weight)
-    return out

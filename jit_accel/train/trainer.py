@@ -14,14 +14,13 @@ from torch import Tensor
 
 from jit_accel.base import rng
 from jit_accel.base.console import say, warn
-from jit_accel.base.errors import UserError
 from jit_accel.base.processes import on_main
 from jit_accel.base.sharding import reshard
 from jit_accel.base.signals import StopRequest
 from jit_accel.config.lengths import Plan
 from jit_accel.config.settings import EvalConfig, RunConfig, SheetConfig, write_config
 from jit_accel.data.batches.batch import Batch
-from jit_accel.model.checkpoints import Checkpointer, load_parts, read_run
+from jit_accel.model.checkpoints import Checkpointer, find_checkpoint, load_parts, read_run
 from jit_accel.model.objective import Objective
 from jit_accel.monitor.log import FAILED_FILE, INTERRUPTED_FILE
 from jit_accel.monitor.metric_table import EMA_VAL_LOSS, EVAL, VAL_LOSS, part_of
@@ -29,7 +28,7 @@ from jit_accel.monitor.monitor import Monitor
 from jit_accel.monitor.report_process import REPORT_FILE
 from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed
-from jit_accel.train.guards import has_too_many_bad_images, stop_if_not_finite
+from jit_accel.train.guards import bad_images_error, not_finite_error
 from jit_accel.train.initial_weights import Tuning
 from jit_accel.train.occasions import Occasion, due
 from jit_accel.train.optimizers import set_lr
@@ -210,17 +209,12 @@ class Trainer:
         """
         interval = self.monitor.read(self.stop.number > 0)
         self.is_stopping = interval.stop_asked
-        stop_if_not_finite(interval.not_finite, self.output_dir)
-        limit, bad_images = self.max_bad_images, interval.bad_images
-        if has_too_many_bad_images(bad_images, limit, interval.images_seen, self.plan.num_images):
+        if interval.not_finite:
+            raise not_finite_error(interval.not_finite, find_checkpoint(self.output_dir, "auto"))
+        seen = max(interval.images_seen, self.plan.num_images)
+        if interval.bad_images > self.max_bad_images * seen:
             self.save()
-            raise UserError(
-                f"{bad_images} images cannot be decoded, more than that share; the first: "
-                f"{'; '.join(self.feed.all_bad_images()[:3])}. Mend or remove them, or raise the share; the run is "
-                "saved and goes on with --resume auto.",
-                about="max_bad_images",
-                value=f"{limit:g}",
-            )
+            raise bad_images_error(interval.bad_images, self.max_bad_images, self.feed.all_bad_images())
 
     def save(self) -> None:
         """Write a checkpoint of this step, once; the metrics have been read, and are finite."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,26 +34,25 @@ class Validation:
     def batches(self) -> Iterator[tuple[Batch, Tensor]]:
         """Yield (batch, weights): equally many on every process, since a sharded network needs all for each forward.
 
-        Where a process has fewer images it goes on with its first ones, at weight 0; one without any has grey.
+        Where a process has fewer images it goes on with its first ones, at weight 0; one without any has a grey one.
         """
         held, count = self.held_out, len(self.held_out.keys)
+        if not count:
+            grey = torch.full((1, *held.images.shape[1:]), 128, dtype=torch.uint8)
+            held = HeldOut(grey, torch.zeros(1, dtype=torch.int64), np.zeros(1, np.int64))
         for start in range(0, self.most * self.draws, self.batch_size):
             numbers = torch.arange(start, min(start + self.batch_size, self.most * self.draws))
             draws, places = numbers // self.most, numbers % self.most
             weights = (places < count).float()
-            if count:
-                places = places % count
-                # another draw of an image is a neighbouring number, as different as any other
-                positions = held.keys[places.numpy()] + draws.numpy()
-                batch = PixelBatch(held.images[places], held.labels[places], positions)
-            else:
-                grey = torch.full((len(numbers), *held.images.shape[1:]), 128, dtype=torch.uint8)
-                batch = PixelBatch(grey, torch.zeros(len(numbers), dtype=torch.int64), numbers.numpy())
+            places = places % len(held.keys)
+            # another draw of an image is a neighbouring number, as different as any other
+            positions = held.keys[places.numpy()] + draws.numpy()
+            batch = PixelBatch(held.images[places], held.labels[places], positions)
             yield ready(batch, self.accelerator.device), weights
 
     @torch.no_grad()
     def loss(self, loss_of: Callable[[Batch], Tensor]) -> Tensor:
-        """The mean, on the device, the same on all processes.
+        """Return the mean, on the device, the same on all processes.
 
         loss_of(batch): losses, float32 (B,).
         """
