@@ -1,4 +1,4 @@
-"""The one thing that FSDP2 needs beyond Accelerate."""
+"""Sharded weights (FSDP2), beyond what Accelerate does for them."""
 
 from __future__ import annotations
 

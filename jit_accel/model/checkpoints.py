@@ -33,7 +33,7 @@ FORMAT_VERSION = 2
 
 
 class Part(Protocol):
-    """What remembers something that the next steps follow from: tensors by name, or JSON values."""
+    """A thing that the next steps of a run follow from: tensors by name, or JSON values."""
 
     def state_dict(self) -> dict: ...
 
@@ -138,7 +138,7 @@ class Checkpointer:
 
 
 def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that `--resume` means: None for `none`, and for `auto` where there is none.
+    """Return the checkpoint that `--resume` means: None for `none`, and for `auto` where there is none.
 
     Raises:
         UserError: a path that holds no complete checkpoint.
@@ -163,12 +163,12 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in `folder`, oldest first."""
+    """Return the whole checkpoints in `folder`, oldest first."""
     return sorted(path for path in folder.glob("step_*") if is_complete(path))
 
 
 def is_complete(path: Path) -> bool:
-    """Whether the manifest is there and every file it names has the size it names."""
+    """Return True where the manifest is there and every file it names has the size it names."""
     try:
         sizes = json.loads((path / MANIFEST).read_text())["files"]
         return all((path / name).stat().st_size == size for name, size in sizes.items())

@@ -1,4 +1,4 @@
-"""What JiT minimises (arXiv 2511.13720), and what is drawn for each image: its time, noise and dropped label."""
+"""The objective of JiT (arXiv 2511.13720), and the draws for each image: its time, noise and dropped label."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens every so many steps of a run, as a list, and the one question about it: what is due?"""
+"""The list of all that happens every so many steps of a run, and the one question about it: what is due?"""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Occasion:
     reads_first: bool = True
 
     def falls_on(self, step: int, last_step: int) -> bool:
+        """Return True where this step is one of its own."""
         if step == last_step:
             return self.at_end
         return self.every > 0 and step > 0 and step % self.every == 0

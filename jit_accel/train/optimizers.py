@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from jit_accel.base.errors import lookup
+from jit_accel.config.completion import Plan
+from jit_accel.config.settings import OptimConfig
 
 
 def lr_at(
@@ -27,6 +30,18 @@ def lr_at(
         return learning_rate
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return min_learning_rate + (learning_rate - min_learning_rate) * 0.5 * (1 + math.cos(math.pi * min(1, progress)))
+
+
+def schedule_of(optim: OptimConfig, plan: Plan) -> Callable[[int], float]:
+    """Return the learning rate of a run as a function of the step."""
+    return partial(
+        lr_at,
+        learning_rate=optim.learning_rate,
+        warmup_steps=plan.warmup_steps,
+        total_steps=plan.total_steps,
+        schedule=optim.lr_schedule,
+        min_learning_rate=optim.min_learning_rate,
+    )
 
 
 def set_lr(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:

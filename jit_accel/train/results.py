@@ -1,4 +1,4 @@
-"""What a run leaves at its end: sample sheet, loss curve, diffusers pipeline folder, adapter."""
+"""The results of a run: loss curve, diffusers pipeline folder, adapter."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def export_pipeline(pipeline: JiTPipeline, weights: dict[str, Tensor], folder: P
 
 
 def is_exported(output_dir: Path, sheet: Path) -> bool:
-    """Whether the run's folder has a whole pipeline folder, exported together with this sheet of samples."""
+    """Return True where the run's folder has a whole pipeline folder, exported together with this sheet of samples."""
     copy = output_dir / PIPELINE_FOLDER / CARD_PICTURE
     return sheet.exists() and copy.exists() and filecmp.cmp(copy, sheet, shallow=False)
 

@@ -1,4 +1,4 @@
-"""How far a training's generated images are from real ones, measured on the way by all processes together."""
+"""The distance of a training's generated images from real ones, measured on the way by all processes together."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ class SampleQuality:
 
     @property
     def keys(self) -> list[str]:
-        """What the values are called in the log."""
+        """Names of the values in the log."""
         return [EVAL.format(name=name + ending) for ending in ("", UNGUIDED) for name in self.evaluator.metrics]
 
     def is_lacking(self, step: int) -> bool:
-        """Whether the log has this step, but without the values; the main process looks."""
+        """Return True where the log has this step, but without the values; the main process looks."""
 
         def look() -> bool:
             row = next((row for row in iterate_metrics(self.output_dir) if row["step"] == step), None)
@@ -111,7 +111,7 @@ class SampleQuality:
         return on_main(self.accelerator, look)
 
     def prepare(self) -> None:
-        """Have the reference's statistics: from a file, or of images, which are read once and remembered.
+        """Get the reference's statistics: from a file, or of images, which are read once and remembered.
 
         Raises:
             UserError: on all processes, whatever is wrong with it.
@@ -126,16 +126,16 @@ class SampleQuality:
                 self.reference = self._remembered(self.source) or self._measured(self.source)
 
     def measure(self) -> dict[str, float]:
-        """The metrics by their keys in the log: `eval/<metric>` with the samples' guidance, and `..._unguided`.
+        """Return the metrics by their keys in the log: `eval/<metric>` with the samples' guidance, and `..._unguided`.
 
         Raises:
-            Unmeasured: on all processes, whatever one of them met.
+            Unmeasured: on all processes, whatever one of them raised.
         """
-        # What FSDP's shards meet inside the network one process meets alone: it must end, as in a training step.
-        met = UserError if self.evaluator.is_sharded else Exception
+        # With FSDP's shards an error inside the network is one process's alone: it must end, as in a training step.
+        survived = UserError if self.evaluator.is_sharded else Exception
         try:
             return self._measured_values()
-        except met as error:
+        except survived as error:
             raise Unmeasured(message_of(error)) from error
 
     def _measured_values(self) -> dict[str, float]:
@@ -156,15 +156,15 @@ class SampleQuality:
             for name in self.evaluator.metrics
         }
 
-    def _key(self, source: Source) -> str:
-        """What the statistics follow from."""
+    def _fingerprint(self, source: Source) -> str:
+        """Return a hash of everything that the statistics follow from."""
         network = self.evaluator.network
         parts = (source.fingerprint, self.img_size, network.name, network.weights_id)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _remembered(self, source: Source) -> ImageStatistics | None:
-        """What an earlier start of this run measured; the main process alone compares with it."""
-        path, key = self.output_dir / REFERENCE_FILE, self._key(source)
+        """Return what an earlier start of this run measured, if it did; the main process alone compares with it."""
+        path, key = self.output_dir / REFERENCE_FILE, self._fingerprint(source)
         found = None
         if self.accelerator.is_main_process and is_of(path, key):
             try:
@@ -181,7 +181,7 @@ class SampleQuality:
             say(f"Evaluation: looks at the {count}images of {source.name} once, to compare with them ...")
         images = images_of_source(source)
         statistics = self.evaluator.statistics_of_images(images, self.img_size, "reference")
-        reference = replace(statistics, name=self._key(source))
+        reference = replace(statistics, name=self._fingerprint(source))
         if self.accelerator.is_main_process:
             path = self.output_dir / REFERENCE_FILE
             try:
@@ -192,7 +192,7 @@ class SampleQuality:
 
 
 def is_of(path: Path, key: str) -> bool:
-    """Whether a file of statistics is there and was made under this name."""
+    """Return True where a file of statistics is there and was made under this name."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return json.loads(str(file["about"]))["source"] == key
