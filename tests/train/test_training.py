@@ -82,6 +82,7 @@ def test_muon_learns_too(images, tmp_path):
 @pytest.mark.parametrize("space", ["x", "e", "v"])
 def test_every_pair_of_prediction_and_loss_learns(images, tmp_path, prediction, space):
     flags = ["--prediction", prediction, "--loss_space", space, "--max_steps", "12", "--batch_size", "8"]
+    flags += ["--model", "JiT-Ti/14"]
     assert train_here("--data_path", str(images), "--output_dir", str(tmp_path), *flags) == 0
     assert sum(losses(tmp_path)[-3:]) < sum(losses(tmp_path)[:3])
 
@@ -102,12 +103,14 @@ def test_gradient_checkpointing_changes_nothing_but_memory_even_with_dropout(ima
 
 @pytest.mark.multiprocess
 def test_accumulation_and_processes_are_the_same_thing(images, tmp_path):
-    """(1 process, 4 micro-steps) = (2, 2) = (4, 1): the same images, noise, steps and weights."""
+    """(1 process, 4 micro-steps) = (2, 2) = (4, 1): the same images, noise, steps and weights, on all ranks."""
     runs = {}
     for processes, accumulation in ((1, 4), (2, 2), (4, 1)):
         out = runs[processes] = tmp_path / f"{processes}"
         flags = ["--data_path", str(images), "--output_dir", str(out), "--batch_size", "3", "--max_steps", "5"]
-        train_group(tmp_path, *flags, "--gradient_accumulation_steps", str(accumulation), num_processes=processes)
+        flags += ["--gradient_accumulation_steps", str(accumulation)]
+        own = {"TEST_WEIGHTS_FOLDER": str(tmp_path)}
+        train_group(tmp_path, *flags, num_processes=processes, environment=own if processes == 2 else None)
     for processes in (2, 4):
         assert losses(runs[processes]) == pytest.approx(losses(runs[1]), rel=1e-4)
         for a, b in zip(rows(runs[1]), rows(runs[processes])):
@@ -120,6 +123,10 @@ def test_accumulation_and_processes_are_the_same_thing(images, tmp_path):
             key = f"model/{name}"
             travel = (one[key] - start[name]).norm()
             assert (one[key] - other[key]).norm() <= 0.02 * travel + 1e-6, name
+    weights = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    moved = [name for name, p in initial_weights().items() if not torch.equal(weights[0][name], p)]
+    assert len(moved) > 20
 
 
 def initial_weights():
@@ -129,25 +136,31 @@ def initial_weights():
     return build_model("JiT-Ti/7", img_size=28, num_classes=4).state_dict()
 
 
-@pytest.mark.multiprocess
-def test_ranks_hold_equal_weights_after_training(images, tmp_path):
-    flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "out")]
-    group = Group(flags, tmp_path / "log.txt", 2, {"TEST_WEIGHTS_FOLDER": str(tmp_path)})
-    assert group.wait() == [0, 0], group.output()
-    weights = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    moved = [name for name, p in initial_weights().items() if not torch.equal(weights[0][name], p)]
-    assert len(moved) > 20
+FLAGS_OF_KILLED = ("--max_steps", "14", "--save_every_steps", "3", "--resume", "auto")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Return a function that trains to the end, without workers, once for each data and number of processes."""
+    runs = {}
+
+    def run(data, processes, *flags):
+        if (data, processes) not in runs:
+            folder = tmp_path_factory.mktemp("whole")
+            given = ("--data_path", str(data), *FLAGS_OF_KILLED, *flags, "--output_dir", str(folder / "run"))
+            train_group(folder, *given, num_processes=processes)
+            runs[data, processes] = folder / "run"
+        return runs[data, processes]
+
+    return run
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2)])
-def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(images, tmp_path, processes, workers):
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(images, uninterrupted, tmp_path, processes, workers):
     """kill -9 three times, at whatever moment, across an epoch's end (44 images); bit for bit the same run."""
-    flags = ["--data_path", str(images), "--num_workers", str(workers), "--max_steps", "14", "--save_every_steps", "3"]
-    flags += ["--proj_dropout", "0.1", "--resume", "auto"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train_group(tmp_path, *flags, "--output_dir", str(whole), num_processes=processes)
+    whole, broken = uninterrupted(images, processes, "--proj_dropout", "0.1"), tmp_path / "broken"
+    flags = ["--data_path", str(images), "--num_workers", str(workers), *FLAGS_OF_KILLED, "--proj_dropout", "0.1"]
     for kill_at in (1, 5, 10):
         group = Group([*flags, "--output_dir", str(broken)], tmp_path / "killed.txt", processes)
         deadline = time.monotonic() + 120
@@ -262,15 +275,17 @@ def test_a_finished_run_that_is_made_longer_leaves_a_new_pipeline(images, tmp_pa
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.fixture(scope="module")
+def shards(images, tmp_path_factory):
+    return as_parquet(images, tmp_path_factory.mktemp("parquet") / "shards", num_shards=4)
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_stream_resumes_exactly(images, tmp_path, workers):
+def test_a_killed_stream_resumes_exactly(shards, uninterrupted, tmp_path, workers):
     """The same law for streamed Parquet, on two processes."""
-    shards = as_parquet(images, tmp_path / "shards", num_shards=4)
-    flags = ["--data_path", str(shards), "--num_workers", str(workers), "--max_steps", "13", "--save_every_steps", "3"]
-    flags += ["--resume", "auto"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train_group(tmp_path, *flags, "--output_dir", str(whole), num_processes=2)
+    whole, broken = uninterrupted(shards, 2), tmp_path / "broken"
+    flags = ["--data_path", str(shards), "--num_workers", str(workers), *FLAGS_OF_KILLED]
     group = Group([*flags, "--output_dir", str(broken)], tmp_path / "killed.txt", 2)
     deadline = time.monotonic() + 120
     while len(rows(broken)) < 8 and time.monotonic() < deadline:
