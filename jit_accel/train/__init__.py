@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jit_accel.config.command_line import exit_code_of, parse_args
 from jit_accel.config.completion import run_folder
 from jit_accel.config.settings import Config
+
+if TYPE_CHECKING:
+    from jit_accel.data.formats.source import Source
+    from jit_accel.model.objective import Objective
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,13 +27,15 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code_of(run)
 
 
-def fit(config: Config) -> Path:
+def fit(config: Config, *, source: Source | None = None, objective: type[Objective] | None = None) -> Path:
     """Train in this process, and return the run's folder, which `jit_accel.load` takes.
 
     SIGTERM and Ctrl-C save a checkpoint and end the training; `resume="auto"` goes on from there.
 
     Args:
         config: as `Config.of` returns it.
+        source: images of one's own, in place of those that `data_path` names.
+        objective: a subclass of `Objective`, made with the settings of the group of that name.
 
     Raises:
         UserError: a setting, the data or the device does not allow the training.
@@ -38,5 +45,5 @@ def fit(config: Config) -> Path:
     """
     from jit_accel.train.build import start
 
-    start(config)
+    start(config, source, objective)
     return Path(run_folder(config))

@@ -7,7 +7,6 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -45,7 +44,7 @@ from jit_accel.monitor.trackers import build_trackers
 from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed
 from jit_accel.train.initial_weights import Initial, Tuning, read_initial, tune
-from jit_accel.train.optimizers import build_optimizers, lr_at
+from jit_accel.train.optimizers import build_optimizers, schedule_of
 from jit_accel.train.run_record import describe_data
 from jit_accel.train.sample_quality import SampleQuality
 from jit_accel.train.samples import SampleSheets
@@ -55,8 +54,8 @@ from jit_accel.train.training_data import open_data
 from jit_accel.train.validation import Validation
 
 
-def start(config: Config) -> int:
-    """Build everything and train. Returns the exit code."""
+def start(config: Config, source: Source | None = None, objective: type[Objective] | None = None) -> int:
+    """Build everything and train. Returns the exit code. Arguments as of `fit`."""
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("jit_accel").setLevel(logging.ERROR)
     folder, resume = Path(run_folder(config)), os.path.expanduser(config.run.resume)
@@ -68,7 +67,7 @@ def start(config: Config) -> int:
             on_main(accelerator, lambda: hub.check_login(config.hub.hub_model_id))
         # The main process chooses, so that all load the same.
         (checkpoint,) = broadcast_object_list([checkpoint])
-        trainer = build_trainer(config, accelerator, checkpoint)
+        trainer = build_trainer(config, accelerator, checkpoint, source, objective or Objective)
         with contextlib.closing(trainer.feed):
             if checkpoint:
                 trainer.resume(checkpoint)
@@ -82,11 +81,18 @@ def start(config: Config) -> int:
         return exit_code
 
 
-def build_trainer(config: Config, accelerator: Accelerator, checkpoint: Path | None = None) -> Trainer:
+def build_trainer(
+    config: Config,
+    accelerator: Accelerator,
+    checkpoint: Path | None = None,
+    source: Source | None = None,
+    objective: type[Objective] = Objective,
+) -> Trainer:
     """Open data and weights, complete the settings with what they are, and put the parts of the run together.
 
     Args:
         checkpoint: that the run goes on from.
+        source: opened data, in place of what the settings name.
 
     Raises:
         UserError: on all processes, whichever raised it.
@@ -97,11 +103,13 @@ def build_trainer(config: Config, accelerator: Accelerator, checkpoint: Path | N
     saved = read_run(checkpoint)["settings"] if checkpoint else {}
     weights = initial.start if initial else None
     size = training_size(config, saved, weights)
-    source, held_out = open_data(config.data, img_size=size, val_images=config.run.val_images, accelerator=accelerator)
+    source, held_out = open_data(
+        config.data, img_size=size, val_images=config.run.val_images, accelerator=accelerator, given=source
+    )
     if initial and tuning.lora_rank:
         initial.labels_for(source)  # of other classes it says so better than `complete` would
     config, plan, warnings = complete(config, facts_of(accelerator, source, saved, weights))
-    trainer = assemble(config, plan, source, accelerator, held_out, initial)
+    trainer = assemble(config, plan, source, accelerator, held_out, initial, objective)
     if accelerator.is_main_process:
         validated = trainer.validation.num_images if trainer.validation else 0
         introduce(config, plan, source, accelerator, trainer.network, validated)
@@ -137,6 +145,7 @@ def assemble(
     accelerator: Accelerator,
     held_out: HeldOut | None,
     initial: Initial | None,
+    objective: type[Objective],
 ) -> Trainer:
     """Build the parts of a run from its resolved settings."""
     optim, run = config.optim, config.run
@@ -165,34 +174,18 @@ def assemble(
         seed=run.seed,
         num_classes=config.model.num_classes,
     )
-    facts = {
-        "world_size": accelerator.num_processes,
-        "global_batch_size": plan.global_batch_size,
-        "settings": config.recorded(),
-        "data": describe_data(source),
-        "class_names": class_names,
-        "fingerprint": source.fingerprint,
-        "base_identity": tuning.base_identity,
-    }
     return Trainer(
         accelerator,
         plan,
         run=run,
         sample=config.sample,
         evaluation=config.evaluation,
-        facts=RunFacts(facts, accelerator.is_main_process),
+        facts=RunFacts.of(config.recorded(), plan, source, accelerator, class_names, tuning.base_identity),
         model=model,
         optimizers=optimizers,
         averages=averages,
-        objective=Objective(**{field.name: getattr(config.objective, field.name) for field in fields(Objective)}),
-        learning_rate_at=partial(
-            lr_at,
-            learning_rate=optim.learning_rate,
-            warmup_steps=plan.warmup_steps,
-            total_steps=plan.total_steps,
-            schedule=optim.lr_schedule,
-            min_learning_rate=optim.min_learning_rate,
-        ),
+        objective=objective(**vars(config.objective)),
+        learning_rate_at=schedule_of(optim, plan),
         max_grad_norm=optim.max_grad_norm,
         max_bad_images=config.data.max_bad_images,
         tuning=tuning,

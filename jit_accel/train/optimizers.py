@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jit_accel.base.errors import lookup
-from jit_accel.config.completion import Plan
+from jit_accel.config.lengths import Plan
 from jit_accel.config.settings import OptimConfig
 
 

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from jit_accel.base.console import warn
 from jit_accel.base.errors import UserError
 from jit_accel.base.sharding import sharded_like
+from jit_accel.config.lengths import Plan
 from jit_accel.config.settings import SETTINGS, EvalConfig, HealthConfig, HubConfig, TrackingConfig
+from jit_accel.data.formats.source import Source
+from jit_accel.train.run_record import describe_data
 
 # Settings that must agree between a checkpoint and the run that continues it; everything else may change.
 FIXED_SETTINGS = (
@@ -89,6 +92,22 @@ class RunFacts:
         self.facts, self.is_main = facts, is_main
         self.changes = ""  # in words, since the checkpoint
         self.is_other_training = False  # than the one it goes on from
+
+    @classmethod
+    def of(
+        cls, settings: dict, plan: Plan, source: Source, accelerator, class_names: list[str], base_identity: str | None
+    ) -> RunFacts:
+        """Gather the facts of a run; `base_identity` is of the weights that an adapter stands on."""
+        facts = {
+            "world_size": accelerator.num_processes,
+            "global_batch_size": plan.global_batch_size,
+            "settings": settings,
+            "data": describe_data(source),
+            "class_names": class_names,
+            "fingerprint": source.fingerprint,
+            "base_identity": base_identity,
+        }
+        return cls(facts, accelerator.is_main_process)
 
     def state_dict(self) -> dict:
         return self.facts

@@ -216,12 +216,6 @@ class Trainer:
             self.save()
             raise bad_images_error(interval.bad_images, self.max_bad_images, self.feed.all_bad_images())
 
-    def try_out(self) -> None:
-        """Do one forward and backward, and write nothing: a dry run."""
-        loss = self.loss(self.feed.next()).mean()
-        self.accelerator.backward(loss)
-        self.say(f"Dry run: loss {loss.item():.4f} after one forward and backward. Everything is in place.")
-
     def save(self) -> None:
         """Write a checkpoint of this step, once; the metrics have been read, and are finite."""
         if self.saved_step != self.step:

@@ -16,19 +16,20 @@ from jit_accel.data.formats.sources import Source, open_images
 
 
 def open_data(
-    data: DataConfig, *, img_size: int, val_images: int, accelerator: Accelerator
+    data: DataConfig, *, img_size: int, val_images: int, accelerator: Accelerator, given: Source | None = None
 ) -> tuple[Source, HeldOut | None]:
     """Open the images to train on, and those held out, if any; the same of both on all processes.
 
     Args:
         val_images: how many of those held out are read, at most.
+        given: opened already, in place of `data_path`.
 
     Raises:
         UserError: on all processes, whichever raised it.
     """
 
     def open_and_split() -> tuple[Source, HeldOut | None]:
-        source = open_images(
+        source = given or open_images(
             data.data_path,
             data_format=data.data_format,
             image_column=data.image_column,
