@@ -32,7 +32,7 @@ STATE = "state.json"
 FORMAT_VERSION = 2
 
 
-class Part(Protocol):
+class Stateful(Protocol):
     """A thing that the next steps of a run follow from: tensors by name, or JSON values."""
 
     def state_dict(self) -> dict: ...
@@ -53,7 +53,7 @@ class Checkpointer:
         self.folder = output_dir / "checkpoints"
         self.keep = keep
 
-    def save(self, step: int, parts: Mapping[str, Part | None]) -> Path:
+    def save(self, step: int, parts: Mapping[str, Stateful | None]) -> Path:
         """Write a checkpoint; when this returns, it is on disk under its final name.
 
         Args:
@@ -176,7 +176,7 @@ def is_complete(path: Path) -> bool:
         return False
 
 
-def load_parts(path: Path, parts: Mapping[str, Part | None]) -> int:
+def load_parts(path: Path, parts: Mapping[str, Stateful | None]) -> int:
     """Let each part take its state from a checkpoint. Returns the step it was written at."""
     state = _read(path)
     for name, part in parts.items():

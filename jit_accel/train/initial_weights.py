@@ -1,4 +1,4 @@
-"""Training that starts from trained weights: what fits of them is kept, and what does not is told."""
+"""Trained weights to start from: those that fit are kept, and the others are named."""
 
 from __future__ import annotations
 
@@ -29,39 +29,42 @@ PATCH_OUT = ("final_layer.linear.weight", "final_layer.linear.bias")
 
 @dataclass(frozen=True)
 class Initial:
-    """What `--init_from` names, read.
+    """The weights that `--init_from` names.
 
     Attributes:
-        network: its weights, float32 on the CPU.
-        class_names: None where its classes have numbers only.
-        noise_scale, prediction: what it was trained with.
-        guidance_scale: of its samples.
+        path: as it was given.
+        pipeline: of these weights, float32 on the CPU.
     """
 
     path: str
-    network: JiTTransformer2DModel
-    class_names: tuple[str, ...] | None
-    noise_scale: float
-    prediction: str
-    guidance_scale: float | None = None
+    pipeline: JiTPipeline
+
+    @property
+    def network(self) -> JiTTransformer2DModel:
+        return self.pipeline.transformer
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes; None where they have numbers only."""
+        return real_names(self.pipeline.config.class_names)
 
     @property
     def start(self) -> Start:
-        """What completes the settings of a run that starts from these weights."""
-        network = self.network.config
+        """The facts that complete the settings of a run that starts from these weights."""
+        network, scheduler = self.network.config, self.pipeline.scheduler.config
         return Start(
             self.path,
             {name: network[name] for name in SIZES},
             network.patch_size,
             network.img_size,
             network.num_classes,
-            self.noise_scale,
-            self.prediction,
-            self.guidance_scale,
+            scheduler.noise_scale,
+            scheduler.prediction_type,
+            self.pipeline.config.guidance_scale,
         )
 
     def rows_for(self, names: Sequence[str] | None, num_classes: int) -> list[int | None]:
-        """Of each class the source's row of the label table: that of its name, where both have names, else its number.
+        """Return the row of each class in the source's label table: by name, where both have names, else by number.
 
         Args:
             names: of the first classes, or None.
@@ -74,7 +77,7 @@ class Initial:
         return [None] * num_classes
 
     def labels_for(self, source: Source) -> tuple[Tensor, list[str]]:
-        """For an adapter, which cannot learn new classes: the source's class of each label, and the classes' names.
+        """Return the source's class of each label, and the classes' names, for an adapter, which learns no new class.
 
         Raises:
             UserError: the data has classes that the source does not know.
@@ -101,7 +104,7 @@ class Initial:
 
 @dataclass
 class Transfer:
-    """What became of the source's tensors."""
+    """The fate of the source's tensors in a new network."""
 
     kept: dict[str, int] = field(default_factory=dict)  # name -> how many numbers of it
     new: dict[str, str] = field(default_factory=dict)  # name -> why
@@ -109,6 +112,7 @@ class Transfer:
     dropped: list[str] = field(default_factory=list)
 
     def in_words(self, path: str) -> str:
+        """Return a line for each kind of fate."""
         lines = [f"From {path}: kept {len(self.kept)} tensors, {sum(self.kept.values()):,} parameters."]
         if self.resampled:
             lines.append(f"  resampled to the new patch size: {', '.join(self.resampled)}")
@@ -161,7 +165,7 @@ def _transfer_labels(initial: Initial, table: Tensor, given: Tensor, names, done
 
 
 def resample_patches(tensors: dict[str, Tensor], old: int, new: int) -> dict[str, Tensor]:
-    """The layers that see patches of `old` x `old` pixels, for patches of `new` x `new` (FlexiViT, arXiv 2212.08013).
+    """Return the layers that see patches of `old` pixels a side, for patches of `new` (FlexiViT, arXiv 2212.08013).
 
     With R the bilinear (antialiased) resizing of a patch, the last layer's output is resized, y' = R y, and the first
     layer gets the pseudo-inverse, so that it sees in a resized patch what it saw in the patch: w' R x = w x, exactly
@@ -181,7 +185,7 @@ def resample_patches(tensors: dict[str, Tensor], old: int, new: int) -> dict[str
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a run stands to the weights that it starts from, if any.
+    """The relation of a run to the weights that it starts from, if any.
 
     Attributes:
         class_names: of the first classes.
@@ -205,11 +209,11 @@ class Tuning:
             refuse_other_base(checkpoint, run, self.path, self.adapter.base_identity)
 
     def labels_of(self, batch: Batch) -> Tensor:
-        """Labels (B,) as the network knows them."""
+        """Return labels (B,) as the network knows them."""
         return batch.labels if self.labels is None else self.labels.to(batch.labels.device)[batch.labels]
 
     def plain_weights(self, network: torch.nn.Module, adapter: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-        """The network's weights with these of the adapter merged in, whole, for those that `keep` them; all call it."""
+        """Return the network's weights with the adapter merged in, to processes that `keep` them; all call it."""
         weights = whole_tensors(network.state_dict(), keep=keep)
         return merged(weights, adapter, self.adapter.scale) if keep else {}
 
@@ -225,8 +229,8 @@ def tune(
     """Give a fresh model the weights to start from, and an adapter where one is to be trained.
 
     Args:
-        noise_scale: what the run trains with.
-        say: told what became of the weights.
+        noise_scale: of the run.
+        say: prints the fate of the weights.
 
     Raises:
         UserError: an adapter that cannot be trained.
@@ -255,24 +259,24 @@ def tune(
 
 
 def notes(initial: Initial, model: JiTTransformer2DModel, noise_scale: float) -> list[str]:
-    """What differs from the source without being a weight."""
+    """Return lines about all that differs from the source without being a weight."""
     old, new, found = initial.network.config, model.config, []
     if old.img_size != new.img_size:
         found.append(
             f"  {new.img_size} px instead of {old.img_size}: positions are computed, so no weight depends on it"
         )
-    if initial.noise_scale != noise_scale:
-        found.append(f"  --noise_scale {noise_scale:g} instead of {initial.noise_scale:g}")
+    if initial.start.noise_scale != noise_scale:
+        found.append(f"  --noise_scale {noise_scale:g} instead of {initial.start.noise_scale:g}")
     if old.in_context_start != new.in_context_start:
         found.append(f"  in-context tokens from block {new.in_context_start} on instead of {old.in_context_start}")
     return found
 
 
 def read_initial(path: str) -> Initial:
-    """Read what `--init_from` names.
+    """Read the weights at `path`: a pipeline folder, a run, a checkpoint, a Hub id.
 
     Raises:
-        UserError: it is nothing that has weights of a JiT.
+        UserError: they are not weights of a JiT.
     """
     file = Path(path).expanduser()
     if file.is_file():
@@ -282,27 +286,15 @@ def read_initial(path: str) -> Initial:
             about="init_from",
             value=path,
         )
-    pipeline = _load_quietly(path)
-    names = pipeline.config.class_names
-    scheduler = pipeline.scheduler.config
-    return Initial(
-        path=path,
-        network=pipeline.transformer.requires_grad_(False),
-        class_names=real_names(names),
-        noise_scale=scheduler.noise_scale,
-        prediction=scheduler.prediction_type,
-        guidance_scale=pipeline.config.guidance_scale,
-    )
-
-
-def _load_quietly(path: str) -> JiTPipeline:
     had_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return load_pipeline(path, about="init_from")
+        pipeline = load_pipeline(path, about="init_from")
     finally:
         if had_bar:
             logging.enable_progress_bar()
+    pipeline.transformer.requires_grad_(False)
+    return Initial(path, pipeline)
 
 
 def refuse_what_an_adapter_cannot_learn(initial: Initial, done: Transfer, model: JiTTransformer2DModel) -> None:
@@ -320,12 +312,12 @@ def refuse_what_an_adapter_cannot_learn(initial: Initial, done: Transfer, model:
 
 
 def names_of(source: Source) -> tuple[str, ...] | None:
-    """The classes' names of a data set; None where it has none, or nothing to tell apart."""
+    """Return the classes' names of a data set; None where it has none, or nothing to tell apart."""
     return real_names(source.class_names) if source.is_labelled else None
 
 
 def real_names(names: Sequence[str] | None) -> tuple[str, ...] | None:
-    """None where names tell nothing: there is one class, or they are the numbers."""
+    """Return the names, or None where they tell nothing: there is one class, or they are the numbers."""
     if not names or len(names) < 2 or all(name == str(i) for i, name in enumerate(names)):
         return None
     return tuple(names)

@@ -28,3 +28,8 @@ def test_the_table_names_what_is_public():
     table = PAGE.read_text(encoding="utf-8").partition("| --- |")[2].partition("\n\n")[0]
     named = set(re.findall(r"`jit\.(\w+)", table))
     assert named == set(dir(jit)) - {"__version__"}
+
+
+def test_the_public_names_have_types():
+    stub = (Path(jit.__file__).parent / "__init__.pyi").read_text(encoding="utf-8")
+    assert set(re.findall(r"(?: as |^)(\w+)(?:$| = )", stub, re.MULTILINE)) == set(dir(jit)) - {"__version__"}

@@ -35,7 +35,9 @@ def network(**sizes) -> JiTTransformer2DModel:
 
 
 def initial(names=("a", "b", "c"), **sizes) -> Initial:
-    return Initial("runs/source", network(**sizes), names, noise_scale=1.0, prediction="x")
+    source = network(**sizes)
+    names = names and [*names, *map(str, range(len(names), source.config.num_classes))][: source.config.num_classes]
+    return Initial("runs/source", JiTPipeline(source, JiTScheduler(), class_names=names))
 
 
 def fresh(**sizes) -> JiTTransformer2DModel:
