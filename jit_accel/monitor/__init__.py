@@ -1,1 +1,1 @@
-"""What a run measures, judges, writes down and shows."""
+"""Metrics, signs of trouble, log, progress and trackers of a run."""

@@ -1,4 +1,4 @@
-"""What is measured in a training, kept on the device until a whole interval is read at once."""
+"""Measurements of a training, kept on the device until a whole interval is read at once."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def of_each_process(value: float, rank: int, num_processes: int) -> list[float]:
 
 
 class WeightWatch:
-    """How far a step moves the weights, and how far the averages trail behind them.
+    """The distance that a step moves the weights, and that of the averages behind them.
 
     Measured on the matrices of the first, the middle and the last block, which say as much as all of them and cost
     little; each process measures the share that it holds.

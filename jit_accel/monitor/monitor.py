@@ -1,4 +1,4 @@
-"""What watches a run for the trainer: its steps are measured, judged, logged and shown here."""
+"""The monitor of a run: its steps are measured, judged, logged and shown here."""
 
 from __future__ import annotations
 

@@ -32,13 +32,9 @@ class Segment:
     def is_offline(self) -> bool:
         return self.file.parent.name.startswith("offline-")
 
-    @property
-    def is_on_server(self) -> bool:
-        """True where the server has all of it; `wandb sync` leaves, and looks for, the same mark."""
-        return synced_mark(self.file).exists()
-
 
 def synced_mark(file: Path) -> Path:
+    """Return the file that says that the server has all of a segment; `wandb sync` leaves, and looks for, the same."""
     return file.with_name(file.name + ".synced")
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 from accelerate.tracking import GeneralTracker
 
@@ -53,21 +54,6 @@ class Unusable(Exception):
     """W&B's server cannot be used now; the message says why, and what would help."""
 
 
-class Complaints:
-    """The place where wandb would print; it notes the line that ends the upload."""
-
-    def __init__(self):
-        self.has_given_up = False
-
-    def info(self, message: str) -> None:
-        pass
-
-    def warning(self, message: str) -> None:
-        self.has_given_up |= "Fatal error while uploading" in message
-
-    error = warning
-
-
 class WandbTracker(GeneralTracker):
     """A run of W&B, begun or continued; Accelerate's own tracker needs a server, and begins a new run at each start.
 
@@ -88,8 +74,7 @@ class WandbTracker(GeneralTracker):
         self.id_file = output_dir / ID_FILE
         self.id = self.id_file.read_text().strip() if self.id_file.exists() else ""
         self.last_step = self.newest_step = 0
-        self.is_offline = self.is_warned = False
-        self.complaints = Complaints()
+        self.is_offline = self.is_warned = self.has_given_up = False
         super().__init__()
 
     @property
@@ -132,8 +117,12 @@ class WandbTracker(GeneralTracker):
         import wandb
 
         session = wandb.setup(settings=wandb.Settings(silent=True))
-        wandb.termsetup(wandb.Settings(silent=True), self.complaints)
+        listener = SimpleNamespace(info=lambda line: None, warning=self._look_for_end, error=self._look_for_end)
+        wandb.termsetup(wandb.Settings(silent=True), listener)  # what it would print goes there
         return session.settings.mode
+
+    def _look_for_end(self, line: str) -> None:
+        self.has_given_up |= "Fatal error while uploading" in line
 
     def _start_online(self) -> None:
         log_in()
@@ -160,7 +149,7 @@ class WandbTracker(GeneralTracker):
             for segment in self.earlier
             if segment.project in ("", self.tracking.wandb_project) and entity in ("", segment.entity or entity)
         ]
-        if any(not segment.is_offline and not segment.is_on_server for segment in earlier):
+        if any(not segment.is_offline and not synced_mark(segment.file).exists() for segment in earlier):
             old, self.id, earlier = self.id, secrets.token_hex(4), []
             warn(
                 f"nobody can know now how much of the run {old} W&B's server has: this part goes to the new run "
@@ -267,7 +256,7 @@ class WandbTracker(GeneralTracker):
             synced_mark(self._file).touch()
 
     def _warn_if_given_up(self) -> None:
-        if self.complaints.has_given_up and not self.is_offline:
+        if self.has_given_up and not self.is_offline:
             self._warn_incomplete("W&B's server refuses what is sent, and wandb has given up")
 
     def _warn_incomplete(self, problem: str) -> None:
