@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from jit_accel.base.errors import UserError
 from jit_accel.evaluate.features import MAIN, SPATIAL, has_torch_fidelity, import_torch_fidelity
 from jit_accel.evaluate.settings import metric_names
 from jit_accel.evaluate.statistics import INCEPTION_SCORE_SPLITS, Gaussian, ImageStatistics
@@ -97,21 +98,32 @@ def measured(metrics: tuple[str, ...], images: ImageStatistics, reference: Image
     return found
 
 
-def unmeasurable(metrics: tuple[str, ...], reference: ImageStatistics, num_images: int | None = None) -> dict[str, str]:
-    """Return the metrics that this reference, number of images or installation does not allow, each with the reason."""
-    counts = (num_images, None if reference.kept is None else len(reference.kept))
-    fewest = min((count for count in counts if count is not None), default=math.inf)
-    table, reasons = metric_names(reference.features), {}
+def measurable(
+    metrics: tuple[str, ...], reference: ImageStatistics, num_images: int, *, are_wanted: bool, warn: Callable
+) -> tuple[str, ...]:
+    """Return the metrics that this reference, number of images and installation allow; warn of the others.
+
+    Raises:
+        UserError: another one, and these `are_wanted` by name.
+    """
+    fewest = min(num_images, num_images if reference.kept is None else len(reference.kept))
+    reasons: dict[str, list[str]] = {}
     for name in metrics:
-        metric = table[name]
+        metric, reason = metric_names(reference.features)[name], ""
         if metric.short == "sfd" and SPATIAL not in reference.gaussians:
-            reasons[name] = "the reference has no spatial statistics (mu_s, sigma_s)"
+            reason = "the reference has no spatial statistics (mu_s, sigma_s)"
         elif metric.is_pairwise and reference.kept is None:
-            reasons[name] = "the reference has mean and covariance alone, no features of single images"
+            reason = "the reference has mean and covariance alone, no features of single images"
         elif metric.is_pairwise and not has_torch_fidelity():
-            reasons[name] = "torch-fidelity is not installed: pip install 'jit_accel[eval]'"
+            reason = "torch-fidelity is not installed: pip install 'jit_accel[eval]'"
         elif metric.short in ("precision", "recall") and fewest <= NEIGHBOURS:
-            reasons[name] = f"of {fewest} images none has {NEIGHBOURS} neighbours"
-        elif metric.short == "is" and num_images is not None and num_images < 2 * INCEPTION_SCORE_SPLITS:
-            reasons[name] = f"{num_images} images are fewer than two for each of {INCEPTION_SCORE_SPLITS} parts"
-    return reasons
+            reason = f"of {fewest} images none has {NEIGHBOURS} neighbours"
+        elif metric.short == "is" and num_images < 2 * INCEPTION_SCORE_SPLITS:
+            reason = f"{num_images} images are fewer than two for each of {INCEPTION_SCORE_SPLITS} parts"
+        if reason and are_wanted:
+            raise UserError(f"{reason}.", about="metrics", value=name)
+        reasons.setdefault(reason, []).append(name)
+    found = reasons.pop("", [])
+    for reason, names in reasons.items():
+        warn(f"without {', '.join(names)}: {reason}.")
+    return tuple(found)

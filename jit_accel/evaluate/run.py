@@ -22,14 +22,13 @@ from jit_accel.base.processes import on_all, on_main, process_group
 from jit_accel.evaluate.candidate import Candidate
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import MAIN, FeatureNetwork, load_features
-from jit_accel.evaluate.formulas import unmeasurable
+from jit_accel.evaluate.formulas import measurable
 from jit_accel.evaluate.grid import Setting, is_sweep
 from jit_accel.evaluate.image_sets import ImageSet, open_image_set
 from jit_accel.evaluate.records import FILE, add_records, read_records, record_file, table_of
 from jit_accel.evaluate.settings import EvaluateConfig, chosen_metrics, metric_names
 from jit_accel.evaluate.statistics import ImageStatistics, save_reference
-from jit_accel.evaluate.sweep import Measured, Outcome, SweepLog, sweep
-from jit_accel.evaluate.sweep_table import as_markdown, verdict, write_sweep_files
+from jit_accel.evaluate.sweep import Measured, Outcome, SweepLog, as_markdown, sweep, verdict, write_sweep_files
 from jit_accel.evaluate.winner import pipeline_folder_of, show_on_card, write_winner
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.generation import SamplerSettings
@@ -58,7 +57,8 @@ def measure_here(
     evaluator = build_evaluator(config, OneProcess(), pipeline.device, show_progress)
     side = checked_side(pipeline, config.img_size)
     reference = evaluator.load_reference(config.reference, side)
-    evaluator.metrics = measurable(config, evaluator, reference, config.num_images)
+    wanted = {"are_wanted": bool(config.metrics), "warn": warn}
+    evaluator.metrics = measurable(evaluator.metrics, reference, config.num_images, **wanted)
     return evaluator.measure_pipeline(pipeline, reference, config.num_images, settings, config.seed, side)
 
 
@@ -92,7 +92,11 @@ def evaluate(config: EvaluateConfig) -> int:
             on_main(accelerator, lambda: save_reference(Path(config.make_reference).expanduser(), reference))
         if num_images is None:
             return 0
-        evaluator.metrics = measurable(config, evaluator, reference, num_images)
+        wanted = {
+            "are_wanted": bool(config.metrics),
+            "warn": warn if accelerator.is_main_process else lambda text: None,
+        }
+        evaluator.metrics = measurable(evaluator.metrics, reference, num_images, **wanted)
         evaluation = Evaluation(config, evaluator, reference, img_size, candidate)
         if candidate and is_sweep(candidate.axes):
             run_sweep(evaluation, file)
@@ -152,17 +156,6 @@ def imbalance(label_counts: tuple[int, ...]) -> float:
     """Return the share of images that would have to change their class for all to have as many; 0 if not known."""
     total, classes = sum(label_counts), len(label_counts)
     return sum(max(0, count / total - 1 / classes) for count in label_counts) if total else 0.0
-
-
-def measurable(config: EvaluateConfig, evaluator: Evaluator, reference: ImageStatistics, num_images: int) -> tuple:
-    """Return the metrics that can be measured; raise `UserError` where others were asked for."""
-    missing = unmeasurable(evaluator.metrics, reference, num_images)
-    if missing and config.metrics:
-        name, reason = next(iter(missing.items()))
-        raise UserError(f"{reason}.", about="metrics", value=name)
-    for reason in dict.fromkeys(missing.values()) if evaluator.accelerator.is_main_process else ():
-        warn(f"without {', '.join(name for name in missing if missing[name] == reason)}: {reason}.")
-    return tuple(name for name in evaluator.metrics if name not in missing)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from PIL import Image
 
 from jit_accel.base.errors import UserError
 from jit_accel.evaluate.grid import Setting, averages, grid, intervals, methods, numbers, whole_numbers
-from jit_accel.evaluate.sweep import Measured, SweepLog, ranked, sweep
-from jit_accel.evaluate.sweep_table import edges, write_sweep_files
+from jit_accel.evaluate.sweep import Measured, SweepLog, edges, ranked, sweep, write_sweep_files
 
 
 def test_a_range_holds_both_ends_and_its_decimals_are_exact():
