@@ -36,8 +36,7 @@ def on_main(accelerator, work: Callable[[], T], stop: StopRequest | None = None)
     """Do the work on the main process; all processes get its result, `UserError` or `Stopped`."""
     result, problems = _attempt(accelerator, work if accelerator.is_main_process else lambda: None, False, stop)
     _raise_everywhere(problems[0])
-    (result,) = broadcast_object_list([result])
-    return result
+    return broadcast_object_list([result])[0] if accelerator.num_processes > 1 else result
 
 
 def _attempt(accelerator, work: Callable[[], T], in_turn: bool, stop: StopRequest | None) -> tuple[T, Sequence]:
@@ -52,7 +51,9 @@ def _attempt(accelerator, work: Callable[[], T], in_turn: bool, stop: StopReques
             problem = error
         except Exception as error:  # the others must not wait for this process
             problem, bug = UserError(message_of(error)), error
-    problems, numbers = zip(*gather_object([(problem, number or (stop.number if stop else 0))]))
+    # One that works alone, such as `measure`, waits for nobody, whatever else is launched.
+    ours = [(problem, number or (stop.number if stop else 0))]
+    problems, numbers = zip(*(gather_object(ours) if accelerator.num_processes > 1 else ours))
     if bug:
         raise bug
     if max(numbers) and not any(problems):

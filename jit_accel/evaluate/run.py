@@ -42,12 +42,9 @@ OF_CONTEXT = ("features", "feature_weights", "img_size", "mixed_precision", "see
 class OneProcess:
     """An accelerator's part for the process that calls `measure`, whatever else is launched."""
 
-    num_processes, process_index, is_main_process, is_local_main_process = 1, 0, True, True
+    num_processes, process_index, is_main_process = 1, 0, True
     distributed_type = DistributedType.NO
-    autocast = staticmethod(nullcontext)
-
-    def wait_for_everyone(self) -> None:
-        """Wait for nobody."""
+    autocast = local_main_process_first = staticmethod(nullcontext)
 
 
 def measure_here(
@@ -92,10 +89,8 @@ def evaluate(config: EvaluateConfig) -> int:
             on_main(accelerator, lambda: save_reference(Path(config.make_reference).expanduser(), reference))
         if num_images is None:
             return 0
-        wanted = {
-            "are_wanted": bool(config.metrics),
-            "warn": warn if accelerator.is_main_process else lambda text: None,
-        }
+        warned = warn if accelerator.is_main_process else lambda text: None
+        wanted = {"are_wanted": bool(config.metrics), "warn": warned}
         evaluator.metrics = measurable(evaluator.metrics, reference, num_images, **wanted)
         evaluation = Evaluation(config, evaluator, reference, img_size, candidate)
         if candidate and is_sweep(candidate.axes):
