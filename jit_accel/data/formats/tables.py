@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, Features, Image
+from datasets import Dataset, DatasetDict, Features, Image, Value
 
 from jit_accel.base.errors import UserError, lookup
 from jit_accel.data.formats.columns import Columns, Labels, features_of, find_columns, label_kind, read_labels
@@ -143,6 +143,8 @@ def parquet_stream(
     wanted = {name: features[name] for name in columns.all}
     if isinstance(wanted[columns.image], Image):
         wanted[columns.image] = Image(decode=False)
+    if columns.label is not None and pa.types.is_integer(footers[0][1].field(columns.label).type):
+        wanted[columns.label] = Value("int64")  # HF copies the names of classes for each row group
     groups = [[footer.row_group(n) for n in range(footer.num_row_groups)] for footer, _ in footers]
     spans = None
     if all(shard.is_remote and shard.has_ranges for shard in shards):

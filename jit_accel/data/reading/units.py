@@ -13,7 +13,7 @@ import numpy as np
 from jit_accel.base.errors import UserError
 from jit_accel.data.formats.columns import Columns
 from jit_accel.data.reading.content import key_of
-from jit_accel.data.reading.parquet_rows import ParquetReader
+from jit_accel.data.reading.parquet_rows import read_row_group
 from jit_accel.data.reading.shards import Shard, Span, at_hand
 
 
@@ -79,9 +79,9 @@ class Stream:
 
     def keys(self, unit: int) -> np.ndarray:
         """Return the content keys of a unit's rows, uint64 (k,)."""
-        if self.columns.key and isinstance(self.read, ParquetReader):
+        if self.columns.key:  # in a store of ours, whose images need not be read
             file, number = self._place(unit)
-            return self.read.column(self.shards[file].local(), number, self.columns.key)
+            return read_row_group(self.shards[file].local(), number, [self.columns.key])[0].to_numpy()
         return np.array([self.key_of(row) for row in self.rows(unit)], np.uint64)
 
     def key_of(self, row: dict) -> int:
