@@ -122,7 +122,7 @@ class BatchPart:
     bad_images: dict[int, str]
 
 
-class PartReader(torch.utils.data.IterableDataset):
+class BatchPartReader(torch.utils.data.IterableDataset):
     """The endless `BatchPart`s of reader `number` of `count`, which read the images of `batches` together.
 
     An item may be a UserError, which is not raised: torch would bury its message under a worker's traceback.

@@ -15,7 +15,7 @@ from jit_accel.base import rng
 from jit_accel.base.errors import UserError
 from jit_accel.data.batches import order
 from jit_accel.data.batches.batch import MAX_SUBSTITUTES, PixelBatch, check_labels, empty_batch
-from jit_accel.data.batches.lanes import BatchPart, PartReader, images_in_a_window
+from jit_accel.data.batches.lanes import BatchPart, BatchPartReader, images_in_a_window
 from jit_accel.data.batches.workers import make_loader
 from jit_accel.data.formats.source import Source
 
@@ -248,7 +248,7 @@ class StreamReader:
         task, count = self._task, max(1, self._task.num_workers)
         # A message is a part of as many batches as there are workers, and so about as large as a batch.
         groups = _BatchGroups(self._order, position, count, task.rank, task.world_size, task.batch_size)
-        readers = [PartReader(task.source, self._order, task.img_size, groups, n, count) for n in range(count)]
+        readers = [BatchPartReader(task.source, self._order, task.img_size, groups, n, count) for n in range(count)]
         if task.num_workers:  # a loader of one worker each: HF divides the shards among the workers that it sees
             readers = [make_loader(reader, num_workers=1) for reader in readers]
         for positions, *parts in zip(groups, *readers):
