@@ -26,3 +26,4 @@ def test_a_sampling_goes_on(old_folders, tmp_path, format):
         found = stored["arr_0"][np.argsort(stored["arr_1"], kind="stable")]  # as the folders of the classes are
     expected = np.load(OLD_FOLDERS / "expected.npz")["samples"]
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+    assert [file.name for file in folder.iterdir() if file.name.startswith(".")] == []

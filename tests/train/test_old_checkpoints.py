@@ -41,10 +41,11 @@ def test_a_run_goes_on_with_the_same_losses(old_folders, tmp_path, name):
         assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_stream_goes_on_with_its_weights(old_folders, tmp_path):
-    """Its order of images is another one since, so that its losses are others."""
+def test_a_stream_goes_on_with_its_weights_and_says_once_that_its_epoch_begins_anew(old_folders, tmp_path, caplog):
+    """Its order of images is another one since, so its losses are others."""
     old = state(old_folders / "stream")
     rows = resume("stream", tmp_path)
+    assert caplog.text.count("begins anew") == 1
     assert list(rows) == list(range(1, 16))
     assert all(np.isfinite(row["train/loss"]) for row in rows.values())
     new = state(tmp_path / "stream")
