@@ -26,7 +26,7 @@ from jit_accel.model.generation import SamplerSettings, generate_batches
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import build_model
-from jit_accel.sample.plan import SamplePlan
+from jit_accel.sample.image_plan import SamplePlan
 from jit_accel.sample.stores import ImageFiles
 
 NUM_CLASSES = 10

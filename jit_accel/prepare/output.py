@@ -22,7 +22,6 @@ except ImportError:  # Windows
     fcntl = None
 
 _LOCK_PATIENCE_S = 5  # workers of a killed run leave within a second
-_MOST_VANISHED = 9
 
 
 class OutputFolder:
@@ -115,11 +114,10 @@ class OutputFolder:
         return UserError(rule, about="output_dir", value=self.path)
 
     def _lock_file(self) -> TextIO:
-        for _ in range(_MOST_VANISHED):
+        while True:
             self.work.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # a process that finished has just removed the folder
                 return open(self.work / "lock", "w")
-        return open(self.work / "lock", "w")
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from jit_accel.base.files import atomic_file
 from jit_accel.base.image_rows import draw_rows
 from jit_accel.model.generation import generators
-from jit_accel.sample.plan import ImageId, SamplePlan
+from jit_accel.sample.image_plan import ImageId, SamplePlan
 
 GRID_CLASSES, GRID_IMAGES, GRID_CELL_PIXELS = 10, 8, 256
 STRIP_IMAGES, STRIP_COLUMNS, STRIP_CELL_PIXELS = 6, 11, 192

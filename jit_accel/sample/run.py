@@ -25,9 +25,9 @@ from jit_accel.data.formats.scan import SAMPLES_RECORD
 from jit_accel.model.generation import SamplerSettings, generate_batches, share_of
 from jit_accel.model.loading import load_pipeline
 from jit_accel.model.pipeline import STEPS, JiTPipeline
+from jit_accel.sample.image_plan import ImageId, plan_images
 from jit_accel.sample.pictures import Denoising, Show, draw_animation, draw_grid, draw_strip, start_noise
-from jit_accel.sample.plan import ImageId, plan_images
-from jit_accel.sample.record import open_folder, record_of
+from jit_accel.sample.samples_record import open_folder, record_of
 from jit_accel.sample.settings import SampleConfig
 from jit_accel.sample.stores import ImageFiles, NpzFile
 

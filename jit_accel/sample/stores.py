@@ -19,7 +19,7 @@ from PIL import Image
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_file, remove_leftovers
-from jit_accel.sample.plan import ImageId, SamplePlan
+from jit_accel.sample.image_plan import ImageId, SamplePlan
 
 ENCODINGS = {"png": {"format": "PNG"}, "webp": {"format": "WEBP", "lossless": True, "quality": 50, "method": 2}}
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"

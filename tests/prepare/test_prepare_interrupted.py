@@ -17,7 +17,7 @@ from prepare_samples import SIZE, contents, make_sources, picture, prepare
 from jit_accel.base.errors import UserError
 from jit_accel.data.formats.sources import open_images
 from jit_accel.data.reading.images import TableImages
-from jit_accel.prepare import main, shards
+from jit_accel.prepare import main, store_shards
 from jit_accel.prepare.encode import Original, encode
 from jit_accel.prepare.output import OutputFolder
 from jit_accel.prepare.settings import PrepareConfig
@@ -303,7 +303,7 @@ def test_a_full_disk(refused, sources, tmp_path, monkeypatch):
 
     flags = ("--data_path", sources["folder"], "--output_dir", tmp_path / "out", "--img_size", SIZE)
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_write_header", write_header)
+        patch.setattr(store_shards, "_write_header", write_header)
         assert "the disk is full. What is finished is kept: make room" in refused(*flags)
     assert "GiB, and the disk has" in refused(*flags[:3], tmp_path / "large", "--img_size", 10**6)
     assert main(list(map(str, flags))) == 0

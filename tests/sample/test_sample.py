@@ -25,8 +25,8 @@ from jit_accel.data.formats.sources import open_images
 from jit_accel.model.generation import SamplerSettings, generate_batches
 from jit_accel.model.transformer import JiTTransformer2DModel
 from jit_accel.sample import main, parse_args
+from jit_accel.sample.image_plan import ImageId, SamplePlan, label_of, plan_images
 from jit_accel.sample.pictures import Denoising, pixels, start_noise, strip_images
-from jit_accel.sample.plan import ImageId, SamplePlan, label_of, plan_images
 from jit_accel.sample.stores import ImageFiles, NpzFile, is_whole, open_array
 
 NAMES = ["T-shirt/top", "../up", "crème brûlée", "猫", "a" * 300, "cat", "Cat", "cat", ".", "with, comma"]

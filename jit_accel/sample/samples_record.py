@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jit_accel.base.errors import UserError, changed_settings
 from jit_accel.data.formats.scan import SAMPLES_RECORD
-from jit_accel.sample.plan import SamplePlan
+from jit_accel.sample.image_plan import SamplePlan
 
 VERSION = 1
 
