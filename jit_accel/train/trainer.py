@@ -110,8 +110,8 @@ class Trainer:
         if validation:  # before the metrics of the step are read, since it adds to them
             self.occasions.insert(0, Occasion("validate", run.val_every_steps, self.validate, reads_first=False))
         if quality:
-            is_evaluated = lambda: not quality.is_lacking(self.step)  # noqa: E731
-            self.occasions.append(Occasion("evaluate", evaluation.eval_every_steps, self.evaluate, is_evaluated))
+            every = evaluation.eval_every_steps
+            self.occasions.append(Occasion("evaluate", every, self.evaluate, self._is_evaluated))
 
     def run(self) -> int:
         """Train to the end, or until a signal. Returns the exit code."""
@@ -251,6 +251,9 @@ class Trainer:
             self.sheets.draw(self.sheet_path)
         is_late = self.step == self.first_step  # the trackers may have this step already
         self.monitor.log_samples(self.sheet_path, self.step, self.sheets.caption(self.step), is_late)
+
+    def _is_evaluated(self) -> bool:
+        return not self.quality.is_lacking(self.step)
 
     def evaluate(self) -> None:
         """Measure generated images of this step's average against real ones, all processes together.
