@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from jit_accel.base.errors import UserError, lookup
+from jit_accel.base.errors import UserError, check_ranges, lookup, shown
 from jit_accel.config.presets import parse_model_name
 from jit_accel.config.settings import (
     DEFAULT_MODEL,
@@ -62,10 +62,7 @@ def check(config: Config) -> None:
         UserError: about the setting, with its value, the rule and the remedy.
     """
     values = config.flat()
-    for holds, rule, names in RANGES:
-        for name in names.split():
-            if values[name] is not None and not holds(values[name]):
-                raise UserError(f"must be {rule}.", about=name, value=values[name])
+    check_ranges(values, ((name, holds, rule) for holds, rule, names in RANGES for name in names.split()))
     _check_image_size(config)
     for name in config.tracking.report_to:
         if ":" not in name:  # else it is imported where training begins
@@ -142,8 +139,7 @@ def _contradictions_of_hub(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
 
 def _refuse(contradictions: Callable[..., Iterator[tuple[str, str]]], values: Mapping[str, Any]) -> None:
     for name, rule in contradictions(SimpleNamespace(**values)):
-        value = " ".join(values[name]) if isinstance(values[name], list) else values[name]
-        raise UserError(rule, about=name, value=None if value is True else value or None)
+        raise UserError(rule, about=name, value=None if values[name] is True else shown(values[name]) or None)
 
 
 def model_name(config: Config) -> str | None:

@@ -274,8 +274,8 @@ def test_two_processes_train_the_adapter_of_one(images, base, tmp_path):
         (["--lora_rank", "0", "--init_from", "x"], "lora_rank 0: must be at least 1"),
         (["--lora_rank", "-2", "--init_from", "x"], "lora_rank -2: must be at least 1"),
         (["--lora_alpha", "4", "--init_from", "x"], "lora_alpha 4.0: is for an adapter: add --lora_rank"),
-        (["--lora_rank", "4", "--lora_alpha", "0", "--init_from", "x"], "lora_alpha 0.0: must be positive"),
-        (["--lora_rank", "4", "--lora_dropout", "1", "--init_from", "x"], "lora_dropout 1.0: must be in [0, 1)"),
+        (["--lora_rank", "4", "--lora_alpha", "0", "--init_from", "x"], "lora_alpha 0: must be positive"),
+        (["--lora_rank", "4", "--lora_dropout", "1", "--init_from", "x"], "lora_dropout 1: must be in [0, 1)"),
         (["--lora_rank", "4", "--optimizer", "muon", "--init_from", "x"], "optimizer muon: is for whole matrices"),
     ],
 )
