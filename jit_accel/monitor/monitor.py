@@ -105,7 +105,7 @@ class Monitor:
             is_other_training: it goes on with other settings than before.
         """
         self.is_open = True
-        newest = start_trackers(self.accelerator, self.tracking.wandb_project, record, self.output_dir, step)
+        newest = start_trackers(self.accelerator, self.tracking, record, self.output_dir, step)
         if is_other_training and newest > step:
             warn(
                 f"the trackers have steps {step + 1:,} to {newest:,} as they were trained with other settings, and "

@@ -24,7 +24,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.config.settings import TRACKERS, TrackingConfig
 from jit_accel.monitor.log import iterate_metrics
 from jit_accel.monitor.metric_table import SAMPLES
-from jit_accel.monitor.wandb_tracker import FINISH_TIMEOUT_S, WandbTracker, describe, in_time
+from jit_accel.monitor.wandb_tracker import FINISH_TIMEOUT_S, WandbTracker, describe, in_time, wandb_init_kwargs
 
 
 class SafeTracker(GeneralTracker):
@@ -34,21 +34,24 @@ class SafeTracker(GeneralTracker):
 
     Args:
         name: by which `accelerator.get_tracker` finds it.
-        make: builds the tracker itself, given the step that the run goes on from.
+        make: builds the tracker itself, given the step that the run goes on from, and `init_kwargs` by name.
 
     Attributes:
         tracker: what the tracker itself holds, such as the run of W&B; None where it is not open.
         first_step: the step that the run goes on from, 0 in a new one; to be set before the start.
+        init_kwargs: further arguments of the tracker; to be set before the start, since Accelerate hands them to none
+            that is an object already.
         last_step: the newest step that it has of earlier starts; rows up to that one are not logged again.
         exit_code: how the training ended: 0, or 128 and a signal's number, or else by an error.
     """
 
     requires_logging_directory = False
 
-    def __init__(self, name: str, make: Callable[[int], GeneralTracker]):
+    def __init__(self, name: str, make: Callable[..., GeneralTracker]):
         self.name, self.make = name, make
         self.inner: GeneralTracker | None = None
         self.first_step, self.last_step, self.exit_code = 0, 0, 1
+        self.init_kwargs: dict = {}
         super().__init__()
 
     @property
@@ -60,7 +63,7 @@ class SafeTracker(GeneralTracker):
             warn(f"{self.name} not available. Install with: pip install {self.name.replace('_', '-')}")
             return
         with self._left_out_if("could not start"):
-            self.inner = self.make(self.first_step)
+            self.inner = self.make(self.first_step, **self.init_kwargs)
             is_wanted = self.inner.start() is not False
             # Trackers that begin a new run at each start have no rows before it.
             self.last_step = getattr(self.inner, "last_step", self.first_step)
@@ -145,7 +148,7 @@ class Trackio(TrackioTracker):
 
 
 OURS = {
-    "wandb": lambda tracking, output_dir, step: WandbTracker(tracking, output_dir),
+    "wandb": lambda tracking, output_dir, step, **kwargs: WandbTracker(tracking.wandb_project, output_dir, **kwargs),
     "tensorboard": TensorBoard,
     "trackio": Trackio,
 }
@@ -191,7 +194,7 @@ def imported_class(path: str) -> type[GeneralTracker]:
     return kind
 
 
-def start_trackers(accelerator, project: str, record: dict, output_dir: Path, step: int) -> int:
+def start_trackers(accelerator, tracking: TrackingConfig, record: dict, output_dir: Path, step: int) -> int:
     """Open the trackers of a run that goes on from `step` (0: a new one), and give each the rows that it lacks.
 
     Args:
@@ -201,9 +204,10 @@ def start_trackers(accelerator, project: str, record: dict, output_dir: Path, st
     Returns:
         The newest step that any of them has of earlier starts.
     """
+    init_kwargs = {"wandb": wandb_init_kwargs(tracking)}
     for tracker in accelerator.log_with:
-        tracker.first_step = step
-    accelerator.init_trackers(project, record)
+        tracker.first_step, tracker.init_kwargs = step, init_kwargs.get(tracker.name, {})
+    accelerator.init_trackers(tracking.wandb_project, record, init_kwargs)
     known = [tracker.last_step for tracker in accelerator.trackers if tracker.inner]
     if known and min(known) < step:
         for row in iterate_metrics(output_dir):

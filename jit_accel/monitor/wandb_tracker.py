@@ -54,12 +54,23 @@ class Unusable(Exception):
     """W&B's server cannot be used now; the message says why, and what would help."""
 
 
+def wandb_init_kwargs(tracking: TrackingConfig) -> dict:
+    """Return what the settings say about a run, as arguments of `wandb.init` without secrets."""
+    texts = {"name": tracking.wandb_name, "notes": tracking.wandb_notes, "group": tracking.wandb_group}
+    return {
+        "entity": tracking.wandb_entity or os.environ.get("WANDB_ENTITY") or None,
+        **{key: redacted(text) for key, text in texts.items() if text},
+        "tags": [redacted(tag.strip()) for tag in tracking.wandb_tags] or None,
+    }
+
+
 class WandbTracker(GeneralTracker):
     """A run of W&B, begun or continued; Accelerate's own tracker needs a server, and begins a new run at each start.
 
     Args:
-        tracking: the settings.
+        project: in W&B.
         output_dir: remembers the run, and holds its files below `wandb`.
+        init_kwargs: further arguments of `wandb.init`, such as entity, name and tags.
 
     Attributes:
         tracker: wandb's run; None before the start and where W&B is disabled.
@@ -69,8 +80,8 @@ class WandbTracker(GeneralTracker):
     name = "wandb"
     requires_logging_directory = False
 
-    def __init__(self, tracking: TrackingConfig, output_dir: Path):
-        self.tracking, self.output_dir, self.run = tracking, output_dir, None
+    def __init__(self, project: str, output_dir: Path, **init_kwargs):
+        self.project, self.output_dir, self.init_kwargs, self.run = project, output_dir, init_kwargs, None
         self.id_file = output_dir / ID_FILE
         self.id = self.id_file.read_text().strip() if self.id_file.exists() else ""
         self.last_step = self.newest_step = 0
@@ -139,15 +150,15 @@ class WandbTracker(GeneralTracker):
         self.last_step = max(0, self.run.starting_step - 1)
         # The server gets all rows that it lacks, those in earlier files too: `wandb sync` must not send them again.
         for segment in self.earlier:
-            if segment.project in ("", self.tracking.wandb_project):
+            if segment.project in ("", self.project):
                 synced_mark(segment.file).touch()
 
     def _start_offline(self) -> None:
-        entity = self.tracking.wandb_entity or os.environ.get("WANDB_ENTITY", "")
+        entity = self.init_kwargs.get("entity") or ""
         earlier = [
             segment
             for segment in self.earlier
-            if segment.project in ("", self.tracking.wandb_project) and entity in ("", segment.entity or entity)
+            if segment.project in ("", self.project) and entity in ("", segment.entity or entity)
         ]
         if any(not segment.is_offline and not synced_mark(segment.file).exists() for segment in earlier):
             old, self.id, earlier = self.id, secrets.token_hex(4), []
@@ -161,13 +172,9 @@ class WandbTracker(GeneralTracker):
     def _init(self, mode: str) -> None:
         import wandb
 
-        tracking = self.tracking
-        texts = {"name": tracking.wandb_name, "notes": tracking.wandb_notes, "group": tracking.wandb_group}
         self.run = wandb.init(
-            project=tracking.wandb_project,
-            entity=tracking.wandb_entity or os.environ.get("WANDB_ENTITY") or None,
-            **{key: redacted(text) for key, text in texts.items() if text},
-            tags=[redacted(tag.strip()) for tag in tracking.wandb_tags] or None,
+            project=self.project,
+            **self.init_kwargs,
             dir=str(self.output_dir),
             id=self.id,
             mode=mode,
@@ -194,7 +201,7 @@ class WandbTracker(GeneralTracker):
         return Path(self.run.dir).parent / f"run-{self.id}.wandb"
 
     def _introduce(self) -> None:
-        say(f"Wandb initialized: project={self.tracking.wandb_project}, name={self.run.name or self.id}")
+        say(f"Wandb initialized: project={self.project}, name={self.run.name or self.id}")
         if self.is_offline:
             # The command sends the files of all starts, in the right order, each once.
             command = f"wandb sync {shlex.quote(str(self.output_dir / 'wandb'))}/offline-run-*-{self.id}"

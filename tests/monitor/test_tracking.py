@@ -26,7 +26,7 @@ def report(output_dir, name, first, last):
     """Log as a training does that begins behind step `first` and is killed at `last`."""
     tracking = TrackingConfig(report_to=(name,), wandb_project="shop")
     accelerator = Accelerator(cpu=True, log_with=build_trackers(tracking, output_dir))
-    start_trackers(accelerator, tracking.wandb_project, RECORD, output_dir, first)
+    start_trackers(accelerator, tracking, RECORD, output_dir, first)
     MetricsLog(output_dir, first).write(some_rows(first, last))
     for row in some_rows(first, last):
         log_row(accelerator, row)

@@ -149,7 +149,7 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
     tracking = TrackingConfig(use_wandb=True, **options.get("settings", {}))
     record = {"model": "JiT-Ti/7", "ema_decays": ["auto"], "holdout": None}
     accelerator = Accelerator(cpu=True, log_with=build_trackers(tracking, output_dir))
-    start_trackers(accelerator, tracking.wandb_project, record, output_dir, first)
+    start_trackers(accelerator, tracking, record, output_dir, first)
     (tracker,) = accelerator.trackers
     if "file_limit" in options:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -427,9 +427,10 @@ def _live_run(environment: dict, folder: Path) -> None:
     from jit_accel.config.settings import TrackingConfig
     from jit_accel.monitor.trackers import build_trackers, start_trackers
 
-    accelerator = Accelerator(cpu=True, log_with=build_trackers(TrackingConfig(use_wandb=True), folder))
+    tracking = TrackingConfig(use_wandb=True, wandb_project="shop")
+    accelerator = Accelerator(cpu=True, log_with=build_trackers(tracking, folder))
     assert accelerator.get_tracker("wandb", unwrap=True) is not None  # Accelerate's blank one, before the start
-    start_trackers(accelerator, "shop", {}, folder, 0)
+    start_trackers(accelerator, tracking, {}, folder, 0)
     run = accelerator.get_tracker("wandb", unwrap=True)
     run.log({"mine": 7}, step=1)
     (folder / "id").write_text(run.id)
