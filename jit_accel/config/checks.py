@@ -88,23 +88,16 @@ def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
     if s.lora_targets is not None and not any(target.strip() for target in s.lora_targets):
         yield "lora_targets", f"names no layer; the default is {' '.join(LORA_TARGETS)}."
     if s.lora_rank is not None and s.optimizer == "muon":
-        yield (
-            "optimizer",
-            (
-                "is for whole matrices; on the thin factors of --lora_rank every direction would get the same step, "
-                "however little it matters: use --optimizer adamw."
-            ),
-        )
+        rule = "is for whole matrices; on the thin factors of --lora_rank every direction would get the same step, "
+        yield "optimizer", rule + "however little it matters: use --optimizer adamw."
     for name, other in (("epochs", "max_steps"), ("warmup_epochs", "warmup_steps")):
         if None not in (getattr(s, name), getattr(s, other)):
             yield name, f"says the same as --{other} {getattr(s, other)}: give only one of them."
     for name, other in (("warmup_epochs", "epochs"), ("warmup_steps", "max_steps")):
         length = getattr(s, other)
         if length is not None and (getattr(s, name) or 0) > length:
-            yield (
-                name,
-                f"must not be longer than the run (--{other} {length}): shorten the warm-up or lengthen the run.",
-            )
+            rule = f"must not be longer than the run (--{other} {length})"
+            yield name, f"{rule}: shorten the warm-up or lengthen the run."
     if s.learning_rate is not None and s.min_learning_rate > s.learning_rate:
         yield "min_learning_rate", f"must not be above --learning_rate {s.learning_rate}."
     if s.ema_decays == []:
@@ -128,13 +121,8 @@ def _contradictions_of_hub(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
     elif s.hub_model_id is None:
         yield "push_to_hub", "needs the repository to push to: add --hub_model_id owner/name."
     elif not _is_repository(s.hub_model_id):
-        yield (
-            "hub_model_id",
-            (
-                "must be owner/name, such as alice/flowers-64: letters, digits, and - _ . inside (no -- or ..), 96 "
-                "characters at most."
-            ),
-        )
+        rule = "must be owner/name, such as alice/flowers-64: letters, digits, and - _ . inside (no -- or ..)"
+        yield "hub_model_id", f"{rule}, 96 characters at most."
 
 
 def _refuse(contradictions: Callable[..., Iterator[tuple[str, str]]], values: Mapping[str, Any]) -> None:

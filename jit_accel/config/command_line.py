@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,25 +92,24 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """
     import yaml
 
+    wrong = partial(UserError, about="config", value=path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot be read ({error}); give the path of a YAML file.", about="config", value=path
-        ) from None
+        raise wrong(f"cannot be read ({error}); give the path of a YAML file.") from None
     except yaml.YAMLError as error:
-        raise UserError(f"not valid YAML: {error}", about="config", value=path) from None
+        raise wrong(f"not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise UserError("must hold `setting: value` lines, such as `batch_size: 32`.", about="config", value=path)
+        raise wrong("must hold `setting: value` lines, such as `batch_size: 32`.")
     base, files = values.pop("base", None), (*above, path.resolve())
     for name in values:
         if name not in SETTINGS:
-            raise UserError(f"{name} is no setting.{nearest(str(name), SETTINGS)}", about="config", value=path)
+            raise wrong(f"{name} is no setting.{nearest(str(name), SETTINGS)}")
     if base is None:
         return values
     file = path.parent / str(base)
     if file.resolve() in files:
-        raise UserError(f"its base {base} has it as a base: leave one of them out.", about="config", value=path)
+        raise wrong(f"its base {base} has it as a base: leave one of them out.")
     return read_recipe(file, files) | values
 
 

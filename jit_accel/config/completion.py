@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from jit_accel.base.errors import UserError
@@ -27,55 +28,35 @@ OF_START = ("model", "img_size", "noise_scale", "guidance_scale")
 
 @dataclass(frozen=True)
 class Start:
-    """Trained weights to start from.
-
-    Attributes:
-        path: as `--init_from` names them.
-        sizes: `SIZES` by name.
-        noise_scale, prediction: what they were trained with.
-        guidance_scale: of their samples.
-    """
+    """Trained weights to start from, as `--init_from` names them, and what they were trained with."""
 
     path: str
-    sizes: Mapping[str, float]
+    sizes: Mapping[str, float]  # `SIZES` by name
     patch_size: int
     img_size: int
     num_classes: int
     noise_scale: float
     prediction: str
-    guidance_scale: float | None = None
+    guidance_scale: float | None = None  # of their samples
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts of a run that no setting states.
-
-    Attributes:
-        num_images, num_classes: of the data; None for classes that only reading would show.
-        is_labelled: False where nothing tells the images apart; guidance towards their one class means nothing then.
-        is_encoded: the images must be decoded.
-        processes: of the run, on all machines.
-        accumulation, precision: what the accelerator was built with.
-        is_sharded: the processes split the weights (FSDP).
-        is_good_at_bf16: products in bf16 are faster than in float32 on this device.
-        cores: of this process. threads: to which torch is limited on a CPU, if it is.
-        saved: the settings of the checkpoint that the run goes on from.
-        start: the weights to start from, where they are read.
-    """
+    """Facts of a run that no setting states."""
 
     num_images: int
-    num_classes: int | None = None
-    is_labelled: bool = True
-    is_encoded: bool = True
-    processes: int = 1
-    accumulation: int = 1
+    num_classes: int | None = None  # None: only reading the data would show them
+    is_labelled: bool = True  # else guidance towards the images' one class means nothing
+    is_encoded: bool = True  # the images must be decoded
+    processes: int = 1  # of the run, on all machines
+    accumulation: int = 1  # and precision: what the accelerator was built with
     precision: str = "no"
-    is_sharded: bool = False
-    is_good_at_bf16: bool = False
-    cores: int = 1
-    threads: int | None = None
-    saved: Mapping[str, Any] = field(default_factory=dict)
-    start: Start | None = None
+    is_sharded: bool = False  # the processes split the weights (FSDP)
+    is_good_at_bf16: bool = False  # products in bf16 are faster than in float32 on this device
+    cores: int = 1  # of this process
+    threads: int | None = None  # to which torch is limited on a CPU, if it is
+    saved: Mapping[str, Any] = field(default_factory=dict)  # settings of the checkpoint that the run goes on from
+    start: Start | None = None  # the weights to start from, where they are read
 
 
 def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
@@ -84,13 +65,13 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
     Raises:
         UserError: a setting does not go with these facts.
     """
-    config = _started(config, facts.saved, facts.start)
+    config = started(config, facts.saved, facts.start)
     optim, lora_rank, size = config.optim, config.tune.lora_rank, image_size(config)
     preset, _ = parse_model_name(config.model.model)
     plan = plan_run(optim, num_images=facts.num_images, world_size=facts.processes, accumulation=facts.accumulation)
-    decays = [
-        str(decay) for decay in PAPER_EMA_DECAYS if ema_memory_steps(decay) <= EMA_SHARE_OF_RUN * plan.total_steps
-    ]
+    longest = EMA_SHARE_OF_RUN * plan.total_steps
+    decays = [str(decay) for decay in PAPER_EMA_DECAYS if ema_memory_steps(decay) <= longest]
+    guidance = 2.0 if facts.start is None or facts.start.guidance_scale is None else facts.start.guidance_scale
     defaults: dict[str, Any] = {
         "img_size": size,
         "num_workers": max(0, min(MOST_WORKERS, facts.cores - 1)) if facts.is_encoded else 0,
@@ -99,7 +80,7 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         "noise_scale": max(1.0, size / 256),
         "learning_rate": LORA_LEARNING_RATE if lora_rank else 5e-5 * plan.global_batch_size / 256,
         "ema_decays": ("auto", *decays),
-        "guidance_scale": _guidance(facts),
+        "guidance_scale": guidance if facts.is_labelled else 1.0,
         "lora_alpha": float(lora_rank) if lora_rank else None,
         "lora_targets": LORA_TARGETS if lora_rank else None,
         "epochs": PAPER_EPOCHS if optim.max_steps is None else None,
@@ -115,7 +96,12 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
     )
     config = config.updated(ema_decays=tuple(dict.fromkeys(config.optim.ema_decays)))
     check(config)
-    _refuse_muon(config, facts)
+    if config.optim.optimizer == "muon":
+        refused = partial(UserError, about="optimizer", value="muon")
+        if facts.is_sharded:
+            raise refused("needs whole matrices, which FSDP splits: use --optimizer adamw.")
+        if facts.precision == "fp16":
+            raise refused("does not go with --mixed_precision fp16: use bf16 or no, or adamw.")
     return config, plan, [*_warnings_of_length(config, plan), *_warnings_of_device(facts)]
 
 
@@ -143,12 +129,7 @@ def accumulation_steps(optim: OptimConfig) -> int:
     return optim.gradient_accumulation_steps or (int(configured) if configured.isdigit() else 0) or 1
 
 
-def training_size(config: Config, saved: Mapping[str, Any], start: Start | None) -> int:
-    """Return the training resolution in pixels, before the data are opened."""
-    return image_size(_started(config, saved, start))
-
-
-def _started(config: Config, saved: Mapping[str, Any], start: Start | None) -> Config:
+def started(config: Config, saved: Mapping[str, Any], start: Start | None) -> Config:
     """Return the settings with what a checkpoint and the weights to start from leave no choice about.
 
     The default averages depend on the length of the run, which may be another one now, so a checkpoint's stay.
@@ -162,21 +143,24 @@ def _started(config: Config, saved: Mapping[str, Any], start: Start | None) -> C
 
 
 def _of_start(config: Config, start: Start) -> dict[str, Any]:
-    model = config.model.model or _model_of(start)
+    refused = partial(UserError, about="init_from", value=start.path)
+    known = [f"{name}/{start.patch_size}" for name, preset in PRESETS.items() if _sizes(preset) == start.sizes]
+    if not config.model.model and not known:
+        raise refused(
+            f"{_in_words(start.sizes)} is none of the sizes that can be trained ({', '.join(PRESETS)}): start from a "
+            "network of one of these."
+        )
+    model = config.model.model or known[0]
     preset, patch = parse_model_name(model)
     if _sizes(preset) != start.sizes:
-        raise UserError(
+        raise refused(
             f"is of another size than --model {model}: {_in_words(start.sizes)} against {_in_words(_sizes(preset))}: "
-            "leave --model out, or choose the size of the source.",
-            about="init_from",
-            value=start.path,
+            "leave --model out, or choose the size of the source."
         )
     if start.prediction != config.objective.prediction:
-        raise UserError(
+        raise refused(
             f"predicts {start.prediction}, and --prediction is {config.objective.prediction}: its last layer would "
-            f"mean something else: use --prediction {start.prediction}.",
-            about="init_from",
-            value=start.path,
+            f"mean something else: use --prediction {start.prediction}."
         )
     size = config.data.img_size or (start.img_size if start.img_size % patch == 0 else 16 * patch)
     settings: dict[str, Any] = {"model": model, "img_size": size}
@@ -187,30 +171,12 @@ def _of_start(config: Config, start: Start) -> dict[str, Any]:
     return settings
 
 
-def _model_of(start: Start) -> str:
-    for name, preset in PRESETS.items():
-        if _sizes(preset) == start.sizes:
-            return f"{name}/{start.patch_size}"
-    raise UserError(
-        f"{_in_words(start.sizes)} is none of the sizes that can be trained ({', '.join(PRESETS)}): start from a "
-        "network of one of these.",
-        about="init_from",
-        value=start.path,
-    )
-
-
 def _sizes(preset: Preset) -> dict[str, float]:
     return {name: getattr(preset, name) for name in SIZES}
 
 
 def _in_words(sizes: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in sizes.items())
-
-
-def _guidance(facts: Facts) -> float:
-    if not facts.is_labelled:
-        return 1.0
-    return 2.0 if facts.start is None or facts.start.guidance_scale is None else facts.start.guidance_scale
 
 
 def _num_classes(given: int | None, data_classes: int | None) -> int:
@@ -228,28 +194,18 @@ def _num_classes(given: int | None, data_classes: int | None) -> int:
     return given or data_classes
 
 
-def _refuse_muon(config: Config, facts: Facts) -> None:
-    rule = None
-    if facts.is_sharded:
-        rule = "needs whole matrices, which FSDP splits: use --optimizer adamw."
-    elif facts.precision == "fp16":
-        rule = "does not go with --mixed_precision fp16: use bf16 or no, or adamw."
-    if rule and config.optim.optimizer == "muon":
-        raise UserError(rule, about="optimizer", value="muon")
-
-
-def _warnings_of_length(config: Config, plan: Plan) -> list[str]:
-    """Return what a run of this length will not achieve with these completed settings, each with its remedy."""
-    total, found = plan.total_steps, []
+def _warnings_of_length(config: Config, plan: Plan) -> Iterator[str]:
+    """Yield what a run of this length will not achieve with these completed settings, each with its remedy."""
+    total = plan.total_steps
     is_from_scratch = config.tune.init_from is None  # else weights and averages start as good as the source
     for decay in config.optim.ema_decays if is_from_scratch else ():
         if decay != "auto" and ema_memory_steps(float(decay)) > EMA_SHARE_OF_RUN * total:
-            found.append(
+            yield (
                 f"--ema_decays {decay} averages over {ema_memory_steps(float(decay)):,.0f} steps, but the run has only "
                 f"{total:,}: its samples will be noise, or far behind the weights. Use auto, or a longer run."
             )
     if plan.warmup_steps > 0.5 * total:
-        found.append(
+        yield (
             f"the warm-up takes {plan.warmup_steps:,} of the run's {total:,} steps: shorten it (--warmup_steps) "
             "or lengthen the run."
         )
@@ -257,24 +213,21 @@ def _warnings_of_length(config: Config, plan: Plan) -> list[str]:
     # AdamW moves a weight by about the learning rate a step, so their product bounds the distance travelled;
     # the paper's shortest run travels about 50, our shortest good one 0.3.
     if is_from_scratch and learning_rate * total < 0.3:
-        found.append(
+        yield (
             f"{total:,} steps at a learning rate of {learning_rate:.1e} hardly move the weights: expect grey or noisy "
             "samples. Train longer (--epochs), or see launch/recipes/my_images_64.yaml for settings that suit a "
             "small data set (such as --learning_rate 3e-4)."
         )
-    return found
 
 
-def _warnings_of_device(facts: Facts) -> list[str]:
-    """Return what makes this device slower than it could be, each with its remedy."""
-    found = []
+def _warnings_of_device(facts: Facts) -> Iterator[str]:
+    """Yield what makes this device slower than it could be, each with its remedy."""
     if facts.precision == "no" and facts.is_good_at_bf16:
-        found.append("training in float32; --mixed_precision bf16 is faster on this device.")
+        yield "training in float32; --mixed_precision bf16 is faster on this device."
     if facts.precision == "bf16" and not facts.is_good_at_bf16:
-        found.append("this device only emulates bf16, up to a hundred times slower: use --mixed_precision no.")
+        yield "this device only emulates bf16, up to a hundred times slower: use --mixed_precision no."
     if facts.threads is not None and facts.threads < facts.cores:
-        found.append(
+        yield (
             f"training uses {facts.threads} of {facts.cores} cores: set OMP_NUM_THREADS={facts.cores}, which "
             "`accelerate launch` sets to 1 unless --num_cpu_threads_per_process says otherwise."
         )
-    return found

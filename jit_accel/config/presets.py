@@ -56,10 +56,8 @@ def forward_macs(preset: Preset, patch_size: int, height: int, width: int) -> in
     """Multiply-adds of the matmuls of one image's forward pass; FLOPs are 2x this, with backward 6x.
 
     Counted: every Linear and patch projection (the modulation and the time embedding once an image, the rest
-    once a token) and attention's two products. Elementwise work, norms and softmax are not.
-
-    Args:
-        preset: sizes of the network; its `config` does as well.
+    once a token) and attention's two products. Elementwise work, norms and softmax are not. The network's `config`
+    does as well as a preset.
     """
     dim, tokens = preset.hidden_size, (height // patch_size) * (width // patch_size)
     pixels = patch_size * patch_size * preset.in_channels

@@ -27,7 +27,8 @@ from jit_accel.base.console import say, warn
 from jit_accel.base.devices import DTYPES, chosen_precision, device_name, is_good_at_bf16
 from jit_accel.base.errors import UserError
 from jit_accel.base.processes import on_all, on_main, process_group
-from jit_accel.config.completion import Facts, Start, accumulation_steps, complete, run_folder, training_size
+from jit_accel.config.checks import image_size
+from jit_accel.config.completion import Facts, Start, accumulation_steps, complete, run_folder, started
 from jit_accel.config.lengths import Plan
 from jit_accel.config.settings import Config
 from jit_accel.data.batches.holdout import HeldOut
@@ -102,15 +103,15 @@ def build_trainer(
         initial = on_all(accelerator, lambda: read_initial(tuning.init_from), in_turn=True)
     saved = read_run(checkpoint)["settings"] if checkpoint else {}
     weights = initial.start if initial else None
-    size = training_size(config, saved, weights)
-    source, held_out = open_data(
-        config.data, img_size=size, val_images=config.run.val_images, accelerator=accelerator, given=source
-    )
+    how = {"img_size": image_size(started(config, saved, weights)), "val_images": config.run.val_images}
+    source, held_out = open_data(config.data, accelerator=accelerator, given=source, **how)
     if initial and tuning.lora_rank:
         initial.labels_for(source)  # of other classes it says so better than `complete` would
     config, plan, warnings = complete(config, facts_of(accelerator, source, saved, weights))
     trainer = assemble(config, plan, source, accelerator, held_out, initial, objective)
     if accelerator.is_main_process:
+        if trainer.tuning.notes:
+            say(trainer.tuning.notes)
         validated = trainer.validation.num_images if trainer.validation else 0
         introduce(config, plan, source, accelerator, trainer.network, validated)
         for message in warnings:
@@ -149,7 +150,7 @@ def assemble(
 ) -> Trainer:
     """Build the parts of a run from its resolved settings."""
     optim, run = config.optim, config.run
-    model, tuning = build_model(config, source, initial, accelerator.is_main_process)
+    model, tuning = build_model(config, source, initial)
     optimizers = build_optimizers(
         model, optimizer=optim.optimizer, weight_decay=optim.weight_decay, adam_betas=optim.adam_betas
     )
@@ -161,26 +162,19 @@ def assemble(
     pipeline = build_pipeline(network, config.objective, class_names, config.sample.guidance_scale)
     pipeline.set_progress_bar_config(disable=True)
     how = {"seed": run.seed, "num_inference_steps": config.sample.num_inference_steps, "batch_size": optim.batch_size}
-    quality = None
+    sheets, quality = SampleSheets(pipeline, averages, accelerator, **how), None
     if config.evaluation.eval_every_steps:
-        quality = SampleQuality(
-            pipeline, averages, accelerator, source, config.evaluation, output_dir=Path(run.output_dir), **how
-        )
-    feed = Feed(
-        config.data,
-        source,
-        accelerator,
-        batch_size=optim.batch_size,
-        seed=run.seed,
-        num_classes=config.model.num_classes,
-    )
+        folder = Path(run.output_dir)
+        quality = SampleQuality(pipeline, averages, accelerator, source, config.evaluation, folder, **how)
+    how = {"batch_size": optim.batch_size, "seed": run.seed, "num_classes": config.model.num_classes}
+    feed = Feed(config.data, source, accelerator, **how)
     return Trainer(
-        accelerator,
-        plan,
-        run=run,
-        sample=config.sample,
-        evaluation=config.evaluation,
-        facts=RunFacts.of(config.recorded(), plan, source, accelerator, class_names, tuning.base_identity),
+        accelerator=accelerator,
+        plan=plan,
+        settings=run,
+        sample_every_steps=config.sample.sample_every_steps,
+        eval_every_steps=config.evaluation.eval_every_steps,
+        facts=RunFacts.of(config.recorded(), plan, source, accelerator, class_names, tuning.adapter),
         model=model,
         optimizers=optimizers,
         averages=averages,
@@ -191,20 +185,17 @@ def assemble(
         tuning=tuning,
         feed=feed,
         monitor=build_monitor(config, plan, accelerator, feed, network, averages),
-        sheets=SampleSheets(pipeline, averages, accelerator, **how),
+        sheets=sheets,
         validation=Validation(held_out, accelerator, optim.batch_size) if held_out else None,
         quality=quality,
     )
 
 
-def build_model(
-    config: Config, source: Source, initial: Initial | None, is_main: bool
-) -> tuple[JiTTransformer2DModel, Tuning]:
+def build_model(config: Config, source: Source, initial: Initial | None) -> tuple[JiTTransformer2DModel, Tuning]:
     """Return the network with its first weights, the same on every process, and how it stands to those of `initial`."""
     torch.manual_seed(config.run.seed)
     model = build_network(config.model, config.data.img_size)
-    noise_scale = config.objective.noise_scale
-    tuning = tune(model, config.tune, noise_scale, source, initial, say if is_main else lambda message: None)
+    tuning = tune(model, config.tune, config.objective.noise_scale, source, initial)
     if config.performance.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.performance.compile:
@@ -259,30 +250,24 @@ def check_output_dir(folder: Path, resume: str, is_written: bool) -> None:
         UserError: not writable, or it holds another run.
     """
     refused = partial(UserError, about="output_dir", value=folder)
-    try:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    except OSError as error:  # a name that is too long, say
-        raise refused(f"cannot be written to ({error.strerror}): give another.") from None
-    held = [
-        *(path for path in (folder / METRICS_FILE,) if path.exists() and path.stat().st_size),
-        *folder.glob("pipeline/model_index.json"),
-        *complete_checkpoints(folder / "checkpoints"),
-    ]
     resumed = Path(resume).resolve()
     continues_here = resume == "auto" or (resume != "none" and folder.resolve() in (resumed, *resumed.parents))
-    if held and not continues_here:
-        raise refused(
-            f"holds another run ({held[-1].relative_to(folder)}): add --resume auto to continue it, or give another "
-            "folder."
-        )
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise refused(f"{existing} is not a folder that can be written to: give another.")
-    if is_written:
-        try:  # the folder itself is made where training begins, after all that may be refused
-            with tempfile.TemporaryFile(dir=existing):
-                pass
-        except OSError as error:
-            raise refused(f"cannot be written to ({error.strerror}): give another.") from None
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        held = [
+            *(path for path in (folder / METRICS_FILE,) if path.exists() and path.stat().st_size),
+            *folder.glob("pipeline/model_index.json"),
+            *complete_checkpoints(folder / "checkpoints"),
+        ]
+        if held and not continues_here:
+            found = held[-1].relative_to(folder)
+            raise refused(f"holds another run ({found}): add --resume auto to continue it, or give another folder.")
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise refused(f"{existing} is not a folder that can be written to: give another.")
+        if is_written:  # the folder itself is made where training begins, after all that may be refused
+            tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:  # a name that is too long, say
+        raise refused(f"cannot be written to ({error.strerror}): give another.") from None
 
 
 def build_accelerator(config: Config) -> Accelerator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from jit_accel.base.errors import UserError
@@ -14,34 +15,17 @@ from jit_accel.data.formats.sources import Source
 from jit_accel.monitor.metric_table import WAIT_FRACTION, WORKER_MEMORY
 from jit_accel.monitor.metrics import of_each_process
 
+SETTINGS_OF_BATCHES = ("img_size", "num_workers", "horizontal_flip", "shuffle_buffer", "lanes")
+
 
 class Feed:
-    """The images of one process of a run, on its device.
+    """The images of one process of a run, on its device; `how` are arguments of `batches` that `data` does not have."""
 
-    Args:
-        data: where the images are, and how they are read.
-        accelerator: process, number of processes, and device.
-        batch_size, seed, num_classes: see `build_loader`.
-    """
-
-    def __init__(
-        self, data: DataConfig, source: Source, accelerator, *, batch_size: int, seed: int, num_classes: int | None
-    ):
+    def __init__(self, data: DataConfig, source: Source, accelerator: Accelerator, **how):
         self.data, self.source, self.accelerator = data, source, accelerator
-        self.loader = batches(
-            source,
-            img_size=data.img_size,
-            batch_size=batch_size,
-            seed=seed,
-            device=accelerator.device,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            num_workers=data.num_workers,
-            horizontal_flip=data.horizontal_flip,
-            shuffle_buffer=data.shuffle_buffer,
-            lanes=data.lanes,
-            num_classes=num_classes,
-        )
+        how |= {name: getattr(data, name) for name in SETTINGS_OF_BATCHES}
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        self.loader = batches(source, device=accelerator.device, rank=rank, world_size=world_size, **how)
         self.wait_time = WaitTime(accelerator.device)
         self.bad_images: dict[str, None] = {}  # in the order of their discovery
 
@@ -79,8 +63,7 @@ class Feed:
         measured = {}
         if steps:
             measured[WAIT_FRACTION] = self.wait_time.end_interval(steps, max(waited_s))
-            memory_gib = worker_memory_gib()
-            if memory_gib is not None:
+            if (memory_gib := worker_memory_gib()) is not None:
                 measured[WORKER_MEMORY] = memory_gib
         return round(bad_images * self.accelerator.num_processes), measured
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,13 +12,12 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from jit_accel.base.errors import UserError
-from jit_accel.base.sharding import whole_tensors
 from jit_accel.config.completion import SIZES, Start
 from jit_accel.config.settings import TuneConfig
 from jit_accel.data.batches.batch import Batch
 from jit_accel.data.formats.source import Source
 from jit_accel.model.loading import load_pipeline
-from jit_accel.model.lora import Adapter, merged, refuse_other_base
+from jit_accel.model.lora import Adapter
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.transformer import JiTTransformer2DModel
 
@@ -29,12 +28,7 @@ PATCH_OUT = ("final_layer.linear.weight", "final_layer.linear.bias")
 
 @dataclass(frozen=True)
 class Initial:
-    """The weights that `--init_from` names.
-
-    Attributes:
-        path: as it was given.
-        pipeline: of these weights, float32 on the CPU.
-    """
+    """The weights that `--init_from` names with this path: a pipeline, float32 on the CPU."""
 
     path: str
     pipeline: JiTPipeline
@@ -64,11 +58,7 @@ class Initial:
         )
 
     def rows_for(self, names: Sequence[str] | None, num_classes: int) -> list[int | None]:
-        """Return the row of each class in the source's label table: by name, where both have names, else by number.
-
-        Args:
-            names: of the first classes, or None.
-        """
+        """Return the row of each class in the source's label table: by name, where both have names, else by number."""
         if names and self.class_names:
             row_of = {name: row for row, name in reversed(list(enumerate(self.class_names)))}
             return [*(row_of.get(name) for name in names), *[None] * (num_classes - len(names))]
@@ -124,16 +114,12 @@ class Transfer:
 
 @torch.no_grad()
 def transfer(initial: Initial, model: JiTTransformer2DModel, names: Sequence[str] | None) -> Transfer:
-    """Copy into a fresh model all that fits of the source.
-
-    Args:
-        names: of the model's first classes.
-    """
+    """Copy into a fresh model, whose first classes have these names, all that fits of the source."""
     done = Transfer()
     given, into = initial.network.state_dict(), model.state_dict()
-    if model.config.patch_size != initial.network.config.patch_size:
-        patches = (initial.network.config.patch_size, model.config.patch_size)
-        resampled = resample_patches(given, *patches)
+    old, new = initial.network.config.patch_size, model.config.patch_size
+    if old != new:
+        resampled = resample_patches(given, old, new)
         done.resampled = [name for name, tensor in resampled.items() if tensor.shape == into[name].shape]
         given |= resampled
     done.dropped = [name for name in given if name not in into]
@@ -188,34 +174,20 @@ class Tuning:
     """The relation of a run to the weights that it starts from, if any.
 
     Attributes:
-        class_names: of the first classes.
         labels: the network's class of each label of the data, where these differ.
-        adapter: what alone is trained, or None.
-        path: where the weights that it stands on are from.
+        adapter: what alone is trained, on the weights at `path`.
+        notes: the fate of the weights at the start, in words.
     """
 
     class_names: Sequence[str]
     labels: Tensor | None = None
     adapter: Adapter | None = None
     path: str = ""
-
-    @property
-    def base_identity(self) -> str | None:
-        return self.adapter.base_identity if self.adapter else None
-
-    def refuse_other(self, checkpoint: Path, run: dict) -> None:
-        """Raise `UserError` where the adapter of a checkpoint, whose part is `run`, stands on other weights."""
-        if self.adapter:
-            refuse_other_base(checkpoint, run, self.path, self.adapter.base_identity)
+    notes: str = ""
 
     def labels_of(self, batch: Batch) -> Tensor:
         """Return labels (B,) as the network knows them."""
         return batch.labels if self.labels is None else self.labels.to(batch.labels.device)[batch.labels]
-
-    def plain_weights(self, network: torch.nn.Module, adapter: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-        """Return the network's weights with the adapter merged in, to processes that `keep` them; all call it."""
-        weights = whole_tensors(network.state_dict(), keep=keep)
-        return merged(weights, adapter, self.adapter.scale) if keep else {}
 
 
 def tune(
@@ -224,49 +196,35 @@ def tune(
     noise_scale: float,
     source: Source,
     initial: Initial | None,
-    say: Callable[[str], None],
 ) -> Tuning:
     """Give a fresh model the weights to start from, and an adapter where one is to be trained.
-
-    Args:
-        noise_scale: of the run.
-        say: prints the fate of the weights.
 
     Raises:
         UserError: an adapter that cannot be trained.
     """
     if initial is None:
         return Tuning(source.class_names)
-    done = transfer(initial, model, None if settings.lora_rank else names_of(source))
-    if settings.lora_rank is None:
-        say("\n".join([done.in_words(initial.path), *notes(initial, model, noise_scale)]))
-        return Tuning(source.class_names)
+    rank = settings.lora_rank
+    done = transfer(initial, model, None if rank else names_of(source))
+    words = "\n".join([done.in_words(initial.path), *notes(initial, model, noise_scale)])
+    if rank is None:
+        return Tuning(source.class_names, notes=words)
     refuse_what_an_adapter_cannot_learn(initial, done, model)
     labels, names = initial.labels_for(source)
-    if names and list(names) == list(initial.class_names or ()):
-        how = "by name"
-    else:
-        how = "by number: the data's take the place of the source's first ones"
-    say("\n".join([done.in_words(initial.path), *notes(initial, model, noise_scale), f"  classes go {how}"]))
-    adapter = Adapter(
-        model,
-        rank=settings.lora_rank,
-        alpha=settings.lora_alpha,
-        dropout=settings.lora_dropout,
-        targets=settings.lora_targets,
-    )
-    return Tuning(names, labels, adapter, initial.path)
+    is_by_name = names and list(names) == list(initial.class_names or ())
+    how = "by name" if is_by_name else "by number: the data's take the place of the source's first ones"
+    alpha, dropout, targets = settings.lora_alpha, settings.lora_dropout, settings.lora_targets
+    adapter = Adapter(model, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
+    return Tuning(names, labels, adapter, initial.path, f"{words}\n  classes go {how}")
 
 
 def notes(initial: Initial, model: JiTTransformer2DModel, noise_scale: float) -> list[str]:
     """Return lines about all that differs from the source without being a weight."""
     old, new, found = initial.network.config, model.config, []
-    if old.img_size != new.img_size:
-        found.append(
-            f"  {new.img_size} px instead of {old.img_size}: positions are computed, so no weight depends on it"
-        )
-    if initial.start.noise_scale != noise_scale:
-        found.append(f"  --noise_scale {noise_scale:g} instead of {initial.start.noise_scale:g}")
+    if (size := new.img_size) != old.img_size:
+        found.append(f"  {size} px instead of {old.img_size}: positions are computed, so no weight depends on it")
+    if (scale := initial.start.noise_scale) != noise_scale:
+        found.append(f"  --noise_scale {noise_scale:g} instead of {scale:g}")
     if old.in_context_start != new.in_context_start:
         found.append(f"  in-context tokens from block {new.in_context_start} on instead of {old.in_context_start}")
     return found

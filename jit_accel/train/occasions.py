@@ -8,29 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Occasion:
-    """One row of the list. All processes act together.
-
-    Attributes:
-        every: interval in steps; 0 = never, or at the end alone.
-        action: what is done.
-        is_done: whether an earlier start has done it at the step it left off with; None where a checkpoint of that
-            step proves it. All processes ask together.
-        at_end: whether it belongs to the last step too, whatever the interval.
-        reads_first: whether the metrics are read before, which may stop the run.
-    """
+    """One row of the list. All processes act, and ask whether it is done, together."""
 
     name: str
-    every: int
+    every: int  # interval in steps; 0 = never, or at the end alone
     action: Callable[[], object]
-    is_done: Callable[[], bool] | None = None
-    at_end: bool = True
-    reads_first: bool = True
-
-    def falls_on(self, step: int, last_step: int) -> bool:
-        """Return True where this step is one of its own."""
-        if step == last_step:
-            return self.at_end
-        return self.every > 0 and step > 0 and step % self.every == 0
+    is_done: Callable[[], bool] | None = None  # by an earlier start; None where a checkpoint of the step proves it
+    at_end: bool = True  # it belongs to the last step too, whatever the interval
+    reads_first: bool = True  # the metrics are read before, which may stop the run
 
 
 def due(occasions: Iterable[Occasion], step: int, last_step: int, *, is_new: bool) -> Iterator[Occasion]:
@@ -41,5 +26,6 @@ def due(occasions: Iterable[Occasion], step: int, last_step: int, *, is_new: boo
             left undone is due.
     """
     for occasion in occasions:
-        if occasion.falls_on(step, last_step) and (is_new or (occasion.is_done and not occasion.is_done())):
+        is_now = occasion.at_end if step == last_step else step and occasion.every and step % occasion.every == 0
+        if is_now and (is_new or (occasion.is_done and not occasion.is_done())):
             yield occasion

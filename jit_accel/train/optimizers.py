@@ -77,25 +77,21 @@ def trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
 
-def _adamw(params: list[tuple[str, Tensor]], weight_decay: float, betas) -> torch.optim.AdamW:
+def _adamw(params: list[tuple[str, Tensor]], weight_decay: float, betas) -> list[torch.optim.Optimizer]:
     groups = [
         {"params": [p for n, p in params if is_decayed(n, p) == decayed], "weight_decay": weight_decay * decayed}
         for decayed in (True, False)
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=tuple(betas), fused=True)
-
-
-def _adamw_alone(params, weight_decay: float, betas) -> list[torch.optim.Optimizer]:
-    return [_adamw(params, weight_decay, betas)]
+    return [torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=tuple(betas), fused=True)]
 
 
 def _muon_and_adamw(params, weight_decay: float, betas) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in params if is_block_matrix(n, p)]
     rest = [(n, p) for n, p in params if not is_block_matrix(n, p)]
-    return [Muon(matrices, weight_decay=weight_decay), _adamw(rest, weight_decay, betas)]
+    return [Muon(matrices, weight_decay=weight_decay), *_adamw(rest, weight_decay, betas)]
 
 
-OPTIMIZERS = {"adamw": _adamw_alone, "muon": _muon_and_adamw}
+OPTIMIZERS = {"adamw": _adamw, "muon": _muon_and_adamw}
 
 
 class Muon(torch.optim.Optimizer):

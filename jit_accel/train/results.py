@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas
@@ -17,6 +16,7 @@ from jit_accel.base.processes import on_main
 from jit_accel.base.sharding import whole_tensors
 from jit_accel.model.card import CARD_FILE, CARD_PICTURE, training_card
 from jit_accel.model.defaults import DEFAULTS
+from jit_accel.model.lora import merged
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.monitor.log import read_metrics
 from jit_accel.monitor.metric_table import TRAIN_LOSS
@@ -33,46 +33,41 @@ def write_results(
 
     Args:
         sheet: its last samples, for the model card.
-        pipeline: around the trained network; gives the configuration.
         record: the run's settings and facts, on the main process.
 
     Raises:
         UserError: on all processes, where the disk does not take them.
     """
 
-    def write(action: Callable[[], object]) -> None:
-        def attempt() -> None:
-            try:
-                action()
-            except (OSError, SafetensorError) as problem:
-                raise UserError(
-                    f"cannot be written to ({problem}). The training is complete and its last checkpoint is saved:",
-                    about="output_dir",
-                    value=output_dir,
-                    remedy="make room, and the same command with --resume auto writes the rest.",
-                ) from None
+    is_main, adapter = accelerator.is_main_process, tuning.adapter
+    trained = whole_tensors(averages.first, keep=is_main)
+    frozen = whole_tensors(pipeline.transformer.state_dict(), keep=is_main) if adapter else {}
 
-        on_main(accelerator, attempt)
+    def write() -> None:
+        try:
+            if adapter:
+                adapter.save(trained, output_dir / LORA_FOLDER)
+            draw_loss_curve(read_metrics(output_dir), output_dir / CURVE_FILE)
+            weights = merged(frozen, trained, adapter.scale) if adapter else trained
+            card = training_card(pipeline, record, averages.name)
+            export_pipeline(pipeline, weights, output_dir / PIPELINE_FOLDER, sheet, card)
+        except (OSError, SafetensorError) as problem:
+            raise UserError(
+                f"cannot be written to ({problem}). The training is complete and its last checkpoint is saved:",
+                about="output_dir",
+                value=output_dir,
+                remedy="make room, and the same command with --resume auto writes the rest.",
+            ) from None
 
-    is_main = accelerator.is_main_process
-    weights = whole_tensors(averages.first, keep=is_main)
-    if adapter := tuning.adapter:
-        write(lambda: adapter.save(weights, output_dir / LORA_FOLDER))
-        weights = tuning.plain_weights(pipeline.transformer, weights, is_main)
-    write(lambda: draw_loss_curve(read_metrics(output_dir), output_dir / CURVE_FILE))
-    folder = output_dir / PIPELINE_FOLDER
-    write(lambda: export_pipeline(pipeline, weights, folder, sheet, training_card(pipeline, record, averages.name)))
+    on_main(accelerator, write)
 
 
 def export_pipeline(pipeline: JiTPipeline, weights: dict[str, Tensor], folder: Path, sheet: Path, card: str) -> None:
-    """Write a pipeline folder (safetensors only) with these weights, whole or not at all.
+    """Write a pipeline folder (safetensors only) with these weights in place of the pipeline's, whole or not at all.
 
     Args:
-        pipeline: gives the configuration; its own network is left as it is.
         weights: float32 tensors by the network's parameter names.
-        folder: where to; replaced if it exists.
-        sheet: PNG of samples for the model card.
-        card: text of the model card.
+        sheet, card: PNG of samples and text of the model card.
     """
     network = type(pipeline.transformer).from_config(pipeline.transformer.config)
     network.load_state_dict(weights, strict=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
+from accelerate import Accelerator
 from torch import Tensor
 
 from jit_accel.base.console import warn
@@ -18,26 +20,23 @@ SAMPLES_PER_CLASS = 8
 MAX_CLASSES = 10
 
 
+@dataclass
 class SampleSheets:
-    """Draws what a run's averaged weights make of a few classes, always from the same noise.
+    """Draws what a run's averaged weights make of a few classes, always from the same noise."""
 
-    Args:
-        pipeline: around the network without its wrapper; `averages` are those of its weights.
-        seed: of the noise.
-        num_inference_steps: steps of the solver.
-        batch_size: images that a process makes at once, at least one class.
-    """
+    pipeline: JiTPipeline  # around the network without its wrapper
+    averages: Ema  # of its weights
+    accelerator: Accelerator
+    _: KW_ONLY
+    seed: int  # of the noise
+    num_inference_steps: int
+    batch_size: int  # images that a process makes at once, at least one class
 
-    def __init__(
-        self, pipeline: JiTPipeline, averages: Ema, accelerator, *, seed: int, num_inference_steps: int, batch_size: int
-    ):
-        self.pipeline, self.averages, self.accelerator = pipeline, averages, accelerator
-        self.seed, self.num_inference_steps = seed, num_inference_steps
-        self.batch_size = max(batch_size, SAMPLES_PER_CLASS)
-        num_classes = pipeline.transformer.config.num_classes
+    def __post_init__(self):
+        num_classes = self.pipeline.transformer.config.num_classes
         count = min(num_classes, MAX_CLASSES)
         self.classes = [i * num_classes // count for i in range(count)]
-        self.row_names = [pipeline.config.class_names[label] for label in self.classes]
+        self.row_names = [self.pipeline.config.class_names[label] for label in self.classes]
 
     def caption(self, step: int) -> str:
         """Return a sheet in words."""
@@ -47,12 +46,19 @@ class SampleSheets:
         )
 
     def draw(self, path: Path) -> None:
-        """Make a sheet, all processes together, and write it as a PNG on the main one."""
+        """Make a sheet, all processes together, and write it as a PNG on the main one; a full disk is warned of."""
         with self.averages.applied():
             images = self._sample()
             reshard(self.pipeline.transformer)  # the gathered weights are the average's
-        if self.accelerator.is_main_process:
-            save_sheet(images, self.row_names, path)
+        if not self.accelerator.is_main_process:
+            return
+        pixels = images.permute(0, 2, 3, 1).unflatten(0, (-1, SAMPLES_PER_CLASS)).numpy()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path, durable=False) as temporary:
+                draw_rows(list(zip(self.row_names, pixels))).save(temporary, format="PNG")
+        except OSError as error:
+            warn(f"{path} cannot be written ({error.strerror or error}): make room.")
 
     def _sample(self) -> Tensor:
         """Return images uint8 (classes * 8, 3, H, W) on the CPU, class after class, on every process."""
@@ -66,19 +72,6 @@ class SampleSheets:
             seed=self.seed,
             labels=[labels[i] for i in mine],
             num_inference_steps=self.num_inference_steps,
-            batch_size=self.batch_size,
+            batch_size=max(self.batch_size, SAMPLES_PER_CLASS),
         )
         return accelerator.gather(images.to(accelerator.device))[: len(labels)].cpu()
-
-
-def save_sheet(images: Tensor, row_names: list[str], path: Path) -> None:
-    """Write images (rows * n, 3, H, W), uint8, as a PNG with a named row for each class; a full disk is warned of."""
-    columns = len(images) // len(row_names)
-    pixels = images.permute(0, 2, 3, 1).numpy()
-    sheet = draw_rows([(name, pixels[i * columns : (i + 1) * columns]) for i, name in enumerate(row_names)])
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path, durable=False) as temporary:
-            sheet.save(temporary, format="PNG")
-    except OSError as error:
-        warn(f"{path} cannot be written ({error.strerror or error}): make room.")

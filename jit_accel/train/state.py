@@ -15,6 +15,7 @@ from jit_accel.base.sharding import sharded_like
 from jit_accel.config.lengths import Plan
 from jit_accel.config.settings import SETTINGS, EvalConfig, HealthConfig, HubConfig, TrackingConfig
 from jit_accel.data.formats.source import Source
+from jit_accel.model.lora import Adapter
 from jit_accel.train.run_record import describe_data
 
 # Settings that must agree between a checkpoint and the run that continues it; everything else may change.
@@ -80,13 +81,7 @@ class OptimizerState:
 
 
 class RunFacts:
-    """The settings and data of a run, to be held against those of the start that continues it.
-
-    Args:
-        facts: `settings`, `data` in words, its `fingerprint`, `global_batch_size`, and whatever else a reader of the
-            checkpoint needs.
-        is_main: whether this process talks.
-    """
+    """The settings and data of a run (`facts`, see `of`), to be held against those of the start that continues it."""
 
     def __init__(self, facts: dict, is_main: bool):
         self.facts, self.is_main = facts, is_main
@@ -95,9 +90,9 @@ class RunFacts:
 
     @classmethod
     def of(
-        cls, settings: dict, plan: Plan, source: Source, accelerator, class_names: list[str], base_identity: str | None
+        cls, settings: dict, plan: Plan, source: Source, accelerator, class_names: list[str], adapter: Adapter | None
     ) -> RunFacts:
-        """Gather the facts of a run; `base_identity` is of the weights that an adapter stands on."""
+        """Gather all that a reader of the run's checkpoints needs to know."""
         facts = {
             "world_size": accelerator.num_processes,
             "global_batch_size": plan.global_batch_size,
@@ -105,7 +100,7 @@ class RunFacts:
             "data": describe_data(source),
             "class_names": class_names,
             "fingerprint": source.fingerprint,
-            "base_identity": base_identity,
+            "base_identity": adapter and adapter.base_identity,
         }
         return cls(facts, accelerator.is_main_process)
 
@@ -119,9 +114,11 @@ class RunFacts:
                 f"the global batch was {before} images and is now {now}: "
                 "--epochs and the learning rate's schedule count as if the whole run had the new one."
             )
-        settings = saved["settings"], self.facts["settings"]
-        self.changes = changed_settings(*settings)
-        self.is_other_training = bool(changed_settings(*settings, WITHOUT_EFFECT))
+        then, settings = saved["settings"], self.facts["settings"]
+        changed = [name for name, value in settings.items() if then.get(name) != value]
+        shown = [name for name in changed if name not in ("resume", "output_dir")]
+        self.changes = ", ".join(f"{name} {then.get(name)} → {settings[name]}" for name in shown)
+        self.is_other_training = not set(changed) <= set(WITHOUT_EFFECT)
 
     def refuse_other(self, path: Path, saved: dict) -> None:
         """Raise `UserError` where this run cannot continue the checkpoint at `path`, naming each difference."""
@@ -141,12 +138,3 @@ class RunFacts:
                 value=path,
                 remedy="Give the settings it was made with, or another --output_dir to start anew.",
             )
-
-
-def changed_settings(saved: dict, now: dict, left_out: tuple[str, ...] = ("resume", "output_dir")) -> str:
-    """Return what a resumed run does otherwise than the checkpoint's, in words."""
-    return ", ".join(
-        f"{name} {saved.get(name)} → {value}"
-        for name, value in now.items()
-        if name not in left_out and saved.get(name) != value
-    )

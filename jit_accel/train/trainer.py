@@ -5,30 +5,32 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from jit_accel.base import rng
 from jit_accel.base.console import say, warn
+from jit_accel.base.errors import UserError
 from jit_accel.base.processes import on_main
 from jit_accel.base.sharding import reshard
 from jit_accel.base.signals import StopRequest
 from jit_accel.config.lengths import Plan
-from jit_accel.config.settings import EvalConfig, RunConfig, SheetConfig, write_config
+from jit_accel.config.settings import RunConfig, write_config
 from jit_accel.data.batches.batch import Batch
 from jit_accel.model.checkpoints import Checkpointer, find_checkpoint, load_parts, read_run
+from jit_accel.model.lora import refuse_other_base
 from jit_accel.model.objective import Objective
 from jit_accel.monitor.log import FAILED_FILE, INTERRUPTED_FILE
 from jit_accel.monitor.metric_table import EMA_VAL_LOSS, EVAL, VAL_LOSS, part_of
-from jit_accel.monitor.monitor import Monitor
+from jit_accel.monitor.monitor import Monitor, NotFinite
 from jit_accel.monitor.report_process import REPORT_FILE
 from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed
-from jit_accel.train.guards import bad_images_error, not_finite_error
 from jit_accel.train.initial_weights import Tuning
 from jit_accel.train.occasions import Occasion, due
 from jit_accel.train.optimizers import set_lr
@@ -40,54 +42,35 @@ from jit_accel.train.state import NamedTensors, OptimizerState, RunFacts
 from jit_accel.train.validation import Validation
 
 
+@dataclass(eq=False, kw_only=True)
 class Trainer:
-    """One training run, of parts that `build.assemble` has put together.
+    """One training run, of parts that `build.assemble` has put together."""
 
-    Args:
-        plan: the run's lengths in optimizer steps.
-        run, sample, evaluation: the groups of settings, resolved.
-        facts: the run's settings and data, as its checkpoints hold them.
-        model, optimizers: as `accelerator.prepare` returned them.
-        averages: of the model's trained weights.
-        objective: what is minimised.
-        learning_rate_at: the learning rate of step number n, from 0.
-        max_grad_norm: where gradients are clipped; 0 = never.
-        max_bad_images: the share of the images that may be broken.
-        tuning: how the run stands to the weights that it started from.
-        validation, quality: measure the holdout's loss, and generated images; None where that is not wanted.
-    """
+    accelerator: Accelerator
+    plan: Plan
+    settings: RunConfig
+    sample_every_steps: int
+    eval_every_steps: int
+    facts: RunFacts
+    model: torch.nn.Module  # and its optimizers, as `accelerator.prepare` returned them
+    optimizers: Sequence
+    averages: Ema
+    objective: Objective
+    learning_rate_at: Callable[[int], float]  # of step number n, from 0
+    max_grad_norm: float  # 0: gradients are never clipped
+    max_bad_images: float  # the share of the images that may be broken
+    tuning: Tuning
+    feed: Feed
+    monitor: Monitor
+    sheets: SampleSheets
+    validation: Validation | None  # None where nothing is held out, or nothing to be measured
+    quality: SampleQuality | None
 
-    def __init__(
-        self,
-        accelerator,
-        plan: Plan,
-        *,
-        run: RunConfig,
-        sample: SheetConfig,
-        evaluation: EvalConfig,
-        facts: RunFacts,
-        model: torch.nn.Module,
-        optimizers: Sequence,
-        averages: Ema,
-        objective: Objective,
-        learning_rate_at: Callable[[int], float],
-        max_grad_norm: float,
-        max_bad_images: float,
-        tuning: Tuning,
-        feed: Feed,
-        monitor: Monitor,
-        sheets: SampleSheets,
-        validation: Validation | None = None,
-        quality: SampleQuality | None = None,
-    ):
-        self.accelerator, self.plan, self.facts = accelerator, plan, facts
-        self.model, self.optimizers, self.averages = model, optimizers, averages
-        self.network = accelerator.unwrap_model(model)
-        self.objective, self.learning_rate_at, self.max_grad_norm = objective, learning_rate_at, max_grad_norm
-        self.max_bad_images, self.tuning, self.feed, self.monitor = max_bad_images, tuning, feed, monitor
-        self.sheets, self.validation, self.quality = sheets, validation, quality
+    def __post_init__(self):
+        run, averages = self.settings, self.averages
         self.seed, self.output_dir = run.seed, Path(run.output_dir)
-        self.checkpointer = Checkpointer(accelerator, self.output_dir, run.keep_checkpoints)
+        self.network = self.accelerator.unwrap_model(self.model)
+        self.checkpointer = Checkpointer(self.accelerator, self.output_dir, run.keep_checkpoints)
         self.step = self.first_step = 0  # of this start
         self.saved_step: int | None = None  # by this start
         self.stop = StopRequest()
@@ -95,28 +78,28 @@ class Trainer:
         self.parts = {
             "model": NamedTensors(averages.params),
             **{f"ema_{decay}": NamedTensors(average) for decay, average in averages.averages.items()},
-            "optimizer": OptimizerState(self.network, optimizers),
-            "feed": feed,
-            "monitor": monitor,
-            "scaler": accelerator.scaler,
-            "run": facts,
+            "optimizer": OptimizerState(self.network, self.optimizers),
+            "feed": self.feed,
+            "monitor": self.monitor,
+            "scaler": self.accelerator.scaler,
+            "run": self.facts,
         }
         self.occasions = [
             Occasion("log", run.log_every_steps, self.flush, at_end=False, reads_first=False),
             Occasion("save", run.save_every_steps, self.save),
             # After the checkpoint, so that whatever happens to them costs no step.
-            Occasion("sample", sample.sample_every_steps, self.sample, self._has_sheet, at_end=False),
+            Occasion("sample", self.sample_every_steps, self.sample, self._has_sheet, at_end=False),
         ]
-        if validation:  # before the metrics of the step are read, since it adds to them
+        if self.validation:  # before the metrics of the step are read, since it adds to them
             self.occasions.insert(0, Occasion("validate", run.val_every_steps, self.validate, reads_first=False))
-        if quality:
-            every = evaluation.eval_every_steps
-            self.occasions.append(Occasion("evaluate", every, self.evaluate, self._is_evaluated))
+        if self.quality:
+            self.occasions.append(Occasion("evaluate", self.eval_every_steps, self.evaluate, self._is_evaluated))
 
     def run(self) -> int:
         """Train to the end, or until a signal. Returns the exit code."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         last_step = self.plan.total_steps
+        is_alone = self.accelerator.num_processes == 1  # several agree to stop when the metrics are read
         if self.quality and (self.step < last_step or self.quality.is_lacking(last_step)):
             self.quality.prepare()
         with self.stop, self.monitor:
@@ -128,7 +111,7 @@ class Trainer:
                     if self.is_stopping:
                         break
                     occasion.action()
-                if self.is_stopping or self._is_told_to_stop_alone():
+                if self.is_stopping or (self.stop.number and is_alone):
                     return self._leave()
                 if self.step == last_step:
                     return self._finish()
@@ -210,11 +193,30 @@ class Trainer:
         interval = self.monitor.read(self.stop.number > 0)
         self.is_stopping = interval.stop_asked
         if interval.not_finite:
-            raise not_finite_error(interval.not_finite, find_checkpoint(self.output_dir, "auto"))
+            raise self._not_finite(interval.not_finite)
         seen = max(interval.images_seen, self.plan.num_images)
         if interval.bad_images > self.max_bad_images * seen:
             self.save()
-            raise bad_images_error(interval.bad_images, self.max_bad_images, self.feed.all_bad_images())
+            raise self._bad_images(interval.bad_images)
+
+    def _not_finite(self, found: NotFinite) -> UserError:
+        last = find_checkpoint(self.output_dir, "auto")
+        good = f"the last good checkpoint is {last}" if last else "there is none yet"
+        return UserError(
+            f"{found.key} is {found.value} at step {found.step}: training stopped and no checkpoint was overwritten; "
+            f"{good}.",
+            remedy="Lower --learning_rate, set --max_grad_norm 1, or use --mixed_precision bf16 or no, then go on with "
+            "--resume auto.",
+        )
+
+    def _bad_images(self, count: int) -> UserError:
+        first = "; ".join(self.feed.all_bad_images()[:3])
+        return UserError(
+            f"{count} images cannot be decoded, more than that share; the first: {first}.",
+            about="max_bad_images",
+            value=f"{self.max_bad_images:g}",
+            remedy="Repair or remove them, or raise the share; the run is saved and goes on with --resume auto.",
+        )
 
     def save(self) -> None:
         """Write a checkpoint of this step, once; the metrics have been read, and are finite."""
@@ -232,7 +234,8 @@ class Trainer:
         """
         run = read_run(path)
         self.facts.refuse_other(path, run)
-        self.tuning.refuse_other(path, run)
+        if adapter := self.tuning.adapter:
+            refuse_other_base(path, run, self.tuning.path, adapter.base_identity)
         self.step = self.first_step = load_parts(path, self.parts)
         changes = f" with {self.facts.changes}" if self.facts.changes else ""
         self.say(f"Resumed from {path} at step {self.step:,}{changes}")
@@ -270,7 +273,7 @@ class Trainer:
             return
         self.monitor.amend(self.step, found)
         values = ", ".join(f"{part_of(name, EVAL)} {value:.4g}" for name, value in found.items())
-        self.say(f"Step {self.step:,}: {values} of {self.quality.num_images:,} images")
+        self.say(f"Step {self.step:,}: {values} of {self.quality.settings.eval_images:,} images")
 
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:
@@ -291,10 +294,6 @@ class Trainer:
                 write_record(self.record, self.output_dir)
         self.monitor.open(self.step, self.record, self.facts.is_other_training)
 
-    def _is_told_to_stop_alone(self) -> bool:
-        # Several processes agree at the next flush; one need not wait for it.
-        return self.stop.number > 0 and self.accelerator.num_processes == 1
-
     def _leave(self) -> int:
         self.flush()
         self.save()
@@ -312,11 +311,10 @@ class Trainer:
             self.sample()
             results = (self.sheets.pipeline, self.averages, self.tuning, self.record)
             write_results(output_dir, sheet, *results, self.accelerator)
-        self.say(
-            f"Samples:    {sheet}\nLoss curve: {output_dir / CURVE_FILE}\nPipeline:   {output_dir / PIPELINE_FOLDER}"
-        )
+        places = {"Samples": sheet, "Loss curve": output_dir / CURVE_FILE, "Pipeline": output_dir / PIPELINE_FOLDER}
         if self.monitor.report.is_wanted:
-            self.say(f"Report:     {output_dir / REPORT_FILE}")
+            places["Report"] = output_dir / REPORT_FILE
+        self.say("\n".join(f"{name + ':':<12}{path}" for name, path in places.items()))
         if bad_images := self.feed.all_bad_images():
             names = "".join(f"\n  {name}" for name in bad_images)
             self.say(f"Skipped {len(bad_images)} images that cannot be decoded:{names}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -38,28 +36,21 @@ def open_data(
         )
         if not data.holdout:
             return source, None
-        rank, world_size = accelerator.process_index, accelerator.num_processes
-        return split_holdout(
-            source, data.holdout, max_images=val_images, img_size=img_size, rank=rank, world_size=world_size
-        )
+        share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        return split_holdout(source, data.holdout, max_images=val_images, img_size=img_size, **share)
 
     source, held_out = on_all(accelerator, open_and_split, in_turn=True)
-    num_held_out = len(held_out.keys) if held_out else 0
-    counts, fingerprints, held_counts = zip(*gather_object([(source.num_images, source.fingerprint, num_held_out)]))
-    _refuse_disagreement(data, counts, fingerprints)
-    if held_out and not sum(held_counts):
+    counts = gather_object([len(held_out.keys) if held_out else 0])
+    if held_out and not sum(counts):
         if accelerator.is_main_process:
             warn("no image of the holdout can be read, or none was found: there is no val/loss.")
         held_out = None
-    return source, held_out
-
-
-def _refuse_disagreement(data: DataConfig, counts: Sequence[int], fingerprints: Sequence[str]) -> None:
-    found = list(zip(counts, fingerprints))
+    found = gather_object([(source.num_images, source.fingerprint)])
     other = next((rank for rank, finding in enumerate(found) if finding != found[0]), None)
     if other is None:
-        return
-    trained = ", ".join(f"process {rank} trains on {counts[rank]:,} ({fingerprints[rank][:8]})" for rank in (0, other))
+        return source, held_out
+    ranks = (0, other)
+    trained = ", ".join(f"process {rank} trains on {found[rank][0]:,} ({found[rank][1][:8]})" for rank in ranks)
     about, value = ("holdout", f"{data.holdout:g}") if data.holdout else ("data_path", data.data_path)
     raise UserError(
         f"the processes do not find the same images ({trained}): make sure that all machines have the same files and "
