@@ -10,7 +10,7 @@ from typing import Any
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.checks import LORA_TARGETS, check, image_size, model_name
-from jit_accel.config.lengths import PAPER_EPOCHS, Plan, ema_memory_steps, plan_run
+from jit_accel.config.lengths import PAPER_EPOCHS, Plan, plan_run
 from jit_accel.config.presets import PRESETS, Preset, parse_model_name
 from jit_accel.config.settings import Config, OptimConfig
 
@@ -70,7 +70,7 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
     preset, _ = parse_model_name(config.model.model)
     plan = plan_run(optim, num_images=facts.num_images, world_size=facts.processes, accumulation=facts.accumulation)
     longest = EMA_SHARE_OF_RUN * plan.total_steps
-    decays = [str(decay) for decay in PAPER_EMA_DECAYS if ema_memory_steps(decay) <= longest]
+    decays = [str(decay) for decay in PAPER_EMA_DECAYS if 1 / (1 - decay) <= longest]
     guidance = 2.0 if facts.start is None or facts.start.guidance_scale is None else facts.start.guidance_scale
     defaults: dict[str, Any] = {
         "img_size": size,
@@ -199,10 +199,11 @@ def _warnings_of_length(config: Config, plan: Plan) -> Iterator[str]:
     total = plan.total_steps
     is_from_scratch = config.tune.init_from is None  # else weights and averages start as good as the source
     for decay in config.optim.ema_decays if is_from_scratch else ():
-        if decay != "auto" and ema_memory_steps(float(decay)) > EMA_SHARE_OF_RUN * total:
+        memory_steps = 0.0 if decay == "auto" else 1 / (1 - float(decay))
+        if memory_steps > EMA_SHARE_OF_RUN * total:
             yield (
-                f"--ema_decays {decay} averages over {ema_memory_steps(float(decay)):,.0f} steps, but the run has only "
-                f"{total:,}: its samples will be noise, or far behind the weights. Use auto, or a longer run."
+                f"--ema_decays {decay} averages over {memory_steps:,.0f} steps, but the run has only {total:,}: its "
+                "samples will be noise, or far behind the weights. Use auto, or a longer run."
             )
     if plan.warmup_steps > 0.5 * total:
         yield (

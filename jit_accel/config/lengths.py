@@ -14,17 +14,12 @@ PAPER_WARMUP_EPOCHS = 5.0
 
 @dataclass(frozen=True)
 class Plan:
-    """The lengths and rates of a run, in optimizer steps.
-
-    Attributes:
-        global_batch_size: images per optimizer step, over all processes and micro-steps.
-        num_images: images of one epoch.
-    """
+    """The lengths of a run, in optimizer steps."""
 
     total_steps: int
     warmup_steps: int
-    global_batch_size: int
-    num_images: int
+    global_batch_size: int  # images of a step, over all processes and micro-steps
+    num_images: int  # of one epoch
 
     def epoch_of(self, step: int) -> float:
         """Return the passes over the data after `step` optimizer steps."""
@@ -57,8 +52,3 @@ def plan_run(optim: OptimConfig, *, num_images: int, world_size: int, accumulati
             f"the warm-up of {warmup} steps is longer than the run of {total}: shorten it.", about="warmup_steps"
         )
     return Plan(total, warmup, global_batch, num_images)
-
-
-def ema_memory_steps(decay: float) -> float:
-    """Return the steps over which an EMA of this decay averages."""
-    return 1 / (1 - decay)

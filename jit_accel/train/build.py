@@ -91,10 +91,6 @@ def build_trainer(
 ) -> Trainer:
     """Open data and weights, complete the settings with what they are, and put the parts of the run together.
 
-    Args:
-        checkpoint: that the run goes on from.
-        source: opened data, in place of what the settings name.
-
     Raises:
         UserError: on all processes, whichever raised it.
     """

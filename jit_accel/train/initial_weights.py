@@ -171,19 +171,13 @@ def resample_patches(tensors: dict[str, Tensor], old: int, new: int) -> dict[str
 
 @dataclass(frozen=True)
 class Tuning:
-    """The relation of a run to the weights that it starts from, if any.
-
-    Attributes:
-        labels: the network's class of each label of the data, where these differ.
-        adapter: what alone is trained, on the weights at `path`.
-        notes: the fate of the weights at the start, in words.
-    """
+    """The relation of a run to the weights that it starts from, if any."""
 
     class_names: Sequence[str]
-    labels: Tensor | None = None
-    adapter: Adapter | None = None
+    labels: Tensor | None = None  # the network's class of each label of the data, where these differ
+    adapter: Adapter | None = None  # what alone is trained, on the weights at `path`
     path: str = ""
-    notes: str = ""
+    notes: str = ""  # the fate of the weights, in words
 
     def labels_of(self, batch: Batch) -> Tensor:
         """Return labels (B,) as the network knows them."""

@@ -16,11 +16,7 @@ from jit_accel.data.formats.sources import Source, open_images
 def open_data(
     data: DataConfig, *, img_size: int, val_images: int, accelerator: Accelerator, given: Source | None = None
 ) -> tuple[Source, HeldOut | None]:
-    """Open the images to train on, and those held out, if any; the same of both on all processes.
-
-    Args:
-        val_images: how many of those held out are read, at most.
-        given: opened already, in place of `data_path`.
+    """Open the images to train on, unless they are given, and at most `val_images` held out; on all processes the same.
 
     Raises:
         UserError: on all processes, whichever raised it.
