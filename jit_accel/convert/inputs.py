@@ -16,8 +16,14 @@ from jit_accel.base.errors import UserError, nearest
 from jit_accel.config.settings import UNAVERAGED
 from jit_accel.convert.pickles import read_pickle
 from jit_accel.convert.stated import from_arguments, from_pipeline, from_record
-from jit_accel.model.carried_code import INDEX_FILE
-from jit_accel.model.loading import averages_of, find_checkpoint_in, load_folder, load_pipeline, pipeline_of_checkpoint
+from jit_accel.model.loading import (
+    averages_of,
+    find_checkpoint_in,
+    find_pipeline_in,
+    load_folder,
+    load_pipeline,
+    pipeline_of_checkpoint,
+)
 from jit_accel.model.pipeline import JiTPipeline
 
 # The reference's keys, and what they are called here; its decays.
@@ -34,13 +40,9 @@ FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 class Input:
     """Opened weights, one set of them.
 
-    Attributes:
-        path: the file or folder itself (of a run, its pipeline or checkpoint), None for the Hub.
-        weights: by the network's parameter names.
-        set_name: which weights these are, in words.
-        stated: sizes and settings that the input itself names; they may be wrong where others wrote it.
-        positions: the fixed position table, where the weights hold one.
-        facts: further facts for the model card.
+    path: the file or folder itself (of a run, its pipeline or checkpoint), None for the Hub. weights: by the network's
+    parameter names. set_name: in words. stated: sizes and settings that the input itself names; they may be wrong where
+    others wrote it. positions: the fixed position table, where the weights hold one. facts: for the model card.
     """
 
     path: Path | None
@@ -53,10 +55,7 @@ class Input:
 
 
 def open_input(place: str, wanted: str | None) -> Input:
-    """Open what `--input` names.
-
-    Args:
-        wanted: `--weights`; None takes ema1, or the only set there is.
+    """Open what `--input` names; `wanted` is `--weights`, and None takes ema1, or the only set there is.
 
     Raises:
         UserError: nothing is there, it is refused or broken, or has no such weights.
@@ -147,13 +146,11 @@ def open_tensors(path: Path, wanted: str | None) -> Input:
 
 def open_pipeline(place: str, folder: Path, wanted: str | None) -> Input:
     """Open a pipeline folder, a run, one of its checkpoints, or a pipeline of the Hub."""
-    if wanted is None:
-        for candidate in (folder, folder / "pipeline"):
-            if (candidate / INDEX_FILE).is_file():
-                opened = _of_pipeline(candidate, load_folder(candidate, "input"), "the pipeline's")
-                dtype = stored_dtype(candidate)  # diffusers has made all of it float32
-                opened.weights = {name: tensor.to(dtype) for name, tensor in opened.weights.items()}
-                return opened
+    if wanted is None and (exported := find_pipeline_in(folder)):
+        opened = _of_pipeline(exported, load_folder(exported, "input"), "the pipeline's")
+        dtype = stored_dtype(exported)  # diffusers has made all of it float32
+        opened.weights = {name: tensor.to(dtype) for name, tensor in opened.weights.items()}
+        return opened
     if checkpoint := find_checkpoint_in(folder):
         average = average_for(checkpoint, wanted)
         pipeline = pipeline_of_checkpoint(checkpoint, average, "input")
@@ -161,12 +158,6 @@ def open_pipeline(place: str, folder: Path, wanted: str | None) -> Input:
     if wanted is not None:
         rule = "holds one set of weights only: leave the flag out, or give the output folder of a run, or a .pth."
         raise _refusal(wanted, f"{place} {rule}", "weights")
-    if folder.exists():
-        raise _refusal(
-            place,
-            f"holds no pipeline ({INDEX_FILE}) and no checkpoint: give a pipeline folder, the output folder of a run, "
-            "or a .pth or .safetensors file.",
-        )
     return _of_pipeline(None, load_pipeline(place, about="input"), "the pipeline's")
 
 

@@ -27,6 +27,7 @@ from jit_accel.convert.targets import (
 from jit_accel.model import hub
 from jit_accel.model.card import CARD_FILE, CARD_PICTURE, conversion_card
 from jit_accel.model.carried_code import INDEX_FILE
+from jit_accel.model.loading import find_pipeline_in
 
 # What else a pipeline folder may hold that belongs to its weights.
 BELONGINGS = (CARD_FILE, CARD_PICTURE, "evaluation*")
@@ -40,23 +41,12 @@ def convert(config: ConvertConfig) -> None:
     sharing = config.hub
     if sharing.push_to_hub:
         hub.check_login(sharing.hub_model_id)
-    folder = pipeline_folder(config.input) if config.output is None else write(config)
+    folder = find_pipeline_in(Path(config.input).expanduser()) if config.output is None else write(config)
+    if folder is None:
+        rule = f"is no pipeline folder ({INDEX_FILE}), which alone can be pushed as it is: add --output FOLDER to make "
+        raise UserError(rule + "one of it.", about="input", value=config.input)
     if sharing.push_to_hub:
         say(f"Pushed: {hub.push_folder(folder, sharing.hub_model_id, private=sharing.hub_private)}")
-
-
-def pipeline_folder(place: str) -> Path:
-    """Return the pipeline folder that is, or lies in, the folder of this name."""
-    folder = Path(place).expanduser()
-    for candidate in (folder, folder / "pipeline"):
-        if (candidate / INDEX_FILE).is_file():
-            return candidate
-    raise UserError(
-        f"is no pipeline folder ({INDEX_FILE}), which alone can be pushed as it is: add --output FOLDER to make one "
-        "of it.",
-        about="input",
-        value=place,
-    )
 
 
 def write(config: ConvertConfig) -> Path:

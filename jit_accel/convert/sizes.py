@@ -43,7 +43,11 @@ def network_config(
     sizes = sizes_of_shapes(weights)
     preset = preset_of(sizes)
     if positions is not None:
-        sizes["img_size"] = _side_of(positions) * sizes["patch_size"]
+        side = math.isqrt(positions.shape[1]) if positions.ndim == 3 else 0
+        if not side or side * side != positions.shape[1]:
+            rule = f"pos_embed has the shape {tuple(positions.shape)}, which is no square image's."
+            raise UserError(rule, about="input")
+        sizes["img_size"] = side * sizes["patch_size"]
     for name in SIZES:
         if name in flags and name in sizes and flags[name] != sizes[name]:
             rule = f"the weights say {sizes[name]} (shape of {SHOWN_BY[name]}): leave the flag out."
@@ -95,36 +99,23 @@ def sizes_of_shapes(weights: Mapping[str, Tensor]) -> dict:
 
 def mlp_ratio(hidden: int, inner: int) -> float:
     """Return the ratio whose SwiGLU has `inner` channels; 4 where that fits, as in the paper."""
-    # Quarters first; then whatever gives that width.
     near = inner * 1.5 / hidden
     quarters = sorted((k / 4 for k in range(1, 65)), key=lambda ratio: abs(ratio - 4))
     exact = [(math.ceil(inner * 1.5) + shift) / hidden for shift in (0, 0.5, 1)]
-    for ratio in (*quarters, near, *exact):
-        if swiglu_width(hidden, ratio) == inner:
-            return ratio
-    return near
+    return next((ratio for ratio in (*quarters, near, *exact) if swiglu_width(hidden, ratio) == inner), near)
 
 
 def preset_of(sizes: Mapping) -> str | None:
     """Return the preset with these depth, width, heads and bottleneck."""
-    compared = ("depth", "hidden_size", "num_heads", "bottleneck_dim")
-    for name, preset in PRESETS.items():
-        if all(getattr(preset, size) == sizes[size] for size in compared):
-            return name
-    return None
+    compared = [(size, sizes[size]) for size in ("depth", "hidden_size", "num_heads", "bottleneck_dim")]
+    alike = (name for name, preset in PRESETS.items() if all(getattr(preset, size) == at for size, at in compared))
+    return next(alike, None)
 
 
 def model_name(config: Mapping) -> str:
     """Return `JiT-B/16`, or the sizes where no preset has them."""
     name = preset_of(config) or f"JiT {config['depth']}x{config['hidden_size']}"
     return f"{name}/{config['patch_size']}"
-
-
-def _side_of(positions: Tensor) -> int:
-    side = math.isqrt(positions.shape[1]) if positions.ndim == 3 else 0
-    if not side or side * side != positions.shape[1]:
-        raise UserError(f"pos_embed has the shape {tuple(positions.shape)}, which is no square image's.", about="input")
-    return side
 
 
 def _contradictions(sizes: Mapping, stated: Mapping, preset: str | None) -> list[str]:
@@ -160,11 +151,10 @@ def _in_context_start(sizes: Mapping, preset: str | None, stated: Mapping, flags
             rule = "these weights have no class tokens (in_context_posemb): leave the flag out."
             raise UserError(rule, about=about, value=asked)
         return stated.get("in_context_start", 0)
-    named = PRESETS.get(stated.get("model", "").partition("/")[0])
-    fits = named and (named.hidden_size, named.depth) == (sizes["hidden_size"], sizes["depth"])
-    of_preset = [PRESETS[preset].in_context_start] if preset else []
-    of_name = [named.in_context_start] if fits else []
-    known = (asked, stated.get("in_context_start"), *of_preset, *of_name)
+    named = stated.get("model", "").partition("/")[0]
+    presets = [PRESETS[name] for name in (preset, named) if name in PRESETS]
+    like = [one for one in presets if (one.hidden_size, one.depth) == (sizes["hidden_size"], sizes["depth"])]
+    known = (asked, stated.get("in_context_start"), *(one.in_context_start for one in like))
     start = next((value for value in known if value is not None), None)
     if start is None:
         rule = (

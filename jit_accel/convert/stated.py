@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from jit_accel.config.presets import PRESETS
-from jit_accel.model.defaults import DEFAULTS
 from jit_accel.model.guidance import is_number
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.scheduler import CALLS_PER_STEP
@@ -53,8 +52,6 @@ ARGUMENT_NAMES = {
 
 def from_record(values: Mapping) -> dict:
     """Return what is believed of a mapping with our names."""
-    if not isinstance(values, Mapping):
-        return {}
     return {name: values[name] for name, holds in BELIEVED.items() if name in values and holds(values[name])}
 
 
@@ -76,8 +73,5 @@ def to_arguments(stated: Mapping) -> dict:
 def from_pipeline(pipeline: JiTPipeline) -> dict:
     """Return all that a pipeline knows of itself."""
     scheduler = pipeline.scheduler.config
-    values = {name: value for name, value in pipeline.transformer.config.items() if not name.startswith("_")}
-    values |= {"prediction": scheduler.prediction_type, "noise_scale": scheduler.noise_scale, "t_eps": scheduler.t_eps}
-    values |= {"solver": scheduler.solver, "class_names": pipeline.config.class_names}
-    values |= {name: pipeline.config[name] for name in DEFAULTS}
+    values = {**pipeline.transformer.config, **scheduler, **pipeline.config, "prediction": scheduler.prediction_type}
     return from_record(values)

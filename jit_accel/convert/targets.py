@@ -29,12 +29,9 @@ PREFIX = "net."  # the reference's Denoiser holds the network under this name
 
 @dataclass
 class Converted:
-    """The weights that are to be written, and what is said of them.
+    """The weights that are to be written, by the network's parameter names and in the type to write.
 
-    Attributes:
-        weights: by the network's parameter names, in the type to write.
-        config: of the network.
-        settings: of the sampling, as `sizes.sampling_settings` gives them.
+    config: of the network. settings: of the sampling, as `sizes.sampling_settings` gives them.
     """
 
     weights: dict[str, Tensor]
@@ -97,11 +94,8 @@ def write_pth(result: Converted, path: Path) -> None:
 
 def write_safetensors(result: Converted, path: Path) -> None:
     """Write one file with the reference's names; sizes and settings are JSON in its metadata."""
-    metadata = {"format": "pt", "weights": result.set_name}
-    metadata |= {
-        "config": json.dumps(plain_values(result.config)),
-        "pipeline": json.dumps(plain_values(result.settings)),
-    }
+    config, settings = (json.dumps(plain_values(values)) for values in (result.config, result.settings))
+    metadata = {"format": "pt", "weights": result.set_name, "config": config, "pipeline": settings}
     save_file(reference_names(result), path, metadata=metadata)
 
 
@@ -111,12 +105,7 @@ def build(result: Converted) -> JiTPipeline:
     with torch.device("meta"):
         network = JiTTransformer2DModel(**result.config)
     network.load_state_dict(result.weights, strict=True, assign=True)
-    scheduler = JiTScheduler(
-        prediction_type=settings["prediction"],
-        t_eps=settings["t_eps"],
-        noise_scale=settings["noise_scale"],
-        solver=settings["solver"],
-    )
+    scheduler = JiTScheduler(*(settings[name] for name in ("prediction", "t_eps", "noise_scale", "solver")))
     return JiTPipeline(network.eval(), scheduler, **{name: settings[name] for name in ("class_names", *DEFAULTS)})
 
 

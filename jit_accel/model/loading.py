@@ -59,9 +59,9 @@ def load_pipeline(
         >>> pipe("daisy").images[0].save("daisy.png")
     """
     path, folder = str(model), Path(model).expanduser()
-    exported = [place for place in (folder, folder / "pipeline") if (place / INDEX_FILE).is_file()]
+    exported = find_pipeline_in(folder)
     if exported and ema is None:
-        pipeline = load_folder(exported[0], about)
+        pipeline = load_folder(exported, about)
     elif checkpoint := find_checkpoint_in(folder):
         pipeline = pipeline_of_checkpoint(checkpoint, ema, about)
     elif ema is not None:
@@ -96,6 +96,11 @@ def load_folder(folder: Path, about: str = "model") -> JiTPipeline:
 def _first_line(error: Exception) -> str:
     """Return the first line of an error that others have written, which may go on for pages."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+
+
+def find_pipeline_in(folder: Path) -> Path | None:
+    """Return the folder itself if it is a pipeline's, else that of the run whose output folder it is."""
+    return next((place for place in (folder, folder / "pipeline") if (place / INDEX_FILE).is_file()), None)
 
 
 def find_checkpoint_in(folder: Path) -> Path | None:
