@@ -15,7 +15,7 @@ from torch import Tensor
 from jit_accel.base.errors import UserError, nearest
 from jit_accel.config.settings import UNAVERAGED
 from jit_accel.convert.pickles import read_pickle
-from jit_accel.convert.stated import from_arguments, from_pipeline, from_record
+from jit_accel.convert.sizes import from_arguments, from_pipeline, from_record
 from jit_accel.model.loading import (
     averages_of,
     find_checkpoint_in,
@@ -66,11 +66,8 @@ def open_input(place: str, wanted: str | None) -> Input:
     if path.exists() and not path.is_dir():
         raise _refusal(place, "is neither a file nor a folder.")
     if not path.exists() and (path.suffix.lower() in FILE_SUFFIXES or place.count("/") != 1):
-        raise _refusal(
-            place,
-            "there is no such file or folder: give a checkpoint (.pth), a .safetensors file, a pipeline folder, the "
-            "output folder of a run, or owner/name of the Hub.",
-        )
+        rule = "there is no such file or folder: give a checkpoint (.pth), a .safetensors file, a pipeline folder, the "
+        raise _refusal(place, rule + "output folder of a run, or owner/name of the Hub.")
     return open_pipeline(place, path, wanted)
 
 
@@ -97,9 +94,9 @@ def open_checkpoint(path: Path, wanted: str | None) -> Input:
     if not sets:
         looked = f"found {found or 'nothing'}; looked for {TELLTALE}, with or without net. before it"
         raise _refusal(path, f"holds no weights of a JiT ({looked}).")
-    arguments = content.get("args")
-    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
-    arguments = arguments if isinstance(arguments, Mapping) else {}
+    given = content.get("args")
+    given = vars(given) if isinstance(given, argparse.Namespace) else given
+    arguments = given if isinstance(given, Mapping) else {}
     decays = {name: str(arguments.get(f"ema_decay{name[3:]}", decay)) for name, decay in REFERENCE_DECAYS.items()}
     name = choose(path, sets, wanted, {decay: name for name, decay in decays.items()})
     weights, positions = plain_names(path, sets[name])

@@ -108,11 +108,8 @@ def check(config: ConvertConfig) -> None:
     changes = [*given, *(name for name in ("weights", "overwrite") if getattr(config, name))]
     changes += ["dtype"] if config.dtype != "float32" else []
     if changes:
-        raise UserError(
-            "changes what is converted, but without --output the folder is pushed as it is: add --output FOLDER, or "
-            "leave the flag out.",
-            about=changes[0],
-        )
+        rule = "changes what is converted, but without --output the folder is pushed as it is: add --output FOLDER, or "
+        raise UserError(rule + "leave the flag out.", about=changes[0])
 
 
 def given_flags(config: ConvertConfig) -> dict:
@@ -148,10 +145,8 @@ def read_class_names(path: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         rule = f"cannot be read ({error}): give a text or JSON file."
     except (ValueError, KeyError) as error:
-        rule = (
-            f'not understood ({error}): write one name a line, or JSON: ["cat", "dog"], or {{"0": "cat", "1": "dog"}} '
-        )
-        rule += "without gaps."
+        forms = '["cat", "dog"], or {"0": "cat", "1": "dog"} without gaps'
+        rule = f"not understood ({error}): write one name a line, or JSON: {forms}."
     else:
         others = [name for name in names if not isinstance(name, str)]
         if not others:

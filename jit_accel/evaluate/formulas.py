@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from jit_accel.base.errors import UserError
 from jit_accel.evaluate.features import MAIN, SPATIAL, has_torch_fidelity, import_torch_fidelity
 from jit_accel.evaluate.settings import metric_names
 from jit_accel.evaluate.statistics import INCEPTION_SCORE_SPLITS, Gaussian, ImageStatistics
@@ -98,14 +97,8 @@ def measured(metrics: tuple[str, ...], images: ImageStatistics, reference: Image
     return found
 
 
-def measurable(
-    metrics: tuple[str, ...], reference: ImageStatistics, num_images: int, *, are_wanted: bool, warn: Callable
-) -> tuple[str, ...]:
-    """Return the metrics that this reference, number of images and installation allow; warn of the others.
-
-    Raises:
-        UserError: another one, and these `are_wanted` by name.
-    """
+def hindrances(metrics: tuple[str, ...], reference: ImageStatistics, num_images: int) -> dict[str, list[str]]:
+    """Return the metrics by what keeps them from being measured: "" for those that can be."""
     fewest = min(num_images, num_images if reference.kept is None else len(reference.kept))
     reasons: dict[str, list[str]] = {}
     for name in metrics:
@@ -120,10 +113,5 @@ def measurable(
             reason = f"of {fewest} images none has {NEIGHBOURS} neighbours"
         elif metric.short == "is" and num_images < 2 * INCEPTION_SCORE_SPLITS:
             reason = f"{num_images} images are fewer than two for each of {INCEPTION_SCORE_SPLITS} parts"
-        if reason and are_wanted:
-            raise UserError(f"{reason}.", about="metrics", value=name)
         reasons.setdefault(reason, []).append(name)
-    found = reasons.pop("", [])
-    for reason, names in reasons.items():
-        warn(f"without {', '.join(names)}: {reason}.")
-    return tuple(found)
+    return reasons

@@ -21,15 +21,21 @@ from jit_accel.base.files import disk_errors
 from jit_accel.base.processes import on_all, on_main, process_group
 from jit_accel.evaluate.candidate import Candidate
 from jit_accel.evaluate.evaluator import Evaluator
-from jit_accel.evaluate.features import MAIN, FeatureNetwork, load_features
-from jit_accel.evaluate.formulas import measurable
+from jit_accel.evaluate.features import MAIN, load_features
 from jit_accel.evaluate.grid import Setting, is_sweep
 from jit_accel.evaluate.image_sets import ImageSet, open_image_set
-from jit_accel.evaluate.records import FILE, add_records, read_records, record_file, table_of
+from jit_accel.evaluate.results import (
+    add_records,
+    pipeline_folder_of,
+    publish,
+    read_records,
+    record_file,
+    table_of,
+    write_winner,
+)
 from jit_accel.evaluate.settings import EvaluateConfig, chosen_metrics, metric_names
 from jit_accel.evaluate.statistics import ImageStatistics, save_reference
 from jit_accel.evaluate.sweep import Measured, Outcome, SweepLog, as_markdown, sweep, verdict, write_sweep_files
-from jit_accel.evaluate.winner import pipeline_folder_of, show_on_card, write_winner
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.generation import SamplerSettings
 from jit_accel.model.pipeline import JiTPipeline
@@ -54,8 +60,7 @@ def measure_here(
     evaluator = build_evaluator(config, OneProcess(), pipeline.device, show_progress)
     side = checked_side(pipeline, config.img_size)
     reference = evaluator.load_reference(config.reference, side)
-    wanted = {"are_wanted": bool(config.metrics), "warn": warn}
-    evaluator.metrics = measurable(evaluator.metrics, reference, config.num_images, **wanted)
+    evaluator.keep_measurable(reference, config.num_images, are_wanted=bool(config.metrics))
     return evaluator.measure_pipeline(pipeline, reference, config.num_images, settings, config.seed, side)
 
 
@@ -83,16 +88,14 @@ def evaluate(config: EvaluateConfig) -> int:
             images = on_all(accelerator, lambda: open_image_set(config.images, "images"), in_turn=True)
             num_images, img_size = images.num_images, images.side(img_size, "images")
         reference = evaluator.load_reference(config.reference, img_size)
+        evaluation = Evaluation(config, evaluator, reference, img_size, candidate)
         if accelerator.is_main_process:
-            introduce(evaluator.network, reference, num_images, img_size, candidate is not None)
+            introduce(evaluation, num_images)
         if config.make_reference:
             on_main(accelerator, lambda: save_reference(Path(config.make_reference).expanduser(), reference))
         if num_images is None:
             return 0
-        warned = warn if accelerator.is_main_process else lambda text: None
-        wanted = {"are_wanted": bool(config.metrics), "warn": warned}
-        evaluator.metrics = measurable(evaluator.metrics, reference, num_images, **wanted)
-        evaluation = Evaluation(config, evaluator, reference, img_size, candidate)
+        evaluator.keep_measurable(reference, num_images, are_wanted=bool(config.metrics))
         if candidate and is_sweep(candidate.axes):
             run_sweep(evaluation, file)
             return 0
@@ -121,11 +124,10 @@ def checked_side(pipeline: JiTPipeline, img_size: int | None) -> int:
     return side
 
 
-def introduce(
-    network: FeatureNetwork, reference: ImageStatistics, num_images: int | None, img_size: int | None, is_model: bool
-) -> None:
+def introduce(evaluation: Evaluation, num_images: int | None) -> None:
     """Say what is compared, and what of it is doubtful."""
-    features = network.sizes[MAIN]
+    network, reference, img_size = evaluation.evaluator.network, evaluation.reference, evaluation.img_size
+    features, is_model = network.sizes[MAIN], evaluation.candidate is not None
     real = "?" if reference.num_images is None else f"{reference.num_images:,}"
     size = f", {reference.img_size} px" if reference.img_size else ""
     say(f"Reference: {reference.name}, {real} images{size}; features {network.name}, {features} numbers")
@@ -160,7 +162,7 @@ class Evaluation:
     config: EvaluateConfig
     evaluator: Evaluator
     reference: ImageStatistics
-    img_size: int
+    img_size: int | None
     candidate: Candidate | None
 
     @property
@@ -208,9 +210,7 @@ def keep(evaluation: Evaluation, records: list[dict], file: Path | None) -> None
         return
     folder = Path(evaluation.candidate.weights).expanduser()
     if (folder / INDEX_FILE).is_file() and os.access(folder, os.W_OK):
-        if file is None or file.resolve() != (folder / FILE).resolve():
-            add_records(records, folder / FILE)
-        show_on_card(folder)
+        publish(records, folder, file)
 
 
 def run_sweep(evaluation: Evaluation, file: Path | None) -> None:
@@ -232,10 +232,9 @@ def run_sweep(evaluation: Evaluation, file: Path | None) -> None:
     }
 
     def on_writer(work: Callable):
-        with disk_errors("output", folder, GO_ON):
-            return work()
+        return on_main(accelerator, disk_errors("output", folder, GO_ON)(work))
 
-    log = SweepLog(folder / "sweep.jsonl", context, lambda work: on_main(accelerator, lambda: on_writer(work)))
+    log = SweepLog(folder / "sweep.jsonl", context, on_writer)
     report = say if accelerator.is_main_process else lambda line: None
     known = f"; {len(log.done)} measurements are there already" if log.done else ""
     report(f"Sweep:     {len(settings)} settings by {select} → {folder}{known}")
@@ -271,10 +270,8 @@ def write_outcome(evaluation: Evaluation, outcome: Outcome, folder: Path, file: 
         return
     with disk_errors("output", pipeline_folder, GO_ON):
         say(write_winner(checkpoint, pipeline_folder, outcome))
-    if file is None or (pipeline_folder / FILE).resolve() != file.resolve():  # the model card reads it there
-        best = [one for one in outcome.full if one in (outcome.best, outcome.best_unguided)]
-        add_records(map(evaluation.record_of, best), pipeline_folder / FILE, only_new=True)
-    show_on_card(pipeline_folder)
+    best = [one for one in outcome.full if one in (outcome.best, outcome.best_unguided)]
+    publish(map(evaluation.record_of, best), pipeline_folder, file, only_new=True)
 
 
 def reference_fingerprint(reference: ImageStatistics) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from jit_accel.base.errors import UserError, lookup
+from jit_accel.base.errors import UserError, check_ranges, lookup
 from jit_accel.config.settings import MOST_IMAGES, MOST_PIXELS
 from jit_accel.evaluate.grid import AXES, axes_of, words
 
@@ -37,13 +37,14 @@ METRICS = (
     ImageMetric("precision", "precision", "precision", is_better_higher=True, is_pairwise=True),
     ImageMetric("recall", "recall", "recall", is_better_higher=True, is_pairwise=True),
 )
-RANGES = {
-    **dict.fromkeys(("num_images", "sweep_images"), (2, MOST_IMAGES)),
-    **dict.fromkeys(("sweep_top", "batch_size"), (1, MOST_IMAGES)),
-    "max_features": (4, None),  # three neighbours of each
-    "img_size": (1, MOST_PIXELS),
-    "seed": (0, 2**63 - 1),
-}
+_LIMITS = (
+    *(("num_images", 2, MOST_IMAGES), ("sweep_images", 2, MOST_IMAGES), ("sweep_top", 1, MOST_IMAGES)),
+    *(("batch_size", 1, MOST_IMAGES), ("img_size", 1, MOST_PIXELS), ("seed", 0, 2**63 - 1)),
+)
+RANGES = [
+    *((name, range(low, high + 1).__contains__, f"at least {low} and at most {high:,}") for name, low, high in _LIMITS),
+    ("max_features", lambda v: v >= 4, "at least 4"),  # three neighbours of each
+]
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,7 @@ def check(config: EvaluateConfig) -> None:
     if config.select is not None and chosen_metrics(config.features, (config.select,), "select")[0] not in chosen:
         rule = f"is not among --metrics {','.join(config.metrics)}: add it."
         raise UserError(rule, about="select", value=config.select)
-    for flag, (least, most) in RANGES.items():
-        value = getattr(config, flag)
-        if value is not None and not least <= value <= (most or value):
-            limit = "" if most is None else f" and at most {most:,}"
-            raise UserError(f"must be at least {least}{limit}.", about=flag, value=value)
+    check_ranges(vars(config), RANGES)
 
 
 def metric_names(features: str) -> dict[str, ImageMetric]:

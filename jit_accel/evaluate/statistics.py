@@ -47,11 +47,10 @@ class Gaussian:
 class ImageStatistics:
     """Everything that the metrics need of a set of images, measured or read from a file.
 
-    features, weights_id: of the network. gaussians: by layer. name: of the images. kept: float32 (n, D) on the CPU, the
-    main features of some or all images, in the order of their numbers; None where there are none. scores: Inception
-    Scores of the parts, float64, where wanted. num_images: None where a file does not say. img_size: pixels.
-    label_counts: images of each class, () where they are not known. bad_images: that could not be read.
-    fingerprint: of the data set that was measured, "" where there is none.
+    features, weights_id: of the network. gaussians: by layer. kept: float32 (n, D) on the CPU, the main features of
+    some or all images, in the order of their numbers. scores: Inception Scores of the parts, float64. num_images: None
+    where a file does not say. label_counts: images of each class, () where they are not known. bad_images: that could
+    not be read. fingerprint: of the data set that was measured.
     """
 
     features: str
@@ -128,13 +127,10 @@ class InceptionScoreSums:
 
 
 class Collector:
-    """Collects the statistics of images whose features come in batches, in any order, on any process.
+    """Collects the statistics that metrics need of images whose features come in batches, in any order and process.
 
-    Args:
-        network: gives the features.
-        num_images: of all processes together. Images of numbers from there on only fill batches up and do not count.
-        metrics: the statistics are for these.
-        max_features: the main features of so many images at most are kept for metrics that compare images one by one.
+    num_images: of all processes together; images of numbers from there on only fill batches up and do not count.
+    max_features: of so many images at most the main features are kept, for metrics that compare images one by one.
     """
 
     def __init__(self, network: FeatureNetwork, num_images: int, metrics: Iterable[str], max_features: int):
@@ -243,15 +239,12 @@ def read_reference(path: str, network: FeatureNetwork) -> ImageStatistics | None
     if has_images and (network.name != features or NAMES[MAIN][0] not in arrays):
         return None
     if features != network.name:
-        raise wrong(
-            f"holds statistics of {features} features, not of {network.name}: use --features "
-            f"{features}, or make a file of {network.name} features from the images with --make_reference."
-        )
+        remedy = f"use --features {features}, or make a file of {network.name} features from the images with "
+        raise wrong(f"holds statistics of {features} features, not of {network.name}: {remedy}--make_reference.")
     if about.get("weights_id", network.weights_id) != network.weights_id:
-        raise wrong(
-            f"was made with other weights of {features} ({about['weights_id']}, here "
-            f"{network.weights_id}): give the same --feature_weights, or make it again with --make_reference."
-        )
+        ids = f"{about['weights_id']}, here {network.weights_id}"
+        remedy = "give the same --feature_weights, or make it again with --make_reference."
+        raise wrong(f"was made with other weights of {features} ({ids}): {remedy}")
     layers = [layer for layer, (mean, _) in NAMES.items() if mean in arrays and layer in network.sizes]
     if MAIN not in layers:
         raise wrong("has neither statistics (mu, sigma) nor images (arr_0): give another.")
@@ -265,9 +258,8 @@ def read_reference(path: str, network: FeatureNetwork) -> ImageStatistics | None
         if not is_positive or not torch.allclose(found[1], found[1].T, rtol=1e-4, atol=1e-6):
             raise wrong(f"{covariance} is not a covariance: give another file.")
     kept = checked_array(arrays, "kept", (-1, network.sizes[MAIN]), wrong).float() if "kept" in arrays else None
-    sizes = {"num_images": about.get("num_images"), "img_size": about.get("img_size")}
-    counts = tuple(about.get("label_counts", ()))
-    return ImageStatistics(features, network.weights_id, gaussians, path, kept, **sizes, label_counts=counts)
+    said = {name: about[name] for name in ("num_images", "img_size", "label_counts") if name in about}
+    return ImageStatistics(features, network.weights_id, gaussians, path, kept, **said)
 
 
 def checked_about(arrays: dict[str, np.ndarray], wrong: Callable[[str], UserError]) -> dict:
@@ -284,7 +276,7 @@ def checked_about(arrays: dict[str, np.ndarray], wrong: Callable[[str], UserErro
     numbers = [*counts, *(size for size in sizes if size is not None)] if isinstance(counts, list) else [None]
     if not all(type(number) is int and number >= 0 for number in numbers) or 0 in sizes:
         raise wrong("its description has counts that are not whole numbers: make it again.")
-    return about | {"label_counts": counts}
+    return about | {"label_counts": tuple(counts)}
 
 
 def checked_array(arrays: dict, name: str, shape: tuple[int, ...], wrong: Callable[[str], UserError]) -> Tensor:

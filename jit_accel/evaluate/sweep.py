@@ -20,8 +20,6 @@ from jit_accel.evaluate.grid import Setting
 NOISE, NOISE_IMAGES = 0.01, 50_000
 COLUMNS = (*(field.name for field in fields(Setting)), "num_images")
 
-Values = dict[str, float]
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -29,7 +27,7 @@ class Measured:
 
     setting: Setting
     num_images: int
-    values: Values
+    values: dict[str, float]
 
     def place(self) -> dict:
         """Return everything but the values on one level."""
@@ -43,11 +41,8 @@ class Measured:
 class SweepLog:
     """`sweep.jsonl`: a JSON object for each setting that has been measured, with which a stopped sweep goes on.
 
-    Args:
-        path: of the file; made with the first line.
-        context: whatever else the values depend on, as JSON: weights, reference, features, seed. Lines of another
-            context stay and are not used.
-        on_writer: calls a function on the one process that reads and writes, and returns the result on all.
+    context: whatever else the values depend on, as JSON: weights, reference, features, seed. Lines of another context
+    stay and are not used. on_writer: calls a function on the one process that reads and writes, for all.
     """
 
     def __init__(self, path: Path, context: dict, on_writer: Callable[[Callable], Any] = lambda work: work()):
@@ -118,10 +113,8 @@ def sweep(
 ) -> Outcome:
     """Measure all settings on `sweep_images` images, the `top` best and the best unguided one on `num_images`.
 
-    Where that would be all of them, or few images are all images, everything is measured once, on all.
-
-    Args:
-        measure: measures a setting over the images 0 to n - 1; called by all processes alike.
+    Where that would be all of them, or few images are all images, everything is measured once, on all. `measure` takes
+    a setting and the number of images; all processes call it alike.
     """
 
     def measured(these: Sequence[Setting], count: int) -> list[Measured]:
@@ -160,11 +153,7 @@ def ranked(these: Sequence[Measured], select: str, higher_is_better: bool) -> li
 
 
 def write_sweep_files(outcome: Outcome, folder: Path, about: dict) -> list[Path]:
-    """Write all of them into `folder`, each whole or not at all, and return their paths.
-
-    Args:
-        about: what was measured and against what, as JSON.
-    """
+    """Write all of them into `folder`, each whole or not at all, and return their paths; `about` is JSON's head."""
     texts = {
         "sweep.json": json.dumps(as_json(outcome, about), indent=1),
         "sweep.csv": as_csv(outcome),

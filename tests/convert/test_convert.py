@@ -29,8 +29,7 @@ from jit_accel.config.presets import PRESETS
 from jit_accel.config.settings import HubConfig
 from jit_accel.convert import main
 from jit_accel.convert.settings import FOLDER, NetworkFlags, SamplingFlags, read_class_names
-from jit_accel.convert.sizes import network_config, sampling_settings
-from jit_accel.convert.stated import from_arguments
+from jit_accel.convert.sizes import from_arguments, network_config, sampling_settings
 from jit_accel.convert.targets import written_whole
 from jit_accel.model.loading import load_pipeline
 from jit_accel.model.transformer import JiTTransformer2DModel
