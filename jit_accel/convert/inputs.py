@@ -57,8 +57,7 @@ class Input:
 def open_input(place: str, wanted: str | None) -> Input:
     """Open what `--input` names; `wanted` is `--weights`, and None takes ema1, or the only set there is.
 
-    Raises:
-        UserError: nothing is there, it is refused or broken, or has no such weights.
+    Raises `UserError`: nothing is there, it is refused or broken, or has no such weights.
     """
     path = Path(place).expanduser()
     if path.is_file():
@@ -203,8 +202,7 @@ def is_state_dict(content: Mapping) -> bool:
 def plain_names(path: Path, state_dict: Mapping) -> tuple[dict[str, Tensor], Tensor | None]:
     """Return the weights under the network's own names, and the fixed position table if it is among them.
 
-    Raises:
-        UserError: what is no floating-point tensor, or two names that are the same one here.
+    Raises `UserError`: what is no floating-point tensor, or two names that are the same one here.
     """
     weights: dict[str, Tensor] = {}
     for full_name, tensor in state_dict.items():

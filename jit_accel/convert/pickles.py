@@ -26,8 +26,7 @@ def read_pickle(path: Path) -> object:
     Whatever a pickle asks for beyond tensors, containers and `argparse.Namespace` makes it refused, before anything
     of it is run.
 
-    Raises:
-        UserError: refused, broken, or no file of `torch.save`.
+    Raises `UserError`: refused, broken, or no file of `torch.save`.
     """
     with path.open("rb") as file:
         if file.read(23) == b"version https://git-lfs":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -84,8 +85,7 @@ def write_folder(opened: Input, result: Converted, folder: Path) -> None:
 def convert_weights(opened: Input, flags: dict, dtype: str) -> Converted:
     """Return the weights in their new type, with the sizes and settings that were found.
 
-    Raises:
-        UserError: the weights are not a JiT's, or a flag is needed or wrong.
+    Raises `UserError`: the weights are not a JiT's, or a flag is needed or wrong.
     """
     sizes, notes = network_config(opened.weights, opened.positions, opened.stated, flags)
     settings = sampling_settings(sizes, opened.stated, flags)
@@ -104,11 +104,9 @@ def convert_weights(opened: Input, flags: dict, dtype: str) -> Converted:
 
 def _shared_names(names: Sequence[str]) -> Iterator[str]:
     """Yield a note on each name that several classes have, as ImageNet's crane."""
-    labels: dict[str, list[int]] = {}
-    for label, name in enumerate(names):
-        labels.setdefault(name, []).append(label)
-    for name, same in labels.items():
-        if len(same) > 1:
+    for name, count in Counter(names).items():
+        if count > 1:
+            same = [label for label, other in enumerate(names) if other == name]
             listed = ", ".join(map(str, same))
             yield f"{name!r} names the classes {listed}: asked for by name it is {same[0]}, the others by number."
 

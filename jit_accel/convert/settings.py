@@ -130,8 +130,7 @@ def target_kind(output: str) -> str:
 def read_class_names(path: str) -> list[str]:
     """Return the names in a file of `--class_names`, in the order of the labels.
 
-    Raises:
-        UserError: it cannot be read, or is neither lines nor a list nor {"0": name}.
+    Raises `UserError`: it cannot be read, or is neither lines nor a list nor {"0": name}.
     """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")

@@ -106,8 +106,7 @@ def network_config(
 
     Shapes count most; flags may fill in what they leave open, then what the input states, then the presets.
 
-    Raises:
-        UserError: the weights are not a JiT's, a flag contradicts them, or a flag is needed.
+    Raises `UserError`: the weights are not a JiT's, a flag contradicts them, or a flag is needed.
     """
     sizes = sizes_of_shapes(weights)
     preset = preset_of(sizes)

@@ -67,8 +67,7 @@ def check_target(target: Path, kind: str, source: Path | None, overwrite: bool) 
 def written_whole(target: Path, kind: str) -> Iterator[Path]:
     """Give a path beside `target` to write to, which takes its place at the end; nothing is left where that fails.
 
-    Raises:
-        UserError: the disk does not take it.
+    Raises `UserError`: the disk does not take it.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

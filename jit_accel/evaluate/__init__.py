@@ -85,7 +85,7 @@ def measure(
         >>> found = measure(jit_accel.load("runs/flowers"), "photos", features="efficientnet_lite0", metrics="fd")
         >>> found["fd_efficientnet_lite0"]
     """
-    from jit_accel.evaluate.run import measure_here
+    from jit_accel.evaluate.run import OneProcess, build_evaluator, checked_side
     from jit_accel.model.generation import SamplerSettings
 
     config = EvaluateConfig(
@@ -101,5 +101,9 @@ def measure(
         max_features=max_features,
     )
     check(config)
+    evaluator = build_evaluator(config, OneProcess(), pipe.device, show_progress)
+    side = checked_side(pipe, img_size)
+    real = evaluator.load_reference(config.reference, side)
+    evaluator.keep_measurable(real, num_images, are_wanted=bool(config.metrics))
     settings = SamplerSettings(num_inference_steps, guidance_scale, guidance_interval, method)
-    return measure_here(pipe, config, settings, show_progress)
+    return evaluator.measure_pipeline(pipe, real, num_images, settings, seed, side)

@@ -21,13 +21,9 @@ from jit_accel.model.pipeline import STEPS, JiTPipeline
 class Candidate:
     """The model that `--model` names now: a training that goes on makes others. All processes call it together.
 
-    Attributes:
-        weights: a pipeline folder, a checkpoint, or an id of the Hub.
-        checkpoint: the same where it is a checkpoint.
-        emas: the averages to measure, by their names in the checkpoint; [None] for the weights of a pipeline folder.
-
-    Raises:
-        UserError: on all processes: there is no such model or average.
+    weights: a pipeline folder, a checkpoint, or an id of the Hub. checkpoint: the same where it is a checkpoint. emas:
+    the averages to measure, by their names in the checkpoint; [None] for the weights of a pipeline folder. Raises
+    `UserError` on all processes where there is no such model or average.
     """
 
     def __init__(self, config: EvaluateConfig, accelerator):

@@ -72,8 +72,7 @@ class Evaluator:
     def statistics_of_images(self, images: ImageSet, img_size: int, about: str = "images") -> ImageStatistics:
         """Read each image once, every process its share.
 
-        Raises:
-            UserError: the data cannot be read, or hardly anything in it is an image.
+        Raises `UserError`: the data cannot be read, or hardly anything in it is an image.
         """
         collector, accelerator = self._collector(images.num_images), self.accelerator
 
@@ -97,8 +96,7 @@ class Evaluator:
     def load_reference(self, path: str | Source, img_size: int | None = None) -> ImageStatistics:
         """Read statistics from a file, or measure images, cropped to `img_size` (None: the size that they have).
 
-        Raises:
-            UserError: on all processes, whatever is wrong with it.
+        Raises `UserError`: on all processes, whatever is wrong with it.
         """
         about, found, shape = "reference", None, None
         if isinstance(path, str) and path.endswith(".npz"):
@@ -116,8 +114,7 @@ class Evaluator:
     def keep_measurable(self, reference: ImageStatistics, num_images: int, are_wanted: bool) -> None:
         """Keep the metrics that reference, number of images and installation allow; warn of the others.
 
-        Raises:
-            UserError: there is another one, and they `are_wanted` by name.
+        Raises `UserError`: there is another one, and they `are_wanted` by name.
         """
         reasons = hindrances(self.metrics, reference, num_images)
         self.metrics = tuple(reasons.pop("", ()))

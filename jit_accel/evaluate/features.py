@@ -72,8 +72,7 @@ class FeatureNetwork:
 def load_features(name: str, device: torch.device | str = "cpu", weights: str | None = None) -> FeatureNetwork:
     """Load a network by its name, with the weights in a file or those that it is known by.
 
-    Raises:
-        UserError: no such network, a package is missing, the weights cannot be had or are others'.
+    Raises `UserError`: no such network, a package is missing, the weights cannot be had or are others'.
     """
     device = torch.device(device)
     module, sizes, forward, weights_id = lookup(LOADERS, name, "features")(weights)
@@ -149,8 +148,7 @@ LOADERS = {INCEPTION: _load_inception, EFFICIENTNET_LITE0: _load_efficientnet}
 def read_weights(file: Path) -> tuple[dict[str, Tensor], str]:
     """Read a state dict, never by a trusting unpickler, and sixteen hex digits of the file's SHA-256.
 
-    Raises:
-        UserError: the file cannot be read, or holds more than tensors.
+    Raises `UserError`: the file cannot be read, or holds more than tensors.
     """
     try:
         data = file.read_bytes()
@@ -170,8 +168,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], str]:
 def inception_file() -> Path:
     """Return Inception's weights in torch hub's cache; they are downloaded if they are not there yet.
 
-    Raises:
-        UserError: they cannot be had, with what helps.
+    Raises `UserError`: they cannot be had, with what helps.
     """
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if file.is_file():

@@ -55,8 +55,7 @@ def record_file(config: EvaluateConfig) -> Path | None:
 def read_records(file: Path | None) -> list[dict]:
     """Read the records of earlier evaluations, [] where there are none yet.
 
-    Raises:
-        UserError: the file holds something else, or its folder cannot be written to.
+    Raises `UserError`: the file holds something else, or its folder cannot be written to.
     """
     if file is None:
         return []

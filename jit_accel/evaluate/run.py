@@ -53,22 +53,10 @@ class OneProcess:
     autocast = local_main_process_first = staticmethod(nullcontext)
 
 
-def measure_here(
-    pipeline: JiTPipeline, config: EvaluateConfig, settings: SamplerSettings, show_progress: bool
-) -> dict[str, float]:
-    """Measure a pipeline in this process; see `jit_accel.evaluate.measure`."""
-    evaluator = build_evaluator(config, OneProcess(), pipeline.device, show_progress)
-    side = checked_side(pipeline, config.img_size)
-    reference = evaluator.load_reference(config.reference, side)
-    evaluator.keep_measurable(reference, config.num_images, are_wanted=bool(config.metrics))
-    return evaluator.measure_pipeline(pipeline, reference, config.num_images, settings, config.seed, side)
-
-
 def evaluate(config: EvaluateConfig) -> int:
     """Measure as the settings say. Returns the exit code.
 
-    Raises:
-        UserError: on all processes, whatever is wrong with settings, model, data or installation.
+    Raises `UserError`: on all processes, whatever is wrong with settings, model, data or installation.
     """
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("jit_accel").setLevel(logging.ERROR)
@@ -99,9 +87,7 @@ def evaluate(config: EvaluateConfig) -> int:
         if candidate and is_sweep(candidate.axes):
             run_sweep(evaluation, file)
             return 0
-        records = evaluation.records_of_images(images) if images else evaluation.records_of_model()
-        if accelerator.is_main_process:
-            say(table_of(records))
+        records = evaluation.records(images)
         on_main(accelerator, lambda: keep(evaluation, records, file))
         return 0
 
@@ -133,15 +119,13 @@ def introduce(evaluation: Evaluation, num_images: int | None) -> None:
     say(f"Reference: {reference.name}, {real} images{size}; features {network.name}, {features} numbers")
     for flag, number in (("reference", reference.num_images), ("num_images" if is_model else "images", num_images)):
         if number is not None and number <= features:
+            problem = f"{number:,} images do not determine a covariance of {features:,} features, and a Fréchet"
             warn(
-                f"--{flag}: {number:,} images do not determine a covariance of {features:,} features, and a "
-                "Fréchet distance of few images is too large: compare only with others of as many images."
+                f"--{flag}: {problem} distance of few images is too large: compare only with others of as many images."
             )
     if reference.img_size and img_size and reference.img_size != img_size:
-        warn(
-            f"--reference {reference.name}: of images of {reference.img_size} px, but those measured have "
-            f"{img_size} px: make a reference of that size (--img_size {img_size})."
-        )
+        problem = f"of images of {reference.img_size} px, but those measured have {img_size} px"
+        warn(f"--reference {reference.name}: {problem}: make a reference of that size (--img_size {img_size}).")
     if is_model and (share := imbalance(reference.label_counts)) > UNBALANCED:
         warn(
             f"--reference {reference.name}: its classes differ in size, the model's images do not; for equal classes "
@@ -191,20 +175,19 @@ class Evaluation:
         """Return the record of the model with one setting."""
         return {**self.about, **measured.place(), "metrics": measured.values}
 
-    def records_of_model(self) -> list[dict]:
-        """Measure with guidance and without, and return a record of each."""
+    def records(self, images: ImageSet | None) -> list[dict]:
+        """Measure images that are there, or the model with guidance and without, and return a record of each."""
+        if images is not None:
+            statistics = self.evaluator.statistics_of_images(images, self.img_size)
+            of_images = {"images": self.config.images, "num_images": statistics.num_images}
+            return [{**of_images, **self.about, "metrics": self.evaluator.compare(statistics, self.reference)}]
         settings = sorted(self.candidate.settings(), key=lambda setting: setting.is_unguided)
         return [self.record_of(self.measure(setting, self.config.num_images)) for setting in settings]
 
-    def records_of_images(self, images: ImageSet) -> list[dict]:
-        """Measure images that are there, and return their one record."""
-        statistics = self.evaluator.statistics_of_images(images, self.img_size)
-        of_images = {"images": self.config.images, "num_images": statistics.num_images}
-        return [{**of_images, **self.about, "metrics": self.evaluator.compare(statistics, self.reference)}]
-
 
 def keep(evaluation: Evaluation, records: list[dict], file: Path | None) -> None:
-    """Add the records to `file`, and to the model card where they are of a pipeline folder's own weights."""
+    """Show the records and add them to `file`, and to the model card where a pipeline folder's weights were measured."""
+    say(table_of(records))
     add_records(records, file)
     if evaluation.candidate is None or evaluation.config.output:
         return

@@ -114,8 +114,7 @@ class EvaluateConfig:
 def check(config: EvaluateConfig) -> None:
     """Refuse settings that are missing, out of range, or contradict each other.
 
-    Raises:
-        UserError: naming the flag, its value and the rule.
+    Raises `UserError`: naming the flag, its value and the rule.
     """
     lookup(FEATURES, config.features, "features")
     for flag in ("ema", "metrics", "method"):
@@ -151,8 +150,7 @@ def metric_names(features: str) -> dict[str, ImageMetric]:
 def chosen_metrics(features: str, names: tuple[str, ...], about: str = "metrics") -> tuple[str, ...]:
     """Return the results' names of the metrics that the setting `about` names; all of the features' for none.
 
-    Raises:
-        UserError: no such metric, or not with these features.
+    Raises `UserError`: no such metric, or not with these features.
     """
     table = metric_names(features)
     if not names:

@@ -200,8 +200,7 @@ def _sum(values: Tensor, accelerator) -> Tensor:
 def save_reference(path: Path, reference: ImageStatistics) -> None:
     """Write an `.npz` that `read_reference` and others' evaluators read, atomically.
 
-    Raises:
-        UserError: it cannot be written.
+    Raises `UserError`: it cannot be written.
     """
     about = {"maker": MAKER, **{name: getattr(reference, name) for name in ABOUT}, "source": reference.name}
     arrays = {"about": np.array(json.dumps(about))}
@@ -220,8 +219,7 @@ def save_reference(path: Path, reference: ImageStatistics) -> None:
 def read_reference(path: str, network: FeatureNetwork) -> ImageStatistics | None:
     """Read statistics: ours, or ADM's, JiT's and torch-fidelity's, which are of Inception. None: only images are there.
 
-    Raises:
-        UserError: no such file, nothing of use in it, or statistics of other features.
+    Raises `UserError`: no such file, nothing of use in it, or statistics of other features.
     """
 
     def wrong(rule: str) -> UserError:
