@@ -186,7 +186,7 @@ class Evaluation:
 
 
 def keep(evaluation: Evaluation, records: list[dict], file: Path | None) -> None:
-    """Show the records and add them to `file`, and to the model card where a pipeline folder's weights were measured."""
+    """Say the records and add them to `file`, and to the model card where they are of a pipeline folder's weights."""
     say(table_of(records))
     add_records(records, file)
     if evaluation.candidate is None or evaluation.config.output:
