@@ -14,8 +14,7 @@ import socket
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -196,17 +195,21 @@ def inception_file() -> Path:
 
 def import_torch_fidelity(module: str) -> types.ModuleType:
     """Return the module `torch_fidelity.<module>`. Raises `UserError`: torch-fidelity is not installed."""
-    name = f"torch_fidelity.{module}"
-    if name not in sys.modules:
-        with _stand_ins():
-            try:
-                importlib.import_module(name)
-            except ImportError as error:
-                raise UserError(
-                    f"torch-fidelity cannot be imported ({error}): pip install 'jit_accel[eval]', or 'pip install "
-                    "--no-deps torch-fidelity' where torchvision does not fit the installed torch."
-                ) from None
-    return sys.modules[name]
+    if (name := f"torch_fidelity.{module}") in sys.modules:
+        return sys.modules[name]
+    before = {unused: sys.modules[unused] for unused in _UNUSED if unused in sys.modules}
+    sys.modules.update({unused: _Empty(unused) for unused in _UNUSED})
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"torch-fidelity cannot be imported ({error}): pip install 'jit_accel[eval]', or 'pip install --no-deps "
+            "torch-fidelity' where torchvision does not fit the installed torch."
+        ) from None
+    finally:
+        for unused in _UNUSED:
+            del sys.modules[unused]
+        sys.modules.update(before)
 
 
 def has_torch_fidelity() -> bool:
@@ -215,19 +218,6 @@ def has_torch_fidelity() -> bool:
         return bool(import_torch_fidelity("metric_kid"))
     except UserError:
         return False
-
-
-@contextmanager
-def _stand_ins() -> Iterator[None]:
-    """Put empty modules in the place of torchvision's."""
-    before = {name: sys.modules[name] for name in _UNUSED if name in sys.modules}
-    sys.modules.update({name: _Empty(name) for name in _UNUSED})
-    try:
-        yield
-    finally:
-        for name in _UNUSED:
-            del sys.modules[name]
-        sys.modules.update(before)
 
 
 class _Empty(types.ModuleType):

@@ -80,6 +80,11 @@ def load_pipeline(
     return pipeline if pipeline.dtype == torch_dtype else pipeline.to(torch_dtype)
 
 
+def find_pipeline_in(folder: Path) -> Path | None:
+    """Return the folder itself if it is a pipeline's, else that of the run whose output folder it is."""
+    return next((place for place in (folder, folder / "pipeline") if (place / INDEX_FILE).is_file()), None)
+
+
 def load_folder(folder: Path, about: str = "model") -> JiTPipeline:
     """Load the pipeline in a folder that has a `model_index.json`. Raises `UserError` where it is broken."""
     try:
@@ -96,11 +101,6 @@ def load_folder(folder: Path, about: str = "model") -> JiTPipeline:
 def _first_line(error: Exception) -> str:
     """Return the first line of an error that others have written, which may go on for pages."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-
-
-def find_pipeline_in(folder: Path) -> Path | None:
-    """Return the folder itself if it is a pipeline's, else that of the run whose output folder it is."""
-    return next((place for place in (folder, folder / "pipeline") if (place / INDEX_FILE).is_file()), None)
 
 
 def find_checkpoint_in(folder: Path) -> Path | None:
