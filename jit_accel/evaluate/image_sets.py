@@ -67,15 +67,14 @@ def open_image_set(path: str | Source, about: str) -> ImageSet:
     """
     if isinstance(path, Source):
         return images_of_source(path)
-    if path.endswith(".npz"):
-        if (shape := find_array(path, about)) is None:
-            rule = f"has no {ARRAY}, uint8 (N, H, W, 3): give a file with images."
-            raise UserError(rule, about=about, value=path)
-        count, height, width, _ = shape
-        side = height if height == width else None
-        return ImageSet(path, count, side, partial(_array_shares, path, about, shape))
-    with renamed_settings(data_path=about):
-        return images_of_source(open_images(path))
+    if not path.endswith(".npz"):
+        with renamed_settings(data_path=about):
+            return images_of_source(open_images(path))
+    if (shape := find_array(path, about)) is None:
+        rule = f"has no {ARRAY}, uint8 (N, H, W, 3): give a file with images."
+        raise UserError(rule, about=about, value=path)
+    count, height, width, _ = shape
+    return ImageSet(path, count, height if height == width else None, partial(_array_shares, path, about, shape))
 
 
 def images_of_source(source: Source) -> ImageSet:
@@ -141,19 +140,17 @@ def _numbered_rows(stream, rank: int, world_size: int) -> Iterator[tuple[int, di
 
 def _ahead(read: Callable, parts: Iterable) -> Iterator[Share]:
     """Yield read(part) of each part, in order, on all cores of this process's share and ahead of time."""
-    threads = cores_per_process()
-    with ThreadPoolExecutor(threads) as pool:
-        reading: deque = deque()
-        try:
-            for part in parts:
-                reading.append(pool.submit(read, part))
-                if len(reading) > threads:
-                    yield reading.popleft().result()
-            while reading:
+    threads, reading = cores_per_process(), deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for part in parts:
+            reading.append(pool.submit(read, part))
+            if len(reading) > threads:
                 yield reading.popleft().result()
-        finally:
-            for future in reading:
-                future.cancel()
+        while reading:
+            yield reading.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def find_array(path: str, about: str) -> tuple[int, int, int, int] | None:
