@@ -1,14 +1,14 @@
-"""The words and numbers of a page: its head, health events and settings. All text of a run is escaped here."""
+"""The words and numbers of a page: its head, health events and settings."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import fields
 from datetime import datetime, timezone
-from html import escape
 from math import nan
+
+from markupsafe import Markup, escape
 
 from jit_accel.config.settings import GROUPS, SETTINGS
 from jit_accel.monitor import metric_table as metrics
@@ -21,52 +21,37 @@ GROUP_TITLES = {"Optim": "Optimization", "Sample": "Samples", "Sheet": "Samples"
 UNKNOWN_KIND = "Not known to this version of the report."
 WORSE_BELOW = {"grad_vanishing"}  # of other kinds the highest value is the worst
 STATES = {
-    "finished": ("✓", "Finished"),
-    "failed": ("✗", "Failed"),
-    "interrupted": ("❙❙", "Interrupted"),
-    "running": ("▶", "Running"),
-    "silent": ("?", "Unfinished"),
-    "not started": ("…", "Not started"),
+    "finished": "✓ Finished",
+    "failed": "✗ Failed",
+    "interrupted": "❙❙ Interrupted",
+    "running": "▶ Running",
+    "silent": "? Unfinished",
+    "not started": "… Not started",
 }
-
-
-def header(runs: list[Run], title: str) -> str:
-    """Return title, facts and the most important numbers: as tiles of one run, as a table of several."""
-    if len(runs) > 1:
-        return f"<h1>{escape(title)}</h1>{runs_table(runs)}"
-    run = runs[0]
-    tiles = "".join(
-        f'<div class="tile"><dt>{name}</dt><dd>{value}</dd><dd class="sub">{escape(sub)}</dd></div>'
-        for name, value, sub in numbers(run)
-    )
-    return (
-        f'<h1>{escape(title)}</h1><p class="facts">{escape(" · ".join(facts(run)))}</p>'
-        f'{progress(run)}<dl class="tiles">{tiles}</dl>'
-    )
 
 
 def facts(run: Run) -> list[str]:
     """Return model, size, data and devices, as far as they are known."""
     known = run.settings
+    counts = {name: known[name] for name in known if is_count(known[name])}
     found = []
     if known.get("model"):
-        parameters = known.get("num_parameters")
-        count = f" ({short(parameters)} parameters)" if is_count(parameters) else ""
-        found.append(f"{known['model']}{count}")
+        parameters = f" ({short(counts['num_parameters'])} parameters)" if "num_parameters" in counts else ""
+        found.append(f"{known['model']}{parameters}")
     if known.get("img_size"):
         found.append(f"{known['img_size']} px")
     if known.get("data_path"):
-        images = known.get("num_images")
-        found.append(f"{known['data_path']}" + (f" ({images:,} images)" if is_count(images) else ""))
-    if is_count(known.get("global_batch_size")):
-        found.append(f"global batch {known['global_batch_size']:,}")
+        images = f" ({counts['num_images']:,} images)" if "num_images" in counts else ""
+        found.append(f"{known['data_path']}{images}")
+    if "global_batch_size" in counts:
+        found.append(f"global batch {counts['global_batch_size']:,}")
     if known.get("device"):
         found.append(f"{known.get('num_processes', 1)} × {known['device']}")
     return found
 
 
-def progress(run: Run) -> str:
-    """Return state, step and time, with a bar where the length of the run is known."""
+def progress(run: Run) -> list[str]:
+    """Return step, epoch and times, as far as they are known."""
     parts = [f"step {run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")]
     if curve := run.measurements.curve(metrics.EPOCH):
         parts.append(f"epoch {curve.high:.2f}")
@@ -75,21 +60,11 @@ def progress(run: Run) -> str:
         parts.append(f"{duration((run.total_steps - run.step) * step_time.latest)} to go")
     if run.updated is not None:
         parts.append(f"last row {datetime.fromtimestamp(run.updated, timezone.utc):%Y-%m-%d %H:%M} UTC")
-    bar = ""
-    if run.total_steps:
-        share = min(1.0, run.step / run.total_steps)
-        bar = f'<progress max="1" value="{share:.4f}" aria-label="Progress">{share:.0%}</progress>'
-    failure = f'<p class="failed">{escape(run.failure)}</p>' if run.failure else ""
-    return f'<div class="state">{badge(run)}<span>{escape(" · ".join(parts))}</span>{bar}</div>{failure}'
-
-
-def badge(run: Run) -> str:
-    sign, word = STATES[run.state]
-    return f'<span class="badge {run.state.replace(" ", "-")}">{sign} {word}</span>'
+    return parts
 
 
 def numbers(run: Run) -> list[tuple[str, str, str]]:
-    """Return name, value and remark of each tile; a value is HTML."""
+    """Return name, value and remark of each tile."""
     curve_of = run.measurements.curve
     found = [("Loss", number(current_loss(run)), "running mean")]
     if best := best_epoch(run):
@@ -107,8 +82,12 @@ def numbers(run: Run) -> list[tuple[str, str, str]]:
         found.append(("Images/s", short(speed.latest), f"MFU {mfu.latest:.0%}" if mfu else "all processes"))
     elif speed := curve_of(metrics.SAMPLES_PER_SECOND):
         found.append(("Images/s", short(speed.latest), "last epoch"))
-    remark = ", ".join(event_name(name).lower() for name in run.measurements.events)
-    return [*found, ("Health", health_badge(run), remark or "nothing noticed")]
+    return found
+
+
+def findings(run: Run) -> str:
+    """Return the kinds of its health events in a line."""
+    return ", ".join(event_name(name).lower() for name in run.measurements.events) or "nothing noticed"
 
 
 def current_loss(run: Run) -> float | None:
@@ -120,135 +99,64 @@ def best_epoch(run: Run) -> Curve | None:
     return run.measurements.curve(metrics.BEST_LOSS, metrics.EPOCH_LOSS)
 
 
-def health_badge(run: Run) -> str:
-    count = len(run.measurements.events)
-    if not count:
-        return '<span class="good">✓ good</span>'
-    return f'<a class="bad" href="#health-title">⚠ {count} finding{"s" * (count > 1)}</a>'
-
-
-def runs_table(runs: list[Run]) -> str:
-    names = ("Run", "State", "Step", "Loss", "Best epoch", "Validation", "Val., EMA", "Images/s", "Health")
-    rows = [
-        f'<tr data-run="{i}"><th scope="row"><label><input type="checkbox" checked data-run="{i}">'
-        f'<span class="swatch" data-run="{i}"></span>{escape(run.label)}</label></th>'
-        f"{tagged('td', run_cells(run))}</tr>"
-        for i, run in enumerate(runs)
-    ]
-    return scrolled("Runs", names, rows, ' class="runs"')
-
-
 def run_cells(run: Run) -> list[str]:
-    """Return the HTML of a run's cells behind its name."""
-    best, curve_of = best_epoch(run), run.measurements.curve
-    latest = map(curve_of, (metrics.VAL_LOSS, metrics.EMA_VAL_LOSS, metrics.IMAGES_PER_SECOND))
-    return [
-        badge(run),
-        f"{run.step:,}" + (f" / {run.total_steps:,}" if run.total_steps else ""),
-        number(current_loss(run)),
-        number(best and best.low),
-        *(number(curve and curve.latest) for curve in latest),
-        health_badge(run),
-    ]
+    """Return a run's cells in the table of several, between its state and its health."""
+    best = best_epoch(run)
+    latest = map(run.measurements.curve, (metrics.VAL_LOSS, metrics.EMA_VAL_LOSS, metrics.IMAGES_PER_SECOND))
+    step = f"{run.step:,}" + (f" / {run.total_steps:,}" if run.total_steps else "")
+    values = [current_loss(run), best and best.low, *(curve and curve.latest for curve in latest)]
+    return [step, *map(number, values)]
 
 
-def health(runs: list[Run]) -> str:
-    """Return the table of health events, each kind once; empty where there are none."""
-    columns = ["Run", "What", "Count", "Step", "At worst", "Likely cause and remedy"][len(runs) == 1 :]
+def health(runs: list[Run]) -> list[dict[str, str]]:
+    """Return the rows of the table of health events, by the heads of its columns; each kind of a run once."""
     rows = []
     for run in runs:
         for name, event in sorted(run.measurements.events.items(), key=lambda item: item[1].ends):
             first, last = event.ends
-            cells = [
-                escape(run.label),
-                f"<strong>{escape(event_name(name))}</strong> <code>health/{escape(name)}</code>",
-                f"{event.count:,}×",
-                f"{first:,}" if first == last else f"{first:,} – {last:,}",
-                escape(at_worst(name, event)),
-                remedy_of(name),
-            ][len(runs) == 1 :]
-            rows.append("".join(f'<td data-column="{column}">{cell}</td>' for column, cell in zip(columns, cells)))
-    if not rows:
-        return ""
-    table = scrolled("Health events", columns, [f"<tr>{row}</tr>" for row in rows], ' class="events"')
-    return (
-        '<section aria-labelledby="health-title"><h2 id="health-title">Health</h2>'
-        f'<div class="card">{table}</div></section>'
-    )
+            row = {"Run": run.label} if len(runs) > 1 else {}
+            row["What"] = Markup("<strong>{}</strong> <code>health/{}</code>").format(event_name(name), name)
+            row["Count"] = f"{event.count:,}×"
+            row["Step"] = f"{first:,}" if first == last else f"{first:,} – {last:,}"
+            row["At worst"] = at_worst(name, event)
+            row["Likely cause and remedy"] = remedy_of(name)
+            rows.append(row)
+    return rows
 
 
 def at_worst(name: str, event: Occurrences) -> str:
     """Return the event in words, with the value that was furthest from what it should be."""
     value = (event.values.low if name in WORSE_BELOW else event.values.high) if event.values.count else None
-    if name not in KINDS:
-        return number(value)
-    return KINDS[name].describe(nan if value is None else value)
+    return KINDS[name].describe(nan if value is None else value) if name in KINDS else number(value)
 
 
-def remedy_of(name: str) -> str:
-    """Return the likely cause and what to do, as HTML with its flags marked."""
+def remedy_of(name: str) -> Markup:
+    """Return the likely cause and what to do, with its flags marked."""
     remedy = KINDS[name].remedy if name in KINDS else UNKNOWN_KIND
-    return re.sub(r"--\w+", r"<code>\g<0></code>", escape(remedy[:1].upper() + remedy[1:]))
+    return Markup(re.sub(r"--\w+", r"<code>\g<0></code>", escape(remedy[:1].upper() + remedy[1:])))
 
 
-def settings(runs: list[Run]) -> str:
-    """Return every setting, by group and searchable; of several runs those that differ come first."""
-    names = list(dict.fromkeys(name for run in runs for name in run.settings))
-    if not names:
-        return ""
-    values = {name: [shown(run.settings[name]) if name in run.settings else "–" for run in runs] for name in names}
-    partial = [name for name in names if any(name not in run.settings for run in runs)]
-    differing = [name for name in names if name not in partial and len(set(values[name])) > 1]
-    same = [name for name in names if name not in partial and name not in differing]
-    labels = [run.label for run in runs]
-    parts = [
-        settings_group("Differing", differing, values, labels, ' class="differing" open'),
-        settings_group("Not recorded by all", partial, values, labels),
-        *(settings_group(title, members, values, []) for title, members in groups(same)),
-    ]
-    return (
-        '<section aria-labelledby="settings-title"><h2 id="settings-title">Configuration</h2>'
-        '<div class="card settings"><label class="search">Find a setting '
-        '<input type="search" id="search" placeholder="learning_rate" autocomplete="off"></label>'
-        f"{''.join(parts)}</div></section>"
-    )
+def settings(runs: list[Run]) -> dict[str, list[str | None]]:
+    """Return the value of every setting in each of the runs; None where it is not recorded."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    return {name: [shown(run.settings[name]) if name in run.settings else None for run in runs] for name in names}
 
 
-def settings_group(title: str, names: list[str], values: dict, labels: list[str], attributes: str = "") -> str:
-    """Return a part that opens and closes: a column for each of the `labels`, or one value for all runs."""
-    if not names:
-        return ""
-    rows = [
-        f'<tr><th scope="row"><code>{escape(name)}</code></th>'
-        f"{tagged('td', map(escape, values[name] if labels else values[name][:1]))}</tr>"
-        for name in names
-    ]
-    table = scrolled(title, map(escape, ("Setting", *labels)) if labels else (), rows)
-    return f"<details{attributes}><summary>{escape(title)} <span>{len(names)}</span></summary>{table}</details>"
+def groups(values: dict[str, list[str | None]]) -> list[tuple[str, list[str], str]]:
+    """Return title, settings and kind of each group: first those that differ, then by the groups of a configuration.
 
-
-def groups(names: list[str]) -> list[tuple[str, list[str]]]:
-    """Return the names by the groups of the settings; what is recorded besides comes first."""
-    found = [("Facts", [name for name in names if name not in SETTINGS])]
+    Those that are the same in all runs have the kind "same"; facts, which are no settings, are the first of them.
+    """
+    partial = [name for name in values if None in values[name]]
+    differing = [name for name in values if name not in partial and len(set(values[name])) > 1]
+    same = [name for name in values if name not in partial and name not in differing]
+    found = [("Differing", differing, "differing"), ("Not recorded by all", partial, "partial")]
+    found.append(("Facts", [name for name in same if name not in SETTINGS], "same"))
     for group in GROUPS:
         title = group.__name__.removesuffix("Config")
         members = {f.name for f in fields(group)}
-        found.append((GROUP_TITLES.get(title, title), [name for name in names if name in members]))
+        found.append((GROUP_TITLES.get(title, title), [name for name in same if name in members], "same"))
     return found
-
-
-def scrolled(name: str, heads: Iterable[str], rows: Iterable[str], attributes: str = "") -> str:
-    """Return a table that scrolls inside itself, by keyboard too; heads and rows are HTML."""
-    heads = tagged('th scope="col"', heads)
-    head = f"<tr>{heads}</tr>" if heads else ""
-    return (
-        f'<div class="scrolled" tabindex="0" role="region" aria-label="{escape(name)}">'
-        f"<table{attributes}><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def tagged(tag: str, cells: Iterable[str]) -> str:
-    return "".join(f"<{tag}>{cell}</{tag.split()[0]}>" for cell in cells)
 
 
 # --- numbers in words
