@@ -13,6 +13,7 @@ from PIL import Image as PILImage
 
 from jit_accel.base.errors import UserError
 from jit_accel.data import build_loader, open_images
+from jit_accel.data.batches.order import StreamOrder
 
 SIZE = 4
 
@@ -22,6 +23,17 @@ def png(number: int) -> bytes:
     buffer = io.BytesIO()
     PILImage.new("RGB", (SIZE, SIZE), (number % 256, number // 256, 7)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def units_and_rows(order: StreamOrder, positions: np.ndarray) -> np.ndarray:
+    """The unit and the row of the image at each of `positions`: int64 (k, 2)."""
+    found, places = np.empty((len(positions), 2), np.int64), order.places(positions)
+    windows, which = np.unique(np.stack(places[:3]), axis=1, return_inverse=True)
+    for k, (epoch, lane, window) in enumerate(windows.T.tolist()):
+        here = np.flatnonzero(which.reshape(-1) == k)
+        numbers = order.shuffled(epoch, lane, window)[places.offset[here]]
+        found[here] = np.stack(order.rows(epoch, numbers), axis=1)
+    return found
 
 
 def numbers_in(images) -> list[int]:

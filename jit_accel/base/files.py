@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import psutil
+
 from jit_accel.base.errors import UserError
 
 _NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -111,8 +113,8 @@ def sync(path: Path) -> None:
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes left of files and folders with this name, or any, that they wrote into `folder`."""
     for path in folder.glob(f".{glob.escape(name) if name else '*'}.*.tmp"):
-        match = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
-        if match and not _is_running(int(match[1])):
+        match = re.fullmatch(r"\..+\.(\d{1,9})\.tmp", path.name)
+        if match and not psutil.pid_exists(int(match[1])):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -199,13 +201,3 @@ def _temporary(path: Path) -> Path:
 
 def _aside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.jit_accel_old")
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        pass  # somebody else's, or none that could be asked for
-    return True

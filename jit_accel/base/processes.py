@@ -69,13 +69,8 @@ def _raise_everywhere(problem: UserError | None) -> None:
 
 def gather_rows(rows: Tensor, accelerator) -> Tensor:
     """Return the rows (n, ...) of all processes, which may have different numbers of them, on the CPU."""
-    if accelerator.num_processes == 1:
-        return rows.cpu()
-    rows = rows.to(accelerator.device)
-    counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
-    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
-    parts = accelerator.gather(padded[None]).cpu()
-    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+    rows = rows.cpu()
+    return torch.cat(gather_object([rows])) if accelerator.num_processes > 1 else rows
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def reshard(network: torch.nn.Module) -> None:
@@ -18,20 +19,17 @@ def reshard(network: torch.nn.Module) -> None:
 
 def whole_tensors(named: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor | None]:
     """Gather sharded tensors; all processes take part, those that `keep` get the values, on the CPU."""
-    return {name: _whole(tensor, keep) for name, tensor in named.items()}
-
-
-def _whole(tensor: Tensor, keep: bool) -> Tensor | None:
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor.cpu().contiguous() if keep else None
+    found = {}
+    for name, tensor in named.items():
+        tensor = tensor.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        found[name] = tensor.cpu().contiguous() if keep else None
+    return found
 
 
 def sharded_like(value: Tensor, reference: Tensor) -> Tensor:
     """Return a whole tensor on the device of `reference`, sharded as that is."""
-    if hasattr(reference, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value.to(reference.device), reference.device_mesh, reference.placements)
-    return value.to(reference.device)
+    value = value.to(reference.device)
+    if isinstance(reference, DTensor):
+        return distribute_tensor(value, reference.device_mesh, reference.placements)
+    return value

@@ -11,7 +11,6 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> int:
         config = parse_args(argv)
-        check(config)
         from jit_accel.prepare.run import prepare  # imports torch: --help and wrong flags answer at once
 
         return prepare(config)
@@ -20,5 +19,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_args(argv: list[str] | None = None) -> PrepareConfig:
-    """Read the command line. Raises `UserError` for an unknown flag, `SystemExit` for --help and wrong types."""
-    return parse_flags(PrepareConfig, argv, "python -m jit_accel.prepare")
+    """Read the command line into checked settings. Raises `UserError`, or `SystemExit` for --help and wrong types."""
+    config = parse_flags(PrepareConfig, argv, "python -m jit_accel.prepare")
+    check(config)
+    return config

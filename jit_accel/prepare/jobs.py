@@ -26,7 +26,7 @@ _worker: tuple | None = None  # in a worker: what the jobs have in common, the c
 
 
 def run_jobs(
-    function: Callable, jobs: list[tuple], common: Any, *, num_workers: int, stop: StopRequest, bar: dict
+    function: Callable, jobs: list[tuple], common: Any, num_workers: int, stop: StopRequest, **bar: str | int | None
 ) -> int:
     """Call `function(common, *job)` for all jobs in `num_workers` processes; return the number of images they counted.
 
@@ -84,13 +84,13 @@ def _init_worker(parent_pid: int, common: Any, counter, halt) -> None:
     # Ctrl-C reaches the whole process group; the main process asks us to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_leave_with, args=(parent_pid,), daemon=True).start()
 
+    def leave_with_parent() -> None:
+        while os.getppid() == parent_pid:
+            time.sleep(_POLL_S)
+        os._exit(1)
 
-def _leave_with(parent_pid: int) -> None:
-    while os.getppid() == parent_pid:
-        time.sleep(_POLL_S)
-    os._exit(1)
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def _call(function: Callable, job: tuple) -> None:

@@ -1,4 +1,4 @@
-"""The output folder of a preparation: begun, continued, finished, and nothing in between to be mistaken for a store."""
+"""The output folder of a preparation: begun, continued, finished, verified; never half of a store in its place."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from tqdm import tqdm
+
 from jit_accel.base.errors import UserError, changed_settings
 from jit_accel.base.files import disk_errors, move, sync, write_json
-from jit_accel.data.formats.index import INDEX, STORE_VERSION, UNFINISHED, read_index
+from jit_accel.data.formats.index import INDEX, STORE_VERSION, UNFINISHED, files_of, read_index, sha256_of
 from jit_accel.prepare.store_shards import shard_file
 
 try:
@@ -69,7 +71,7 @@ class OutputFolder:
         with disk_errors("output_dir", self.path, "run the same command again"), self._lock():
             index = self.finished(recorded)
             if index is None:
-                self._check_plan({"version": STORE_VERSION, **recorded})
+                self._record_plan({"version": STORE_VERSION, **recorded})
             yield index
             if (self.path / INDEX).is_file():  # which whoever gets the lock next looks for
                 shutil.rmtree(self.work, ignore_errors=True)
@@ -96,13 +98,12 @@ class OutputFolder:
                 move(self.work / name, self.path / name)
         sync(self.path)
 
-    def _check_plan(self, recorded: dict) -> None:
+    def _record_plan(self, recorded: dict) -> None:
         path = self.work / "plan.json"
-        if path.is_file():
-            remedy = f", or remove {self.work} to begin anew"
-            self._compare(json.loads(path.read_text(encoding="utf-8")), recorded, "was begun otherwise", remedy)
-        else:
-            write_json(path, recorded)
+        if not path.is_file():
+            return write_json(path, recorded)
+        remedy = f", or remove {self.work} to begin anew"
+        self._compare(json.loads(path.read_text(encoding="utf-8")), recorded, "was begun otherwise", remedy)
 
     def _compare(self, then: dict, now: dict, problem: str, remedy: str) -> None:
         images = {"source_fingerprint": "the images of --data_path changed"}
@@ -133,3 +134,27 @@ class OutputFolder:
                         raise self._refusal(rule) from None
                     time.sleep(0.1)
             yield
+
+
+def verify(folder: str) -> int:
+    """Read every file of a store; return the exit code, 0. Raises `UserError` where files are missing or damaged."""
+    index = read_index(folder, "verify")
+    files, damaged = files_of(index), []
+    with tqdm(total=index["num_bytes"], unit="B", unit_scale=True, desc="checksums", disable=None) as bar:
+        for file in files:
+            try:
+                if sha256_of(Path(folder) / file["file"]) != file["sha256"]:
+                    damaged.append(file["file"])
+            except OSError as error:
+                damaged.append(f"{file['file']} ({error.strerror})")
+            bar.update(file["bytes"])
+    if damaged:
+        raise UserError(
+            f"{len(damaged)} of {len(files)} files are not what was written: "
+            f"{', '.join(damaged[:5])}{', ...' if len(damaged) > 5 else ''}: copy them again, or prepare the images "
+            "again.",
+            about="verify",
+            value=folder,
+        )
+    print(f"{folder}: {len(files)} files, {index['num_images']:,} images, all as they were written.")
+    return 0

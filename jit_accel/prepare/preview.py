@@ -63,12 +63,11 @@ def draw_sheet(images: list[np.ndarray], names: list[str], path: Path) -> None:
 
 
 def _shortened(name: str, font, width: int) -> str:
-    name = " ".join(name.split())
-    if font.getlength(name) <= width:
-        return name
-    while name and font.getlength(name + "...") > width:
+    name = shown = " ".join(name.split())
+    while name and font.getlength(shown) > width:
         name = name[:-1]
-    return name + "..."
+        shown = name + "..."
+    return shown
 
 
 def draw_classes(counts: dict[str, int], path: Path) -> None:

@@ -22,6 +22,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.base.files import write_json
 from jit_accel.base.redaction import redacted
 from jit_accel.base.signals import Stopped, StopRequest
+from jit_accel.data.batches.workers import num_cores
 from jit_accel.data.formats.columns import int_labels
 from jit_accel.data.formats.index import INDEX, STORE_FORMAT, STORE_VERSION, files_of
 from jit_accel.data.formats.source import Source
@@ -29,11 +30,10 @@ from jit_accel.data.formats.sources import open_images
 from jit_accel.prepare import preview
 from jit_accel.prepare.encode import Encoded, Original, encode, originals_at, originals_of
 from jit_accel.prepare.jobs import counted, run_jobs
-from jit_accel.prepare.output import OutputFolder
+from jit_accel.prepare.output import OutputFolder, verify
 from jit_accel.prepare.settings import PrepareConfig
 from jit_accel.prepare.spool import Piece, Spool, part_path, parts_of, write_part
 from jit_accel.prepare.store_shards import Layout, write_shard
-from jit_accel.prepare.verify import verify
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,9 @@ class Work:
         layout = Layout(self.config.format, self.config.img_size, class_names, self.source.is_labelled)
         return replace(self, layout=layout)
 
-    def run(self, job, arguments: list[tuple], stop: StopRequest, desc: str, total: int | None, done: int) -> int:
-        """Call `job(self, *these)` for all arguments on all workers; return the number of images."""
-        bar = {"desc": desc, "total": total, "initial": done}
-        return run_jobs(job, arguments, self, num_workers=self.config.resolved_workers, stop=stop, bar=bar)
+    @property
+    def num_workers(self) -> int:
+        return self.config.num_workers or num_cores()
 
 
 def prepare(config: PrepareConfig) -> int:
@@ -71,12 +70,8 @@ def prepare(config: PrepareConfig) -> int:
         return verify(config.verify)
     output = OutputFolder(config.output_dir)
     output.check_place(os.path.expanduser(config.data_path))
-    source = open_images(
-        config.data_path,
-        data_format=config.data_format,
-        image_column=config.image_column,
-        label_column=config.label_column,
-    )
+    how = {name: getattr(config, name) for name in ("data_format", "image_column", "label_column")}
+    source = open_images(config.data_path, **how)
     recorded = config.recorded(_fingerprint(source))
     started, num_made = time.monotonic(), None
     index = output.finished(recorded)
@@ -106,15 +101,8 @@ def _fingerprint(source: Source) -> str:
         return source.fingerprint
     images = source.images.dataset.data.column(source.images.columns.image)
     paths = (path for chunk in images.chunks for path in chunk.field("path").to_pylist())
-    sizes = np.fromiter(map(_size, paths), np.int64, len(source.images))
-    return hashlib.sha256(source.fingerprint.encode() + sizes.tobytes()).hexdigest()[:16]
-
-
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
+    sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in paths]
+    return hashlib.sha256(source.fingerprint.encode() + np.array(sizes, np.int64).tobytes()).hexdigest()[:16]
 
 
 def _summary(index: dict) -> str:
@@ -130,8 +118,7 @@ def _make(
     config: PrepareConfig, source: Source, output: OutputFolder, recorded: dict, stop: StopRequest
 ) -> tuple[dict, int]:
     """Make the store; return its index, and how many images were read."""
-    if config.format in ("uint8", "raw") and source.num_images is not None:
-        # Known beforehand: the pixels, twice with a spool.
+    if config.format in ("uint8", "raw"):  # the size is known beforehand: the pixels, twice with a spool
         output.check_space(source.num_images * 3 * config.img_size**2 * (2 if source.streaming else 1))
     work, num_read = Work(config, source, output.work), None
     if source.streaming:
@@ -142,7 +129,7 @@ def _make(
     missing = [(number, numbers) for number, numbers in enumerate(shards) if output.entry(number) is None]
     total = sum(map(len, shards))
     done = total - sum(len(numbers) for _, numbers in missing)
-    num_made = work.run(make_shard, missing, stop, "shards", total, done)
+    num_made = run_jobs(make_shard, missing, work, work.num_workers, stop, desc="shards", total=total, initial=done)
     return _finish(work, output, len(shards), recorded), num_made if num_read is None else num_read
 
 
@@ -151,9 +138,9 @@ def _fill_spool(work: Work, stop: StopRequest) -> tuple[Work, int]:
     parts = parts_of(work.source.images)
     work.spool_folder.mkdir(exist_ok=True)
     missing = [(n, part) for n, part in enumerate(parts) if not part_path(work.spool_folder, n).is_file()]
-    num_images = work.source.num_images
-    num_done = num_images * (len(parts) - len(missing)) // len(parts) if num_images else 0  # for the bar: about
-    made = work.run(fill_part, missing, stop, "reading", num_images, num_done)
+    total = work.source.num_images
+    done = total * (len(parts) - len(missing)) // len(parts)  # for the bar: about
+    made = run_jobs(fill_part, missing, work, work.num_workers, stop, desc="reading", total=total, initial=done)
     spool = Spool(work.spool_folder, len(parts))
     names = work.source.class_names or int_labels(spool.largest_label()).names or ("image",)
     return replace(work.with_layout(names), spool=spool), made
@@ -200,8 +187,7 @@ def _encoded(work: Work, originals: Iterable[Original]) -> Iterator[Encoded]:
 def _finish(work: Work, output: OutputFolder, num_shards: int, recorded: dict) -> dict:
     """Publish the shards, and at the very end the index that makes a store of them."""
     entries = [output.entry(number) for number in range(num_shards)]
-    listed = [image for entry in entries for image in entry["skipped"]]
-    skipped = listed if work.spool is None else work.spool.skipped()
+    skipped = [image for entry in entries for image in entry["skipped"]] + (work.spool.skipped() if work.spool else [])
     index = _index(work, entries, skipped, recorded)
     shards, layout = index["shards"], work.layout
     if not shards:

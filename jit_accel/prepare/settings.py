@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -64,12 +63,6 @@ class PrepareConfig:
     @property
     def resolved_quality(self) -> int | None:
         return (self.quality or DEFAULT_QUALITY) if self.format in LOSSY else None
-
-    @property
-    def resolved_workers(self) -> int:
-        return self.num_workers or (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        )
 
     def images_a_shard(self, num_images: int) -> int:
         """Return how many of `num_images` images go into one shard."""

@@ -63,11 +63,7 @@ def batched(images: Iterable[Encoded], most_images: int, most_bytes: int) -> Ite
 
 
 class Spool:
-    """Random access to the images in the parts of a spool, numbered in the order of the stream without those left out.
-
-    Args:
-        folder: of the parts, which are all there.
-    """
+    """Random access to the images in all parts of a spool, numbered as in the stream without those left out."""
 
     def __init__(self, folder: Path, num_parts: int):
         self.folder, self.num_parts = folder, num_parts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -76,18 +75,16 @@ def write_shard(folder: Path, number: int, images: Iterable[Encoded], layout: La
 
 def _write_pixels(path: Path, table: Path, images: Iterator[Encoded], layout: Layout) -> dict:
     rows: list[Encoded] = []
-    array = {}
-    with _described(path, array) as temporary, open(temporary, "wb") as file:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
         _write_header(file, 0, layout.img_size)
         for image in images:
             file.write(image.data)
             rows.append(image._replace(data=b""))
         file.seek(0)
         _write_header(file, len(rows), layout.img_size)
-    described = {}
-    with _described(table, described) as temporary:
+    with atomic_file(table) as temporary:
         pq.write_table(layout.table(rows), temporary)
-    return {"file": path.name, "images": len(rows), **array, "table": described}
+    return {"file": path.name, "images": len(rows), **_described(path), "table": _described(table)}
 
 
 def _write_header(file, num_images: int, size: int) -> None:
@@ -98,21 +95,16 @@ def _write_header(file, num_images: int, size: int) -> None:
 
 def _write_table(path: Path, images: Iterator[Encoded], layout: Layout) -> dict:
     groups: list[int] = []
-    described = {}
     schema = layout.features().arrow_schema
     # Encoded images do not shrink, and statistics of them are of no use.
     others = [name for name in schema.names if name != "image"]
     how = {"compression": "none", "use_dictionary": False, "write_statistics": others}
-    with _described(path, described) as temporary, pq.ParquetWriter(temporary, schema, **how) as parquet:
+    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema, **how) as parquet:
         for group in batched(images, ROW_GROUP_IMAGES, ROW_GROUP_BYTES):
             parquet.write_table(layout.table(group), row_group_size=len(group))
             groups.append(len(group))
-    return {"file": path.name, "images": sum(groups), **described, "row_groups": groups}
+    return {"file": path.name, "images": sum(groups), **_described(path), "row_groups": groups}
 
 
-@contextlib.contextmanager
-def _described(path: Path, into: dict) -> Iterator[Path]:
-    """Write a file that is there whole or not at all; put its name, size and checksum `into` a dictionary."""
-    with atomic_file(path) as temporary:
-        yield temporary
-    into |= {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+def _described(path: Path) -> dict:
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}

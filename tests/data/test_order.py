@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+from data_samples import units_and_rows
 
 from jit_accel.data.batches import order
 from jit_accel.data.batches.order import StreamOrder, default_lanes, shares
@@ -25,7 +26,7 @@ def test_the_order_of_an_epoch_never_changes():
     # A change here would make runs of older versions resume with images lost and repeated.
     assert order.epoch_permutation(7, 3, 10).tolist() == [6, 4, 8, 9, 1, 0, 2, 3, 5, 7]
     stream = StreamOrder(7, np.array([3, 0, 4]), lanes=2, window=2)
-    found = stream.units_and_rows(np.arange(7, 14)).tolist()
+    found = units_and_rows(stream, np.arange(7, 14)).tolist()
     assert found == [[2, 0], [0, 0], [2, 1], [0, 1], [2, 3], [0, 2], [2, 2]]
 
 
@@ -35,7 +36,7 @@ def test_each_epoch_and_seed_has_its_own_order_of_all_images():
     assert len({tuple(one.tolist()) for one in orders}) == 4
     sizes = np.array([40, 0, 25, 35])
     streams = [
-        StreamOrder(seed, sizes, 4, 10).units_and_rows(np.arange(epoch * 100, epoch * 100 + 100))
+        units_and_rows(StreamOrder(seed, sizes, 4, 10), np.arange(epoch * 100, epoch * 100 + 100))
         for seed in (0, 1)
         for epoch in (0, 1)
     ]
@@ -81,7 +82,7 @@ def test_lanes_and_windows_are_what_the_design_says_for_any_shape_of_data(seed):
     units, starts = stream.units(epoch)
     assert sorted(units.tolist()) == list(range(len(sizes)))
     line = [(unit, row) for unit in units.tolist() for row in range(sizes[unit])]
-    found = [tuple(pair) for pair in stream.units_and_rows(positions).tolist()]
+    found = [tuple(pair) for pair in units_and_rows(stream, positions).tolist()]
     bounds = [stream.lane_bounds(lane) for lane in range(lanes)]
     assert (bounds[0][0], bounds[-1][1], starts[-1]) == (0, n, n)
     assert all(end == start for (_, end), (start, _) in itertools.pairwise(bounds))
@@ -94,7 +95,7 @@ def test_lanes_and_windows_are_what_the_design_says_for_any_shape_of_data(seed):
 
 def test_a_window_is_shuffled():
     stream = StreamOrder(0, np.array([60]), lanes=2, window=10)
-    rows = stream.units_and_rows(np.arange(60))[::2, 1]
+    rows = units_and_rows(stream, np.arange(60))[::2, 1]
     windows = rows.reshape(3, 10)
     assert [sorted(window.tolist()) for window in windows] == [list(range(k, k + 10)) for k in (0, 10, 20)]
     assert all((np.diff(window) < 0).any() for window in windows)

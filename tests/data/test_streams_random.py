@@ -8,6 +8,7 @@ import random
 
 import numpy as np
 import pytest
+from data_samples import units_and_rows
 
 from jit_accel.data import build_loader
 from jit_accel.data.batches import lanes, loader
@@ -81,7 +82,7 @@ def test_the_image_at_each_position_follows_from_seed_data_and_lanes_alone(seed)
         assert len(json.dumps(state)) < 300
     order = StreamOrder(0, np.array(counts), state["lanes"], buffer)
     starts = np.concatenate([[0], np.cumsum(counts)])
-    units, rows = order.units_and_rows(np.arange(len(seen))).T
+    units, rows = units_and_rows(order, np.arange(len(seen))).T
     assert [seen[position] for position in range(len(seen))] == (starts[units] + rows).tolist()
     for epoch in range(len(seen) // total):
         assert sorted(seen[p] for p in range(epoch * total, (epoch + 1) * total)) == list(range(total))

@@ -38,8 +38,8 @@ from jit_accel.data.formats.sources import open_images
 from jit_accel.data.reading.content import content_key, file_key
 from jit_accel.data.reading.decode import center_crop, decode_image
 from jit_accel.prepare import store_shards
+from jit_accel.prepare.output import verify
 from jit_accel.prepare.settings import PrepareConfig
-from jit_accel.prepare.verify import verify
 
 
 @pytest.fixture(scope="module")

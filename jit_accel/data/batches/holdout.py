@@ -12,6 +12,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 
 import numpy as np
@@ -128,28 +129,21 @@ def _stream_keys(source: Source) -> list[np.ndarray]:
 def _kept_keys(source: Source) -> list[np.ndarray]:
     stream: Stream = source.images
     files = {shard: number for number, shard in enumerate(stream.shards)}
-    is_first = True
+
+    @cache
+    def announce() -> None:
+        if not stream.is_remote:
+            return announce_keys(source.num_images)
+        log.warning(
+            "--holdout: reading all of %s once over the network, since the content of the images decides which are "
+            "held out: to avoid it, prepare the data (python -m jit_accel.prepare) or leave --holdout out",
+            source.name,
+        )
 
     def look(shard: Shard) -> list[str]:
-        nonlocal is_first
-        if is_first and stream.is_remote:
-            log.warning(
-                "--holdout: reading all of %s once over the network, since the content of the images decides which are "
-                "held out: to avoid it, prepare the data (python -m jit_accel.prepare) or leave --holdout out",
-                source.name,
-            )
-        elif is_first:
-            announce_keys(source.num_images)
-        is_first = False
-        return [_packed(stream.keys(unit)) for unit in stream.units_of(files[shard])]
+        announce()
+        keys = map(stream.keys, stream.units_of(files[shard]))
+        return [base64.b64encode(of_unit.astype("<u8").tobytes()).decode() for of_unit in keys]
 
     found = remembered(f"content keys {stream.columns.image}", stream.shards, look)
-    return [_unpacked(keys) for of_file in found for keys in of_file]
-
-
-def _packed(keys: np.ndarray) -> str:
-    return base64.b64encode(keys.astype("<u8").tobytes()).decode()
-
-
-def _unpacked(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), "<u8").astype(np.uint64)
+    return [np.frombuffer(base64.b64decode(keys), "<u8").astype(np.uint64) for of_file in found for keys in of_file]

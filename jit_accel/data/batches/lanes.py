@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, zip_longest
@@ -22,6 +22,7 @@ from jit_accel.data.reading.units import Stream
 MAX_WINDOW_BYTES = 2**28  # so that photos of megabytes do not fill the memory
 _SAMPLED_ROWS = 32  # for the size of an image
 MAX_UNREADABLE = 10_000
+Batches = Callable[[], Iterator[np.ndarray]]  # begins the sorted positions of batches, int64 (k,)
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,7 @@ class BatchPartReader(torch.utils.data.IterableDataset):
     An item may be a UserError, which is not raised: torch would bury its message under a worker's traceback.
     """
 
-    def __init__(
-        self, source: Source, order: StreamOrder, img_size: int, batches: Iterable[np.ndarray], number: int, count: int
-    ):
-        """`batches`: of sorted positions, int64 (k,)."""
+    def __init__(self, source: Source, order: StreamOrder, img_size: int, batches: Batches, number: int, count: int):
         self._source, self._stream, self._order, self._img_size = source, source.images, order, img_size
         self._batches, self._number, self._count = batches, number, count
         self._first_readable: tuple[np.ndarray, int] | None = None
@@ -139,7 +137,7 @@ class BatchPartReader(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[BatchPart | UserError]:
         lanes = LaneReader(self._source, self._order)
         try:
-            for positions in self._batches:
+            for positions in self._batches():
                 yield self._part(lanes, positions)
                 lanes.end_batch()
         except UserError as error:

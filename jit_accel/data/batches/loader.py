@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -173,7 +173,7 @@ class RandomAccessReader(torch.utils.data.Dataset):
 
     def batches(self, position: int) -> Iterator[PixelBatch | UserError]:
         """Yield the batches from `position` on."""
-        bases = _Bases(position, self._task.step_images)
+        bases = itertools.count(position, self._task.step_images)
         yield from make_loader(self, num_workers=self._task.num_workers, sampler=bases)
 
     def __getitem__(self, base: int) -> PixelBatch | UserError:
@@ -247,11 +247,11 @@ class StreamReader:
         """Yield the batches from `position` on."""
         task, count = self._task, max(1, self._task.num_workers)
         # A message is a part of as many batches as there are workers, and so about as large as a batch.
-        groups = _BatchGroups(self._order, position, count, task.rank, task.world_size, task.batch_size)
+        groups = partial(_batch_groups, task, self._order, position, count)
         readers = [BatchPartReader(task.source, self._order, task.img_size, groups, n, count) for n in range(count)]
         if task.num_workers:  # a loader of one worker each: HF divides the shards among the workers that it sees
             readers = [make_loader(reader, num_workers=1) for reader in readers]
-        for positions, *parts in zip(groups, *readers):
+        for positions, *parts in zip(groups(), *readers):
             if errors := [part for part in parts if isinstance(part, UserError)]:
                 yield errors[0]
                 return
@@ -275,30 +275,9 @@ class StreamReader:
         return task.batch(images, labels, positions[first:end], reasons)
 
 
-@dataclass(frozen=True)
-class _Bases:
-    start: int
-    stride: int
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.start, self.stride)
-
-
-@dataclass(frozen=True)
-class _BatchGroups:
-    """The positions of one rank's batches from `start` on, `size` batches at a time: int64 (size * batch_size,)."""
-
-    order: order.StreamOrder
-    start: int
-    size: int
-    rank: int
-    world_size: int
-    batch_size: int
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        batches = (
-            self.order.positions_of(base, self.rank, self.world_size, self.batch_size)
-            for base in itertools.count(self.start, self.world_size * self.batch_size)
-        )
-        while True:
-            yield np.concatenate(list(itertools.islice(batches, self.size)))
+def _batch_groups(task: ReadingTask, stream: order.StreamOrder, start: int, size: int) -> Iterator[np.ndarray]:
+    """Yield the positions of a rank's batches from `start` on, `size` batches at a time: int64 (size * batch_size,)."""
+    bases = itertools.count(start, task.step_images)
+    batches = (stream.positions_of(base, task.rank, task.world_size, task.batch_size) for base in bases)
+    while True:
+        yield np.concatenate(list(itertools.islice(batches, size)))

@@ -56,7 +56,7 @@ def flips(seed: int, positions) -> np.ndarray:
 
 
 class Place(NamedTuple):
-    """The image at `offset` in the shuffled order of window `window` of lane `lane` in `epoch`; ints or int64 (k,)."""
+    """The images at `offset` in the shuffled order of `window` of `lane` in `epoch`: int64 (k,) each."""
 
     epoch: np.ndarray
     lane: np.ndarray
@@ -120,16 +120,6 @@ class StreamOrder:
         units, starts = self.units(epoch)
         places = np.searchsorted(starts, numbers, side="right") - 1
         return units[places], numbers - starts[places]
-
-    def units_and_rows(self, positions: np.ndarray) -> np.ndarray:
-        """Return the unit and the row of the image at each of `positions`: int64 (k, 2)."""
-        found, places = np.empty((len(positions), 2), np.int64), self.places(positions)
-        windows, which = np.unique(np.stack(places[:3]), axis=1, return_inverse=True)
-        for k, (epoch, lane, window) in enumerate(windows.T.tolist()):
-            here = np.flatnonzero(which.reshape(-1) == k)
-            numbers = self.shuffled(epoch, lane, window)[places.offset[here]]
-            found[here] = np.stack(self.rows(epoch, numbers), axis=1)
-        return found
 
     def positions_of(self, base: int, rank: int, world_size: int, batch_size: int) -> np.ndarray:
         """Return the positions, sorted, of rank `rank`'s next batch, int64 (batch_size,), when all stand at `base`.

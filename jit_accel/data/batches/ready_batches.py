@@ -76,11 +76,7 @@ class ReadyBatches:
         return self._loader.state_dict() if self._place is None else self._place[0]
 
     def load_state_dict(self, state: dict | list[dict]) -> None:
-        """Continue where `state` was taken; before the first batch.
-
-        Raises:
-            UserError: the state is of another seed, or of another way of reading.
-        """
+        """Continue where `state` was taken, before the first batch; errors are those of `Loader`."""
         if self._place is not None:
             raise RuntimeError("load_state_dict() after the first batch")
         self._loader.load_state_dict(state)
@@ -95,7 +91,9 @@ class ReadyBatches:
             # Taken here, so that the workers are forked while there is no thread yet that could hold a lock.
             item = self._take()
             if self._depth:
-                self._start()
+                self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
+                self._thread.start()
+                atexit.register(self.close)  # a thread inside CUDA while the interpreter goes away would crash it
         else:
             with self._changed:
                 self._changed.wait_for(self._has_news)
@@ -128,11 +126,6 @@ class ReadyBatches:
 
     def _has_news(self) -> bool:
         return bool(self._waiting) or self._error is not None
-
-    def _start(self) -> None:
-        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
-        self._thread.start()
-        atexit.register(self.close)  # a thread inside CUDA while the interpreter goes away would crash it
 
     def _fill(self) -> None:
         """Run the thread: alone with the loader from here on, and the one to close it."""

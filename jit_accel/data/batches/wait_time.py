@@ -44,17 +44,12 @@ class WaitTime:
         if self.device.type != "cpu":  # and `loader` is a ReadyBatches
             if loader.wait(0):
                 return None
-            work = self._work()
+            work = torch.get_device_module(self.device).Event()
+            work.record()  # behind all that the device has so far
             while not work.query():  # the host runs ahead of the device: until that is idle, nothing is lost
                 if loader.wait(_POLL_S):
                     return None
         return time.perf_counter()
-
-    def _work(self):
-        """Return an event behind all the work that the device has so far."""
-        event = torch.get_device_module(self.device).Event()
-        event.record()
-        return event
 
     def end_interval(self, steps: int, waited_s: float) -> float:
         """Return the share, 0..1, that an interval lost in which the slowest process waited `waited_s`."""
@@ -86,10 +81,8 @@ def waiting_advice(
     """
     spare = cores - 1  # one is for the training itself
     if is_remote:
-        more = max(2 * num_workers, spare, 1)
-        return (
-            f"--num_workers {more} reads more files at once, and a copy of the data on a local disk needs no network."
-        )
+        more = f"--num_workers {max(2 * num_workers, spare, 1)}"
+        return f"{more} reads more files at once, and a copy of the data on a local disk needs no network."
     if num_workers < spare:
         return f"--num_workers {spare} (now {num_workers}) uses all cores."
     if is_encoded and is_prepared:

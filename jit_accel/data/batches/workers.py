@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 
-def make_loader(dataset, *, num_workers: int, sampler=None, pin_memory: bool = False) -> DataLoader:
+def make_loader(dataset, *, num_workers: int, sampler=None) -> DataLoader:
     """Return a DataLoader that passes the items of `dataset` through as they are, prefetching two a worker."""
     forked = num_workers > 0 and sys.platform.startswith("linux")
     return DataLoader(
@@ -22,7 +22,6 @@ def make_loader(dataset, *, num_workers: int, sampler=None, pin_memory: bool = F
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,
-        pin_memory=pin_memory,
         collate_fn=_identity,
         worker_init_fn=partial(_init_worker, os.getpid()),
         multiprocessing_context="fork" if forked else None,  # spawning imports torch again: seconds a worker
