@@ -33,12 +33,7 @@ def warn(message: str) -> None:
 
 
 class ImageProgress:
-    """Counts images of all processes: a bar on a terminal, a line now and then in a log file.
-
-    Args:
-        total, done: all images, and those that were there before.
-        is_shown: whether this process shows it.
-    """
+    """Counts images of all processes, of `total`, `done` before: a bar on a terminal, a line a minute in a log file."""
 
     def __init__(self, name: str, total: int, done: int, is_shown: bool):
         self.name, self.total, self.done, self.made, self.is_shown = name, total, done, 0, is_shown

@@ -98,8 +98,8 @@ def lookup(table: Mapping[str, T], name: str, about: str, *, value: object = Non
     """Return `table[name]`, or raise `UserError` with the choices and the nearest match.
 
     Args:
-        about, value: the setting, and what was given for it (default: the name).
-        rule: what is wrong with a name that is not in the table.
+        value: given for the setting (default: the name).
+        rule: broken by a name that is not in the table.
     """
     if name in table:
         return table[name]

@@ -24,11 +24,8 @@ _NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Give a hidden path beside `path` to write to; the file takes the place of `path` at the block's end.
 
-    Args:
-        durable: it is on the disk by then, even after a power cut, and what killed processes left of it is removed.
-
-    Raises:
-        OSError: it cannot be written; the old file is there then.
+    With `durable` it is on the disk by then, even after a power cut, and what killed processes left of it is removed.
+    Raises `OSError`; the old file is there then.
     """
     if durable:
         remove_leftovers(path.parent, path.name)
@@ -49,10 +46,8 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Give the path of a hidden folder to make and fill; it takes the place of `folder` at the block's end.
 
-    The old folder is removed only when the new one, whole and on the disk, is there.
-
-    Raises:
-        OSError: it cannot be written; the old folder is in its place then.
+    The old folder is removed only when the new one, whole and on the disk, is there. Raises `OSError`; the old folder
+    is in its place then.
     """
     restore_folder(folder)
     remove_leftovers(folder.parent, folder.name)
@@ -121,12 +116,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 def append_json_lines(path: Path, rows: Iterable[dict], *, durable: bool = False) -> None:
     """Write rows behind what a file of JSON lines has, all of them or none; a last line that was cut is ended first.
 
-    Args:
-        rows: of strict JSON; NaN and infinity become null.
-        durable: they are on the disk when this returns.
-
-    Raises:
-        OSError: the disk does not take them.
+    NaN and infinity become null. With `durable` the rows are on the disk when this returns. Raises `OSError`.
     """
     data = "".join(map(json_line, rows)).encode()
     with open(path, "a+b", buffering=0) as file:
@@ -174,9 +164,7 @@ def read_json_lines(path: Path) -> Iterator[dict]:
 def disk_errors(about: str, value: object, go_on: str | None = None) -> Iterator[None]:
     """Turn an `OSError` of the block into a `UserError` about the setting that names the place.
 
-    Args:
-        about, value: the setting, without dashes, and what was given for it.
-        go_on: how to continue with what is finished, such as "run the same command again"; None: nothing was changed.
+    `go_on` is how to continue with what is finished, such as "run the same command again"; None: nothing was changed.
     """
     try:
         yield

@@ -15,12 +15,9 @@ _WIDEST_NAME = 28  # letters
 def draw_rows(
     rows: Sequence[tuple[str, Sequence[np.ndarray]]], column_names: Sequence[str] = (), max_cell: int | None = None
 ) -> Image.Image:
-    """Draw images, uint8 (H, W, 3) of one size, in named rows; small ones are magnified.
+    """Draw images, uint8 (H, W, 3) of one size, in named rows, which may differ in length.
 
-    Args:
-        rows: name and images of each; rows may differ in length.
-        column_names: written above, if any.
-        max_cell: larger images are reduced to this many pixels a side.
+    Small images are magnified, those larger than `max_cell` pixels a side reduced to it.
     """
     height, width = rows[0][1][0].shape[:2]
     zoom = -(-MIN_CELL_PIXELS // width)

@@ -142,16 +142,10 @@ def steps_chart(chart: Chart, keys: list[str], runs: list[Run]) -> dict:
             else:
                 del points["n"]
             series.append({"run": index, "name": name_of(key, metric), "style": style, **points})
-    return {
-        **as_json(chart, series),
-        "unit": unit,
-        "thresholds": thresholds_of(chart, keys, runs, factor) if series else [],
-        "events": events_of(chart, runs) if series else [],
-    }
-
-
-def as_json(chart: Chart, series: list[dict]) -> dict:
-    return {**asdict(chart), "unit": "", "thresholds": [], "events": [], "series": series}
+    if not series:
+        return {"series": []}
+    more = {"thresholds": thresholds_of(chart, keys, runs, factor), "events": events_of(chart, runs)}
+    return {**asdict(chart), "unit": unit, **more, "series": series}
 
 
 def thresholds_of(chart: Chart, keys: list[str], runs: list[Run], factor: float) -> list[dict]:
@@ -205,4 +199,4 @@ def by_t_charts(runs: list[Run]) -> list[dict]:
             x, names, keys = zip(*bins)
             y = [rounded(run.measurements.curves[key].smoothed_end(SMOOTHING * run.step)) for key in keys]
             latest.append({"run": index, "name": "loss", "style": "profile", "x": x, "y": y, "bins": names})
-    return [as_json(BY_T, over_time), as_json(PROFILE, latest)]
+    return [{**asdict(chart), "unit": "", "series": lines} for chart, lines in ((BY_T, over_time), (PROFILE, latest))]

@@ -191,8 +191,7 @@ def read_measurements(folder: Path) -> Measurements:
     if (folder / METRICS_FILE).exists():
         with open(folder / METRICS_FILE, "rb") as lines:
             for line in lines:
-                row = as_row(line)
-                if row is not None:
+                if (row := as_row(line)) is not None:
                     measurements.add(row)
                 elif line.strip():
                     measurements.num_unreadable += 1

@@ -67,11 +67,7 @@ def epochs_of(run: Run) -> dict | None:
 
 
 def write_page(page: str, path: Path) -> None:
-    """Write so that whoever opens `path` finds a whole page, the old one or the new.
-
-    Raises:
-        UserError: it cannot be written there.
-    """
+    """Write so that whoever opens `path` finds a whole page, the old one or the new. Raises `UserError`."""
     if path.is_dir():
         rule = f"this is a folder; name a file, such as {path / 'report.html'}."
         raise UserError(rule, about="output", value=path)

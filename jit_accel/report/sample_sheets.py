@@ -23,14 +23,10 @@ def find_sheets(folder: Path) -> dict[int, Path]:
 
 
 def load_sheets(folder: Path, num_runs: int = 1) -> list[dict]:
-    """Load some sheets, evenly spaced in time, with the first and the newest that can be read.
+    """Load some sheets of a run, evenly spaced in time, with the first and the newest that can be read.
 
-    Args:
-        folder: of the run.
-        num_runs: how many runs share the page.
-
-    Returns:
-        The `step`, `src` (a data URI of WebP), `width` and `height` in pixels of each sheet, in order.
+    Returns the `step`, `src` (a data URI of WebP), `width` and `height` in pixels of each, in order; fewer and smaller
+    ones where several runs share the page.
     """
     count = max(MIN_SHEETS, min(MAX_SHEETS, MAX_SHEETS_ON_PAGE // num_runs))
     max_bytes = BYTES_ON_PAGE // (count * num_runs)

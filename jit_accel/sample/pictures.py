@@ -88,11 +88,7 @@ def strip_images(plan: SamplePlan, most: int) -> list[ImageId]:
 
 
 def draw_strip(plan: SamplePlan, follow: Follow, num_steps: int, most: int, path: Path) -> None:
-    """Write a PNG with two rows for each image, its state z and the image x that it heads for; columns are times.
-
-    Args:
-        most: images that are made at once.
-    """
+    """Write a PNG with two rows for each of at most `most` images: its state z, and x, which it heads for, by time."""
     images, columns = strip_images(plan, most), []
     follow(images, spread(num_steps, STRIP_COLUMNS), lambda *shown: columns.append(shown))
     rows = [

@@ -27,7 +27,7 @@ from jit_accel.model.loading import load_pipeline
 from jit_accel.model.pipeline import STEPS, JiTPipeline
 from jit_accel.sample.image_plan import ImageId, plan_images
 from jit_accel.sample.pictures import Denoising, Show, draw_animation, draw_grid, draw_strip, start_noise
-from jit_accel.sample.samples_record import open_folder, record_of
+from jit_accel.sample.samples_record import VERSION, open_folder
 from jit_accel.sample.settings import SampleConfig
 from jit_accel.sample.stores import ImageFiles, NpzFile
 
@@ -127,16 +127,17 @@ class Sampling:
             rate = self._make(missing)
             on_main(accelerator, lambda: self._finish(len(missing), rate), stop)
 
-    def recorded(self) -> dict:
-        """Return what the images follow from, beside the model and their numbers."""
-        height, width = self.size
-        size = {"height": height, "width": width}
+    def record(self) -> dict:
+        """Return what stands in samples.json: what the images follow from, and which they are."""
+        size = {"height": self.size[0], "width": self.size[1]}
         how = {"mixed_precision": self.precision, "format": self.config.format}
-        return {"seed": self.config.seed, **asdict(self.settings), **size, **how}
+        settings = {"seed": self.config.seed, **asdict(self.settings), **size, **how}
+        record = {"version": VERSION, "settings": settings, "model": self.model, "num_images": self.plan.num_images}
+        return {**record, "classes": self.plan.classes()}
 
     def _begin(self) -> list[ImageId]:
         """Open the folder; return what is missing in it."""
-        record = record_of(self.recorded(), self.model, self.plan)
+        record = self.record()
         with self.writing():
             open_folder(self.folder, record, self.config.resume)
             if self.precision == "bf16" and not is_good_at_bf16(self.accelerator.device):
@@ -242,8 +243,8 @@ class Sampling:
         t_eps = self.pipeline.scheduler.config.t_eps
         denoising = Denoising(noise, self.settings.num_inference_steps, steps, show, t_eps)
 
-        def on_step(*arguments) -> dict:
-            denoising.step_done(*arguments)
+        def on_step(*step) -> dict:
+            denoising.step_done(*step)
             return self._stop_here()
 
         self._draw(ids, on_step)

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from jit_accel.base.errors import UserError, changed_settings
 from jit_accel.data.formats.scan import SAMPLES_RECORD
-from jit_accel.sample.image_plan import SamplePlan
 
 VERSION = 1
-
-
-def record_of(settings: dict, model: dict, plan: SamplePlan) -> dict:
-    """Return what stands in samples.json.
-
-    Args:
-        settings: what the images follow from, by the names of the flags.
-        model: what identifies the weights, with its `fingerprint`.
-    """
-    record = {"version": VERSION, "settings": settings, "model": model, "num_images": plan.num_images}
-    return {**record, "classes": plan.classes()}
 
 
 def open_folder(folder: Path, record: dict, resume: bool) -> None:
@@ -35,11 +22,10 @@ def open_folder(folder: Path, record: dict, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         problem = "is a file: give a new folder."
     elif (folder / SAMPLES_RECORD).is_file():
+        problem = "holds samples already: add --resume to go on, or give another folder."
         if resume:
             problem = _difference(folder, record)
-        else:
-            problem = "holds samples already: add --resume to go on, or give another folder."
-    elif found := [name for name in sorted(_names(folder)) if holds_files(folder / name)]:
+    elif found := [path.name for path in sorted(folder.glob("*")) if holds_files(path)]:
         problem = f"is not empty ({found[0]}) and holds no {SAMPLES_RECORD} of a sampling to go on with: "
         problem += "give a new folder."
     if problem:
@@ -47,15 +33,10 @@ def open_folder(folder: Path, record: dict, resume: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _names(folder: Path) -> list[str]:
-    return os.listdir(folder) if folder.exists() else []
-
-
 def holds_files(path: Path) -> bool:
     """Return whether a path is more than empty folders, as a sampling that was stopped leaves them."""
-    if path.name.startswith("."):
-        return False
-    return not path.is_dir() or any(not part.is_dir() for part in path.rglob("*"))
+    is_empty = path.is_dir() and all(part.is_dir() for part in path.rglob("*"))
+    return not is_empty and not path.name.startswith(".")
 
 
 def _difference(folder: Path, now: dict) -> str | None:
@@ -63,7 +44,9 @@ def _difference(folder: Path, now: dict) -> str | None:
     try:
         then = json.loads((folder / SAMPLES_RECORD).read_text(encoding="utf-8"))
         changed = changed_settings(then["settings"], now["settings"])
-        changed += _changed_model(then["model"], now["model"])
+        if then["model"]["fingerprint"] != now["model"]["fingerprint"]:
+            old, new = map(_weights, (then["model"], now["model"]))
+            changed.append(f"--model: the weights of {new} are not those of {old} at that time")
         changed += _fewer_images(then["classes"], now["classes"])[: not changed]
         if then["version"] != VERSION:
             raise ValueError
@@ -72,10 +55,8 @@ def _difference(folder: Path, now: dict) -> str | None:
     return f"was begun otherwise: {'; '.join(changed)}: use the same settings, or another folder." if changed else None
 
 
-def _changed_model(then: dict, now: dict) -> list[str]:
-    old, new = (f"{model['path']}{f' with --ema {e}' if (e := model['ema']) else ''}" for model in (then, now))
-    is_same = then["fingerprint"] == now["fingerprint"]
-    return [] if is_same else [f"--model: the weights of {new} are not those of {old} at that time"]
+def _weights(model: dict) -> str:
+    return f"{model['path']} with --ema {model['ema']}" if model["ema"] else str(model["path"])
 
 
 def _fewer_images(then: list[dict], now: list[dict]) -> list[str]:

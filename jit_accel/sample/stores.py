@@ -24,7 +24,6 @@ from jit_accel.sample.image_plan import ImageId, SamplePlan
 ENCODINGS = {"png": {"format": "PNG"}, "webp": {"format": "WEBP", "lossless": True, "quality": 50, "method": 2}}
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 NPZ_FILE, PARTS = "samples.npz", ".parts"
-_LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the same images make the same file
 
 
 class ImageFiles:
@@ -50,11 +49,7 @@ class ImageFiles:
             remove_leftovers(class_folder)
 
     def missing(self, stop_here: Callable[[], object] = lambda: None) -> list[ImageId]:
-        """Return the images that are not there, or not whole.
-
-        Args:
-            stop_here: called on the way, since there may be millions; may raise.
-        """
+        """Return the images that are not there, or not whole; for each `stop_here` is called, which may raise."""
         missing = []
         for image in self.plan.ids():
             stop_here()
@@ -63,11 +58,7 @@ class ImageFiles:
         return missing
 
     def write(self, ids: Sequence[ImageId], images: np.ndarray) -> None:
-        """Begin to write images uint8 (B, H, W, 3), when the ones before are written.
-
-        Raises:
-            OSError: one of those before could not be written.
-        """
+        """Begin to write images uint8 (B, H, W, 3), when the ones before are written; raise what `flush` does."""
         self.flush()
         self.pending = [self.pool.submit(self._write, image, pixels) for image, pixels in zip(ids, images)]
 
@@ -171,11 +162,11 @@ class NpzFile(ImageFiles):
             ids = self.plan.ids()
             labels = np.array([image.label for image in ids], "<i8")
             with atomic_file(self.npz) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-                with archive.open(zipfile.ZipInfo("arr_0.npy", _LONG_AGO), "w", force_zip64=True) as file:
+                with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
                     _write_header(file, (len(ids), *self.size, 3), "|u1")
                     for image in ids:
                         file.write(self.read(image).tobytes())
-                with archive.open(zipfile.ZipInfo("arr_1.npy", _LONG_AGO), "w") as file:
+                with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
                     _write_header(file, labels.shape, "<i8")
                     file.write(labels.tobytes())
         shutil.rmtree(self.folder, ignore_errors=True)

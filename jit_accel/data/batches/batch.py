@@ -99,10 +99,7 @@ def _free_buffer(shape: tuple[int, ...]) -> np.ndarray:
 def decode_row(value: Any, columns: Columns, img_size: int, fallback_name: Callable[[], str] = str) -> np.ndarray:
     """Decode one value of the image column to uint8 (3, img_size, img_size).
 
-    fallback_name: asked for only where a bad image has no name of its own.
-
-    Raises:
-        BadImage: with the message "name: reason".
+    Raises `BadImage` with the message "name: reason"; `fallback_name` is asked for where it has no name of its own.
     """
     data, name = columns.image_of(value)
     try:
@@ -114,13 +111,9 @@ def decode_row(value: Any, columns: Columns, img_size: int, fallback_name: Calla
 
 
 def check_labels(labels: np.ndarray, num_classes: int | None) -> None:
-    """Refuse labels the network has no embedding for. Streams are known to be right only once they were read.
-
-    Raises:
-        UserError: a label is negative or not below `num_classes`.
-    """
-    largest, smallest = labels.max(), labels.min()
-    if smallest < 0:
+    """Raise `UserError` for a label that is negative or not below `num_classes`, which streams show only when read."""
+    largest = labels.max()
+    if labels.min() < 0:
         raise UserError(
             "an image of the stream has no label, or a negative one; labels are 0, 1, 2, ...: remove "
             "such images or choose another column.",

@@ -129,9 +129,7 @@ class Loader:
         """Continue where `state` (or the states of all processes) was taken; before the first batch.
 
         The numbers of processes and workers and the batch size may be others. Lanes and windows stay as they were.
-
-        Raises:
-            UserError: the state is of another way of reading, or of another seed.
+        Raises `UserError` for a state of another way of reading, or of another seed.
         """
         if self._batches is not None:
             raise RuntimeError("load_state_dict() after the first batch")

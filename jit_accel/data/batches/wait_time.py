@@ -72,13 +72,7 @@ class WaitTime:
 def waiting_advice(
     data_path: str, *, num_workers: int, cores: int, is_remote: bool, is_encoded: bool, is_prepared: bool
 ) -> str:
-    """Return what to do about training that waits for its data.
-
-    Args:
-        cores: that a training process has for itself.
-        is_encoded: its images have to be decoded.
-        is_prepared: `jit_accel.prepare` made it.
-    """
+    """Return what to do about training that waits for its data, where a process has so many `cores` for itself."""
     spare = cores - 1  # one is for the training itself
     if is_remote:
         more = f"--num_workers {max(2 * num_workers, spare, 1)}"
@@ -86,13 +80,9 @@ def waiting_advice(
     if num_workers < spare:
         return f"--num_workers {spare} (now {num_workers}) uses all cores."
     if is_encoded and is_prepared:
-        return (
-            "all cores decode already: prepare the data with --format uint8, which needs no decoding, or train at a "
-            "smaller --img_size."
-        )
+        remedy = "prepare the data with --format uint8, which needs no decoding, or train at a smaller --img_size."
+        return f"all cores decode already: {remedy}"
     if is_encoded:
-        return (
-            "all cores decode already: decode once and for all with "
-            f"`python -m jit_accel.prepare --data_path {shlex.quote(data_path)} --format uint8 --output_dir FOLDER`."
-        )
+        command = f"python -m jit_accel.prepare --data_path {shlex.quote(data_path)} --format uint8 --output_dir FOLDER"
+        return f"all cores decode already: decode once and for all with `{command}`."
     return "the images need no decoding, so it is the disk that is slow: move them to a faster one, or more memory."
