@@ -142,7 +142,8 @@ def _fill_spool(work: Work, stop: StopRequest) -> tuple[Work, int]:
     done = total * (len(parts) - len(missing)) // len(parts)  # for the bar: about
     made = run_jobs(fill_part, missing, work, work.num_workers, stop, desc="reading", total=total, initial=done)
     spool = Spool(work.spool_folder, len(parts))
-    names = work.source.class_names or int_labels(spool.largest_label()).names or ("image",)
+    largest = max(spool.table["label"].unique().to_pylist(), default=-1)
+    names = work.source.class_names or int_labels(largest).names or ("image",)
     return replace(work.with_layout(names), spool=spool), made
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from jit_accel.base.files import atomic_file
 from jit_accel.data.reading.units import Stream
@@ -84,10 +83,6 @@ class Spool:
 
     def __len__(self) -> int:
         return len(self.kept)
-
-    def largest_label(self) -> int:
-        """Return the largest label, -1 where there are no images."""
-        return -1 if len(self.table) == 0 else pc.max(self.table["label"]).as_py()
 
     def skipped(self) -> list[dict]:
         """Return `name` and `reason` of the images that are left out."""

@@ -144,8 +144,14 @@ def steps_chart(chart: Chart, keys: list[str], runs: list[Run]) -> dict:
             series.append({"run": index, "name": name_of(key, metric), "style": style, **points})
     if not series:
         return {"series": []}
-    more = {"thresholds": thresholds_of(chart, keys, runs, factor), "events": events_of(chart, runs)}
-    return {**asdict(chart), "unit": unit, **more, "series": series}
+    events = [
+        {"run": index, "name": event_name(kind), "x": event.steps.means()["x"]}
+        for index, run in enumerate(runs)
+        for kind, event in run.measurements.events.items()
+        if kind in chart.events
+    ]
+    more = {"unit": unit, "thresholds": thresholds_of(chart, keys, runs, factor), "events": events}
+    return {**asdict(chart), **more, "series": series}
 
 
 def thresholds_of(chart: Chart, keys: list[str], runs: list[Run], factor: float) -> list[dict]:
@@ -161,16 +167,6 @@ def thresholds_of(chart: Chart, keys: list[str], runs: list[Run], factor: float)
                 is_near = low / MAX_THRESHOLD_RATIO <= value <= high * MAX_THRESHOLD_RATIO
                 found[setting, value] = {"name": name, "value": rounded(value), "is_drawn": is_near}
     return list(found.values())
-
-
-def events_of(chart: Chart, runs: list[Run]) -> list[dict]:
-    """Return the steps of the health events that belong into this chart."""
-    return [
-        {"run": index, "name": event_name(kind), "x": event.steps.means()["x"]}
-        for index, run in enumerate(runs)
-        for kind, event in run.measurements.events.items()
-        if kind in chart.events
-    ]
 
 
 def event_name(kind: str) -> str:

@@ -60,11 +60,7 @@ class Run:
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
-    """Read the runs of these folders, each folder once.
-
-    Raises:
-        UserError: there is no such folder, or it holds no run.
-    """
+    """Read the runs of these folders, each folder once; raise `UserError` for one that holds no run."""
     by_place: dict[Path, Path] = {}
     for folder in folders:
         by_place.setdefault(folder.resolve(), folder)

@@ -68,7 +68,8 @@ class SamplePlan:
         if label == self.num_classes:
             return NO_CLASS
         number = f"{label:0{max(3, len(str(self.num_classes - 1)))}d}"
-        name = safe_name(self.class_names[label]) if self.class_names else ""
+        plain = unicodedata.normalize("NFKD", self.class_names[label] if self.class_names else "")
+        name = re.sub(r"[^A-Za-z0-9]+", "-", plain.encode("ascii", "ignore").decode())[:_LONGEST_NAME].strip("-")
         return f"{number}_{name}" if name else number
 
     def classes(self) -> list[dict]:
@@ -124,9 +125,3 @@ def label_of(name: str, num_classes: int, class_names: Sequence[str] | None) -> 
     if names:
         rule += f", or a name: {', '.join(names[:10])}" + (", ..." if len(names) > 10 else "")
     raise UserError(f"no such class; {rule}; or none.{nearest(name, names)}", about="classes", value=name)
-
-
-def safe_name(name: str) -> str:
-    """Return the plain ASCII letters, digits and single dashes of a class name; may be empty."""
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
-    return re.sub(r"[^A-Za-z0-9]+", "-", plain)[:_LONGEST_NAME].strip("-")

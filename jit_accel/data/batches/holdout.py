@@ -50,10 +50,7 @@ def split_holdout(
     """Take a share of the images out of `source`, and read those `max_images` of them with the smallest keys.
 
     Process `rank` gets its part of them; None, with a warning, where the share is too small for any. The fingerprint of
-    the rest follows from which images these are.
-
-    Raises:
-        UserError: no image is left.
+    the rest follows from which images these are. Raises `UserError` where no image is left.
     """
     limit = int(share * 2**64)
     by_unit = _stream_keys(source) if source.streaming else [source.images.keys()]

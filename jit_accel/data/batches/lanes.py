@@ -59,11 +59,7 @@ class LaneReader:
         self._batches = 0
 
     def window(self, epoch: int, lane: int, number: int) -> Window:
-        """Return window `number` of `lane`, read if it is not there.
-
-        Raises:
-            UserError: a shard is shorter than it was when it was opened, or cannot be read.
-        """
+        """Return window `number` of `lane`, read if it is not there; `UserError` where its shards have changed."""
         current = self._lanes.get(lane)
         if current is None or current.window.key != (epoch, number):
             current = self._lanes[lane] = self._read(lane, epoch, number)

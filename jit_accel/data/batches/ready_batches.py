@@ -110,10 +110,7 @@ class ReadyBatches:
             return self._changed.wait_for(self._has_news, timeout_s)
 
     def close(self) -> None:
-        """End the thread and the workers.
-
-        A thread that waits for a worker longer than `PATIENCE_S` is left to end by itself when the batch arrives.
-        """
+        """End the thread and the workers; a thread that waits for one after `PATIENCE_S` ends when that answers."""
         with self._changed:
             self._is_closed = True
             self._waiting.clear()
