@@ -15,11 +15,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast; "no" ha
 
 
 def chosen_precision(mixed_precision: str | None) -> str:
-    """Return `--mixed_precision`, or where it is not given the default.
-
-    Raises:
-        UserError: fp16 on a CPU.
-    """
+    """Return `--mixed_precision`, or where it is not given the default; raise `UserError` for fp16 on a CPU."""
     precision = mixed_precision or default_precision()
     if precision == "fp16" and chosen_device().type == "cpu":
         raise UserError("needs a GPU: use bf16 or no.", about="mixed_precision", value="fp16")

@@ -18,14 +18,10 @@ T = TypeVar("T")
 
 
 def on_all(accelerator, work: Callable[[], T], in_turn: bool = False, stop: StopRequest | None = None) -> T:
-    """Do the work on each process, and raise on all of them what any of them raised; it must not wait for the others.
+    """Do the work on each process, and raise its `UserError` or `Stopped` on all; it must not wait for the others.
 
-    Args:
-        in_turn: one process a machine goes first, and the others find what it found out in the caches.
-        stop: a signal to look at afterwards.
-
-    Raises:
-        UserError, Stopped: on all processes, whichever raised it.
+    With `in_turn` one process a machine goes first, and the others find what it found out in the caches. `stop` is
+    looked at afterwards.
     """
     result, problems = _attempt(accelerator, work, in_turn, stop)
     _raise_everywhere(common_error(problems))

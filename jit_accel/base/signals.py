@@ -16,10 +16,8 @@ class Stopped(KeyboardInterrupt):
 class StopRequest:
     """Inside its `with` block SIGTERM and Ctrl-C only set `number`, so that a step can end in peace.
 
-    A second Ctrl-C interrupts at once.
-
-    Args:
-        at_once: the signals raise `Stopped` where they come, so that whatever was begun is tidied up.
+    A second Ctrl-C interrupts at once. With `at_once` the signals raise `Stopped` where they come, so that whatever was
+    begun is tidied up.
     """
 
     def __init__(self, at_once: bool = False):

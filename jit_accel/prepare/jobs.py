@@ -30,11 +30,8 @@ def run_jobs(
 ) -> int:
     """Call `function(common, *job)` for all jobs in `num_workers` processes; return the number of images they counted.
 
-    Args:
-        bar: of the progress bar: `desc`, `total`, all images, and `initial`, those of jobs that were done before.
-
-    Raises:
-        Stopped: a signal came; the jobs that were under way are lost.
+    `bar` is of the progress bar: `desc`, `total`, all images, and `initial`, those of jobs that were done before.
+    Raises `Stopped` once a signal came; the jobs that were under way are lost.
     """
     if not jobs:
         return 0

@@ -40,11 +40,7 @@ class OutputFolder:
             raise self._refusal(f"lies inside --data_path {data_path}: choose a folder elsewhere.")
 
     def finished(self, recorded: dict) -> dict | None:
-        """Return the index of a preparation with these settings that is there already.
-
-        Raises:
-            UserError: other settings or other files are there.
-        """
+        """Return the index of such a preparation that is there; `UserError` where other settings or files are."""
         if not self.path.is_dir():
             if self.path.exists():
                 raise self._refusal("is a file: choose a new folder.")
@@ -63,10 +59,8 @@ class OutputFolder:
     def begun(self, recorded: dict) -> Iterator[dict | None]:
         """Own the folder while the block runs; a preparation that was interrupted here is continued.
 
-        Yields the index where another process has just finished it.
-
-        Raises:
-            UserError: not writable, in use, or begun with other settings; the disk is full.
+        Yields the index where another process has just finished it. Raises `UserError` for a folder that is not
+        writable, in use, or begun with other settings, and for a full disk.
         """
         with disk_errors("output_dir", self.path, "run the same command again"), self._lock():
             index = self.finished(recorded)

@@ -133,11 +133,8 @@ class StreamOrder:
 def shares(lanes: np.ndarray, count: int) -> list[np.ndarray]:
     """Divide images among `count` readers evenly, so that each reads as few lanes as can be.
 
-    Args:
-        lanes: of each image, int64 (k,), sorted by position.
-
-    Returns:
-        For each reader the indices of its images, lane by lane, those of one lane in their order.
+    `lanes`, int64 (k,), are those of the images, which are sorted by position. Returns for each reader the indices of
+    its images, lane by lane, those of one lane in their order.
     """
     by_lane = np.argsort(lanes, kind="stable")
     edges = [len(lanes) * n // count for n in range(count + 1)]
