@@ -133,7 +133,7 @@ def at_worst(name: str, event: Occurrences) -> str:
 def remedy_of(name: str) -> Markup:
     """Return the likely cause and what to do, with its flags marked."""
     remedy = KINDS[name].remedy if name in KINDS else UNKNOWN_KIND
-    return Markup(re.sub(r"--\w+", r"<code>\g<0></code>", escape(remedy[:1].upper() + remedy[1:])))
+    return Markup(re.sub(r"--\w+", r"<code>\g<0></code>", str(escape(remedy[:1].upper() + remedy[1:]))))
 
 
 def settings(runs: list[Run]) -> dict[str, list[str | None]]:
