@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from jit_accel.base import rng
-from jit_accel.model.objective import diffusion_loss, draw_noise, draw_times
+from jit_accel.model.objective import Objective
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.spaces import SPACES
 from jit_accel.train.optimizers import lr_at, set_lr
@@ -59,7 +59,7 @@ def as_images(points: Tensor) -> Tensor:
 
 def noise(seed: int, first: int, count: int, dimensions: int) -> Tensor:
     """Noise of `count` points, (count, D, 1, 1), in one draw: that of one image with a row for each point."""
-    return as_images(draw_noise(seed, [first], torch.empty(1, 1, count, dimensions))[0, 0])
+    return as_images(Objective().noise(seed, [first], torch.empty(1, 1, count, dimensions))[0, 0])
 
 
 class MLP(nn.Module):
@@ -78,14 +78,15 @@ class MLP(nn.Module):
 def train(prediction: str, matrix: Tensor, steps: int, seed: int) -> MLP:
     """An MLP that predicts "x", "e" or "v" of spirals embedded by `matrix` (D, 2)."""
     torch.manual_seed(seed)
+    objective = Objective(prediction=prediction, P_mean=P_MEAN, P_std=P_STD)
     model = MLP(len(matrix))
     optimizer = torch.optim.Adam(model.parameters())
     for step in range(steps):
         positions = np.arange(step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
         x = as_images(spiral(seed, positions) @ matrix.T)
         e = noise(seed, step, BATCH_SIZE, len(matrix))
-        t = draw_times(seed, positions, P_MEAN, P_STD)
-        loss = diffusion_loss(model, x, t, e, None, prediction=prediction, loss_space="v").mean()
+        t = objective.times(seed, positions)
+        loss = objective.losses(model, x, t, e, None).mean()
         loss.backward()
         set_lr([optimizer], lr_at(step, learning_rate=LEARNING_RATE, warmup_steps=WARMUP_STEPS, total_steps=steps))
         optimizer.step()

@@ -183,8 +183,8 @@ def refresh_card(folder: Path, repo_id: str | None = None) -> None:
         write_text(path, card.content)
 
 
-def read_evaluations(path: Path) -> list[dict]:
-    """Return the records of an `evaluation.json`, the newest last, without what is not one of them."""
+def read_evaluations(path: Path) -> list[tuple[dict[str, str], dict[str, float]]]:
+    """Return settings and numbers of each record of an `evaluation.json`, the newest last; what is none is left out."""
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -192,10 +192,13 @@ def read_evaluations(path: Path) -> list[dict]:
     kept = []
     for record in records if isinstance(records, list) else [records]:
         if isinstance(record, dict) and isinstance(record.get("metrics"), dict):
-            settings = record.get("settings")  # beside the numbers, or in a mapping of their own
             numbers = {str(k): v for k, v in record["metrics"].items() if is_number(v)}
-            one = {"metrics": numbers, "settings": settings if isinstance(settings, dict) else record}
-            kept += [one] if numbers else []
+            settings = record.get("settings")  # beside the numbers, or in a mapping of their own
+            settings = settings if isinstance(settings, dict) else record
+            shown = {name: settings[name] for name in EVALUATION_SETTINGS if settings.get(name) is not None}
+            for name, value in shown.items():
+                shown[name] = " to ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            kept += [(without_places(shown), numbers)] if numbers else []
     return kept[-MOST_RESULTS:]
 
 
@@ -218,32 +221,23 @@ def without_places(value, name: str = ""):
     return re.split(r"[/\\]", bare.rstrip("/\\"))[-1]
 
 
-def _evaluation_settings(settings: Mapping) -> dict[str, str]:
-    """Return what belongs beside the numbers; of paths only the last part."""
-    shown = {name: settings[name] for name in EVALUATION_SETTINGS if settings.get(name) is not None}
-    shown = {name: " to ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for name, v in shown.items()}
-    return without_places(shown)
-
-
-def results_table(records: list[dict]) -> str:
+def results_table(records: list[tuple[dict, dict]]) -> str:
     """Return the evaluations as a section of the card, one row each."""
-    settings = [_evaluation_settings(record["settings"]) for record in records]
-    columns = [name for name in EVALUATION_SETTINGS if any(name in row for row in settings)]
-    metrics = list(dict.fromkeys(name for record in records for name in record["metrics"]))
+    columns = [name for name in EVALUATION_SETTINGS if any(name in settings for settings, _ in records)]
+    metrics = list(dict.fromkeys(name for _, numbers in records for name in numbers))
     lines = [columns + metrics, ["---"] * (len(columns) + len(metrics))]
-    for record, row in zip(records, settings):
-        numbers = [f"{record['metrics'][name]:.5g}" if name in record["metrics"] else "" for name in metrics]
-        lines.append([_inline(row.get(name, "")) for name in columns] + numbers)
+    for settings, numbers in records:
+        shown = [f"{numbers[name]:.5g}" if name in numbers else "" for name in metrics]
+        lines.append([_inline(settings.get(name, "")) for name in columns] + shown)
     return "## Results\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def evaluation_results(records: list[dict]) -> list[EvalResult]:
+def evaluation_results(records: list[tuple[dict, dict]]) -> list[EvalResult]:
     """Return the Fréchet distances as the Hub's `model-index` wants them."""
     found = []
-    for record in records:
-        settings = _evaluation_settings(record["settings"])
-        reference = settings.pop("reference", "") or "unknown"
-        details = ", ".join(f"{name} {value}" for name, value in settings.items())
+    for settings, numbers in records:
+        reference = settings.get("reference") or "unknown"
+        details = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "reference")
         found += [
             EvalResult(
                 task_type=TASK,
@@ -253,7 +247,7 @@ def evaluation_results(records: list[dict]) -> list[EvalResult]:
                 metric_value=value,
                 metric_name=f"{name} ({details})" if details else name,
             )
-            for name, value in record["metrics"].items()
+            for name, value in numbers.items()
             if FRECHET.search(name)
         ]
     return found

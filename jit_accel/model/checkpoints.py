@@ -78,8 +78,8 @@ class Checkpointer:
         problem = problem or self._try_on_writer(partial(self._seal, values, temporary, final))
         (problem,) = broadcast_object_list([problem])
         if problem:
-            found = complete_checkpoints(self.folder)
-            good = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+            found = newest_checkpoint(self.folder)
+            good = f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
             raise UserError(
                 f"the checkpoint of step {step} cannot be written ({problem}): make "
                 f"room or choose a smaller --keep_checkpoints, then go on with --resume auto; {good}.",
@@ -146,20 +146,25 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
     if resume == "none":
         return None
     if resume == "auto":
-        found = complete_checkpoints(output_dir / "checkpoints")
-        return found[-1] if found else None
+        return newest_checkpoint(output_dir / "checkpoints")
     path = Path(resume)
-    if is_complete(path):
-        return path
-    for folder in (path, path / "checkpoints"):
-        if found := complete_checkpoints(folder):
-            return found[-1]
+    if found := newest_checkpoint(path) or find_checkpoint_in(path):
+        return found
     raise UserError(
         f"holds no complete checkpoint (a folder step_… with a {MANIFEST}): give the path of "
         "one, or auto to continue where --output_dir left off, or none to start anew.",
         about="resume",
         value=resume,
     )
+
+
+def find_checkpoint_in(folder: Path) -> Path | None:
+    """Return the folder itself if it is a checkpoint, else the newest of the run whose output folder it is."""
+    return folder if is_complete(folder) else newest_checkpoint(folder / "checkpoints")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    return max(complete_checkpoints(folder), default=None)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from jit_accel.config.presets import TIME_FEATURES
+from jit_accel.model.spaces import in_float32
 
 NORM_EPS = 1e-6
 
@@ -73,13 +74,9 @@ def _by_hand(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def rms_normalise(x: Tensor) -> Tensor:
     """Return `x / sqrt(mean(x^2) + eps)` over the last dimension, in float32 where x is bf16 or fp16."""
-    x = _wide(x)
+    x = in_float32(x)
     return _RMSNormalise.apply(x) if _by_hand(x) else F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
@@ -88,8 +85,8 @@ def modulated_rms_norm(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) 
 
     The norm's weight joins the scale, which is there once an image, not once a token.
     """
-    gain = _wide(weight) * (1 + _wide(scale))
-    return torch.addcmul(_wide(shift), rms_normalise(x), gain).to(shift.dtype)
+    gain = in_float32(weight) * (1 + in_float32(scale))
+    return torch.addcmul(in_float32(shift), rms_normalise(x), gain).to(shift.dtype)
 
 
 def normalised_and_rotated(x: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -97,7 +94,7 @@ def normalised_and_rotated(x: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor
 
     x is (B, T, heads, head_dim); rope is (cos, sin), each (T, 1, head_dim / 2).
     """
-    return rotate_pairs(rms_normalise(x) * _wide(weight), *rope)
+    return rotate_pairs(rms_normalise(x) * in_float32(weight), *rope)
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -101,8 +101,7 @@ def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
     try:
         with patience(SILENCE_TIMEOUT_S):
             make_repository(api, repo_id, private)
-            files = {name: shared_content(folder / name) for name in shared_files(folder)}
-            operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+            operations = [CommitOperationAdd(name, content) for name, content in shared_files(folder).items()]
             api.create_commit(repo_id, operations, commit_message="Upload pipeline")
     except UserError:
         raise
@@ -111,28 +110,22 @@ def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
     return f"{api.endpoint}/{repo_id}"
 
 
-def shared_files(folder: Path) -> list[str]:
-    """Return what is pushed of a pipeline folder, as paths inside it. Its other folders are not looked into."""
-    files = [file for name in SHARED_FOLDERS for file in (folder / name).glob("*") if file.is_file()]
-    kept = [file for file in files if file.suffix in SHARED_SUFFIXES and not file.name.startswith(UNFINISHED)]
-    return sorted(file.relative_to(folder).as_posix() for file in kept)
-
-
-def shared_content(file: Path) -> Path | bytes:
-    """Return the file, or in place of an evaluation its content without the places of this machine."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.match(EVALUATIONS) else None
-    except ValueError:
-        content = None
-    return file if content is None else json.dumps(without_places(content), indent=1, ensure_ascii=False).encode()
+def shared_files(folder: Path) -> dict[str, Path | bytes]:
+    """Return what is pushed of a pipeline folder, by path inside it. Its other folders are not looked into."""
+    found = {}
+    for file in (file for name in SHARED_FOLDERS for file in (folder / name).glob("*") if file.is_file()):
+        if file.suffix in SHARED_SUFFIXES and not file.name.startswith(UNFINISHED):
+            content = file
+            if file.match(EVALUATIONS):
+                with contextlib.suppress(ValueError):  # of a file that is not JSON
+                    bare = without_places(json.loads(file.read_text(encoding="utf-8")))
+                    content = json.dumps(bare, indent=1, ensure_ascii=False).encode()
+            found[file.relative_to(folder).as_posix()] = content
+    return dict(sorted(found.items()))
 
 
 def make_repository(api: HfApi, repo_id: str, private: bool) -> None:
-    """Create the repository where it is not there yet.
-
-    Raises:
-        UserError: a public one is there, and what is pushed should be private.
-    """
+    """Create the repository where it is not there yet. Raises `UserError` for a public one that should be private."""
     try:
         api.create_repo(repo_id, private=private or None)  # None: as the owner has it by default
     except HfHubHTTPError as error:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from jit_accel.base.errors import UserError, message_of, nearest
 from jit_accel.config.settings import UNAVERAGED, Config, ModelConfig, ObjectiveConfig
 from jit_accel.model.carried_code import INDEX_FILE
-from jit_accel.model.checkpoints import complete_checkpoints, is_complete, read_run
+from jit_accel.model.checkpoints import find_checkpoint_in, read_run
 from jit_accel.model.lora import merged, refuse_other_base, weights_fingerprint
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.scheduler import JiTScheduler
@@ -101,14 +101,6 @@ def load_folder(folder: Path, about: str = "model") -> JiTPipeline:
 def _first_line(error: Exception) -> str:
     """Return the first line of an error that others have written, which may go on for pages."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-
-
-def find_checkpoint_in(folder: Path) -> Path | None:
-    """Return the folder itself if it is a checkpoint, else the newest of the run whose output folder it is."""
-    if is_complete(folder):
-        return folder
-    found = complete_checkpoints(folder / "checkpoints")
-    return found[-1] if found else None
 
 
 def averages_of(checkpoint: Path) -> list[str]:

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from jit_accel.model.carried_code import INDEX_FILE, carry_code
-from jit_accel.model.guidance import checked_count, checked_interval, checked_scale, guidance_weight
+from jit_accel.model.carried_code import INDEX_FILE, KeptCardMixin, carry_code
+from jit_accel.model.guidance import checked_count, checked_default, checked_interval, checked_scale, guidance_weight
 from jit_accel.model.image_input import Picture, repaint_mask, skipped_steps, start_images
-from jit_accel.model.kept_card import KeptCardMixin
 from jit_accel.model.labels import Label, label_ids
 from jit_accel.model.lora_loader import JiTLoraLoaderMixin
-from jit_accel.model.scheduler import JiTScheduler, checked_method
+from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import JiTTransformer2DModel
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
@@ -66,18 +66,12 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
                 f"class_names has {len(class_names)} names, but the network has {num_classes} classes: "
                 "give one name for each, in the order of the labels"
             )
-        if num_inference_steps is not None:
-            num_inference_steps = checked_count("num_inference_steps", num_inference_steps)
+        names = None if class_names is None else [str(name) for name in class_names]
+        own = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "method": method}
+        own |= {"num_inference_steps": num_inference_steps}
         self.register_modules(transformer=transformer, scheduler=scheduler)
-        self.register_to_config(
-            class_names=None if class_names is None else [str(name) for name in class_names],
-            guidance_scale=checked_scale(guidance_scale),
-            guidance_interval=list(checked_interval(guidance_interval)),
-            num_inference_steps=num_inference_steps,
-            method=None if method is None else checked_method(method),
-        )
-        self._interrupt = False
-        self._num_timesteps = 0
+        self.register_to_config(class_names=names, **{name: checked_default(name, own[name]) for name in own})
+        self._interrupt, self._num_timesteps = False, 0
 
     @classmethod
     def load_config(cls, *args, **kwargs):
@@ -177,7 +171,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
         z = self.prepare_latents(len(ids), generator, latents, height, width).to(device)
         self.scheduler.set_timesteps(steps, device=device, method=method or self.config.method, skip_steps=skipped)
         z, keep_known = self._start(z, image, mask_image)
-        images = self.to_output(self._solve(z, field, keep_known, on_step_end), output_type)
+        images = VaeImageProcessor().postprocess(self._solve(z, field, keep_known, on_step_end), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -301,15 +295,6 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
             return (callback(self, step, t, given) or {}).get("latents", z).float()
 
         return step_end
-
-    def to_output(self, z: Tensor, output_type: str):
-        if output_type == "latent":
-            return z
-        images = (z / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return images
-        images = images.permute(0, 2, 3, 1).cpu().numpy()
-        return images if output_type == "np" else self.numpy_to_pil(images)
 
 
 @contextmanager

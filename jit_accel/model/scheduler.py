@@ -11,21 +11,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from jit_accel.base.errors import nearest
-from jit_accel.model.spaces import SPACES, convert, noised
+from jit_accel.model.spaces import SPACES, convert, in_float32, noised
 
 CALLS_PER_STEP = {"euler": 1, "heun": 2}
-
-
-def velocity(model_output: Tensor, sample: Tensor, t: Tensor | float, prediction_type: str, t_eps: float) -> Tensor:
-    """Return dz/dt = x - e at z = `sample`, from a prediction of x, e or v; in float32 at least.
-
-    1/(1-t), and 1/t for e, diverge at the ends; t_eps is the paper's clamp (2511.13720, Algorithm 2).
-    """
-    return convert(_at_least_float32(model_output), _at_least_float32(sample), t, prediction_type, "v", t_eps)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _choose(table: Collection[str], name: str, setting: str) -> str:
@@ -149,8 +137,9 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("step() without a timestep left: call set_timesteps(n) before each trajectory")
         t, step_size, second = self._calls[self._next_call]
         self._next_call += 1
-        sample = _at_least_float32(sample)
-        v = velocity(model_output, sample, t, self.config.prediction_type, self.config.t_eps)
+        sample = in_float32(sample)
+        # 1/(1-t), and 1/t for e, diverge at the ends; t_eps is the paper's clamp (2511.13720, Algorithm 2).
+        v = convert(in_float32(model_output), sample, t, self.config.prediction_type, "v", self.config.t_eps)
         if second:
             moved = self._start + (step_size / 2) * (self._start_velocity + v)
             self._start = self._start_velocity = None

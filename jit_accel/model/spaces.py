@@ -11,6 +11,7 @@ any of them and the squared error may be taken in any of them.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 SPACES = ("x", "e", "v")
@@ -32,6 +33,11 @@ CONVERSIONS = {
 
 def _at_least(value: Tensor | float, floor: float) -> Tensor | float:
     return value.clamp_min(floor) if isinstance(value, Tensor) else max(value, floor)
+
+
+def in_float32(x: Tensor) -> Tensor:
+    """Return x in float32 at least: float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def convert(value: Tensor, z: Tensor, t: Tensor | float, source: str, target: str, t_eps: float = 0.05) -> Tensor:

@@ -20,13 +20,10 @@ FALLEN = 0.9
 
 @dataclass(frozen=True)
 class Kind:
-    """A thing that can go wrong: `title` goes behind "step 12: ", with a place for the measured value.
+    """A thing that can go wrong."""
 
-    `remedy` is the likely cause, and what to do.
-    """
-
-    title: str
-    remedy: str
+    title: str  # goes behind "step 12: ", with a place for the measured value
+    remedy: str  # the likely cause, and what to do
 
     def describe(self, value: float) -> str:
         return self.title.format(value=value)
@@ -86,7 +83,6 @@ class Health:
     """Watches the rows of metrics as they come.
 
     Args:
-        thresholds: when something is worth a word; 0 switches a sign off.
         must_fall: the run starts from untrained weights, so that its loss must fall.
         has_scaler: fp16 meets infinite gradients as a matter of course, and skips those steps.
     """
@@ -104,8 +100,7 @@ class Health:
         """Look at consecutive rows; what is found goes into them as `health/<kind>`.
 
         Args:
-            lost_to_data: share of the time of late that was lost to waiting for data, where known.
-            advice: what helps against that in particular.
+            lost_to_data: share of the time of late that was lost to waiting for data, where known, and `advice` for it.
 
         Returns:
             Events of kinds that this object had not found before.

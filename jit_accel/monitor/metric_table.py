@@ -10,26 +10,17 @@ UNGUIDED = "_unguided"  # behind the key of a metric of images made without guid
 
 @dataclass(frozen=True)
 class Metric:
-    """A row of the table.
+    """A row of the table."""
 
-    Attributes:
-        key: in `metrics.jsonl` and at the trackers; a part in braces stands for several keys.
-        title: the name of its curve.
-        when: which rows have it: every "step", the last one of each "interval", the last one of an "epoch", those
-            that the holdout was measured at ("val"), those that images were generated at ("eval"), or "sample".
-        chart: the chart of the report with its curve; empty where it has none.
-        unit: of its values; a "share" is 0 to 1 and shown in percent.
-        better: "lower" or "higher"; empty where neither is.
-        thinned: the report keeps of neighbouring steps their "mean", their mean and "extremes", or "nothing".
-    """
-
-    key: str
-    title: str
+    key: str  # in `metrics.jsonl` and at the trackers; a part in braces stands for several keys
+    title: str  # of its curve
+    # Which rows have it: every "step", the last one of each "interval", the last one of an "epoch", those that the
+    # holdout was measured at ("val"), those that images were generated at ("eval"), or "sample".
     when: str
-    chart: str = ""
-    unit: str = ""
-    better: str = ""
-    thinned: str = "mean"
+    chart: str = ""  # the chart of the report with its curve
+    unit: str = ""  # a "share" is 0 to 1 and shown in percent
+    better: str = ""  # "lower" or "higher", where one is
+    thinned: str = "mean"  # of neighbouring steps the report keeps their "mean", that and "extremes", or "nothing"
 
 
 METRICS: dict[str, Metric] = {}

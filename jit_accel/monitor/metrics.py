@@ -41,26 +41,19 @@ class StepMetrics:
         """Keep one step's values; `loss` is this process's mean, `grad_norm` the global one, before clipping."""
         values = {table.TRAIN_LOSS: loss, table.GRAD_NORM: grad_norm}
         self.rows[step] = {"step": step, **values, table.LEARNING_RATE: learning_rate}
-        for key, value in values.items():
-            self.record_occasional(key, value)
+        self.values += [(step, key, value, None) for key, value in values.items()]
 
     def record_occasional(self, key: str, value: Tensor, whole: Tensor | None = None) -> None:
         """Keep a further value of the newest step.
 
-        Args:
-            whole: makes it a ratio of two L2 norms, of which these are the squares over this process's share.
+        With `whole` it is a ratio of two L2 norms, of which these are the squares over this process's share.
         """
         self.values.append((next(reversed(self.rows)), key, value, whole))
 
     def flush(self, reduce_mean, counters: list[float]) -> tuple[list[dict], list[float]]:
-        """Read and forget the kept steps.
+        """Read and forget the kept steps. Returns one row a step, and the counters averaged over the processes.
 
-        Args:
-            reduce_mean: averages a float32 tensor over the processes.
-            counters: further numbers of this process to average with them.
-
-        Returns:
-            One row a step, keyed as the trackers show them, and the averaged counters.
+        `reduce_mean` averages a float32 tensor over them.
         """
         # On the device also where no step is kept: NCCL reduces nothing else.
         kept = [torch.tensor(counters, dtype=torch.float32, device=self.device), self.by_t.flatten()]
@@ -173,15 +166,12 @@ class StepClock:
 class EpochMetrics:
     """Mean loss, seconds and images/s of each pass over the data, and the lowest mean so far.
 
-    Counted in images, whose number at a step changes where a run goes on with another batch size.
-
-    Args:
-        num_images: of one pass; None where that is not known, and nothing ever ends.
+    Counted in images, whose number at a step changes where a run goes on with another batch size; where `num_images`,
+    that of one pass, is None, nothing ever ends.
     """
 
     def __init__(self, num_images: int | None):
-        self.num_images = num_images
-        self.images_seen = 0
+        self.num_images, self.images_seen = num_images, 0
         self.best_loss: float | None = None
         self._begin()
 

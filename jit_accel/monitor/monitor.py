@@ -43,15 +43,11 @@ class NotFinite:
 
 @dataclass(frozen=True)
 class Interval:
-    """The steps since the last reading, the same on all processes.
+    """The steps since the last reading, the same on all processes."""
 
-    rows: one a step. stop_asked: a signal asked any process to stop. bad_images: how many images could not be decoded
-    since the start of the run, and images_seen how many were trained on, over all processes.
-    """
-
-    rows: tuple[dict, ...]
-    stop_asked: bool
-    bad_images: int
+    rows: tuple[dict, ...]  # one a step
+    stop_asked: bool  # by a signal to any process
+    bad_images: int  # that could not be decoded since the start of the run
     images_seen: int
     not_finite: NotFinite | None
 
@@ -65,7 +61,6 @@ class Monitor:
     Args:
         feed: the run's `Feed`, which knows how long it was waited for.
         network, ema: what is trained, and its averages.
-        plan: the run's lengths in steps.
         precision: of the training, which decides the peak of a GPU.
         is_untrained: the weights are random, so that the loss must fall.
     """
@@ -94,16 +89,13 @@ class Monitor:
         self.weights = WeightWatch(ema.params, ema.averages, network.config.depth)
         self.epochs = EpochMetrics(plan.num_images)
         self.health = Health(health, must_fall=is_untrained, has_scaler=accelerator.scaler is not None)
-        self.flops_per_image = train_flops(network)
+        sizes, is_adapted = network.config, any(not p.requires_grad for p in network.parameters())
+        flops_per_mac = LORA_FLOPS_PER_FORWARD_MAC if is_adapted else TRAIN_FLOPS_PER_FORWARD_MAC
+        self.flops_per_image = flops_per_mac * forward_macs(sizes, sizes.patch_size, sizes.img_size, sizes.img_size)
         self.peak_flops = peak_flops(device_name(accelerator.device), precision)
 
     def open(self, step: int, record: dict, is_other_training: bool = False) -> None:
-        """Start, or go on from `step`.
-
-        Args:
-            record: the run in settings and facts, without secrets.
-            is_other_training: it goes on with other settings than before.
-        """
+        """Start, or go on from `step`, maybe with other settings; `record` is the run in settings and facts."""
         self.is_open = True
         newest = start_trackers(self.accelerator, self.tracking, record, self.output_dir, step)
         if is_other_training and newest > step:
@@ -199,7 +191,7 @@ class Monitor:
         self.report.build()
 
     def amend(self, step: int, values: dict[str, float]) -> None:
-        """Put values into the row of the newest step, which is written already; they are the same on all processes."""
+        """Put values into the row of the newest step, which is written already."""
         if self.is_main:
             self.log.amend(step, values)
             log_row(self.accelerator, {"step": step, **values})
@@ -207,8 +199,7 @@ class Monitor:
 
     def log_samples(self, path: Path, step: int, caption: str, is_late: bool) -> None:
         """Show a sheet of samples in the trackers, where it could be written."""
-        if path.exists():
-            log_picture(self.accelerator, path, step, caption, is_late)
+        log_picture(self.accelerator, path, step, caption, is_late)
 
     def state_dict(self) -> dict:
         """Return what a later run needs to go on with, on the main process."""
@@ -218,14 +209,6 @@ class Monitor:
         """Take what `state_dict` gave; `health` is None in checkpoints that have none."""
         self.epochs.load_state_dict(state["epochs"])
         self.health.load_state_dict(state["health"])
-
-
-def train_flops(network) -> float:
-    """Return the floating point operations that training takes for an image: forward, and backward twice as much."""
-    sizes = network.config
-    is_adapted = any(not p.requires_grad for p in network.parameters())
-    flops_per_mac = LORA_FLOPS_PER_FORWARD_MAC if is_adapted else TRAIN_FLOPS_PER_FORWARD_MAC
-    return flops_per_mac * forward_macs(sizes, sizes.patch_size, sizes.img_size, sizes.img_size)
 
 
 def peak_memory_gib(device: torch.device) -> float:

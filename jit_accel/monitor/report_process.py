@@ -25,8 +25,7 @@ class ReportProcess:
     def __init__(self, output_dir: Path, is_wanted: bool):
         self.output_dir, self.is_wanted = output_dir, is_wanted
         self.process: subprocess.Popen | None = None
-        self.has_failed = False
-        self.began = self.not_before = 0.0
+        self.has_failed, self.began, self.not_before = False, 0.0, 0.0
 
     def build(self) -> None:
         """Begin to build the report of what is there now, unless the last build still goes on or has just ended."""

@@ -33,14 +33,11 @@ class SafeTracker(GeneralTracker):
     Accelerate alone would raise on the main process, for which the others then wait for ever.
 
     Args:
-        name: by which `accelerator.get_tracker` finds it.
         make: builds the tracker itself, given the step that the run goes on from, and `init_kwargs` by name.
 
     Attributes:
-        tracker: what the tracker itself holds, such as the run of W&B; None where it is not open.
-        first_step: the step that the run goes on from, 0 in a new one; to be set before the start.
-        init_kwargs: further arguments of the tracker; to be set before the start, since Accelerate hands them to none
-            that is an object already.
+        first_step, init_kwargs: what `make` is given; to be set before the start, since Accelerate hands arguments to
+            none that is an object already.
         last_step: the newest step that it has of earlier starts; rows up to that one are not logged again.
         exit_code: how the training ended: 0, or 128 and a signal's number, or else by an error.
     """
@@ -70,9 +67,9 @@ class SafeTracker(GeneralTracker):
             self.inner = self.inner if is_wanted else None
 
     def store_init_configuration(self, values: dict) -> None:
-        if self.name != "wandb":
-            values = {key: as_scalar(value) for key, value in values.items()}
         if self.inner:
+            if self.name != "wandb":
+                values = {key: as_scalar(value) for key, value in values.items()}
             with self._left_out_if("could not start"):
                 self.inner.store_init_configuration(values)
 
@@ -160,24 +157,19 @@ def build_trackers(tracking: TrackingConfig, output_dir: Path) -> list[SafeTrack
     Raises:
         UserError: a class of the user's own cannot be used.
     """
-    found = []
-    for name in tracking.trackers:
+
+    def build(name: str) -> SafeTracker:
         if name in OURS:
-            found.append(SafeTracker(name, partial(OURS[name], tracking, output_dir)))
-        else:
-            kind = imported_class(name) if ":" in name else LOGGER_TYPE_TO_CLASS[name]
-            # Called as Accelerate calls its own.
-            call = partial(kind, tracking.wandb_project, *((str(output_dir),) * kind.requires_logging_directory))
-            found.append(SafeTracker(kind.name, lambda step, call=call: call()))
-    return found
+            return SafeTracker(name, partial(OURS[name], tracking, output_dir))
+        kind = imported_class(name) if ":" in name else LOGGER_TYPE_TO_CLASS[name]
+        arguments = (tracking.wandb_project, *([str(output_dir)] if kind.requires_logging_directory else ()))
+        return SafeTracker(kind.name, lambda step: kind(*arguments))  # as Accelerate calls its own
+
+    return list(map(build, tracking.trackers))
 
 
 def imported_class(path: str) -> type[GeneralTracker]:
-    """Return the user's tracker class that `package.module:Class` names; modules of the working directory count.
-
-    Raises:
-        UserError: it cannot be imported, or is no tracker.
-    """
+    """Return the user's tracker class that `package.module:Class` names; modules of the working directory count."""
     module, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -197,12 +189,7 @@ def imported_class(path: str) -> type[GeneralTracker]:
 def start_trackers(accelerator, tracking: TrackingConfig, record: dict, output_dir: Path, step: int) -> int:
     """Open the trackers of a run that goes on from `step` (0: a new one), and give each the rows that it lacks.
 
-    Args:
-        record: the flat configuration, without secrets.
-        output_dir: its `metrics.jsonl` has all rows up to `step` at least.
-
-    Returns:
-        The newest step that any of them has of earlier starts.
+    `record` is the flat configuration, without secrets. Returns the newest step that any of them has of earlier starts.
     """
     init_kwargs = {"wandb": wandb_init_kwargs(tracking)}
     for tracker in accelerator.log_with:
@@ -214,8 +201,7 @@ def start_trackers(accelerator, tracking: TrackingConfig, record: dict, output_d
             if min(known) < row["step"] <= step:
                 log_row(accelerator, row)
                 sheet = output_dir / "samples" / f"step_{row['step']:08d}.png"
-                if sheet.exists():
-                    log_picture(accelerator, sheet, row["step"], f"step {row['step']}")
+                log_picture(accelerator, sheet, row["step"], f"step {row['step']}")
     return max(known, default=0)
 
 
@@ -226,8 +212,8 @@ def log_row(accelerator, row: dict) -> None:
 
 
 def log_picture(accelerator, path: Path, step: int, caption: str, is_late: bool = False) -> None:
-    """Show a sheet of samples in all trackers that can; one that `is_late` also where they have its step."""
-    for tracker in accelerator.trackers:
+    """Show a sheet, if it is there, in all trackers that can; one that `is_late` also where they have its step."""
+    for tracker in accelerator.trackers if path.exists() else ():
         tracker.log_picture(path, step, caption, is_late)
 
 

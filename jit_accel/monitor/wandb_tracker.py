@@ -24,7 +24,7 @@ from jit_accel.base.redaction import redacted
 from jit_accel.config.settings import TrackingConfig
 from jit_accel.monitor.log import METRICS_FILE
 from jit_accel.monitor.metric_table import EPOCH, METRICS, SAMPLES
-from jit_accel.monitor.wandb_files import last_step, read_segments, synced_mark
+from jit_accel.monitor.wandb_files import Segment, last_step, read_segments, synced_mark
 
 ID_FILE = "wandb_run_id.txt"
 # The training waits at most this long for a server that does not answer: for the check of the key (wandb's own ten
@@ -67,37 +67,25 @@ def wandb_init_kwargs(tracking: TrackingConfig) -> dict:
 class WandbTracker(GeneralTracker):
     """A run of W&B, begun or continued; Accelerate's own tracker needs a server, and begins a new run at each start.
 
-    Args:
-        project: in W&B.
-        output_dir: remembers the run, and holds its files below `wandb`.
-        init_kwargs: further arguments of `wandb.init`, such as entity, name and tags.
-
-    Attributes:
-        tracker: wandb's run; None before the start and where W&B is disabled.
-        last_step: the newest optimizer step that W&B has of earlier starts; it takes no row before that.
+    `output_dir` remembers the run, and holds its files below `wandb`; `init_kwargs` go to `wandb.init`. `tracker` is
+    wandb's run, and `last_step` the newest step that W&B has of earlier starts: it takes no row before that.
     """
 
     name = "wandb"
     requires_logging_directory = False
 
     def __init__(self, project: str, output_dir: Path, **init_kwargs):
-        self.project, self.output_dir, self.init_kwargs, self.run = project, output_dir, init_kwargs, None
+        self.project, self.output_dir, self.init_kwargs, self.tracker = project, output_dir, init_kwargs, None
         self.id_file = output_dir / ID_FILE
         self.id = self.id_file.read_text().strip() if self.id_file.exists() else ""
         self.last_step = self.newest_step = 0
         self.is_offline = self.is_warned = self.has_given_up = False
         super().__init__()
 
-    @property
-    def tracker(self):
-        return self.run
-
     def start(self) -> bool:
         """Begin, or go on with, the run: offline where the server cannot be used. Returns False where W&B is disabled.
 
-        Raises:
-            OSError: the files cannot be written.
-            Exception: whatever wandb raises where it cannot even start offline.
+        Raises whatever wandb, or the disk, raises where it cannot even start offline.
         """
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry delays the exit by ten seconds
         mode = self._set_up()
@@ -147,19 +135,17 @@ class WandbTracker(GeneralTracker):
             self.id_file.unlink()
             self.id, self.earlier = secrets.token_hex(4), []
             return self._start_online()
-        self.last_step = max(0, self.run.starting_step - 1)
+        self.last_step = max(0, self.tracker.starting_step - 1)
         # The server gets all rows that it lacks, those in earlier files too: `wandb sync` must not send them again.
-        for segment in self.earlier:
-            if segment.project in ("", self.project):
-                synced_mark(segment.file).touch()
+        for segment in self._of_project():
+            synced_mark(segment.file).touch()
+
+    def _of_project(self) -> list[Segment]:
+        return [segment for segment in self.earlier if segment.project in ("", self.project)]
 
     def _start_offline(self) -> None:
         entity = self.init_kwargs.get("entity") or ""
-        earlier = [
-            segment
-            for segment in self.earlier
-            if segment.project in ("", self.project) and entity in ("", segment.entity or entity)
-        ]
+        earlier = [segment for segment in self._of_project() if entity in ("", segment.entity or entity)]
         if any(not segment.is_offline and not synced_mark(segment.file).exists() for segment in earlier):
             old, self.id, earlier = self.id, secrets.token_hex(4), []
             warn(
@@ -172,7 +158,7 @@ class WandbTracker(GeneralTracker):
     def _init(self, mode: str) -> None:
         import wandb
 
-        self.run = wandb.init(
+        self.tracker = wandb.init(
             project=self.project,
             **self.init_kwargs,
             dir=str(self.output_dir),
@@ -198,55 +184,55 @@ class WandbTracker(GeneralTracker):
 
     @property
     def _file(self) -> Path:
-        return Path(self.run.dir).parent / f"run-{self.id}.wandb"
+        return Path(self.tracker.dir).parent / f"run-{self.id}.wandb"
 
     def _introduce(self) -> None:
-        say(f"Wandb initialized: project={self.project}, name={self.run.name or self.id}")
+        say(f"Wandb initialized: project={self.project}, name={self.tracker.name or self.id}")
         if self.is_offline:
             # The command sends the files of all starts, in the right order, each once.
             command = f"wandb sync {shlex.quote(str(self.output_dir / 'wandb'))}/offline-run-*-{self.id}"
             say(f"Wandb is offline: files in {self._file.parent}; upload later with: {command}")
         else:
-            say(f"View run at: {self.run.url}")
+            say(f"View run at: {self.tracker.url}")
 
     def _define_metrics(self) -> None:
-        self.run.define_metric("step", hidden=True)
+        self.tracker.define_metric("step", hidden=True)
         for room in dict.fromkeys(key.partition("/")[0] for key in METRICS):
-            self.run.define_metric(f"{room}/*", step_metric="step")
+            self.tracker.define_metric(f"{room}/*", step_metric="step")
         for key, metric in METRICS.items():
             if metric.when == "epoch":
-                self.run.define_metric(key, step_metric=EPOCH)
+                self.tracker.define_metric(key, step_metric=EPOCH)
             elif metric.better:
                 best = "min" if metric.better == "lower" else "max"
-                self.run.define_metric(key, step_metric="step", summary=f"{best},last")
+                self.tracker.define_metric(key, step_metric="step", summary=f"{best},last")
 
     def store_init_configuration(self, values: dict) -> None:
         """Show these settings and facts as the run's configuration."""
-        self.run.config.update(values, allow_val_change=True)
+        self.tracker.config.update(values, allow_val_change=True)
 
     def log(self, values: dict, step: int | None = None) -> None:
         """Send a row under its own true step."""
         if step is not None:
             self.newest_step, values = step, {"step": step, **values}
-        self.run.log(values, step=step)
+        self.tracker.log(values, step=step)
         self._warn_if_given_up()
 
     def log_picture(self, path: Path, step: int, caption: str) -> None:
         """Send a picture; W&B takes nothing for a step it has, so that a late one goes with the next."""
         import wandb
 
-        self.run.log({SAMPLES: wandb.Image(str(path), caption=caption)}, step=max(step, self.last_step + 1))
+        self.tracker.log({SAMPLES: wandb.Image(str(path), caption=caption)}, step=max(step, self.last_step + 1))
 
     def alert(self, title: str, text: str) -> None:
-        self.run.alert(title=title[:63], text=text, level="WARN")
+        self.tracker.alert(title=title[:63], text=text, level="WARN")
 
     def finish(self, exit_code: int = 1) -> None:
         """Send what is left, for a minute at most; above 128, a signal's number, W&B calls the run preempted."""
         if exit_code > 128:
-            self.run.mark_preempting()
+            self.tracker.mark_preempting()
+        is_late = False
         try:
-            in_time(lambda: self.run.finish(exit_code=exit_code), FINISH_TIMEOUT_S + 10)
-            is_late = False
+            in_time(lambda: self.tracker.finish(exit_code=exit_code), FINISH_TIMEOUT_S + 10)
         except TimeoutError:
             is_late = True
         self._warn_if_given_up()
@@ -276,11 +262,7 @@ class WandbTracker(GeneralTracker):
 
 
 def log_in() -> None:
-    """Use the key that wandb finds, and ask the server whether it is good; never asks the user.
-
-    Raises:
-        Unusable: no key, no good one, or no answer.
-    """
+    """Use the key that wandb finds, if the server says it is good, without asking the user. Raises `Unusable`."""
     import wandb
     from wandb.errors import AuthenticationError, UsageError
 
@@ -295,12 +277,7 @@ def log_in() -> None:
 
 
 def in_time(action: Callable[[], object], timeout_s: float) -> None:
-    """Do something in a thread that is waited for so long at most.
-
-    Raises:
-        TimeoutError: it goes on.
-        Exception: whatever it raised.
-    """
+    """Do something in a thread, and raise what it raises; or `TimeoutError` where it takes longer, and goes on."""
     raised: list[Exception] = []
 
     def run() -> None:

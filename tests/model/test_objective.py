@@ -4,7 +4,7 @@ import pytest
 import torch
 from golden import load_golden
 
-from jit_accel.model.objective import diffusion_loss, draw_noise, draw_times, drop_labels
+from jit_accel.model.objective import Objective
 from jit_accel.model.spaces import SPACES, convert
 
 PAIRS = list(product(SPACES, SPACES))
@@ -55,7 +55,8 @@ def test_loss_is_the_prediction_error_scaled_by_a_function_of_time(pair, predict
     x, e, t, _ = pair
     off = torch.full_like(x, 0.1)
     output = {"x": x, "e": e, "v": x - e}[prediction] + off
-    loss = diffusion_loss(Constant(output), x, t.flatten(), e, None, prediction=prediction, loss_space=space)
+    objective = Objective(prediction=prediction, loss_space=space)
+    loss = objective.losses(Constant(output), x, t.flatten(), e, None)
     # dx = (1-t) dv and de = -t dv at fixed z.
     per_velocity = {"x": 1 - t, "e": t, "v": torch.ones_like(t)}
     scale = (per_velocity[space] / per_velocity[prediction]).flatten()
@@ -64,7 +65,7 @@ def test_loss_is_the_prediction_error_scaled_by_a_function_of_time(pair, predict
 
 def test_velocity_error_is_bounded_near_the_clean_end():
     x = torch.zeros(1, 3, 2, 2)
-    loss = diffusion_loss(Constant(x + 0.1), x, torch.tensor([0.999]), torch.ones_like(x), None, t_eps=0.05)
+    loss = Objective(t_eps=0.05).losses(Constant(x + 0.1), x, torch.tensor([0.999]), torch.ones_like(x), None)
     torch.testing.assert_close(loss, torch.tensor([(0.1 / 0.05) ** 2]), rtol=1e-5, atol=0)
 
 
@@ -72,7 +73,7 @@ def test_velocity_error_is_bounded_near_the_clean_end():
 def test_loss_and_gradient_of_the_reference(name):
     golden, model = load_golden(name).tensors, load_golden(name).model()
     x, t, labels = golden["forward.x"], golden["forward.t"], golden["forward.y"]
-    loss = diffusion_loss(model, x, t, golden["loss.noise"], labels).mean()
+    loss = Objective().losses(model, x, t, golden["loss.noise"], labels).mean()
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     torch.testing.assert_close(loss.detach().view(1), golden["loss.value"], rtol=1e-5, atol=0)
@@ -80,32 +81,32 @@ def test_loss_and_gradient_of_the_reference(name):
 
 
 def test_times_are_logit_normal():
-    t = draw_times(0, range(100_000), P_mean=-0.8, P_std=0.6).double()
+    t = Objective(P_mean=-0.8, P_std=0.6).times(0, range(100_000)).double()
     logit = torch.logit(t)
     assert abs(logit.mean() + 0.8) < 5 * 0.6 / 100_000**0.5
     assert abs(logit.std() - 0.6) < 5 * 0.6 / 200_000**0.5
 
 
 def test_noise_belongs_to_the_position_not_to_the_batch():
-    like = torch.empty(6, 3, 8, 8)
-    whole = draw_noise(1, range(10, 16), like)
-    parts = torch.cat([draw_noise(1, [10], like[:1]), draw_noise(1, range(11, 16), like[:5])])
+    like, draw = torch.empty(6, 3, 8, 8), Objective().noise
+    whole = draw(1, range(10, 16), like)
+    parts = torch.cat([draw(1, [10], like[:1]), draw(1, range(11, 16), like[:5])])
     assert torch.equal(whole, parts)
     assert not torch.equal(whole[0], whole[1])
-    scaled = draw_noise(1, range(10, 16), like, noise_scale=2.0)
+    scaled = Objective(noise_scale=2.0).noise(1, range(10, 16), like)
     assert torch.equal(scaled, 2 * whole)
 
 
 def test_noise_is_standard_normal():
-    noise = draw_noise(0, range(64), torch.empty(64, 3, 32, 32))
+    noise = Objective().noise(0, range(64), torch.empty(64, 3, 32, 32))
     assert abs(noise.mean()) < 5 / noise.numel() ** 0.5
     assert abs(noise.std() - 1) < 5 / (2 * noise.numel()) ** 0.5
 
 
 def test_labels_are_dropped_at_the_given_rate():
     labels = torch.arange(50_000) % 10
-    dropped = drop_labels(0, range(50_000), labels, num_classes=10, label_drop_prob=0.1)
+    dropped = Objective(label_drop_prob=0.1).dropped(0, range(50_000), labels, 10)
     gone = dropped == 10
     assert torch.equal(dropped[~gone], labels[~gone])
     assert abs(gone.double().mean() - 0.1) < 5 * (0.09 / 50_000) ** 0.5
-    assert torch.equal(drop_labels(0, range(50_000), labels, 10, 0.0), labels)
+    assert torch.equal(Objective(label_drop_prob=0.0).dropped(0, range(50_000), labels, 10), labels)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from jit_accel.model.scheduler import JiTScheduler, velocity
+from jit_accel.model.scheduler import JiTScheduler
+from jit_accel.model.spaces import convert
 
 DATA_STD, DATA_MEAN = 0.7, 0.4
 
@@ -53,15 +54,15 @@ def test_three_kinds_of_prediction_take_the_same_path(solver):
     # at t = 0 a prediction of e says nothing about x, so e is compared where it does
     z, t = z0 * 0.8, torch.tensor(0.3, dtype=torch.float64)
     for kind, predict in (("x", gaussian_x), ("e", gaussian_e)):
-        assert torch.allclose(velocity(predict(z, t), z, t, kind, 0.05), gaussian_v(z, t))
+        assert torch.allclose(convert(predict(z, t), z, t, kind, "v", 0.05), gaussian_v(z, t))
 
 
 def test_velocities_are_clamped_where_they_would_diverge():
     one, zero = torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)
-    assert velocity(one, zero, 0.99, "x", 0.05).unique().item() == pytest.approx(20)
-    assert velocity(zero, one, 0.01, "e", 0.05).unique().item() == pytest.approx(20)
-    assert velocity(one, zero, torch.tensor([[[[0.99]]]]), "x", 0.05).unique().item() == pytest.approx(20)
-    assert velocity(one, zero, 0.99, "v", 0.05) is one
+    assert convert(one, zero, 0.99, "x", "v", 0.05).unique().item() == pytest.approx(20)
+    assert convert(zero, one, 0.01, "e", "v", 0.05).unique().item() == pytest.approx(20)
+    assert convert(one, zero, torch.tensor([[[[0.99]]]]), "x", "v", 0.05).unique().item() == pytest.approx(20)
+    assert convert(one, zero, 0.99, "v", "v", 0.05) is one
 
 
 @pytest.mark.parametrize("method", ["euler", "heun"])

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from jit_accel.model.objective import diffusion_loss
-from jit_accel.model.scheduler import velocity
+from jit_accel.model.objective import Objective
 from jit_accel.model.spaces import SPACES, convert
 
 _spec = importlib.util.spec_from_file_location("toy", Path(__file__).parents[2] / "benchmarks" / "toy.py")
@@ -38,10 +37,9 @@ def test_exact_predictions_of_x_e_and_v_are_one_velocity_in_training_and_in_samp
     truth = {"x": x, "e": e, "v": x - e}
     for space in SPACES:
         torch.testing.assert_close(convert(truth[space], z, t, space, "v"), x - e, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(velocity(truth[space], z, t, space, 0.05), x - e, atol=1e-4, rtol=1e-4)
-        loss = diffusion_loss(always(truth[space]), x, t.flatten(), e, None, prediction=space, loss_space="v")
+        loss = Objective(prediction=space).losses(always(truth[space]), x, t.flatten(), e, None)
         assert (loss == 0).all()
-        off = diffusion_loss(always(truth[space] + 1), x, t.flatten(), e, None, prediction=space, loss_space="v")
+        off = Objective(prediction=space).losses(always(truth[space] + 1), x, t.flatten(), e, None)
         slope = {"x": 1 / (1 - t), "e": 1 / t, "v": torch.ones_like(t)}[space]  # of the velocity by the prediction
         torch.testing.assert_close(off, slope.flatten() ** 2, atol=1e-3, rtol=1e-3)
 
