@@ -41,17 +41,13 @@ class Stateful(Protocol):
 
 
 class Checkpointer:
-    """Saves and rotates the checkpoints of one output folder.
+    """Saves the checkpoints of one output folder, of which the newest `keep` stay.
 
-    Args:
-        accelerator: all processes call `save` together; the main one writes.
-        keep: how many of the newest stay.
+    All processes call `save` together; the main one writes.
     """
 
     def __init__(self, accelerator, output_dir: Path, keep: int):
-        self.accelerator = accelerator
-        self.folder = output_dir / "checkpoints"
-        self.keep = keep
+        self.accelerator, self.folder, self.keep = accelerator, output_dir / "checkpoints", keep
 
     def save(self, step: int, parts: Mapping[str, Stateful | None]) -> Path:
         """Write a checkpoint; when this returns, it is on disk under its final name.
@@ -104,10 +100,9 @@ class Checkpointer:
 
     def _seal(self, values: dict, temporary: Path, final: Path) -> None:
         (temporary / STATE).write_text(json.dumps(values, indent=1))
-        sizes = {}
-        for file in sorted(temporary.iterdir()):
-            sync(file)
-            sizes[file.name] = file.stat().st_size
+        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+        for name in sizes:
+            sync(temporary / name)
         manifest = temporary / MANIFEST
         manifest.write_text(json.dumps({"format": FORMAT_VERSION, "files": sizes}, indent=1))
         sync(manifest)
@@ -138,11 +133,7 @@ class Checkpointer:
 
 
 def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
-    """Return the checkpoint that `--resume` means: None for `none`, and for `auto` where there is none.
-
-    Raises:
-        UserError: a path that holds no complete checkpoint.
-    """
+    """Return the checkpoint that `--resume` means: None for `none`, and for `auto` where there is none."""
     if resume == "none":
         return None
     if resume == "auto":
@@ -195,11 +186,7 @@ def load_parts(path: Path, parts: Mapping[str, Stateful | None]) -> int:
 
 
 def read_run(path: Path) -> dict:
-    """Read the part `run` of a checkpoint: the run's `settings`, `class_names`, `data` and so on.
-
-    Raises:
-        UserError: written by a newer version.
-    """
+    """Read the part `run` of a checkpoint: the run's `settings`, `class_names`, `data` and so on."""
     return _read(path)["run"]
 
 

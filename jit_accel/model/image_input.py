@@ -30,11 +30,7 @@ def start_images(image: Picture | Sequence[Picture], size: tuple[int, int], batc
 
 
 def repaint_mask(mask: Picture | Sequence[Picture], size: tuple[int, int], batch: int) -> Tensor:
-    """Return (batch, 1, H, W), True where the mask is at least half white.
-
-    Args:
-        mask: as for `start_images`, or with one channel or none: (H, W).
-    """
+    """Return (batch, 1, H, W), True where a mask, as for `start_images` or (H, W), is at least half white."""
     return _fitted("mask_image", mask, 1, size, batch) >= 0.5
 
 
@@ -95,11 +91,7 @@ def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def skipped_steps(steps: int, image, strength: float | None, mask_image) -> int:
-    """Return how many of the steps from noise an image takes the place of.
-
-    Raises:
-        ValueError: a strength outside (0, 1], or settings of an image without one.
-    """
+    """Return how many of the steps from noise an image takes the place of. Raises `ValueError`."""
     if image is None:
         for name, value in (("strength", strength), ("mask_image", mask_image)):
             if value is not None:

@@ -20,11 +20,11 @@ def label_ids(class_labels: Label | Sequence[Label] | Tensor, num_classes: int, 
     Raises:
         ValueError: a label that the network does not know; the message says which it does.
     """
-    if isinstance(class_labels, Tensor | np.ndarray):
+    if isinstance(class_labels, Tensor | np.ndarray | np.generic):
         class_labels = class_labels.tolist()
     if class_labels is None:
         class_labels = [0 if num_classes == 1 else None]
-    elif isinstance(class_labels, int | float | str | np.generic):
+    elif isinstance(class_labels, int | float | str):
         class_labels = [class_labels]
     ids = [_label_id(label, num_classes, names) for label in class_labels]
     if not ids:

@@ -111,8 +111,7 @@ def averages_of(checkpoint: Path) -> list[str]:
 def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, about: str = "model") -> JiTPipeline:
     """Return the pipeline of a checkpoint with its averaged weights `ema` (None: the first), or with "model" its own.
 
-    Raises:
-        UserError: it has no such weights, or they cannot be read; `about` is the setting that names the checkpoint.
+    Raises `UserError` where it has no such weights, or they cannot be read; `about` is the setting that names it.
     """
     run = read_run(checkpoint)
     config, choices = Config.of_record(run["settings"]), (*averages_of(checkpoint), UNAVERAGED)
@@ -134,11 +133,7 @@ def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, about: str 
 
 
 def base_of(checkpoint: Path, run: dict) -> dict[str, torch.Tensor]:
-    """Return the weights that a checkpoint of an adapter stands on, from where its run had them.
-
-    Raises:
-        UserError: they are not there any more, or others.
-    """
+    """Return the weights that a checkpoint of an adapter stands on. Raises `UserError` if its run's are not there."""
     path = run["settings"]["init_from"]
     try:
         base = load_pipeline(path, about="init_from").transformer.state_dict()

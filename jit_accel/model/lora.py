@@ -61,10 +61,8 @@ class Adapter:
 def merged(tensors: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Return the weights of a plain network that does what this one does with an adapter.
 
-    Args:
-        tensors: weights by name, of a network with or without the adapter's layers.
-        adapter: the adapter's own, float32, by the names they have in a network.
-        scale: alpha / rank.
+    `tensors` are those of a network with or without the adapter's layers, `adapter` are its own in float32, by their
+    names in a network, and `scale` is alpha / rank.
     """
     plain = {name.replace(".base_layer.", "."): t for name, t in tensors.items() if ".lora_" not in name}
     for name, down in adapter.items():

@@ -250,8 +250,8 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
             kind = f"shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
             raise ValueError(f"latents of {kind}: give a tensor (B, {config.in_channels}, H, W)")
         natural = (config.img_size,) * 2 if latents is None else latents.shape[-2:]
-        given = (("height", height), ("width", width))
-        size = tuple(own if side is None else checked_count(name, side) for own, (name, side) in zip(natural, given))
+        given = zip(("height", "width"), (height, width), natural)
+        size = tuple(own if side is None else checked_count(name, side) for name, side, own in given)
         shape = (config.in_channels, *size)
         if any(side < 1 or side % config.patch_size for side in size):
             raise ValueError(f"{size[0]} x {size[1]} pixels: both must be multiples of the patch, {config.patch_size}")

@@ -158,10 +158,7 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """JiT: predicts the clean image from a noised one, its time t and its class.
 
     Parameter names are the reference's (without `net.`). The residual stream is float32 also where the
-    weights, or autocast's matmuls, are bf16.
-
-    Raises:
-        ValueError: sizes that do not fit together.
+    weights, or autocast's matmuls, are bf16. Sizes that do not fit together raise `ValueError`.
     """
 
     _supports_gradient_checkpointing = True
@@ -305,12 +302,7 @@ def _check_sizes(img_size: int, patch_size: int, hidden_size: int, num_heads: in
 def build_model(
     name: str, img_size: int, num_classes: int, proj_dropout: float | None = None, attn_dropout: float | None = None
 ) -> JiTTransformer2DModel:
-    """Return a freshly initialised model of a name such as `JiT-B/16`; None means the preset's dropout.
-
-    Raises:
-        UserError: no such name.
-        ValueError: the patch size does not divide the image size.
-    """
+    """Return a freshly initialised model of a name such as `JiT-B/16`; None means the preset's dropout."""
     preset, patch_size = parse_model_name(name)
     given = {"proj_dropout": proj_dropout, "attn_dropout": attn_dropout}
     sizes = asdict(preset) | {name: p for name, p in given.items() if p is not None}

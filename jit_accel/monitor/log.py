@@ -22,8 +22,7 @@ class MetricsLog:
 
     def __init__(self, output_dir: Path, step: int):
         """Open the log of `output_dir` and drop what an interrupted run wrote after `step`, the one resumed from."""
-        self.path = output_dir / METRICS_FILE
-        self.step = step
+        self.path, self.step = output_dir / METRICS_FILE, step
         self.has_failed = self.is_trimmed = False
         self.pending: list[dict] = []
         self.write([])

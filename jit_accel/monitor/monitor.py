@@ -158,7 +158,11 @@ class Monitor:
         if rows:
             last = rows[-1]
             last |= {table.BAD_IMAGES: bad_images, **measured, table.PEAK_MEMORY: max(means[:num_processes])}
-            last |= self._speed(len(rows), trained_s) | self.ema.measured_at(last["step"])
+            images_per_second = len(rows) * self.plan.global_batch_size / trained_s
+            last |= {table.IMAGES_PER_SECOND: images_per_second, table.STEP_TIME: trained_s / len(rows)}
+            if self.peak_flops:
+                last[table.MFU] = self.flops_per_image * images_per_second / (self.peak_flops * num_processes)
+            last |= self.ema.measured_at(last["step"])
             for row, seconds in zip(rows, durations_s):
                 self.epochs.add(row, seconds, self.plan.global_batch_size)
                 if not math.isfinite(row[table.GRAD_NORM]):  # a step that a gradient scaler skips
@@ -168,14 +172,6 @@ class Monitor:
         keys = (table.TRAIN_LOSS,) if accelerator.scaler else (table.TRAIN_LOSS, table.GRAD_NORM)
         bad = (NotFinite(key, row[key], row["step"]) for row in rows for key in keys if not math.isfinite(row[key]))
         return Interval(tuple(rows), stops > 0, bad_images, self.epochs.images_seen, next(bad, None))
-
-    def _speed(self, steps: int, trained_s: float) -> dict[str, float]:
-        images_per_second = steps * self.plan.global_batch_size / trained_s
-        speed = {table.IMAGES_PER_SECOND: images_per_second, table.STEP_TIME: trained_s / steps}
-        if self.peak_flops:
-            peak = self.peak_flops * self.accelerator.num_processes
-            speed[table.MFU] = self.flops_per_image * images_per_second / peak
-        return speed
 
     def _write(self, rows: list[dict], events: list[Event]) -> None:
         if not self.is_main:

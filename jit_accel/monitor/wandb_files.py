@@ -18,15 +18,12 @@ WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 @dataclass(frozen=True)
 class Segment:
-    """The `.wandb` file of one start of a training.
-
-    project, entity: where it belongs; entity is empty where the login decides. last_step: of its rows; 0: it has none.
-    """
+    """The `.wandb` file of one start of a training."""
 
     file: Path
     project: str
-    entity: str
-    last_step: int
+    entity: str  # empty where the login decides
+    last_step: int  # of its rows; 0 where it has none
 
     @property
     def is_offline(self) -> bool:
@@ -81,32 +78,24 @@ def records(file: Path, start: int = HEADER) -> Iterator[tuple[int, object]]:
     from wandb.proto import wandb_internal_pb2
 
     parts = None  # of a record whose first fragment was seen
-    for end, kind, fragment in _fragments(file, start):
-        if kind in (WHOLE, FIRST):
-            parts = b""
-        if parts is None:
-            continue
-        parts += fragment
-        if kind in (WHOLE, LAST):
-            try:
-                record = wandb_internal_pb2.Record.FromString(parts)
-            except DecodeError:
-                return
-            parts = None
-            yield end, record
-
-
-def _fragments(file: Path, start: int) -> Iterator[tuple[int, int, bytes]]:
     with open(file, "rb") as stream:
         stream.seek(start)
         while True:
             if (rest := BLOCK - stream.tell() % BLOCK) < FRAGMENT_HEADER:  # no fragment begins in a block's last bytes
                 stream.seek(rest, os.SEEK_CUR)
             header = stream.read(FRAGMENT_HEADER)
-            if len(header) < FRAGMENT_HEADER:
-                return
-            length, kind = struct.unpack_from("<HB", header, 4)
+            length, kind = struct.unpack_from("<HB", header.ljust(FRAGMENT_HEADER, b"\0"), 4)
             fragment = stream.read(length)
-            if len(fragment) < length or not WHOLE <= kind <= LAST:
+            if len(fragment) < length or not WHOLE <= kind <= LAST:  # a header that is cut has no kind
                 return
-            yield stream.tell(), kind, fragment
+            if kind in (WHOLE, FIRST):
+                parts = fragment
+            elif parts is not None:
+                parts += fragment
+            if parts is not None and kind in (WHOLE, LAST):
+                try:
+                    record = wandb_internal_pb2.Record.FromString(parts)
+                except DecodeError:
+                    return
+                parts = None
+                yield stream.tell(), record
