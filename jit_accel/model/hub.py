@@ -63,10 +63,6 @@ def check_login(repo_id: str) -> None:
     Raises:
         UserError: nobody is logged in, the token is refused or may not write there.
     """
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(
-            "HF_HUB_OFFLINE is set, which forbids it: unset it, or leave the flag out.", about="push_to_hub"
-        )
     try:
         with patience(LOGIN_TIMEOUT_S):
             account = HfApi().whoami()
@@ -74,7 +70,7 @@ def check_login(repo_id: str) -> None:
         rule = "nobody is logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN to a token that may "
         raise UserError(f"{rule}write.", about="push_to_hub") from None
     except Exception as error:  # of the client, of the network, of JSON
-        if status_of(error) in (401, 403):
+        if status_of(error) in (401, 403) or isinstance(error, OfflineModeIsEnabled):
             raise UserError(reason_of(error, repo_id), about="push_to_hub") from None
         warn(f"--push_to_hub: the login cannot be checked now ({reason_of(error, repo_id)})")
         return
@@ -165,7 +161,7 @@ def reason_of(error: Exception, repo_id: str) -> str:
     if status is not None and status >= 500:
         return f"the Hub has trouble ({status}): try again later."
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, which forbids it: unset it."
+        return "HF_HUB_OFFLINE is set, which forbids it: unset it, or leave the flag out."
     if "Timeout" in kind:
         return "the Hub does not answer: try again later, or see whether the network reaches it."
     if "Connect" in kind or isinstance(error, ConnectionError):

@@ -24,22 +24,14 @@ class Progress:
         self.total_steps, self.is_shown = total_steps, is_shown
         self.began, self.shown_at = time.monotonic(), -math.inf
         is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self.bar = None
-        if is_shown and is_terminal:
-            self.bar = tqdm(total=total_steps, initial=step, desc="train", unit="step", dynamic_ncols=True)
-
-    def step_done(self) -> None:
-        if self.bar is not None:
-            self.bar.update()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        how = {"unit": "step", "dynamic_ncols": True, "disable": not (is_shown and is_terminal)}
+        self.bar = tqdm(total=total_steps, initial=step, desc="train", **how)
+        self.step_done, self.close = self.bar.update, self.bar.close
 
     def show(self, row: dict) -> None:
         """Bring in an interval's last row of metrics."""
         now, words = time.monotonic(), _in_words(row)
-        if self.bar is not None:
+        if not self.bar.disable:
             self.bar.set_postfix_str(", ".join(words), refresh=False)
             return
         rest_s = min(_MOST_S, max(_LEAST_S, _SHARE * (now - self.began)))

@@ -36,9 +36,9 @@ class SafeTracker(GeneralTracker):
         make: builds the tracker itself, given the step that the run goes on from, and `init_kwargs` by name.
 
     Attributes:
-        first_step, init_kwargs: what `make` is given; to be set before the start, since Accelerate hands arguments to
-            none that is an object already.
-        last_step: the newest step that it has of earlier starts; rows up to that one are not logged again.
+        last_step: the newest step that it has of earlier starts; rows up to that one are not logged again. Before its
+            own start, the step that the run goes on from.
+        init_kwargs: to be set before the start, since Accelerate hands them to none that is an object already.
         exit_code: how the training ended: 0, or 128 and a signal's number, or else by an error.
     """
 
@@ -47,7 +47,7 @@ class SafeTracker(GeneralTracker):
     def __init__(self, name: str, make: Callable[..., GeneralTracker]):
         self.name, self.make = name, make
         self.inner: GeneralTracker | None = None
-        self.first_step, self.last_step, self.exit_code = 0, 0, 1
+        self.last_step, self.exit_code = 0, 1
         self.init_kwargs: dict = {}
         super().__init__()
 
@@ -60,10 +60,10 @@ class SafeTracker(GeneralTracker):
             warn(f"{self.name} not available. Install with: pip install {self.name.replace('_', '-')}")
             return
         with self._left_out_if("could not start"):
-            self.inner = self.make(self.first_step, **self.init_kwargs)
+            self.inner = self.make(self.last_step, **self.init_kwargs)
             is_wanted = self.inner.start() is not False
             # Trackers that begin a new run at each start have no rows before it.
-            self.last_step = getattr(self.inner, "last_step", self.first_step)
+            self.last_step = getattr(self.inner, "last_step", self.last_step)
             self.inner = self.inner if is_wanted else None
 
     def store_init_configuration(self, values: dict) -> None:
@@ -193,7 +193,7 @@ def start_trackers(accelerator, tracking: TrackingConfig, record: dict, output_d
     """
     init_kwargs = {"wandb": wandb_init_kwargs(tracking)}
     for tracker in accelerator.log_with:
-        tracker.first_step, tracker.init_kwargs = step, init_kwargs.get(tracker.name, {})
+        tracker.last_step, tracker.init_kwargs = step, init_kwargs.get(tracker.name, {})
     accelerator.init_trackers(tracking.wandb_project, record, init_kwargs)
     known = [tracker.last_step for tracker in accelerator.trackers if tracker.inner]
     if known and min(known) < step:
