@@ -11,6 +11,7 @@ import pyarrow as pa
 from datasets import ClassLabel, Features, Image, Value
 
 from jit_accel.base.errors import UserError, nearest
+from jit_accel.data.data_error import data_error
 
 log = logging.getLogger(__name__)
 
@@ -84,10 +85,8 @@ def find_columns(
 ) -> Columns:
     """Choose the image column and the label column, if any, by the user's names, else by type, else by name.
 
-    A column that is named like labels and cannot be any is warned of, where there is no other.
-
-    Raises:
-        UserError: a named column does not exist, or no image column can be recognised.
+    A column that is named like labels and cannot be any is warned of, where there is no other. UserError if a named
+    column does not exist, or no image column can be recognised.
     """
     names = ", ".join(features)
     for about, wanted in (("image_column", image_column), ("label_column", label_column)):
@@ -97,7 +96,7 @@ def find_columns(
     image = image_column or _guess_image(features)
     if image is None:
         rule = f"none of the columns ({names}) is recognisable as the image: name it with --image_column."
-        raise UserError(rule, about="data_path", value=where)
+        raise data_error(where, rule)
     label = label_column or guess_label(features, image)
     is_image = not isinstance(features[image], pa.DataType)  # as which HF has no type
     is_label = label is None or (label != image and label_kind(features[label]) is not None)
@@ -110,13 +109,11 @@ def find_columns(
             raise UserError(rule, about=about, value=column)
     named = next((name for name in LABEL_NAMES if name in features and name != image), None)
     if label is None and named is not None:
-        log.warning(
+        rule = (
             "--data_path %s: the column %r is %s, which is no class: the images train unlabelled. Write it as whole "
-            "numbers or text, or name another column with --label_column",
-            where,
-            named,
-            features[named],
+            "numbers or text, or name another column with --label_column"
         )
+        log.warning(rule, where, named, features[named])
     return Columns(image, label)
 
 
@@ -146,20 +143,32 @@ def label_kind(feature: Any) -> str | None:
 def read_labels(feature: Any, values: Iterable | None, column: str | None, where: str) -> Labels:
     """Return what the labels of type `feature` mean, given all different `values` or the bounds of numbers.
 
-    Raises:
-        UserError: labels missing or negative, text and numbers mixed, ids not classes.
+    UserError if labels are missing or negative, text and numbers are mixed, or numbers are ids and not classes.
     """
     if column is None:
         return Labels(("image",), 0)
     kind, values = label_kind(feature), list(values)
-    _check_labels(kind, values, column, where)
+    numbers = [value for value in values if value is not None and not isinstance(value, str)]
+    odd = [value for value in values if isinstance(value, str) != (kind == "text")]
+    least, largest = min(numbers, default=0), max(numbers, default=0)
+    problems = {
+        f"some images of {where} have no label: label or remove them, or choose another column.": None in values,
+        f"in {where} some labels are text and others are numbers ({odd[:1]} is no "
+        f"{'text' if kind == 'text' else 'number'}): write all in one type.": odd,
+        f"{where} has the label {least}; labels are 0, 1, 2, ... (-1 marks unlabelled images, as in test splits): "
+        "remove these images or choose another column.": least < 0,
+        f"{where} has the label {largest}, which looks like an id and not like one of at most {MAX_CLASSES:,} classes: "
+        "choose another column.": largest >= MAX_CLASSES,
+        f"{where} has the label {largest}, but only {getattr(feature, 'num_classes', 0)} class names: "
+        "correct the data.": kind == "class" and values and largest >= feature.num_classes,
+    }
+    for rule, is_there in problems.items():
+        if is_there:
+            raise UserError(rule, about="label_column", value=column)
     if kind == "text":
         names = tuple(sorted(values))
         return Labels(names, len(names) - 1, {name: i for i, name in enumerate(names)})
     if kind == "class":
-        if values and max(values) >= feature.num_classes:
-            rule = f"{where} has the label {max(values)}, but only {feature.num_classes} class names: correct the data."
-            raise UserError(rule, about="label_column", value=column)
         return Labels(tuple(feature.names), feature.num_classes - 1)
     return int_labels(int(max(values))) if values else Labels()
 
@@ -167,22 +176,3 @@ def read_labels(feature: Any, values: Iterable | None, column: str | None, where
 def int_labels(largest: int) -> Labels:
     """Return labels that are bare numbers, which are their own names: "0", "1", ..."""
     return Labels(tuple(map(str, range(largest + 1))), largest)
-
-
-def _check_labels(kind: str | None, values: list, column: str, where: str) -> None:
-    is_text = kind == "text"
-    numbers = [value for value in values if value is not None and not isinstance(value, str)]
-    odd = [value for value in values if isinstance(value, str) != is_text]
-    least, largest = min(numbers, default=0), max(numbers, default=0)
-    problems = {
-        f"some images of {where} have no label: label or remove them, or choose another column.": None in values,
-        f"in {where} some labels are text and others are numbers ({odd[:1]} is no {'text' if is_text else 'number'}): "
-        "write all in one type.": odd,
-        f"{where} has the label {least}; labels are 0, 1, 2, ... (-1 marks unlabelled images, as in test splits): "
-        "remove these images or choose another column.": least < 0,
-        f"{where} has the label {largest}, which looks like an id and not like one of at most {MAX_CLASSES:,} classes: "
-        "choose another column.": largest >= MAX_CLASSES,
-    }
-    problem = next((rule for rule, is_there in problems.items() if is_there), None)
-    if problem is not None:
-        raise UserError(problem, about="label_column", value=column)

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, Image
 
-from jit_accel.base.errors import UserError
+from jit_accel.data.data_error import data_error
 from jit_accel.data.formats.columns import Columns, Labels
 from jit_accel.data.formats.index_cache import hash_strings, known_scan, scan_folder
 from jit_accel.data.formats.metadata import labels_from_metadata
-from jit_accel.data.formats.scan import IMAGE_EXTENSIONS, FolderScan
+from jit_accel.data.formats.scan import IMAGE_EXTENSIONS, FolderScan, is_utf8
 from jit_accel.data.formats.source import Request, Source, missing_path, source_of
 from jit_accel.data.reading.images import TableImages
 
@@ -41,17 +41,19 @@ def open_folder(request: Request) -> Source:
 
     Labels come from metadata.csv or metadata.jsonl where there are any (see `labels_from_metadata`), else from the
     names of the subfolders. A flat folder, or one with a single subfolder, is unlabelled: one class, of its name.
-
-    Raises:
-        UserError: missing, empty, without images, holding splits instead of classes, wrong metadata; image column
-            or streaming asked for, or a label column without metadata.
+    UserError if it is missing, has no images, holds splits instead of classes, or has wrong metadata.
     """
     root = request.path
-    _check_request(request)
+    if not os.path.isdir(root):
+        raise missing_path(root)
+    request.refuse("image_column", reason="is a folder of images, which has no columns of images")
+    request.refuse("streaming", reason="is a folder of images, which is read by random access (better shuffled)")
+    if not is_utf8(os.path.abspath(root)):
+        raise data_error(f"{root!a}", "the name of the folder is not UTF-8: rename it.")
     scan = scan_folder(root)
     _report_unreadable(root, scan)
     if not len(scan.images):
-        raise _no_images(root, scan)
+        raise data_error(root, _emptiness(scan))
     if scan.metadata:
         images, ids, labels = labels_from_metadata(root, scan, request.label_column)
         if labels is None:
@@ -67,20 +69,6 @@ def open_folder(request: Request) -> Source:
     return source_of(root, "folder", TableImages(dataset, columns), labels, identity)
 
 
-def _check_request(request: Request) -> None:
-    root = request.path
-    if not os.path.isdir(root):
-        raise missing_path(root)
-    request.refuse("image_column", reason="is a folder of images, which has no columns of images")
-    request.refuse("streaming", reason="is a folder of images, which is read by random access (better shuffled)")
-    try:
-        os.path.abspath(root).encode()
-    except UnicodeEncodeError:  # Arrow holds only UTF-8
-        raise UserError(
-            "the name of the folder is not UTF-8: rename it.", about="data_path", value=f"{root!a}"
-        ) from None
-
-
 def _classify(root: str, images: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray | None, Labels]:
     """Return classes by the names of the subfolders of `root`."""
     in_folders = images.filter(pc.greater_equal(pc.find_substring(images, "/"), 0))
@@ -91,7 +79,7 @@ def _classify(root: str, images: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.n
     if all(name.lower() in SPLIT_NAMES for name in names):
         best = next((name for name in names if name.lower().startswith("train")), names[0])
         rule = f"its folders are splits ({', '.join(names)}), not classes: use --data_path {os.path.join(root, best)}."
-        raise UserError(rule, about="data_path", value=root)
+        raise data_error(root, rule)
     strays = len(images) - len(in_folders)
     if len(names) == 1:
         return images, None, Labels((_name_of(root) if strays else names[0],), 0)
@@ -123,31 +111,23 @@ def _as_dataset(
     return Dataset(pa.table(columns).cast(features.arrow_schema), fingerprint=identity)
 
 
-def _no_images(root: str, scan: FolderScan) -> UserError:
+def _emptiness(scan: FolderScan) -> str:
     looked_for = " ".join(sorted(IMAGE_EXTENSIONS))
-    if scan.other_endings:
-        found = ", ".join(f"{count} x {ending}" for ending, count in scan.other_endings.most_common(5))
-        remedy = "give a folder of images, of Parquet files or of .tar files."
-        if UNDECODABLE_EXTENSIONS & scan.other_endings.keys():
-            remedy = "convert them to JPEG or PNG."
-        rule = f"no images found. Looked for {looked_for} here and in all subfolders, and found {found}: {remedy}"
-        return UserError(rule, about="data_path", value=root)
-    rule = f"the folder is empty. Put images in it (one subfolder a class, or none): {looked_for}."
-    return UserError(rule, about="data_path", value=root)
+    if not scan.other_endings:
+        return f"the folder is empty. Put images in it (one subfolder a class, or none): {looked_for}."
+    found = ", ".join(f"{count} x {ending}" for ending, count in scan.other_endings.most_common(5))
+    remedy = "give a folder of images, of Parquet files or of .tar files."
+    if UNDECODABLE_EXTENSIONS & scan.other_endings.keys():
+        remedy = "convert them to JPEG or PNG."
+    return f"no images found. Looked for {looked_for} here and in all subfolders, and found {found}: {remedy}"
 
 
 def _report_unreadable(root: str, scan: FolderScan) -> None:
-    if scan.unreadable:
-        log.warning(
-            "--data_path %s: %d files or folders cannot be read and are skipped, the first: %s",
-            root,
-            len(scan.unreadable),
-            scan.unreadable[0],
-        )
-    undecodable = {end: n for end, n in scan.other_endings.most_common() if end in UNDECODABLE_EXTENSIONS}
+    if bad := scan.unreadable:
+        rule = "--data_path %s: %d files or folders cannot be read and are skipped, the first: %s"
+        log.warning(rule, root, len(bad), bad[0])
+    counts = scan.other_endings.most_common()
+    undecodable = ", ".join(f"{count} x {ending}" for ending, count in counts if ending in UNDECODABLE_EXTENSIONS)
     if undecodable and len(scan.images):
-        log.warning(
-            "--data_path %s: %s cannot be decoded and are left out: convert them to JPEG or PNG",
-            root,
-            ", ".join(f"{count} x {ending}" for ending, count in undecodable.items()),
-        )
+        rule = "--data_path %s: %s cannot be decoded and are left out: convert them to JPEG or PNG"
+        log.warning(rule, root, undecodable)

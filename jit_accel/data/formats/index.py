@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,6 @@ INDEX = "index.json"
 UNFINISHED = ".unfinished"
 STORE_FORMAT = "jit_accel.prepared"
 STORE_VERSION = 1
-_CHUNK_BYTES = 2**20
 _FILE = {"file": str, "bytes": int, "sha256": str}
 _TABLE_SHARD = _FILE | {"images": int, "row_groups": [int]}
 _PIXELS_SHARD = _FILE | {"images": int, "table": _FILE}  # of encoding uint8
@@ -47,8 +45,7 @@ def is_prepared(folder: str | os.PathLike) -> bool:
 def read_index(folder: str | os.PathLike, about: str = "data_path") -> dict:
     """Read `index.json`, and check that the files it names are there in their sizes.
 
-    Raises:
-        UserError: no finished store, of a later version, damaged, files missing or of another size or elsewhere.
+    UserError for no finished store, a later version, damage, and files that are missing, elsewhere or of another size.
     """
     path = Path(folder) / INDEX
     problem = partial(UserError, about=about, value=folder)
@@ -59,6 +56,8 @@ def read_index(folder: str | os.PathLike, about: str = "data_path") -> dict:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         version = index["version"] if index["format"] == STORE_FORMAT else None
+        if version == STORE_VERSION:
+            _check_index(index)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise problem(f"its {INDEX} is damaged ({error}): prepare the images again.") from None
     if version != STORE_VERSION:
@@ -66,12 +65,15 @@ def read_index(folder: str | os.PathLike, about: str = "data_path") -> dict:
             f"its {INDEX} has the version {version}, this program reads {STORE_VERSION}: prepare the images "
             "again, or update jit_accel."
         )
-    try:
-        _check_index(index)
-    except ValueError as error:
-        raise problem(f"its {INDEX} is damaged ({error}): prepare the images again.") from None
+    again = "copy it again, or prepare the images again."
     for file in files_of(index):
-        _check_size(Path(folder) / file["file"], file["bytes"], problem)
+        name, expected = file["file"], file["bytes"]
+        try:
+            size = (Path(folder) / name).stat().st_size
+        except OSError as error:
+            raise problem(f"{name} is missing ({error.strerror}): {again}") from None
+        if size != expected:
+            raise problem(f"{name} has {size:,} bytes where {expected:,} were written: {again}")
     return index
 
 
@@ -106,24 +108,10 @@ def _check_shape(value: object, shape: object, name: str, of: str = "") -> None:
             _check_shape(value[field], kind, field)
 
 
-def _check_size(path: Path, expected: int, problem: Callable[[str], UserError]) -> None:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise problem(
-            f"{path.name} is missing ({error.strerror}): copy it again, or prepare the images again."
-        ) from None
-    if size != expected:
-        raise problem(
-            f"{path.name} has {size:,} bytes where {expected:,} were written: copy it again, or prepare the "
-            "images again."
-        )
-
-
 def sha256_of(path: str | os.PathLike) -> str:
     """Return the SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
+        while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()

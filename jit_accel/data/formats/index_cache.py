@@ -21,12 +21,13 @@ import pyarrow.compute as pc
 
 from jit_accel.base.files import atomic_file
 from jit_accel.data.formats.scan import FolderScan, changed_ns, walk_folder
+from jit_accel.data.reading.content import UNREADABLE
 from jit_accel.data.reading.shard_cache import cache_folder
 from jit_accel.data.reading.shards import RACY_NS, Shard, at_once
 
 VERSION = "2"  # of what is in the files: another version's are not read
 FILE_STATE = np.dtype([("path", "<u8"), ("size", "<i8"), ("mtime_ns", "<i8")])  # path: a hash
-_FILE_VALUE = np.dtype([*FILE_STATE.descr, ("value", "<u8")])
+_FILE_VALUE = np.dtype([("state", FILE_STATE), ("value", "<u8")])
 _DIGEST_SIZE = hashlib.sha256().digest_size  # before the contents: Arrow crashes on some damaged files
 
 
@@ -36,7 +37,12 @@ def scan_folder(root: str) -> FolderScan:
     if scan is None:
         scan = walk_folder(root)
         if scan.is_settled:
-            _write(_index_file(root), _sealed(_scan_data(scan)))
+            facts = {name: value for name, value in vars(scan).items() if name != "images"}
+            schema = pa.schema([("path", pa.string())], {"scan": json.dumps(facts)})
+            data = pa.BufferOutputStream()
+            with pa.ipc.new_file(data, schema) as writer:
+                writer.write_table(pa.table([scan.images], schema=schema))
+            _write(_index_file(root), _sealed(data.getvalue().to_pybytes()))
     return scan
 
 
@@ -44,25 +50,26 @@ def known_scan(root: str) -> FolderScan | None:
     """Return the kept scan of the folder `root`, if that is still true."""
     try:
         table = pa.ipc.open_file(_read_sealed(_index_file(root))).read_all()
-    except (OSError, pa.ArrowException):  # none, or a damaged one
+        facts = json.loads(table.schema.metadata[b"scan"])
+        changes = [changed_ns(os.stat(os.path.join(root, prefix))) for prefix in facts["directories"]]
+    except (OSError, pa.ArrowException):  # none, a damaged one, or one of a folder that is gone
         return None
-    facts = json.loads(table.schema.metadata[b"scan"])
-    scan = FolderScan(table.column(0), **facts | {"other_endings": Counter(facts["other_endings"])})
-    return scan if _is_unchanged(root, scan) else None
+    doubtful = [path for name in facts["doubtful"] if os.path.exists(path := os.path.join(root, name))]
+    is_better = any(not os.path.isdir(path) or os.access(path, os.R_OK | os.X_OK) for path in doubtful)
+    if is_better or changes != list(facts["directories"].values()):
+        return None
+    return FolderScan(table.column(0), **facts | {"other_endings": Counter(facts["other_endings"])})
 
 
 def remembered(kind: str, shards: Sequence[Shard], look: Callable[[Shard], Any]) -> list[Any]:
     """Return `look` of each file, a JSON value, from the cache where its size and mtime, or tag, are as they were.
 
-    Args:
-        kind: the name of what is looked for; part of the key.
+    `kind` names what is looked for, and is part of the key.
     """
     identities = at_once(lambda shard: shard.identity(), shards)
-    caches = {folder: _facts_file(kind, folder) for folder, *_ in identities}
+    caches = {folder: cache_folder() / f"files-{_key(kind, folder)}.json" for folder, *_ in identities}
     facts = {folder: _read_facts(file) for folder, file in caches.items()}
-    unknown = [
-        n for n, (folder, name, state, _) in enumerate(identities) if facts[folder].get(name, [None])[0] != state
-    ]
+    unknown = [n for n, (folder, name, state, _) in enumerate(identities) if facts[folder].get(name, [0])[0] != state]
     ask = at_once if shards[0].is_remote else map
     for n, found in zip(unknown, ask(look, [shards[n] for n in unknown])):
         folder, name, state, _ = identities[n]
@@ -72,18 +79,16 @@ def remembered(kind: str, shards: Sequence[Shard], look: Callable[[Shard], Any])
         if not is_settled:
             del facts[folder][name]
     for folder in {identities[n][0] for n in unknown}:
-        data = json.dumps([VERSION, facts[folder]]).encode("utf-8", "surrogateescape")
-        _write(caches[folder], data)
+        _write(caches[folder], json.dumps([VERSION, facts[folder]]).encode("utf-8", "surrogateescape"))
     return values
 
 
 def remembered_values(kind: str, root: str, states: np.ndarray, look: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Return a number of each of many small files, as `remembered`, but compact: one cache for all of them.
 
-    Args:
-        kind, root: name the cache; what is asked for replaces what is in it.
-        states: `FILE_STATE` (n,), of a file that is missing with a negative size.
-        look: the numbers uint64 (k,) of the files int64 (k,) that are not known; the largest is not remembered.
+    `kind` and `root` name the cache, in which what is asked for replaces what is there. `states` are `FILE_STATE` (n,),
+    of a file that is missing with a negative size. `look` returns the numbers uint64 (k,) of the files int64 (k,) that
+    are not known; the largest is not remembered.
     """
     path = cache_folder() / f"values-{_key(kind, os.path.realpath(root))}.bin"
     try:
@@ -92,22 +97,18 @@ def remembered_values(kind: str, root: str, states: np.ndarray, look: Callable[[
         held = np.empty(0, _FILE_VALUE)
     values, is_known = np.empty(len(states), np.uint64), np.zeros(len(states), bool)
     if len(held):
-        places = np.minimum(np.searchsorted(held["path"], states["path"]), len(held) - 1)
-        is_known = np.logical_and.reduce([held[name][places] == states[name] for name in FILE_STATE.names])
+        places = np.minimum(np.searchsorted(held["state"]["path"], states["path"]), len(held) - 1)
+        is_known = held["state"][places] == states
         values[is_known] = held["value"][places[is_known]]
-    unknown = np.flatnonzero(~is_known)
-    if len(unknown) == 0:
+    if is_known.all():
         return values
     started_ns = time.time_ns()
-    values[unknown] = look(unknown)
+    values[~is_known] = look(np.flatnonzero(~is_known))
     entries = np.empty(len(states), _FILE_VALUE)
-    for name in FILE_STATE.names:
-        entries[name] = states[name]
-    entries["value"] = values
+    entries["state"], entries["value"] = states, values
     is_settled = (states["mtime_ns"] > 0) & (states["mtime_ns"] < started_ns - RACY_NS) & (states["size"] >= 0)
-    entries = entries[is_settled & (values != np.iinfo(np.uint64).max)]
-    entries.sort(order="path")
-    _write(path, _sealed(entries.tobytes()))
+    entries = entries[is_settled & (values != UNREADABLE)]
+    _write(path, _sealed(entries[np.argsort(entries["state"]["path"])].tobytes()))
     return values
 
 
@@ -121,26 +122,6 @@ def hash_strings(strings: pa.ChunkedArray, head: Iterable[str] = ()) -> str:
             digest.update(pc.binary_join(row, "\0")[0].as_buffer())
             digest.update(b"\0")
     return digest.hexdigest()[:16]
-
-
-def _is_unchanged(root: str, scan: FolderScan) -> bool:
-    try:
-        found = [changed_ns(os.stat(os.path.join(root, prefix))) for prefix in scan.directories]
-    except OSError:
-        return False
-    return found == list(scan.directories.values()) and not any(
-        os.path.exists(path) and (not os.path.isdir(path) or os.access(path, os.R_OK | os.X_OK))
-        for path in (os.path.join(root, name) for name in scan.doubtful)
-    )
-
-
-def _scan_data(scan: FolderScan) -> bytes:
-    facts = {name: value for name, value in vars(scan).items() if name != "images"}
-    schema = pa.schema([("path", pa.string())], {"scan": json.dumps(facts)})
-    data = pa.BufferOutputStream()
-    with pa.ipc.new_file(data, schema) as writer:
-        writer.write_table(pa.table([scan.images], schema=schema))
-    return data.getvalue().to_pybytes()
 
 
 def _sealed(data: bytes) -> bytes:
@@ -164,10 +145,6 @@ def _read_facts(path: Path) -> dict[str, list]:
 
 def _index_file(root: str) -> Path:
     return cache_folder() / f"folder-{_key(os.path.realpath(root))}.arrow"
-
-
-def _facts_file(kind: str, folder: str) -> Path:
-    return cache_folder() / f"files-{_key(kind, folder)}.json"
 
 
 def _key(*parts: str) -> str:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from jit_accel.base.errors import UserError
+from jit_accel.data.data_error import data_error
 from jit_accel.data.formats.columns import LABEL_NAMES, Labels, features_of, find_columns, read_labels
 from jit_accel.data.formats.scan import FolderScan
 
@@ -36,8 +37,7 @@ def labels_from_metadata(
     Returns:
         Relative paths, sorted; labels, int64 (N,), and their meaning, or None and None for unlabelled images.
 
-    Raises:
-        UserError: a file cannot be read, lacks columns, gives one image two labels, or fits no image at all.
+    UserError if a file cannot be read, lacks columns, gives one image two labels, or fits no image at all.
     """
     tables = [_read(os.path.join(root, name), label_column) for name in scan.metadata]
     column = _label_column(tables, scan.metadata, label_column)
@@ -47,7 +47,10 @@ def labels_from_metadata(
     if column is None:
         kept = np.unique(places.drop_null().to_numpy())
         return scan.images.take(kept), None, None
-    values = _one_type([table.column(column) for table in tables], column)
+    columns = [table.column(column) for table in tables]
+    if len({of_file.type for of_file in columns}) > 1:  # numbers in one file and text in another are text
+        columns = [of_file.cast(pa.string()) for of_file in columns]
+    values = pa.chunked_array([chunk for of_file in columns for chunk in of_file.chunks], columns[0].type)
     feature = features_of(pa.schema([(column, values.type)]))[column]
     is_there = places.is_valid()
     labels = read_labels(feature, pc.unique(values.filter(is_there)).to_pylist(), column, scan.metadata[0])
@@ -59,32 +62,24 @@ def labels_from_metadata(
 
 
 def _read(file: str, label_column: str | None) -> pa.Table:
+    """Return a metadata file, without the columns of which there are several of one name, if none of them is needed."""
     try:
         table = _read_csv(file) if file.endswith(".csv") else _read_jsonl(file)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(
-            f"cannot be read ({error}): repair, rename or remove it.", about="data_path", value=file
-        ) from error
+        raise data_error(file, f"cannot be read ({error}): repair, rename or remove it.") from error
     if FILE_NAME not in table.column_names:
-        raise UserError(
+        raise data_error(
+            file,
             f"it has no column {FILE_NAME!r} that says which image a row is about, only "
             f"{', '.join(table.column_names) or 'nothing'}: rename the column, or rename the file if it is not meant "
             "for the images.",
-            about="data_path",
-            value=file,
         )
     if not table.num_rows:
-        raise UserError("it lists no files: add rows, or remove it.", about="data_path", value=file)
-    return _without_repeated(table, file, label_column)
-
-
-def _without_repeated(table: pa.Table, file: str, label_column: str | None) -> pa.Table:
-    """Return a table without the columns of which there are several of one name, none of which may be needed."""
+        raise data_error(file, "it lists no files: add rows, or remove it.")
     counts = Counter(table.column_names)
-    needed = [FILE_NAME, *([label_column] if label_column else LABEL_NAMES)]
-    for name in needed:
+    for name in (FILE_NAME, *([label_column] if label_column else LABEL_NAMES)):
         if counts[name] > 1:
-            raise UserError(f"it has two columns named {name!r}: rename or remove one.", about="data_path", value=file)
+            raise data_error(file, f"it has two columns named {name!r}: rename or remove one.")
     return table.select([number for number, name in enumerate(table.column_names) if counts[name] == 1])
 
 
@@ -114,34 +109,23 @@ def _read_jsonl(file: str) -> pa.Table:
                 raise ValueError(f'line {number} is not like {{"{FILE_NAME}": "a.png", "label": 3}}')
             rows.append(row)
     names = dict.fromkeys(name for row in rows for name in row)
-    return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
-
-
-def _column(values: list) -> pa.Array:
-    try:
-        return pa.array(values)
-    except (pa.ArrowException, OverflowError):  # mixed types: no labels
-        return pa.nulls(len(values))
+    columns = {}
+    for name in names:
+        try:
+            columns[name] = pa.array([row.get(name) for row in rows])
+        except (pa.ArrowException, OverflowError):  # mixed types: no labels
+            columns[name] = pa.nulls(len(rows))
+    return pa.table(columns)
 
 
 def _label_column(tables: list[pa.Table], names: list[str], wanted: str | None) -> str | None:
     shared = [name for name in tables[0].column_names if all(name in table.column_names for table in tables)]
     column = find_columns(features_of(tables[0].select(shared).schema), FILE_NAME, wanted, names[0]).label
     if column is None:
-        log.warning(
-            "%s has no column of labels (%s): the images train unlabelled; name one with --label_column.",
-            names[0],
-            ", ".join(name for name in shared if name != FILE_NAME) or "no column but file_name",
-        )
+        others = ", ".join(name for name in shared if name != FILE_NAME) or "no column but file_name"
+        rule = "%s has no column of labels (%s): the images train unlabelled; name one with --label_column."
+        log.warning(rule, names[0], others)
     return column
-
-
-def _one_type(columns: list[pa.ChunkedArray], name: str) -> pa.ChunkedArray:
-    """Return the columns as one; numbers in one file and text in another are text."""
-    types = {column.type for column in columns}
-    if len(types) > 1:
-        columns = [column.cast(pa.string()) for column in columns]
-    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], columns[0].type)
 
 
 def _paths(table: pa.Table, metadata: str) -> pa.Array:
@@ -164,12 +148,9 @@ def _once(places: np.ndarray, ids: np.ndarray, scan: FolderScan, column: str) ->
     again = places[1:] == places[:-1]
     differing = np.flatnonzero(again & (ids[1:] != ids[:-1]))
     if len(differing):
-        raise UserError(
-            f"{scan.metadata[0]} lists {scan.images[int(places[differing[0]])]} with two "
-            f"different labels ({len(differing)} such images): remove one of the rows.",
-            about="label_column",
-            value=column,
-        )
+        rule = f"{scan.metadata[0]} lists {scan.images[int(places[differing[0]])]} with two different labels"
+        rule += f" ({len(differing)} such images): remove one of the rows."
+        raise UserError(rule, about="label_column", value=column)
     first = np.concatenate([[True], ~again])
     return places[first], ids[first]
 
@@ -178,12 +159,8 @@ def _report(root: str, scan: FolderScan, paths: pa.ChunkedArray, places: pa.Chun
     where, missing = ", ".join(scan.metadata[:3]), places.null_count
     examples = ", ".join(str(path) for path in paths.filter(places.is_null()).slice(0, 3))
     if missing == len(paths):
-        raise UserError(
-            f"none of the {missing} files that {where} lists is an image there (the first: "
-            f"{examples}): {FILE_NAME} must be relative to the folder of the metadata file.",
-            about="data_path",
-            value=root,
-        )
+        rule = f"none of the {missing} files that {where} lists is an image there (the first: {examples}): "
+        raise data_error(root, f"{rule}{FILE_NAME} must be relative to the folder of the metadata file.")
     if missing:
         log.warning("--data_path %s: %d images listed in %s are missing: %s ...", root, missing, where, examples)
     left_out = len(scan.images) - len(pc.unique(places.drop_null()))

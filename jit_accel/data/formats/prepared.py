@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from jit_accel.data.formats.columns import Columns, Labels, features_of
 from jit_accel.data.formats.index import read_index
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, missing_path, source_of, table_images
-from jit_accel.data.formats.tables import parquet_stream, read_footer
+from jit_accel.data.formats.tables import open_file, parquet_stream
 from jit_accel.data.reading.decode import crop_pixels
 from jit_accel.data.reading.images import TableImages
 from jit_accel.data.reading.shards import LocalShard, at_once
@@ -23,11 +25,7 @@ from jit_accel.data.reading.units import Stream
 
 
 def open_prepared(request: Request) -> Source:
-    """Open a folder written by `jit_accel.prepare`: memory-mapped uint8, or Parquet as a stream.
-
-    Raises:
-        UserError: missing, unfinished, files missing or cut short, columns asked for, uint8 asked for as a stream.
-    """
+    """Open a folder written by `jit_accel.prepare`: memory-mapped uint8, or Parquet as a stream."""
     folder = request.path
     if not os.path.isdir(folder):
         raise missing_path(folder)
@@ -39,8 +37,7 @@ def open_prepared(request: Request) -> Source:
         [index["format"], index["encoding"], str(index["img_size"]), *names, *(s["sha256"] for s in index["shards"])]
     )
     images = (_open_pixels if index["encoding"] == "uint8" else _open_tables)(request, index)
-    source = source_of(folder, "prepared", images, labels, identity)
-    return replace(source, img_size=index["img_size"])
+    return replace(source_of(folder, "prepared", images, labels, identity), img_size=index["img_size"])
 
 
 def _open_pixels(request: Request, index: dict) -> PixelStore:
@@ -50,19 +47,13 @@ def _open_pixels(request: Request, index: dict) -> PixelStore:
 
 
 def _open_tables(request: Request, index: dict) -> TableImages | Stream:
-    is_raw = index["encoding"] == "raw"
-    columns = Columns(
-        "image",
-        "label" if index["is_labelled"] else None,
-        raw_size=index["img_size"] if is_raw else None,
-        key="key",
-        name="name" if is_raw else None,
-    )
-    shards = [LocalShard(os.path.join(os.path.abspath(request.path), shard["file"])) for shard in index["shards"]]
+    label = "label" if index["is_labelled"] else None
+    raw = {"raw_size": index["img_size"], "name": "name"} if index["encoding"] == "raw" else {}
+    columns = Columns("image", label, key="key", **raw)
+    paths = [os.path.join(os.path.abspath(request.path), shard["file"]) for shard in index["shards"]]
     if request.streaming is not False:
-        footers = at_once(read_footer, shards)
-        return parquet_stream(shards, footers, columns, features_of(footers[0][1]))
-    paths = [shard.path for shard in shards]
+        files = at_once(open_file, map(LocalShard, paths))
+        return parquet_stream(files, columns, features_of(files[0].schema))
     return table_images(datasets.load_dataset("parquet", data_files=paths, split="train", columns=columns.all), columns)
 
 
@@ -100,56 +91,49 @@ class PixelStore:
 
     def labels(self) -> np.ndarray:
         """Return the classes, int64 (n,)."""
-        return (
-            self._column("label") if self.is_labelled else self._columns.setdefault("", np.zeros(len(self), np.int64))
-        )
+        return self._columns["label"]
 
     def keys(self) -> np.ndarray:
         """Return the `content_key` of the file that each image was made of, uint64 (n,)."""
-        return self._column("key")
+        return self._columns["key"]
 
     def names(self) -> np.ndarray:
         """Return the name that each image had in its source, str (n,)."""
-        return self._column("name")
-
-    @cached_property
-    def _zeros(self) -> np.ndarray:
-        return np.zeros(len(self), np.int64)
+        return self._columns["name"]
 
     @cached_property
     def _starts(self) -> np.ndarray:
         return np.cumsum([0, *(count for *_, count in self.shards)])
 
     @cached_property
-    def _pixels(self) -> _MappedArrays:
-        return _MappedArrays([Path(self.folder) / name for name, *_ in self.shards])
+    def _pixels(self) -> _Kept:
+        """The pixels of each shard by its number, uint8 (N, 3, S, S), read-only."""
+        return _Kept(lambda shard: _map_array(Path(self.folder) / self.shards[shard][0]))
 
     @cached_property
-    def _columns(self) -> dict[str, np.ndarray]:
-        return {}
+    def _columns(self) -> _Kept:
+        return _Kept(self._read_column)
 
-    def _column(self, name: str) -> np.ndarray:
-        if name not in self._columns:
-            parts = [_read_column(Path(self.folder) / table, name) for _, table, _ in self.shards]
-            self._columns[name] = np.concatenate(parts)
-        return self._columns[name]
+    def _read_column(self, name: str) -> np.ndarray:
+        if name == "label" and not self.is_labelled:
+            return np.zeros(len(self), np.int64)
+        parts = []
+        for _, table, _ in self.shards:
+            with pq.ParquetFile(Path(self.folder) / table) as parquet:  # `read_table` takes eight times as long
+                parts.append(parquet.read([name], use_threads=False)[0].to_numpy())
+        return np.concatenate(parts)
 
 
-class _MappedArrays(dict):
-    """The pixels of each shard by its number, uint8 (N, 3, S, S), read-only; mapped when they are first asked for."""
+class _Kept(dict):
+    """What `read` returns for each key, read when it is first asked for."""
 
-    def __init__(self, paths: list[Path]):
+    def __init__(self, read: Callable[[Any], np.ndarray]):
         super().__init__()
-        self._paths = paths
+        self._read = read
 
-    def __missing__(self, shard: int) -> np.ndarray:
-        self[shard] = _map_array(self._paths[shard])
-        return self[shard]
-
-
-def _read_column(path: Path, name: str) -> np.ndarray:
-    with pq.ParquetFile(path) as parquet:  # `read_table` takes eight times as long
-        return parquet.read([name], use_threads=False)[0].to_numpy()
+    def __missing__(self, key: Any) -> np.ndarray:
+        self[key] = self._read(key)
+        return self[key]
 
 
 def _map_array(path: Path) -> np.ndarray:

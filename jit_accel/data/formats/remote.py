@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from jit_accel.base.errors import UserError
+from jit_accel.data.data_error import data_error
 from jit_accel.data.reading import outages
 from jit_accel.data.reading.outages import patiently
 from jit_accel.data.reading.shards import RemoteShard, Shard, at_once, describe, file_name, file_system
@@ -37,15 +38,12 @@ def ending_of(url: str) -> str:
 def expand_braces(pattern: str) -> list[str]:
     """Return a-08-x, a-08-y, a-09-x, ... of `a-{08..10}-{x,y}`, in the order of a shell.
 
-    Raises:
-        UserError: braces that are no list or range, or too many files.
+    UserError for braces that are no list or range, and for too many files.
     """
     pieces = _BRACES.split(pattern)  # text, braces, text, ..., text
     choices = [[piece] if n % 2 == 0 else _alternatives(piece, pattern) for n, piece in enumerate(pieces)]
     if np.prod([len(some) for some in choices], dtype=float) > MOST_FILES:
-        raise UserError(
-            f"these are more than {MOST_FILES:,} files: write larger shards.", about="data_path", value=pattern
-        )
+        raise data_error(pattern, f"these are more than {MOST_FILES:,} files: write larger shards.")
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
@@ -57,16 +55,11 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
             return [f"{n:0{len(ends[1])}d}" for n in range(first, last + 1)]
     elif "," in inside:
         return inside.split(",")
-    rule = f"{{{inside}}} is no range and no list of names: write {{000..009}} or {{a,b}}."
-    raise UserError(rule, about="data_path", value=pattern)
+    raise data_error(pattern, f"{{{inside}}} is no range and no list of names: write {{000..009}} or {{a,b}}.")
 
 
 def find_remote_shards(path: str) -> list[RemoteShard]:
-    """Return the files that an address means, as their servers describe them.
-
-    Raises:
-        UserError: a wrong address; a file is missing; a server does not answer.
-    """
+    """Return the files that an address means, as their servers describe them; UserError if one does not."""
     return at_once(describe, [url for pattern in expand_braces(path) for url in _matches(pattern)])
 
 
@@ -75,11 +68,11 @@ def _matches(pattern: str) -> list[str]:
         return [pattern]
     if pattern.partition("://")[0].lower() in ("http", "https"):
         rule = "web servers do not list their files: name them by braces, as in shard-{000..009}.tar."
-        raise UserError(rule, about="data_path", value=pattern)
+        raise data_error(pattern, rule)
     files, inside = file_system(pattern)
     found = patiently(lambda: sorted(files.glob(inside)), pattern, outages.OPENING_PATIENCE_S)
     if not found:
-        raise UserError("the pattern matches no file: correct the path.", about="data_path", value=pattern)
+        raise data_error(pattern, "the pattern matches no file: correct the path.")
     return [files.unstrip_protocol(file) for file in found]
 
 

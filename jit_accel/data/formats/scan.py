@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import time
 from bisect import bisect
 from collections import Counter
@@ -24,6 +26,8 @@ METADATA_NAMES = frozenset(["metadata.csv", "metadata.jsonl"])
 SAMPLES_RECORD = "samples.json"
 SAMPLES_PICTURES = frozenset(["grid.png", "trajectory.png", "animation.gif", "animation.webp"])
 
+_SURROGATES = re.compile("[\ud800-\udfff]")  # as which Python reads bytes that are not UTF-8
+_BROKEN_LINK = ("a link to nothing", "a link in a circle")
 _PATHS_PER_CHUNK = 2**18  # far below the 2 GiB that the offsets of an Arrow string array reach
 
 
@@ -65,14 +69,9 @@ def has_images(root: str) -> bool:
 
 def _chunks(parts: Iterable[list[str]]) -> Iterator[pa.Array]:
     """Arrow arrays of the paths in `parts`, so that a million of them are never Python objects all at once."""
-    waiting: list[str] = []
-    for part in parts:
-        waiting += part
-        if len(waiting) >= _PATHS_PER_CHUNK:
-            yield pa.array(waiting, pa.string())
-            waiting = []
-    if waiting:
-        yield pa.array(waiting, pa.string())
+    paths = itertools.chain.from_iterable(parts)
+    while some := list(itertools.islice(paths, _PATHS_PER_CHUNK)):
+        yield pa.array(some, pa.string())
 
 
 def _walk(root: str, scan: FolderScan) -> Iterator[list[str]]:
@@ -124,13 +123,13 @@ def _list(folder: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[s
             kind, ending = _kind(entry), os.path.splitext(name)[1].lower()
             if kind in _BROKEN_LINK:
                 scan.doubtful.append(prefix + name)
-            if kind == "folder" and _is_utf8(name):
+            if kind == "folder" and is_utf8(name):
                 folders.append(name)
             elif kind != "folder" and ending not in IMAGE_EXTENSIONS:
                 scan.other_endings[ending or "no ending"] += 1
                 if name in METADATA_NAMES and kind == "file":
                     scan.metadata.append(prefix + name)
-            elif not _is_utf8(name):
+            elif not is_utf8(name):
                 scan.unreadable.append(f"{entry.path!a} (its name is not UTF-8)")
             elif kind != "file":
                 scan.unreadable.append(f"{entry.path} ({kind})")
@@ -139,9 +138,6 @@ def _list(folder: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[s
     if holds_samples:
         files = [name for name in files if name not in SAMPLES_PICTURES]
     return files, folders
-
-
-_BROKEN_LINK = ("a link to nothing", "a link in a circle")
 
 
 def _kind(entry: os.DirEntry) -> str:
@@ -155,9 +151,6 @@ def _kind(entry: os.DirEntry) -> str:
     return "neither a file nor a folder" if os.path.exists(entry.path) else _BROKEN_LINK[0]
 
 
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # Arrow holds only UTF-8
-        return False
-    return True
+def is_utf8(name: str) -> bool:
+    """Return whether Arrow can hold a name: it holds only UTF-8."""
+    return not _SURROGATES.search(name)

@@ -14,6 +14,7 @@ from pathlib import Path
 from datasets import Dataset, Image
 
 from jit_accel.base.errors import UserError, nearest
+from jit_accel.data.data_error import data_error
 from jit_accel.data.formats.columns import Columns, Labels
 from jit_accel.data.formats.remote import find_remote_shards, is_url
 from jit_accel.data.reading.images import Images, TableImages
@@ -36,11 +37,7 @@ class Request:
     streaming: bool | None = None  # None: as suits the format
 
     def refuse(self, *settings: str, reason: str) -> None:
-        """Refuse settings that make no sense for what is at the path.
-
-        Raises:
-            UserError: one of them is given.
-        """
+        """Raise UserError if one of these settings, which make no sense for what is at the path, is given."""
         for name in settings:
             value = getattr(self, name)
             if value not in (None, False):
@@ -84,21 +81,16 @@ class Source:
 
 
 def source_of(name: str, format: str, images: Images | Stream, labels: Labels, fingerprint: str) -> Source:
-    """Return the data set of these images.
-
-    Raises:
-        UserError: there are no images.
-    """
+    """Return the data set of these images; UserError if there are none."""
     count = int(images.sizes.sum()) if isinstance(images, Stream) else len(images)
     if not count:
         raise no_rows(name)
-    is_labelled = images.is_labelled
-    return Source(name, format, images, count, labels.names, fingerprint, labels.max_label, is_labelled)
+    return Source(name, format, images, count, labels.names, fingerprint, labels.max_label, images.is_labelled)
 
 
 def no_rows(name: str) -> UserError:
     """Return the error for a data set without images."""
-    return UserError("the data set has no rows: choose one with images.", about="data_path", value=name)
+    return data_error(name, "the data set has no rows: choose one with images.")
 
 
 def table_images(dataset: Dataset, columns: Columns) -> TableImages:
@@ -112,46 +104,36 @@ def table_images(dataset: Dataset, columns: Columns) -> TableImages:
 
 
 def check_embedded(images: Images | Stream, where: str) -> None:
-    """Refuse a table whose first image is only the path of a file that is not there, or nothing like an image.
-
-    Raises:
-        UserError: saying how to embed the bytes, or to choose another column.
-    """
+    """Raise UserError if the first image of a table is the path of a missing file, or nothing like an image."""
     columns = images.columns
     row = next(images.rows(int(images.sizes.argmax())), {}) if isinstance(images, Stream) else images.dataset[0]
     data, path = columns.image_of(row.get(columns.image))
     if isinstance(data, (bytes, memoryview)) or (data is None and not path):  # one bad image is not a bad table
         return
-    if isinstance(data, str) and os.path.isfile(data):
-        return
     if not isinstance(data, str):
-        raise UserError(
+        rule = (
             f"it holds values like {str(data)[:40]} in {where}, which are no encoded "
-            "images (the bytes of a JPEG, PNG, ... file): choose another column.",
-            about="image_column",
-            value=columns.image,
+            "images (the bytes of a JPEG, PNG, ... file): choose another column."
         )
-    raise UserError(
-        f"the column {columns.image!r} holds only paths of images ({str(data)[:80]!r}), not the "
-        "images, and there is no such file here: give the folder of the images as --data_path, or write the table "
-        "again with the bytes embedded ({'bytes': open(path, 'rb').read(), 'path': path} in each row).",
-        about="data_path",
-        value=where,
-    )
+        raise UserError(rule, about="image_column", value=columns.image)
+    if not os.path.isfile(data):
+        raise data_error(
+            where,
+            f"the column {columns.image!r} holds only paths of images ({str(data)[:80]!r}), not the "
+            "images, and there is no such file here: give the folder of the images as --data_path, or write the table "
+            "again with the bytes embedded ({'bytes': open(path, 'rb').read(), 'path': path} in each row).",
+        )
 
 
 def find_shards(path: str, ending: str) -> list[Shard]:
     """Return the files behind URLs, a file name, a glob or a folder, sorted; of a folder without those of other splits.
 
-    Raises:
-        UserError: nothing is there; a server does not answer.
+    UserError if nothing is there, or a server does not answer.
     """
-    return find_remote_shards(path) if is_url(path) else [LocalShard(file) for file in _find_files(path, ending)]
-
-
-def _find_files(path: str, ending: str) -> list[str]:
+    if is_url(path):
+        return find_remote_shards(path)
     if os.path.isfile(path):
-        return [path]
+        return [LocalShard(path)]
     if os.path.isdir(path):
         root = Path(glob.escape(path))
         files = glob.glob(str(root / f"*{ending}")) or glob.glob(str(root / "**" / f"*{ending}"), recursive=True)
@@ -164,17 +146,17 @@ def _find_files(path: str, ending: str) -> list[str]:
     else:
         raise missing_path(path)
     if not kept:
-        raise UserError(f"{problem}: correct the path.", about="data_path", value=path)
-    return sorted(kept)
+        raise data_error(path, f"{problem}: correct the path.")
+    return [LocalShard(file) for file in sorted(kept)]
 
 
 def missing_path(path: str, remedy: str = "correct the path.") -> UserError:
     """Return the error for a path that does not exist, with the nearest name in the folder that does."""
     parent = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(parent):
-        return UserError(f"no such file or folder, nor the folder above it: {remedy}", about="data_path", value=path)
+        return data_error(path, f"no such file or folder, nor the folder above it: {remedy}")
     hint = nearest(os.path.basename(os.path.normpath(path)), sorted(os.listdir(parent)))
-    return UserError(f"no such file or folder: {remedy}{hint}", about="data_path", value=path)
+    return data_error(path, f"no such file or folder: {remedy}{hint}")
 
 
 def fingerprint_of(parts: Iterable[str]) -> str:

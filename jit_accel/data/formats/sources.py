@@ -8,7 +8,8 @@ import os
 
 import datasets
 
-from jit_accel.base.errors import UserError, lookup
+from jit_accel.base.errors import lookup
+from jit_accel.data.data_error import data_error
 from jit_accel.data.formats.folder import is_known_image_folder, open_folder
 from jit_accel.data.formats.hub_datasets import HUB_ID, open_hub
 from jit_accel.data.formats.index import is_prepared
@@ -30,7 +31,6 @@ FORMATS = {
     "hub": open_hub,
     "builtin": open_builtin,
 }
-_OF_URLS = ("parquet", "webdataset")
 _BY_ENDING = {".parquet": "parquet", ".tar": "webdataset"}
 
 
@@ -62,16 +62,12 @@ def open_images(
     if data_format not in FORMATS:
         lookup({"auto": None, **FORMATS}, data_format, "data_format")
     if is_url(path):
-        lookup(dict.fromkeys(_OF_URLS), data_format, "data_format", rule="no format of URLs")
+        lookup(dict.fromkeys(_BY_ENDING.values()), data_format, "data_format", rule="no format of URLs")
     return FORMATS[data_format](Request(path, image_column, label_column, streaming))
 
 
 def detect_format(path: str) -> str:
-    """Return the key of `FORMATS` that fits what is at `path`.
-
-    Raises:
-        UserError: nothing is there, or a file of no known kind.
-    """
+    """Return the key of `FORMATS` that fits what is at `path`; UserError if that is nothing, or of no known kind."""
     if path.startswith("builtin:"):
         return "builtin"
     if is_url(path):
@@ -83,12 +79,8 @@ def detect_format(path: str) -> str:
         ending = os.path.splitext(path)[1].lower()
         if ending in _BY_ENDING:
             return _BY_ENDING[ending]
-        raise UserError(
-            f"cannot tell the format of a file ending in {ending or 'nothing'}: give *.parquet, "
-            "*.tar, or a folder of images.",
-            about="data_path",
-            value=path,
-        )
+        rule = f"cannot tell the format of a file ending in {ending or 'nothing'}"
+        raise data_error(path, f"{rule}: give *.parquet, *.tar, or a folder of images.")
     if not HUB_ID.fullmatch(path):
         raise missing_path(path)
     if os.path.isdir(os.path.dirname(path)):  # more likely a slip in a path than a name on the Hub

@@ -1,9 +1,17 @@
-"""WebDataset: tar files whose neighbouring members with one stem are one sample (0001.jpg, 0001.cls)."""
+"""WebDataset: tar files whose neighbouring members with one stem are one sample (0001.jpg, 0001.cls).
+
+HF's own reader decodes all members, of which any that is broken ends the reading, and skips rows by reading them.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
-from collections.abc import Iterator, Sequence
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -11,6 +19,7 @@ from datasets import Dataset, Features, Image, Value
 from datasets.packaged_modules.webdataset.webdataset import IMAGE_EXTENSIONS
 
 from jit_accel.base.errors import UserError, nearest
+from jit_accel.data.data_error import data_error
 from jit_accel.data.formats.columns import Columns, Labels, read_labels
 from jit_accel.data.formats.index_cache import remembered
 from jit_accel.data.formats.remote import counts_beside
@@ -24,20 +33,14 @@ from jit_accel.data.formats.source import (
     table_images,
 )
 from jit_accel.data.reading.shards import Shard, at_hand
-from jit_accel.data.reading.tar_samples import (
-    IMAGE_KEYS,
-    image_key,
-    is_image,
-    label_in,
-    load_json,
-    sample_rows,
-    samples_in,
-)
 from jit_accel.data.reading.units import Stream
 
 log = logging.getLogger(__name__)
 
 JSON_LABELS = ("label", "class", "cls", "class_id")
+IMAGE_KEYS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2")
+_HF_KEYS = ("__key__", "__url__")  # which HF datasets adds to each sample
+_STEM_AND_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as HF datasets and webdataset split names
 _MOST_SAMPLES = 20  # that are looked at to find the endings
 
 
@@ -46,15 +49,12 @@ def open_webdataset(request: Request) -> Source:
 
     `--label_column` is the ending that holds the label (cls, by default), or for .json files the name of the
     entry in them (label or class, by default).
-
-    Raises:
-        UserError: missing, not tar files, no images in them, labels that are not whole numbers from 0.
     """
     return open_tars(request, "webdataset", find_shards(request.path, ".tar"))
 
 
 def open_tars(request: Request, format: str, shards: Sequence[Shard]) -> Source:
-    """Open these tar files; see `open_webdataset`."""
+    """Open these tar files; UserError for none, no images in them, labels that are not whole numbers from 0."""
     sample = _first_sample(shards[0])
     columns = _find_columns(sample, request)
     if columns.image.rsplit(".", 1)[-1].lower() not in IMAGE_EXTENSIONS:
@@ -75,29 +75,20 @@ def open_tars(request: Request, format: str, shards: Sequence[Shard]) -> Source:
     if request.streaming is False:
         images = table_images(_load(shards, columns, kind, identity), columns)
     else:
-        images = Stream(tuple(shards), partial(sample_rows, columns), columns, np.array(counts, np.int64))
+        images = Stream(tuple(shards), partial(_rows, columns), columns, np.array(counts, np.int64))
     return source_of(request.path, format, images, labels, identity)
 
 
 def _first_sample(shard: Shard) -> dict[str, bytes]:
     """Return the members by their endings of the first sample with an image, or of the very first if there is none."""
-    first: dict[str, bytes] = {}
     with at_hand(shard) as path:
-        for number, (_, sample) in enumerate(samples_in(path)):
-            if any(map(is_image, sample)):
-                return sample
-            first = first or sample
-            if number + 1 == _MOST_SAMPLES:
-                break
-    return first
+        samples = (sample for _, sample in itertools.islice(_samples(path), _MOST_SAMPLES))
+        first = next(samples, {})
+        return next((s for s in itertools.chain([first], samples) if any(map(_is_image, s))), first)
 
 
 def _find_columns(sample: dict[str, bytes], request: Request) -> Columns:
-    """Choose the endings of the images and the labels.
-
-    Raises:
-        UserError: there are no images, or not what the user named.
-    """
+    """Choose the endings of the images and the labels; UserError if there is no such member."""
 
     def spelled(key: str) -> str | None:  # in whatever case
         return key if key in sample else next((other for other in sample if other.lower() == key.lower()), None)
@@ -106,19 +97,15 @@ def _find_columns(sample: dict[str, bytes], request: Request) -> Columns:
     asked = request.image_column
     image = next(filter(None, map(spelled, [asked] if asked else IMAGE_KEYS)), None)
     if image is None:
-        raise UserError(
-            f"the first sample of {request.path} consists of {keys}: name the "
-            f"ending of the images.{nearest(asked or '', sample)}",
-            about="image_column",
-            value=f"{asked or '(not given)'}",
-        )
+        rule = f"the first sample of {request.path} consists of {keys}: name the ending of the images."
+        raise UserError(rule + nearest(asked or "", sample), about="image_column", value=asked or "(not given)")
     wanted, classes, table = request.label_column, spelled("cls"), spelled("json")
     # Where there are several pictures, as of a photo and its mask, one does not stand for the other.
     any_image = asked is None and sum(key.lower() in IMAGE_KEYS for key in sample) == 1
     if classes and (wanted or "cls").lower() == "cls":
         return Columns(image, classes, any_image=any_image)
     if table:
-        entries = load_json(sample[table])
+        entries = _load_json(sample[table])
         key = wanted if wanted in entries else next((k for k in JSON_LABELS if wanted is None and k in entries), None)
         if key is not None:
             return Columns(image, table, key, any_image=any_image)
@@ -131,7 +118,7 @@ def _find_columns(sample: dict[str, bytes], request: Request) -> Columns:
 
 def _listed_counts(shards: Sequence[Shard], columns: Columns, sample: dict[str, bytes]) -> list[int] | None:
     """Return the images of each remote file as listed beside them, where no label has to be read to know its class."""
-    if columns.label is not None and isinstance(label_in(sample[columns.label], columns, str(shards[0])), str):
+    if columns.label is not None and isinstance(_label_in(sample[columns.label], columns, str(shards[0])), str):
         return None
     counts = counts_beside(shards)
     if counts is None and shards[0].is_remote:
@@ -151,13 +138,8 @@ def _scan(shards: Sequence[Shard], columns: Columns) -> tuple[list[int], set]:
     counts, lacking = ([facts[n] for facts in found] for n in (0, 2))
     if sum(lacking):
         shard, example = next((shard, facts[3]) for shard, facts in zip(shards, found) if facts[2])
-        log.warning(
-            "--data_path: %d of %d samples have no image and count as bad ones, as %s in %s",
-            sum(lacking),
-            sum(counts),
-            example,
-            shard,
-        )
+        rule = "--data_path: %d of %d samples have no image and count as bad ones, as %s in %s"
+        log.warning(rule, sum(lacking), sum(counts), example, shard)
     return counts, {value for facts in found for value in facts[1]}
 
 
@@ -165,13 +147,14 @@ def _scan_one(shard: Shard, columns: Columns) -> tuple[int, list, int, str]:
     """Return how many samples there are, the labels of those with images, how many have none, and the stem of one."""
     count, values, lacking, example = 0, set(), 0, ""
     with at_hand(shard) as path:
-        for stem, sample in samples_in(path, lambda _, key: key == columns.label):
+        for stem, sample in _samples(path, lambda _, key: key == columns.label):
             count += 1
+            has_image = _image_key(sample, columns) is not None
             if columns.label in sample:
-                values.add(label_in(sample[columns.label], columns, f"{path}, {stem}.{columns.label}"))
-            elif columns.label is not None and image_key(sample, columns):
+                values.add(_label_in(sample[columns.label], columns, f"{path}, {stem}.{columns.label}"))
+            elif columns.label is not None and has_image:
                 values.add(None)
-            if not image_key(sample, columns):
+            if not has_image:
                 lacking += 1
                 example = example or stem
     return count, list(values), lacking, example
@@ -190,4 +173,100 @@ def _load(shards: Sequence[Shard], columns: Columns, kind: Value, version: str) 
 def _all_rows(shards: list[Shard], columns: Columns, version: tuple[str, ...]) -> Iterator[dict]:
     for shard in shards:
         with at_hand(shard) as path:
-            yield from sample_rows(columns, path)
+            yield from _rows(columns, path)
+
+
+def _rows(columns: Columns, file: str, _: int = 0, start: int = 0) -> Iterator[dict]:
+    """Yield the rows of a tar file from number `start` on, with the image and the label alone."""
+
+    def is_wanted(number: int, key: str) -> bool:
+        return number >= start and (key == columns.label or _is_image(key))
+
+    for stem, sample in itertools.islice(_samples(file, is_wanted), start, None):
+        key = _image_key(sample, columns)
+        row = {columns.image: None if key is None else {"bytes": sample[key], "path": f"{stem}.{key}"}}
+        if columns.label is not None:
+            data = sample.get(columns.label)
+            label = None if data is None else _label_in(data, columns, f"{file}, {stem}")
+            if label is not None and columns.label_ids is not None:
+                label = str(label)
+            row[columns.label] = label if columns.label_key is None else {columns.label_key: label}
+        yield row
+
+
+def _samples(
+    file: str, is_wanted: Callable[[int, str], bool] = lambda number, key: True
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield (stem, the members by their endings) of each row that HF datasets makes of a tar file.
+
+    Only the members for which `is_wanted(number of the sample, ending)` holds are read; the others are b"".
+    UserError if the file is damaged.
+    """
+    members = itertools.groupby(_members(file), key=lambda found: found[2])
+    for number, (stem, of_stem) in enumerate(members):
+        sample = {}
+        for tar, member, _, key in of_stem:
+            if key in sample or key in _HF_KEYS:
+                raise data_error(
+                    file,
+                    f"the sample {stem} has a second member {member.name}, or one of a name that HF "
+                    "datasets does not allow: write the file again without it.",
+                )
+            sample[key] = tar.extractfile(member).read() if is_wanted(number, key) else b""
+        yield stem, sample
+
+
+def _members(file: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo, str, str]]:
+    """Yield (tar, member, stem, key) of the members that HF datasets sees too."""
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                match = _STEM_AND_KEY.match(member.name)
+                if member.isfile() and match and not os.path.basename(member.name).startswith((".", "__")):
+                    yield tar, member, match[1], match[2]
+            # Python takes the end of a file, and a header that it cannot read, for the end of the archive.
+            with open(file, "rb") as opened:
+                opened.seek(tar.offset)
+                is_complete = opened.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, OSError) as error:
+        raise data_error(file, f"not a readable tar file ({error}): remove or replace it.") from error
+    if not is_complete:
+        raise data_error(
+            file,
+            f"the tar file was cut short or is damaged: at byte {tar.offset:,} there is neither "
+            "another member nor the block of zeros that ends it: restore it.",
+        )
+
+
+def _is_image(key: str) -> bool:
+    return key.rsplit(".", 1)[-1].lower() in IMAGE_KEYS
+
+
+def _image_key(sample: Iterable[str], columns: Columns) -> str | None:
+    """Return the ending of the member that is the image of this sample, if there is any."""
+    if columns.image in sample:
+        return columns.image
+    return next((key for key in sample if columns.any_image and key.lower() in IMAGE_KEYS), None)
+
+
+def _label_in(data: bytes, columns: Columns, where: str) -> int | str | None:
+    """Return the label in the bytes of a member; UserError for a .cls file that holds no number."""
+    if columns.label_key is not None:
+        value = _load_json(data).get(columns.label_key)
+        return value if value is None or isinstance(value, int) else str(value)
+    try:
+        return int(data)
+    except ValueError as error:
+        raise data_error(
+            where,
+            f"the class {data[:40]!r} is not a whole number, as .cls files must hold: write "
+            'class numbers, or put the names in .json files under "label".',
+        ) from error
+
+
+def _load_json(data: bytes) -> dict:
+    try:
+        entries = json.loads(data)
+    except ValueError:
+        return {}
+    return entries if isinstance(entries, dict) else {}

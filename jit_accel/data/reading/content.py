@@ -21,11 +21,7 @@ def content_key(data: bytes | memoryview) -> int:
 
 
 def file_key(path: str | os.PathLike) -> int:
-    """`content_key` of a file, which is not read as a whole.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """`content_key` of a file, which is not read as a whole; OSError if it cannot be read."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(_EDGE)

@@ -18,20 +18,13 @@ MAX_EXACT_ASPECT = 16
 
 # Pillow reads more, but EPS by starting an interpreter, and others are no pictures of one's own.
 Image.init()
-_FORMATS = tuple(
-    name
-    for name in (
-        *("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000"),
-        *("ICO", "PCX", "QOI", "SGI", "TGA"),
-    )
-    if name in Image.OPEN  # not all in each version
-)
-
+_KNOWN = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000"]
+_KNOWN += ["ICO", "PCX", "QOI", "SGI", "TGA"]
+_FORMATS = tuple(name for name in _KNOWN if name in Image.OPEN)  # not all in each version
 _HEIF_BRANDS = frozenset([b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"])
 
 # Pillow refuses PNGs with more than 1 MiB in one chunk of text or colour profile, and profiles of scanners are larger.
 PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20
-
 
 try:
     import simplejpeg
@@ -67,7 +60,7 @@ def decode_image(data: bytes | str | os.PathLike | None, size: int, fast: bool =
             return _decode(file, size, fast) if plain is None else crop_pixels(plain.transpose(2, 0, 1), size)
     except BadImage:
         raise
-    except Exception as error:  # decoders raise anything on damaged files: OSError, SyntaxError, struct.error...
+    except Exception as error:  # decoders raise anything on damaged files
         raise BadImage(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -129,23 +122,14 @@ def _decode(file: BinaryIO, size: int, fast: bool) -> np.ndarray:
         full_size = image.size
         if fast:
             image.draft(None, (size, size))
-        upright = to_rgb(_upright(image))
+        with contextlib.suppress(Exception):  # damaged EXIF does not make pixels bad; damaged pixels fail again
+            ImageOps.exif_transpose(image, in_place=True)
+        upright = to_rgb(image)
         return _planes(fast_crop(upright, size, full_size) if fast else center_crop(upright, size))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    # Damaged EXIF does not make the pixels bad; damaged pixels fail again when they are converted.
-    with contextlib.suppress(Exception):
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to RGB; transparency is composited on white.
-
-    Raises:
-        BadImage: floating-point pixels, whose range nobody agrees on.
-    """
+    """Convert any Pillow mode to RGB, transparency composited on white; BadImage for floating-point pixels."""
     mode = image.mode
     if mode == "RGB" and "transparency" not in image.info:
         return image
@@ -155,15 +139,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         grey = np.clip(np.asarray(image).astype(np.float64), 0, 65535)
         return Image.fromarray(np.rint(grey / 257).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info or mode in ("RGBA", "RGBa", "LA", "La", "PA"):
-        image = _straight_alpha(image)
+        image = (image.convert("LA") if mode == "La" else image).convert("RGBA")  # Pillow knows no direct way
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
-
-
-def _straight_alpha(image: Image.Image) -> Image.Image:
-    """To RGBA; Pillow converts some modes only by way of a neighbour."""
-    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -173,22 +152,25 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     """
     if image.size == (size, size):
         return image
-    image = _trim_strip(image)
+    longest = MAX_EXACT_ASPECT * min(image.size)
+    if max(image.size) > longest:
+        image = _cut_out(image, min(image.width, longest), min(image.height, longest))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return _cut_out(image.resize((width, height), Image.Resampling.BICUBIC), size, size)
+
+
+def _cut_out(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def fast_crop(image: Image.Image, size: int, full_size: tuple[int, int]) -> Image.Image:
     """About what `center_crop` returns: the centre square alone is scaled, in one step.
 
-    Args:
-        image: maybe decoded smaller than it is.
-        full_size: width and height as stored, on which it depends how the exact crop rounds: half a pixel is visible.
+    `full_size` is width and height as stored, on which it depends how the exact crop rounds: half a pixel is visible.
     """
     halved = sorted(full_size)
     while halved[0] >= 2 * size:
@@ -204,25 +186,11 @@ def crop_pixels(pixels: np.ndarray, size: int) -> np.ndarray:
     """`center_crop` of uint8 (3, H, W): uint8 (3, size, size), the same array where there is nothing to do."""
     if pixels.shape[1:] == (size, size):
         return pixels
-    square = center_crop(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))), size)
-    return _planes(square)
+    return _planes(center_crop(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))), size))
 
 
 def pixels_of(data: bytes | None, size: int) -> np.ndarray:
-    """Stored pixels as uint8 (3, size, size), read-only and without a copy.
-
-    Raises:
-        BadImage: of another length.
-    """
+    """Stored pixels as uint8 (3, size, size), read-only and without a copy; BadImage if of another length."""
     if data is None or len(data) != 3 * size * size:
         raise BadImage(f"{len(data or b'')} bytes where {size} x {size} pixels have {3 * size * size}")
     return np.frombuffer(data, np.uint8).reshape(3, size, size)
-
-
-def _trim_strip(image: Image.Image) -> Image.Image:
-    longest = MAX_EXACT_ASPECT * min(image.size)
-    if max(image.size) <= longest:
-        return image
-    width, height = min(image.width, longest), min(image.height, longest)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))

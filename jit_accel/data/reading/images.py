@@ -33,14 +33,9 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
-        """Read images into `out`.
+        """Read the images `indices` (int64 (B,)) into `out` (uint8 (B, 3, size, size), RGB; where bad left undefined).
 
-        Args:
-            indices: int64 (B,).
-            out: uint8 (B, 3, size, size), filled with the pixels, RGB; where an image is bad it is left undefined.
-
-        Returns:
-            Labels, int64 (B,), and for each bad image its place in the batch and "name: reason".
+        Returns the labels, int64 (B,), and for each bad image its place in the batch and "name: reason".
         """
 
     def keys(self) -> np.ndarray:
@@ -116,31 +111,24 @@ def _file_keys(paths: list[str]) -> np.ndarray:
 
         def look(numbers: np.ndarray) -> np.ndarray:
             announce_keys(len(numbers))
-            return of_all(_read_keys, [paths[n] for n in numbers])
+            unknown = [paths[n] for n in numbers]
+            return of_all(lambda some: np.array([patient_file_key(path) for path in some], np.uint64), unknown)
 
-        states = of_all(lambda some: _states(some, root), paths)
-        return remembered_values("content keys", root, states, look)
-
-
-def _read_keys(paths: list[str]) -> np.ndarray:
-    return np.array([patient_file_key(path) for path in paths], np.uint64)
+        return remembered_values("content keys", root, of_all(lambda some: _states(some, root), paths), look)
 
 
 def _states(paths: list[str], root: str) -> np.ndarray:
     """Return the `FILE_STATE` of each; its path as seen from `root`, so that the name of `root` does not matter."""
     states = np.empty(len(paths), FILE_STATE)
-    hashes = [hashlib.blake2b(path.removeprefix(root).encode(), digest_size=8).digest() for path in paths]
-    states["path"] = np.frombuffer(b"".join(hashes), "<u8")
-    states["size"], states["mtime_ns"] = zip(*map(_size_and_mtime, paths))
+    for n, path in enumerate(paths):
+        digest = hashlib.blake2b(path.removeprefix(root).encode(), digest_size=8).digest()
+        try:
+            info = os.stat(path)
+            found = info.st_size, info.st_mtime_ns
+        except OSError:
+            found = -1, 0
+        states[n] = int.from_bytes(digest, "little"), *found
     return states
-
-
-def _size_and_mtime(path: str) -> tuple[int, int]:
-    try:
-        info = os.stat(path)
-    except OSError:
-        return -1, 0
-    return info.st_size, info.st_mtime_ns
 
 
 @dataclass(frozen=True)

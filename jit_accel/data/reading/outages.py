@@ -11,6 +11,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from jit_accel.base.errors import UserError
+from jit_accel.data.data_error import data_error
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -48,17 +49,19 @@ class Outage:
         if not may_pass(error):
             if _status(error) is None and not isinstance(error, (FileNotFoundError, PermissionError)):
                 raise error
-            raise UserError(_refusal(error), about="data_path", value=self._url) from error
+            raise data_error(self._url, _refusal(error)) from error
         now = time.monotonic()
         self._began_s = self._began_s or now
-        self._warn(error, now)
+        # One line for all readers of a host, which lose it together.
+        if not self._has_warned and now - _warned_s.get(self._host, -QUIET_S) >= QUIET_S:
+            self._has_warned, _warned_s[self._host] = True, now
+            log.warning("%s: %s; trying again for up to %g s", self._url, _reason(error), self._patience_s)
         left_s = self._began_s + self._patience_s - now
         if left_s <= 0:
-            raise UserError(
+            raise data_error(
+                self._url,
                 f"no progress for {self._patience_s:g} s ({_reason(error)}): check the address, the network "
                 "and the server, then go on with --resume auto.",
-                about="data_path",
-                value=self._url,
             ) from error
         time.sleep(min(self._wait_s, left_s))
         self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
@@ -70,19 +73,9 @@ class Outage:
             log.warning("%s answers again after %.1f s: reading goes on where it stopped", self._host, passed_s)
         self._began_s, self._wait_s, self._has_warned = None, FIRST_WAIT_S, False
 
-    def _warn(self, error: Exception, now: float) -> None:
-        """Write one line for all readers of a host, which lose it together."""
-        if not self._has_warned and now - _warned_s.get(self._host, -QUIET_S) >= QUIET_S:
-            self._has_warned, _warned_s[self._host] = True, now
-            log.warning("%s: %s; trying again for up to %g s", self._url, _reason(error), self._patience_s)
-
 
 def patiently(attempt: Callable[[], T], url: str, patience_s: float | None = None) -> T:
-    """Return the result of `attempt`, repeated while the network fails.
-
-    Raises:
-        UserError: see `Outage.wait`.
-    """
+    """Return the result of `attempt`, repeated while the network fails; UserError as of `Outage.wait`."""
     outage = Outage(url, patience_s)
     while True:
         try:

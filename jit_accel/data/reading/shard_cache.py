@@ -30,11 +30,7 @@ def cache_folder() -> Path:
 
 
 def cached_shard(key: str, name: str, num_bytes: int, fetch: Callable[[BinaryIO], None]) -> Path:
-    """Return the copy that `key` names, made by `fetch` unless it is there; complete or not there at all.
-
-    Raises:
-        UserError: the disk is full, or may not be written to.
-    """
+    """Return the copy that `key` names, made by `fetch` unless it is there; UserError if it cannot be written."""
     folder = cache_folder() / "shards"
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:24]
     path = folder / f"{digest}-{name[-100:]}"

@@ -18,6 +18,7 @@ import aiohttp
 import fsspec
 
 from jit_accel.base.errors import UserError
+from jit_accel.data.data_error import data_error
 from jit_accel.data.reading import outages
 from jit_accel.data.reading.outages import Outage, patiently, without_secrets
 from jit_accel.data.reading.shard_cache import cached_shard
@@ -88,8 +89,7 @@ class RemoteShard:
     def local(self, spans: Iterable[Span] = ()) -> str:
         """Return the path of a copy on this disk: of the whole, or with holes around `spans`, of parts.
 
-        Raises:
-            UserError: the server refuses, or is away for too long; the file has changed; the disk is full.
+        UserError if the server refuses, or is away for too long; if the file has changed; if the disk is full.
         """
         spans = [(int(start), int(end)) for start, end in spans] if self.has_ranges else []
         key = "\0".join(map(str, (*self.identity()[:3], spans)))
@@ -140,11 +140,10 @@ class RemoteShard:
         opened = _open_response(files, self.url, at, end)
         first, total = _range_of(opened.r)
         if None not in (total, self.size) and total != self.size:
-            raise UserError(
+            raise data_error(
+                self,
                 f"it has {total} bytes now and had {self.size} when it was opened: data must not change during a run; "
                 "start anew, with --resume none where a checkpoint is of the old data.",
-                about="data_path",
-                value=str(self),
             )
         if first not in (0, at):
             raise ConnectionError("the server answered with another range")
@@ -173,11 +172,7 @@ def at_hand(shard: Shard, spans: Iterable[Span] = ()) -> Iterator[str]:
 
 
 def describe(url: str) -> RemoteShard:
-    """Ask a server for what it says of a file.
-
-    Raises:
-        UserError: there is no such file, or no such server; a protocol that cannot be read.
-    """
+    """Ask a server for what it says of a file; UserError if there is no such file, server or protocol."""
     files, inside = file_system(url)
 
     def attempt() -> RemoteShard:
@@ -203,12 +198,7 @@ def at_once(ask: Callable[[Shard], T], shards: Iterable) -> list[T]:
 
 
 def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return what reads this URL, and the file's path there.
-
-    Raises:
-        UserError: an unknown protocol, or one whose library is missing.
-    """
-    protocol = url.partition("://")[0].lower()
+    """Return what reads this URL, and the file's path there; UserError if none is known or installed."""
     options = {}
     if _is_web(url):  # with the proxies in environment variables, as HF does
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=READ_S)
@@ -216,10 +206,10 @@ def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         files, inside = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
-        raise UserError(f"{error}.", about="data_path", value=without_secrets(url)) from error
+        raise data_error(without_secrets(url), f"{error}.") from error
     except ValueError as error:
-        rule = f"{protocol}:// is unknown ({error}): https://, s3://, gs:// and hf:// are among those that can be read."
-        raise UserError(rule, about="data_path", value=without_secrets(url)) from error
+        rule = f"unknown ({error}): https://, s3://, gs:// and hf:// are among those that can be read."
+        raise data_error(without_secrets(url), f"{url.partition('://')[0].lower()}:// is {rule}") from error
     if not any(files is other for other in _kept):
         _kept.append(files)
     return files, inside
