@@ -225,7 +225,7 @@ def test_reading_never_changes_the_files_and_holds_none_open(stores):
     images = open_images(stores["uint8"]).images
     images.read(np.arange(len(images)), np.empty((len(images), 3, SIZE, SIZE), np.uint8))
     with pytest.raises(ValueError, match="read-only"):
-        images._pixels[0][0] = 0
+        images._pixels(0)[0] = 0
     with os.scandir("/proc/self/fd") as descriptors:
         assert not [entry.name for entry in descriptors if os.readlink(entry.path).endswith(".npy")]
 

@@ -143,16 +143,13 @@ def _paths(table: pa.Table, metadata: str) -> pa.Array:
 
 def _once(places: np.ndarray, ids: np.ndarray, scan: FolderScan, column: str) -> tuple[np.ndarray, np.ndarray]:
     """Return each image once, in the order of the paths."""
-    order = np.argsort(places, kind="stable")
-    places, ids = places[order], ids[order]
-    again = places[1:] == places[:-1]
-    differing = np.flatnonzero(again & (ids[1:] != ids[:-1]))
+    kept, first, which = np.unique(places, return_index=True, return_inverse=True)
+    differing = np.unique(places[ids != ids[first][which]])
     if len(differing):
-        rule = f"{scan.metadata[0]} lists {scan.images[int(places[differing[0]])]} with two different labels"
+        rule = f"{scan.metadata[0]} lists {scan.images[int(differing[0])]} with two different labels"
         rule += f" ({len(differing)} such images): remove one of the rows."
         raise UserError(rule, about="label_column", value=column)
-    first = np.concatenate([[True], ~again])
-    return places[first], ids[first]
+    return kept, ids[first]
 
 
 def _report(root: str, scan: FolderScan, paths: pa.ChunkedArray, places: pa.ChunkedArray) -> None:

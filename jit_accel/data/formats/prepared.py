@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -82,37 +81,37 @@ class PixelStore:
         rows = indices - self._starts[shards]
         is_scaled = out.shape[-1] != self.img_size
         if not is_scaled and len(shards) and (shards == shards[0]).all() and out.flags.c_contiguous:
-            np.take(self._pixels[int(shards[0])], rows, axis=0, out=out, mode="clip")  # "raise" makes a copy first
+            np.take(self._pixels(int(shards[0])), rows, axis=0, out=out, mode="clip")  # "raise" makes a copy first
         else:
             for place, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist())):
-                pixels = self._pixels[shard][row]
+                pixels = self._pixels(shard)[row]
                 out[place] = crop_pixels(pixels, out.shape[-1]) if is_scaled else pixels
         return self.labels()[indices], {}
 
     def labels(self) -> np.ndarray:
         """Return the classes, int64 (n,)."""
-        return self._columns["label"]
+        return self._column("label")
 
     def keys(self) -> np.ndarray:
         """Return the `content_key` of the file that each image was made of, uint64 (n,)."""
-        return self._columns["key"]
+        return self._column("key")
 
     def names(self) -> np.ndarray:
         """Return the name that each image had in its source, str (n,)."""
-        return self._columns["name"]
+        return self._column("name")
 
     @cached_property
     def _starts(self) -> np.ndarray:
         return np.cumsum([0, *(count for *_, count in self.shards)])
 
     @cached_property
-    def _pixels(self) -> _Kept:
-        """The pixels of each shard by its number, uint8 (N, 3, S, S), read-only."""
-        return _Kept(lambda shard: _map_array(Path(self.folder) / self.shards[shard][0]))
+    def _pixels(self) -> Callable[[int], np.ndarray]:
+        """Return the pixels of a shard, uint8 (N, 3, S, S), read-only; mapped when they are first asked for."""
+        return cache(lambda shard: _map_array(Path(self.folder) / self.shards[shard][0]))
 
     @cached_property
-    def _columns(self) -> _Kept:
-        return _Kept(self._read_column)
+    def _column(self) -> Callable[[str], np.ndarray]:
+        return cache(self._read_column)
 
     def _read_column(self, name: str) -> np.ndarray:
         if name == "label" and not self.is_labelled:
@@ -122,18 +121,6 @@ class PixelStore:
             with pq.ParquetFile(Path(self.folder) / table) as parquet:  # `read_table` takes eight times as long
                 parts.append(parquet.read([name], use_threads=False)[0].to_numpy())
         return np.concatenate(parts)
-
-
-class _Kept(dict):
-    """What `read` returns for each key, read when it is first asked for."""
-
-    def __init__(self, read: Callable[[Any], np.ndarray]):
-        super().__init__()
-        self._read = read
-
-    def __missing__(self, key: Any) -> np.ndarray:
-        self[key] = self._read(key)
-        return self[key]
 
 
 def _map_array(path: Path) -> np.ndarray:

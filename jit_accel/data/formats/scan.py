@@ -6,9 +6,8 @@ import itertools
 import os
 import re
 import time
-from bisect import bisect
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -41,7 +40,7 @@ class FolderScan:
     folder was changed so recently that another change might leave its mtime as it is.
     """
 
-    images: pa.ChunkedArray
+    images: pa.ChunkedArray = field(default_factory=lambda: pa.chunked_array([], pa.string()))
     metadata: list[str] = field(default_factory=list)
     other_endings: Counter = field(default_factory=Counter)
     unreadable: list[str] = field(default_factory=list)
@@ -57,29 +56,25 @@ def changed_ns(info: os.stat_result) -> int:
 
 def walk_folder(root: str) -> FolderScan:
     """Walk `root`, following links but no loops; hidden files and folders are ignored."""
-    scan = FolderScan(pa.chunked_array([], pa.string()))
-    scan.images = pa.chunked_array(_chunks(_walk(root, scan)), pa.string())
+    scan = FolderScan()
+    paths = _walk(root, scan)
+    # By chunks, so that a million of them are never Python objects all at once.
+    chunks = iter(lambda: list(itertools.islice(paths, _PATHS_PER_CHUNK)), [])
+    scan.images = pa.chunked_array([pa.array(some, pa.string()) for some in chunks], pa.string())
     return scan
 
 
 def has_images(root: str) -> bool:
-    """Return whether `walk_folder` would find any; stops at the first folder that holds some."""
-    return next(_walk(root, FolderScan(pa.chunked_array([], pa.string()))), None) is not None
+    """Return whether `walk_folder` would find any; stops at the first one."""
+    return next(_walk(root, FolderScan()), None) is not None
 
 
-def _chunks(parts: Iterable[list[str]]) -> Iterator[pa.Array]:
-    """Arrow arrays of the paths in `parts`, so that a million of them are never Python objects all at once."""
-    paths = itertools.chain.from_iterable(parts)
-    while some := list(itertools.islice(paths, _PATHS_PER_CHUNK)):
-        yield pa.array(some, pa.string())
-
-
-def _walk(root: str, scan: FolderScan) -> Iterator[list[str]]:
-    """Yield the images in the order of their whole paths, some at a time."""
-    stack: list = [("", ())]
+def _walk(root: str, scan: FolderScan) -> Iterator[str]:
+    """Yield the images in the order of their whole paths."""
+    stack: list = [("", ())]  # paths of images, and (path, ancestors) of folders
     while stack:
         item = stack.pop()
-        if isinstance(item, list):
+        if isinstance(item, str):
             yield item
             continue
         prefix, ancestors = item
@@ -96,19 +91,10 @@ def _walk(root: str, scan: FolderScan) -> Iterator[list[str]]:
             scan.doubtful.append(prefix)
             continue
         scan.directories[prefix] = changed_ns(info)
-        stack += reversed(_in_order(files, folders, prefix, (*ancestors, identity)))
-
-
-def _in_order(files: list[str], folders: list[str], prefix: str, ancestors: tuple) -> list:
-    """Runs of files, and the folders between them: a/b.jpg comes after a.jpg and before a0.jpg."""
-    files.sort()
-    items, start = [], 0
-    for name in sorted(name + "/" for name in folders):
-        end = bisect(files, name, start)
-        items += [[prefix + file for file in files[start:end]], (f"{prefix}{name}", ancestors)]
-        start = end
-    items.append([prefix + file for file in files[start:]])
-    return [item for item in items if item]
+        inside = (*ancestors, identity)
+        # By its slash, a/b.jpg comes after a.jpg and before a0.jpg.
+        names = sorted([*files, *(name + "/" for name in folders)], reverse=True)
+        stack += [(prefix + name, inside) if name.endswith("/") else prefix + name for name in names]
 
 
 def _list(folder: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[str]]:

@@ -159,11 +159,7 @@ def missing_path(path: str, remedy: str = "correct the path.") -> UserError:
     return data_error(path, f"no such file or folder: {remedy}{hint}")
 
 
-def fingerprint_of(parts: Iterable[str]) -> str:
-    """Return sixteen hex digits that tell lists of strings apart."""
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def names_and_sizes(shards: Iterable[Shard]) -> list[str]:
-    """Return of each file its name without the folder, and its size: the identity of a sharded data set, anywhere."""
-    return [f"{shard.name}:{shard.size}" for shard in shards]
+def fingerprint_of(parts: Iterable[str], shards: Iterable[Shard] = ()) -> str:
+    """Return sixteen hex digits that tell lists of strings, and files by names and sizes, apart wherever they are."""
+    texts = [*parts, *(f"{shard.name}:{shard.size}" for shard in shards)]
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogateescape")).hexdigest()[:16]

@@ -25,7 +25,6 @@ from jit_accel.data.formats.source import (
     find_shards,
     fingerprint_of,
     missing_path,
-    names_and_sizes,
     no_rows,
     source_of,
     table_images,
@@ -91,8 +90,8 @@ def open_tables(request: Request, format: str, shards: Sequence[Shard], named: F
         raise data_error(request.path, rule)
     labels = _read_labels(files, columns, features, request.path)
     columns = columns.of_classes(labels)
-    parts = ["hub", request.path] if format == "hub" else ["parquet"]
-    identity = fingerprint_of([*parts, str(rows), *(() if format == "hub" else names_and_sizes(shards))])
+    head, sized = (["hub", request.path], ()) if format == "hub" else (["parquet"], shards)
+    identity = fingerprint_of([*head, str(rows)], sized)
     if request.streaming is False:
         features = Features({name: features[name] for name in columns.all})
         images = table_images(_load([str(getattr(s, "url", s)) for s in shards], features, request.path), columns)
@@ -108,7 +107,7 @@ def open_builtin(request: Request) -> Source:
     file = LocalShard(lookup(_builtin_files(), request.path, "data_path"))
     request.refuse("streaming", reason="is small and held in memory")
     table = pq.read_table(file.path, use_threads=False)
-    identity = fingerprint_of(["builtin", str(len(table)), *names_and_sizes([file])])
+    identity = fingerprint_of(["builtin", str(len(table))], [file])
     return open_table(request, "builtin", Dataset(table), identity)
 
 
@@ -124,7 +123,7 @@ def open_saved(request: Request) -> Source:
     if isinstance(dataset, DatasetDict):
         dataset = lookup(dataset, "train", "data_path", value=request.path, rule="has no split train")
     files = [LocalShard(file["filename"]) for file in dataset.cache_files]
-    identity = fingerprint_of(["saved", str(len(dataset)), *names_and_sizes(files)])
+    identity = fingerprint_of(["saved", str(len(dataset))], files)
     return open_table(request, "saved", dataset, identity)
 
 

@@ -23,15 +23,7 @@ from jit_accel.data.data_error import data_error
 from jit_accel.data.formats.columns import Columns, Labels, read_labels
 from jit_accel.data.formats.index_cache import remembered
 from jit_accel.data.formats.remote import counts_beside
-from jit_accel.data.formats.source import (
-    Request,
-    Source,
-    find_shards,
-    fingerprint_of,
-    names_and_sizes,
-    source_of,
-    table_images,
-)
+from jit_accel.data.formats.source import Request, Source, find_shards, fingerprint_of, source_of, table_images
 from jit_accel.data.reading.shards import Shard, at_hand
 from jit_accel.data.reading.units import Stream
 
@@ -71,7 +63,7 @@ def open_tars(request: Request, format: str, shards: Sequence[Shard]) -> Source:
     elif columns.label is not None:
         labels = Labels()
     columns = columns.of_classes(labels)
-    identity = fingerprint_of(["webdataset", str(sum(counts)), *names_and_sizes(shards)])
+    identity = fingerprint_of(["webdataset", str(sum(counts))], shards)
     if request.streaming is False:
         images = table_images(_load(shards, columns, kind, identity), columns)
     else:

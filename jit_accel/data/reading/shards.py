@@ -189,12 +189,7 @@ def describe(url: str) -> RemoteShard:
 def at_once(ask: Callable[[Shard], T], shards: Iterable) -> list[T]:
     """Return `ask` of each, asked sixteen at a time; the first error ends it."""
     with ThreadPoolExecutor(_AT_ONCE) as threads:
-        answers = [threads.submit(ask, shard) for shard in shards]
-        try:
-            return [answer.result() for answer in answers]
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            raise
+        return list(threads.map(ask, shards))
 
 
 def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
