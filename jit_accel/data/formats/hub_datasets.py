@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ from jit_accel.data.formats.tables import open_table, open_tables
 from jit_accel.data.formats.tars import open_tars
 from jit_accel.data.reading.shards import LocalShard, at_once, describe
 
-HUB_ID = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
+HUB_ID = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<name>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
 
 def open_hub(request: Request) -> Source:
@@ -25,16 +26,16 @@ def open_hub(request: Request) -> Source:
     """
     match = HUB_ID.fullmatch(request.path)  # none of --data_format hub: HF knows names without an owner too
     how = {"path": request.path} if match is None else {k: v for k, v in match.groupdict().items() if v}
-    how = {"name" if key == "config" else key: value for key, value in how.items()}
     if request.streaming is not False:
         builder = _ask(request.path, lambda: datasets.load_dataset_builder(**how))
         splits = builder.config.data_files or {"train": []}
         found = lookup(splits, "train", "data_path", value=request.path, rule="has no split train")
         files = list(map(str, found))
         shards = at_once(lambda file: describe(file) if is_url(file) else LocalShard(file), files)
-        if files and all(file.endswith(".parquet") for file in files):
+        endings = {os.path.splitext(file)[1] for file in files}
+        if endings == {".parquet"}:
             return open_tables(request, "hub", shards, builder.info.features)
-        if files and all(file.endswith(".tar") for file in files):
+        if endings == {".tar"}:
             return open_tars(request, "hub", shards)
         request.refuse("streaming", reason="has files other than Parquet and tar, and is downloaded for random access")
     dataset = _ask(request.path, lambda: datasets.load_dataset(**how, split="train"))
