@@ -24,7 +24,7 @@ from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import MAIN, load_features
 from jit_accel.evaluate.grid import Setting, is_sweep
 from jit_accel.evaluate.image_sets import ImageSet, open_image_set
-from jit_accel.evaluate.results import (
+from jit_accel.evaluate.records import (
     add_records,
     pipeline_folder_of,
     publish,

@@ -13,7 +13,7 @@ from jit_accel.model.spaces import convert, noised
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised, and what is drawn for it; a subclass may draw other times or take another loss.
+    """The loss that is minimised, and the draws for it; a subclass may draw other times or take another loss.
 
     The fields are the settings of the same names. Positions are the images' numbers in the run, (B,) integers: no draw
     depends on which process, micro-step or slot of the batch an image falls into.

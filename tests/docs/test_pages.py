@@ -77,3 +77,11 @@ def test_no_text_refers_to_documents_that_are_not_here():
             assert not re.search(r"\b(SPEC|DESIGN|STYLE)\b(\.md|,? section|,? \d)", path.read_text(encoding="utf-8")), (
                 path
             )
+
+
+def test_the_map_of_the_rooms_names_each_module_and_none_that_is_not_there():
+    rooms = read("docs/architecture.md").split("## Promises")[0]
+    cells = [line.split("|")[1] for line in rooms.splitlines() if line.startswith("| `")]
+    named = {name.rpartition("/")[2] for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+    files = [path for path in REPOSITORY.glob("jit_accel/*/**/*.py") if "builtin" not in path.parts]
+    assert named == {path.stem for path in files} - {"__init__", "__main__"}
