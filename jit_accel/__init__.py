@@ -3,8 +3,6 @@
 The names below are the public ones (docs/python.md); everything else may change between versions.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 
 __version__ = "0.1.0"

@@ -1,7 +1,5 @@
 """Lines and progress on the terminal or in a log file; where these cannot be written, the run goes on in silence."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys
@@ -55,7 +53,7 @@ class ImageProgress:
         """Images/s, of those made now."""
         return self.made / max(time.monotonic() - self.began, 1e-9)
 
-    def __enter__(self) -> ImageProgress:
+    def __enter__(self) -> "ImageProgress":
         return self
 
     def __exit__(self, *exception) -> None:

@@ -1,7 +1,5 @@
 """The device of a run, and the precision that suits it."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The one exception that is the user's to put right, and the table look-up that raises it."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import re

@@ -1,7 +1,5 @@
 """Files and folders that are there whole or not at all, lines of JSON, and what a full disk means to the user."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import glob

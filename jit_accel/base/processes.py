@@ -1,7 +1,5 @@
 """Work of several processes, where none waits for one that has failed."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Secrets out of text that is kept or sent: credentials and query strings of URLs, keys and tokens."""
 
-from __future__ import annotations
-
 import re
 
 HIDDEN = "***"

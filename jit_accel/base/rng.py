@@ -4,8 +4,6 @@ Nothing here has to be saved in a checkpoint, and no result depends on how many 
 workers share the positions. The mixing function is splitmix64 (Steele et al., OOPSLA 2014).
 """
 
-from __future__ import annotations
-
 import zlib
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Sharded weights (FSDP2), beyond what Accelerate does for them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """A request to stop, as an operator or a scheduler makes it."""
 
-from __future__ import annotations
-
 import signal
 
 
@@ -36,7 +34,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self.number = number
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> "StopRequest":
         self._before = {n: signal.signal(n, self._receive) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 

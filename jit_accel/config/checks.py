@@ -1,7 +1,5 @@
 """Settings that cannot be right, found before anything is loaded. A range is a row of `RANGES`."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """From the command line and YAML files to checked settings, and the exit code of every program."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

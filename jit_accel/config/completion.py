@@ -1,7 +1,5 @@
 """Settings completed once: what was left open follows from devices, data, checkpoint and weights to start from."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

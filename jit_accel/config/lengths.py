@@ -1,7 +1,5 @@
 """The lengths of a run: epochs as optimizer steps."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The sizes of JiT. A new size is a row here."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

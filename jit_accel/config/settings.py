@@ -3,8 +3,6 @@
 Defaults < YAML file (`--config`) < command line. Nothing here imports torch, so `--help` answers at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -277,7 +275,7 @@ class Config:
     """Sharing the result."""
 
     @classmethod
-    def of(cls, **settings: Any) -> Config:
+    def of(cls, **settings: Any) -> "Config":
         """Return checked settings, given by their flat names: `Config.of(data_path="photos", img_size=64)`.
 
         Raises:
@@ -295,7 +293,7 @@ class Config:
         return config
 
     @classmethod
-    def of_record(cls, settings: Mapping[str, Any]) -> Config:
+    def of_record(cls, settings: Mapping[str, Any]) -> "Config":
         """Return recorded settings; names that this version does not know are left out, new ones have defaults."""
         known = {name: value for name, value in settings.items() if name in SETTINGS}
         return cls(DataConfig(known["data_path"])).updated(**known)
@@ -311,7 +309,7 @@ class Config:
         """Return the same without secrets, for files and trackers."""
         return {name: _without_secrets(value) for name, value in self.flat().items()}
 
-    def updated(self, **settings: Any) -> Config:
+    def updated(self, **settings: Any) -> "Config":
         """Return a copy with these flat settings in the place of its own."""
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
         parts = {}

@@ -1,7 +1,5 @@
 """Entry point: `python -m jit_accel.convert --input checkpoint-last.pth --output jit-b16`."""
 
-from __future__ import annotations
-
 import os
 
 from jit_accel.base.signals import StopRequest

@@ -1,7 +1,5 @@
 """The kinds of `--input`, and what each holds: weights, sizes, settings."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Mapping

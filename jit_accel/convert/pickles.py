@@ -1,7 +1,5 @@
 """Files of `torch.save` that others made, read without running anything of them."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import pickle

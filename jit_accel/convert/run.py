@@ -1,7 +1,5 @@
 """A conversion from beginning to end."""
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The settings of `jit_accel.convert`; imports no torch, so that `--help` answers at once."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass, field

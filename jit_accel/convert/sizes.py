@@ -1,7 +1,5 @@
 """A network's sizes from the shapes of its weights, its settings from what is known of them and stated by others."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The files and folders that a conversion writes, whole or not at all: `.pth`, `.safetensors`, pipeline folder."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator, Mapping

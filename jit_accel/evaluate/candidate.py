@@ -1,7 +1,5 @@
 """The model that is measured: its weights, its averages, and where results on it go."""
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import json

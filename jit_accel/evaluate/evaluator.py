@@ -1,7 +1,5 @@
 """Images in, numbers out, on all processes together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar

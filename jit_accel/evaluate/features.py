@@ -3,8 +3,6 @@
 A new network is a loader and a row in `LOADERS`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import io

@@ -1,7 +1,5 @@
 """Statistics to numbers: Fréchet distances by a formula of our own, pairwise metrics by torch-fidelity's."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """The settings that a sweep goes over, read from flags, whose values raise `UserError`. Imports no torch."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Images to compare, each once: a data set of any kind that training reads, or the array of an `.npz`."""
 
-from __future__ import annotations
-
 import io
 import zipfile
 import zlib

@@ -1,7 +1,5 @@
 """Results: a table to read, records in a JSON file, and the winner of a sweep as the default of its pipeline folder."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

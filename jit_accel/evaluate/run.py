@@ -1,7 +1,5 @@
 """`jit_accel.evaluate`: from settings to a table, records in a JSON file, and the winner of a sweep."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os
@@ -110,7 +108,7 @@ def checked_side(pipeline: JiTPipeline, img_size: int | None) -> int:
     return side
 
 
-def introduce(evaluation: Evaluation, num_images: int | None) -> None:
+def introduce(evaluation: "Evaluation", num_images: int | None) -> None:
     """Say what is compared, and what of it is doubtful."""
     network, reference, img_size = evaluation.evaluator.network, evaluation.reference, evaluation.img_size
     features, is_model = network.sizes[MAIN], evaluation.candidate is not None

@@ -1,7 +1,5 @@
 """Statistics of images: sums that grow batch by batch and are added up across processes, or a file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

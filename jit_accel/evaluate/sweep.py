@@ -1,7 +1,5 @@
 """A sweep: a grid of settings measured on few images, the best of them on all, the one that wins, and their table."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """The model card of a pipeline folder: what it is, how to use it, how good it is, how it was made."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ folder that `model_index.json` names. It copies each of these files to a place o
 each has to stand alone: it is put together from the modules of this package that it needs.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect

@@ -9,8 +9,6 @@ No pickle is written or read. Tensors are saved whole, whatever the sharding, so
 change between saving and loading.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The defaults of a saved pipeline for calls that do not say: steps, solver and guidance, in `model_index.json`."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

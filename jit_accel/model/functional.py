@@ -5,8 +5,6 @@ written out for eager CPU runs, where autograd's own backward makes more passes 
 quickstart's size those passes are a third of the step.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

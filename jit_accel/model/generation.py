@@ -1,7 +1,5 @@
 """Images by number: the n-th of a seed is the same whatever the batch, the process or what else is made."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 

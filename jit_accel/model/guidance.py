@@ -1,7 +1,5 @@
 """Classifier-free guidance: how much of it at which t, and settings of sampling that make sense."""
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 The client finds the token by itself (`hf auth login`, HF_TOKEN): it is no setting, and never in our hands.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shlex

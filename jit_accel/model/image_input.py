@@ -1,7 +1,5 @@
 """Images that a sampling starts from, and masks of what is to be repainted."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from numbers import Real
 

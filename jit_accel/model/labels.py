@@ -1,7 +1,5 @@
 """Class labels as people give them: numbers, names, or None for "no class"."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A pipeline from whatever holds one: a pipeline folder, a run, a checkpoint, a Hub id."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

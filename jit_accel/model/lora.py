@@ -1,7 +1,5 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) through peft: trained, merged, and kept the way diffusers does it."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path

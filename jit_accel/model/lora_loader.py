@@ -1,7 +1,5 @@
 """LoRA adapters for the pipeline, through diffusers' own loader."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin

@@ -1,7 +1,5 @@
 """The objective of JiT (arXiv 2511.13720), and the draws for each image: its time, noise and dropped label."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """`JiTPipeline`: class labels or names in, images out."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -122,7 +120,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[JiTPipeline, int, Tensor, dict], dict | None] | None = None,
+        callback_on_step_end: "Callable[[JiTPipeline, int, Tensor, dict], dict | None] | None" = None,
         height: int | None = None,
         width: int | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),

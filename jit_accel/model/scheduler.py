@@ -1,7 +1,5 @@
 """The sampler's ODE as a diffusers scheduler: Euler and Heun from noise (t = 0) to a clean image (t = 1)."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from itertools import pairwise
 

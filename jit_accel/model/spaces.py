@@ -9,8 +9,6 @@ Given `z` and `t`, each of x, e and v determines the other two by a linear map, 
 any of them and the squared error may be taken in any of them.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

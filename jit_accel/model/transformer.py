@@ -1,7 +1,5 @@
 """The JiT transformer (arXiv 2511.13720) as a diffusers model: a plain ViT on raw pixel patches."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Signs that a training goes wrong, each with its likely cause and what helps."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`metrics.jsonl`, which every run keeps. Only the main process writes."""
 
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Every metric of a run, one row each; files, trackers, report, progress and documentation read this table."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Measurements of a training, kept on the device until a whole interval is read at once."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

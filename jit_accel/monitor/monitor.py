@@ -1,7 +1,5 @@
 """The monitor of a run: its steps are measured, judged, logged and shown here."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import sys
@@ -109,7 +107,7 @@ class Monitor:
         self.progress = Progress(self.plan.total_steps, step, self.is_main)
         self.clock.start()
 
-    def __enter__(self) -> Monitor:
+    def __enter__(self) -> "Monitor":
         return self
 
     def __exit__(self, kind, error, traceback) -> None:

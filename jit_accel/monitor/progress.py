@@ -1,7 +1,5 @@
 """The progress of a run: a bar on a terminal, plain lines now and then in a log file."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys

@@ -1,7 +1,5 @@
 """The building of report.html beside the training, at low priority."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess

@@ -4,8 +4,6 @@
 reaches them, `accelerator.end_training` ends them; all of it on the main process alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import importlib.util

@@ -3,8 +3,6 @@
 Each `.wandb` file is a LevelDB log (blocks of 32 KiB, records cut into fragments) behind a header of 7 bytes.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import struct

@@ -4,8 +4,6 @@
 rows that it has are not sent again: its curves have no gap and no step twice, however a training was interrupted.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import shlex

@@ -1,7 +1,5 @@
 """Entry point: `python -m jit_accel.prepare --data_path photos --output_dir photos-256`."""
 
-from __future__ import annotations
-
 from jit_accel.config.command_line import exit_code_of, parse_flags
 from jit_accel.prepare.settings import PrepareConfig, check
 

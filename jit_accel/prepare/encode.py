@@ -1,7 +1,5 @@
 """From an image of the source to the bytes that are stored."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Iterator

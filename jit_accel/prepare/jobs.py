@@ -1,7 +1,5 @@
 """Work shared among processes that stop when they are asked to, and when the program that started them is gone."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -1,7 +1,5 @@
 """The output folder of a preparation: begun, continued, finished, verified; never half of a store in its place."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Pictures of a store to look at: a sheet of the first images, and a chart of how many each class has."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -4,8 +4,6 @@ A source with random access is read in the shuffled order, a shard at a time. A 
 order: it is decoded, cropped and encoded into a spool first, from which the shards are then put together.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time
@@ -55,7 +53,7 @@ class Work:
     def spool_folder(self) -> Path:
         return self.folder / "spool"
 
-    def with_layout(self, class_names: tuple[str, ...]) -> Work:
+    def with_layout(self, class_names: tuple[str, ...]) -> "Work":
         layout = Layout(self.config.format, self.config.img_size, class_names, self.source.is_labelled)
         return replace(self, layout=layout)
 

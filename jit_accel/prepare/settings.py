@@ -1,7 +1,5 @@
 """The settings of `jit_accel.prepare`; imports no torch, so that `--help` answers at once."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Literal
 

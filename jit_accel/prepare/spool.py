@@ -1,7 +1,5 @@
 """The Arrow files in which the images of a stream, which can only be read in order, wait to be shuffled."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise

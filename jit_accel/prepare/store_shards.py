@@ -1,7 +1,5 @@
 """The shards of a store: memory-mapped pixels with a table beside them, or Parquet alone."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

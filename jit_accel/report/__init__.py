@@ -1,7 +1,5 @@
 """Show runs on a page: `python -m jit_accel.report runs/mine`, or several folders to compare."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

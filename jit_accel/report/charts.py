@@ -5,8 +5,6 @@ A chart is a JSON object: `id`, `section`, `title`, `note`, `scale` of the y axi
 the number of values `n` behind each y, and `raw`, the curve's extremes.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict, dataclass
 

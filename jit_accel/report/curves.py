@@ -1,7 +1,5 @@
 """The measurements of a run, thinned while they are read: any number of rows in bounded memory."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from math import exp, isfinite
 from pathlib import Path
@@ -32,7 +30,7 @@ class Bucket:
         self.sum += value
         self.last = step
 
-    def merge(self, later: Bucket) -> None:
+    def merge(self, later: "Bucket") -> None:
         if later.low < self.low:
             self.low, self.low_step = later.low, later.low_step
         if later.high > self.high:

@@ -1,7 +1,5 @@
 """Charts, samples, settings and health events of some runs as one HTML page that needs no network."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined

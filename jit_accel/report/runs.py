@@ -1,7 +1,5 @@
 """A run's folder: its settings, how far it is, and what it measured."""
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import dataclass

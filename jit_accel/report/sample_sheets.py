@@ -1,7 +1,5 @@
 """Sample sheets over the run, small enough to be part of a page."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re

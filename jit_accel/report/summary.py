@@ -1,7 +1,5 @@
 """The words and numbers of a page: its head, health events and settings."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import fields

@@ -1,7 +1,5 @@
 """Entry point: `python -m jit_accel.sample --model runs/mine`, also under `accelerate launch -m`."""
 
-from __future__ import annotations
-
 from jit_accel.config.command_line import exit_code_of, parse_flags
 from jit_accel.sample.settings import SampleConfig, check
 

@@ -1,7 +1,5 @@
 """The images that are to be made: of which classes, how many, under which numbers and names."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Sequence

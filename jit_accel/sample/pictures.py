@@ -1,7 +1,5 @@
 """Pictures of a sampling for people to look at: a grid, a strip of trajectories, an animation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From settings to images: every process makes its share, in step with the others."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The output folder's `samples.json`: a folder is begun, continued, and never mixed with other images."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 A file is there whole or not at all, and what is there is not made again.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import shutil

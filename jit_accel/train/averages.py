@@ -5,8 +5,6 @@ the random weights of the start. `auto` lets the memory grow with the run, alway
 (the power-function averages of Karras et al., arXiv 2312.02696, have such a constant relative width).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 

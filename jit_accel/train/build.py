@@ -1,7 +1,5 @@
 """From settings to a trainer: device, data, resolved configuration, output folder, checkpoint to continue."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """The trainer's end of the data path: its batches, the wait for them, and the broken images met on the way."""
 
-from __future__ import annotations
-
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 

@@ -1,7 +1,5 @@
 """Trained weights to start from: those that fit are kept, and the others are named."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

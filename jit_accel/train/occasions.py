@@ -1,7 +1,5 @@
 """The list of all that happens every so many steps of a run, and the one question about it: what is due?"""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 

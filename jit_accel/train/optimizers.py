@@ -1,7 +1,5 @@
 """Parameter groups, optimizers, and the learning rate as a pure function of the step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from functools import partial

@@ -1,7 +1,5 @@
 """The results of a run: loss curve, diffusers pipeline folder, adapter."""
 
-from __future__ import annotations
-
 import filecmp
 import shutil
 from pathlib import Path

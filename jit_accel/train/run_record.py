@@ -1,7 +1,5 @@
 """A run in words and numbers: for the terminal, the trackers and the model card."""
 
-from __future__ import annotations
-
 import json
 import platform
 import subprocess

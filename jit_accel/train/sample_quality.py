@@ -1,7 +1,5 @@
 """The distance of a training's generated images from real ones, measured on the way by all processes together."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import KW_ONLY, dataclass, replace

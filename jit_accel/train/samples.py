@@ -1,7 +1,5 @@
 """Sheets of samples: a few classes, fixed noise, made by all processes together."""
 
-from __future__ import annotations
-
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The parts of a run that its checkpoints hold, besides those that keep their own state (feed, monitor, scaler)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -91,7 +89,7 @@ class RunFacts:
     @classmethod
     def of(
         cls, settings: dict, plan: Plan, source: Source, accelerator, class_names: list[str], adapter: Adapter | None
-    ) -> RunFacts:
+    ) -> "RunFacts":
         """Gather all that a reader of the run's checkpoints needs to know."""
         facts = {
             "world_size": accelerator.num_processes,

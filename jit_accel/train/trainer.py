@@ -1,7 +1,5 @@
 """The training loop. `Trainer.run` is the loop, `Trainer.train_step` the algorithm of the paper."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 from collections.abc import Callable, Sequence

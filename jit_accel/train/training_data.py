@@ -1,7 +1,5 @@
 """The images to train on, and those held out, the same on all processes."""
 
-from __future__ import annotations
-
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 

@@ -1,7 +1,5 @@
 """The loss on images that are not trained on, always with the same noise and times."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import numpy as np

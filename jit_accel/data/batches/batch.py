@@ -1,7 +1,5 @@
 """The batches that loaders hand out, and how one row becomes pixels."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable
@@ -34,7 +32,7 @@ class PixelBatch:
     bad_images: list[str] = field(default_factory=list)
     mirror: np.ndarray | None = None
 
-    def pin_memory(self) -> PixelBatch:
+    def pin_memory(self) -> "PixelBatch":
         """Return the same batch in page-locked memory."""
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 

@@ -4,8 +4,6 @@ An image is held out if its content key is below `share` of all possible keys. S
 files are added, renamed, moved or prepared, and copies of one image are all on the same side.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import hashlib

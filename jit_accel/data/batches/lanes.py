@@ -1,7 +1,5 @@
 """The lanes of a stream: undecoded rows in, by windows; decoded images out, in the order of `StreamOrder`."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

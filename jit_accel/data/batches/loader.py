@@ -1,7 +1,5 @@
 """Endless batches of decoded images for one process of the run, with exactly resumable state."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Iterator
@@ -37,7 +35,7 @@ def build_loader(
     lanes: int | None = None,
     num_classes: int | None = None,
     pin_memory: bool = False,
-) -> Loader:
+) -> "Loader":
     """Return an endless iterator of `PixelBatch`es of `batch_size` images for process `rank` of `world_size`.
 
     Each image comes exactly once an epoch, in an order that follows from the seed and the data (of a stream also from
@@ -98,7 +96,7 @@ class ReadingTask:
 class Loader:
     """Batches of one process, from a position that is the same on all of them; see `build_loader`."""
 
-    def __init__(self, task: ReadingTask, reader: RandomAccessReader | StreamReader, num_classes: int | None):
+    def __init__(self, task: ReadingTask, reader: "RandomAccessReader | StreamReader", num_classes: int | None):
         self._task, self._reader, self._num_classes = task, reader, num_classes
         self._position = 0
         self._batches: Iterator[PixelBatch | UserError] | None = None
@@ -108,7 +106,7 @@ class Loader:
         """The epoch of the next image, counted from 0."""
         return self._position // self._task.num_images
 
-    def __iter__(self) -> Loader:
+    def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> PixelBatch:

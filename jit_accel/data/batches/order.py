@@ -8,8 +8,6 @@ Random access: position p is image `epoch_permutation(seed, p // n, n)[p % n]` o
 are read front to back: see `StreamOrder`.
 """
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass
 from functools import cached_property, lru_cache

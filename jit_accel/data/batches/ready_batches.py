@@ -1,7 +1,5 @@
 """Batches that are ready on the device before they are asked for, by a thread beside the training."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import threading
@@ -20,7 +18,7 @@ PATIENCE_S = 2.0
 
 def batches(
     source: Source, *, img_size: int, batch_size: int, seed: int = 0, device: torch.device | str = "cpu", **how
-) -> ReadyBatches:
+) -> "ReadyBatches":
     """Return an endless iterator of the batches that a training sees: images in [-1, 1], labels and positions.
 
     Args:
@@ -81,7 +79,7 @@ class ReadyBatches:
             raise RuntimeError("load_state_dict() after the first batch")
         self._loader.load_state_dict(state)
 
-    def __iter__(self) -> ReadyBatches:
+    def __iter__(self) -> "ReadyBatches":
         return self
 
     def __next__(self) -> Batch:

@@ -1,7 +1,5 @@
 """The time that training waits for data, and advice against it."""
 
-from __future__ import annotations
-
 import shlex
 import time
 

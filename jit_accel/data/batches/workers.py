@@ -1,7 +1,5 @@
 """The processes that decode: torch DataLoader workers that survive the signals meant for the trainer."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

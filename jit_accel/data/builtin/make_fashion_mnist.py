@@ -5,8 +5,6 @@ download dataset-fashion-mnist; dpkg -x) or from https://github.com/zalandoresea
 the same images in the same order; the bytes of the files depend on the versions of Pillow and PyArrow.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import sys

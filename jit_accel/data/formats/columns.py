@@ -1,7 +1,5 @@
 """The columns of a table that are its images and labels, and the meaning of the labels."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -42,7 +40,7 @@ class Columns:
     name: str | None = None  # where names are not stored with the images
     any_image: bool = False  # a sample of a tar file without `image` may have one of another ending
 
-    def of_classes(self, labels: Labels) -> Columns:
+    def of_classes(self, labels: Labels) -> "Columns":
         """Return the same with the classes of text labels."""
         return replace(self, label_ids=labels.ids)
 

@@ -3,8 +3,6 @@
 Our own walk, because HF's `imagefolder` takes folders named train or test for splits and streams in class order.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 

@@ -1,7 +1,5 @@
 """Data sets on the Hugging Face Hub: `owner/name`, `owner/name:config`, `owner/name:config@revision`."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable

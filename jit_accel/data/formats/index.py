@@ -1,7 +1,5 @@
 """`index.json`, the table of contents of a folder written by `python -m jit_accel.prepare`."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -3,8 +3,6 @@
 The files may be deleted at any time; where they cannot be read or written, the work is done again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

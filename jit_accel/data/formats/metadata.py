@@ -1,7 +1,5 @@
 """Labels of a folder's images from metadata.csv and metadata.jsonl, as HF's `imagefolder` reads them."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """The stores that `python -m jit_accel.prepare` writes: squares of one size, shuffled once."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -39,7 +37,7 @@ def open_prepared(request: Request) -> Source:
     return replace(source_of(folder, "prepared", images, labels, identity), img_size=index["img_size"])
 
 
-def _open_pixels(request: Request, index: dict) -> PixelStore:
+def _open_pixels(request: Request, index: dict) -> "PixelStore":
     request.refuse("streaming", reason="holds memory-mapped pixels, which are read by random access")
     shards = tuple((shard["file"], shard["table"]["file"], shard["images"]) for shard in index["shards"])
     return PixelStore(os.path.abspath(request.path), index["img_size"], shards, index["is_labelled"])

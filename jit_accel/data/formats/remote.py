@@ -1,7 +1,5 @@
 """Addresses of files on servers: what they spell, and what lies beside them."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

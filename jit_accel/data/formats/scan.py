@@ -1,7 +1,5 @@
 """The walk over a folder of image files, their order, and what else lies there."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

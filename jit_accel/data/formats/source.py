@@ -1,7 +1,5 @@
 """An opened data set, and the few things that its openers share."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import logging

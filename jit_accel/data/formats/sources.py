@@ -1,7 +1,5 @@
 """The kinds of data that `--data_path` may name. A new format is one opener and one row in `FORMATS`."""
 
-from __future__ import annotations
-
 import glob
 import logging
 import os

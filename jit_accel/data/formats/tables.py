@@ -1,7 +1,5 @@
 """Tables of images by HF datasets: Parquet anywhere, a saved data set, and those that come with the package."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 HF's own reader decodes all members, of which any that is broken ends the reading, and skips rows by reading them.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

@@ -1,7 +1,5 @@
 """Keys of images by their encoded bytes: the same wherever and under whatever name it is stored."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """Bytes to pixels: any usual picture becomes one uint8 RGB square, or a `BadImage`."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -1,7 +1,5 @@
 """Random access to the images of a data set."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import logging

@@ -1,7 +1,5 @@
 """Networks that fail: one line when a host is lost, patience, and a message where it is in vain."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import logging

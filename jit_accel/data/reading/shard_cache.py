@@ -4,8 +4,6 @@ They lie in shards/ of the cache folder, take at most half of what is free or th
 many GiB), and give way to others when they were not used for longest.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The files of a data set, on this disk or on servers, whose files are fetched into the cache before they are read."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -1,7 +1,5 @@
 """A data set that is read in order, a unit at a time: row groups of Parquet files by HF datasets, or tar files."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
