@@ -74,7 +74,7 @@ def reject_unknown_flags(argv: list[str], settings: Mapping[str, Field]) -> None
     for argument in argv:
         if argument.startswith("--") and argument not in ("--", "--help"):
             name = argument[2:].partition("=")[0].replace("-", "_")
-            is_switch_off = name.startswith("no_") and name[3:] in settings and settings[name[3:]].type == "bool"
+            is_switch_off = name.startswith("no_") and name[3:] in settings and settings[name[3:]].type is bool
             if name not in settings and not is_switch_off:
                 raise UserError(f"{argument}: no such flag.{nearest(name, settings, '--')} --help lists them all.")
 
@@ -125,7 +125,7 @@ def _as_arguments(values: Mapping[str, Any], path: str) -> list[str]:
     for name, value in values.items():
         if isinstance(value, dict):
             raise UserError(f"{name} must be a plain value or a list, not a mapping.", about="config", value=path)
-        if SETTINGS[name].type != "bool":
+        if SETTINGS[name].type is not bool:
             parts = value if isinstance(value, list) else [value]
             arguments += [f"--{name}", *(str(part).lower() if isinstance(part, bool) else str(part) for part in parts)]
         elif isinstance(value, bool):
