@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from jit_accel.base import rng
-from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.base.errors import UserError
+from jit_accel.model.pipeline import STEPS, JiTPipeline
 
 # Matrix kernels of CPUs round the last rows of other batches differently. With torch 2.13 on AMD EPYC sizes of 4, 8, 12
 # agree in every bit; others differ in the last one, which changes a few of 100,000 values of the pictures by 1.
@@ -22,6 +23,26 @@ class SamplerSettings:
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     method: str | None = None
+
+    def completed(self, pipeline: JiTPipeline) -> "SamplerSettings":
+        """Return them with the pipeline's own in place of None."""
+        found = {name: pipeline.config[name] if value is None else value for name, value in asdict(self).items()}
+        return SamplerSettings(
+            found["num_inference_steps"] or STEPS,
+            float(found["guidance_scale"]),
+            tuple(map(float, found["guidance_interval"])),
+            found["method"] or pipeline.scheduler.config.solver,
+        )
+
+
+def checked_side(pipeline: JiTPipeline, side: int | None, about: str = "img_size") -> int:
+    """Return a side in pixels of images to make, None being as trained; UserError if it is no multiple of the patch."""
+    patch, side = pipeline.transformer.config.patch_size, side or pipeline.transformer.config.img_size
+    if side % patch:
+        lower = side // patch * patch
+        choices = " or ".join(str(n) for n in (lower, lower + patch) if n)
+        raise UserError(f"must be a multiple of the patch size, {patch}: use {choices}.", about=about, value=side)
+    return side
 
 
 def number_of(label: int, index: int, num_classes: int) -> int:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -76,6 +77,17 @@ def load_pipeline(
             raise UserError(rule, about=about, value=path) from None
     # diffusers warns of modules to keep in float32, of which there are none
     return pipeline if pipeline.dtype == torch_dtype else pipeline.to(torch_dtype)
+
+
+def load_quietly(model: str, ema: str | None, device: torch.device, compile: bool) -> JiTPipeline:
+    """Load a pipeline for many batches: on the device, compiled if asked to, and without a word."""
+    diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    pipeline = load_pipeline(model, ema).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    if compile:
+        pipeline.transformer.compile_repeated_blocks()
+    return pipeline
 
 
 def find_pipeline_in(folder: Path) -> Path | None:

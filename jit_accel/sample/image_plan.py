@@ -1,19 +1,23 @@
-"""The images that are to be made: of which classes, how many, under which numbers and names."""
+"""The images to make, under which numbers and names, and the folder, begun and continued, that is theirs alone."""
 
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
-from jit_accel.base.errors import UserError, nearest
+from jit_accel.base.errors import UserError, changed_settings, nearest
 from jit_accel.config.settings import MOST_IMAGES
+from jit_accel.data.formats.scan import SAMPLES_RECORD
 from jit_accel.model.generation import number_of
 from jit_accel.model.labels import find_name
 from jit_accel.sample.settings import DEFAULT_NUM_IMAGES, SampleConfig
 
 NO_CLASS = "none"
-_LONGEST_NAME = 40
+VERSION = 1
+LONGEST_NAME = 40
 
 
 class ImageId(NamedTuple):
@@ -67,7 +71,7 @@ class SamplePlan:
             return NO_CLASS
         number = f"{label:0{max(3, len(str(self.num_classes - 1)))}d}"
         plain = unicodedata.normalize("NFKD", self.class_names[label] if self.class_names else "")
-        name = re.sub(r"[^A-Za-z0-9]+", "-", plain.encode("ascii", "ignore").decode())[:_LONGEST_NAME].strip("-")
+        name = re.sub(r"[^A-Za-z0-9]+", "-", plain.encode("ascii", "ignore").decode())[:LONGEST_NAME].strip("-")
         return f"{number}_{name}" if name else number
 
     def classes(self) -> list[dict]:
@@ -89,12 +93,8 @@ def plan_images(config: SampleConfig, num_classes: int, class_names: Sequence[st
     share, rest = divmod(config.num_images or DEFAULT_NUM_IMAGES, len(labels))
     counts = [config.images_per_class or share + (k < rest) for k in range(len(labels))]
     if sum(counts) > MOST_IMAGES:
-        raise UserError(
-            f"{sum(counts):,} images are more than {MOST_IMAGES:,}: make them in several folders, each with its own "
-            "--seed.",
-            about="images_per_class",
-            value=config.images_per_class,
-        )
+        rule = f"{sum(counts):,} images are more than {MOST_IMAGES:,}: make them in several folders, each with its own "
+        raise UserError(f"{rule}--seed.", about="images_per_class", value=config.images_per_class)
     kept = [(label, count) for label, count in zip(labels, counts) if count]
     return SamplePlan(*zip(*kept), num_classes, tuple(class_names) if class_names else None)
 
@@ -123,3 +123,53 @@ def label_of(name: str, num_classes: int, class_names: Sequence[str] | None) -> 
     if names:
         rule += f", or a name: {', '.join(names[:10])}" + (", ..." if len(names) > 10 else "")
     raise UserError(f"no such class; {rule}; or none.{nearest(name, names)}", about="classes", value=name)
+
+
+def open_folder(folder: Path, record: dict, resume: bool) -> None:
+    """Make the folder, or make sure that it is for the images of `record`; what it holds stays as it is.
+
+    UserError if it holds anything and `resume` is not set, or other images; OSError if it cannot be written to.
+    """
+    problem = None
+    if folder.exists() and not folder.is_dir():
+        problem = "is a file: give a new folder."
+    elif (folder / SAMPLES_RECORD).is_file():
+        begun = "holds samples already: add --resume to go on, or give another folder."
+        problem = _difference(folder, record) if resume else begun
+    elif found := [path.name for path in sorted(folder.glob("*")) if holds_files(path)]:
+        missing = f"holds no {SAMPLES_RECORD} of a sampling to go on with"
+        problem = f"is not empty ({found[0]}) and {missing}: give a new folder."
+    if problem:
+        raise UserError(problem, about="output_dir", value=folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def holds_files(path: Path) -> bool:
+    """Return whether a path is more than empty folders, as a sampling that was stopped leaves them."""
+    is_empty = path.is_dir() and all(part.is_dir() for part in path.rglob("*"))
+    return not is_empty and not path.name.startswith(".")
+
+
+def _difference(folder: Path, now: dict) -> str | None:
+    """Return how the images in a folder differ from those that are asked for now; more of them are no difference."""
+    counts = {entry["label"]: entry["num_images"] for entry in now["classes"]}
+    try:
+        then = json.loads((folder / SAMPLES_RECORD).read_text(encoding="utf-8"))
+        changed = changed_settings(then["settings"], now["settings"])
+        if then["model"]["fingerprint"] != now["model"]["fingerprint"]:
+            old, new = map(_weights, (then["model"], now["model"]))
+            changed.append(f"--model: the weights of {new} are not those of {old} at that time")
+        for entry in then["classes"]:
+            before, count = entry["num_images"], counts.get(entry["label"], 0)
+            if count < before and not changed:
+                images = f"{before} images of class {entry['name']} belong to it and {count} are asked for now"
+                changed = [f"{images} (--classes, --num_images, --images_per_class)"]
+        if then["version"] != VERSION:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"its {SAMPLES_RECORD} is broken, or of another version of this program: give a new folder."
+    return f"was begun otherwise: {'; '.join(changed)}: use the same settings, or another folder." if changed else None
+
+
+def _weights(model: dict) -> str:
+    return f"{model['path']} with --ema {model['ema']}" if model["ema"] else str(model["path"])

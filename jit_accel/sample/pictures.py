@@ -30,11 +30,9 @@ Follow = Callable[[list[ImageId], list[int], Show], None]
 class Denoising:
     """Follows the ODE of a batch of images by the pipeline's callback, and calls `show` at some of its steps.
 
-    Args:
-        z: (B, 3, H, W), the noise that they start from.
-        steps: those to show, of 0 (noise) to num_steps (images).
-        show: is given x = z + (1 - t) dz/dt, the network's prediction under guidance, with Heun the mean over the step.
-        t_eps: floor of 1 - t, as in the scheduler.
+    z: (B, 3, H, W), the noise that they start from. steps: those to show, of 0 (noise) to num_steps (images). show: is
+    given x = z + (1 - t) dz/dt, the network's prediction under guidance, with Heun the mean over the step. t_eps: floor
+    of 1 - t, as in the scheduler.
     """
 
     z: Tensor

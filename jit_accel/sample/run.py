@@ -3,15 +3,15 @@
 import contextlib
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from diffusers.utils import logging as diffusers_logging
 
 from jit_accel.base.console import ImageProgress, say, warn
 from jit_accel.base.devices import DTYPES, chosen_precision, is_good_at_bf16
@@ -20,12 +20,11 @@ from jit_accel.base.files import disk_errors, write_json
 from jit_accel.base.processes import on_all, on_main, process_group
 from jit_accel.base.signals import Stopped, StopRequest
 from jit_accel.data.formats.scan import SAMPLES_RECORD
-from jit_accel.model.generation import SamplerSettings, generate_batches, share_of
-from jit_accel.model.loading import load_pipeline
-from jit_accel.model.pipeline import STEPS, JiTPipeline
-from jit_accel.sample.image_plan import ImageId, plan_images
+from jit_accel.model.generation import SamplerSettings, checked_side, generate_batches, share_of
+from jit_accel.model.loading import load_quietly
+from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.sample.image_plan import VERSION, ImageId, open_folder, plan_images
 from jit_accel.sample.pictures import Denoising, Show, draw_animation, draw_grid, draw_strip, start_noise
-from jit_accel.sample.samples_record import VERSION, open_folder
 from jit_accel.sample.settings import SampleConfig
 from jit_accel.sample.stores import ImageFiles, NpzFile
 
@@ -48,33 +47,6 @@ def sample(config: SampleConfig) -> int:
     return 0
 
 
-def size_of(config: SampleConfig, network) -> tuple[int, int]:
-    """Return height and width in pixels; raise `UserError` where they are no multiples of the patch size."""
-    patch, size = network.patch_size, []
-    for flag in ("height", "width"):
-        flag = flag if getattr(config, flag) is not None else "img_size"
-        side = getattr(config, flag) or network.img_size
-        if side % patch:
-            lower = side // patch * patch
-            choices = " or ".join(str(n) for n in (lower, lower + patch) if n)
-            raise UserError(f"must be a multiple of the patch size, {patch}: use {choices}.", about=flag, value=side)
-        size.append(side)
-    return tuple(size)
-
-
-def completed_settings(config: SampleConfig, pipeline: JiTPipeline) -> SamplerSettings:
-    """Return how images are drawn: as the flags say, else as the pipeline does."""
-    own = pipeline.config
-    interval = own.guidance_interval if config.guidance_interval is None else config.guidance_interval
-    scale = own.guidance_scale if config.guidance_scale is None else config.guidance_scale
-    return SamplerSettings(
-        num_inference_steps=config.num_inference_steps or own.num_inference_steps or STEPS,
-        guidance_scale=float(scale),
-        guidance_interval=tuple(map(float, interval)),
-        method=config.method or own.method or pipeline.scheduler.config.solver,
-    )
-
-
 def fingerprint(pipeline: JiTPipeline) -> str:
     """Return 16 hex digits of a network's configuration and some values of each tensor; training changes all."""
     found = hashlib.sha256()
@@ -91,30 +63,21 @@ def fingerprint(pipeline: JiTPipeline) -> str:
 class Sampling:
     """The images to make, the pipeline that makes them, and their place; making it writes nothing.
 
-    Raises:
-        UserError: settings that do not fit the pipeline.
+    UserError if settings do not fit the pipeline.
     """
 
     def __init__(self, config: SampleConfig, precision: str, accelerator: Accelerator, stop: StopRequest):
-        diffusers_logging.disable_progress_bar()
-        diffusers_logging.set_verbosity_error()
         self.config, self.precision, self.accelerator, self.stop = config, precision, accelerator, stop
-        self.pipeline = pipeline = load_pipeline(config.model, config.ema)
-        pipeline.set_progress_bar_config(disable=True)
-        network = pipeline.transformer.config
-        self.plan = plan_images(config, network.num_classes, pipeline.config.class_names)
-        self.size = size_of(config, network)
-        self.settings = completed_settings(config, pipeline)
-        self.model = {"path": config.model, "ema": config.ema, "fingerprint": fingerprint(pipeline)}
-        pipeline.to(accelerator.device)
-        if config.compile:
-            pipeline.transformer.compile_repeated_blocks()
+        self.pipeline = pipeline = load_quietly(config.model, config.ema, accelerator.device, config.compile)
+        self.plan = plan_images(config, pipeline.transformer.config.num_classes, pipeline.config.class_names)
+        sides = [flag if getattr(config, flag) else "img_size" for flag in ("height", "width")]
+        self.size = tuple(checked_side(pipeline, getattr(config, flag), flag) for flag in sides)
+        settings = {field.name: getattr(config, field.name) for field in fields(SamplerSettings)}
+        self.settings = SamplerSettings(**settings).completed(pipeline)
         self.folder = Path(config.output_dir).expanduser()
         self.batch_size = config.batch_size or (16 if accelerator.device.type == "cpu" else 64)
-        if config.format == "npz":
-            self.store = NpzFile(self.folder, self.plan, self.size)
-        else:
-            self.store = ImageFiles(self.folder, self.plan, config.format, self.size)
+        store = NpzFile if config.format == "npz" else partial(ImageFiles, extension=config.format)
+        self.store = store(self.folder, self.plan, size=self.size)
         self.writing = partial(disk_errors, "output_dir", self.folder, "run the same command again with --resume")
 
     def run(self) -> None:
@@ -127,11 +90,15 @@ class Sampling:
 
     def record(self) -> dict:
         """Return what stands in samples.json: what the images follow from, and which they are."""
-        size = {"height": self.size[0], "width": self.size[1]}
-        how = {"mixed_precision": self.precision, "format": self.config.format}
-        settings = {"seed": self.config.seed, **asdict(self.settings), **size, **how}
-        record = {"version": VERSION, "settings": settings, "model": self.model, "num_images": self.plan.num_images}
-        return {**record, "classes": self.plan.classes()}
+        config, (height, width) = self.config, self.size
+        how = {"height": height, "width": width, "mixed_precision": self.precision, "format": config.format}
+        return {
+            "version": VERSION,
+            "settings": {"seed": config.seed, **asdict(self.settings), **how},
+            "model": {"path": config.model, "ema": config.ema, "fingerprint": fingerprint(self.pipeline)},
+            "num_images": self.plan.num_images,
+            "classes": self.plan.classes(),
+        }
 
     def _begin(self) -> list[ImageId]:
         """Open the folder; return what is missing in it."""
@@ -173,21 +140,17 @@ class Sampling:
                     batch = mine[first : first + self.batch_size]
                     on_all(self.accelerator, partial(self._make_batch, batch), stop=self.stop)
                     progress.add(len(ids[start : start + self.batch_size * world_size]))
-            on_all(self.accelerator, partial(self._make_batch, []), stop=self.stop)
+            on_all(self.accelerator, partial(self._make_batch, []), stop=self.stop)  # waits until all are written
             return progress.rate
 
     def _make_batch(self, batch: Sequence[ImageId]) -> None:
-        """Make images and begin to write them; without any, wait until all are written."""
+        """Make images and begin to write them, when those before are written."""
         with self.writing():
-            if batch:
-                self.store.write(batch, self._draw(batch, self._stop_here))
-            else:
-                self.store.flush()
+            self.store.write(batch, self._draw(batch, self._stop_here) if batch else ())
 
-    def _draw(self, ids: Sequence[ImageId], on_step):
+    def _draw(self, ids: Sequence[ImageId], on_step) -> np.ndarray:
         """Return images uint8 (B, H, W, 3)."""
-        dtype = DTYPES.get(self.precision)
-        no_class = self.plan.num_classes
+        dtype, no_class = DTYPES.get(self.precision), self.plan.num_classes
         try:
             with torch.autocast(self.accelerator.device.type, dtype, enabled=dtype is not None):
                 ((_, images),) = generate_batches(
@@ -204,11 +167,8 @@ class Sampling:
                     on_step=on_step,
                 )
         except torch.OutOfMemoryError:
-            raise UserError(
-                "does not fit into the memory of the device: use a smaller one.",
-                about="batch_size",
-                value=self.batch_size,
-            ) from None
+            rule = "does not fit into the memory of the device: use a smaller one."
+            raise UserError(rule, about="batch_size", value=self.batch_size) from None
         return images.permute(0, 2, 3, 1).cpu().numpy()
 
     def _stop_here(self, *_) -> dict:

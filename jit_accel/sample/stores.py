@@ -1,7 +1,4 @@
-"""The two stores of images: a file for each in class folders, or all in one `.npz` as ADM's evaluator reads it.
-
-A file is there whole or not at all, and what is there is not made again.
-"""
+"""The two stores of images: a file for each in class folders, or all in one `.npz` as ADM's evaluator reads it."""
 
 import io
 import os
@@ -25,10 +22,9 @@ NPZ_FILE, PARTS = "samples.npz", ".parts"
 
 
 class ImageFiles:
-    """The images of a plan as files `000_name/000120.png` under `folder`, written in the background.
+    """The images of a plan as files `000_name/000120.png` under `folder`, each whole or not there; `size` is (H, W).
 
-    Args:
-        size: height and width in pixels.
+    They are written in the background, and what is there is not made again.
     """
 
     def __init__(self, folder: Path, plan: SamplePlan, extension: str, size: tuple[int, int]):
@@ -72,9 +68,8 @@ class ImageFiles:
             with Image.open(self.path(image)) as opened:
                 return np.asarray(opened.convert("RGB"))
         except OSError as error:
-            raise UserError(
-                f"{self.path(image)}: cannot be read ({error}): remove it, and make it with --resume."
-            ) from None
+            rule = f"{self.path(image)}: cannot be read ({error}): remove it, and make it with --resume."
+            raise UserError(rule) from None
 
     def finish(self) -> str:
         """Return what is there, in words."""
@@ -125,12 +120,8 @@ class NpzFile(ImageFiles):
         needed = 2 * self.plan.num_images * self.size[0] * self.size[1] * 3 - there
         free = shutil.disk_usage(self.folder).free
         if needed > free:
-            raise UserError(
-                f"the .npz and its parts need {needed / 2**30:,.1f} GiB more, and the disk has {free / 2**30:,.1f} GiB "
-                "left: make room, or choose another disk.",
-                about="output_dir",
-                value=self.npz.parent,
-            )
+            rule = f"the .npz and its parts need {needed / 2**30:,.1f} GiB more, and the disk has {free / 2**30:,.1f} "
+            raise self._wrong(f"{rule}GiB left: make room, or choose another disk.")
 
     def missing(self, stop_here: Callable[[], object] = lambda: None) -> list[ImageId]:
         """Return the images that are not there; raise `UserError` where an .npz of other images is."""
@@ -141,12 +132,8 @@ class NpzFile(ImageFiles):
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             held, count = "is broken", None
         if count != self.plan.num_images:
-            raise UserError(
-                f"{NPZ_FILE} {held}, and not the {self.plan.num_images:,} asked for: remove it and all beside it, or "
-                "choose another folder.",
-                about="output_dir",
-                value=self.npz.parent,
-            )
+            rule = f"{NPZ_FILE} {held}, and not the {self.plan.num_images:,} asked for: remove it and all beside it, "
+            raise self._wrong(f"{rule}or choose another folder.")
         return []
 
     def read(self, image: ImageId) -> np.ndarray:
@@ -170,6 +157,9 @@ class NpzFile(ImageFiles):
         shutil.rmtree(self.folder, ignore_errors=True)
         return str(self.npz)
 
+    def _wrong(self, rule: str) -> UserError:
+        return UserError(rule, about="output_dir", value=self.npz.parent)
+
 
 def _write_header(file, shape: tuple[int, ...], descr: str) -> None:
     np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": descr})
@@ -178,8 +168,7 @@ def _write_header(file, shape: tuple[int, ...], descr: str) -> None:
 def open_array(path: Path, name: str) -> np.ndarray:
     """Map an array of an uncompressed `.npz` into memory.
 
-    Raises:
-        OSError, ValueError, KeyError, zipfile.BadZipFile: it is not there or not whole.
+    OSError, ValueError, KeyError or zipfile.BadZipFile if it is not there or not whole.
     """
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(f"{name}.npy")
