@@ -1,18 +1,21 @@
-"""The kinds of `--input`, and what each holds: weights, sizes, settings."""
+"""The kinds of `--input`, and what each holds: weights, sizes, settings; pickles are read and never run."""
 
 import argparse
+import contextlib
 import json
-from collections.abc import Mapping
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, serialization
 
 from jit_accel.base.errors import UserError, nearest
 from jit_accel.config.settings import UNAVERAGED
-from jit_accel.convert.pickles import read_pickle
 from jit_accel.convert.sizes import from_arguments, from_pipeline, from_record
 from jit_accel.model.loading import (
     averages_of,
@@ -31,7 +34,32 @@ REFERENCE_DECAYS = {"ema1": "0.9999", "ema2": "0.9996"}
 WRAPPERS = {"net", "module", "_orig_mod"}
 TELLTALE = "x_embedder.proj1.weight"
 POSITIONS = "pos_embed"
+# Besides tensors and plain containers, which `weights_only` allows. A Namespace only holds attributes.
+ALLOWED = [argparse.Namespace]
 FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+# Words of torch's errors, and what they mean to the user; `{}` is what the pattern found.
+_REASONS = (
+    (
+        # As in "Unsupported global: GLOBAL posix.system was not an allowed global by default"
+        r"GLOBAL:? ([\w.]+)",
+        "refused, and nothing of it was run: its pickle asks for `{}`, where only tensors, containers and "
+        "argparse.Namespace are allowed. A file that asks for more can run any code: get it from its author as "
+        ".safetensors, or as a .pth of tensors and plain values.",
+    ),
+    ("TorchScript()", "is a TorchScript program, not a checkpoint: give the .pth that the training wrote."),
+    (
+        r"legacy \.tar format()",
+        "refused: the tar format of torch 0.1 cannot be read safely; save it anew with a later torch.",
+    ),
+    (
+        r"(?:WeightsUnpickler error:\s*|(?=Unsupported))(.{0,120})",
+        "refused, and nothing of it was run: it is no pickle of tensors and plain values as torch.save writes it ({}).",
+    ),
+    (
+        r"\A\s*(.{0,160})",
+        "cannot be read as a file of torch.save; it is broken, cut off or something else ({}): get it again.",
+    ),
+)
 
 
 @dataclass
@@ -94,29 +122,31 @@ def open_checkpoint(path: Path, wanted: str | None) -> Input:
     given = content.get("args")
     given = vars(given) if isinstance(given, argparse.Namespace) else given
     arguments = given if isinstance(given, Mapping) else {}
-    decays = {name: str(arguments.get(f"ema_decay{name[3:]}", decay)) for name, decay in REFERENCE_DECAYS.items()}
-    name = choose(path, sets, wanted, {decay: name for name, decay in decays.items()})
+    known = {name: str(arguments.get(f"ema_decay{name[3:]}", decay)) for name, decay in REFERENCE_DECAYS.items()}
+    decays = {name: known.get(name, name) for name in sets}
+    if wanted is None and len(sets) > 1 and "ema1" not in sets:
+        raise UserError(f"{path} has no ema1, but {', '.join(sets)}: choose one with --weights.", about="weights")
+    name = choose(path, decays, wanted or ("ema1" if "ema1" in sets else next(iter(sets))))
     weights, positions = plain_names(path, sets[name])
     if positions is None:  # the table is the same for all sets
         positions = next((table for other in sets.values() if (table := plain_names(path, other)[1]) is not None), None)
     epoch = content.get("epoch")
     epoch = epoch if isinstance(epoch, int) and not isinstance(epoch, bool) else None
-    set_name = f"{name} (decay {decays[name]})" if name in decays else name
     facts = {"epochs trained": epoch + 1} if epoch is not None and "optimizer" in content else {}
-    return Input(path, weights, set_name, from_arguments(arguments), positions, epoch, facts)
+    return Input(path, weights, _with_decay(name, decays[name]), from_arguments(arguments), positions, epoch, facts)
 
 
-def choose(path: Path, sets: Mapping, wanted: str | None, by_decay: Mapping[str, str]) -> str:
-    """Return the key in `sets` that `--weights` means."""
-    there = ", ".join(sets)
-    if wanted is None:
-        if len(sets) > 1 and "ema1" not in sets:
-            raise UserError(f"{path} has no ema1, but {there}: choose one with --weights.", about="weights")
-        return "ema1" if "ema1" in sets else next(iter(sets))
-    name = by_decay.get(wanted, wanted)
-    if name not in sets:
-        raise _refusal(wanted, f"{path} has no such weights, but {there}.{nearest(name, sets)}", "weights")
-    return name
+def choose(path: Path, decays: Mapping[str, str], wanted: str) -> str:
+    """Return the set of weights that `--weights` means by its name or its decay; others have their name for a decay."""
+    for name, decay in decays.items():
+        if wanted in (name, decay):
+            return name
+    there = ", ".join(_with_decay(*pair) for pair in decays.items())
+    raise _refusal(wanted, f"{path} has {there}.{nearest(wanted, decays)}", "weights")
+
+
+def _with_decay(name: str, decay: str) -> str:
+    return name if name == decay else f"{name} (decay {decay})"
 
 
 def open_tensors(path: Path, wanted: str | None) -> Input:
@@ -129,7 +159,7 @@ def open_tensors(path: Path, wanted: str | None) -> Input:
         raise _refusal(path, f"cannot be read as safetensors ({error}): get it again.") from None
     if not is_state_dict(tensors):
         raise _refusal(path, f"holds no weights of a JiT: there is no {TELLTALE} in it.")
-    choose(path, {UNAVERAGED: tensors}, wanted, {})
+    choose(path, {UNAVERAGED: UNAVERAGED}, wanted or UNAVERAGED)
     weights, positions = plain_names(path, tensors)
     try:
         stated = from_record({**json.loads(metadata.get("config", "{}")), **json.loads(metadata.get("pipeline", "{}"))})
@@ -170,16 +200,12 @@ def average_for(checkpoint: Path, wanted: str | None) -> str:
     ema1 and ema2 are the reference's decays where the run kept both, else the run's first and second.
     """
     averages = averages_of(checkpoint)
-    if wanted is None:
-        return averages[0]
     named = {f"ema{i}": average for i, average in enumerate(averages, 1)}
-    if set(REFERENCE_DECAYS.values()) <= set(averages):
-        named |= REFERENCE_DECAYS
-    average = named.get(wanted, wanted)
-    if average not in (UNAVERAGED, *averages):
-        there = [UNAVERAGED, *(f"{name} (decay {decay})" for name, decay in named.items())]
-        raise _refusal(wanted, f"{checkpoint} has {', '.join(there)}.", "weights")
-    return average
+    theirs = set(REFERENCE_DECAYS.values())
+    if theirs <= set(averages):
+        named = REFERENCE_DECAYS | {average: average for average in averages if average not in theirs}
+    named = {UNAVERAGED: UNAVERAGED, **named}
+    return named[choose(checkpoint, named, wanted or averages[0])]
 
 
 def _of_pipeline(path: Path | None, pipeline: JiTPipeline, set_name: str) -> Input:
@@ -215,3 +241,47 @@ def plain_names(path: Path, state_dict: Mapping) -> tuple[dict[str, Tensor], Ten
             raise _refusal(path, f"{full_name} is no plain floating-point tensor but {kind}.")
         weights[name] = tensor.detach()
     return weights, weights.pop(POSITIONS, None)
+
+
+def read_pickle(path: Path) -> object:
+    """Return what `torch.save` put into the file; tensors on the CPU, mapped into memory where the format permits it.
+
+    Raises `UserError`: it is broken, no file of `torch.save`, or asks for more than tensors, containers and
+    `argparse.Namespace`, of which nothing is run then.
+    """
+    with path.open("rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            rule = "is only a Git LFS pointer: fetch the file itself with `git lfs pull`."
+            raise UserError(rule, about="input", value=path)
+    try:
+        with only_allowed(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of them is said by `reason_of`
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped(path))
+    except Exception as error:  # a made-up file can make the reader fail in any way
+        raise UserError(reason_of(error), about="input", value=path) from None
+
+
+@contextlib.contextmanager
+def only_allowed() -> Iterator[None]:
+    """Inside, `weights_only` allows what torch itself does and `ALLOWED`; not what other libraries have added."""
+    before = serialization.get_safe_globals()
+    serialization.clear_safe_globals()
+    try:
+        with serialization.safe_globals(ALLOWED):
+            yield
+    finally:
+        serialization.clear_safe_globals()
+        serialization.add_safe_globals(before)
+
+
+def can_be_mapped(path: Path) -> bool:
+    """Return whether the file is a zip archive of stored, not compressed, entries; others cannot be mapped."""
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+    return False
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a file was not read, and what to do, from torch's many words."""
+    text = str(error) or type(error).__name__
+    return next(meaning.format(match[1]) for pattern, meaning in _REASONS if (match := re.search(pattern, text)))

@@ -1,37 +1,59 @@
-"""A conversion from beginning to end."""
+"""A conversion from beginning to end: a file or a pipeline folder is written, whole or not at all."""
 
+import contextlib
+import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers.utils.logging import disable_progress_bar
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from jit_accel.base.console import say, warn
 from jit_accel.base.errors import UserError
+from jit_accel.base.files import atomic_file, atomic_folder, disk_error
 from jit_accel.convert.inputs import Input, open_input
 from jit_accel.convert.settings import FOLDER, ConvertConfig, given_flags, read_class_names, target_kind
-from jit_accel.convert.sizes import PAPER_GUIDANCE, model_name, network_config, preset_of, sampling_settings
-from jit_accel.convert.targets import (
-    Converted,
-    build,
-    check_target,
-    plain_values,
-    write_pth,
-    write_safetensors,
-    written_whole,
+from jit_accel.convert.sizes import (
+    model_name,
+    network_config,
+    paper_guidance,
+    position_table,
+    sampling_settings,
+    to_arguments,
 )
 from jit_accel.model import hub
 from jit_accel.model.card import CARD_FILE, CARD_PICTURE, conversion_card
 from jit_accel.model.carried_code import INDEX_FILE
+from jit_accel.model.guidance import DEFAULTS
 from jit_accel.model.loading import find_pipeline_in
+from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.model.scheduler import JiTScheduler
+from jit_accel.model.transformer import JiTTransformer2DModel
 
+PREFIX = "net."  # the reference's Denoiser holds the network under this name
 # What else a pipeline folder may hold that belongs to its weights.
 BELONGINGS = (CARD_FILE, CARD_PICTURE, "evaluation*")
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ONLY_IN_TRAINING = ("proj_dropout", "attn_dropout")
+
+
+@dataclass
+class Converted:
+    """The weights that are to be written, by the network's parameter names and in the type to write.
+
+    opened: where they come from. config: of the network. settings: of the sampling.
+    """
+
+    opened: Input
+    weights: dict[str, Tensor]
+    config: dict
+    settings: dict
 
 
 def convert(config: ConvertConfig) -> None:
@@ -59,25 +81,49 @@ def write(config: ConvertConfig) -> Path:
     opened = open_input(config.input, config.weights)
     check_target(target, kind, opened.path, config.overwrite)
     result = convert_weights(opened, flags, config.dtype)
-    describe(config.input, opened, result)
-    writers = {"pth": write_pth, "safetensors": write_safetensors, FOLDER: lambda *what: write_folder(opened, *what)}
+    describe(config.input, result)
+    writers = {"pth": write_pth, "safetensors": write_safetensors, FOLDER: write_folder}
     with written_whole(target, kind) as temporary:
         writers[kind](result, temporary)
     say(f"Wrote:   {config.output}")
     return target
 
 
-def write_folder(opened: Input, result: Converted, folder: Path) -> None:
-    """Write a pipeline folder, with the input's model card and evaluations if the images stay the same."""
-    pipeline = build(result)
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    if opened.path and (opened.path / INDEX_FILE).is_file() and makes_the_same_images(opened, result):
-        for file in (file for pattern in BELONGINGS for file in opened.path.glob(pattern)):
-            if file.is_file() and not (folder / file.name).exists():
-                shutil.copy(file, folder / file.name)
-    if not (folder / CARD_FILE).exists():
-        card = conversion_card(pipeline, model_name(result.config), opened.set_name, opened.facts)
-        (folder / CARD_FILE).write_text(card, encoding="utf-8")
+def check_target(target: Path, kind: str, source: Path | None, overwrite: bool) -> None:
+    """Raise `UserError` for a target that exists, is of another kind, or is the source or holds it."""
+    try:
+        is_there, is_folder = target.exists(), target.is_dir()
+    except OSError as error:  # a name that is too long, say
+        raise disk_error(error, "output", target) from None
+    source = source and source.resolve()
+    is_pipeline = (target / INDEX_FILE).is_file()
+    problem = None
+    if source and (target == source or target in source.parents):
+        problem = f"is, or holds, what is converted ({source}): give another place."
+    elif source and source in target.parents and (source / INDEX_FILE).exists():
+        problem = "lies inside the pipeline that is converted: give another place."
+    elif is_there and is_folder != (kind == FOLDER):
+        problem = f"is {'a folder' if is_folder else 'a file'}: give another name."
+    elif is_folder and not is_pipeline and any(target.iterdir()):
+        problem = "is a folder that holds other things than a pipeline: give another name."
+    elif is_there and not overwrite and (is_pipeline or not is_folder):
+        problem = "is there already: add --overwrite to replace it, or give another name."
+    if problem:
+        raise UserError(problem, about="output", value=target)
+
+
+@contextlib.contextmanager
+def written_whole(target: Path, kind: str) -> Iterator[Path]:
+    """Give a path beside `target` to write to, which takes its place at the end; nothing is left where that fails.
+
+    Raises `UserError`: the disk does not take it.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (atomic_folder if kind == FOLDER else atomic_file)(target) as temporary:
+            yield temporary
+    except (OSError, SafetensorError) as error:
+        raise disk_error(error, "output", target) from None
 
 
 def convert_weights(opened: Input, flags: dict, dtype: str) -> Converted:
@@ -87,17 +133,16 @@ def convert_weights(opened: Input, flags: dict, dtype: str) -> Converted:
     """
     sizes, notes = network_config(opened.weights, opened.positions, opened.stated, flags)
     settings = sampling_settings(sizes, opened.stated, flags)
-    paper = PAPER_GUIDANCE.get(preset_of(sizes))
+    paper = paper_guidance(sizes)
     if settings["guidance_scale"] == 1 and "guidance_scale" not in flags and paper:
-        papers = paper[sizes["img_size"] >= 512]
-        notes.append(f"guidance is 1 (none) in the input; the paper has {papers:g} for this size (--guidance_scale).")
+        notes.append(f"guidance is 1 (none) in the input; the paper has {paper:g} for this size (--guidance_scale).")
     for note in (*notes, *_shared_names(settings["class_names"] or ())):
         warn(note)
     weights = {name: in_type(name, tensor, dtype) for name, tensor in opened.weights.items()}
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
         warn(f"{len(broken)} tensors hold values that are not finite, {broken[0]} among them: images will be black.")
-    return Converted(weights, sizes, settings, opened.set_name, opened.epoch)
+    return Converted(opened, weights, sizes, settings)
 
 
 def _shared_names(names: Sequence[str]) -> Iterator[str]:
@@ -122,13 +167,12 @@ def in_type(name: str, tensor: Tensor, dtype: str) -> Tensor:
     return converted
 
 
-def describe(place: str, opened: Input, result: Converted) -> None:
-    """Say what was found."""
+def describe(place: str, result: Converted) -> None:
     config, settings = result.config, result.settings
     number = sum(tensor.numel() for tensor in result.weights.values())
     low, high = settings["guidance_interval"]
     say(
-        f"Input:   {place}, weights: {opened.set_name}\n"
+        f"Input:   {place}, weights: {result.opened.set_name}\n"
         f"Network: {model_name(config)} at {config['img_size']} px, {number:,} parameters, {config['num_classes']} "
         f"classes, {config['num_heads']} heads, class tokens before block {config['in_context_start']}\n"
         f"Samples: predicts {settings['prediction']}, noise scale {settings['noise_scale']:g}, "
@@ -136,11 +180,70 @@ def describe(place: str, opened: Input, result: Converted) -> None:
     )
 
 
-def makes_the_same_images(opened: Input, result: Converted) -> bool:
+def makes_the_same_images(result: Converted) -> bool:
     """Return whether what was said and measured of the input holds of the result."""
-    now = {**result.config, **result.settings}
+    opened, now = result.opened, {**result.config, **result.settings}
     stated = {name: value for name, value in opened.stated.items() if name in now and name not in ONLY_IN_TRAINING}
     return plain_values({name: now[name] for name in stated}) == plain_values(stated) and all(
         torch.promote_types(tensor.dtype, opened.weights[name].dtype) == tensor.dtype
         for name, tensor in result.weights.items()
     )
+
+
+def write_folder(result: Converted, folder: Path) -> None:
+    """Write a pipeline folder, with the input's model card and evaluations if the images stay the same."""
+    opened, settings = result.opened, result.settings
+    with torch.device("meta"):
+        network = JiTTransformer2DModel(**result.config)
+    network.load_state_dict(result.weights, strict=True, assign=True)
+    scheduler = JiTScheduler(*(settings[name] for name in ("prediction", "t_eps", "noise_scale", "solver")))
+    pipeline = JiTPipeline(network.eval(), scheduler, **{name: settings[name] for name in ("class_names", *DEFAULTS)})
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    if opened.path and (opened.path / INDEX_FILE).is_file() and makes_the_same_images(result):
+        for file in (file for pattern in BELONGINGS for file in opened.path.glob(pattern)):
+            if file.is_file() and not (folder / file.name).exists():
+                shutil.copy(file, folder / file.name)
+    if not (folder / CARD_FILE).exists():
+        card = conversion_card(pipeline, model_name(result.config), opened.set_name, opened.facts)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def write_pth(result: Converted, path: Path) -> None:
+    """Write a checkpoint for the reference's code: its `model`, `model_ema1` and `model_ema2` are all these weights.
+
+    `args` is a dictionary of plain values, so that `torch.load(weights_only=True)` reads the file.
+    """
+    arguments = to_arguments({**result.config, **result.settings, "model": model_name(result.config)})
+    sets = dict.fromkeys(("model", "model_ema1", "model_ema2"), reference_names(result))  # stored once
+    try:
+        torch.save({**sets, "epoch": result.opened.epoch or 0, "args": plain_values(arguments)}, path)
+    except RuntimeError as error:  # torch's word for a full disk
+        raise OSError(str(error)) from error
+
+
+def write_safetensors(result: Converted, path: Path) -> None:
+    """Write one file with the reference's names; sizes and settings are JSON in its metadata."""
+    config, settings = (json.dumps(plain_values(values)) for values in (result.config, result.settings))
+    metadata = {"format": "pt", "weights": result.opened.set_name, "config": config, "pipeline": settings}
+    save_file(reference_names(result), path, metadata=metadata)
+
+
+def reference_names(result: Converted) -> dict[str, Tensor]:
+    """Return the weights and the fixed table as the reference's state dict, each with a storage of its own."""
+    dtype = next(iter(result.weights.values())).dtype
+    table = position_table(result.config).to(dtype).clone()
+    return {PREFIX + name: _alone(tensor) for name, tensor in {"pos_embed": table, **result.weights}.items()}
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Return the tensor contiguous, and no view of something larger, which would be saved whole."""
+    tensor = tensor.contiguous()
+    is_all = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if is_all else tensor.clone()
+
+
+def plain_values(values: Mapping) -> dict:
+    """Return values as JSON and `weights_only` take them: without absent ones, tuples as lists."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if value is not None
+    }

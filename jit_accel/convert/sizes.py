@@ -20,14 +20,11 @@ PATCHES_A_SIDE = 16  # the paper's, at every image size
 # 2511.13720's guidance by size, below 512 px and from there on; G is ours, as in the recipes.
 PAPER_GUIDANCE = {"JiT-B": (3.0, 3.0), "JiT-L": (2.4, 2.5), "JiT-H": (2.2, 2.3), "JiT-G": (2.2, 2.3)}
 DEFAULT_GUIDANCE = 2.0
-# In which words each size is read off.
+# Flags, and where in the weights their sizes are seen.
 SHOWN_BY = {
     "num_heads": "blocks.0.attn.q_norm.weight",
     "patch_size": "x_embedder.proj1.weight",
-    "in_channels": "x_embedder.proj1.weight",
     "img_size": "pos_embed",
-    "num_classes": "y_embedder.embedding_table.weight",
-    "in_context_len": "in_context_posemb",
 }
 
 
@@ -114,9 +111,9 @@ def network_config(
             rule = f"pos_embed has the shape {tuple(positions.shape)}, which is no square image's."
             raise UserError(rule, about="input")
         sizes["img_size"] = side * sizes["patch_size"]
-    for name in SIZES:
+    for name, shown_by in SHOWN_BY.items():
         if name in flags and name in sizes and flags[name] != sizes[name]:
-            rule = f"the weights say {sizes[name]} (shape of {SHOWN_BY[name]}): leave the flag out."
+            rule = f"the weights say {sizes[name]} (shape of {shown_by}): leave the flag out."
             raise UserError(rule, about=name, value=flags[name])
     notes = _contradictions(sizes, stated, preset)
     if "img_size" not in sizes:
@@ -265,13 +262,17 @@ def position_table(config: Mapping) -> Tensor:
     return functional.position_table(config["hidden_size"], (grid, grid), grid, torch.device("cpu"))
 
 
+def paper_guidance(config: Mapping) -> float | None:
+    """Return the paper's guidance for a network of this configuration; None for sizes that it does not have."""
+    return PAPER_GUIDANCE.get(preset_of(config), (None, None))[config["img_size"] >= 512]
+
+
 def sampling_settings(config: Mapping, stated: Mapping, flags: Mapping) -> dict:
     """Return what a pipeline needs beside its network: from flags, else as the input states, else the paper."""
-    size = config["img_size"]
-    guidance = PAPER_GUIDANCE.get(preset_of(config), (DEFAULT_GUIDANCE,) * 2)[size >= 512]
+    guidance = paper_guidance(config) or DEFAULT_GUIDANCE
     paper = {
         "prediction": "x",
-        "noise_scale": max(1.0, size / 256),
+        "noise_scale": max(1.0, config["img_size"] / 256),
         "t_eps": 0.05,
         "solver": "heun",
         "guidance_scale": guidance if config["num_classes"] > 1 else 1.0,

@@ -28,9 +28,9 @@ from jit_accel.base.errors import UserError
 from jit_accel.config.presets import PRESETS
 from jit_accel.config.settings import HubConfig
 from jit_accel.convert import main
+from jit_accel.convert.run import written_whole
 from jit_accel.convert.settings import FOLDER, NetworkFlags, SamplingFlags, read_class_names
 from jit_accel.convert.sizes import from_arguments, network_config, sampling_settings
-from jit_accel.convert.targets import written_whole
 from jit_accel.model.loading import load_pipeline
 from jit_accel.model.transformer import JiTTransformer2DModel
 
@@ -358,7 +358,7 @@ def test_the_golden_networks_sizes_are_found(file):
         ((*CONTEXT, "--num_heads", "3"), "the weights say 4"),
         ((*CONTEXT, "--img_size", "32"), "the weights say 16"),
         ((*CONTEXT, "--patch_size", "8"), "the weights say 4"),
-        ((*CONTEXT, "--weights", "ema3"), "model, ema1, ema2"),
+        ((*CONTEXT, "--weights", "ema3"), "model, ema1 (decay 0.9999), ema2 (decay 0.9996)"),
         ((*CONTEXT, "--noise_scale", "0"), "must be positive"),
         ((*CONTEXT, "--guidance_interval", "0.9", "0.1"), "LOW <= HIGH"),
         ((*CONTEXT, "--class_names", "missing.txt"), "cannot be read"),
