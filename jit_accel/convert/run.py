@@ -28,9 +28,9 @@ from jit_accel.convert.sizes import (
     to_arguments,
 )
 from jit_accel.model import hub
+from jit_accel.model.call_arguments import DEFAULTS
 from jit_accel.model.card import CARD_FILE, CARD_PICTURE, conversion_card
 from jit_accel.model.carried_code import INDEX_FILE
-from jit_accel.model.guidance import DEFAULTS
 from jit_accel.model.loading import find_pipeline_in
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.scheduler import JiTScheduler

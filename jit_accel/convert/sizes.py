@@ -10,7 +10,7 @@ from torch import Tensor
 from jit_accel.base.errors import UserError
 from jit_accel.config.presets import PRESETS, swiglu_width
 from jit_accel.model import functional
-from jit_accel.model.guidance import is_number
+from jit_accel.model.call_arguments import is_number
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.scheduler import CALLS_PER_STEP
 from jit_accel.model.spaces import SPACES

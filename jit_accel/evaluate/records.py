@@ -23,8 +23,7 @@ from jit_accel.evaluate.sweep import Outcome
 from jit_accel.model.card import CARD_FILE, EVALUATION_FILE, refresh_card
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.checkpoints import complete_checkpoints
-from jit_accel.model.defaults import write_defaults
-from jit_accel.model.loading import averages_of, pipeline_of_checkpoint
+from jit_accel.model.loading import averages_of, pipeline_of_checkpoint, write_defaults
 
 FILE = EVALUATION_FILE  # where the model card looks for it
 _SETTINGS = {  # header in the table, and how a value is written

@@ -1,5 +1,6 @@
-"""A pipeline from whatever holds one: a pipeline folder, a run, a checkpoint, a Hub id."""
+"""A pipeline from whatever holds one, a folder, a run, a checkpoint or a Hub id; and the defaults of a folder."""
 
+import json
 import os
 from pathlib import Path
 
@@ -8,9 +9,11 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from jit_accel.base.errors import UserError, message_of, nearest
+from jit_accel.base.errors import UserError, lookup, message_of, nearest
+from jit_accel.base.files import write_text
 from jit_accel.config.settings import UNAVERAGED, Config, ModelConfig, ObjectiveConfig
-from jit_accel.model.carried_code import INDEX_FILE
+from jit_accel.model.call_arguments import DEFAULTS, checked_default
+from jit_accel.model.carried_code import INDEX_FILE, json_text
 from jit_accel.model.checkpoints import find_checkpoint_in, read_run
 from jit_accel.model.lora import merged, refuse_other_base, weights_fingerprint
 from jit_accel.model.pipeline import JiTPipeline
@@ -151,3 +154,28 @@ def base_of(checkpoint: Path, run: dict) -> dict[str, torch.Tensor]:
         raise UserError(f"{checkpoint} is an adapter for {message_of(error)}") from None
     refuse_other_base(checkpoint, run, path, weights_fingerprint(base))
     return base
+
+
+def write_defaults(folder: str | os.PathLike, **settings) -> None:
+    """Write what calls of a saved pipeline use that do not say otherwise, whole or not at all.
+
+    Args:
+        settings: of guidance_scale, guidance_interval, num_inference_steps and method; None: as if never written.
+
+    Raises:
+        UserError: the folder is no pipeline, there is no such setting, or its value makes no sense.
+
+    Example:
+        >>> write_defaults("output/pipeline", guidance_scale=2.4, guidance_interval=(0.1, 1.0))
+    """
+    file = Path(folder) / INDEX_FILE
+    if not file.is_file():
+        raise UserError(f"{folder}: holds no {INDEX_FILE}: give the folder of a saved pipeline.")
+    index = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        lookup(DEFAULTS, name, "settings")
+        try:
+            index[name] = checked_default(name, value)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    write_text(file, json_text(index))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from jit_accel.base.errors import UserError, nearest
 from jit_accel.base.files import atomic_folder
-from jit_accel.model.lora_loader import JiTLoraLoaderMixin
+from jit_accel.model.pipeline import JiTPipeline
 
 ADAPTER = "default"
 
@@ -53,7 +53,7 @@ class Adapter:
         config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": self.targets}
         layers = {name.replace(f".{ADAPTER}.", "."): tensor.contiguous() for name, tensor in tensors.items()}
         with atomic_folder(folder) as temporary:
-            JiTLoraLoaderMixin.save_lora_weights(temporary, layers, transformer_lora_adapter_metadata=config)
+            JiTPipeline.save_lora_weights(temporary, layers, transformer_lora_adapter_metadata=config)
 
 
 def merged(tensors: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -8,15 +8,25 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
+from jit_accel.model.call_arguments import (
+    Label,
+    Picture,
+    checked_count,
+    checked_default,
+    checked_interval,
+    checked_scale,
+    guidance_weight,
+    label_ids,
+    repaint_mask,
+    skipped_steps,
+    start_images,
+)
 from jit_accel.model.carried_code import INDEX_FILE, KeptCardMixin, carry_code
-from jit_accel.model.guidance import checked_count, checked_default, checked_interval, checked_scale, guidance_weight
-from jit_accel.model.image_input import Picture, repaint_mask, skipped_steps, start_images
-from jit_accel.model.labels import Label, label_ids
-from jit_accel.model.lora_loader import JiTLoraLoaderMixin
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import JiTTransformer2DModel
 
@@ -26,8 +36,10 @@ STEPS = 50  # where neither the call nor the pipeline says
 DOWNLOAD_SETTINGS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 
 
-class JiTPipeline(KeptCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
+class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
     """Generate images of given classes with a JiT.
+
+    LoRA adapters are loaded and fused as by Sana's pipeline, whose only network is a `transformer` too.
 
     Args:
         transformer, scheduler: the network and its ODE.
@@ -97,6 +109,30 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, JiTLoraLoaderMixin):
         """Write `model_index.json`, last of all in `save_pretrained`, and the code with which diffusers reads it."""
         super().save_config(save_directory, *args, **kwargs)
         carry_code(Path(save_directory), type(self))
+
+    def load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, hotswap: bool = False, **kwargs
+    ) -> None:
+        """Add an adapter to the network and use it.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: a folder, file or Hub id with LoRA weights as safetensors, such as
+                `runs/x/lora`; or its tensors, whose names begin with `transformer.`.
+            adapter_name: what `set_adapters` calls it; diffusers makes one up.
+            hotswap: put it in the place of the one of that name, without another compilation.
+            kwargs: such as `weight_name`, `subfolder`, `revision` or `token`.
+
+        Raises:
+            ValueError: peft is not installed, or nothing there belongs to an adapter of this network.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        before = list(getattr(self.transformer, "peft_config", {}))
+        kwargs.setdefault("use_safetensors", True)  # never a pickle
+        super().load_lora_weights(source, adapter_name, hotswap, **kwargs)
+        if not hotswap and list(getattr(self.transformer, "peft_config", {})) == before:  # diffusers only warns
+            name = "the given tensors" if isinstance(source, Mapping) else source
+            rule = f"no LoRA weights of this network, whose names begin with {self.transformer_name}."
+            raise ValueError(f"{name}: {rule}")
 
     @property
     def interrupt(self) -> bool:

@@ -1,13 +1,13 @@
 """The JiT transformer (arXiv 2511.13720) as a diffusers model: a plain ViT on raw pixel patches."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from jit_accel.config.presets import TIME_FEATURES, parse_model_name, swiglu_width
@@ -19,13 +19,6 @@ from jit_accel.model.functional import (
     rope_table,
     time_frequencies,
 )
-
-
-@dataclass
-class JiTOutput(BaseOutput):
-    """`sample` (B, 3, H, W): the prediction, in the network's compute dtype."""
-
-    sample: Tensor
 
 
 class RMSNorm(nn.Module):
@@ -233,8 +226,8 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def forward(
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
-    ) -> JiTOutput | tuple[Tensor]:
-        """Predict x (or e or v, whichever the network was trained for).
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Return the prediction `sample` (B, 3, H, W) of x, e or v, whichever the network was trained for.
 
         Args:
             sample: (B, 3, H, W), the noised image z. H and W are multiples of the patch size.
@@ -278,7 +271,7 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         p = config.patch_size
         image = patches.unflatten(2, (p, p, -1)).unflatten(1, grid).permute(0, 5, 1, 3, 2, 4)
         image = image.reshape(batch, -1, height, width)
-        return JiTOutput(sample=image) if return_dict else (image,)
+        return Transformer2DModelOutput(sample=image) if return_dict else (image,)
 
 
 def _check_sizes(img_size: int, patch_size: int, hidden_size: int, num_heads: int) -> None:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from jit_accel.base.errors import UserError, changed_settings, nearest
 from jit_accel.config.settings import MOST_IMAGES
 from jit_accel.data.formats.scan import SAMPLES_RECORD
+from jit_accel.model.call_arguments import find_name
 from jit_accel.model.generation import number_of
-from jit_accel.model.labels import find_name
 from jit_accel.sample.settings import DEFAULT_NUM_IMAGES, SampleConfig
 
 NO_CLASS = "none"

@@ -12,8 +12,8 @@ from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_folder
 from jit_accel.base.processes import on_main
 from jit_accel.base.sharding import whole_tensors
+from jit_accel.model.call_arguments import DEFAULTS
 from jit_accel.model.card import CARD_FILE, CARD_PICTURE, training_card
-from jit_accel.model.defaults import DEFAULTS
 from jit_accel.model.lora import merged
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.monitor.log import read_metrics

@@ -7,8 +7,8 @@ from golden import FILES, load_golden
 from PIL import Image
 
 from jit_accel import JiTPipeline, JiTScheduler
+from jit_accel.model.call_arguments import label_ids
 from jit_accel.model.functional import position_table, rope_table
-from jit_accel.model.labels import label_ids
 from jit_accel.model.pipeline import guidance_weight
 
 NAMES = [f"kind {i}" for i in range(8)] + ["Bag", "Ankle boot"]

@@ -16,7 +16,7 @@ from test_pipeline import NAMES, count_calls, make_pipe, seeded
 from jit_accel import JiTPipeline, JiTScheduler, JiTTransformer2DModel
 from jit_accel.base.errors import UserError
 from jit_accel.model.carried_code import carried_source
-from jit_accel.model.defaults import write_defaults
+from jit_accel.model.loading import write_defaults
 
 
 class NotInstalled:
