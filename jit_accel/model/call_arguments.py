@@ -1,4 +1,4 @@
-"""What a call of the pipeline may be given: classes, guidance and steps, images to start from, and masks."""
+"""The arguments of a call of the pipeline: classes, guidance and steps, images to start from, and masks."""
 
 import math
 import operator
