@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
-from jit_accel.base.devices import default_precision
+from jit_accel.base.devices import chosen_precision
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import FeatureNetwork, load_features
 from jit_accel.evaluate.settings import chosen_metrics
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--max_features", type=int, default=10_000)
     args = parser.parse_args()
 
-    accelerator = Accelerator(mixed_precision=default_precision())
+    accelerator = Accelerator(mixed_precision=chosen_precision())
     network = load_features(args.features, accelerator.device, args.feature_weights)
     metrics = chosen_metrics(args.features, tuple(args.metrics))
     evaluator = Evaluator(network, accelerator, metrics, max_features=args.max_features)

@@ -78,12 +78,12 @@ def main() -> None:
 
     import torch
 
-    from jit_accel.base.devices import default_precision, device_name
+    from jit_accel.base.devices import chosen_precision, device_name
     from jit_accel.config.command_line import parse_args
     from jit_accel.train.build import build_accelerator, build_trainer
-    from jit_accel.train.run_record import record_run
+    from jit_accel.train.results import record_run
 
-    precision = default_precision()
+    precision = chosen_precision()
     with tempfile.TemporaryDirectory() as folder:
         data = ("--data_path", "builtin:fashion_mnist", "--output_dir", folder, "--log_every_steps", str(args.steps))
         config = parse_args([*CASE, *data, "--max_steps", "100000", *flags])

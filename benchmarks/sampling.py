@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from jit_accel.base.devices import DTYPES, default_precision, device_name
+from jit_accel.base.devices import DTYPES, chosen_precision, device_name
 from jit_accel.model.generation import SamplerSettings, generate_batches
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.scheduler import JiTScheduler
@@ -93,7 +93,7 @@ class Bench:
         self.pipeline = JiTPipeline(network, JiTScheduler())
         self.pipeline.set_progress_bar_config(disable=True)
         self.network = Network(network)
-        self.dtype = DTYPES.get(default_precision())
+        self.dtype = DTYPES.get(chosen_precision())
 
     def sample(self, guidance_scale: float, interval: tuple[float, float], folder: Path | None = None) -> float:
         """Seconds that a batch takes, with its files if `folder` says where."""
@@ -195,7 +195,7 @@ def main() -> None:
             flush=True,
         )
     print(
-        f"\n{device_name(torch.device(device))}, precision {default_precision()}, torch {torch.__version__}, "
+        f"\n{device_name(torch.device(device))}, precision {chosen_precision()}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads; Heun"
     )
 

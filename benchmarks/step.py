@@ -57,13 +57,13 @@ for _size, _batch in (("B", 128), ("L", 64), ("H", 32)):
 def measure(case: Case) -> dict:
     """Run one case in this process."""
 
-    from jit_accel.base.devices import default_precision, device_name, peak_flops
+    from jit_accel.base.devices import chosen_precision, device_name, peak_flops
     from jit_accel.config.command_line import parse_args
     from jit_accel.config.presets import forward_macs, parse_model_name
     from jit_accel.monitor.monitor import TRAIN_FLOPS_PER_FORWARD_MAC, peak_memory_gib
     from jit_accel.train.build import build_accelerator, build_trainer
 
-    precision = default_precision()
+    precision = chosen_precision()
     with tempfile.TemporaryDirectory() as folder:
         argv = [*case.flags, "--data_path", "builtin:fashion_mnist", "--output_dir", folder, "--num_workers", "0"]
         config = parse_args(argv)

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from jit_accel.base import rng
+from jit_accel.config.completion import Plan
+from jit_accel.config.settings import OptimConfig
 from jit_accel.model.objective import Objective
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.spaces import SPACES
@@ -81,6 +83,7 @@ def train(prediction: str, matrix: Tensor, steps: int, seed: int) -> MLP:
     objective = Objective(prediction=prediction, P_mean=P_MEAN, P_std=P_STD)
     model = MLP(len(matrix))
     optimizer = torch.optim.Adam(model.parameters())
+    optim, plan = OptimConfig(learning_rate=LEARNING_RATE), Plan(steps, WARMUP_STEPS, BATCH_SIZE, num_images=BATCH_SIZE)
     for step in range(steps):
         positions = np.arange(step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
         x = as_images(spiral(seed, positions) @ matrix.T)
@@ -88,7 +91,7 @@ def train(prediction: str, matrix: Tensor, steps: int, seed: int) -> MLP:
         t = objective.times(seed, positions)
         loss = objective.losses(model, x, t, e, None).mean()
         loss.backward()
-        set_lr([optimizer], lr_at(step, learning_rate=LEARNING_RATE, warmup_steps=WARMUP_STEPS, total_steps=steps))
+        set_lr([optimizer], lr_at(step, optim, plan))
         optimizer.step()
         optimizer.zero_grad()
     return model

@@ -1,15 +1,29 @@
-"""Lines and progress on the terminal or in a log file; where these cannot be written, the run goes on in silence."""
+"""Lines and progress on the terminal or in a log file, without secrets; where these cannot be written, silence."""
 
 import contextlib
 import os
+import re
 import sys
 import time
 
 from tqdm.auto import tqdm
 
-from jit_accel.base.redaction import redacted
-
 _LINE_EVERY_S = 60.0
+HIDDEN = "***"
+# One slash is left of two where a URL was taken for a path.
+_SCHEME = r"\b[a-z][a-z0-9+.-]+:/{1,2}"
+_NAME = r"\w*(?:api[_-]?key|token|password|passwd|secret|access[_-]?key|credentials?)"
+_VALUE = r"(?!\d+\b)[^\s\"',;&]{6,}"
+# What is replaced, and by what; 40 hexadecimal digits alone are left: they are mostly git commits.
+_PATTERNS = (
+    (rf"({_SCHEME})[^\s/?#'\"<>|]*@(?=[^\s'\"<>|]|$)", rf"\1{HIDDEN}@"),
+    (rf"({_SCHEME}[^\s?'\"<>|]*\?)[^\s'\"<>|]+", rf"\1{HIDDEN}"),
+    (r"\b(?:hf|wandb_v1|gh[pousr]|github_pat)_[A-Za-z0-9_-]{16,}", HIDDEN),
+    (r"\b(?:sk|glpat)-[A-Za-z0-9_-]{16,}|\b(?-i:AKIA[0-9A-Z]{16})\b|\blocal-[0-9a-f]{40}\b", HIDDEN),
+    (r"(\bBearer\s+)\S{8,}", rf"\1{HIDDEN}"),
+    (r"(\bapi[ _-]?key\W+)[0-9a-f]{40}\b", rf"\1{HIDDEN}"),
+    (rf"({_NAME}\b[\"']?\s*[=:]\s*[\"']?|--{_NAME}\s+[\"']?){_VALUE}", rf"\1{HIDDEN}"),
+)
 
 
 def say(message: str, file=None) -> None:
@@ -67,3 +81,14 @@ def _hush(file) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, file.fileno())
         os.close(nowhere)
+
+
+def redacted(text: str) -> str:
+    """`text` without the secrets that their looks give away.
+
+    `https://user:pw@host/x?token=abc&size=3` becomes `https://***@host/x?***`; URLs without credentials and
+    query stay as they are.
+    """
+    for pattern, replacement in _PATTERNS:
+        text = re.sub(pattern, replacement, text, flags=re.IGNORECASE)
+    return text

@@ -12,20 +12,18 @@ from jit_accel.base.errors import UserError
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast; "no" has none
 
 
-def chosen_precision(mixed_precision: str | None) -> str:
-    """Return `--mixed_precision`, or where it is not given the default; raise `UserError` for fp16 on a CPU."""
-    precision = mixed_precision or default_precision()
-    if precision == "fp16" and chosen_device().type == "cpu":
+def chosen_precision(mixed_precision: str | None = None) -> str:
+    """Return `--mixed_precision`, else that of accelerate's configuration, else bf16 where the device is good at it.
+
+    Raises `UserError`: fp16 on a CPU.
+    """
+    device, default = chosen_device(), os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if default not in ("no", *DTYPES):
+        default = "bf16" if is_good_at_bf16(device) else "no"
+    precision = mixed_precision or default
+    if precision == "fp16" and device.type == "cpu":
         raise UserError("needs a GPU: use bf16 or no.", about="mixed_precision", value="fp16")
     return precision
-
-
-def default_precision() -> str:
-    """Return the precision of accelerate's configuration, else bf16 where the device is good at it."""
-    configured = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if configured in ("no", "fp16", "bf16"):
-        return configured
-    return "bf16" if is_good_at_bf16(chosen_device()) else "no"
 
 
 def chosen_device() -> torch.device:

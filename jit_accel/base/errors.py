@@ -1,8 +1,9 @@
-"""The one exception that is the user's to put right, and the table look-up that raises it."""
+"""The error that users can put right, and the checks that raise it; a request to stop."""
 
 import contextlib
 import difflib
 import re
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -93,12 +94,7 @@ def nearest(name: str, choices: Iterable[object], prefix: str = "") -> str:
 
 
 def lookup(table: Mapping[str, T], name: str, about: str, *, value: object = None, rule: str = "unknown") -> T:
-    """Return `table[name]`, or raise `UserError` with the choices and the nearest match.
-
-    Args:
-        value: given for the setting (default: the name).
-        rule: broken by a name that is not in the table.
-    """
+    """Return `table[name]`, or raise `UserError` with the choices, the nearest match, and the `value` or the name."""
     if name in table:
         return table[name]
     given = name if value is None else value
@@ -106,11 +102,7 @@ def lookup(table: Mapping[str, T], name: str, about: str, *, value: object = Non
 
 
 def check_ranges(values: Mapping[str, object], ranges: Iterable[tuple[str, Callable[..., bool], str]]) -> None:
-    """Raise `UserError` for the first setting that is out of its range; None, or none at all, passes.
-
-    Args:
-        ranges: setting, rule as a predicate, rule in words.
-    """
+    """Raise `UserError` for the first setting out of its range (name, predicate, in words); None passes."""
     for name, holds, rule in ranges:
         value = values.get(name)
         if value is not None and not holds(value):
@@ -130,3 +122,43 @@ def changed_settings(then: Mapping, now: Mapping, words: Mapping[str, str] | Non
 def shown(value: object) -> str:
     """Return a value as one would give it on the command line."""
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the program to stop. `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+class StopRequest:
+    """Inside its `with` block SIGTERM and Ctrl-C only set `number`, so that a step can end in peace.
+
+    A second Ctrl-C interrupts at once. With `at_once` the signals raise `Stopped` where they come, so that whatever was
+    begun is tidied up.
+    """
+
+    def __init__(self, at_once: bool = False):
+        self.number: int = 0
+        self.at_once = at_once
+
+    def raise_if_asked(self) -> None:
+        """Raise `Stopped` once a signal has come."""
+        if self.number:
+            raise Stopped(self.number)
+
+    def _receive(self, number: int, frame) -> None:
+        if self.at_once:
+            raise Stopped(number)
+        if self.number == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {n: signal.signal(n, self._receive) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

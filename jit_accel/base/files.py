@@ -4,7 +4,6 @@ import contextlib
 import errno
 import glob
 import json
-import math
 import os
 import re
 import shutil
@@ -133,13 +132,7 @@ def append_json_lines(path: Path, rows: Iterable[dict], *, durable: bool = False
 
 def json_line(row: dict) -> str:
     """Return a row as a line of strict JSON: NaN and infinity among its values become null."""
-    return json.dumps(_finite(row), allow_nan=False) + "\n"
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(json.loads(json.dumps(row), parse_constant=lambda name: None)) + "\n"
 
 
 def parse_json_line(line: bytes) -> dict | None:

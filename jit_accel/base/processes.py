@@ -1,16 +1,17 @@
-"""Work of several processes, where none waits for one that has failed."""
+"""Work of several processes, where none waits for one that has failed; weights that they share (FSDP2)."""
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from jit_accel.base.errors import UserError, common_error, message_of
-from jit_accel.base.signals import Stopped, StopRequest
+from jit_accel.base.errors import Stopped, StopRequest, UserError, common_error, message_of
 
 T = TypeVar("T")
 
@@ -21,20 +22,18 @@ def on_all(accelerator, work: Callable[[], T], in_turn: bool = False, stop: Stop
     With `in_turn` one process a machine goes first, and the others find what it found out in the caches. `stop` is
     looked at afterwards.
     """
-    result, problems = _attempt(accelerator, work, in_turn, stop)
-    _raise_everywhere(common_error(problems))
-    return result
+    return _attempt(accelerator, work, in_turn, stop, common_error)
 
 
 def on_main(accelerator, work: Callable[[], T], stop: StopRequest | None = None) -> T:
     """Do the work on the main process; all processes get its result, `UserError` or `Stopped`."""
-    result, problems = _attempt(accelerator, work if accelerator.is_main_process else lambda: None, False, stop)
-    _raise_everywhere(problems[0])
+    mine = work if accelerator.is_main_process else lambda: None
+    result = _attempt(accelerator, mine, False, stop, lambda problems: problems[0])
     return broadcast_object_list([result])[0] if accelerator.num_processes > 1 else result
 
 
-def _attempt(accelerator, work: Callable[[], T], in_turn: bool, stop: StopRequest | None) -> tuple[T, Sequence]:
-    """Return the result of the work, and the `UserError` or None of each process; a bug and `Stopped` are raised."""
+def _attempt(accelerator, work: Callable[[], T], in_turn: bool, stop: StopRequest | None, judge: Callable) -> T:
+    """Return the result; raise what `judge` makes of the `UserError` or None of each process, a bug, or `Stopped`."""
     result, problem, bug, number = None, None, None, 0
     with accelerator.local_main_process_first() if in_turn else contextlib.nullcontext():
         try:
@@ -52,19 +51,41 @@ def _attempt(accelerator, work: Callable[[], T], in_turn: bool, stop: StopReques
         raise bug
     if max(numbers) and not any(problems):
         raise Stopped(max(numbers))
-    return result, problems
-
-
-def _raise_everywhere(problem: UserError | None) -> None:
-    if problem is not None:
+    if problem := judge(problems):
         problem.everywhere = True
         raise problem
+    return result
 
 
 def gather_rows(rows: Tensor, accelerator) -> Tensor:
     """Return the rows (n, ...) of all processes, which may have different numbers of them, on the CPU."""
     rows = rows.cpu()
     return torch.cat(gather_object([rows])) if accelerator.num_processes > 1 else rows
+
+
+def reshard(network: torch.nn.Module) -> None:
+    """Let go of gathered weights, which FSDP2 keeps after a forward until a backward; without FSDP2 do nothing."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole_tensors(named: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor | None]:
+    """Gather sharded tensors; all processes take part, those that `keep` get the values, on the CPU."""
+    found = {}
+    for name, tensor in named.items():
+        tensor = tensor.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        found[name] = tensor.cpu().contiguous() if keep else None
+    return found
+
+
+def sharded_like(value: Tensor, reference: Tensor) -> Tensor:
+    """Return a whole tensor on the device of `reference`, sharded as that is."""
+    value = value.to(reference.device)
+    if isinstance(reference, DTensor):
+        return distribute_tensor(value, reference.device_mesh, reference.placements)
+    return value
 
 
 @contextlib.contextmanager

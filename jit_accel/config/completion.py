@@ -1,5 +1,6 @@
 """Settings completed once: what was left open follows from devices, data, checkpoint and weights to start from."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -8,10 +9,10 @@ from typing import Any
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.checks import LORA_TARGETS, check, image_size, model_name
-from jit_accel.config.lengths import PAPER_EPOCHS, Plan, plan_run
 from jit_accel.config.presets import PRESETS, Preset, parse_model_name
 from jit_accel.config.settings import Config, OptimConfig
 
+PAPER_EPOCHS, PAPER_WARMUP_EPOCHS = 200.0, 5.0
 PAPER_EMA_DECAYS = (0.9996, 0.9998, 0.9999)
 # The memory of an EMA, 1 / (1 - decay) steps, may be this share of a run; beyond it the average
 # still holds the random weights of the start.
@@ -55,6 +56,20 @@ class Facts:
     threads: int | None = None  # to which torch is limited on a CPU, if it is
     saved: Mapping[str, Any] = field(default_factory=dict)  # settings of the checkpoint that the run goes on from
     start: Start | None = None  # the weights to start from, where they are read
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The lengths of a run, in optimizer steps."""
+
+    total_steps: int
+    warmup_steps: int
+    global_batch_size: int  # images of a step, over all processes and micro-steps
+    num_images: int  # of one epoch
+
+    def epoch_of(self, step: int) -> float:
+        """Return the passes over the data after `step` optimizer steps."""
+        return step * self.global_batch_size / self.num_images
 
 
 def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
@@ -101,6 +116,34 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         if facts.precision == "fp16":
             raise refused("does not go with --mixed_precision fp16: use bf16 or no, or adamw.")
     return config, plan, [*_warnings_of_length(config, plan), *_warnings_of_device(facts)]
+
+
+def plan_run(optim: OptimConfig, *, num_images: int, world_size: int, accumulation: int | None = None) -> Plan:
+    """Turn epochs into steps.
+
+    Raises:
+        UserError: the global batch is larger than the data, or the warm-up longer than the run.
+    """
+    accumulation = accumulation or optim.gradient_accumulation_steps or 1
+    global_batch = optim.batch_size * world_size * accumulation
+    if global_batch > num_images:
+        raise UserError(
+            f"must not be larger than the data set ({num_images} images): use a smaller batch or more images.",
+            about="batch_size",
+            value=f"{optim.batch_size} x {world_size} processes x {accumulation} accumulation steps = {global_batch}",
+        )
+    total = optim.max_steps or max(1, math.ceil((optim.epochs or PAPER_EPOCHS) * num_images / global_batch))
+    if optim.warmup_steps is not None:
+        warmup = optim.warmup_steps
+    elif optim.warmup_epochs is not None:
+        warmup = round(optim.warmup_epochs * num_images / global_batch)
+    else:
+        warmup = round(min(PAPER_WARMUP_EPOCHS * num_images / global_batch, 0.1 * total))
+    if warmup > total:
+        raise UserError(
+            f"the warm-up of {warmup} steps is longer than the run of {total}: shorten it.", about="warmup_steps"
+        )
+    return Plan(total, warmup, global_batch, num_images)
 
 
 def run_folder(config: Config) -> str:

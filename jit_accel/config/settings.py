@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from jit_accel.base.console import redacted
 from jit_accel.base.errors import UserError, lookup
-from jit_accel.base.redaction import redacted
 
 DEFAULT_MODEL = "JiT-B/16"
 # More is a slip of the finger; it would end in an overflow, or without memory.

@@ -2,7 +2,7 @@
 
 import os
 
-from jit_accel.base.signals import StopRequest
+from jit_accel.base.errors import StopRequest
 from jit_accel.config.command_line import exit_code_of, parse_flags
 from jit_accel.convert.settings import ConvertConfig, check
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import move, sync
-from jit_accel.base.sharding import whole_tensors
+from jit_accel.base.processes import whole_tensors
 
 MANIFEST = "manifest.json"
 STATE = "state.json"

@@ -13,9 +13,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, set_client_fac
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import _http
 
-from jit_accel.base.console import say, warn
+from jit_accel.base.console import redacted, say, warn
 from jit_accel.base.errors import UserError, message_of
-from jit_accel.base.redaction import redacted
 from jit_accel.config.settings import HubConfig
 from jit_accel.model.card import refresh_card, without_places
 

@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from jit_accel.base.console import warn
+from jit_accel.base.console import redacted, warn
 from jit_accel.base.devices import device_name, peak_flops
 from jit_accel.base.errors import message_of
-from jit_accel.base.redaction import redacted
-from jit_accel.config.lengths import Plan
+from jit_accel.config.completion import Plan
 from jit_accel.config.presets import forward_macs
 from jit_accel.config.settings import HealthConfig, TrackingConfig
 from jit_accel.monitor import metric_table as table

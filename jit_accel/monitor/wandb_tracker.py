@@ -17,8 +17,7 @@ from types import SimpleNamespace
 
 from accelerate.tracking import GeneralTracker
 
-from jit_accel.base.console import say, warn
-from jit_accel.base.redaction import redacted
+from jit_accel.base.console import redacted, say, warn
 from jit_accel.config.settings import TrackingConfig
 from jit_accel.monitor.log import METRICS_FILE
 from jit_accel.monitor.metric_table import EPOCH, METRICS, SAMPLES

@@ -15,8 +15,7 @@ import pyarrow
 import torch
 from tqdm import tqdm
 
-from jit_accel.base.errors import UserError
-from jit_accel.base.signals import Stopped, StopRequest
+from jit_accel.base.errors import Stopped, StopRequest, UserError
 from jit_accel.prepare.encode import Encoded
 
 _POLL_S = 0.2

@@ -16,10 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from jit_accel.base import rng
-from jit_accel.base.errors import UserError
+from jit_accel.base.console import redacted
+from jit_accel.base.errors import Stopped, StopRequest, UserError
 from jit_accel.base.files import write_json
-from jit_accel.base.redaction import redacted
-from jit_accel.base.signals import Stopped, StopRequest
 from jit_accel.data.batches.workers import num_cores
 from jit_accel.data.formats.columns import int_labels
 from jit_accel.data.formats.index import INDEX, STORE_FORMAT, STORE_VERSION, files_of

@@ -15,10 +15,9 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from jit_accel.base.console import ImageProgress, say, warn
 from jit_accel.base.devices import DTYPES, chosen_precision, is_good_at_bf16
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import Stopped, StopRequest, UserError
 from jit_accel.base.files import disk_errors, write_json
 from jit_accel.base.processes import on_all, on_main, process_group
-from jit_accel.base.signals import Stopped, StopRequest
 from jit_accel.data.formats.scan import SAMPLES_RECORD
 from jit_accel.model.generation import SamplerSettings, checked_side, generate_batches, share_of
 from jit_accel.model.loading import load_quietly

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from jit_accel.base.processes import reshard
 from jit_accel.monitor.metric_table import AUTO_DECAY
 
 AUTO = "auto"
@@ -33,10 +34,13 @@ class Ema:
     """
 
     def __init__(self, model: nn.Module, decays: Iterable[str]):
+        self.model = model
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.averages: dict[str, dict[str, Tensor]] = {
             decay: {name: p.detach().float().clone() for name, p in self.params.items()} for decay in decays
         }
+        # The decay that the run names first: its samples and its pipeline are made of this average.
+        self.name, self.first = next(iter(self.averages.items()))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -45,35 +49,25 @@ class Ema:
         for decay, average in self.averages.items():
             torch._foreach_lerp_(list(average.values()), weights, 1 - decay_at(decay, step))
 
-    @property
-    def name(self) -> str:
-        """The decay that the run names first, whose average its samples and its pipeline are made of."""
-        return next(iter(self.averages))
-
-    @property
-    def first(self) -> dict[str, Tensor]:
-        """The average of that decay."""
-        return self.averages[self.name]
-
     def measured_at(self, step: int) -> dict[str, float]:
         """Return the decay of the growing average at `step`, if there is one, keyed as the trackers show it."""
         return {AUTO_DECAY: decay_at(AUTO, step)} if AUTO in self.averages else {}
 
     @contextmanager
-    def applied(self, decay: str | None = None) -> Iterator[None]:
-        """Exchange the model's weights for this average (None: the first) inside the block, and exactly back after."""
-        decay = decay or self.name
-        self._swap(decay)
+    def applied(self) -> Iterator[None]:
+        """Exchange the model's weights for their first average inside the block, and exactly back after."""
+        self._swap()
         try:
             yield
         finally:
-            self._swap(decay)
+            self._swap()
 
     @torch.no_grad()
-    def _swap(self, decay: str) -> None:
+    def _swap(self) -> None:
+        reshard(self.model)  # weights that were gathered for a forward would stay as they were
         # In place, tensor by tensor: compiled graphs and sharded parameters keep their addresses, and
         # never more than one parameter is held twice.
-        for name, average in self.averages[decay].items():
+        for name, average in self.first.items():
             weight = self.params[name]
             kept = weight.detach().clone()
             weight.copy_(average)

@@ -26,8 +26,7 @@ from jit_accel.base.devices import DTYPES, chosen_precision, device_name, is_goo
 from jit_accel.base.errors import UserError
 from jit_accel.base.processes import on_all, on_main, process_group
 from jit_accel.config.checks import image_size
-from jit_accel.config.completion import Facts, Start, accumulation_steps, complete, run_folder, started
-from jit_accel.config.lengths import Plan
+from jit_accel.config.completion import Facts, Plan, Start, accumulation_steps, complete, run_folder, started
 from jit_accel.config.settings import Config
 from jit_accel.data.batches.holdout import HeldOut
 from jit_accel.data.batches.workers import cores_per_process
@@ -41,15 +40,13 @@ from jit_accel.monitor.log import METRICS_FILE
 from jit_accel.monitor.monitor import Monitor
 from jit_accel.monitor.trackers import build_trackers
 from jit_accel.train.averages import Ema
-from jit_accel.train.feed import Feed
+from jit_accel.train.feed import Feed, open_data
 from jit_accel.train.initial_weights import Initial, Tuning, read_initial, tune
-from jit_accel.train.optimizers import build_optimizers, schedule_of
-from jit_accel.train.run_record import describe_data
-from jit_accel.train.sample_quality import SampleQuality
-from jit_accel.train.samples import SampleSheets
+from jit_accel.train.optimizers import build_optimizers
+from jit_accel.train.results import describe_data
+from jit_accel.train.samples import SampleQuality, SampleSheets
 from jit_accel.train.state import RunFacts
 from jit_accel.train.trainer import Trainer
-from jit_accel.train.training_data import open_data
 from jit_accel.train.validation import Validation
 
 
@@ -143,44 +140,49 @@ def assemble(
     objective: type[Objective],
 ) -> Trainer:
     """Build the parts of a run from its resolved settings."""
-    optim, run = config.optim, config.run
+    run = config.run
     model, tuning = build_model(config, source, initial)
-    optimizers = build_optimizers(
-        model, optimizer=optim.optimizer, weight_decay=optim.weight_decay, adam_betas=optim.adam_betas
-    )
     # Nothing else is prepared: see "Accelerate" in docs/architecture.md.
-    model, *optimizers = accelerator.prepare(model, *optimizers)
+    model, *optimizers = accelerator.prepare(model, *build_optimizers(model, config.optim))
     network = accelerator.unwrap_model(model)
-    averages = Ema(network, optim.ema_decays)
+    averages = Ema(network, config.optim.ema_decays)
     class_names = [*tuning.class_names, *map(str, range(len(tuning.class_names), config.model.num_classes))]
     pipeline = build_pipeline(network, config.objective, class_names, config.sample.guidance_scale)
     pipeline.set_progress_bar_config(disable=True)
-    how = {"seed": run.seed, "num_inference_steps": config.sample.num_inference_steps, "batch_size": optim.batch_size}
-    sheets, quality = SampleSheets(pipeline, averages, accelerator, **how), None
+    how = {"seed": run.seed, "batch_size": config.optim.batch_size}
+    sampled = {"pipeline": pipeline, "averages": averages, "accelerator": accelerator, "settings": config.sample, **how}
+    quality = None
     if config.evaluation.eval_every_steps:
-        folder = Path(run.output_dir)
-        quality = SampleQuality(pipeline, averages, accelerator, source, config.evaluation, folder, **how)
-    how = {"batch_size": optim.batch_size, "seed": run.seed, "num_classes": config.model.num_classes}
-    feed = Feed(config.data, source, accelerator, **how)
+        quality = SampleQuality(config.evaluation, source, Path(run.output_dir), **sampled)
+    feed = Feed(config.data, source, accelerator, num_classes=config.model.num_classes, **how)
+    monitor = Monitor(
+        accelerator,
+        feed,
+        network,
+        averages,
+        plan=plan,
+        output_dir=Path(run.output_dir),
+        tracking=config.tracking,
+        health=config.health,
+        log_every_steps=run.log_every_steps,
+        precision=config.performance.mixed_precision,
+        is_untrained=config.tune.init_from is None,
+    )
     return Trainer(
         accelerator=accelerator,
         plan=plan,
         settings=run,
-        sample_every_steps=config.sample.sample_every_steps,
-        eval_every_steps=config.evaluation.eval_every_steps,
+        optim=config.optim,
         facts=RunFacts.of(config.recorded(), plan, source, accelerator, class_names, tuning.adapter),
         model=model,
         optimizers=optimizers,
         averages=averages,
         objective=objective(**vars(config.objective)),
-        learning_rate_at=schedule_of(optim, plan),
-        max_grad_norm=optim.max_grad_norm,
-        max_bad_images=config.data.max_bad_images,
         tuning=tuning,
         feed=feed,
-        monitor=build_monitor(config, plan, accelerator, feed, network, averages),
-        sheets=sheets,
-        validation=Validation(held_out, accelerator, optim.batch_size) if held_out else None,
+        monitor=monitor,
+        sheets=SampleSheets(**sampled),
+        validation=Validation(held_out, accelerator, config.optim.batch_size) if held_out else None,
         quality=quality,
     )
 
@@ -195,25 +197,6 @@ def build_model(config: Config, source: Source, initial: Initial | None) -> tupl
     if config.performance.compile:
         model.compile_repeated_blocks()
     return model, tuning
-
-
-def build_monitor(
-    config: Config, plan: Plan, accelerator: Accelerator, feed: Feed, network: JiTTransformer2DModel, averages: Ema
-) -> Monitor:
-    """Return what watches the run."""
-    return Monitor(
-        accelerator,
-        feed,
-        network,
-        averages,
-        plan=plan,
-        output_dir=Path(config.run.output_dir),
-        tracking=config.tracking,
-        health=config.health,
-        log_every_steps=config.run.log_every_steps,
-        precision=config.performance.mixed_precision,
-        is_untrained=config.tune.init_from is None,
-    )
 
 
 def introduce(

@@ -1,45 +1,25 @@
 """Parameter groups, optimizers, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from jit_accel.base.errors import lookup
-from jit_accel.config.lengths import Plan
+from jit_accel.config.completion import Plan
 from jit_accel.config.settings import OptimConfig
 
 
-def lr_at(
-    step: int,
-    *,
-    learning_rate: float,
-    warmup_steps: int,
-    total_steps: int,
-    schedule: str = "cosine",
-    min_learning_rate: float = 0.0,
-) -> float:
+def lr_at(step: int, optim: OptimConfig, plan: Plan) -> float:
     """Return the learning rate of optimizer step number `step` (from 0): linear from 0, then `cosine` or `constant`."""
-    if step < warmup_steps:
-        return learning_rate * step / warmup_steps
-    if schedule == "constant":
-        return learning_rate
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return min_learning_rate + (learning_rate - min_learning_rate) * 0.5 * (1 + math.cos(math.pi * min(1, progress)))
-
-
-def schedule_of(optim: OptimConfig, plan: Plan) -> Callable[[int], float]:
-    """Return the learning rate of a run as a function of the step."""
-    return partial(
-        lr_at,
-        learning_rate=optim.learning_rate,
-        warmup_steps=plan.warmup_steps,
-        total_steps=plan.total_steps,
-        schedule=optim.lr_schedule,
-        min_learning_rate=optim.min_learning_rate,
-    )
+    if step < plan.warmup_steps:
+        return optim.learning_rate * step / plan.warmup_steps
+    if optim.lr_schedule == "constant":
+        return optim.learning_rate
+    progress = (step - plan.warmup_steps) / max(1, plan.total_steps - plan.warmup_steps)
+    height = 0.5 * (1 + math.cos(math.pi * min(1, progress)))
+    return optim.min_learning_rate + (optim.learning_rate - optim.min_learning_rate) * height
 
 
 def set_lr(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:
@@ -59,15 +39,12 @@ def is_block_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and name.startswith("blocks.") and (".attn." in name or ".mlp." in name)
 
 
-def build_optimizers(
-    model: nn.Module, *, optimizer: str, weight_decay: float, adam_betas: tuple[float, float]
-) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, optim: OptimConfig) -> list[torch.optim.Optimizer]:
     """Return optimizers that together hold each trainable parameter once. Their rate is set by `set_lr` at each step.
 
-    Raises:
-        UserError: unknown name.
+    Raises `UserError`: unknown name.
     """
-    return lookup(OPTIMIZERS, optimizer, "optimizer")(trainable(model), weight_decay, adam_betas)
+    return lookup(OPTIMIZERS, optim.optimizer, "optimizer")(trainable(model), optim)
 
 
 def trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -75,18 +52,18 @@ def trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
 
-def _adamw(params: list[tuple[str, Tensor]], weight_decay: float, betas) -> list[torch.optim.Optimizer]:
+def _adamw(params: list[tuple[str, Tensor]], optim: OptimConfig) -> list[torch.optim.Optimizer]:
     groups = [
-        {"params": [p for n, p in params if is_decayed(n, p) == decayed], "weight_decay": weight_decay * decayed}
+        {"params": [p for n, p in params if is_decayed(n, p) == decayed], "weight_decay": optim.weight_decay * decayed}
         for decayed in (True, False)
     ]
-    return [torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=tuple(betas), fused=True)]
+    return [torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=tuple(optim.adam_betas), fused=True)]
 
 
-def _muon_and_adamw(params, weight_decay: float, betas) -> list[torch.optim.Optimizer]:
+def _muon_and_adamw(params: list[tuple[str, Tensor]], optim: OptimConfig) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in params if is_block_matrix(n, p)]
     rest = [(n, p) for n, p in params if not is_block_matrix(n, p)]
-    return [Muon(matrices, weight_decay=weight_decay), *_adamw(rest, weight_decay, betas)]
+    return [Muon(matrices, weight_decay=optim.weight_decay), *_adamw(rest, optim)]
 
 
 OPTIMIZERS = {"adamw": _adamw, "muon": _muon_and_adamw}

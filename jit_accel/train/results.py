@@ -1,17 +1,26 @@
-"""The results of a run: loss curve, diffusers pipeline folder, adapter."""
+"""The results of a run: its record in words and numbers, loss curve, diffusers pipeline folder, adapter."""
 
 import filecmp
+import json
+import platform
 import shutil
+import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import pandas
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from jit_accel import __version__
+from jit_accel.base.console import redacted, warn
+from jit_accel.base.devices import device_name
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_folder
-from jit_accel.base.processes import on_main
-from jit_accel.base.sharding import whole_tensors
+from jit_accel.base.processes import on_main, whole_tensors
+from jit_accel.config.completion import Plan
+from jit_accel.data.formats.sources import Source
 from jit_accel.model.call_arguments import DEFAULTS
 from jit_accel.model.card import CARD_FILE, CARD_PICTURE, training_card
 from jit_accel.model.lora import merged
@@ -21,7 +30,63 @@ from jit_accel.monitor.metric_table import TRAIN_LOSS
 from jit_accel.train.averages import Ema
 from jit_accel.train.initial_weights import Tuning
 
-CURVE_FILE, PIPELINE_FOLDER, LORA_FOLDER = "loss_curve.png", "pipeline", "lora"
+RECORD_FILE, CURVE_FILE, PIPELINE_FOLDER, LORA_FOLDER = "run.json", "loss_curve.png", "pipeline", "lora"
+RECORDED_PACKAGES = ("torch", "accelerate", "diffusers", "datasets", "numpy", "wandb")
+
+
+def describe_data(source: Source) -> str:
+    """Return a data set's name, size and classes in words."""
+    classes = f"{source.num_classes or 'unknown number of'} classes" if source.is_labelled else "unlabelled"
+    return f"{redacted(source.name)} ({source.num_images:,} images, {classes})"
+
+
+def record_run(settings: dict, plan: Plan, network: torch.nn.Module, accelerator) -> dict:
+    """Return all settings of a run, and what they run on."""
+    return {
+        **settings,
+        "global_batch_size": plan.global_batch_size,
+        "total_steps": plan.total_steps,
+        "num_parameters": sum(p.numel() for p in network.parameters()),
+        "num_images": plan.num_images,
+        "num_processes": accelerator.num_processes,
+        "device": device_name(accelerator.device),
+        "distributed_type": accelerator.distributed_type.value,
+        "jit_accel_version": __version__,
+        "git_commit": git_commit(),
+        "python_version": platform.python_version(),
+        **{f"{name}_version": _version(name) for name in RECORDED_PACKAGES},
+    }
+
+
+def write_record(record: dict, output_dir: Path) -> None:
+    """Leave the record as `run.json`, for the report and for whoever looks at the folder later."""
+    try:
+        (output_dir / RECORD_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        warn(f"{output_dir / RECORD_FILE} cannot be written ({error.strerror}); the training does not need it.")
+
+
+def git_commit() -> str | None:
+    """Return the commit of the code, with `-dirty` behind it where files were changed; None where it is no checkout."""
+    folder = Path(__file__).parent
+    try:
+        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)  # not a copy inside another repository
+        commit = _git(folder, "rev-parse", "HEAD").strip()
+        return commit + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def write_results(

@@ -1,34 +1,58 @@
-"""Sheets of samples: a few classes, fixed noise, made by all processes together."""
+"""Samples of a run on its way: sheets to look at, and how far generated images are from real ones."""
 
-from dataclasses import KW_ONLY, dataclass
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
-from torch import Tensor
 
-from jit_accel.base.console import warn
+from jit_accel.base.console import say, warn
+from jit_accel.base.errors import UserError, message_of, renamed_settings
 from jit_accel.base.files import atomic_file
 from jit_accel.base.image_rows import draw_rows
-from jit_accel.base.sharding import reshard
-from jit_accel.model.generation import generate
+from jit_accel.base.processes import on_all, on_main
+from jit_accel.config.settings import EvalConfig, SheetConfig
+from jit_accel.data.formats.sources import Source, open_images
+from jit_accel.evaluate.evaluator import Evaluator
+from jit_accel.evaluate.features import FeatureNetwork, load_features
+from jit_accel.evaluate.settings import metric_names
+from jit_accel.evaluate.statistics import ImageStatistics, read_reference, save_reference
+from jit_accel.model.generation import SamplerSettings, generate
 from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.monitor.log import iterate_metrics
+from jit_accel.monitor.metric_table import EVAL, UNGUIDED
 from jit_accel.train.averages import Ema
 
 SAMPLES_PER_CLASS = 8
 MAX_CLASSES = 10
+REFERENCE_FILE = "eval_reference.npz"
+MEASURED = ("fd", "is")  # what sums alone give: no features of single images are kept in a training
+# The training's names for the settings of the evaluation and of its reference.
+NAMES = {
+    "data_path": "eval_reference",
+    "reference": "eval_reference",
+    "features": "eval_features",
+    "feature_weights": "eval_feature_weights",
+}
 
 
-@dataclass
-class SampleSheets:
-    """Draws what a run's averaged weights make of a few classes, always from the same noise."""
+@dataclass(kw_only=True)
+class AveragedSamples:
+    """Images of a run's averaged weights, always from the same noise; all processes make them together."""
 
     pipeline: JiTPipeline  # around the network without its wrapper
     averages: Ema  # of its weights
     accelerator: Accelerator
-    _: KW_ONLY
+    settings: SheetConfig
     seed: int  # of the noise
-    num_inference_steps: int
-    batch_size: int  # images that a process makes at once, at least one class
+    batch_size: int  # images that a process makes at once
+
+
+class SampleSheets(AveragedSamples):
+    """Draws sheets of a few classes."""
 
     def __post_init__(self):
         num_classes = self.pipeline.transformer.config.num_classes
@@ -40,15 +64,26 @@ class SampleSheets:
         """Return a sheet in words."""
         return (
             f"step {step:,}, EMA {self.averages.name}, guidance {self.pipeline.config.guidance_scale:g}, "
-            f"{self.num_inference_steps} Heun steps; rows: {', '.join(self.row_names)}"
+            f"{self.settings.num_inference_steps} Heun steps; rows: {', '.join(self.row_names)}"
         )
 
     def draw(self, path: Path) -> None:
-        """Make a sheet, all processes together, and write it as a PNG on the main one; a full disk is warned of."""
+        """Make a sheet, and write it as a PNG on the main process; a full disk is warned of."""
+        accelerator = self.accelerator
+        labels = [label for label in self.classes for _ in range(SAMPLES_PER_CLASS)]
+        share = -(-len(labels) // accelerator.num_processes)  # padded: every process makes equally many
+        mine = [(accelerator.process_index * share + i) % len(labels) for i in range(share)]
         with self.averages.applied():
-            images = self._sample()
-            reshard(self.pipeline.transformer)  # the gathered weights are the average's
-        if not self.accelerator.is_main_process:
+            images = generate(
+                self.pipeline,
+                mine,
+                seed=self.seed,
+                labels=[labels[i] for i in mine],
+                num_inference_steps=self.settings.num_inference_steps,
+                batch_size=max(self.batch_size, SAMPLES_PER_CLASS),
+            )
+        images = accelerator.gather(images.to(accelerator.device))[: len(labels)].cpu()
+        if not accelerator.is_main_process:
             return
         pixels = images.permute(0, 2, 3, 1).unflatten(0, (-1, SAMPLES_PER_CLASS)).numpy()
         try:
@@ -58,18 +93,107 @@ class SampleSheets:
         except OSError as error:
             warn(f"{path} cannot be written ({error.strerror or error}): make room.")
 
-    def _sample(self) -> Tensor:
-        """Return images uint8 (classes * 8, 3, H, W) on the CPU, class after class, on every process."""
-        accelerator = self.accelerator
-        labels = [label for label in self.classes for _ in range(SAMPLES_PER_CLASS)]
-        share = -(-len(labels) // accelerator.num_processes)  # padded: every process makes equally many
-        mine = [(accelerator.process_index * share + i) % len(labels) for i in range(share)]
-        images = generate(
-            self.pipeline,
-            mine,
-            seed=self.seed,
-            labels=[labels[i] for i in mine],
-            num_inference_steps=self.num_inference_steps,
-            batch_size=max(self.batch_size, SAMPLES_PER_CLASS),
-        )
-        return accelerator.gather(images.to(accelerator.device))[: len(labels)].cpu()
+
+class Unmeasured(Exception):
+    """All processes know that the images could not be measured, and can go on without."""
+
+
+@dataclass
+class SampleQuality(AveragedSamples):
+    """Measures how far the images are from real ones.
+
+    Raises `UserError` on all processes, where the feature network cannot be had, or `--eval_reference` be opened.
+    """
+
+    evaluation: EvalConfig
+    images: Source | str  # of the training; the reference's, which may be a file, where the settings name another
+    output_dir: Path
+    reference: ImageStatistics | None = None
+
+    def __post_init__(self):
+        accelerator, wanted, path = self.accelerator, self.evaluation, self.evaluation.eval_reference
+        self.img_size = self.pipeline.transformer.config.img_size
+        with renamed_settings(**NAMES):
+            network = on_all(
+                accelerator,
+                lambda: load_features(wanted.eval_features, accelerator.device, wanted.eval_feature_weights),
+                in_turn=True,  # the first one fetches weights that are not there yet
+            )
+            # What is wrong with the reference is found now, also in a dry run; its images are read in `prepare`.
+            if path is not None and path.endswith(".npz"):
+                self.images, self.reference = path, on_all(accelerator, lambda: read_reference(path, network))
+            elif path is not None:
+                self.images = on_all(accelerator, lambda: open_images(path), in_turn=True)
+        metrics = tuple(name for name, metric in metric_names(network.name).items() if metric.short in MEASURED)
+        # No gradients are kept, so that the batch of the training has room for guidance's double one.
+        self.evaluator = Evaluator(network, accelerator, metrics, max(8, self.batch_size))
+
+    def has_measured(self, step: int) -> bool:
+        """Return False where the log has this step without the values; the main process looks."""
+        keys = {EVAL.format(name=name) for name in self.evaluator.metrics}
+        rows = (row for row in iterate_metrics(self.output_dir) if row["step"] == step)
+        return on_main(self.accelerator, lambda: not any(map(keys.isdisjoint, rows)))
+
+    def prepare(self) -> None:
+        """Get the reference's statistics: from a file, or of images, which are read once and remembered.
+
+        Raises `UserError` on all processes, whatever is wrong with it.
+        """
+        with renamed_settings(**NAMES):
+            if self.reference is None and isinstance(self.images, str):
+                self.reference = self.evaluator.load_reference(self.images, self.img_size)
+            elif self.reference is None:
+                self.reference = self._statistics_of(self.images)
+
+    def measure(self) -> dict[str, float]:
+        """Return the metrics by their keys in the log: `eval/<metric>` with the samples' guidance, and `..._unguided`.
+
+        Raises `Unmeasured` on all processes, whatever one of them raised.
+        """
+        scale = self.pipeline.config.guidance_scale
+        steps = self.evaluation.eval_num_inference_steps or self.settings.num_inference_steps
+        found: dict[float, dict[str, float]] = {}
+        # With FSDP's shards an error inside the network is one process's alone: it must end, as in a training step.
+        survived = UserError if self.evaluator.is_sharded else Exception
+        try:
+            with self.averages.applied():
+                for guidance in dict.fromkeys((1.0, scale)):
+                    how = SamplerSettings(steps, guidance), self.seed
+                    found[guidance] = self.evaluator.measure_pipeline(
+                        self.pipeline, self.reference, self.evaluation.eval_images, *how
+                    )
+        except survived as error:
+            raise Unmeasured(message_of(error)) from error
+        return {
+            EVAL.format(name=name + ending): found[guidance][name]
+            for guidance, ending in ((scale, ""), (1.0, UNGUIDED))
+            for name in self.evaluator.metrics
+        }
+
+    def _statistics_of(self, source: Source) -> ImageStatistics:
+        """Return what an earlier start of this run measured, or measure it now."""
+        network, path = self.evaluator.network, self.output_dir / REFERENCE_FILE
+        follows_from = (source.fingerprint, self.img_size, network.name, network.weights_id)
+        key = hashlib.sha256(json.dumps(follows_from).encode()).hexdigest()
+        if found := on_main(self.accelerator, partial(remembered, path, key, network)):
+            return found
+        if self.accelerator.is_main_process:
+            images = f"{source.num_images:,} images of {source.name}"
+            say(f"Evaluation: looks at the {images} once, to compare with them ...")
+        reference = replace(self.evaluator.load_reference(source, self.img_size), name=key)
+        if self.accelerator.is_main_process:
+            try:
+                save_reference(path, reference)
+            except UserError:
+                warn(f"{path} cannot be written: the next start looks at the reference's images again.")
+        return reference
+
+
+def remembered(path: Path, key: str, network: FeatureNetwork) -> ImageStatistics | None:
+    """Return the statistics in a file that was made under this name, if there is one."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            is_same = json.loads(str(file["about"]))["source"] == key
+        return read_reference(str(path), network) if is_same else None
+    except Exception:  # whatever is broken about it, it is made again
+        return None

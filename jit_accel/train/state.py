@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from jit_accel.base.console import warn
 from jit_accel.base.errors import UserError
-from jit_accel.base.sharding import sharded_like
-from jit_accel.config.lengths import Plan
+from jit_accel.base.processes import sharded_like
+from jit_accel.config.completion import Plan
 from jit_accel.config.settings import SETTINGS, EvalConfig, HealthConfig, HubConfig, TrackingConfig
 from jit_accel.data.formats.source import Source
 from jit_accel.model.lora import Adapter
-from jit_accel.train.run_record import describe_data
+from jit_accel.train.results import describe_data
 
 # Settings that must agree between a checkpoint and the run that continues it; everything else may change.
 FIXED_SETTINGS = (

@@ -2,8 +2,8 @@
 
 import contextlib
 import signal
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,31 +13,49 @@ from torch import Tensor
 
 from jit_accel.base import rng
 from jit_accel.base.console import say, warn
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import StopRequest, UserError
 from jit_accel.base.processes import on_main
-from jit_accel.base.sharding import reshard
-from jit_accel.base.signals import StopRequest
-from jit_accel.config.lengths import Plan
-from jit_accel.config.settings import RunConfig, write_config
+from jit_accel.config.completion import Plan
+from jit_accel.config.settings import OptimConfig, RunConfig, write_config
 from jit_accel.data.batches.batch import Batch
 from jit_accel.model.checkpoints import Checkpointer, find_checkpoint, load_parts, read_run
 from jit_accel.model.lora import refuse_other_base
 from jit_accel.model.objective import Objective
 from jit_accel.monitor.log import FAILED_FILE, INTERRUPTED_FILE
 from jit_accel.monitor.metric_table import EMA_VAL_LOSS, EVAL, VAL_LOSS, part_of
-from jit_accel.monitor.monitor import Monitor, NotFinite
+from jit_accel.monitor.monitor import Monitor
 from jit_accel.monitor.report_process import REPORT_FILE
 from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed
 from jit_accel.train.initial_weights import Tuning
-from jit_accel.train.occasions import Occasion, due
-from jit_accel.train.optimizers import set_lr
-from jit_accel.train.results import CURVE_FILE, PIPELINE_FOLDER, is_exported, write_results
-from jit_accel.train.run_record import record_run, write_record
-from jit_accel.train.sample_quality import SampleQuality, Unmeasured
-from jit_accel.train.samples import SampleSheets
+from jit_accel.train.optimizers import lr_at, set_lr
+from jit_accel.train.results import CURVE_FILE, PIPELINE_FOLDER, is_exported, record_run, write_record, write_results
+from jit_accel.train.samples import SampleQuality, SampleSheets, Unmeasured
 from jit_accel.train.state import NamedTensors, OptimizerState, RunFacts
 from jit_accel.train.validation import Validation
+
+
+@dataclass(frozen=True)
+class Occasion:
+    """A thing that happens every so many steps of a run. All processes act, and ask whether it is done, together."""
+
+    name: str
+    every: int  # interval in steps; 0 = never, or at the end alone
+    action: Callable[[], object]
+    is_done: Callable[[], bool] | None = None  # by an earlier start; None where a checkpoint of the step proves it
+    at_end: bool = True  # it belongs to the last step too, whatever the interval
+    reads_first: bool = True  # the metrics are read before, which may stop the run
+
+
+def due(occasions: Iterable[Occasion], step: int, last_step: int, *, is_new: bool) -> Iterator[Occasion]:
+    """Yield what is to be done at this step, in the order of the list.
+
+    Where this start has not trained the step but begins with it (not `is_new`), only what an earlier one left undone.
+    """
+    for occasion in occasions:
+        is_now = occasion.at_end if step == last_step else step and occasion.every and step % occasion.every == 0
+        if is_now and (is_new or (occasion.is_done and not occasion.is_done())):
+            yield occasion
 
 
 @dataclass(eq=False, kw_only=True)
@@ -47,16 +65,12 @@ class Trainer:
     accelerator: Accelerator
     plan: Plan
     settings: RunConfig
-    sample_every_steps: int
-    eval_every_steps: int
+    optim: OptimConfig
     facts: RunFacts
     model: torch.nn.Module  # and its optimizers, as `accelerator.prepare` returned them
     optimizers: Sequence
     averages: Ema
     objective: Objective
-    learning_rate_at: Callable[[int], float]  # of step number n, from 0
-    max_grad_norm: float  # 0: gradients are never clipped
-    max_bad_images: float  # the share of the images that may be broken
     tuning: Tuning
     feed: Feed
     monitor: Monitor
@@ -86,19 +100,20 @@ class Trainer:
             Occasion("log", run.log_every_steps, self.flush, at_end=False, reads_first=False),
             Occasion("save", run.save_every_steps, self.save),
             # After the checkpoint, so that whatever happens to them costs no step.
-            Occasion("sample", self.sample_every_steps, self.sample, self._has_sheet, at_end=False),
+            Occasion("sample", self.sheets.settings.sample_every_steps, self.sample, self._has_sheet, at_end=False),
         ]
         if self.validation:  # before the metrics of the step are read, since it adds to them
             self.occasions.insert(0, Occasion("validate", run.val_every_steps, self.validate, reads_first=False))
-        if self.quality:
-            self.occasions.append(Occasion("evaluate", self.eval_every_steps, self.evaluate, self._is_evaluated))
+        if quality := self.quality:
+            every = quality.evaluation.eval_every_steps
+            self.occasions.append(Occasion("evaluate", every, self.evaluate, lambda: quality.has_measured(self.step)))
 
     def run(self) -> int:
         """Train to the end, or until a signal. Returns the exit code."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         last_step = self.plan.total_steps
         is_alone = self.accelerator.num_processes == 1  # several agree to stop when the metrics are read
-        if self.quality and (self.step < last_step or self.quality.is_lacking(last_step)):
+        if self.quality and (self.step < last_step or not self.quality.has_measured(last_step)):
             self.quality.prepare()
         with self.stop, self.monitor:
             self._open_logs()
@@ -127,7 +142,7 @@ class Trainer:
             step_loss += loss.detach() / micro_steps
 
         grad_norm = self._clip_gradients()
-        learning_rate = self.learning_rate_at(self.step)
+        learning_rate = lr_at(self.step, self.optim, self.plan)
         set_lr(self.optimizers, learning_rate)
         self.step += 1
         with self.monitor.watched_step(self.step):
@@ -149,21 +164,21 @@ class Trainer:
         torch.manual_seed(int(rng.hash64(self.seed, "dropout", batch.positions[0])) >> 1)
         labels, num_classes = self.tuning.labels_of(batch), self.network.config.num_classes
         labels = self.objective.dropped(self.seed, batch.positions, labels, num_classes)
-        losses, t = self._denoising_loss(replace(batch, labels=labels), self.seed)
+        losses, t = self._denoising_loss(batch, labels, self.seed)
         self.monitor.record_by_t(t, losses)
         return losses
 
-    def _denoising_loss(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
+    def _denoising_loss(self, batch: Batch, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Return the losses (B,) of a batch, and the times (B,) it was noised to."""
         x = batch.images
         t = self.objective.times(seed, batch.positions).to(x.device, non_blocking=True)
         e = self.objective.noise(seed, batch.positions, like=x)
-        return self.objective.losses(self.model, x, t, e, batch.labels), t
+        return self.objective.losses(self.model, x, t, e, labels), t
 
     def _clip_gradients(self) -> Tensor:
         """Return the L2 norm over all parameters before clipping, on the device."""
-        if self.max_grad_norm:
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        if self.optim.max_grad_norm:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.optim.max_grad_norm)
         else:
             self.accelerator.unscale_gradients()
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -171,50 +186,42 @@ class Trainer:
 
     def validate(self) -> None:
         """Measure the holdout's loss with the weights of this step and with their average, all processes together."""
+
+        def losses_of(batch: Batch) -> Tensor:
+            return self._denoising_loss(batch, self.tuning.labels_of(batch), self.validation.seed)[0]
+
         self.model.eval()
         for name, weights in ((VAL_LOSS, contextlib.nullcontext()), (EMA_VAL_LOSS, self.averages.applied())):
             with self.monitor.pause(), weights:
-                loss = self.validation.loss(self._validation_loss)
-                reshard(self.network)
+                loss = self.validation.loss(losses_of)
             self.monitor.record_occasional(name, loss)
-
-    def _validation_loss(self, batch: Batch) -> Tensor:
-        batch = replace(batch, labels=self.tuning.labels_of(batch))
-        return self._denoising_loss(batch, self.validation.seed)[0]
 
     def flush(self) -> None:
         """Read the kept metrics: the only place where the host waits for the device.
 
-        Raises:
-            UserError: loss or gradient norm not finite; too many broken images.
+        Raises `UserError`: loss or gradient norm not finite; too many broken images.
         """
         interval = self.monitor.read(self.stop.number > 0)
         self.is_stopping = interval.stop_asked
-        if interval.not_finite:
-            raise self._not_finite(interval.not_finite)
-        seen = max(interval.images_seen, self.plan.num_images)
-        if interval.bad_images > self.max_bad_images * seen:
+        if found := interval.not_finite:
+            last = find_checkpoint(self.output_dir, "auto")
+            good = f"the last good checkpoint is {last}" if last else "there is none yet"
+            raise UserError(
+                f"{found.key} is {found.value} at step {found.step}: training stopped and no checkpoint was "
+                f"overwritten; {good}.",
+                remedy="Lower --learning_rate, set --max_grad_norm 1, or use --mixed_precision bf16 or no, then go on "
+                "with --resume auto.",
+            )
+        allowed, seen = self.feed.data.max_bad_images, max(interval.images_seen, self.plan.num_images)
+        if interval.bad_images > allowed * seen:
             self.save()
-            raise self._bad_images(interval.bad_images)
-
-    def _not_finite(self, found: NotFinite) -> UserError:
-        last = find_checkpoint(self.output_dir, "auto")
-        good = f"the last good checkpoint is {last}" if last else "there is none yet"
-        return UserError(
-            f"{found.key} is {found.value} at step {found.step}: training stopped and no checkpoint was overwritten; "
-            f"{good}.",
-            remedy="Lower --learning_rate, set --max_grad_norm 1, or use --mixed_precision bf16 or no, then go on with "
-            "--resume auto.",
-        )
-
-    def _bad_images(self, count: int) -> UserError:
-        first = "; ".join(self.feed.all_bad_images()[:3])
-        return UserError(
-            f"{count} images cannot be decoded, more than that share; the first: {first}.",
-            about="max_bad_images",
-            value=f"{self.max_bad_images:g}",
-            remedy="Repair or remove them, or raise the share; the run is saved and goes on with --resume auto.",
-        )
+            first = "; ".join(self.feed.all_bad_images()[:3])
+            raise UserError(
+                f"{interval.bad_images} images cannot be decoded, more than that share; the first: {first}.",
+                about="max_bad_images",
+                value=f"{allowed:g}",
+                remedy="Repair or remove them, or raise the share; the run is saved and goes on with --resume auto.",
+            )
 
     def save(self) -> None:
         """Write a checkpoint of this step, once; the metrics have been read, and are finite."""
@@ -227,8 +234,7 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Continue exactly where the checkpoint was written.
 
-        Raises:
-            UserError: it belongs to another model, size, data set or seed.
+        Raises `UserError`: it belongs to another model, size, data set or seed.
         """
         run = read_run(path)
         self.facts.refuse_other(path, run)
@@ -253,9 +259,6 @@ class Trainer:
         is_late = self.step == self.first_step  # the trackers may have this step already
         self.monitor.log_samples(self.sheet_path, self.step, self.sheets.caption(self.step), is_late)
 
-    def _is_evaluated(self) -> bool:
-        return not self.quality.is_lacking(self.step)
-
     def evaluate(self) -> None:
         """Measure generated images of this step's average against real ones, all processes together.
 
@@ -271,7 +274,7 @@ class Trainer:
             return
         self.monitor.amend(self.step, found)
         values = ", ".join(f"{part_of(name, EVAL)} {value:.4g}" for name, value in found.items())
-        self.say(f"Step {self.step:,}: {values} of {self.quality.settings.eval_images:,} images")
+        self.say(f"Step {self.step:,}: {values} of {self.quality.evaluation.eval_images:,} images")
 
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:

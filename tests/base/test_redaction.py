@@ -2,7 +2,7 @@
 
 import pytest
 
-from jit_accel.base.redaction import redacted
+from jit_accel.base.console import redacted
 
 HF = "hf_" + "aB3" * 11
 

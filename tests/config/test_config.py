@@ -6,8 +6,7 @@ import yaml
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.command_line import parse_args
-from jit_accel.config.completion import Facts, Start, complete, run_folder
-from jit_accel.config.lengths import plan_run
+from jit_accel.config.completion import Facts, Start, complete, plan_run, run_folder
 from jit_accel.config.settings import SETTINGS, Config, DataConfig, write_config
 
 

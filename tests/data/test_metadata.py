@@ -10,7 +10,7 @@ from data_samples import image_folder, labels_by_number, numbers_in, png, refusa
 from helpers import train_here
 
 from jit_accel.data import open_images
-from jit_accel.train.run_record import describe_data
+from jit_accel.train.results import describe_data
 
 
 @pytest.fixture

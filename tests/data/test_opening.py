@@ -48,7 +48,7 @@ def on_process(rank):
 
 def hide_data():
     """Process 1 finds nothing at the path."""
-    from jit_accel.train import training_data as startup
+    from jit_accel.train import feed as startup
 
     opened = startup.open_images
     if on_process("1"):
@@ -56,7 +56,7 @@ def hide_data():
 
 
 def fail_unexpectedly():
-    from jit_accel.train import training_data as startup
+    from jit_accel.train import feed as startup
 
     def fail(*args, **how):
         raise RuntimeError("a bug")

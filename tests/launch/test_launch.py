@@ -34,7 +34,7 @@ from toy_features import load_toy
 
 from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.config.command_line import parse_args, read_recipe
-from jit_accel.config.lengths import plan_run
+from jit_accel.config.completion import plan_run
 from jit_accel.config.settings import SETTINGS, EvalConfig, HealthConfig, HubConfig, TrackingConfig, TuneConfig
 from jit_accel.convert import main as convert
 from jit_accel.evaluate import main as evaluate

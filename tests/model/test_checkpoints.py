@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from jit_accel.base.errors import UserError
+from jit_accel.config.settings import OptimConfig
 from jit_accel.model.checkpoints import (
     STATE,
     Checkpointer,
@@ -208,7 +209,7 @@ def test_a_restored_optimizer_steps_like_the_one_that_was_saved(tmp_path, name):
         model = torch.nn.ModuleDict(
             {"blocks": torch.nn.ModuleList([torch.nn.ModuleDict({"attn": torch.nn.Linear(4, 6)})])}
         )
-        optimizers = build_optimizers(model, optimizer=name, weight_decay=0.1, adam_betas=(0.9, 0.95))
+        optimizers = build_optimizers(model, OptimConfig(optimizer=name, weight_decay=0.1))
         set_lr(optimizers, 0.1)
         return model, optimizers
 

@@ -13,7 +13,7 @@ from jit_accel.config.presets import forward_macs, parse_model_name
 from jit_accel.monitor import monitor
 from jit_accel.monitor.log import read_metrics
 from jit_accel.monitor.metrics import T_BINS
-from jit_accel.train import run_record
+from jit_accel.train import results
 
 EVERY_STEP = {"step", "train/loss", "train/learning_rate", "train/grad_norm", "train/epoch", "train/images_seen"}
 EVERY_INTERVAL = {
@@ -199,18 +199,18 @@ def test_the_commit_is_of_the_code_and_not_of_where_it_was_copied_to(tmp_path, m
 
     code = tmp_path / "code.py"
     code.write_text("1")
-    monkeypatch.setattr(run_record, "__file__", str(code))
-    assert run_record.git_commit() is None
+    monkeypatch.setattr(results, "__file__", str(code))
+    assert results.git_commit() is None
     git("init")
     (tmp_path / "other.py").write_text("2")
     git("add", "other.py")
     git("commit", "-m", "somebody else's")
-    assert run_record.git_commit() is None
+    assert results.git_commit() is None
     git("add", "code.py")
     git("commit", "-m", "ours")
-    assert run_record.git_commit() == git("rev-parse", "HEAD")
+    assert results.git_commit() == git("rev-parse", "HEAD")
     code.write_text("3")
-    assert run_record.git_commit() == git("rev-parse", "HEAD") + "-dirty"
+    assert results.git_commit() == git("rev-parse", "HEAD") + "-dirty"
 
 
 def test_secrets_in_settings_are_neither_kept_nor_shown(images, tmp_path, capfd, monkeypatch):

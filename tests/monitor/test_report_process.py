@@ -6,7 +6,7 @@ from helpers import train_here
 
 from jit_accel.monitor.log import MetricsLog, read_metrics
 from jit_accel.monitor.report_process import ReportProcess
-from jit_accel.train.run_record import write_record
+from jit_accel.train.results import write_record
 
 
 def page(folder):

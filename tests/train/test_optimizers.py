@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from jit_accel.base.errors import UserError
+from jit_accel.config.completion import Plan
+from jit_accel.config.settings import OptimConfig
 from jit_accel.model.transformer import build_model
 from jit_accel.train.optimizers import Muon, build_optimizers, lr_at, orthogonalise, set_lr, split_stacked, trainable
 
@@ -14,14 +16,16 @@ from jit_accel.train.optimizers import Muon, build_optimizers, lr_at, orthogonal
     [(0, 0.0, 0.0), (5, 0.5, 0.5), (10, 1.0, 1.0), (60, 0.55, 1.0), (110, 0.1, 1.0), (200, 0.1, 1.0)],
 )
 def test_learning_rate_table(step, cosine, constant):
-    settings = {"learning_rate": 1.0, "warmup_steps": 10, "total_steps": 110, "min_learning_rate": 0.1}
-    assert lr_at(step, schedule="cosine", **settings) == pytest.approx(cosine)
-    assert lr_at(step, schedule="constant", **settings) == pytest.approx(constant)
+    plan = Plan(total_steps=110, warmup_steps=10, global_batch_size=1, num_images=1)
+    for schedule, expected in (("cosine", cosine), ("constant", constant)):
+        optim = OptimConfig(learning_rate=1.0, min_learning_rate=0.1, lr_schedule=schedule)
+        assert lr_at(step, optim, plan) == pytest.approx(expected)
 
 
 def test_learning_rate_without_warm_up_starts_at_its_peak():
-    assert lr_at(0, learning_rate=0.3, warmup_steps=0, total_steps=10) == pytest.approx(0.3)
-    assert lr_at(5, learning_rate=0.3, warmup_steps=0, total_steps=10) == pytest.approx(0.15)
+    optim, plan = OptimConfig(learning_rate=0.3), Plan(10, 0, global_batch_size=1, num_images=1)
+    assert lr_at(0, optim, plan) == pytest.approx(0.3)
+    assert lr_at(5, optim, plan) == pytest.approx(0.15)
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +35,14 @@ def model():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_every_parameter_belongs_to_one_optimizer(model, name):
-    optimizers = build_optimizers(model, optimizer=name, weight_decay=0.1, adam_betas=(0.9, 0.95))
+    optimizers = build_optimizers(model, OptimConfig(optimizer=name, weight_decay=0.1))
     held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held)) == len(trainable(model))
 
 
 def test_weight_decay_spares_biases_norms_and_embeddings(model):
     names = {p: n for n, p in trainable(model)}
-    (optimizer,) = build_optimizers(model, optimizer="adamw", weight_decay=0.1, adam_betas=(0.9, 0.95))
+    (optimizer,) = build_optimizers(model, OptimConfig(optimizer="adamw", weight_decay=0.1))
     for group in optimizer.param_groups:
         for p in group["params"]:
             spared = names[p].endswith("bias") or "norm" in names[p] or "embedding_table" in names[p]
@@ -48,11 +52,11 @@ def test_weight_decay_spares_biases_norms_and_embeddings(model):
 
 def test_unknown_optimizer_is_answered_with_the_nearest():
     with pytest.raises(UserError, match=r"optimizer adamv: unknown; choose from adamw, muon. Did you mean 'adamw'"):
-        build_optimizers(nn.Linear(2, 2), optimizer="adamv", weight_decay=0, adam_betas=(0.9, 0.95))
+        build_optimizers(nn.Linear(2, 2), OptimConfig(optimizer="adamv", weight_decay=0))
 
 
 def test_set_lr_reaches_every_group(model):
-    optimizers = build_optimizers(model, optimizer="muon", weight_decay=0.1, adam_betas=(0.9, 0.95))
+    optimizers = build_optimizers(model, OptimConfig(optimizer="muon", weight_decay=0.1))
     set_lr(optimizers, 0.25)
     assert {group["lr"] for optimizer in optimizers for group in optimizer.param_groups} == {0.25}
 
