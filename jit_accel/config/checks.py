@@ -3,14 +3,14 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from inspect import formatannotation
 from types import SimpleNamespace, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 from jit_accel.base.errors import UserError, check_ranges, lookup, shown
 from jit_accel.config.presets import parse_model_name
 from jit_accel.config.settings import (
     DEFAULT_MODEL,
-    GROUPS,
     MOST_IMAGES,
     MOST_PIXELS,
     MOST_STEPS,
@@ -54,14 +54,18 @@ RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
 
 
 def check(config: Config) -> None:
-    """Find every wrong setting that can be found without the data or a device.
-
-    Raises:
-        UserError: about the setting, with its value, the rule and the remedy.
-    """
-    values = config.flat()
+    """Raise `UserError` for every wrong setting that can be found without the data or a device."""
+    values, name = config.flat(), model_name(config)
     check_ranges(values, ((name, holds, rule) for holds, rule, names in RANGES for name in names.split()))
-    _check_image_size(config)
+    patch, size = parse_model_name(name)[1] if name else 1, image_size(config)
+    if size % patch:
+        below, above = size // patch * patch, (size // patch + 1) * patch
+        raise UserError(
+            f"must be a multiple of the patch size {patch} ({name}): "
+            f"use {f'{below} or ' if below else ''}{above}, or a model with another patch size.",
+            about="img_size",
+            value=size,
+        )
     for name in config.tracking.report_to:
         if ":" not in name:  # else it is imported where training begins
             lookup(dict.fromkeys(TRACKERS), name, "report_to")
@@ -138,22 +142,6 @@ def image_size(config: Config) -> int:
     return config.data.img_size or 16 * parse_model_name(config.model.model or DEFAULT_MODEL)[1]
 
 
-def _check_image_size(config: Config) -> None:
-    name = model_name(config)
-    if name is None:
-        return
-    _, patch = parse_model_name(name)
-    size = image_size(config)
-    if size % patch:
-        below, above = size // patch * patch, (size // patch + 1) * patch
-        raise UserError(
-            f"must be a multiple of the patch size {patch} ({name}): "
-            f"use {f'{below} or ' if below else ''}{above}, or a model with another patch size.",
-            about="img_size",
-            value=size,
-        )
-
-
 def _is_repository(name: str) -> bool:
     """Return whether this is an owner/name that the Hub allows."""
     # huggingface_hub.utils.validate_repo_id's rule, and an owner, so that the card can name the repository.
@@ -165,11 +153,10 @@ def _is_repository(name: str) -> bool:
 def as_type(name: str, value: Any) -> Any:
     """Return a value as the type of the setting `name`; whole numbers and lists become floats and tuples where meant.
 
-    Raises:
-        UserError: it is of another type.
+    Raises `UserError`: it is of another type.
     """
-    hint = next(hints[name] for hints in map(get_type_hints, GROUPS) if name in hints)
-    for choice in get_args(hint) if isinstance(hint, UnionType) else (hint,):
+    hint = SETTINGS[name].type
+    for choice in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
         parts, kind = get_args(choice), get_origin(choice) or choice
         if kind is tuple:
             kinds = (int, float) if parts[0] is float else parts[:1]
@@ -180,7 +167,7 @@ def as_type(name: str, value: Any) -> Any:
             return float(value)
         elif value in parts if kind is Literal else type(value) is kind:
             return value
-    raise UserError(f"must be of the type {SETTINGS[name].type}.", about=name, value=repr(value))
+    raise UserError(f"must be of the type {formatannotation(hint)}.", about=name, value=repr(value))
 
 
 def _is_decay(text: str) -> bool:

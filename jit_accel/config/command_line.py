@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import Field, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,38 +21,41 @@ T = TypeVar("T")
 def parse_args(argv: list[str] | None = None) -> Config:
     """Read the command line (and the YAML file that `--config` names) into a checked `Config`.
 
-    Raises:
-        UserError: unknown flag or key, values out of range, settings that contradict each other.
-        SystemExit: `--help` (0), or a value of the wrong type (2).
+    Raises `UserError`: unknown flag or key, values out of range, settings that contradict each other; `SystemExit`
+    as `parse_flags`.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="?", const="")
     known, argv = parser.parse_known_args(argv)
     if known.config == "":
         raise UserError("no file behind it; write --config run.yaml.", about="config")
-    reject_unknown_flags(argv, SETTINGS)
-    config = _parsed(
-        Config,
-        # One parser for both: the file's settings are flags that stand before the user's own.
-        [*(_as_arguments(read_recipe(Path(known.config)), known.config) if known.config else []), *argv],
-        "python -m jit_accel.train",
-        description=f"{Config.__doc__} --config FILE reads settings from a YAML file; flags win over it.",
-    )
+    if known.config:  # one parser for both: the file's settings are flags that stand before the user's own
+        argv = [*_as_arguments(read_recipe(Path(known.config)), known.config), *argv]
+    description = f"{Config.__doc__} --config FILE reads settings from a YAML file; flags win over it."
+    config = parse_flags(Config, argv, "python -m jit_accel.train", description)
     check(config)
     return config
 
 
-def parse_flags(settings: type[T], argv: list[str] | None, prog: str) -> T:
+def parse_flags(settings: type[T], argv: list[str] | None, prog: str, description: str | None = None) -> T:
     """Read the command line of a program whose settings are the fields of this dataclass, or of groups in it.
 
-    Raises:
-        UserError: an unknown flag.
-        SystemExit: `--help` (0), a missing flag or a value of the wrong type (2).
+    Raises `UserError`: an unknown flag; `SystemExit`: `--help` (0), a missing flag or a value of the wrong type (2).
     """
+    import tyro
+
     argv = list(sys.argv[1:] if argv is None else argv)
-    groups = [getattr(field.default_factory, "__dataclass_fields__", {field.name: field}) for field in fields(settings)]
-    reject_unknown_flags(argv, {name: field for group in groups for name, field in group.items()})
-    return _parsed(settings, argv, prog)
+    groups = [getattr(field.type, "__dataclass_fields__", {field.name: field}) for field in fields(settings)]
+    known = {name: field for group in groups for name, field in group.items()}
+    for argument in argv:
+        if argument.startswith("--") and argument not in ("--", "--help"):
+            name = argument[2:].partition("=")[0].replace("-", "_")
+            switch = known.get(name.removeprefix("no_"))
+            if name not in known and not (switch and switch.type is bool):
+                raise UserError(f"{argument}: no such flag.{nearest(name, known, '--')} --help lists them all.")
+    names = {"config": (tyro.conf.OmitArgPrefixes,), "use_underscores": True}
+    is_main = os.environ.get("RANK", "0") == "0"
+    return tyro.cli(settings, args=argv, prog=prog, description=description, console_outputs=is_main, **names)
 
 
 def exit_code_of(run: Callable[[], int]) -> int:
@@ -69,24 +72,11 @@ def exit_code_of(run: Callable[[], int]) -> int:
         return 128 + getattr(stop, "number", signal.SIGINT)
 
 
-def reject_unknown_flags(argv: list[str], settings: Mapping[str, Field]) -> None:
-    """Raise `UserError` with the nearest match for a flag that is none of these fields of a configuration."""
-    for argument in argv:
-        if argument.startswith("--") and argument not in ("--", "--help"):
-            name = argument[2:].partition("=")[0].replace("-", "_")
-            is_switch_off = name.startswith("no_") and name[3:] in settings and settings[name[3:]].type is bool
-            if name not in settings and not is_switch_off:
-                raise UserError(f"{argument}: no such flag.{nearest(name, settings, '--')} --help lists them all.")
-
-
 def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the settings of a YAML file, over those of the file that it names as its `base`, if any.
 
-    Args:
-        above: the files that have this one as their base.
-
-    Raises:
-        UserError: a file that cannot be read, is no YAML, or is its own base; an unknown setting.
+    above: the files that have this one as their base. Raises `UserError`: a file that cannot be read, is no YAML, or is
+    its own base; an unknown setting.
     """
     import yaml
 
@@ -109,14 +99,6 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if file.resolve() in files:
         raise wrong(f"its base {base} has it as a base: leave one of them out.")
     return read_recipe(file, files) | values
-
-
-def _parsed(settings: type[T], argv: list[str], prog: str, description: str | None = None) -> T:
-    import tyro
-
-    names = {"config": (tyro.conf.OmitArgPrefixes,), "use_underscores": True}
-    is_main = os.environ.get("RANK", "0") == "0"
-    return tyro.cli(settings, args=argv, prog=prog, description=description, console_outputs=is_main, **names)
 
 
 def _as_arguments(values: Mapping[str, Any], path: str) -> list[str]:

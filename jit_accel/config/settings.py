@@ -4,9 +4,9 @@ Defaults < YAML file (`--config`) < command line. Nothing here imports torch, so
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from jit_accel.base.console import redacted
 from jit_accel.base.errors import UserError, lookup
@@ -300,9 +300,7 @@ class Config:
 
     def flat(self) -> dict[str, Any]:
         """Return all settings by their one flat name, as plain YAML values."""
-        values = {}
-        for group in fields(self):
-            values |= vars(getattr(self, group.name))
+        values = {name: value for group in asdict(self).values() for name, value in group.items()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def recorded(self) -> dict[str, Any]:
@@ -311,17 +309,16 @@ class Config:
 
     def updated(self, **settings: Any) -> "Config":
         """Return a copy with these flat settings in the place of its own."""
+        assert settings.keys() <= SETTINGS.keys(), f"no such settings: {sorted(settings.keys() - SETTINGS.keys())}"
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
         parts = {}
-        for group in fields(self):
-            part = getattr(self, group.name)
-            parts[group.name] = replace(part, **{name: values.pop(name) for name in vars(part) if name in values})
-        assert not values, f"no such settings: {sorted(values)}"
+        for name, group in vars(self).items():
+            parts[name] = replace(group, **{setting: values[setting] for setting in vars(group).keys() & values})
         return Config(**parts)
 
 
-GROUPS: tuple[type, ...] = tuple(get_type_hints(Config).values())
-SETTINGS = {f.name: f for group in GROUPS for f in fields(group)}
+GROUPS: tuple[type, ...] = tuple(group.type for group in fields(Config))
+SETTINGS = {setting.name: setting for group in GROUPS for setting in fields(group)}
 
 
 def write_config(recorded: dict[str, Any], path: Path) -> None:

@@ -213,10 +213,11 @@ def test_output_folder_is_named_alike_on_every_process():
 
 def test_settings_from_python_are_those_of_the_command_line():
     given = Config.of(
-        data_path="x", model="JiT-B/4", img_size=64, epochs=3, ema_decays=["auto", "0.99"], use_wandb=True
+        data_path="x", model="JiT-B/4", img_size=64, epochs=3, ema_decays=["auto", "0.99"], mixed_precision="bf16"
     )
-    flags = ("--model", "JiT-B/4", "--img_size", "64", "--epochs", "3", "--ema_decays", "auto", "0.99", "--use_wandb")
-    assert given == parse(*flags)
+    flags = ("--model", "JiT-B/4", "--img_size", "64", "--epochs", "3", "--ema_decays", "auto", "0.99")
+    assert given == parse(*flags, "--mixed_precision", "bf16")
+    assert Config.of(data_path="x", use_wandb=True) == parse("--use_wandb")
     assert isinstance(given.optim.epochs, float)
 
 
@@ -225,7 +226,7 @@ def test_settings_from_python_are_those_of_the_command_line():
     [
         ({"data_path": "x", "modle": "JiT-B/4"}, r"modle: no such setting; .* Did you mean 'model'"),
         ({"model": "JiT-B/4"}, r"^data_path: not given"),
-        ({"data_path": "x", "batch_size": "32"}, r"^batch_size '32': must be of the type int"),
+        ({"data_path": "x", "batch_size": "32"}, r"^batch_size '32': must be of the type int\."),
         ({"data_path": "x", "batch_size": True}, r"^batch_size True: must be of the type int"),
         ({"data_path": "x", "loss_space": "z"}, r"^loss_space 'z': must be of the type Literal"),
         ({"data_path": "x", "adam_betas": (0.9,)}, r"^adam_betas \(0.9,\): must be of the type tuple"),
