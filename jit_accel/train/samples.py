@@ -51,6 +51,7 @@ class AveragedSamples:
     batch_size: int  # images that a process makes at once
 
 
+@dataclass
 class SampleSheets(AveragedSamples):
     """Draws sheets of a few classes."""
 
