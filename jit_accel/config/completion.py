@@ -75,13 +75,12 @@ class Plan:
 def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
     """Return the settings with every open one filled in, the lengths of the run, and what to warn of.
 
-    Raises:
-        UserError: a setting does not go with these facts.
+    Raises `UserError`: a setting does not go with these facts.
     """
     config = started(config, facts.saved, facts.start)
     optim, lora_rank, size = config.optim, config.tune.lora_rank, image_size(config)
     preset, _ = parse_model_name(config.model.model)
-    plan = plan_run(optim, num_images=facts.num_images, world_size=facts.processes, accumulation=facts.accumulation)
+    plan = plan_run(optim, facts)
     longest = EMA_SHARE_OF_RUN * plan.total_steps
     decays = [str(decay) for decay in PAPER_EMA_DECAYS if 1 / (1 - decay) <= longest]
     guidance = 2.0 if facts.start is None or facts.start.guidance_scale is None else facts.start.guidance_scale
@@ -92,7 +91,6 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         "proj_dropout": preset.proj_dropout,
         "noise_scale": max(1.0, size / 256),
         "learning_rate": LORA_LEARNING_RATE if lora_rank else 5e-5 * plan.global_batch_size / 256,
-        "ema_decays": ("auto", *decays),
         "guidance_scale": guidance if facts.is_labelled else 1.0,
         "lora_alpha": float(lora_rank) if lora_rank else None,
         "lora_targets": LORA_TARGETS if lora_rank else None,
@@ -106,8 +104,8 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         mixed_precision=facts.precision,
         output_dir=run_folder(config),
         resume=os.path.expanduser(config.run.resume),
+        ema_decays=tuple(dict.fromkeys(optim.ema_decays or ("auto", *decays))),
     )
-    config = config.updated(ema_decays=tuple(dict.fromkeys(config.optim.ema_decays)))
     check(config)
     if config.optim.optimizer == "muon":
         refused = partial(UserError, about="optimizer", value="muon")
@@ -118,26 +116,24 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
     return config, plan, [*_warnings_of_length(config, plan), *_warnings_of_device(facts)]
 
 
-def plan_run(optim: OptimConfig, *, num_images: int, world_size: int, accumulation: int | None = None) -> Plan:
-    """Turn epochs into steps.
+def plan_run(optim: OptimConfig, facts: Facts) -> Plan:
+    """Return epochs as steps.
 
-    Raises:
-        UserError: the global batch is larger than the data, or the warm-up longer than the run.
+    Raises `UserError`: the global batch is larger than the data, or the warm-up longer than the run.
     """
-    accumulation = accumulation or optim.gradient_accumulation_steps or 1
-    global_batch = optim.batch_size * world_size * accumulation
+    global_batch, num_images = optim.batch_size * facts.processes * facts.accumulation, facts.num_images
     if global_batch > num_images:
+        factors = f"{optim.batch_size} x {facts.processes} processes x {facts.accumulation} accumulation steps"
         raise UserError(
             f"must not be larger than the data set ({num_images} images): use a smaller batch or more images.",
             about="batch_size",
-            value=f"{optim.batch_size} x {world_size} processes x {accumulation} accumulation steps = {global_batch}",
+            value=f"{factors} = {global_batch}",
         )
     total = optim.max_steps or max(1, math.ceil((optim.epochs or PAPER_EPOCHS) * num_images / global_batch))
-    if optim.warmup_steps is not None:
-        warmup = optim.warmup_steps
-    elif optim.warmup_epochs is not None:
+    warmup = optim.warmup_steps
+    if warmup is None and optim.warmup_epochs is not None:
         warmup = round(optim.warmup_epochs * num_images / global_batch)
-    else:
+    elif warmup is None:
         warmup = round(min(PAPER_WARMUP_EPOCHS * num_images / global_batch, 0.1 * total))
     if warmup > total:
         raise UserError(

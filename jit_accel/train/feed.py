@@ -24,8 +24,7 @@ def open_data(
 ) -> tuple[Source, HeldOut | None]:
     """Open the images to train on, unless they are given, and at most `val_images` held out; on all processes the same.
 
-    Raises:
-        UserError: on all processes, whichever raised it.
+    Raises `UserError`: on all processes, whichever raised it.
     """
 
     def open_and_split() -> tuple[Source, HeldOut | None]:
@@ -48,18 +47,16 @@ def open_data(
             warn("no image of the holdout can be read, or none was found: there is no val/loss.")
         held_out = None
     found = gather_object([(source.num_images, source.fingerprint)])
-    other = next((rank for rank, finding in enumerate(found) if finding != found[0]), None)
-    if other is None:
-        return source, held_out
-    ranks = (0, other)
-    trained = ", ".join(f"process {rank} trains on {found[rank][0]:,} ({found[rank][1][:8]})" for rank in ranks)
-    about, value = ("holdout", f"{data.holdout:g}") if data.holdout else ("data_path", data.data_path)
-    raise UserError(
-        f"the processes do not find the same images ({trained}): make sure that all machines have the same files and "
-        "can read all of them, then start again.",
-        about=about,
-        value=value,
-    )
+    if other := next((rank for rank, finding in enumerate(found) if finding != found[0]), None):
+        trained = ", ".join(f"process {n} trains on {found[n][0]:,} ({found[n][1][:8]})" for n in (0, other))
+        about, value = ("holdout", f"{data.holdout:g}") if data.holdout else ("data_path", data.data_path)
+        raise UserError(
+            f"the processes do not find the same images ({trained}): make sure that all machines have the same files "
+            "and can read all of them, then start again.",
+            about=about,
+            value=value,
+        )
+    return source, held_out
 
 
 class Feed:
@@ -76,8 +73,7 @@ class Feed:
     def next(self) -> Batch:
         """Return the next images of this process, on its device.
 
-        Raises:
-            UserError: met by this process alone, where its share of the data is at fault.
+        Raises `UserError`: met by this process alone, where its share of the data is at fault.
         """
         try:
             batch = self.wait_time.next(self.loader)
@@ -136,8 +132,7 @@ class Feed:
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state` was taken, by these or other numbers of processes; before the first batch.
 
-        Raises:
-            UserError: it is of another seed or another way of reading.
+        Raises `UserError`: it is of another seed or another way of reading.
         """
         self.loader.load_state_dict(state["loaders"])
         by_process = state["bad_images"]

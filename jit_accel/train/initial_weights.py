@@ -67,8 +67,7 @@ class Initial:
     def labels_for(self, source: Source) -> tuple[Tensor, list[str]]:
         """Return the source's class of each label, and the classes' names, for an adapter, which learns no new class.
 
-        Raises:
-            UserError: the data has classes that the source does not know.
+        Raises `UserError`: the data has classes that the source does not know.
         """
         count, names = self.network.config.num_classes, names_of(source) or ()
         needed = max(source.num_classes or 0, len(source.class_names))
@@ -183,66 +182,47 @@ class Tuning:
 
 
 def tune(
-    model: JiTTransformer2DModel,
-    settings: TuneConfig,
-    noise_scale: float,
-    source: Source,
-    initial: Initial | None,
+    model: JiTTransformer2DModel, settings: TuneConfig, noise_scale: float, source: Source, initial: Initial | None
 ) -> Tuning:
     """Give a fresh model the weights to start from, and an adapter where one is to be trained.
 
-    Raises:
-        UserError: an adapter that cannot be trained.
+    Raises `UserError`: an adapter that cannot be trained.
     """
     if initial is None:
         return Tuning(source.class_names)
     rank = settings.lora_rank
     done = transfer(initial, model, None if rank else names_of(source))
-    words = "\n".join([done.in_words(initial.path), *notes(initial, model, noise_scale)])
+    lines = done.in_words(initial.path).splitlines()
+    old, new = initial.network.config, model.config
+    if new.img_size != old.img_size:
+        lines.append(f"  {new.img_size} px instead of {old.img_size}: positions are computed, no weight depends on it")
+    if (scale := initial.start.noise_scale) != noise_scale:
+        lines.append(f"  --noise_scale {noise_scale:g} instead of {scale:g}")
+    if old.in_context_start != new.in_context_start:
+        lines.append(f"  in-context tokens from block {new.in_context_start} on instead of {old.in_context_start}")
     if rank is None:
-        return Tuning(source.class_names, notes=words)
+        return Tuning(source.class_names, notes="\n".join(lines))
     refuse_what_an_adapter_cannot_learn(initial, done, model)
     labels, names = initial.labels_for(source)
     is_by_name = names and list(names) == list(initial.class_names or ())
     how = "by name" if is_by_name else "by number: the data's take the place of the source's first ones"
+    lines.append(f"  classes go {how}")
     alpha, dropout, targets = settings.lora_alpha, settings.lora_dropout, settings.lora_targets
     adapter = Adapter(model, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
-    return Tuning(names, labels, adapter, initial.path, f"{words}\n  classes go {how}")
-
-
-def notes(initial: Initial, model: JiTTransformer2DModel, noise_scale: float) -> list[str]:
-    """Return lines about all that differs from the source without being a weight."""
-    old, new, found = initial.network.config, model.config, []
-    if (size := new.img_size) != old.img_size:
-        found.append(f"  {size} px instead of {old.img_size}: positions are computed, so no weight depends on it")
-    if (scale := initial.start.noise_scale) != noise_scale:
-        found.append(f"  --noise_scale {noise_scale:g} instead of {scale:g}")
-    if old.in_context_start != new.in_context_start:
-        found.append(f"  in-context tokens from block {new.in_context_start} on instead of {old.in_context_start}")
-    return found
+    return Tuning(names, labels, adapter, initial.path, "\n".join(lines))
 
 
 def read_initial(path: str) -> Initial:
     """Read the weights at `path`: a pipeline folder, a run, a checkpoint, a Hub id.
 
-    Raises:
-        UserError: they are not weights of a JiT.
+    Raises `UserError`: they are not weights of a JiT.
     """
-    file = Path(path).expanduser()
-    if file.is_file():
-        raise UserError(
-            f"is a file: make a pipeline folder of it first, python -m jit_accel.convert --input "
-            f"{path} --output FOLDER, and give that.",
-            about="init_from",
-            value=path,
-        )
-    had_bar = logging.is_progress_bar_enabled()
+    if Path(path).expanduser().is_file():
+        make = f"python -m jit_accel.convert --input {path} --output FOLDER"
+        rule = f"is a file: make a pipeline folder of it first, {make}, and give that."
+        raise UserError(rule, about="init_from", value=path)
     logging.disable_progress_bar()
-    try:
-        pipeline = load_pipeline(path, about="init_from")
-    finally:
-        if had_bar:
-            logging.enable_progress_bar()
+    pipeline = load_pipeline(path, about="init_from")
     pipeline.transformer.requires_grad_(False)
     return Initial(path, pipeline)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pandas
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from jit_accel import __version__
 from jit_accel.base.console import redacted, warn
@@ -25,7 +24,7 @@ from jit_accel.model.call_arguments import DEFAULTS
 from jit_accel.model.card import CARD_FILE, CARD_PICTURE, training_card
 from jit_accel.model.lora import merged
 from jit_accel.model.pipeline import JiTPipeline
-from jit_accel.monitor.log import read_metrics
+from jit_accel.monitor.log import iterate_metrics
 from jit_accel.monitor.metric_table import TRAIN_LOSS
 from jit_accel.train.averages import Ema
 from jit_accel.train.initial_weights import Tuning
@@ -68,18 +67,16 @@ def write_record(record: dict, output_dir: Path) -> None:
 
 def git_commit() -> str | None:
     """Return the commit of the code, with `-dirty` behind it where files were changed; None where it is no checkout."""
-    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
     try:
-        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)  # not a copy inside another repository
-        commit = _git(folder, "rev-parse", "HEAD").strip()
-        return commit + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no", ".") else "")
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not a copy inside another repository
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
 
 
 def _version(package: str) -> str | None:
@@ -92,16 +89,11 @@ def _version(package: str) -> str | None:
 def write_results(
     output_dir: Path, sheet: Path, pipeline: JiTPipeline, averages: Ema, tuning: Tuning, record: dict, accelerator
 ) -> None:
-    """Write loss curve, pipeline folder and adapter of a finished run, all processes together.
+    """Write loss curve, pipeline folder (safetensors only) and adapter of a finished run, all processes together.
 
-    Args:
-        sheet: its last samples, for the model card.
-        record: the run's settings and facts, on the main process.
-
-    Raises:
-        UserError: on all processes, where the disk does not take them.
+    sheet: its last samples, for the model card. record: its settings and facts, on the main process. Raises `UserError`
+    on all processes, where the disk does not take them.
     """
-
     is_main, adapter = accelerator.is_main_process, tuning.adapter
     trained = whole_tensors(averages.first, keep=is_main)
     frozen = whole_tensors(pipeline.transformer.state_dict(), keep=is_main) if adapter else {}
@@ -110,10 +102,14 @@ def write_results(
         try:
             if adapter:
                 adapter.save(trained, output_dir / LORA_FOLDER)
-            draw_loss_curve(read_metrics(output_dir), output_dir / CURVE_FILE)
-            weights = merged(frozen, trained, adapter.scale) if adapter else trained
-            card = training_card(pipeline, record, averages.name)
-            export_pipeline(pipeline, weights, output_dir / PIPELINE_FOLDER, sheet, card)
+            draw_loss_curve(output_dir)
+            network = type(pipeline.transformer).from_config(pipeline.transformer.config)
+            network.load_state_dict(merged(frozen, trained, adapter.scale) if adapter else trained, strict=True)
+            settings = {name: pipeline.config[name] for name in ("class_names", *DEFAULTS)}
+            with atomic_folder(output_dir / PIPELINE_FOLDER) as folder:
+                JiTPipeline(network, pipeline.scheduler, **settings).save_pretrained(folder, safe_serialization=True)
+                shutil.copy(sheet, folder / CARD_PICTURE)
+                (folder / CARD_FILE).write_text(training_card(pipeline, record, averages.name), encoding="utf-8")
         except (OSError, SafetensorError) as problem:
             raise UserError(
                 f"cannot be written to ({problem}). The training is complete and its last checkpoint is saved:",
@@ -125,36 +121,21 @@ def write_results(
     on_main(accelerator, write)
 
 
-def export_pipeline(pipeline: JiTPipeline, weights: dict[str, Tensor], folder: Path, sheet: Path, card: str) -> None:
-    """Write a pipeline folder (safetensors only) with these weights in place of the pipeline's, whole or not at all.
-
-    Args:
-        weights: float32 tensors by the network's parameter names.
-        sheet, card: PNG of samples and text of the model card.
-    """
-    network = type(pipeline.transformer).from_config(pipeline.transformer.config)
-    network.load_state_dict(weights, strict=True)
-    settings = {name: pipeline.config[name] for name in ("class_names", *DEFAULTS)}
-    with atomic_folder(folder) as temporary:
-        JiTPipeline(network, pipeline.scheduler, **settings).save_pretrained(temporary, safe_serialization=True)
-        shutil.copy(sheet, temporary / CARD_PICTURE)
-        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
-
-
 def is_exported(output_dir: Path, sheet: Path) -> bool:
     """Return True where the run's folder has a whole pipeline folder, exported together with this sheet of samples."""
     copy = output_dir / PIPELINE_FOLDER / CARD_PICTURE
     return sheet.exists() and copy.exists() and filecmp.cmp(copy, sheet, shallow=False)
 
 
-def draw_loss_curve(rows: list[dict], path: Path) -> None:
+def draw_loss_curve(output_dir: Path) -> None:
     """Plot `train/loss` over the steps, raw and smoothed, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    losses = pandas.Series({row["step"]: row[TRAIN_LOSS] for row in rows if isinstance(row.get(TRAIN_LOSS), float)})
+    rows = [row for row in iterate_metrics(output_dir) if isinstance(row.get(TRAIN_LOSS), float)]
+    losses = pandas.Series({row["step"]: row[TRAIN_LOSS] for row in rows})
     memory = max(1.0, 0.02 * len(losses))  # a running mean over a fiftieth of the curve
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(losses.index, losses, color="#9ecae1", linewidth=0.8, label="each step")
@@ -162,5 +143,5 @@ def draw_loss_curve(rows: list[dict], path: Path) -> None:
     axes.set(xlabel="optimizer step", ylabel="loss", yscale="log", title=TRAIN_LOSS)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(output_dir / CURVE_FILE, dpi=150)
     pyplot.close(figure)

@@ -49,11 +49,7 @@ class NamedTensors:
 
 
 class OptimizerState:
-    """The state of all optimizers as `<parameter>|<key>` -> tensor.
-
-    Args:
-        network: what they train, without its wrapper.
-    """
+    """The state of all optimizers of a network without its wrapper, as `<parameter>|<key>` -> tensor."""
 
     def __init__(self, network: nn.Module, optimizers: Sequence):
         self.network, self.optimizers = network, optimizers

@@ -159,20 +159,20 @@ def test_learning_rate_follows_the_global_batch():
 
 
 def test_epochs_become_optimizer_steps():
-    plan = plan_run(parse("--epochs", "3", "--batch_size", "32").optim, num_images=1000, world_size=2)
+    plan = plan_run(parse("--epochs", "3", "--batch_size", "32").optim, Facts(num_images=1000, processes=2))
     assert plan.total_steps == 47  # 3000 images in batches of 64
     assert plan.epoch_of(47) == pytest.approx(3.008)
     assert plan.warmup_steps == 5  # a tenth of the run, since five epochs would be more
 
 
 def test_warmup_in_epochs():
-    plan = plan_run(parse("--epochs", "100", "--warmup_epochs", "5").optim, num_images=3200, world_size=1)
+    plan = plan_run(parse("--epochs", "100", "--warmup_epochs", "5").optim, Facts(num_images=3200))
     assert plan.warmup_steps == 500
 
 
 def test_batch_larger_than_the_data_is_refused():
     with pytest.raises(UserError, match=r"batch_size 32 x 2 processes x 4 accumulation steps = 256: .*\(255 images\)"):
-        plan_run(parse("--gradient_accumulation_steps", "4").optim, num_images=255, world_size=2)
+        plan_run(parse().optim, Facts(num_images=255, processes=2, accumulation=4))
 
 
 def test_fewer_classes_than_the_data_has_are_refused():
