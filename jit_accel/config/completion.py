@@ -30,10 +30,7 @@ class Start:
     """Trained weights to start from, as `--init_from` names them, and what they were trained with."""
 
     path: str
-    sizes: Mapping[str, float]  # `SIZES` by name
-    patch_size: int
-    img_size: int
-    num_classes: int
+    network: Mapping[str, Any]  # its settings by name: `SIZES`, patch_size, img_size, num_classes
     noise_scale: float
     prediction: str
     guidance_scale: float | None = None  # of their samples
@@ -180,18 +177,19 @@ def started(config: Config, saved: Mapping[str, Any], start: Start | None) -> Co
 
 
 def _of_start(config: Config, start: Start) -> dict[str, Any]:
-    refused = partial(UserError, about="init_from", value=start.path)
-    known = [f"{name}/{start.patch_size}" for name, preset in PRESETS.items() if _sizes(preset) == start.sizes]
+    refused, network = partial(UserError, about="init_from", value=start.path), start.network
+    sizes = {name: network[name] for name in SIZES}
+    known = [f"{name}/{network['patch_size']}" for name, preset in PRESETS.items() if _sizes(preset) == sizes]
     if not config.model.model and not known:
         raise refused(
-            f"{_in_words(start.sizes)} is none of the sizes that can be trained ({', '.join(PRESETS)}): start from a "
+            f"{_in_words(sizes)} is none of the sizes that can be trained ({', '.join(PRESETS)}): start from a "
             "network of one of these."
         )
     model = config.model.model or known[0]
     preset, patch = parse_model_name(model)
-    if _sizes(preset) != start.sizes:
+    if _sizes(preset) != sizes:
         raise refused(
-            f"is of another size than --model {model}: {_in_words(start.sizes)} against {_in_words(_sizes(preset))}: "
+            f"is of another size than --model {model}: {_in_words(sizes)} against {_in_words(_sizes(preset))}: "
             "leave --model out, or choose the size of the source."
         )
     if start.prediction != config.objective.prediction:
@@ -199,12 +197,12 @@ def _of_start(config: Config, start: Start) -> dict[str, Any]:
             f"predicts {start.prediction}, and --prediction is {config.objective.prediction}: its last layer would "
             f"mean something else: use --prediction {start.prediction}."
         )
-    size = config.data.img_size or (start.img_size if start.img_size % patch == 0 else 16 * patch)
+    size = config.data.img_size or (network["img_size"] if network["img_size"] % patch == 0 else 16 * patch)
     settings: dict[str, Any] = {"model": model, "img_size": size}
-    if size == start.img_size and config.objective.noise_scale is None:
+    if size == network["img_size"] and config.objective.noise_scale is None:
         settings["noise_scale"] = start.noise_scale
     if config.tune.lora_rank and config.model.num_classes is None:
-        settings["num_classes"] = start.num_classes
+        settings["num_classes"] = network["num_classes"]
     return settings
 
 

@@ -26,8 +26,7 @@ class DataConfig:
     """Images: a folder of class folders, a flat folder, what jit_accel.prepare made of them, Parquet files, WebDataset
     tars, URLs of these (https://host/shard-{000..009}.tar), a Hub id (owner/name:config@revision), builtin:NAME."""
     data_format: str = "auto"
-    """What data_path is, where it cannot be told by looking: folder, parquet, webdataset, saved, prepared, hub,
-    builtin."""
+    """What data_path is, where looking does not tell: folder, parquet, webdataset, saved, prepared, hub, builtin."""
     image_column: str | None = None
     """Column of the images (default: the one that holds images)."""
     label_column: str | None = None
@@ -176,17 +175,14 @@ class SheetConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     eval_every_steps: int = 0
-    """Interval of eval/...: how far generated images (of the averaged weights) are from real ones; the end of the run
-    has one too. 0 = never."""
+    """Interval of eval/...: distance of images of the averaged weights from real ones; also at the end. 0 = never."""
     eval_images: int = 5000
     """How many images to generate each time, without and with guidance. Distances of few images are too large: compare
     only those of equally many."""
     eval_reference: str | None = None
-    """The real images: what data_path may be, or a file of jit_accel.evaluate --make_reference (default: the images of
-    the training)."""
+    """The real images: as data_path, or a file of jit_accel.evaluate --make_reference (default: the training's)."""
     eval_features: str = "inception"
-    """Network whose features are compared: inception, for the FID; efficientnet_lite0, whose weights come with its
-    package."""
+    """Network whose features are compared: inception (FID), or efficientnet_lite0, whose package brings its weights."""
     eval_feature_weights: str | None = None
     """File of the Inception weights, where they are not in torch hub's cache."""
     eval_num_inference_steps: int | None = None

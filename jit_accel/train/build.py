@@ -40,14 +40,13 @@ from jit_accel.monitor.log import METRICS_FILE
 from jit_accel.monitor.monitor import Monitor
 from jit_accel.monitor.trackers import build_trackers
 from jit_accel.train.averages import Ema
-from jit_accel.train.feed import Feed, open_data
+from jit_accel.train.feed import Feed, Validation, open_data
 from jit_accel.train.initial_weights import Initial, Tuning, read_initial, tune
 from jit_accel.train.optimizers import build_optimizers
 from jit_accel.train.results import describe_data
 from jit_accel.train.samples import SampleQuality, SampleSheets
 from jit_accel.train.state import RunFacts
 from jit_accel.train.trainer import Trainer
-from jit_accel.train.validation import Validation
 
 
 def start(config: Config, source: Source | None = None, objective: type[Objective] | None = None) -> int:
@@ -55,7 +54,7 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("jit_accel").setLevel(logging.ERROR)
     folder, resume = Path(run_folder(config)), os.path.expanduser(config.run.resume)
-    check_output_dir(folder, resume, is_written=not config.run.dry_run)
+    check_output_dir(folder, resume)
     checkpoint = find_checkpoint(folder, resume)
     accelerator = build_accelerator(config)
     with process_group(accelerator):
@@ -86,8 +85,7 @@ def build_trainer(
 ) -> Trainer:
     """Open data and weights, complete the settings with what they are, and put the parts of the run together.
 
-    Raises:
-        UserError: on all processes, whichever raised it.
+    Raises `UserError`: on all processes, whichever raised it.
     """
     initial, tuning = None, config.tune
     if tuning.init_from is not None and (checkpoint is None or tuning.lora_rank):
@@ -220,11 +218,10 @@ def introduce(
     )
 
 
-def check_output_dir(folder: Path, resume: str, is_written: bool) -> None:
+def check_output_dir(folder: Path, resume: str) -> None:
     """Make sure that the run can write, and that it overwrites nobody's work.
 
-    Raises:
-        UserError: not writable, or it holds another run.
+    Raises `UserError`: not writable, or it holds another run.
     """
     refused = partial(UserError, about="output_dir", value=folder)
     resumed = Path(resume).resolve()
@@ -232,17 +229,17 @@ def check_output_dir(folder: Path, resume: str, is_written: bool) -> None:
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         held = [
-            *(path for path in (folder / METRICS_FILE,) if path.exists() and path.stat().st_size),
+            *(path for path in folder.glob(METRICS_FILE) if path.stat().st_size),
             *folder.glob("pipeline/model_index.json"),
             *complete_checkpoints(folder / "checkpoints"),
         ]
         if held and not continues_here:
             found = held[-1].relative_to(folder)
             raise refused(f"holds another run ({found}): add --resume auto to continue it, or give another folder.")
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        if not existing.is_dir():
             raise refused(f"{existing} is not a folder that can be written to: give another.")
-        if is_written:  # the folder itself is made where training begins, after all that may be refused
-            tempfile.TemporaryFile(dir=existing).close()
+        # The folder itself is made where training begins, after all that may be refused.
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:  # a name that is too long, say
         raise refused(f"cannot be written to ({error.strerror}): give another.") from None
 

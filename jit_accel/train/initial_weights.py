@@ -10,7 +10,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from jit_accel.base.errors import UserError
-from jit_accel.config.completion import SIZES, Start
+from jit_accel.config.completion import Start
 from jit_accel.config.settings import TuneConfig
 from jit_accel.data.batches.batch import Batch
 from jit_accel.data.formats.source import Source
@@ -43,17 +43,8 @@ class Initial:
     @property
     def start(self) -> Start:
         """The facts that complete the settings of a run that starts from these weights."""
-        network, scheduler = self.network.config, self.pipeline.scheduler.config
-        return Start(
-            self.path,
-            {name: network[name] for name in SIZES},
-            network.patch_size,
-            network.img_size,
-            network.num_classes,
-            scheduler.noise_scale,
-            scheduler.prediction_type,
-            self.pipeline.config.guidance_scale,
-        )
+        scheduler, guidance_scale = self.pipeline.scheduler.config, self.pipeline.config.guidance_scale
+        return Start(self.path, self.network.config, scheduler.noise_scale, scheduler.prediction_type, guidance_scale)
 
     def rows_for(self, names: Sequence[str] | None, num_classes: int) -> list[int | None]:
         """Return the row of each class in the source's label table: by name, where both have names, else by number."""

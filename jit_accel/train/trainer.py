@@ -26,13 +26,12 @@ from jit_accel.monitor.metric_table import EMA_VAL_LOSS, EVAL, VAL_LOSS, part_of
 from jit_accel.monitor.monitor import Monitor
 from jit_accel.monitor.report_process import REPORT_FILE
 from jit_accel.train.averages import Ema
-from jit_accel.train.feed import Feed
+from jit_accel.train.feed import Feed, Validation
 from jit_accel.train.initial_weights import Tuning
 from jit_accel.train.optimizers import lr_at, set_lr
 from jit_accel.train.results import CURVE_FILE, PIPELINE_FOLDER, is_exported, record_run, write_record, write_results
 from jit_accel.train.samples import SampleQuality, SampleSheets, Unmeasured
 from jit_accel.train.state import NamedTensors, OptimizerState, RunFacts
-from jit_accel.train.validation import Validation
 
 
 @dataclass(frozen=True)

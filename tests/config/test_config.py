@@ -273,8 +273,9 @@ def test_bases_that_cannot_be_are_refused(tmp_path):
 
 def weights(**facts):
     sizes = {"depth": 12, "hidden_size": 768, "num_heads": 12, "mlp_ratio": 4.0}
-    defaults = {"patch_size": 4, "img_size": 64, "num_classes": 5, "noise_scale": 1.5, "prediction": "x"}
-    return Start(**{"path": "runs/a", "sizes": sizes, "guidance_scale": 2.7} | defaults | facts)
+    network = {**sizes, "patch_size": 4, "img_size": 64, "num_classes": 5}
+    defaults = {"noise_scale": 1.5, "prediction": "x", "guidance_scale": 2.7}
+    return Start(**{"path": "runs/a", "network": network} | defaults | facts)
 
 
 def test_what_is_left_open_follows_from_the_weights_to_start_from():

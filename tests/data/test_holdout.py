@@ -12,7 +12,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches.holdout import split_holdout
 from jit_accel.data.reading.content import content_key, file_key
-from jit_accel.train import validation
+from jit_accel.train import feed
 
 N = 200
 
@@ -140,7 +140,7 @@ HOLDOUT = ("--holdout", "0.3", "--val_every_steps", "2")
 
 @pytest.fixture
 def one_draw(monkeypatch):
-    monkeypatch.setattr(validation, "MIN_DRAWS", 1)
+    monkeypatch.setattr(feed, "MIN_DRAWS", 1)
 
 
 def val_losses(folder):
