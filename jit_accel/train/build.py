@@ -274,10 +274,5 @@ def build_fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
         raise UserError("fsdp_version 1: accelerate's configuration must say fsdp_version: 2 (FSDP2).")
     if precision == "no":
         return FullyShardedDataParallelPlugin()
-    policy = MixedPrecisionPolicy(
-        param_dtype=DTYPES[precision],
-        reduce_dtype=torch.float32,
-        output_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
-    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+    full = {"reduce_dtype": torch.float32, "output_dtype": torch.float32, "cast_forward_inputs": False}
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy(DTYPES[precision], **full))

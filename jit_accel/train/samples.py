@@ -95,10 +95,6 @@ class SampleSheets(AveragedSamples):
             warn(f"{path} cannot be written ({error.strerror or error}): make room.")
 
 
-class Unmeasured(Exception):
-    """All processes know that the images could not be measured, and can go on without."""
-
-
 @dataclass
 class SampleQuality(AveragedSamples):
     """Measures how far the images are from real ones.
@@ -146,10 +142,10 @@ class SampleQuality(AveragedSamples):
             elif self.reference is None:
                 self.reference = self._statistics_of(self.images)
 
-    def measure(self) -> dict[str, float]:
+    def measure(self, step: int) -> dict[str, float]:
         """Return the metrics by their keys in the log: `eval/<metric>` with the samples' guidance, and `..._unguided`.
 
-        Raises `Unmeasured` on all processes, whatever one of them raised.
+        Whatever one process raises costs all of them the values of this step, {}, and is warned of.
         """
         scale = self.pipeline.config.guidance_scale
         steps = self.evaluation.eval_num_inference_steps or self.settings.num_inference_steps
@@ -163,8 +159,10 @@ class SampleQuality(AveragedSamples):
                     found[guidance] = self.evaluator.measure_pipeline(
                         self.pipeline, self.reference, self.evaluation.eval_images, *how
                     )
-        except survived as error:
-            raise Unmeasured(message_of(error)) from error
+        except survived as error:  # met by all processes
+            if self.accelerator.is_main_process:
+                warn(f"step {step:,} is not evaluated, and training goes on: {message_of(error)}")
+            return {}
         return {
             EVAL.format(name=name + ending): found[guidance][name]
             for guidance, ending in ((scale, ""), (1.0, UNGUIDED))

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from jit_accel.base import rng
-from jit_accel.base.console import say, warn
+from jit_accel.base.console import say
 from jit_accel.base.errors import StopRequest, UserError
 from jit_accel.base.processes import on_main
 from jit_accel.config.completion import Plan
@@ -30,7 +30,7 @@ from jit_accel.train.feed import Feed, Validation
 from jit_accel.train.initial_weights import Tuning
 from jit_accel.train.optimizers import lr_at, set_lr
 from jit_accel.train.results import CURVE_FILE, PIPELINE_FOLDER, is_exported, record_run, write_record, write_results
-from jit_accel.train.samples import SampleQuality, SampleSheets, Unmeasured
+from jit_accel.train.samples import SampleQuality, SampleSheets
 from jit_accel.train.state import NamedTensors, OptimizerState, RunFacts
 
 
@@ -264,16 +264,12 @@ class Trainer:
         The values go into the row of this step, which is written already; a failure costs them alone.
         """
         self.model.eval()
-        try:
-            with self.monitor.pause():
-                found = self.quality.measure()
-        except Unmeasured as problem:  # met by all processes
-            if self.accelerator.is_main_process:
-                warn(f"step {self.step:,} is not evaluated, and training goes on: {problem}")
-            return
-        self.monitor.amend(self.step, found)
-        values = ", ".join(f"{part_of(name, EVAL)} {value:.4g}" for name, value in found.items())
-        self.say(f"Step {self.step:,}: {values} of {self.quality.evaluation.eval_images:,} images")
+        with self.monitor.pause():
+            found = self.quality.measure(self.step)
+        if found:
+            self.monitor.amend(self.step, found)
+            values = ", ".join(f"{part_of(name, EVAL)} {value:.4g}" for name, value in found.items())
+            self.say(f"Step {self.step:,}: {values} of {self.quality.evaluation.eval_images:,} images")
 
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:
