@@ -1,7 +1,5 @@
 """What the training tests share: a small real data set, and processes that run the trainer."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib
@@ -13,31 +11,27 @@ import signal
 import socket
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
+from jit_accel.config.presets import PRESETS, Preset
 from jit_accel.monitor.log import read_metrics
 
-# Half a second instead of ten for each training process: the server imports everything once.
+# A network of 5,120 parameters, for tests where it may be any.
+PRESETS["JiT-XS"] = Preset(2, 8, 2, 4, 1, in_context_len=2)
+
+# Half a second instead of ten for each training process: the server has done everything once.
 SPAWNER = multiprocessing.get_context("forkserver")
-SPAWNER.set_forkserver_preload(
-    [
-        "jit_accel.train.build",
-        "jit_accel.data.batches.loader",
-        "diffusers.models.modeling_utils",
-        "wandb",
-        "tyro",
-        "matplotlib.pyplot",
-    ]
-)
+SPAWNER.set_forkserver_preload(["fork_server"])
 
 # Metrics that differ from run to run.
 OF_TIME = ("data/", "perf/", "train/epoch_time", "train/samples_per_second", "health/data_starving")
 
 TINY = [
-    *("--model", "JiT-Ti/7", "--img_size", "28", "--batch_size", "4", "--max_steps", "6"),
+    *("--model", "JiT-XS/7", "--img_size", "28", "--batch_size", "4", "--max_steps", "6"),
     *("--learning_rate", "1e-3", "--warmup_steps", "2", "--log_every_steps", "1", "--mixed_precision", "no"),
     *("--num_workers", "0", "--num_inference_steps", "2", "--sample_every_steps", "0", "--save_every_steps", "0"),
     "--no_html_report",
@@ -61,21 +55,32 @@ def in_fresh_accelerate():
     """Train in this process, alone and on the CPU, inside the block."""
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
+    _reset_accelerate()
     os.environ["ACCELERATE_USE_CPU"] = "true"
     try:
         yield
     finally:
         del os.environ["ACCELERATE_USE_CPU"]
+        _reset_accelerate()
 
 
-def train_here(*flags: str) -> int:
+def _reset_accelerate() -> None:
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+def train_here(*flags: str, draws_curve: bool = False) -> int:
     """Train in this process, alone, and return the exit code."""
-    from jit_accel.train import main
+    from jit_accel.train import main, results
 
-    with in_fresh_accelerate():
+    draw = results.draw_loss_curve
+    with in_fresh_accelerate(), mock.patch.object(results, "draw_loss_curve", draw if draws_curve else touch_curve):
         return main([*TINY, *flags])
+
+
+def touch_curve(rows: list[dict], path: Path) -> None:
+    """In place of `draw_loss_curve`, which would take half the time of a short training."""
+    path.touch()
 
 
 def _record_weights(folder: str) -> None:
@@ -160,7 +165,10 @@ def _process(flags, environment, log):
     torch.set_num_threads(1)
     module, function = environment.get("TEST_MAIN", "jit_accel.train:main").split(":")
     main = getattr(importlib.import_module(module), function)
-    flags = [*TINY, *flags] if module == "jit_accel.train" else flags
+    if module == "jit_accel.train":
+        from jit_accel.train import results
+
+        flags, results.draw_loss_curve = [*TINY, *flags], touch_curve
     if "TEST_WEIGHTS_FOLDER" in environment:
         _record_weights(environment["TEST_WEIGHTS_FOLDER"])
     if "TEST_IMAGES_FOLDER" in environment:

@@ -21,7 +21,8 @@ def losses(output_dir):
 
 def test_a_run_leaves_all_it_promises(images, tmp_path, capsys):
     out = tmp_path / "run"
-    assert train_here("--data_path", str(images), "--output_dir", str(out), "--save_every_steps", "2") == 0
+    flags = ("--data_path", str(images), "--output_dir", str(out), "--save_every_steps", "2")
+    assert train_here(*flags, draws_curve=True) == 0
     assert [row["step"] for row in rows(out)] == [1, 2, 3, 4, 5, 6]
     assert [row["train/learning_rate"] for row in rows(out)][:3] == [0, 5e-4, 1e-3]
     assert all(row["train/grad_norm"] > 0 for row in rows(out))
@@ -64,7 +65,7 @@ def test_the_recorded_configuration_runs_the_run_again(images, tmp_path):
 
 def test_twenty_golden_steps_on_a_cpu(images, tmp_path):
     """The losses of the first version; a change here is a change of the training, and must be meant."""
-    flags = ["--data_path", str(images), "--output_dir", str(tmp_path), "--max_steps", "20", "--optimizer", "adamw"]
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path), "--max_steps", "20", "--model", "JiT-Ti/7"]
     assert train_here(*flags) == 0
     assert losses(tmp_path)[::4] + losses(tmp_path)[-1:] == pytest.approx(GOLDEN_LOSSES, rel=2e-3)
 
@@ -133,7 +134,7 @@ def initial_weights():
     from jit_accel.model.transformer import build_model
 
     torch.manual_seed(0)
-    return build_model("JiT-Ti/7", img_size=28, num_classes=4).state_dict()
+    return build_model("JiT-XS/7", img_size=28, num_classes=4).state_dict()
 
 
 FLAGS_OF_KILLED = ("--max_steps", "14", "--save_every_steps", "3", "--resume", "auto")

@@ -1,0 +1,33 @@
+"""The training that the fork server does before it starts processes: each of them would set up as much for itself."""
+
+import contextlib
+import io
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+import wandb  # noqa: F401
+from helpers import train_here
+from PIL import Image
+from tqdm import tqdm
+
+
+def train_once() -> None:
+    printed = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        for name in ("a", "b"):
+            Path(folder, "images", name).mkdir(parents=True)
+            Image.new("RGB", (28, 28)).save(Path(folder, "images", name, "1.png"))
+        stack.enter_context(contextlib.redirect_stdout(printed))
+        stack.enter_context(contextlib.redirect_stderr(printed))
+        flags = ("--data_path", f"{folder}/images", "--output_dir", f"{folder}/run")
+        code = train_here(*flags, "--batch_size", "1", "--max_steps", "2")
+    assert code == 0, printed.getvalue()
+
+
+torch.set_num_threads(1)  # the others would not come along
+if not torch.cuda.is_available():  # for which torch keeps threads
+    tqdm.monitor_interval = 0  # a thread, too
+    train_once()
+    assert threading.active_count() == 1, threading.enumerate()
