@@ -130,7 +130,7 @@ def test_the_validation_loss_of_the_average_is_that_of_its_weights(images, tmp_p
 def test_mfu_is_the_models_work_over_the_devices_peak(images, tmp_path, monkeypatch):
     monkeypatch.setattr(monitor, "peak_flops", lambda device, precision: 1e12)
     assert train_here("--data_path", str(images), "--output_dir", str(tmp_path / "out")) == 0
-    flops = 6 * forward_macs(*parse_model_name("JiT-Ti/7"), 28, 28)
+    flops = 6 * forward_macs(*parse_model_name("JiT-XS/7"), 28, 28)
     for row in read_metrics(tmp_path / "out"):
         assert row["perf/mfu"] == pytest.approx(flops * row["perf/images_per_second"] / 1e12)
 
@@ -185,8 +185,8 @@ def test_the_record_tells_code_versions_and_devices(images, tmp_path):
     out = tmp_path / "out"
     assert train_here("--data_path", str(images), "--output_dir", str(out), "--max_steps", "2") == 0
     told = json.loads((out / "run.json").read_text())
-    assert (told["num_parameters"], told["num_processes"], told["device"]) == (2_881_491, 1, "cpu")
-    assert (told["model"], told["img_size"], told["global_batch_size"]) == ("JiT-Ti/7", 28, 4)
+    assert (told["num_parameters"], told["num_processes"], told["device"]) == (6_883, 1, "cpu")
+    assert (told["model"], told["img_size"], told["global_batch_size"]) == ("JiT-XS/7", 28, 4)
     assert told["torch_version"] == torch.__version__
     assert told["git_commit"] is None or len(told["git_commit"].removesuffix("-dirty")) == 40
 

@@ -250,7 +250,7 @@ def test_a_tracker_of_ones_own_gets_settings_and_every_row(images, tmp_path, own
     ]
     assert train_here(*flags) == 0
     lines = [json.loads(line) for line in (out / "notebook.jsonl").read_text().splitlines()]
-    assert lines == [["shop", "JiT-Ti/7", "auto"], *([row["step"], row["train/loss"]] for row in rows(out))]
+    assert lines == [["shop", "JiT-XS/7", "auto"], *([row["step"], row["train/loss"]] for row in rows(out))]
 
 
 @pytest.mark.parametrize(

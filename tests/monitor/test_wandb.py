@@ -481,7 +481,7 @@ def test_an_offline_training_has_every_step_and_the_whole_configuration_in_its_f
     logged = {step: tuple(row[key] for key in keys) for step, row in history.items()}
     assert logged == {row["step"]: tuple(row[key] for key in keys) for row in rows(out)}
     assert sorted(logged) == [1, 2, 3, 4, 5, 6]
-    known = {"model": "JiT-Ti/7", "global_batch_size": 4, "img_size": 28, "num_parameters": 2_881_491}
+    known = {"model": "JiT-XS/7", "global_batch_size": 4, "img_size": 28, "num_parameters": 6_883}
     assert known.items() <= config.items()
     assert any("samples/grid" in name for row in history.values() for name in row)
 

@@ -64,7 +64,7 @@ def test_batch_larger_than_the_data(refused, images):
 
 def test_patch_that_does_not_divide(refused, images):
     message = refused("--data_path", str(images), "--img_size", "30")
-    assert "--img_size 30: must be a multiple of the patch size 7 (JiT-Ti/7): use 28 or 35" in message
+    assert "--img_size 30: must be a multiple of the patch size 7 (JiT-XS/7): use 28 or 35" in message
 
 
 def test_output_folder_under_a_file(refused, images, tmp_path):

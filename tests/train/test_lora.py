@@ -191,12 +191,13 @@ def test_an_adapter_is_refused_where_it_would_have_to_learn_what_is_frozen():
 @pytest.fixture(scope="module")
 def base(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "run"
-    assert train_here("--data_path", str(images), "--max_steps", "12", "--output_dir", str(folder)) == 0
+    flags = ("--data_path", str(images), "--model", "JiT-Ti/7", "--max_steps", "12")
+    assert train_here(*flags, "--output_dir", str(folder)) == 0
     return folder / "pipeline"
 
 
 LORA = ["--lora_rank", "2", "--lora_alpha", "4", "--lora_dropout", "0.1", "--resume", "auto", "--learning_rate", "0.01"]
-LORA += ["--lr_schedule", "constant", "--max_steps", "8"]
+LORA += ["--lr_schedule", "constant", "--max_steps", "8", "--model", "JiT-Ti/7"]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ def one_page():
 
 def test_its_first_losses_are_the_trainers(images, tmp_path):
     """Twenty steps of the test trainings' settings (see helpers.TINY), bit for bit."""
-    assert train_here("--data_path", str(images), "--output_dir", str(tmp_path), "--max_steps", "20") == 0
+    flags = ("--data_path", str(images), "--output_dir", str(tmp_path), "--max_steps", "20", "--model", "JiT-Ti/7")
+    assert train_here(*flags) == 0
     page, source = one_page(), jit.open_images(str(images))
     batches = jit.batches(source, img_size=28, batch_size=4, seed=0)
     torch.manual_seed(0)

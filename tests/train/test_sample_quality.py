@@ -22,6 +22,7 @@ from jit_accel.train.trainer import Trainer
 EVAL = [
     *("--eval_every_steps", "3", "--eval_images", "12", "--eval_features", "tiny"),
     *("--max_steps", "6", "--ema_decays", "0.5", "--guidance_scale", "3"),
+    *("--learning_rate", "0.03"),  # so that classes differ after six steps
 ]
 pytestmark = pytest.mark.usefixtures("tiny")
 KEY = "eval/fd_tiny"
