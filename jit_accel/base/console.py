@@ -44,20 +44,20 @@ def warn(message: str) -> None:
     say(f"Warning: {message}", sys.stderr)
 
 
-class ImageProgress:
+class ImageProgress(contextlib.AbstractContextManager):
     """Counts images of all processes, of `total`, `done` before: a bar on a terminal, a line a minute in a log file."""
 
     def __init__(self, name: str, total: int, done: int, is_shown: bool):
-        self.name, self.total, self.done, self.made, self.is_shown = name, total, done, 0, is_shown
+        self.name, self.total, self.done, self.made = name, total, done, 0
         self.began = self.said_at = time.monotonic()
-        is_terminal = is_shown and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, desc=name, unit=" images") if is_terminal else None
+        is_bar = is_shown and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, desc=name, unit=" images", disable=not is_bar)
+        self.is_log = is_shown and not is_bar
 
     def add(self, count: int) -> None:
         self.made += count
-        if self.bar is not None:
-            self.bar.update(count)
-        elif self.is_shown and time.monotonic() - self.said_at > _LINE_EVERY_S:
+        self.bar.update(count)
+        if self.is_log and time.monotonic() - self.said_at > _LINE_EVERY_S:
             self.said_at, there = time.monotonic(), self.done + self.made
             left_min = (self.total - there) / self.rate / 60
             say(f"{self.name}: {there:,}/{self.total:,} images | {self.rate:.3g} images/s | left {left_min:.0f} min")
@@ -67,12 +67,8 @@ class ImageProgress:
         """Images/s, of those made now."""
         return self.made / max(time.monotonic() - self.began, 1e-9)
 
-    def __enter__(self) -> "ImageProgress":
-        return self
-
     def __exit__(self, *exception) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
 
 def _hush(file) -> None:

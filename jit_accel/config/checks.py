@@ -151,10 +151,7 @@ def _is_repository(name: str) -> bool:
 
 
 def as_type(name: str, value: Any) -> Any:
-    """Return a value as the type of the setting `name`; whole numbers and lists become floats and tuples where meant.
-
-    Raises `UserError`: it is of another type.
-    """
+    """Return a value as the setting `name` wants it, int as float and list as tuple; `UserError` for other types."""
     hint = SETTINGS[name].type
     for choice in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
         parts, kind = get_args(choice), get_origin(choice) or choice

@@ -19,11 +19,7 @@ T = TypeVar("T")
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
-    """Read the command line (and the YAML file that `--config` names) into a checked `Config`.
-
-    Raises `UserError`: unknown flag or key, values out of range, settings that contradict each other; `SystemExit`
-    as `parse_flags`.
-    """
+    """Read the command line, and the file that `--config` names, into a checked `Config`; errors as `parse_flags`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="?", const="")
     known, argv = parser.parse_known_args(argv)
@@ -40,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
 def parse_flags(settings: type[T], argv: list[str] | None, prog: str, description: str | None = None) -> T:
     """Read the command line of a program whose settings are the fields of this dataclass, or of groups in it.
 
-    Raises `UserError`: an unknown flag; `SystemExit`: `--help` (0), a missing flag or a value of the wrong type (2).
+    `UserError`: an unknown flag. `SystemExit`: `--help` (0), a missing flag or a value of the wrong type (2).
     """
     import tyro
 

@@ -70,10 +70,7 @@ class Plan:
 
 
 def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
-    """Return the settings with every open one filled in, the lengths of the run, and what to warn of.
-
-    Raises `UserError`: a setting does not go with these facts.
-    """
+    """Return settings without open ones, the run's lengths, and warnings; `UserError` if a setting defies the facts."""
     config = started(config, facts.saved, facts.start)
     optim, lora_rank, size = config.optim, config.tune.lora_rank, image_size(config)
     preset, _ = parse_model_name(config.model.model)
@@ -114,10 +111,7 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
 
 
 def plan_run(optim: OptimConfig, facts: Facts) -> Plan:
-    """Return epochs as steps.
-
-    Raises `UserError`: the global batch is larger than the data, or the warm-up longer than the run.
-    """
+    """Return epochs as steps; `UserError` if the global batch is larger than the data, or the warm-up than the run."""
     global_batch, num_images = optim.batch_size * facts.processes * facts.accumulation, facts.num_images
     if global_batch > num_images:
         factors = f"{optim.batch_size} x {facts.processes} processes x {facts.accumulation} accumulation steps"

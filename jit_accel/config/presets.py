@@ -32,11 +32,7 @@ PRESETS = {
 
 
 def parse_model_name(name: str) -> tuple[Preset, int]:
-    """Split `JiT-B/16` into its preset and patch size.
-
-    Raises:
-        UserError: unknown size, or no patch size behind the slash.
-    """
+    """Split `JiT-B/16` into its preset and patch size; `UserError` if the size is unknown, or no patch size follows."""
     size, _, patch = name.partition("/")
     preset = lookup(PRESETS, size, "model")
     if not re.fullmatch(r"[1-9]\d*", patch):

@@ -83,10 +83,7 @@ def build_trainer(
     source: Source | None = None,
     objective: type[Objective] = Objective,
 ) -> Trainer:
-    """Open data and weights, complete the settings with what they are, and put the parts of the run together.
-
-    Raises `UserError`: on all processes, whichever raised it.
-    """
+    """Open data and weights, complete the settings, build the run; a process's `UserError` is raised on all of them."""
     initial, tuning = None, config.tune
     if tuning.init_from is not None and (checkpoint is None or tuning.lora_rank):
         initial = on_all(accelerator, lambda: read_initial(tuning.init_from), in_turn=True)
@@ -219,10 +216,7 @@ def introduce(
 
 
 def check_output_dir(folder: Path, resume: str) -> None:
-    """Make sure that the run can write, and that it overwrites nobody's work.
-
-    Raises `UserError`: not writable, or it holds another run.
-    """
+    """Raise `UserError` where the run cannot write, or would overwrite somebody's work."""
     refused = partial(UserError, about="output_dir", value=folder)
     resumed = Path(resume).resolve()
     continues_here = resume == "auto" or (resume != "none" and folder.resolve() in (resumed, *resumed.parents))

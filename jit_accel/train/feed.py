@@ -28,9 +28,9 @@ MIN_DRAWS = 256  # of the validation: one time and noise an image say little whe
 def open_data(
     data: DataConfig, *, img_size: int, val_images: int, accelerator: Accelerator, given: Source | None = None
 ) -> tuple[Source, HeldOut | None]:
-    """Open the images to train on, unless they are given, and at most `val_images` held out; on all processes the same.
+    """Open the images to train on, unless given, and at most `val_images` held out: on all processes the same.
 
-    Raises `UserError`: on all processes, whichever raised it.
+    Raises `UserError` on all processes, whichever met it.
     """
 
     def open_and_split() -> tuple[Source, HeldOut | None]:
@@ -77,10 +77,7 @@ class Feed:
         self.bad_images: dict[str, None] = {}  # in the order of their discovery
 
     def next(self) -> Batch:
-        """Return the next images of this process, on its device.
-
-        Raises `UserError`: met by this process alone, where its share of the data is at fault.
-        """
+        """Return the next images of this process, on its device; `UserError` if its own share of the data is bad."""
         try:
             batch = self.wait_time.next(self.loader)
         except UserError as error:
@@ -136,10 +133,7 @@ class Feed:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue where `state` was taken, by these or other numbers of processes; before the first batch.
-
-        Raises `UserError`: it is of another seed or another way of reading.
-        """
+        """Continue where any number of processes were; `UserError` if these had another seed or way of reading."""
         self.loader.load_state_dict(state["loaders"])
         by_process = state["bad_images"]
         if len(by_process) == self.accelerator.num_processes:
@@ -185,10 +179,7 @@ class Validation:
 
     @torch.no_grad()
     def loss(self, loss_of: Callable[[Batch], Tensor]) -> Tensor:
-        """Return the mean, on the device, the same on all processes.
-
-        loss_of(batch): losses, float32 (B,).
-        """
+        """Return the mean, on the device, the same on all processes, of the losses of batches, float32 (B,)."""
         total = torch.zeros((), device=self.accelerator.device)
         for batch, weights in self.batches():
             total += (loss_of(batch) * weights.to(total.device)).sum()

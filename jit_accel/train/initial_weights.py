@@ -56,10 +56,7 @@ class Initial:
         return [None] * num_classes
 
     def labels_for(self, source: Source) -> tuple[Tensor, list[str]]:
-        """Return the source's class of each label, and the classes' names, for an adapter, which learns no new class.
-
-        Raises `UserError`: the data has classes that the source does not know.
-        """
+        """Return the source's class of each label, and their names; `UserError` if some are new to an adapter."""
         count, names = self.network.config.num_classes, names_of(source) or ()
         needed = max(source.num_classes or 0, len(source.class_names))
         rows = self.rows_for(names, count)[: len(names)] if self.class_names else []
@@ -175,10 +172,7 @@ class Tuning:
 def tune(
     model: JiTTransformer2DModel, settings: TuneConfig, noise_scale: float, source: Source, initial: Initial | None
 ) -> Tuning:
-    """Give a fresh model the weights to start from, and an adapter where one is to be trained.
-
-    Raises `UserError`: an adapter that cannot be trained.
-    """
+    """Give a fresh model the weights to start from, and an adapter if one is wanted; `UserError` if it cannot learn."""
     if initial is None:
         return Tuning(source.class_names)
     rank = settings.lora_rank
@@ -204,10 +198,7 @@ def tune(
 
 
 def read_initial(path: str) -> Initial:
-    """Read the weights at `path`: a pipeline folder, a run, a checkpoint, a Hub id.
-
-    Raises `UserError`: they are not weights of a JiT.
-    """
+    """Read the weights of a pipeline folder, a run, a checkpoint or a Hub id; `UserError` if they are not a JiT's."""
     if Path(path).expanduser().is_file():
         make = f"python -m jit_accel.convert --input {path} --output FOLDER"
         rule = f"is a file: make a pipeline folder of it first, {make}, and give that."

@@ -40,10 +40,7 @@ def is_block_matrix(name: str, parameter: Tensor) -> bool:
 
 
 def build_optimizers(model: nn.Module, optim: OptimConfig) -> list[torch.optim.Optimizer]:
-    """Return optimizers that together hold each trainable parameter once. Their rate is set by `set_lr` at each step.
-
-    Raises `UserError`: unknown name.
-    """
+    """Return optimizers that together hold each trainable parameter once; `UserError` if the name is unknown."""
     return lookup(OPTIMIZERS, optim.optimizer, "optimizer")(trainable(model), optim)
 
 

@@ -132,10 +132,7 @@ class SampleQuality(AveragedSamples):
         return on_main(self.accelerator, lambda: not any(map(keys.isdisjoint, rows)))
 
     def prepare(self) -> None:
-        """Get the reference's statistics: from a file, or of images, which are read once and remembered.
-
-        Raises `UserError` on all processes, whatever is wrong with it.
-        """
+        """Get the reference's statistics: from a file, or of images, read once and remembered; `UserError` on all."""
         with renamed_settings(**NAMES):
             if self.reference is None and isinstance(self.images, str):
                 self.reference = self.evaluator.load_reference(self.images, self.img_size)

@@ -196,10 +196,7 @@ class Trainer:
             self.monitor.record_occasional(name, loss)
 
     def flush(self) -> None:
-        """Read the kept metrics: the only place where the host waits for the device.
-
-        Raises `UserError`: loss or gradient norm not finite; too many broken images.
-        """
+        """Read the kept metrics: here alone the host waits. `UserError` if one is not finite, or many images broken."""
         interval = self.monitor.read(self.stop.number > 0)
         self.is_stopping = interval.stop_asked
         if found := interval.not_finite:
@@ -231,10 +228,7 @@ class Trainer:
             self.say(f"Saved {path}")
 
     def resume(self, path: Path) -> None:
-        """Continue exactly where the checkpoint was written.
-
-        Raises `UserError`: it belongs to another model, size, data set or seed.
-        """
+        """Continue exactly where a checkpoint was written; `UserError` if it is of another model, data set or seed."""
         run = read_run(path)
         self.facts.refuse_other(path, run)
         if adapter := self.tuning.adapter:
