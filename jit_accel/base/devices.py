@@ -13,10 +13,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast; "no" ha
 
 
 def chosen_precision(mixed_precision: str | None = None) -> str:
-    """Return `--mixed_precision`, else that of accelerate's configuration, else bf16 where the device is good at it.
-
-    Raises `UserError`: fp16 on a CPU.
-    """
+    """Return `--mixed_precision`, accelerate's, or bf16 if the device is good at it; `UserError`: fp16 on a CPU."""
     device, default = chosen_device(), os.environ.get("ACCELERATE_MIXED_PRECISION")
     if default not in ("no", *DTYPES):
         default = "bf16" if is_good_at_bf16(device) else "no"

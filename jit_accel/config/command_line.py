@@ -69,10 +69,9 @@ def exit_code_of(run: Callable[[], int]) -> int:
 
 
 def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the settings of a YAML file, over those of the file that it names as its `base`, if any.
+    """Return the settings of a YAML file over those of its `base`; `above` are the files that have it as theirs.
 
-    above: the files that have this one as their base. Raises `UserError`: a file that cannot be read, is no YAML, or is
-    its own base; an unknown setting.
+    `UserError`: a file that cannot be read, is no YAML, or is its own base; an unknown setting.
     """
     import yaml
 

@@ -151,12 +151,6 @@ def run_folder(config: Config) -> str:
     return f"runs/{safe or 'run'}"
 
 
-def accumulation_steps(optim: OptimConfig) -> int:
-    """Return the micro-steps of an optimizer step: as set, or of accelerate's configuration, or 1."""
-    configured = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
-    return optim.gradient_accumulation_steps or (int(configured) if configured.isdigit() else 0) or 1
-
-
 def started(config: Config, saved: Mapping[str, Any], start: Start | None) -> Config:
     """Return the settings with what a checkpoint and the weights to start from leave no choice about.
 

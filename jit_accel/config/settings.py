@@ -36,8 +36,7 @@ class DataConfig:
     shuffle_buffer: int = 1024
     """Images of a lane of a stream that are shuffled together; held undecoded, about 256 MiB at most."""
     lanes: int | None = None
-    """Parts of a stream that are read side by side; the order of the images depends on their number, which a run keeps
-    (default: about eight a process, at most one a file or row group)."""
+    """Parts of a stream that are read side by side, on which its order depends (default: about eight a process)."""
     img_size: int | None = None
     """Side of the square training images in pixels (default: 16 patches, or that of init_from)."""
     horizontal_flip: bool = True
@@ -177,8 +176,7 @@ class EvalConfig:
     eval_every_steps: int = 0
     """Interval of eval/...: distance of images of the averaged weights from real ones; also at the end. 0 = never."""
     eval_images: int = 5000
-    """How many images to generate each time, without and with guidance. Distances of few images are too large: compare
-    only those of equally many."""
+    """How many images to generate each time, without and with guidance; compare only distances of equally many."""
     eval_reference: str | None = None
     """The real images: as data_path, or a file of jit_accel.evaluate --make_reference (default: the training's)."""
     eval_features: str = "inception"
@@ -208,8 +206,7 @@ class TrackingConfig:
     report_to: tuple[str, ...] = ()
     """Further trackers: tensorboard, trackio, mlflow, ..., or package.module:Class, a GeneralTracker of your own."""
     html_report: bool = True
-    """Rebuild report.html (curves, samples, settings, on one page) at each epoch and on the way, as often as that takes
-    a hundredth of the time, and at the end."""
+    """Rebuild report.html (curves, samples, settings) on the way, in a hundredth of the time, and at the end."""
 
     @property
     def trackers(self) -> tuple[str, ...]:

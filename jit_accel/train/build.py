@@ -4,11 +4,9 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +24,7 @@ from jit_accel.base.devices import DTYPES, chosen_precision, device_name, is_goo
 from jit_accel.base.errors import UserError
 from jit_accel.base.processes import on_all, on_main, process_group
 from jit_accel.config.checks import image_size
-from jit_accel.config.completion import Facts, Plan, Start, accumulation_steps, complete, run_folder, started
+from jit_accel.config.completion import Facts, Plan, complete, run_folder, started
 from jit_accel.config.settings import Config
 from jit_accel.data.batches.holdout import HeldOut
 from jit_accel.data.batches.workers import cores_per_process
@@ -93,22 +91,8 @@ def build_trainer(
     source, held_out = open_data(config.data, accelerator=accelerator, given=source, **how)
     if initial and tuning.lora_rank:
         initial.labels_for(source)  # of other classes it says so better than `complete` would
-    config, plan, warnings = complete(config, facts_of(accelerator, source, saved, weights))
-    trainer = assemble(config, plan, source, accelerator, held_out, initial, objective)
-    if accelerator.is_main_process:
-        if trainer.tuning.notes:
-            say(trainer.tuning.notes)
-        validated = trainer.validation.num_images if trainer.validation else 0
-        introduce(config, plan, source, accelerator, trainer.network, validated)
-        for message in warnings:
-            warn(message)
-    return trainer
-
-
-def facts_of(accelerator: Accelerator, source: Source, saved: Mapping[str, Any], weights: Start | None) -> Facts:
-    """Return what completes the settings of a run on these data and devices."""
     is_limited = accelerator.device.type == "cpu" and "OMP_NUM_THREADS" in os.environ
-    return Facts(
+    facts = Facts(
         num_images=source.num_images,
         num_classes=max(source.num_classes or 0, len(source.class_names)) or None,
         is_labelled=source.is_labelled,
@@ -123,6 +107,16 @@ def facts_of(accelerator: Accelerator, source: Source, saved: Mapping[str, Any],
         saved=saved,
         start=weights,
     )
+    config, plan, warnings = complete(config, facts)
+    trainer = assemble(config, plan, source, accelerator, held_out, initial, objective)
+    if accelerator.is_main_process:
+        if trainer.tuning.notes:
+            say(trainer.tuning.notes)
+        validated = trainer.validation.num_images if trainer.validation else 0
+        introduce(config, plan, source, accelerator, trainer.network, validated)
+        for message in warnings:
+            warn(message)
+    return trainer
 
 
 def assemble(
@@ -241,7 +235,8 @@ def check_output_dir(folder: Path, resume: str) -> None:
 def build_accelerator(config: Config) -> Accelerator:
     """Return the accelerator of these settings, and of accelerate's configuration where they are open."""
     precision = chosen_precision(config.performance.mixed_precision)
-    accumulation = accumulation_steps(config.optim)
+    configured = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or 1)
+    accumulation = config.optim.gradient_accumulation_steps or configured
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     return Accelerator(
         mixed_precision=precision,

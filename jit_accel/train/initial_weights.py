@@ -65,11 +65,9 @@ class Initial:
             has, only = f"{needed} classes", f"{count}"
             if needed <= count:
                 has, only = f"the classes {', '.join(unknown[:5])}", f"others ({', '.join(self.class_names[:5])}, ...)"
-            raise UserError(
-                f"{source.name} has {has}, and {self.path} {only}: an adapter learns no new class: leave "
-                "--lora_rank out to train all weights, or train on classes of the source.",
-                about="lora_rank",
-            )
+            rule = f"{source.name} has {has}, and {self.path} {only}: an adapter learns no new class: leave "
+            remedy = "--lora_rank out to train all weights, or train on classes of the source."
+            raise UserError(rule + remedy, about="lora_rank")
         labels = torch.arange(count)
         if rows and not unknown:
             labels[: len(rows)] = torch.tensor(rows)
@@ -216,11 +214,9 @@ def refuse_what_an_adapter_cannot_learn(initial: Initial, done: Transfer, model:
     if old.in_context_start != new.in_context_start:
         misfits.append(f"in_context_start {old.in_context_start} against {new.in_context_start}")
     if misfits:
-        raise UserError(
-            f"an adapter needs all of {initial.path} as it is, but this does not fit: "
-            f"{'; '.join(misfits)}: leave out --model and --num_classes, or --lora_rank to train all weights.",
-            about="lora_rank",
-        )
+        rule = f"an adapter needs all of {initial.path} as it is, but this does not fit: {'; '.join(misfits)}: "
+        remedy = "leave out --model and --num_classes, or --lora_rank to train all weights."
+        raise UserError(rule + remedy, about="lora_rank")
 
 
 def names_of(source: Source) -> tuple[str, ...] | None:

@@ -111,12 +111,9 @@ def write_results(
                 shutil.copy(sheet, folder / CARD_PICTURE)
                 (folder / CARD_FILE).write_text(training_card(pipeline, record, averages.name), encoding="utf-8")
         except (OSError, SafetensorError) as problem:
-            raise UserError(
-                f"cannot be written to ({problem}). The training is complete and its last checkpoint is saved:",
-                about="output_dir",
-                value=output_dir,
-                remedy="make room, and the same command with --resume auto writes the rest.",
-            ) from None
+            rule = f"cannot be written to ({problem}). The training is complete and its last checkpoint is saved:"
+            remedy = "make room, and the same command with --resume auto writes the rest."
+            raise UserError(rule, about="output_dir", value=output_dir, remedy=remedy) from None
 
     on_main(accelerator, write)
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from jit_accel.base.processes import on_all, on_main
 from jit_accel.config.settings import EvalConfig, SheetConfig
 from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.evaluate.evaluator import Evaluator
-from jit_accel.evaluate.features import FeatureNetwork, load_features
+from jit_accel.evaluate.features import load_features
 from jit_accel.evaluate.settings import metric_names
 from jit_accel.evaluate.statistics import ImageStatistics, read_reference, save_reference
 from jit_accel.model.generation import SamplerSettings, generate
@@ -97,10 +96,7 @@ class SampleSheets(AveragedSamples):
 
 @dataclass
 class SampleQuality(AveragedSamples):
-    """Measures how far the images are from real ones.
-
-    Raises `UserError` on all processes, where the feature network cannot be had, or `--eval_reference` be opened.
-    """
+    """Measures how far the images are from real ones; `UserError` if feature network or reference cannot be had."""
 
     evaluation: EvalConfig
     images: Source | str  # of the training; the reference's, which may be a file, where the settings name another
@@ -133,11 +129,10 @@ class SampleQuality(AveragedSamples):
 
     def prepare(self) -> None:
         """Get the reference's statistics: from a file, or of images, read once and remembered; `UserError` on all."""
-        with renamed_settings(**NAMES):
-            if self.reference is None and isinstance(self.images, str):
-                self.reference = self.evaluator.load_reference(self.images, self.img_size)
-            elif self.reference is None:
-                self.reference = self._statistics_of(self.images)
+        if self.reference is None:
+            read = self.evaluator.load_reference if isinstance(self.images, str) else self._statistics_of
+            with renamed_settings(**NAMES):
+                self.reference = read(self.images, self.img_size)
 
     def measure(self, step: int) -> dict[str, float]:
         """Return the metrics by their keys in the log: `eval/<metric>` with the samples' guidance, and `..._unguided`.
@@ -166,30 +161,29 @@ class SampleQuality(AveragedSamples):
             for name in self.evaluator.metrics
         }
 
-    def _statistics_of(self, source: Source) -> ImageStatistics:
+    def _statistics_of(self, source: Source, img_size: int) -> ImageStatistics:
         """Return what an earlier start of this run measured, or measure it now."""
         network, path = self.evaluator.network, self.output_dir / REFERENCE_FILE
-        follows_from = (source.fingerprint, self.img_size, network.name, network.weights_id)
+        follows_from = (source.fingerprint, img_size, network.name, network.weights_id)
         key = hashlib.sha256(json.dumps(follows_from).encode()).hexdigest()
-        if found := on_main(self.accelerator, partial(remembered, path, key, network)):
+
+        def remembered() -> ImageStatistics | None:
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    is_same = json.loads(str(file["about"]))["source"] == key
+                return read_reference(str(path), network) if is_same else None
+            except Exception:  # whatever is broken about it, it is made again
+                return None
+
+        if found := on_main(self.accelerator, remembered):
             return found
         if self.accelerator.is_main_process:
             images = f"{source.num_images:,} images of {source.name}"
             say(f"Evaluation: looks at the {images} once, to compare with them ...")
-        reference = replace(self.evaluator.load_reference(source, self.img_size), name=key)
+        reference = replace(self.evaluator.load_reference(source, img_size), name=key)
         if self.accelerator.is_main_process:
             try:
                 save_reference(path, reference)
             except UserError:
                 warn(f"{path} cannot be written: the next start looks at the reference's images again.")
         return reference
-
-
-def remembered(path: Path, key: str, network: FeatureNetwork) -> ImageStatistics | None:
-    """Return the statistics in a file that was made under this name, if there is one."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            is_same = json.loads(str(file["about"]))["source"] == key
-        return read_reference(str(path), network) if is_same else None
-    except Exception:  # whatever is broken about it, it is made again
-        return None

@@ -47,10 +47,7 @@ class Occasion:
 
 
 def due(occasions: Iterable[Occasion], step: int, last_step: int, *, is_new: bool) -> Iterator[Occasion]:
-    """Yield what is to be done at this step, in the order of the list.
-
-    Where this start has not trained the step but begins with it (not `is_new`), only what an earlier one left undone.
-    """
+    """Yield what is due, in order; where a start begins with the step (not `is_new`), what earlier ones left undone."""
     for occasion in occasions:
         is_now = occasion.at_end if step == last_step else step and occasion.every and step % occasion.every == 0
         if is_now and (is_new or (occasion.is_done and not occasion.is_done())):

@@ -34,7 +34,7 @@ from toy_features import load_toy
 
 from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.config.command_line import parse_args, read_recipe
-from jit_accel.config.completion import Facts, accumulation_steps, plan_run
+from jit_accel.config.completion import Facts, plan_run
 from jit_accel.config.settings import SETTINGS, EvalConfig, HealthConfig, HubConfig, TrackingConfig, TuneConfig
 from jit_accel.convert import main as convert
 from jit_accel.evaluate import main as evaluate
@@ -186,7 +186,7 @@ def test_an_imagenet_recipe_gives_the_numbers_of_the_paper_on_eight_gpus(name):
     assert guidance is None or config.sample.guidance_scale == guidance
 
     optim = config.optim
-    plan = plan_run(optim, Facts(IMAGENET_IMAGES, processes=8, accumulation=accumulation_steps(optim)))
+    plan = plan_run(optim, Facts(IMAGENET_IMAGES, processes=8, accumulation=optim.gradient_accumulation_steps or 1))
     assert plan.global_batch_size == 1024
     assert (optim.learning_rate or 5e-5 * plan.global_batch_size / 256) == pytest.approx(2e-4)
     assert plan.total_steps == -(-600 * IMAGENET_IMAGES // 1024)
