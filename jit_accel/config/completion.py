@@ -49,6 +49,7 @@ class Facts:
     precision: str = "no"
     is_sharded: bool = False  # the processes split the weights (FSDP)
     is_good_at_bf16: bool = False  # products in bf16 are faster than in float32 on this device
+    lanes: int | None = None  # for a new run, where its data is a stream
     cores: int = 1  # of this process
     threads: int | None = None  # to which torch is limited on a CPU, if it is
     saved: Mapping[str, Any] = field(default_factory=dict)  # settings of the checkpoint that the run goes on from
@@ -80,6 +81,7 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
     guidance = 2.0 if facts.start is None or facts.start.guidance_scale is None else facts.start.guidance_scale
     defaults: dict[str, Any] = {
         "img_size": size,
+        "lanes": None if facts.saved else facts.lanes,
         "num_workers": max(0, min(MOST_WORKERS, facts.cores - 1)) if facts.is_encoded else 0,
         "num_classes": _num_classes(config.model.num_classes, facts.num_classes),
         "proj_dropout": preset.proj_dropout,
@@ -157,8 +159,8 @@ def started(config: Config, saved: Mapping[str, Any], start: Start | None) -> Co
     The default averages depend on the length of the run, which may be another one now, so a checkpoint's stay.
     """
     open_settings = {name for name, value in config.flat().items() if value is None}
-    kept = ("ema_decays", *(OF_START if config.tune.init_from else ())) if saved else ()
-    config = config.updated(**{name: saved[name] for name in kept if name in open_settings})
+    kept = ("ema_decays", "lanes", *(OF_START if config.tune.init_from else ()))
+    config = config.updated(**{name: saved[name] for name in kept if name in open_settings and name in saved})
     if start:
         return config.updated(**_of_start(config, start))
     return config.updated(model=model_name(config))

@@ -8,6 +8,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -27,6 +28,7 @@ from jit_accel.config.checks import image_size
 from jit_accel.config.completion import Facts, Plan, complete, run_folder, started
 from jit_accel.config.settings import Config
 from jit_accel.data.batches.holdout import HeldOut
+from jit_accel.data.batches.order import default_lanes
 from jit_accel.data.batches.workers import cores_per_process
 from jit_accel.data.formats.sources import Source
 from jit_accel.model import hub
@@ -91,6 +93,7 @@ def build_trainer(
     source, held_out = open_data(config.data, accelerator=accelerator, given=source, **how)
     if initial and tuning.lora_rank:
         initial.labels_for(source)  # of other classes it says so better than `complete` would
+    num_units = int(np.count_nonzero(source.images.sizes)) if source.streaming else 0
     is_limited = accelerator.device.type == "cpu" and "OMP_NUM_THREADS" in os.environ
     facts = Facts(
         num_images=source.num_images,
@@ -102,6 +105,7 @@ def build_trainer(
         precision=accelerator.mixed_precision,
         is_sharded=accelerator.distributed_type.value == "FSDP",
         is_good_at_bf16=is_good_at_bf16(accelerator.device),
+        lanes=default_lanes(num_units, accelerator.num_processes, config.optim.batch_size) if num_units else None,
         cores=cores_per_process(),
         threads=torch.get_num_threads() if is_limited else None,
         saved=saved,

@@ -299,6 +299,14 @@ def test_a_resumed_run_keeps_its_averages_and_what_it_had_from_its_source():
     assert resolved(parse("--ema_decays", "0.5"), saved=saved)[0].optim.ema_decays == ("0.5",)
 
 
+def test_a_stream_keeps_the_lanes_that_its_run_began_with():
+    assert resolved(parse(), lanes=6)[0].data.lanes == 6
+    assert resolved(parse("--lanes", "3"), lanes=6)[0].data.lanes == 3
+    for before in (4, None):  # None in the settings of checkpoints that have the number in their state alone
+        saved = {"ema_decays": ["auto"], "lanes": before}
+        assert resolved(parse(), lanes=6, saved=saved)[0].data.lanes == before
+
+
 def test_workers_leave_a_core_to_the_training():
     facts = [{"cores": 1}, {"cores": 4}, {"cores": 64}, {"cores": 64, "is_encoded": False}]
     assert [resolved(parse(), **fact)[0].data.num_workers for fact in facts] == [0, 3, 8, 0]
