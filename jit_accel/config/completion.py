@@ -71,7 +71,7 @@ class Plan:
 
 
 def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
-    """Return settings without open ones, the run's lengths, and warnings; `UserError` if a setting defies the facts."""
+    """Return the settings, none of them open, the run's lengths, and warnings; `UserError` if one defies the facts."""
     config = started(config, facts.saved, facts.start)
     optim, lora_rank, size = config.optim, config.tune.lora_rank, image_size(config)
     preset, _ = parse_model_name(config.model.model)

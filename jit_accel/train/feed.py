@@ -28,7 +28,7 @@ MIN_DRAWS = 256  # of the validation: one time and noise an image say little whe
 def open_data(
     data: DataConfig, *, img_size: int, val_images: int, accelerator: Accelerator, given: Source | None = None
 ) -> tuple[Source, HeldOut | None]:
-    """Open the images to train on, unless given, and those held out, on all processes alike; so is a `UserError`."""
+    """Open the images to train on, unless given, and those held out; all processes get the same, or a `UserError`."""
 
     def open_and_split() -> tuple[Source, HeldOut | None]:
         source = given or open_images(

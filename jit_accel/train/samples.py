@@ -128,7 +128,7 @@ class SampleQuality(AveragedSamples):
         return on_main(self.accelerator, lambda: not any(map(keys.isdisjoint, rows)))
 
     def prepare(self) -> None:
-        """Get the reference's statistics: from a file, or of images, read once and remembered; `UserError` on all."""
+        """Get the statistics of the reference, a file or images that are read once; `UserError` if it is unreadable."""
         if self.reference is None:
             read = self.evaluator.load_reference if isinstance(self.images, str) else self._statistics_of
             with renamed_settings(**NAMES):

@@ -193,7 +193,7 @@ class Trainer:
             self.monitor.record_occasional(name, loss)
 
     def flush(self) -> None:
-        """Read the kept metrics: here alone the host waits. `UserError` if one is not finite, or many images broken."""
+        """Read the kept metrics: here alone the host waits. `UserError`: not finite, or too many broken images."""
         interval = self.monitor.read(self.stop.number > 0)
         self.is_stopping = interval.stop_asked
         if found := interval.not_finite:
