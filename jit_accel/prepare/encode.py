@@ -1,24 +1,39 @@
-"""From an image of the source to the bytes that are stored."""
+"""From images of the source to the bytes that are stored; those of a stream, read in its order, wait in a spool."""
 
 import contextlib
 import io
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
+from jit_accel.base.errors import UserError
+from jit_accel.base.files import atomic_file
 from jit_accel.data.formats.columns import Columns
 from jit_accel.data.formats.prepared import PixelStore
 from jit_accel.data.formats.source import Source
 from jit_accel.data.reading.content import key_of
 from jit_accel.data.reading.decode import BadImage, crop_pixels, decode_image, pixels_of
+from jit_accel.data.reading.units import Stream
 from jit_accel.prepare.settings import PrepareConfig
 
 _BLOCK = 16  # images that are read from the source at a time
 # Pillow's options of each encoding. Halved chroma would cost more than quality 95 does: at these sizes it is what one
 # sees first. PNG of photos: twice as fast as the default level 6, and 1 % larger.
 _OPTIONS = {"jpeg": {"subsampling": 0}, "png": {"compress_level": 4}, "webp": {"exact": True}}
+
+MOST_PARTS = 256  # files that are open at once later
+FEWEST_PARTS = 32  # for processes to share
+MOST_CUTS = 8  # of one unit: what comes before a cut is read in vain
+_TYPES = {"data": "large_binary", "name": "string", "label": "int64", "key": "uint64", "reason": "string"}
+_SCHEMA = pa.schema([(name, getattr(pa, type)()) for name, type in _TYPES.items()])  # as the fields of `Encoded`
 
 
 class Original(NamedTuple):
@@ -62,9 +77,9 @@ def originals_of(source: Source, unit: int, start: int, stop: int) -> Iterator[O
         yield _original(source.images.columns, row, f"shard {unit}, image {number}")
 
 
-def _original(columns: Columns, row: dict, fallback_name: str) -> Original:
+def _original(columns: Columns, row: dict, number: str) -> Original:
     image, name = columns.image_of(row[columns.image])
-    name = row.get(columns.name) or name or fallback_name
+    name = row.get(columns.name) or name or number
     if columns.raw_size is not None:
         with contextlib.suppress(BadImage):  # bytes that are no pixels are no encoded image either
             image = pixels_of(image, columns.raw_size)
@@ -88,6 +103,17 @@ def encode(original: Original, config: PrepareConfig, root: str) -> Encoded:
     return Encoded(encoded_bytes(pixels, config.format, config.resolved_quality), name, original.label, key)
 
 
+def encode_all(originals: Iterable[Original], config: PrepareConfig, source: Source) -> Iterator[Encoded]:
+    """Encode images of a source; `UserError` where it cannot be read."""
+    root = os.path.join(os.path.abspath(source.name), "") if source.format == "folder" else ""
+    try:
+        for original in originals:
+            yield encode(original, config, root)
+    except (OSError, pa.ArrowException) as error:
+        rule = f"cannot be read ({error}). What is finished is kept: repair it and run the same command again."
+        raise UserError(rule, about="data_path", value=config.data_path) from error
+
+
 def encoded_bytes(pixels: np.ndarray, format: str, quality: int | None) -> bytes:
     """Return pixels, uint8 (3, S, S), as they are stored; WebP of quality 100 is lossless."""
     if format not in _OPTIONS:
@@ -98,3 +124,69 @@ def encoded_bytes(pixels: np.ndarray, format: str, quality: int | None) -> bytes
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, format.upper(), **options)
     return buffer.getvalue()
+
+
+def parts_of(stream: Stream) -> list[list[tuple[int, int, int]]]:
+    """Divide a stream into up to 256 parts in its own order, lists of (unit, first row, row behind the last)."""
+    cuts = 1 if stream.is_remote else max(1, min(MOST_CUTS, FEWEST_PARTS // stream.num_units))
+    pieces = []
+    for unit, size in enumerate(stream.sizes.tolist()):
+        edges = [size * n // cuts for n in range(cuts + 1)]
+        pieces += [(unit, a, b) for a, b in pairwise(edges) if a != b]
+    count = min(MOST_PARTS, len(pieces))
+    return [pieces[len(pieces) * n // count : len(pieces) * (n + 1) // count] for n in range(count)]
+
+
+def write_part(path: Path, images: Iterable[Encoded]) -> None:
+    """Write a part that is there whole or not at all."""
+    with atomic_file(path) as temporary, open(temporary, "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+        for batch in batched(images, 2**16, 2**24):
+            writer.write_batch(pa.RecordBatch.from_pylist([image._asdict() for image in batch], _SCHEMA))
+
+
+def batched(images: Iterable[Encoded], most_images: int, most_bytes: int) -> Iterator[list[Encoded]]:
+    """Yield images in lists of at most so many images and bytes, or of a single larger image."""
+    batch, num_bytes = [], 0
+    for image in images:
+        size = len(image.data or b"")
+        if batch and (len(batch) == most_images or num_bytes + size > most_bytes):
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(image)
+        num_bytes += size
+    if batch:
+        yield batch
+
+
+@dataclass
+class Spool:
+    """Random access to the images in all parts of a spool, numbered as in the stream without those left out."""
+
+    parts: list[Path]
+
+    def __reduce__(self):
+        return Spool, (self.parts,)  # the mapped files are not sent to processes
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """All images, also those that are left out, mapped into memory."""
+        files = [pa.ipc.open_file(pa.memory_map(str(part))) for part in self.parts]
+        return pa.concat_tables([file.read_all() for file in files] or [_SCHEMA.empty_table()])
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        """The row of each image, int64 (n,)."""
+        return np.flatnonzero(self.table["data"].is_valid().to_numpy())
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def skipped(self) -> list[dict]:
+        """Return `name` and `reason` of the images that are left out."""
+        return self.table.select(["name", "reason"]).filter(self.table["data"].is_null()).to_pylist()
+
+    def images_at(self, numbers: np.ndarray) -> Iterator[Encoded]:
+        """Yield the images with these numbers, int64 (k,), in their order."""
+        columns = [self.table[name] for name in _TYPES]
+        for row in self.kept[numbers].tolist():
+            yield Encoded(*(column[row].as_py() for column in columns))

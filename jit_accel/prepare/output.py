@@ -1,26 +1,36 @@
-"""The output folder of a preparation: begun, continued, finished, verified; never half of a store in its place."""
+"""The output folder of a preparation (begun, continued, finished, verified) and its files: shards and two pictures."""
 
 import contextlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TextIO
 
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Features, Value
+from filelock import FileLock, Timeout
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from jit_accel.base.errors import UserError, changed_settings
-from jit_accel.base.files import disk_errors, move, sync, write_json
+from jit_accel.base.files import atomic_file, disk_errors, move, sync, write_json
+from jit_accel.data.batches.batch import decode_row
+from jit_accel.data.formats.columns import Columns
 from jit_accel.data.formats.index import INDEX, STORE_VERSION, UNFINISHED, files_of, read_index, sha256_of
-from jit_accel.prepare.store_shards import shard_file
+from jit_accel.prepare.encode import Encoded, batched
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
+ROW_GROUP_IMAGES = 256  # small, because streams shuffle row groups
+ROW_GROUP_BYTES = 2**24
+SHEET_SIDE = 8  # images
+_MIN_CELL_PIXELS, _MAX_CELL_PIXELS = 96, 256
+_MOST_NAMED_CLASSES = 60
 _LOCK_PATIENCE_S = 5  # workers of a killed run leave within a second
 
 
@@ -73,10 +83,8 @@ class OutputFolder:
         free = shutil.disk_usage(self.work).free
         there = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
         if num_bytes > free + there:
-            raise self._refusal(
-                f"needs {num_bytes / 2**30:,.1f} GiB, and the disk has {free / 2**30:,.1f} GiB left: make room, choose "
-                "another disk, a smaller --img_size or --format jpeg."
-            )
+            rule = f"needs {num_bytes / 2**30:,.1f} GiB, and the disk has {free / 2**30:,.1f} GiB left: "
+            raise self._refusal(rule + "make room, choose another disk, a smaller --img_size or --format jpeg.")
 
     def entry(self, number: int) -> dict | None:
         """Return what is known of shard `number`, if it is finished."""
@@ -106,26 +114,20 @@ class OutputFolder:
     def _refusal(self, rule: str) -> UserError:
         return UserError(rule, about="output_dir", value=self.path)
 
-    def _lock_file(self) -> TextIO:
-        while True:
-            self.work.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # a process that finished has just removed the folder
-                return open(self.work / "lock", "w")
-
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        with self._lock_file() as file:
-            deadline = time.monotonic() + _LOCK_PATIENCE_S
-            while fcntl:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        rule = "another process is preparing images there: wait for it, or choose another folder."
-                        raise self._refusal(rule) from None
-                    time.sleep(0.1)
+        lock = FileLock(self.work / "lock", timeout=_LOCK_PATIENCE_S)
+        try:
+            while not lock.is_locked:
+                self.work.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # a process that finished has just removed the folder
+                    lock.acquire()
             yield
+        except Timeout:
+            rule = "another process is preparing images there: wait for it, or choose another folder."
+            raise self._refusal(rule) from None
+        finally:
+            lock.release()
 
 
 def verify(folder: str) -> int:
@@ -141,12 +143,166 @@ def verify(folder: str) -> int:
                 damaged.append(f"{file['file']} ({error.strerror})")
             bar.update(file["bytes"])
     if damaged:
-        raise UserError(
-            f"{len(damaged)} of {len(files)} files are not what was written: "
-            f"{', '.join(damaged[:5])}{', ...' if len(damaged) > 5 else ''}: copy them again, or prepare the images "
-            "again.",
-            about="verify",
-            value=folder,
-        )
+        named = ", ".join([*damaged[:5], *(["..."] if len(damaged) > 5 else [])])
+        rule = f"{len(damaged)} of {len(files)} files are not what was written: {named}:"
+        raise UserError(rule, about="verify", value=folder, remedy="copy them again, or prepare the images again.")
     print(f"{folder}: {len(files)} files, {index['num_images']:,} images, all as they were written.")
     return 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns and sizes that the shards of one store have in common."""
+
+    encoding: str
+    img_size: int
+    class_names: tuple[str, ...]
+    is_labelled: bool
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The columns of the tables, as HF datasets describes them."""
+        columns: dict = {}
+        if self.encoding != "uint8":
+            columns["image"] = Value("binary") if self.encoding == "raw" else datasets.Image()
+        if self.is_labelled:
+            columns["label"] = ClassLabel(names=list(self.class_names))
+        columns["key"] = Value("uint64")
+        if self.encoding in ("uint8", "raw"):
+            columns["name"] = Value("string")
+        return Features(columns).arrow_schema
+
+    def table(self, images: list[Encoded]) -> pa.Table:
+        columns = {name: [getattr(image, name) for image in images] for name in ("label", "key", "name")}
+        if self.encoding == "raw":
+            columns["image"] = [image.data for image in images]
+        elif self.encoding != "uint8":
+            columns["image"] = [{"bytes": image.data, "path": image.name} for image in images]
+        return pa.Table.from_pydict(columns, schema=self.schema)
+
+
+def shard_file(folder: Path, number: int, ending: str) -> Path:
+    return folder / f"shard-{number:05d}.{ending}"
+
+
+def write_shard(folder: Path, number: int, images: Iterable[Encoded], layout: Layout) -> None:
+    """Write shard `number` and, when all of it is on the disk, `shard-NNNNN.json`, which says what is in it."""
+    skipped: list[dict] = []
+    counts: Counter = Counter()
+
+    def kept() -> Iterator[Encoded]:
+        for image in images:
+            if image.data is None:
+                skipped.append({"name": image.name, "reason": image.reason})
+            else:
+                counts[image.label] += 1
+                yield image
+
+    table = shard_file(folder, number, "parquet")
+    if layout.encoding == "uint8":
+        entry = _write_pixels(shard_file(folder, number, "npy"), table, kept(), layout)
+    else:
+        entry = _write_table(table, kept(), layout)
+    labels = {str(label): counts[label] for label in sorted(counts)}
+    write_json(shard_file(folder, number, "json"), {"shard": entry, "labels": labels, "skipped": skipped})
+
+
+def _write_pixels(path: Path, table: Path, images: Iterator[Encoded], layout: Layout) -> dict:
+    rows: list[Encoded] = []
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        _write_header(file, 0, layout.img_size)
+        for image in images:
+            file.write(image.data)
+            rows.append(image._replace(data=b""))
+        file.seek(0)
+        _write_header(file, len(rows), layout.img_size)
+    with atomic_file(table) as temporary:
+        pq.write_table(layout.table(rows), temporary)
+    return {"file": path.name, "images": len(rows), **_described(path), "table": _described(table)}
+
+
+def _write_header(file, num_images: int, size: int) -> None:
+    """Write the head of a .npy, in which NumPy leaves room for the first number to grow: it keeps its length."""
+    description = {"descr": "|u1", "fortran_order": False, "shape": (num_images, 3, size, size)}
+    np.lib.format.write_array_header_1_0(file, description)
+
+
+def _write_table(path: Path, images: Iterator[Encoded], layout: Layout) -> dict:
+    groups: list[int] = []
+    # Encoded images do not shrink, and statistics of them are of no use.
+    others = [name for name in layout.schema.names if name != "image"]
+    how = {"compression": "none", "use_dictionary": False, "write_statistics": others}
+    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, layout.schema, **how) as parquet:
+        for group in batched(images, ROW_GROUP_IMAGES, ROW_GROUP_BYTES):
+            parquet.write_table(layout.table(group), row_group_size=len(group))
+            groups.append(len(group))
+    return {"file": path.name, "images": sum(groups), **_described(path), "row_groups": groups}
+
+
+def _described(path: Path) -> dict:
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def first_images(folder: Path, shards: list[dict], layout: Layout, count: int) -> Iterator[tuple[np.ndarray, str]]:
+    """Yield the first `count` images of a store, uint8 (3, S, S), each with the name of its class, "" for none."""
+    columns = Columns("image", raw_size=layout.img_size if layout.encoding == "raw" else None)
+    for shard in shards:
+        with pq.ParquetFile(folder / shard.get("table", shard)["file"]) as parquet:
+            rows = next(parquet.iter_batches(count, use_threads=False)).to_pylist()
+        if layout.encoding == "uint8":
+            images = np.load(folder / shard["file"], mmap_mode="r")
+        else:
+            images = (decode_row(row["image"], columns, layout.img_size) for row in rows)
+        for row, image in zip(rows, images):
+            yield image, layout.class_names[row["label"]] if layout.is_labelled else ""
+        if (count := count - len(rows)) <= 0:
+            return
+
+
+def draw_sheet(folder: Path, shards: list[dict], layout: Layout) -> None:
+    """Write `preview.png`: up to 8 x 8 images, each with its class below."""
+    images = list(first_images(folder, shards, layout, SHEET_SIDE**2))
+    size = layout.img_size
+    cell = min(size * -(-_MIN_CELL_PIXELS // size), _MAX_CELL_PIXELS)
+    font, line, gap = ImageFont.load_default(12), 16, 4
+    columns = min(SHEET_SIDE, len(images))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + line + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    method = Image.Resampling.NEAREST if cell >= size else Image.Resampling.BOX
+    for i, (image, name) in enumerate(images):
+        left, top = gap + i % columns * (cell + gap), gap + i // columns * (cell + line + gap)
+        picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+        sheet.paste(picture.resize((cell, cell), method), (left, top))
+        draw.text((left, top + cell), _shortened(name, font, cell), fill="black", font=font)
+    sheet.save(folder / "preview.png")
+
+
+def _shortened(name: str, font, width: int) -> str:
+    name = shown = " ".join(name.split())
+    while name and font.getlength(shown) > width:
+        name = name[:-1]
+        shown = name + "..."
+    return shown
+
+
+def draw_classes(folder: Path, counts: dict[str, int]) -> None:
+    """Write `classes.png`: how many images each class has; many classes are sorted by size and not named."""
+    from matplotlib.figure import Figure
+
+    named = len(counts) <= _MOST_NAMED_CLASSES
+    names, values = list(counts), list(counts.values())
+    figure = Figure((8, max(2.0, 0.22 * len(names) + 1) if named else 4), dpi=100)
+    axes = figure.subplots()
+    if named:
+        short = [name if len(name) <= 30 else name[:29] + "…" for name in names]
+        axes.barh(range(len(names)), values)
+        axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in short])
+        axes.invert_yaxis()
+        axes.set_xlabel("images")
+    else:
+        axes.fill_between(range(len(values)), sorted(values, reverse=True), step="mid")
+        axes.set(xlabel="classes, the largest first", ylabel="images", ylim=(0, None))
+    axes.set_title(f"{sum(values):,} images in {len(values):,} classes")
+    figure.tight_layout()
+    figure.savefig(folder / "classes.png")

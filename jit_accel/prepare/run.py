@@ -1,19 +1,27 @@
-"""From settings to a finished store.
+"""From settings to a finished store, by processes that stop when they are asked to, or when their parent is gone.
 
 A source with random access is read in the shuffled order, a shard at a time. A stream can only be read in its own
 order: it is decoded, cropped and encoded into a spool first, from which the shards are then put together.
 """
 
 import hashlib
+import multiprocessing
 import os
+import signal
+import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
+from tqdm import tqdm
 
 from jit_accel.base import rng
 from jit_accel.base.console import redacted
@@ -24,41 +32,23 @@ from jit_accel.data.formats.columns import int_labels
 from jit_accel.data.formats.index import INDEX, STORE_FORMAT, STORE_VERSION, files_of
 from jit_accel.data.formats.source import Source
 from jit_accel.data.formats.sources import open_images
-from jit_accel.prepare import preview
-from jit_accel.prepare.encode import Encoded, Original, encode, originals_at, originals_of
-from jit_accel.prepare.jobs import counted, run_jobs
-from jit_accel.prepare.output import OutputFolder, verify
+from jit_accel.prepare.encode import Encoded, Spool, encode_all, originals_at, originals_of, parts_of, write_part
+from jit_accel.prepare.output import Layout, OutputFolder, draw_classes, draw_sheet, verify, write_shard
 from jit_accel.prepare.settings import PrepareConfig
-from jit_accel.prepare.spool import Piece, Spool, part_path, parts_of, write_part
-from jit_accel.prepare.store_shards import Layout, write_shard
+
+_POLL_S = 0.2
+_worker: tuple | None = None  # in a worker: the work that jobs are of, the counter of images, the request to stop
 
 
 @dataclass(frozen=True)
 class Work:
-    """Common values of the jobs of a preparation. `layout` is None while the spool of a stream is filled."""
+    """Common values of the jobs. `layout` is None while the spool of a stream is filled."""
 
     config: PrepareConfig
     source: Source
     folder: Path
     layout: Layout | None = None
     spool: Spool | None = None
-
-    @property
-    def root(self) -> str:
-        """The part that all names of files begin with."""
-        return os.path.join(os.path.abspath(self.source.name), "") if self.source.format == "folder" else ""
-
-    @property
-    def spool_folder(self) -> Path:
-        return self.folder / "spool"
-
-    def with_layout(self, class_names: tuple[str, ...]) -> "Work":
-        layout = Layout(self.config.format, self.config.img_size, class_names, self.source.is_labelled)
-        return replace(self, layout=layout)
-
-    @property
-    def num_workers(self) -> int:
-        return self.config.num_workers or num_cores()
 
 
 def prepare(config: PrepareConfig) -> int:
@@ -82,10 +72,8 @@ def prepare(config: PrepareConfig) -> int:
                 print(f"Stopped. What is finished is kept in {output.work}: the same command goes on from there.")
                 return 128 + stopped.number
     if num_made is None:
-        print(
-            f"{config.output_dir} is finished already: {_summary(index)}. To make it anew, remove it or choose another "
-            "--output_dir."
-        )
+        there = f"{config.output_dir} is finished already: {_summary(index)}."
+        print(f"{there} To make it anew, remove it or choose another --output_dir.")
     else:
         rate = num_made / max(time.monotonic() - started, 1e-9)
         print(f"Prepared {_summary(index)}, {rate:,.0f} images/s.")
@@ -117,69 +105,113 @@ def _make(
     """Make the store; return its index, and how many images were read."""
     if config.format in ("uint8", "raw"):  # the size is known beforehand: the pixels, twice with a spool
         output.check_space(source.num_images * 3 * config.img_size**2 * (2 if source.streaming else 1))
-    work, num_read = Work(config, source, output.work), None
+    work, names, num_read = Work(config, source, output.work), source.class_names, None
     if source.streaming:
-        work, num_read = _fill_spool(work, stop)
-    else:
-        work = work.with_layout(source.class_names)
-    shards = _plan(work)
+        spool, num_read = _fill_spool(work, stop)
+        largest = max(spool.table["label"].unique().to_pylist(), default=-1)
+        names = names or int_labels(largest).names or ("image",)
+        work = replace(work, spool=spool)
+    work = replace(work, layout=Layout(config.format, config.img_size, names, source.is_labelled))
+    num_images = len(source.images if work.spool is None else work.spool)
+    # Sorting hashes, as order.epoch_permutation does, but for another purpose than an epoch of the training.
+    order = np.argsort(rng.hash64(config.seed, "prepare", np.arange(num_images)), kind="stable")
+    size = config.images_a_shard(num_images) or 1
+    shards = [order[start : start + size] for start in range(0, num_images, size)]
     missing = [(number, numbers) for number, numbers in enumerate(shards) if output.entry(number) is None]
-    total = sum(map(len, shards))
-    done = total - sum(len(numbers) for _, numbers in missing)
-    num_made = run_jobs(make_shard, missing, work, work.num_workers, stop, desc="shards", total=total, initial=done)
+    done = num_images - sum(len(numbers) for _, numbers in missing)
+    num_made = _run_jobs(make_shard, missing, work, stop, desc="shards", total=num_images, initial=done)
     return _finish(work, output, len(shards), recorded), num_made if num_read is None else num_read
 
 
-def _fill_spool(work: Work, stop: StopRequest) -> tuple[Work, int]:
-    """Read a stream to its end; return what the next stage needs, and the number of images that were read."""
-    parts = parts_of(work.source.images)
-    work.spool_folder.mkdir(exist_ok=True)
-    missing = [(n, part) for n, part in enumerate(parts) if not part_path(work.spool_folder, n).is_file()]
-    total = work.source.num_images
+def _fill_spool(work: Work, stop: StopRequest) -> tuple[Spool, int]:
+    """Read a stream to its end; return what it was read into, and the number of images that were read."""
+    folder, total = work.folder / "spool", work.source.num_images
+    folder.mkdir(exist_ok=True)
+    parts = {folder / f"part-{n:03d}.arrow": pieces for n, pieces in enumerate(parts_of(work.source.images))}
+    missing = [part for part in parts.items() if not part[0].is_file()]
     done = total * (len(parts) - len(missing)) // len(parts)  # for the bar: about
-    made = run_jobs(fill_part, missing, work, work.num_workers, stop, desc="reading", total=total, initial=done)
-    spool = Spool(work.spool_folder, len(parts))
-    largest = max(spool.table["label"].unique().to_pylist(), default=-1)
-    names = work.source.class_names or int_labels(largest).names or ("image",)
-    return replace(work.with_layout(names), spool=spool), made
+    return Spool(list(parts)), _run_jobs(fill_part, missing, work, stop, desc="reading", total=total, initial=done)
 
 
-def _plan(work: Work) -> list[np.ndarray]:
-    """Return the images of each shard by their numbers: pieces of one shuffled order."""
-    num_images = len(work.source.images if work.spool is None else work.spool)
-    # Sorting hashes, as order.epoch_permutation does, but for another purpose than an epoch of the training.
-    order = np.argsort(rng.hash64(work.config.seed, "prepare", np.arange(num_images)), kind="stable")
-    size = work.config.images_a_shard(num_images) or 1
-    return [order[start : start + size] for start in range(0, num_images, size)]
+def _run_jobs(function: Callable, jobs: list[tuple], work: Work, stop: StopRequest, **bar: str | int) -> int:
+    """Call `function(work, *job)` for all jobs in processes; return the number of images they counted.
+
+    `bar` is of the progress bar: `desc`, `total`, all images, and `initial`, those of jobs that were done before.
+    Raises `Stopped` once a signal came; the jobs that were under way are lost.
+    """
+    if not jobs:
+        return 0
+    # Spawning would import torch again: seconds a worker.
+    context = multiprocessing.get_context("fork" if sys.platform.startswith("linux") else "spawn")
+    counter, halt = context.Value("q", 0), context.Value("b", 0)
+    num_workers = min(work.config.num_workers or num_cores(), len(jobs))
+    pool = ProcessPoolExecutor(num_workers, context, _init_worker, (os.getpid(), work, counter, halt))
+    try:
+        pending = {pool.submit(_call, function, job) for job in jobs}
+        with tqdm(unit=" images", disable=None, **bar) as shown:
+            while pending:
+                done, pending = wait(pending, _POLL_S, FIRST_COMPLETED)
+                shown.update(counter.value + bar["initial"] - shown.n)
+                stop.raise_if_asked()
+                for future in done:
+                    future.result()
+        return counter.value
+    except BrokenProcessPool:
+        time.sleep(_POLL_S)  # a signal to the whole group ends workers before it is noticed here
+        stop.raise_if_asked()
+        rule = "a process was killed, most likely because the memory was full. What is finished is kept:"
+        remedy = "run the same command with a smaller --num_workers."
+        raise UserError(rule, about="num_workers", remedy=remedy) from None
+    finally:
+        halt.value = 1
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def fill_part(work: Work, number: int, pieces: list[Piece]) -> None:
-    """In a worker: part `number` of the spool."""
+def _init_worker(parent_pid: int, work: Work, counter, halt) -> None:
+    global _worker
+    _worker = work, counter, halt
+    torch.set_num_threads(1)
+    pa.set_cpu_count(1)
+    # Ctrl-C reaches the whole process group; the main process asks us to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def leave_with_parent() -> None:
+        while os.getppid() == parent_pid:
+            time.sleep(_POLL_S)
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def _call(function: Callable, job: tuple) -> None:
+    function(_worker[0], *job)
+
+
+def fill_part(work: Work, path: Path, pieces: list[tuple]) -> None:
+    """In a worker: a part of the spool."""
     originals = (original for piece in pieces for original in originals_of(work.source, *piece))
-    write_part(part_path(work.spool_folder, number), counted(_encoded(work, originals)))
+    write_part(path, _counted(encode_all(originals, work.config, work.source)))
 
 
 def make_shard(work: Work, number: int, numbers: np.ndarray) -> None:
     """In a worker: shard `number`, of the images with these numbers."""
-    from_spool = work.spool is not None
-    images = work.spool.images_at(numbers) if from_spool else _encoded(work, originals_at(work.source, numbers))
-    write_shard(work.folder, number, counted(images), work.layout)
+    if work.spool is None:
+        images = encode_all(originals_at(work.source, numbers), work.config, work.source)
+    else:
+        images = work.spool.images_at(numbers)
+    write_shard(work.folder, number, _counted(images), work.layout)
 
 
-def _encoded(work: Work, originals: Iterable[Original]) -> Iterator[Encoded]:
-    originals = iter(originals)
-    while True:
-        try:
-            original = next(originals, None)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(
-                f"cannot be read ({error}). What is finished is kept: repair it and run the same command again.",
-                about="data_path",
-                value=work.config.data_path,
-            ) from error
-        if original is None:
-            return
-        yield encode(original, work.config, work.root)
+def _counted(images: Iterable[Encoded]) -> Iterator[Encoded]:
+    """Pass the images of a job on, counting them, until the program is to stop."""
+    _, counter, halt = _worker
+    for image in images:
+        if halt.value:
+            raise Stopped(0)
+        with counter.get_lock():
+            counter.value += 1
+        yield image
 
 
 def _finish(work: Work, output: OutputFolder, num_shards: int, recorded: dict) -> dict:
@@ -190,13 +222,11 @@ def _finish(work: Work, output: OutputFolder, num_shards: int, recorded: dict) -
     shards, layout = index["shards"], work.layout
     if not shards:
         example = f" ({skipped[0]['name']}: {skipped[0]['reason']})" if skipped else ""
-        raise UserError(
-            f"none of its images can be decoded{example}: choose other data.",
-            about="data_path",
-            value=work.config.data_path,
-        )
+        rule = f"none of its images can be decoded{example}: choose other data."
+        raise UserError(rule, about="data_path", value=work.config.data_path)
     output.publish([file["file"] for file in files_of(index)])
-    preview.draw(output.path, shards, layout, index["class_counts"])
+    draw_sheet(output.path, shards, layout)
+    draw_classes(output.path, index["class_counts"])
     if layout.encoding != "uint8":
         (output.path / "README.md").write_text(_card(index), encoding="utf-8")
     write_json(output.path / INDEX, index)

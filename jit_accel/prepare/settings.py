@@ -83,9 +83,8 @@ def check(config: PrepareConfig) -> None:
     """Raise `UserError` for settings that are missing, out of range, or contradict each other."""
     if config.verify is not None:
         if config.data_path is not None or config.output_dir is not None:
-            raise UserError(
-                "compares checksums and prepares nothing: leave --data_path and --output_dir out.", about="verify"
-            )
+            rule = "compares checksums and prepares nothing: leave --data_path and --output_dir out."
+            raise UserError(rule, about="verify")
         return
     for flag in ("data_path", "output_dir"):
         if not getattr(config, flag):

@@ -37,7 +37,7 @@ from jit_accel.data.formats.prepared import PixelStore
 from jit_accel.data.formats.sources import open_images
 from jit_accel.data.reading.content import content_key, file_key
 from jit_accel.data.reading.decode import center_crop, decode_image
-from jit_accel.prepare import store_shards
+from jit_accel.prepare import output
 from jit_accel.prepare.output import verify
 from jit_accel.prepare.settings import PrepareConfig
 
@@ -147,10 +147,10 @@ def test_shards_are_many_and_of_a_size_where_there_are_images_enough():
 
 
 def test_row_groups_are_small_and_known_to_streams(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(store_shards, "ROW_GROUP_IMAGES", 5)
+    monkeypatch.setattr(output, "ROW_GROUP_IMAGES", 5)
     index = prepare(sources["folder"], tmp_path / "out", "--format", "raw", "--shard_images", "30")
     assert [shard["row_groups"][:-1] for shard in index["shards"]] == [[5] * 5] * 2
-    monkeypatch.setattr(store_shards, "ROW_GROUP_BYTES", 2 * 3 * SIZE**2 + 1)
+    monkeypatch.setattr(output, "ROW_GROUP_BYTES", 2 * 3 * SIZE**2 + 1)
     index = prepare(sources["folder"], tmp_path / "out2", "--format", "raw", "--shard_images", "30")
     assert max(rows for shard in index["shards"] for rows in shard["row_groups"]) == 2
     images = open_images(tmp_path / "out2").images

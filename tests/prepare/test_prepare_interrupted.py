@@ -1,6 +1,5 @@
 """`python -m jit_accel.prepare` can be interrupted and told nonsense."""
 
-import builtins
 import os
 import shutil
 import signal
@@ -17,7 +16,7 @@ from prepare_samples import SIZE, contents, make_sources, picture, prepare
 from jit_accel.base.errors import UserError
 from jit_accel.data.formats.sources import open_images
 from jit_accel.data.reading.images import TableImages
-from jit_accel.prepare import main, store_shards
+from jit_accel.prepare import main
 from jit_accel.prepare.encode import Original, encode
 from jit_accel.prepare.output import OutputFolder
 from jit_accel.prepare.settings import PrepareConfig
@@ -47,10 +46,9 @@ def refused(capsys):
 def _slowly(flags: list[str], slow: str) -> None:
     """In a process: prepare with 20 ms an image in one of the stages."""
     os.setsid()
-    from jit_accel.prepare import run
-    from jit_accel.prepare.spool import Spool
+    import jit_accel.prepare.encode as stage
 
-    images_at = Spool.images_at
+    images_at = stage.Spool.images_at
 
     def slow_encode(*args):
         time.sleep(0.02)
@@ -62,9 +60,9 @@ def _slowly(flags: list[str], slow: str) -> None:
             yield image
 
     if slow == "encode":
-        run.encode = slow_encode
+        stage.encode = slow_encode
     else:
-        Spool.images_at = slow_images_at
+        stage.Spool.images_at = slow_images_at
     os._exit(main(flags))
 
 
@@ -145,8 +143,6 @@ class OutputWatch:
 
 
 def test_a_killed_worker_is_reported_and_costs_only_its_shard(refused, sources, tmp_path, monkeypatch):
-    from jit_accel.prepare import run
-
     def fatal_encode(original, *args):
         if original.name.endswith("033.jpg"):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -155,7 +151,7 @@ def test_a_killed_worker_is_reported_and_costs_only_its_shard(refused, sources, 
     flags = ("--data_path", sources["folder"], "--output_dir", tmp_path / "out", "--img_size", SIZE)
     flags = (*flags, "--shard_images", "9", "--num_workers", "1")
     with monkeypatch.context() as patch:
-        patch.setattr(run, "encode", fatal_encode)
+        patch.setattr("jit_accel.prepare.encode.encode", fatal_encode)
         assert "a process was killed, most likely because the memory was full" in refused(*flags)
     prepare(sources["folder"], tmp_path / "out")
 
@@ -200,7 +196,7 @@ def test_who_waited_finds_the_store_finished(sources, tmp_path):
 
 def test_a_work_folder_that_goes_away_before_its_lock_is_there_is_made_again(tmp_path, monkeypatch):
     output, opened = OutputFolder(str(tmp_path / "out")), []
-    real = open
+    real = os.open
 
     def open_late(file, *args, **kwargs):
         if str(file).endswith("lock") and not opened:
@@ -208,10 +204,11 @@ def test_a_work_folder_that_goes_away_before_its_lock_is_there_is_made_again(tmp
             os.rmdir(output.work)
         return real(file, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "open", open_late)
+    monkeypatch.setattr(os, "open", open_late)
     with output.begun({"img_size": SIZE}) as index:
         assert index is None
         assert (output.work / "plan.json").is_file()
+    assert opened
 
 
 @pytest.mark.multiprocess
@@ -304,7 +301,7 @@ def test_a_full_disk(refused, sources, tmp_path, monkeypatch):
 
     flags = ("--data_path", sources["folder"], "--output_dir", tmp_path / "out", "--img_size", SIZE)
     with monkeypatch.context() as patch:
-        patch.setattr(store_shards, "_write_header", write_header)
+        patch.setattr("jit_accel.prepare.output._write_header", write_header)
         assert "the disk is full. What is finished is kept: make room" in refused(*flags)
     assert "GiB, and the disk has" in refused(*flags[:3], tmp_path / "large", "--img_size", 10**6)
     assert main(list(map(str, flags))) == 0
