@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from jit_accel.config.settings import HealthConfig
-from jit_accel.monitor.metric_table import GRAD_NORM, HEALTH, TRAIN_LOSS
+from jit_accel.monitor.metric_table import GRAD_NORM, HEALTH, TRAIN_LOSS, WAIT_FRACTION
 
 # A mean of a few losses is compared, since single batches of rare images reach five times the median.
 JUMP_STEPS = 5
@@ -22,6 +22,8 @@ class Kind:
 
     title: str  # goes behind "step 12: ", with a place for the measured value
     remedy: str  # the likely cause, and what to do
+    metric: str  # in whose chart its events are marked
+    limit: tuple[str, ...] = ()  # the setting that limits the metric, and its name in the chart
 
     def describe(self, value: float) -> str:
         return self.title.format(value=value)
@@ -33,31 +35,40 @@ KINDS = {
         "the training has diverged, mostly from a learning rate that is too high, or from fp16: lower "
         "--learning_rate, set --max_grad_norm 1, use --mixed_precision bf16 or no, and go on from the last checkpoint "
         "with --resume auto.",
+        TRAIN_LOSS,
     ),
     "loss_jump": Kind(
         "the loss jumped to {value:.3g} times its median",
         "steps that were too large, or a stretch of broken images: if it does not come back within some hundred "
         "steps, go on from an earlier checkpoint with a lower --learning_rate or a longer warm-up.",
+        TRAIN_LOSS,
     ),
     "grad_exploding": Kind(
         "the gradient norm is {value:.3g} (exploding)",
         "the learning rate is too high or the warm-up too short: keep --max_grad_norm 1, lower --learning_rate, "
         "lengthen --warmup_steps.",
+        GRAD_NORM,
+        ("health_max_grad_norm", "exploding above"),
     ),
     "grad_vanishing": Kind(
         "the gradient norm is {value:.2g} (vanishing)",
         "nothing is being learnt: blank or identical images, a --loss_space that hides the error, or weights that "
         "collapsed at a learning rate that was too high: look at the data and at the first samples.",
+        GRAD_NORM,
+        ("health_min_grad_norm", "vanishing below"),
     ),
     "loss_flat": Kind(
         "the loss is still {value:.0%} of what it was at the start",
         "the weights hardly move: raise --learning_rate (3e-4 suits small data), shorten the warm-up; normal only for "
         "a run that starts from trained weights.",
+        TRAIN_LOSS,
     ),
     "data_starving": Kind(
         "the training waits for data {value:.0%} of the time",
         "images are read or decoded too slowly: raise --num_workers, or store them once with jit_accel.prepare; "
         "benchmarks/loader.py measures which stage is slow.",
+        WAIT_FRACTION,
+        ("health_max_wait", "starving above"),
     ),
 }
 
@@ -80,9 +91,8 @@ class Event:
 class Health:
     """Watches the rows of metrics as they come.
 
-    Args:
-        must_fall: the run starts from untrained weights, so that its loss must fall.
-        has_scaler: fp16 meets infinite gradients as a matter of course, and skips those steps.
+    The loss of a run from untrained weights `must_fall`; fp16, which `has_scaler`, meets infinite gradients as a matter
+    of course, and skips those steps.
     """
 
     def __init__(self, thresholds: HealthConfig, must_fall: bool = True, has_scaler: bool = False):
@@ -95,13 +105,9 @@ class Health:
         self.found: set[str] = set()
 
     def examine(self, rows: list[dict], lost_to_data: float | None = None, advice: str | None = None) -> list[Event]:
-        """Look at consecutive rows; what is found goes into them as `health/<kind>`.
+        """Look at consecutive rows; what is found goes into them as `health/<kind>`, new kinds are returned as events.
 
-        Args:
-            lost_to_data: share of the time of late that was lost to waiting for data, where known, and `advice` for it.
-
-        Returns:
-            Events of kinds that this object had not found before.
+        `lost_to_data` is the share of the time of late that was lost to waiting for data, where known, with `advice`.
         """
         new = []
         for row in rows:

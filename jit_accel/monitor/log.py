@@ -1,18 +1,33 @@
-"""`metrics.jsonl`, which every run keeps. Only the main process writes."""
+"""The log of a run on its own machine, by the main process: metrics.jsonl, the terminal, report.html."""
 
+import contextlib
 import errno
+import math
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
-from jit_accel.base.console import warn
-from jit_accel.base.files import append_json_lines, json_line, parse_json_line, read_json_lines
+import psutil
+from tqdm.auto import tqdm
 
-METRICS_FILE = "metrics.jsonl"
+from jit_accel.base.console import say, warn
+from jit_accel.base.files import append_json_lines, json_line, parse_json_line, read_json_lines
+from jit_accel.monitor.metric_table import EPOCH, IMAGES_PER_SECOND, STEP_TIME, TRAIN_LOSS
+
+METRICS_FILE, REPORT_FILE = "metrics.jsonl", "report.html"
 # Left by a run that a signal stopped, and by one that failed.
 INTERRUPTED_FILE, FAILED_FILE = "INTERRUPTED", "FAILED"
 # Rows that wait in memory for a disk with room.
 MOST_PENDING = 100_000
+# Between two plain lines: a fiftieth of the time so far, within these bounds.
+_LEAST_S, _MOST_S, _SHARE = 10.0, 300.0, 0.02
+# A build of the report takes up to a core: so it may take a hundredth of the time of one.
+_REST = 100.0
+_LONGEST_BUILD_S = 120.0
 
 
 class MetricsLog:
@@ -29,7 +44,9 @@ class MetricsLog:
         """Append rows, those of earlier calls that failed first; a full disk is reported once."""
         self.pending = [*self.pending, *rows][-MOST_PENDING:]
         try:
-            self._trim()
+            if not self.is_trimmed and self.path.exists():
+                os.truncate(self.path, end_of_rows(self.path, self.step))
+            self.is_trimmed = True
             append_json_lines(self.path, self.pending)
             self.pending = []
         except OSError as error:
@@ -45,8 +62,8 @@ class MetricsLog:
             start = end_of_rows(self.path, step - 1)
             with open(self.path, "r+b", buffering=0) as file:
                 file.seek(start)
-                row = as_row(file.readline())
-                if row is None or row["step"] != step:
+                row = parse_json_line(file.readline())
+                if not _has_step(row) or row["step"] != step:
                     return None
                 row |= values
                 line = json_line(row)
@@ -61,11 +78,6 @@ class MetricsLog:
         except OSError as error:
             self._fail(error)
 
-    def _trim(self) -> None:
-        if not self.is_trimmed and self.path.exists():
-            os.truncate(self.path, end_of_rows(self.path, self.step))
-        self.is_trimmed = True
-
     def _fail(self, error: OSError) -> None:
         if not self.has_failed:
             warn(f"{self.path} cannot be written ({error.strerror}): metrics are kept in memory until it can.")
@@ -78,12 +90,11 @@ def end_of_rows(path: Path, step: int) -> int:
     with open(path, "rb") as file:
         for line in file:
             position += len(line)
-            row = as_row(line)
-            if row is None or not line.endswith(b"\n"):
-                continue
-            if row["step"] > step:
-                break
-            end = position
+            row = parse_json_line(line)
+            if _has_step(row) and line.endswith(b"\n"):
+                if row["step"] > step:
+                    break
+                end = position
     return end
 
 
@@ -92,15 +103,102 @@ def iterate_metrics(output_dir: Path) -> Iterator[dict]:
     return filter(_has_step, read_json_lines(output_dir / METRICS_FILE))
 
 
-def as_row(line: bytes) -> dict | None:
-    """Return the row of a line of the file; None where it was cut short or is something else."""
-    row = parse_json_line(line)
-    return row if row is not None and _has_step(row) else None
-
-
-def _has_step(row: dict) -> bool:
-    return type(row.get("step")) is int and row["step"] >= 0
+def _has_step(row: dict | None) -> bool:
+    return row is not None and type(row.get("step")) is int and 0 <= row["step"] < 2**63
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
     return list(iterate_metrics(output_dir))
+
+
+class Progress:
+    """Shows step, epoch, loss, images/s and the time left; silent where not `is_shown`."""
+
+    def __init__(self, total_steps: int, step: int, is_shown: bool):
+        self.total_steps, self.is_shown = total_steps, is_shown
+        self.began, self.shown_at = time.monotonic(), -math.inf
+        is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        how = {"unit": "step", "dynamic_ncols": True, "disable": not (is_shown and is_terminal)}
+        self.bar = tqdm(total=total_steps, initial=step, desc="train", **how)
+        self.step_done, self.close = self.bar.update, self.bar.close
+
+    def show(self, row: dict) -> None:
+        """Bring in an interval's last row of metrics."""
+        loss, speed = row[TRAIN_LOSS], row[IMAGES_PER_SECOND]
+        words = [
+            f"epoch {row[EPOCH]:.2f}",
+            f"loss {loss:.4f}" if abs(loss) < 1000 else f"loss {loss:.3e}",
+            f"{speed:,.0f} images/s" if speed >= 100 else f"{speed:.3g} images/s",
+        ]
+        if not self.bar.disable:
+            self.bar.set_postfix_str(", ".join(words), refresh=False)
+            return
+        now = time.monotonic()
+        rest_s = min(_MOST_S, max(_LEAST_S, _SHARE * (now - self.began)))
+        if self.is_shown and (now - self.shown_at >= rest_s or row["step"] == self.total_steps):
+            self.shown_at = now
+            step = f"step {row['step']:,}/{self.total_steps:,} ({row['step'] / self.total_steps:.0%})"
+            left = timedelta(seconds=round(row[STEP_TIME] * (self.total_steps - row["step"])))
+            say(" | ".join([step, *words, f"left {left}"]))
+
+
+class ReportProcess:
+    """Builds the report of an output folder by a process of its own; a failure costs the report, never the run."""
+
+    def __init__(self, output_dir: Path, is_wanted: bool):
+        self.output_dir, self.is_wanted = output_dir, is_wanted
+        self.process: subprocess.Popen | None = None
+        self.has_failed, self.began, self.not_before = False, 0.0, 0.0
+
+    def build(self) -> None:
+        """Begin to build the report of what is there now, unless the last build still goes on or has just ended."""
+        if self.process and (self.process.poll() is not None or time.monotonic() > self.began + _LONGEST_BUILD_S):
+            self.wait(0.0)
+        if self.is_wanted and self.process is None and time.monotonic() >= self.not_before:
+            self._start()
+
+    def build_last(self, timeout_s: float = _LONGEST_BUILD_S) -> None:
+        """Build it once more, whatever was built before; each of the two is waited for so long at most."""
+        if self.is_wanted:
+            self.wait(timeout_s)
+            self._start()
+            self.wait(timeout_s)
+
+    def wait(self, timeout_s: float = _LONGEST_BUILD_S) -> None:
+        """Wait until the build that goes on is done; one that takes longer is given up."""
+        if self.process is None:
+            return
+        try:
+            _, errors = self.process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            _, errors = self.process.communicate()
+        now = time.monotonic()
+        self.not_before = now + _REST * (now - self.began)
+        code, self.process = self.process.returncode, None
+        if code:
+            lines = errors.decode(errors="replace").strip().splitlines()
+            self._fail(lines[-1] if lines else f"exit code {code}")
+
+    def _start(self) -> None:
+        self.began = time.monotonic()
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "jit_accel.report", str(self.output_dir)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for the training
+            )
+        except OSError as error:
+            return self._fail(str(error))
+        with contextlib.suppress(psutil.Error, OSError):
+            psutil.Process(self.process.pid).nice(psutil.BELOW_NORMAL_PRIORITY_CLASS if os.name == "nt" else 10)
+
+    def _fail(self, reason: str) -> None:
+        if not self.has_failed:
+            warn(
+                f"report.html cannot be built ({reason}). Training goes on; try "
+                f"`python -m jit_accel.report {self.output_dir}` later."
+            )
+        self.has_failed = True

@@ -164,11 +164,11 @@ class StepClock:
 class EpochMetrics:
     """Mean loss, seconds and images/s of each pass over the data, and the lowest mean so far.
 
-    Counted in images, whose number at a step changes where a run goes on with another batch size; where `num_images`,
-    that of one pass, is None, nothing ever ends.
+    Counted in images, whose number at a step changes where a run goes on with another batch size; `num_images` is that
+    of one pass.
     """
 
-    def __init__(self, num_images: int | None):
+    def __init__(self, num_images: int):
         self.num_images, self.images_seen = num_images, 0
         self.best_loss: float | None = None
         self._begin()
@@ -176,24 +176,20 @@ class EpochMetrics:
     def _begin(self) -> None:
         self.loss_sum, self.seconds, self.images = 0.0, 0.0, 0
 
-    def add(self, row: dict, seconds: float, batch: int) -> bool:
-        """Count a step of `batch` images. Returns True where an epoch ends with it, whose metrics go into the row."""
+    def add(self, row: dict, seconds: float, batch: int) -> None:
+        """Count a step of `batch` images; where an epoch ends with it, its metrics go into the row."""
         before, self.images_seen = self.images_seen, self.images_seen + batch
-        row[table.IMAGES_SEEN] = self.images_seen
-        if not self.num_images:
-            return False
-        row[table.EPOCH] = self.images_seen / self.num_images
+        row |= {table.IMAGES_SEEN: self.images_seen, table.EPOCH: self.images_seen / self.num_images}
         self.loss_sum += row[table.TRAIN_LOSS] * batch
         self.seconds += seconds
         self.images += batch
         if self.images_seen // self.num_images == before // self.num_images:
-            return False
+            return
         loss = self.loss_sum / self.images
         self.best_loss = loss if self.best_loss is None else min(loss, self.best_loss)
         row |= {table.EPOCH_LOSS: loss, table.BEST_LOSS: self.best_loss, table.EPOCH_TIME: self.seconds}
         row[table.SAMPLES_PER_SECOND] = self.images / max(1e-9, self.seconds)
         self._begin()
-        return True
 
     def state_dict(self) -> dict:
         """Return what the rest of an epoch that has begun needs."""

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,10 +20,8 @@ from jit_accel.config.presets import forward_macs
 from jit_accel.config.settings import HealthConfig, TrackingConfig
 from jit_accel.monitor import metric_table as table
 from jit_accel.monitor.health import Event, Health
-from jit_accel.monitor.log import FAILED_FILE, MetricsLog
+from jit_accel.monitor.log import FAILED_FILE, MetricsLog, Progress, ReportProcess
 from jit_accel.monitor.metrics import EpochMetrics, StepClock, StepMetrics, WeightWatch, of_each_process
-from jit_accel.monitor.progress import Progress
-from jit_accel.monitor.report_process import ReportProcess
 from jit_accel.monitor.trackers import log_picture, log_row, start_trackers
 
 TRAIN_FLOPS_PER_FORWARD_MAC = 6  # a multiply and an add, forward and twice backward
@@ -53,13 +52,9 @@ class Monitor:
     """All that watches a run. Every process calls it together; only the main one writes.
 
     Inside `with monitor.pause():` is no training, whose time is left out of its speed; `record_by_t` and
-    `record_occasional` are those of `StepMetrics`.
-
-    Args:
-        feed: the run's `Feed`, which knows how long it was waited for.
-        network, ema: what is trained, and its averages.
-        precision: of the training, which decides the peak of a GPU.
-        is_untrained: the weights are random, so that the loss must fall.
+    `record_occasional` are those of `StepMetrics`, `log_samples` is `log_picture` for the run's trackers. The `feed`
+    knows how long it was waited for, `precision` decides the peak of a GPU, and the loss of a run that `is_untrained`
+    must fall.
     """
 
     def __init__(
@@ -82,7 +77,7 @@ class Monitor:
         self.is_main, self.is_open = accelerator.is_main_process, False
         self.steps, self.clock = StepMetrics(accelerator.device), StepClock(accelerator.device)
         self.record_by_t, self.record_occasional = self.steps.record_by_t, self.steps.record_occasional
-        self.pause = self.clock.pause
+        self.pause, self.log_samples = self.clock.pause, partial(log_picture, accelerator)
         self.weights = WeightWatch(ema.params, ema.averages, network.config.depth)
         self.epochs = EpochMetrics(plan.num_images)
         self.health = Health(health, must_fall=is_untrained, has_scaler=accelerator.scaler is not None)
@@ -117,10 +112,9 @@ class Monitor:
             self.close(exit_code=1)
 
     def close(self, exit_code: int) -> None:
-        """Build the last report; the trackers learn how the run ended, and end with `accelerator.end_training`.
+        """Build the last report; the trackers end later, with `accelerator.end_training`.
 
-        Args:
-            exit_code: 0, or 128 and the number of the signal that stopped the run, or else of a failure.
+        `exit_code` is 0, or 128 and the number of the signal that stopped the run, or else of a failure.
         """
         if not self.is_open:
             return
@@ -189,10 +183,6 @@ class Monitor:
             self.log.amend(step, values)
             log_row(self.accelerator, {"step": step, **values})
             self.report.build()
-
-    def log_samples(self, path: Path, step: int, caption: str, is_late: bool) -> None:
-        """Show a sheet of samples in the trackers, where it could be written."""
-        log_picture(self.accelerator, path, step, caption, is_late)
 
     def state_dict(self) -> dict:
         """Return what a later run needs to go on with, on the main process."""

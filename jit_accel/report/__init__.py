@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from jit_accel.config.command_line import exit_code_of
-from jit_accel.monitor.report_process import REPORT_FILE
+from jit_accel.monitor.log import REPORT_FILE
 
 COMPARISON_FILE = "comparison.html"
 

@@ -6,11 +6,12 @@ the number of values `n` behind each y, and `raw`, the curve's extremes.
 """
 
 import re
-from dataclasses import asdict, dataclass
+from operator import itemgetter
+from typing import NamedTuple
 
+from jit_accel.monitor.health import KINDS
 from jit_accel.monitor.metric_table import BAD_IMAGES, LOSS_BY_T, METRICS, UNGUIDED, Metric, metric_of, part_of
-from jit_accel.report.curves import rounded
-from jit_accel.report.runs import Run
+from jit_accel.report.runs import Curve, Run, rounded
 
 # The share of the run that a smoothed curve remembers before the reader moves the slider.
 SMOOTHING = 0.02
@@ -20,37 +21,19 @@ OF_IMAGES = "Of images made with the averaged weights, against the reference"
 ONCE_A_WHILE = ("epoch", "val", "eval")  # rows of metrics that are drawn as points
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A chart over the steps. `thresholds` names the settings that are drawn into it, `events` the kinds of event."""
+class Chart(NamedTuple):
+    """A chart over the steps."""
 
     id: str
     section: str
     title: str
     note: str
     scale: str = "linear"
-    thresholds: tuple[tuple[str, str], ...] = ()
-    events: tuple[str, ...] = ()
 
 
 CHARTS = (
-    Chart(
-        "loss",
-        "loss",
-        "Training and validation",
-        "Faint: each optimizer step. Strong: its running mean",
-        "log",
-        events=("loss_not_finite", "loss_jump", "loss_flat"),
-    ),
-    Chart(
-        "grad_norm",
-        "optimization",
-        "Gradient norm",
-        "L2 over all parameters, before clipping",
-        "log",
-        thresholds=(("health_max_grad_norm", "exploding above"), ("health_min_grad_norm", "vanishing below")),
-        events=("grad_exploding", "grad_vanishing"),
-    ),
+    Chart("loss", "loss", "Training and validation", "Faint: each optimizer step. Strong: its running mean", "log"),
+    Chart("grad_norm", "optimization", "Gradient norm", "L2 over all parameters, before clipping", "log"),
     Chart("learning_rate", "optimization", "Learning rate", "What the optimizer was given"),
     Chart("update_ratio", "optimization", "Update ratio", "Length of a step over the length of the weights", "log"),
     Chart(
@@ -67,8 +50,6 @@ CHARTS = (
         "speed",
         "Use of the device",
         "MFU: the model's FLOP/s over the device's peak. Waiting: share of the time lost to data",
-        thresholds=(("health_max_wait", "starving above"),),
-        events=("data_starving",),
     ),
     Chart("memory", "speed", "Memory", "Peak of the device, and of the data workers of a process"),
     Chart("epoch_time", "speed", "Time per epoch", "Seconds, samples and validation included"),
@@ -87,26 +68,24 @@ PROFILE = Chart("profile", "by_t", "Loss by t, latest", "Where along t the loss 
 def charts_of(runs: list[Run]) -> list[dict]:
     """Return the charts that have data."""
     found: dict[str, list[str]] = {}
-    for key in dict.fromkeys(key for run in runs for key in run.measurements.curves):
+    for key in dict.fromkeys(key for run in runs for key in run.curves):
         if chart := chart_of(key):
             found.setdefault(chart, []).append(key)
     of_images = sorted(id for id in found if id.startswith("eval_"))
     charts = [*CHARTS, *(Chart(id, "evaluation", title_of(found[id][0]), OF_IMAGES) for id in of_images)]
-    drawn = [steps_chart(chart, in_order(found[chart.id]), runs) for chart in charts if chart.id in found]
+    drawn = [steps_chart(chart, sorted(found[chart.id], key=place_of), runs) for chart in charts if chart.id in found]
     return [chart for chart in [*drawn, *by_t_charts(runs)] if chart["series"]]
 
 
 def chart_of(key: str) -> str:
     """Return the id of the chart that a curve belongs into; "" for none."""
     metric = metric_of(key)
-    part = part_of(key, metric.key) or ""
-    return re.sub(r"\{\w+\}", lambda _: part, metric.chart).removesuffix(UNGUIDED)
+    return metric.chart.replace("{name}", part_of(key, metric.key) or "").removesuffix(UNGUIDED)
 
 
-def in_order(keys: list[str]) -> list[str]:
-    """Sort keys as their rows stand in the table."""
-    rows = list(METRICS)
-    return sorted(keys, key=lambda key: (rows.index(metric_of(key).key), key))
+def place_of(key: str) -> tuple[int, str]:
+    """Return the place of a key among others: as their rows stand in the table."""
+    return list(METRICS).index(metric_of(key).key), key
 
 
 def title_of(key: str) -> str:
@@ -127,10 +106,10 @@ def name_of(key: str, metric: Metric) -> str:
 def steps_chart(chart: Chart, keys: list[str], runs: list[Run]) -> dict:
     unit = metric_of(keys[0]).unit
     factor, unit = (100, "%") if unit == "share" else (1, unit)
-    series = []
+    series, curves = [], []
     for index, run in enumerate(runs):
         for key in keys:
-            curve = run.measurements.curve(key)
+            curve = run.curve(key)
             if not curve or (key == BAD_IMAGES and curve.high == 0):
                 continue
             metric, points = metric_of(key), curve.means(factor)
@@ -140,24 +119,24 @@ def steps_chart(chart: Chart, keys: list[str], runs: list[Run]) -> dict:
             else:
                 del points["n"]
             series.append({"run": index, "name": name_of(key, metric), "style": style, **points})
-    if not series:
-        return {"series": []}
+            curves.append(curve)
+    kinds = {name: kind for name, kind in KINDS.items() if METRICS[kind.metric].chart == chart.id}
     events = [
-        {"run": index, "name": event_name(kind), "x": event.steps.means()["x"]}
+        {"run": index, "name": event_name(kind), "x": event.means()["x"]}
         for index, run in enumerate(runs)
-        for kind, event in run.measurements.events.items()
-        if kind in chart.events
+        for kind, event in run.events.items()
+        if kind in kinds
     ]
-    more = {"unit": unit, "thresholds": thresholds_of(chart, keys, runs, factor), "events": events}
-    return {**asdict(chart), **more, "series": series}
+    limits = [kind.limit for kind in kinds.values() if kind.limit]
+    thresholds = thresholds_of(limits, curves, runs, factor) if curves else []
+    return {**chart._asdict(), "unit": unit, "thresholds": thresholds, "events": events, "series": series}
 
 
-def thresholds_of(chart: Chart, keys: list[str], runs: list[Run], factor: float) -> list[dict]:
+def thresholds_of(limits: list[tuple[str, ...]], curves: list[Curve], runs: list[Run], factor: float) -> list[dict]:
     """Return the health thresholds that apply, each with `is_drawn`: it is near enough to the curves."""
-    curves = [curve for run in runs for key in keys if (curve := run.measurements.curve(key))]
     low, high = min(curve.low for curve in curves) * factor, max(curve.high for curve in curves) * factor
     found = {}
-    for setting, name in chart.thresholds:
+    for setting, name in limits:
         for run in runs:
             value = run.settings.get(setting)
             if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
@@ -172,25 +151,25 @@ def event_name(kind: str) -> str:
     return re.sub(r"\bgrad\b", "gradient", kind.replace("_", " ")).capitalize()
 
 
-def bins_of(run: Run) -> list[tuple[float, str, str]]:
-    """Return the run's bins of t: middle, name and key of each."""
+def bins_of(run: Run) -> list[tuple[float, str, Curve]]:
+    """Return the run's bins of t, in order: middle, name and curve of each."""
     found = []
-    for key in run.measurements.curves:
+    for key in run.curves:
         ends = re.fullmatch(r"(\d\.\d+)-(\d\.\d+)", part_of(key, LOSS_BY_T) or "")
-        if ends and run.measurements.curve(key):
-            found.append((rounded((float(ends[1]) + float(ends[2])) / 2), f"{ends[1]}–{ends[2]}", key))
-    return sorted(found)
+        if ends and (curve := run.curve(key)):
+            found.append((rounded((float(ends[1]) + float(ends[2])) / 2), f"{ends[1]}–{ends[2]}", curve))
+    return sorted(found, key=itemgetter(0))
 
 
 def by_t_charts(runs: list[Run]) -> list[dict]:
     """Return the loss of each bin of t over the steps (of several runs, one bin at a time is shown), and the latest."""
     over_time, latest = [], []
     for index, run in enumerate(runs):
-        for middle, name, key in bins_of(run):
-            curve = run.measurements.curves[key]
-            over_time.append({"run": index, "name": name, "style": "bin", **curve.means(), "t": middle})
         if bins := bins_of(run):
-            x, names, keys = zip(*bins)
-            y = [rounded(run.measurements.curves[key].smoothed_end(SMOOTHING * run.step)) for key in keys]
+            for middle, name, curve in bins:
+                over_time.append({"run": index, "name": name, "style": "bin", **curve.means(), "t": middle})
+            x, names, curves = zip(*bins)
+            y = [rounded(curve.smoothed_end(SMOOTHING * run.step)) for curve in curves]
             latest.append({"run": index, "name": "loss", "style": "profile", "x": x, "y": y, "bins": names})
-    return [{**asdict(chart), "unit": "", "series": lines} for chart, lines in ((BY_T, over_time), (PROFILE, latest))]
+    more = {"unit": "", "thresholds": [], "events": []}
+    return [{**chart._asdict(), **more, "series": lines} for chart, lines in ((BY_T, over_time), (PROFILE, latest))]

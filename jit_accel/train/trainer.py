@@ -21,10 +21,9 @@ from jit_accel.data.batches.batch import Batch
 from jit_accel.model.checkpoints import Checkpointer, find_checkpoint, load_parts, read_run
 from jit_accel.model.lora import refuse_other_base
 from jit_accel.model.objective import Objective
-from jit_accel.monitor.log import FAILED_FILE, INTERRUPTED_FILE
+from jit_accel.monitor.log import FAILED_FILE, INTERRUPTED_FILE, REPORT_FILE
 from jit_accel.monitor.metric_table import EMA_VAL_LOSS, EVAL, VAL_LOSS, part_of
 from jit_accel.monitor.monitor import Monitor
-from jit_accel.monitor.report_process import REPORT_FILE
 from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed, Validation
 from jit_accel.train.initial_weights import Tuning

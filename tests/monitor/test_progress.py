@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from jit_accel.monitor import progress
-from jit_accel.monitor.progress import Progress
+from jit_accel.monitor import log
+from jit_accel.monitor.log import Progress
 
 SCRIPT = """
 import sys
 from jit_accel.base.console import say
-from jit_accel.monitor.progress import Progress
+from jit_accel.monitor.log import Progress
 shown = Progress(40, 10, sys.argv[1] == "shown")
 for step in range(11, 41):
     shown.step_done()
@@ -27,18 +27,24 @@ shown.close()
 
 
 def row(step, **more):
-    return {"step": step, "train/loss": 0.25, "perf/images_per_second": 12.34, "perf/step_time": 2.0} | more
+    return {
+        "step": step,
+        "train/epoch": 1.5,
+        "train/loss": 0.25,
+        "perf/images_per_second": 12.34,
+        "perf/step_time": 2.0,
+    } | more
 
 
 @pytest.fixture
 def clock(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
     return now
 
 
 def test_a_log_file_gets_plain_lines_with_all_that_matters(capsys):
-    Progress(1000, 0, True).show(row(200, **{"train/epoch": 1.5}))
+    Progress(1000, 0, True).show(row(200))
     out, err = capsys.readouterr()
     assert out == "step 200/1,000 (20%) | epoch 1.50 | loss 0.2500 | 12.3 images/s | left 0:26:40\n"
     assert err == ""

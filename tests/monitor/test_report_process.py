@@ -4,8 +4,7 @@ import time
 
 from helpers import train_here
 
-from jit_accel.monitor.log import MetricsLog, read_metrics
-from jit_accel.monitor.report_process import ReportProcess
+from jit_accel.monitor.log import MetricsLog, ReportProcess, read_metrics
 from jit_accel.train.results import write_record
 
 

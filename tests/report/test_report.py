@@ -17,10 +17,8 @@ from PIL import Image
 from jit_accel.monitor.health import KINDS
 from jit_accel.report import main
 from jit_accel.report.charts import charts_of
-from jit_accel.report.curves import MAX_BUCKETS, Curve, read_measurements
-from jit_accel.report.page import build_page
-from jit_accel.report.runs import read_runs
-from jit_accel.report.sample_sheets import BYTES_ON_PAGE, MAX_SHEETS, MIN_SHEETS, load_sheets
+from jit_accel.report.page import BYTES_ON_PAGE, MAX_SHEETS, MIN_SHEETS, build_page, load_sheets
+from jit_accel.report.runs import MAX_BUCKETS, Curve, read_runs
 
 SETTINGS = {
     "model": "JiT-B/16",
@@ -120,7 +118,8 @@ def test_a_sparse_curve_keeps_each_of_its_points_in_a_long_run(tmp_path):
         {"step": step, "train/loss": 1.0} | ({"val/loss": float(step)} if step % 500 == 0 else {})
         for step in range(1, 20_001)
     ]
-    curves = read_measurements(write_run(tmp_path / "run", rows)).curves
+    (run,) = read_runs([write_run(tmp_path / "run", rows)])
+    curves = run.curves
     assert curves["val/loss"].means()["x"] == list(range(500, 20_001, 500))
     assert len(curves["train/loss"].means()["x"]) <= MAX_BUCKETS
 
@@ -162,12 +161,8 @@ def test_what_cannot_be_read_is_left_out_and_the_rest_shown(tmp_path):
     lines = [*BAD_LINES[:6], *good, *BAD_LINES[6:]]
     (folder / "metrics.jsonl").write_bytes(b"\xff\xfe\n" + "\n".join(lines).encode())
 
-    found = read_measurements(folder)
-    assert (found.num_rows, found.num_unreadable, found.last_step) == (
-        5,
-        len(BAD_LINES),
-        5,
-    )  # "" is no line, \xff is one
+    (found,) = read_runs([folder])
+    assert (found.num_rows, found.step) == (5, 5)
     assert found.curves["train/loss"].means() == {
         "x": [1, 2, 3, 4, 5],
         "y": [0.5, None, None, None, 2],
