@@ -29,8 +29,8 @@ import torch
 from PIL import Image
 
 from jit_accel.data import build_loader, open_images
-from jit_accel.data.batches.batch import decode_row
 from jit_accel.data.batches.ready_batches import ReadyBatches
+from jit_accel.data.reading.decode import decode_row
 
 REPO = Path(__file__).parent.parent
 WIDTH, HEIGHT, SIZE, BATCH = 500, 375, 256, 64

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from data_samples import tar
 from PIL import Image
 
-from jit_accel.data.formats.index import read_index
+from jit_accel.data.formats.prepared import read_index
 from jit_accel.data.reading.content import content_key
 from jit_accel.prepare import main
 

@@ -2,9 +2,11 @@
 
 from importlib import import_module
 
+from jit_accel.base.errors import UserError
+
 _ROOMS = {
     "Batch": "jit_accel.data.batches.batch",
-    "Source": "jit_accel.data.formats.sources",
+    "Source": "jit_accel.data.formats.source",
     "build_loader": "jit_accel.data.batches.loader",
     "open_images": "jit_accel.data.formats.sources",
 }
@@ -16,3 +18,8 @@ def __getattr__(name: str):
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_ROOMS[name]), name)
+
+
+def data_error(path: object, rule: str) -> UserError:
+    """Return the error about a data set, or one of its files, at `path`."""
+    return UserError(rule, about="data_path", value=str(path))

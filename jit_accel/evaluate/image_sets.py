@@ -17,10 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from jit_accel.base.errors import UserError, renamed_settings
-from jit_accel.data.batches.batch import decode_row
 from jit_accel.data.batches.workers import cores_per_process
 from jit_accel.data.formats.sources import Source, open_images
-from jit_accel.data.reading.decode import BadImage, crop_pixels
+from jit_accel.data.reading.decode import BadImage, crop_pixels, decode_row
 
 BROKEN = (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)  # what an .npz may raise
 ARRAY = "arr_0"  # the name of images in ADM's .npz, and in those of jit_accel.sample

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from jit_accel.base.errors import UserError, changed_settings
 from jit_accel.base.files import atomic_file, disk_errors, move, sync, write_json
-from jit_accel.data.batches.batch import decode_row
 from jit_accel.data.formats.columns import Columns
-from jit_accel.data.formats.index import INDEX, STORE_VERSION, UNFINISHED, files_of, read_index, sha256_of
+from jit_accel.data.formats.prepared import INDEX, STORE_VERSION, UNFINISHED, files_of, read_index, sha256_of
+from jit_accel.data.reading.decode import decode_row
 from jit_accel.prepare.encode import Encoded, batched
 
 ROW_GROUP_IMAGES = 256  # small, because streams shuffle row groups

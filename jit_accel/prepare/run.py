@@ -28,8 +28,8 @@ from jit_accel.base.console import redacted
 from jit_accel.base.errors import Stopped, StopRequest, UserError
 from jit_accel.base.files import write_json
 from jit_accel.data.batches.workers import num_cores
-from jit_accel.data.formats.columns import int_labels
-from jit_accel.data.formats.index import INDEX, STORE_FORMAT, STORE_VERSION, files_of
+from jit_accel.data.formats.columns import numbered_classes
+from jit_accel.data.formats.prepared import INDEX, STORE_FORMAT, STORE_VERSION, files_of
 from jit_accel.data.formats.source import Source
 from jit_accel.data.formats.sources import open_images
 from jit_accel.prepare.encode import Encoded, Spool, encode_all, originals_at, originals_of, parts_of, write_part
@@ -109,7 +109,7 @@ def _make(
     if source.streaming:
         spool, num_read = _fill_spool(work, stop)
         largest = max(spool.table["label"].unique().to_pylist(), default=-1)
-        names = names or int_labels(largest).names or ("image",)
+        names = names or numbered_classes(largest + 1) or ("image",)
         work = replace(work, spool=spool)
     work = replace(work, layout=Layout(config.format, config.img_size, names, source.is_labelled))
     num_images = len(source.images if work.spool is None else work.spool)

@@ -12,10 +12,11 @@ from data_samples import image_folder, parquet, png, tar
 from datasets import Value
 
 from jit_accel.data import open_images
-from jit_accel.data.formats import index_cache, scan, tables, tars
-from jit_accel.data.formats.folder import is_known_image_folder
+from jit_accel.data.formats import scan, tables, tars
+from jit_accel.data.formats.folder import hash_strings, is_known_image_folder
 from jit_accel.data.formats.scan import walk_folder
-from jit_accel.data.reading.shards import LocalShard
+from jit_accel.data.reading.cache import cache_folder
+from jit_accel.data.reading.shards import LocalShard, remembered
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ def images(tmp_path):
 def walks(monkeypatch):
     """The folders that were walked."""
     walked = []
-    monkeypatch.setattr(index_cache, "walk_folder", lambda root: walked.append(root) or walk_folder(root))
+    monkeypatch.setattr(scan, "walk_folder", lambda root: walked.append(root) or walk_folder(root))
     return walked
 
 
@@ -97,7 +98,7 @@ def test_a_known_folder_is_opened_as_the_walk_found_it_without_a_walk(images, wa
     assert len(walks) == 1
     assert everything(open_images(images)) == first
     assert len(walks) == 1
-    known = index_cache.known_scan(str(images))
+    known = scan.known_scan(str(images))
     assert known.images.equals(walked.images)
     assert vars(known) | {"images": None} == vars(walked) | {"images": None}
 
@@ -158,13 +159,13 @@ def test_every_change_is_noticed(images, change):
     age(images)
     age(images.parent / "elsewhere")
     before = everything(open_images(images))
-    assert index_cache.known_scan(str(images)) is not None
+    assert scan.known_scan(str(images)) is not None
     if change is add_folder:
         (images / "c2").unlink()
     change(images)
     walked = walk_folder(images).images
-    assert index_cache.known_scan(str(images)) is None
-    assert index_cache.scan_folder(str(images)).images.equals(walked)
+    assert scan.known_scan(str(images)) is None
+    assert scan.scan_folder(str(images)).images.equals(walked)
     assert everything(open_images(images)) != before
 
 
@@ -208,7 +209,7 @@ def damage(file, kind):
 def test_a_damaged_index_is_made_anew(images, cache, walks, kind):
     first = everything(open_images(images))
     (file,) = cache.iterdir()
-    assert index_cache.known_scan(str(images)) is not None
+    assert scan.known_scan(str(images)) is not None
     damage(file, kind)
     assert everything(open_images(images)) == first
     assert everything(open_images(images)) == first
@@ -219,12 +220,12 @@ def test_no_flipped_bit_of_an_index_goes_unnoticed(images, cache):
     open_images(images)
     (file,) = cache.iterdir()
     data, walked = file.read_bytes(), walk_folder(images)
-    assert index_cache.known_scan(str(images)).images.equals(walked.images)
+    assert scan.known_scan(str(images)).images.equals(walked.images)
     for place in range(0, len(data), 7):
         damaged = bytearray(data)
         damaged[place] ^= 1 << place % 8
         file.write_bytes(damaged)
-        assert index_cache.known_scan(str(images)) is None
+        assert scan.known_scan(str(images)) is None
 
 
 def test_a_place_that_cannot_be_written_to_does_no_harm(images, walks, tmp_path, monkeypatch):
@@ -245,13 +246,13 @@ def test_nothing_half_written_stays(images, cache, monkeypatch):
 
 
 def test_the_caches_place_follows_the_environment(monkeypatch, tmp_path):
-    assert index_cache.cache_folder().name == "jit_accel"
+    assert cache_folder().name == "jit_accel"
     monkeypatch.delenv("JIT_ACCEL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert index_cache.cache_folder() == tmp_path / "jit_accel"
+    assert cache_folder() == tmp_path / "jit_accel"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert index_cache.cache_folder() == tmp_path / ".cache" / "jit_accel"
+    assert cache_folder() == tmp_path / ".cache" / "jit_accel"
 
 
 def test_a_known_folder_is_recognised_by_its_index_unless_it_holds_other_formats(images):
@@ -270,11 +271,11 @@ def test_hashes_do_not_depend_on_the_chunks():
     whole = pa.chunked_array([names])
     parts = pa.chunked_array([names[:3], [], names[3:]])
     sliced = pa.chunked_array([["x", *names]]).slice(1)
-    assert index_cache.hash_strings(whole) == index_cache.hash_strings(parts) == index_cache.hash_strings(sliced)
-    assert index_cache.hash_strings(whole) != index_cache.hash_strings(pa.chunked_array([names[:-1]]))
-    assert index_cache.hash_strings(whole) != index_cache.hash_strings(whole, ["folder"])
+    assert hash_strings(whole) == hash_strings(parts) == hash_strings(sliced)
+    assert hash_strings(whole) != hash_strings(pa.chunked_array([names[:-1]]))
+    assert hash_strings(whole) != hash_strings(whole, ["folder"])
     two, one = pa.chunked_array([["a", "b"]]), pa.chunked_array([["ab"]])
-    assert index_cache.hash_strings(two) != index_cache.hash_strings(one)
+    assert hash_strings(two) != hash_strings(one)
 
 
 # Files of many images
@@ -327,9 +328,9 @@ def test_what_was_remembered_of_a_file_is_kept_by_what_was_looked_for(tmp_path):
     file = tmp_path / "a.bin"
     file.write_bytes(b"abc")
     age(tmp_path)
-    assert index_cache.remembered("size", [LocalShard(str(file))], size_of) == [3]
-    assert index_cache.remembered("size", [LocalShard(str(file))], lambda shard: 99) == [3]
-    assert index_cache.remembered("name", [LocalShard(str(file))], lambda shard: shard.name) == ["a.bin"]
+    assert remembered("size", [LocalShard(str(file))], size_of) == [3]
+    assert remembered("size", [LocalShard(str(file))], lambda shard: 99) == [3]
+    assert remembered("name", [LocalShard(str(file))], lambda shard: shard.name) == ["a.bin"]
 
 
 def test_damaged_memories_of_files_are_made_anew(tmp_path, cache):
@@ -337,7 +338,7 @@ def test_damaged_memories_of_files_are_made_anew(tmp_path, cache):
     file.write_bytes(b"abc")
     age(tmp_path)
     for damaged in (b"", b"[]", b"{}", b'["1", 3]', b'["1", {"a.bin": 3}]', b"\xff"):
-        index_cache.remembered("size", [LocalShard(str(file))], size_of)
+        remembered("size", [LocalShard(str(file))], size_of)
         (memory,) = cache.iterdir()
         memory.write_bytes(damaged)
-        assert index_cache.remembered("size", [LocalShard(str(file))], size_of) == [3]
+        assert remembered("size", [LocalShard(str(file))], size_of) == [3]

@@ -14,7 +14,7 @@ from http_server import FailingServer
 
 from jit_accel.data import open_images
 from jit_accel.data.batches.holdout import split_holdout
-from jit_accel.data.reading import content, images, units
+from jit_accel.data.reading import content, units
 from jit_accel.data.reading.content import UNREADABLE, content_key, key_of
 
 N = 12
@@ -67,22 +67,22 @@ def fail_unexpectedly():
 
 def lose_a_file():
     """Process 1 cannot read the files that are held out, and would train on them."""
-    from jit_accel.data.reading import images
+    from jit_accel.data.reading import content
 
     os.environ["JIT_ACCEL_CACHE"] += os.environ["RANK"]
     if on_process("1"):
-        images.patient_file_key = lambda path: UNREADABLE
+        content.patient_file_key = lambda path: UNREADABLE
 
 
 def read_no_keys():
     """Process 1 has to find them in the cache."""
-    from jit_accel.data.reading import images
+    from jit_accel.data.reading import content
 
     def fail(path):
         raise RuntimeError(f"{path} was read")
 
     if on_process("1"):
-        images.patient_file_key = fail
+        content.patient_file_key = fail
 
 
 def two_processes(tmp_path, setup, *flags):
@@ -183,7 +183,7 @@ def test_the_fingerprint_tells_what_is_held_out(tmp_path):
 def keyed(monkeypatch):
     """What a key was computed of."""
     seen = []
-    for module, name in ((images, "patient_file_key"), (units, "key_of")):
+    for module, name in ((content, "patient_file_key"), (units, "key_of")):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda value, of=original: (seen.append(value), of(value))[1])
     return seen
@@ -244,7 +244,7 @@ def test_a_damaged_cache_is_not_believed(tmp_path, cache):
 
 def test_what_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
     data = settled(folder(tmp_path / "data"))
-    monkeypatch.setattr(images, "patient_file_key", lambda path: UNREADABLE)
+    monkeypatch.setattr(content, "patient_file_key", lambda path: UNREADABLE)
     assert set(open_images(data).images.keys().tolist()) == {UNREADABLE}
     monkeypatch.undo()
     assert open_images(data).images.keys().tolist() == [content_key(png(n)) for n in range(N)]
@@ -291,7 +291,7 @@ def test_keys_of_two_columns_are_kept_apart(tmp_path):
 @pytest.mark.parametrize("make", [folder, parquets])
 def test_reading_many_keys_is_announced(tmp_path, caplog, monkeypatch, make):
     data = settled(make(tmp_path / "data"))
-    monkeypatch.setattr(images, "MANY_KEYS", N - 1)
+    monkeypatch.setattr(content, "MANY_KEYS", N - 1)
     split(open_images(data))
     assert caplog.text.count(f"reading the content keys of {N} images for --holdout") == 1
     split(open_images(data))

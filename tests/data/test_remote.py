@@ -20,8 +20,8 @@ from http_server import FailingServer
 
 from jit_accel.base.errors import UserError
 from jit_accel.data import build_loader, open_images
-from jit_accel.data.formats import remote
-from jit_accel.data.reading import outages, shard_cache, shards
+from jit_accel.data.reading import cache as shard_cache
+from jit_accel.data.reading import servers, shards
 
 FILES, EACH = 3, 20
 N = FILES * EACH
@@ -58,10 +58,10 @@ def server(folder):
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch):
     """Waits of milliseconds, and lines about every host."""
-    monkeypatch.setattr(outages, "FIRST_WAIT_S", 0.02)
-    monkeypatch.setattr(outages, "LONGEST_WAIT_S", 0.2)
-    monkeypatch.setattr(outages, "PATIENCE_S", 20.0)
-    monkeypatch.setattr(outages, "_warned_s", {})
+    monkeypatch.setattr(servers, "FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr(servers, "LONGEST_WAIT_S", 0.2)
+    monkeypatch.setattr(servers, "PATIENCE_S", 20.0)
+    monkeypatch.setattr(servers, "_warned_s", {})
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ MISCHIEF = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mischief", MISCHIEF)
 def test_every_image_comes_once_an_epoch(server, loaders, monkeypatch, mischief, kind, num_workers):
-    monkeypatch.setattr(shards, "READ_S", 0.3)
+    monkeypatch.setattr(servers, "READ_S", 0.3)
     for name, value in MISCHIEF[mischief].items():
         setattr(server, name, value)
     source = open_images(all_of(server, kind))
@@ -120,7 +120,7 @@ def test_a_server_may_go_away_for_a_while(server, loaders, kind, num_workers, ca
         assert sorted(take(loader, N)) == list(range(N))
     assert server.failures == 1
     if num_workers == 0:
-        lost, found = (record.message for record in caplog.records if record.name == outages.log.name)
+        lost, found = (record.message for record in caplog.records if record.name == servers.log.name)
         assert "trying again for up to 20 s" in lost
         assert "answers again" in found
 
@@ -263,7 +263,7 @@ def test_an_index_that_counts_too_many_is_found_out(tmp_path, folder, loaders):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_that_stays_away_ends_the_run_with_a_message(server, loaders, monkeypatch, kind, num_workers):
     loader = loaders(open_images(all_of(server, kind)), num_workers=num_workers)
-    monkeypatch.setattr(outages, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(servers, "PATIENCE_S", 0.3)
     server.go_away()
     with pytest.raises(UserError, match=rf"{server.url}/\d.{kind}: no progress for 0.3 s .*--resume auto"):
         take(loader, N)
@@ -286,7 +286,7 @@ def test_a_missing_file_is_named_at_the_start(server, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_that_is_not_there_is_named_at_the_start(server, monkeypatch, kind, caplog):
-    monkeypatch.setattr(outages, "OPENING_PATIENCE_S", 0.3)
+    monkeypatch.setattr(servers, "OPENING_PATIENCE_S", 0.3)
     server.go_away()
     with pytest.raises(UserError, match=rf"{server.url}/0.{kind}: no progress for 0.3 s .*check the address"):
         open_images(f"{server.url}/0.{kind}")
@@ -354,7 +354,7 @@ def test_negative_labels_are_found_in_the_footers(tmp_path):
     ],
 )
 def test_braces_expand_as_in_a_shell(pattern, expected):
-    assert remote.expand_braces(pattern) == expected
+    assert servers.expand_braces(pattern) == expected
 
 
 @pytest.mark.parametrize(
@@ -420,7 +420,7 @@ def test_other_stores_are_read_on_through_failures_too(folder, loaders, kind):
 
 
 def test_hub_tables_tell_the_sizes_of_their_row_groups(server, loaders, monkeypatch):
-    urls, asked = remote.expand_braces(all_of(server, "parquet")), []
+    urls, asked = servers.expand_braces(all_of(server, "parquet")), []
 
     def instead(real):
         def call(path, **how):
@@ -443,11 +443,11 @@ def test_hub_tables_tell_the_sizes_of_their_row_groups(server, loaders, monkeypa
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_forked_processes_leave_the_connections_of_their_parent_alone(server, monkeypatch):
     """They share an epoll object: to close an inherited connection would deafen the parent."""
-    monkeypatch.setattr(shards, "READ_S", 5.0)
-    monkeypatch.setattr(outages, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(servers, "READ_S", 5.0)
+    monkeypatch.setattr(servers, "PATIENCE_S", 0.1)
 
     def new():
-        return shards.file_system(server.url)[0]
+        return servers.file_system(server.url)[0]
 
     files = new()
     size = len(files.cat_file(f"{server.url}/0.tar"))
@@ -459,7 +459,7 @@ def test_forked_processes_leave_the_connections_of_their_parent_alone(server, mo
         os._exit(len(other.cat_file(f"{server.url}/1.tar")) == 0)
     assert os.waitpid(pid, 0)[1] == 0
     assert shards.describe(f"{server.url}/1.tar").size == size
-    assert not outages._warned_s  # nothing failed, not even a timeout
+    assert not servers._warned_s  # nothing failed, not even a timeout
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,9 +10,8 @@ import pytest
 import torch
 from test_ready_batches import Counting
 
-from jit_accel.data.batches import wait_time
-from jit_accel.data.batches.ready_batches import ReadyBatches
-from jit_accel.data.batches.wait_time import WaitTime, waiting_advice
+from jit_accel.data.batches import ready_batches
+from jit_accel.data.batches.ready_batches import ReadyBatches, WaitTime, waiting_advice
 from jit_accel.data.batches.workers import worker_memory_gib
 from jit_accel.monitor.log import read_metrics
 
@@ -27,7 +26,7 @@ def clock(monkeypatch):
         now = 100.0
         perf_counter = staticmethod(lambda: Clock.now)
 
-    monkeypatch.setattr(wait_time, "time", Clock)
+    monkeypatch.setattr(ready_batches, "time", Clock)
     return Clock
 
 
@@ -188,7 +187,7 @@ def metrics(folder):
 
 
 def test_a_training_that_waits_says_so_once_and_how_to_mend_it(images, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(wait_time, "_LEAST_S", 0.2)
+    monkeypatch.setattr(ready_batches, "_LEAST_S", 0.2)
     monkeypatch.setattr("jit_accel.train.feed.cores_per_process", lambda: 6)
     slow_reads(monkeypatch, 0.15)
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--max_steps", "33"]
@@ -204,8 +203,8 @@ def test_a_training_that_waits_says_so_once_and_how_to_mend_it(images, tmp_path,
 def test_a_training_that_is_fed_well_says_nothing(images, tmp_path, monkeypatch, capfd):
     """By a clock that only the steps move: on a busy machine a worker's batches may really come too late."""
     now = [0.0]
-    monkeypatch.setattr(wait_time, "_LEAST_S", 0.0)
-    monkeypatch.setattr(wait_time, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(ready_batches, "_LEAST_S", 0.0)
+    monkeypatch.setattr(ready_batches, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr("jit_accel.train.trainer.set_lr", lambda *args: now.__setitem__(0, now[0] + 0.1))
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--max_steps", "40"]
     assert helpers.train_here(*flags, "--log_every_steps", "20", "--num_workers", "1") == 0

@@ -1,17 +1,13 @@
-"""The batches that loaders hand out, and how one row becomes pixels."""
+"""The batches that loaders hand out, and how they become ready to be trained on."""
 
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from jit_accel.base.errors import UserError
-from jit_accel.data.formats.columns import Columns
-from jit_accel.data.reading.decode import BadImage, crop_pixels, decode_image, pixels_of
 
 MAX_SUBSTITUTES = 100  # images drawn to stand in for one that is bad
 
@@ -92,20 +88,6 @@ def _free_buffer(shape: tuple[int, ...]) -> np.ndarray:
     _buffers.append(np.empty(shape, np.uint8))
     del _buffers[:-_MOST_BUFFERS]
     return _buffers[-1]
-
-
-def decode_row(value: Any, columns: Columns, img_size: int, fallback_name: Callable[[], str] = str) -> np.ndarray:
-    """Decode one value of the image column to uint8 (3, img_size, img_size).
-
-    Raises `BadImage` with the message "name: reason"; `fallback_name` is asked for where it has no name of its own.
-    """
-    data, name = columns.image_of(value)
-    try:
-        if columns.raw_size is not None:
-            return crop_pixels(pixels_of(data, columns.raw_size), img_size)
-        return decode_image(data, img_size)
-    except BadImage as error:
-        raise BadImage(f"{name or fallback_name()}: {error}") from error
 
 
 def check_labels(labels: np.ndarray, num_classes: int | None) -> None:

@@ -17,12 +17,11 @@ import numpy as np
 import torch
 
 from jit_accel.base.errors import UserError
-from jit_accel.data.batches.batch import decode_row
-from jit_accel.data.formats.index_cache import remembered
 from jit_accel.data.formats.source import Source, fingerprint_of
-from jit_accel.data.reading.decode import BadImage
-from jit_accel.data.reading.images import Images, SomeImages, announce_keys
-from jit_accel.data.reading.shards import Shard
+from jit_accel.data.reading.content import announce_keys
+from jit_accel.data.reading.decode import BadImage, decode_row
+from jit_accel.data.reading.images import Images, SomeImages
+from jit_accel.data.reading.shards import Shard, remembered
 from jit_accel.data.reading.units import Stream
 
 log = logging.getLogger(__name__)

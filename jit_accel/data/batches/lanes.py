@@ -11,10 +11,10 @@ import torch
 
 from jit_accel.base import rng
 from jit_accel.base.errors import UserError
-from jit_accel.data.batches.batch import MAX_SUBSTITUTES, decode_row, empty_batch
+from jit_accel.data.batches.batch import MAX_SUBSTITUTES, empty_batch
 from jit_accel.data.batches.order import StreamOrder, shares
 from jit_accel.data.formats.source import Source
-from jit_accel.data.reading.decode import BadImage
+from jit_accel.data.reading.decode import BadImage, decode_row
 from jit_accel.data.reading.units import Stream
 
 MAX_WINDOW_BYTES = 2**28  # so that photos of megabytes do not fill the memory

@@ -9,22 +9,13 @@ import pyarrow as pa
 from datasets import ClassLabel, Features, Image, Value
 
 from jit_accel.base.errors import UserError, nearest
-from jit_accel.data.data_error import data_error
+from jit_accel.data import data_error
 
 log = logging.getLogger(__name__)
 
 IMAGE_NAMES = ("image", "img", "png", "jpg", "jpeg", "webp", "picture", "photo", "pixel_values", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label", "category", "class_label", "target")
 MAX_CLASSES = 1_000_000  # more distinct numbers than this are ids, not classes
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The meaning of a label column. `names` is empty and `max_label` None where a stream hides them."""
-
-    names: tuple[str, ...] = ()
-    max_label: int | None = None
-    ids: dict[str, int] | None = None  # of text labels
 
 
 @dataclass(frozen=True)
@@ -39,10 +30,6 @@ class Columns:
     key: str | None = None  # where `content_key` was stored
     name: str | None = None  # where names are not stored with the images
     any_image: bool = False  # a sample of a tar file without `image` may have one of another ending
-
-    def of_classes(self, labels: Labels) -> "Columns":
-        """Return the same with the classes of text labels."""
-        return replace(self, label_ids=labels.ids)
 
     @property
     def all(self) -> list[str]:
@@ -138,13 +125,14 @@ def label_kind(feature: Any) -> str | None:
     return "text" if "string" in dtype else None
 
 
-def read_labels(feature: Any, values: Iterable | None, column: str | None, where: str) -> Labels:
-    """Return what the labels of type `feature` mean, given all different `values` or the bounds of numbers.
+def read_labels(feature: Any, values: Iterable, columns: Columns, where: str) -> tuple[Columns, tuple[str, ...]]:
+    """Return the columns with the classes of text labels, and the names of the classes, () where there are no values.
 
-    UserError if labels are missing or negative, text and numbers are mixed, or numbers are ids and not classes.
+    `feature` is the type of the labels, `values` holds all that differ, or the bounds of numbers. UserError if labels
+    are missing or negative, text and numbers are mixed, or numbers are ids and not classes.
     """
-    if column is None:
-        return Labels(("image",), 0)
+    if columns.label is None:
+        return columns, ("image",)
     kind, values = label_kind(feature), list(values)
     numbers = [value for value in values if value is not None and not isinstance(value, str)]
     odd = [value for value in values if isinstance(value, str) != (kind == "text")]
@@ -162,15 +150,15 @@ def read_labels(feature: Any, values: Iterable | None, column: str | None, where
     }
     for rule, is_there in problems.items():
         if is_there:
-            raise UserError(rule, about="label_column", value=column)
+            raise UserError(rule, about="label_column", value=columns.label_key or columns.label)
     if kind == "text":
         names = tuple(sorted(values))
-        return Labels(names, len(names) - 1, {name: i for i, name in enumerate(names)})
+        return replace(columns, label_ids={name: i for i, name in enumerate(names)}), names
     if kind == "class":
-        return Labels(tuple(feature.names), feature.num_classes - 1)
-    return int_labels(int(max(values))) if values else Labels()
+        return columns, tuple(feature.names)
+    return columns, numbered_classes(int(largest) + 1 if values else 0)
 
 
-def int_labels(largest: int) -> Labels:
-    """Return labels that are bare numbers, which are their own names: "0", "1", ..."""
-    return Labels(tuple(map(str, range(largest + 1))), largest)
+def numbered_classes(count: int) -> tuple[str, ...]:
+    """Return the names of classes that are bare numbers: "0", "1", ..."""
+    return tuple(map(str, range(count)))

@@ -3,21 +3,23 @@
 Our own walk, because HF's `imagefolder` takes folders named train or test for splits and streams in class order.
 """
 
+import hashlib
 import logging
 import os
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, Image
 
-from jit_accel.data.data_error import data_error
-from jit_accel.data.formats.columns import Columns, Labels
-from jit_accel.data.formats.index_cache import hash_strings, known_scan, scan_folder
+from jit_accel.data import data_error
+from jit_accel.data.formats.columns import Columns
 from jit_accel.data.formats.metadata import labels_from_metadata
-from jit_accel.data.formats.scan import IMAGE_EXTENSIONS, FolderScan, is_utf8
-from jit_accel.data.formats.source import Request, Source, missing_path, source_of
+from jit_accel.data.formats.scan import IMAGE_EXTENSIONS, FolderScan, is_utf8, known_scan, scan_folder
+from jit_accel.data.formats.source import Request, Source, source_of
 from jit_accel.data.reading.images import TableImages
+from jit_accel.data.reading.shards import missing_path
 
 log = logging.getLogger(__name__)
 
@@ -53,25 +55,24 @@ def open_folder(request: Request) -> Source:
     if not len(scan.images):
         raise data_error(root, _emptiness(scan))
     if scan.metadata:
-        images, ids, labels = labels_from_metadata(root, scan, request.label_column)
-        if labels is None:
-            labels = Labels((_name_of(root),), 0)
+        images, ids, names = labels_from_metadata(root, scan, request.label_column)
     else:
         request.refuse("label_column", reason="has no columns, without metadata.csv or metadata.jsonl")
-        images, ids, labels = _classify(root, scan.images)
+        images, ids, names = _classify(root, scan.images)
     identity = hash_strings(images, ["folder", str(len(images))])
     if scan.metadata and ids is not None:  # which class folders show in the paths
         identity = hash_strings(pa.chunked_array([pa.array(ids).cast(pa.string())]), ["metadata", identity])
-    dataset = _as_dataset(os.path.abspath(root), images, ids, labels.names, identity)
+    names = names or (os.path.basename(os.path.abspath(root)) or "image",)
+    dataset = _as_dataset(os.path.abspath(root), images, ids, names, identity)
     columns = Columns("image", None if ids is None else "label")
-    return source_of(root, "folder", TableImages(dataset, columns), labels, identity)
+    return source_of(root, "folder", TableImages(dataset, columns), names, identity)
 
 
-def _classify(root: str, images: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray | None, Labels]:
-    """Return classes by the names of the subfolders of `root`."""
+def _classify(root: str, images: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray | None, tuple[str, ...]]:
+    """Return the images, and classes by the names of the subfolders of `root`; () where it is a class itself."""
     in_folders = images.filter(pc.greater_equal(pc.find_substring(images, "/"), 0))
     if not len(in_folders):
-        return images, None, Labels((_name_of(root),), 0)
+        return images, None, ()
     folders = pc.list_element(pc.split_pattern(in_folders, "/", max_splits=1), 0)
     names = tuple(sorted(pc.unique(folders).to_pylist()))
     if all(name.lower() in SPLIT_NAMES for name in names):
@@ -80,15 +81,22 @@ def _classify(root: str, images: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.n
         raise data_error(root, rule)
     strays = len(images) - len(in_folders)
     if len(names) == 1:
-        return images, None, Labels((_name_of(root) if strays else names[0],), 0)
+        return images, None, () if strays else names
     if strays:
         log.warning("--data_path %s: %d images beside the class folders have no class: skipped", root, strays)
-    labels = Labels(names, len(names) - 1)
-    return in_folders, pc.index_in(folders, value_set=pa.array(names)).to_numpy().astype(np.int64), labels
+    return in_folders, pc.index_in(folders, value_set=pa.array(names)).to_numpy().astype(np.int64), names
 
 
-def _name_of(root: str) -> str:
-    return os.path.basename(os.path.abspath(root)) or "image"
+def hash_strings(strings: pa.ChunkedArray, head: Iterable[str] = ()) -> str:
+    """Return sixteen hex digits of `head` and the strings, joined by zero bytes, without a Python object for each."""
+    digest = hashlib.sha256("".join(part + "\0" for part in head).encode())
+    for chunk in strings.chunks:
+        for start in range(0, len(chunk), 2**18):
+            part = chunk.slice(start, 2**18)
+            row = pa.ListArray.from_arrays(pa.array([0, len(part)], pa.int32()), part)
+            digest.update(pc.binary_join(row, "\0")[0].as_buffer())
+            digest.update(b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _as_dataset(
@@ -97,11 +105,7 @@ def _as_dataset(
     """Build the Arrow table by columns: `Dataset.from_dict` would encode a million paths one by one."""
     features = Features({"image": Image(decode=False)})
     paths = pc.binary_join_element_wise(root.rstrip("/"), images, "/")
-    chunks = [
-        pa.StructArray.from_arrays([pa.nulls(len(chunk), pa.binary()), chunk], names=["bytes", "path"])
-        for chunk in paths.chunks
-    ]
-    columns = {"image": pa.chunked_array(chunks)}
+    columns = {"image": pc.make_struct(pa.scalar(None, pa.binary()), paths, field_names=["bytes", "path"])}
     if ids is not None:
         features["label"] = ClassLabel(names=list(names))
         columns["label"] = pa.array(ids)

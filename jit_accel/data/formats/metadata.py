@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from jit_accel.base.errors import UserError
-from jit_accel.data.data_error import data_error
-from jit_accel.data.formats.columns import LABEL_NAMES, Labels, features_of, find_columns, read_labels
+from jit_accel.data import data_error
+from jit_accel.data.formats.columns import LABEL_NAMES, Columns, features_of, find_columns, read_labels
 from jit_accel.data.formats.scan import FolderScan
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ FILE_NAME = "file_name"
 
 def labels_from_metadata(
     root: str, scan: FolderScan, label_column: str | None
-) -> tuple[pa.ChunkedArray, np.ndarray | None, Labels | None]:
+) -> tuple[pa.ChunkedArray, np.ndarray | None, tuple[str, ...]]:
     """Return the images that the metadata files under `root` list, and their labels.
 
     A metadata file speaks for its own folder and those below: its column `file_name` holds paths relative to it. The
@@ -32,31 +32,29 @@ def labels_from_metadata(
     in. Listed files that are no images here are skipped, images that are not listed are left out; both are counted
     and reported.
 
-    Returns:
-        Relative paths, sorted; labels, int64 (N,), and their meaning, or None and None for unlabelled images.
-
-    UserError if a file cannot be read, lacks columns, gives one image two labels, or fits no image at all.
+    Returns relative paths, sorted; labels, int64 (N,), and the names of the classes, or None and () for unlabelled
+    images. UserError if a file cannot be read, lacks columns, gives one image two labels, or fits no image at all.
     """
     tables = [_read(os.path.join(root, name), label_column) for name in scan.metadata]
-    column = _label_column(tables, scan.metadata, label_column)
+    columns = _find_columns(tables, scan.metadata, label_column)
     paths = pa.chunked_array([_paths(table, name) for table, name in zip(tables, scan.metadata)], pa.string())
     places = pc.index_in(paths, value_set=scan.images)
     _report(root, scan, paths, places)
-    if column is None:
-        kept = np.unique(places.drop_null().to_numpy())
-        return scan.images.take(kept), None, None
-    columns = [table.column(column) for table in tables]
-    if len({of_file.type for of_file in columns}) > 1:  # numbers in one file and text in another are text
-        columns = [of_file.cast(pa.string()) for of_file in columns]
-    values = pa.chunked_array([chunk for of_file in columns for chunk in of_file.chunks], columns[0].type)
-    feature = features_of(pa.schema([(column, values.type)]))[column]
+    if columns.label is None:
+        return scan.images.take(np.unique(places.drop_null().to_numpy())), None, ()
+    found = [table.column(columns.label) for table in tables]
+    if len({of_file.type for of_file in found}) > 1:  # numbers in one file and text in another are text
+        found = [of_file.cast(pa.string()) for of_file in found]
+    values = pa.chunked_array([chunk for of_file in found for chunk in of_file.chunks], found[0].type)
+    feature = features_of(pa.schema([(columns.label, values.type)]))[columns.label]
     is_there = places.is_valid()
-    labels = read_labels(feature, pc.unique(values.filter(is_there)).to_pylist(), column, scan.metadata[0])
-    if labels.ids is not None:
-        values = pc.index_in(values, value_set=pa.array(labels.names, values.type))
+    different = pc.unique(values.filter(is_there)).to_pylist()
+    columns, names = read_labels(feature, different, columns, scan.metadata[0])
+    if columns.label_ids is not None:
+        values = pc.index_in(values, value_set=pa.array(names, values.type))
     ids = values.filter(is_there).cast(pa.int64()).to_numpy()
-    kept, ids = _once(places.filter(is_there).to_numpy(), ids, scan, column)
-    return scan.images.take(kept), ids, labels
+    kept, ids = _once(places.filter(is_there).to_numpy(), ids, scan, columns.label)
+    return scan.images.take(kept), ids, names
 
 
 def _read(file: str, label_column: str | None) -> pa.Table:
@@ -66,12 +64,9 @@ def _read(file: str, label_column: str | None) -> pa.Table:
     except (OSError, ValueError, pa.ArrowException) as error:
         raise data_error(file, f"cannot be read ({error}): repair, rename or remove it.") from error
     if FILE_NAME not in table.column_names:
-        raise data_error(
-            file,
-            f"it has no column {FILE_NAME!r} that says which image a row is about, only "
-            f"{', '.join(table.column_names) or 'nothing'}: rename the column, or rename the file if it is not meant "
-            "for the images.",
-        )
+        found = ", ".join(table.column_names) or "nothing"
+        rule = f"it has no column {FILE_NAME!r} that says which image a row is about, only {found}: rename the column, "
+        raise data_error(file, rule + "or rename the file if it is not meant for the images.")
     if not table.num_rows:
         raise data_error(file, "it lists no files: add rows, or remove it.")
     counts = Counter(table.column_names)
@@ -116,14 +111,14 @@ def _read_jsonl(file: str) -> pa.Table:
     return pa.table(columns)
 
 
-def _label_column(tables: list[pa.Table], names: list[str], wanted: str | None) -> str | None:
+def _find_columns(tables: list[pa.Table], names: list[str], wanted: str | None) -> Columns:
     shared = [name for name in tables[0].column_names if all(name in table.column_names for table in tables)]
-    column = find_columns(features_of(tables[0].select(shared).schema), FILE_NAME, wanted, names[0]).label
-    if column is None:
+    columns = find_columns(features_of(tables[0].select(shared).schema), FILE_NAME, wanted, names[0])
+    if columns.label is None:
         others = ", ".join(name for name in shared if name != FILE_NAME) or "no column but file_name"
         rule = "%s has no column of labels (%s): the images train unlabelled; name one with --label_column."
         log.warning(rule, names[0], others)
-    return column
+    return columns
 
 
 def _paths(table: pa.Table, metadata: str) -> pa.Array:

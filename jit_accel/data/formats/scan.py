@@ -1,16 +1,18 @@
-"""The walk over a folder of image files, their order, and what else lies there."""
+"""The walk over a folder of image files, and what it found, which is kept until the folder changes."""
 
 import itertools
+import json
 import os
 import re
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pyarrow as pa
 
-from jit_accel.data.reading.shards import RACY_NS
+from jit_accel.data.reading.cache import RACY_NS, findings_file, read_findings, write_findings
 
 IMAGE_EXTENSIONS = frozenset(
     [
@@ -34,7 +36,7 @@ class FolderScan:
 
     images: strings, sorted. metadata: the metadata files. other_endings: how many files of which other kinds.
     unreadable: "path (reason)" of what cannot be read. doubtful: those of them that may become readable without any
-    folder changing. directories: every folder with its `changed_ns` from before it was read. is_settled: false where a
+    folder changing. directories: every folder and when it last changed before it was read. is_settled: false where a
     folder was changed so recently that another change might leave its mtime as it is.
     """
 
@@ -47,7 +49,44 @@ class FolderScan:
     is_settled: bool = True
 
 
-def changed_ns(info: os.stat_result) -> int:
+def scan_folder(root: str) -> FolderScan:
+    """Return the images under `root`, which is walked only if any folder in it was changed since the last time."""
+    scan = known_scan(root)
+    if scan is None:
+        scan = walk_folder(root)
+        if scan.is_settled:
+            facts = {name: value for name, value in vars(scan).items() if name != "images"}
+            schema = pa.schema([("path", pa.string())], {"scan": json.dumps(facts)})
+            data = pa.BufferOutputStream()
+            with pa.ipc.new_file(data, schema) as writer:
+                writer.write_table(pa.table([scan.images], schema=schema))
+            write_findings(_findings_of(root), data.getvalue().to_pybytes())
+    return scan
+
+
+def known_scan(root: str) -> FolderScan | None:
+    """Return the kept scan of the folder `root`, if that is still true."""
+    data = read_findings(_findings_of(root))
+    if data is None:
+        return None
+    table = pa.ipc.open_file(data).read_all()
+    facts = json.loads(table.schema.metadata[b"scan"])
+    try:
+        changes = [_changed_ns(os.stat(os.path.join(root, prefix))) for prefix in facts["directories"]]
+    except OSError:  # one is gone
+        return None
+    doubtful = [path for name in facts["doubtful"] if os.path.exists(path := os.path.join(root, name))]
+    is_better = any(not os.path.isdir(path) or os.access(path, os.R_OK | os.X_OK) for path in doubtful)
+    if is_better or changes != list(facts["directories"].values()):
+        return None
+    return FolderScan(table.column(0), **facts | {"other_endings": Counter(facts["other_endings"])})
+
+
+def _findings_of(root: str) -> Path:
+    return findings_file("folder", os.path.realpath(root))
+
+
+def _changed_ns(info: os.stat_result) -> int:
     """Return when a folder changed last: its mtime, unless that was set back, as tar and cp -a do."""
     return max(info.st_mtime_ns, info.st_ctime_ns)
 
@@ -88,7 +127,7 @@ def _walk(root: str, scan: FolderScan) -> Iterator[str]:
             scan.unreadable.append(f"{folder} ({error.strerror})")
             scan.doubtful.append(prefix)
             continue
-        scan.directories[prefix] = changed_ns(info)
+        scan.directories[prefix] = _changed_ns(info)
         inside = (*ancestors, identity)
         # By its slash, a/b.jpg comes after a.jpg and before a0.jpg.
         names = sorted([*files, *(name + "/" for name in folders)], reverse=True)

@@ -1,28 +1,18 @@
 """An opened data set, and the few things that its openers share."""
 
-import glob
 import hashlib
-import logging
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from datasets import Dataset, Image
 
-from jit_accel.base.errors import UserError, nearest
-from jit_accel.data.data_error import data_error
-from jit_accel.data.formats.columns import Columns, Labels
-from jit_accel.data.formats.remote import find_remote_shards, is_url
+from jit_accel.base.errors import UserError
+from jit_accel.data import data_error
+from jit_accel.data.formats.columns import Columns
 from jit_accel.data.reading.images import Images, TableImages
-from jit_accel.data.reading.shards import LocalShard, Shard
+from jit_accel.data.reading.shards import Shard
 from jit_accel.data.reading.units import Stream
-
-log = logging.getLogger(__name__)
-
-# Files of other splits that lie beside the training files are not trained on.
-_OTHER_SPLIT = re.compile(r"^(test|val|valid|validation|dev|eval)([-_.\d]|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -78,12 +68,20 @@ class Source:
         return None if self.max_label is None else self.max_label + 1
 
 
-def source_of(name: str, format: str, images: Images | Stream, labels: Labels, fingerprint: str) -> Source:
-    """Return the data set of these images; UserError if there are none."""
+def source_of(
+    name: str,
+    format: str,
+    images: Images | Stream,
+    class_names: tuple[str, ...],
+    identity: str,
+    size: int | None = None,
+) -> Source:
+    """Return the data set of these images, squares of side `size` if that is given; UserError if there are none."""
     count = int(images.sizes.sum()) if isinstance(images, Stream) else len(images)
     if not count:
         raise no_rows(name)
-    return Source(name, format, images, count, labels.names, fingerprint, labels.max_label, images.is_labelled)
+    max_label = len(class_names) - 1 if class_names else None
+    return Source(name, format, images, count, class_names, identity, max_label, images.is_labelled, size)
 
 
 def no_rows(name: str) -> UserError:
@@ -109,52 +107,15 @@ def check_embedded(images: Images | Stream, where: str) -> None:
     if isinstance(data, (bytes, memoryview)) or (data is None and not path):  # one bad image is not a bad table
         return
     if not isinstance(data, str):
-        rule = (
-            f"it holds values like {str(data)[:40]} in {where}, which are no encoded "
-            "images (the bytes of a JPEG, PNG, ... file): choose another column."
-        )
-        raise UserError(rule, about="image_column", value=columns.image)
+        rule = f"it holds values like {str(data)[:40]} in {where}, which are no encoded images (the bytes of a JPEG, "
+        raise UserError(rule + "PNG, ... file): choose another column.", about="image_column", value=columns.image)
     if not os.path.isfile(data):
-        raise data_error(
-            where,
-            f"the column {columns.image!r} holds only paths of images ({str(data)[:80]!r}), not the "
-            "images, and there is no such file here: give the folder of the images as --data_path, or write the table "
-            "again with the bytes embedded ({'bytes': open(path, 'rb').read(), 'path': path} in each row).",
+        rule = (
+            f"the column {columns.image!r} holds only paths of images ({data[:80]!r}), not the images, and there is no "
+            "such file here: give the folder of the images as --data_path, or write the table again with the bytes "
+            "embedded ({'bytes': open(path, 'rb').read(), 'path': path} in each row)."
         )
-
-
-def find_shards(path: str, ending: str) -> list[Shard]:
-    """Return the files behind URLs, a file name, a glob or a folder, sorted; of a folder without those of other splits.
-
-    UserError if nothing is there, or a server does not answer.
-    """
-    if is_url(path):
-        return find_remote_shards(path)
-    if os.path.isfile(path):
-        return [LocalShard(path)]
-    if os.path.isdir(path):
-        root = Path(glob.escape(path))
-        files = glob.glob(str(root / f"*{ending}")) or glob.glob(str(root / "**" / f"*{ending}"), recursive=True)
-        kept = [file for file in files if not _OTHER_SPLIT.match(os.path.basename(file))] or files
-        if len(kept) < len(files):
-            log.warning("--data_path %s: %d files of other splits are left out", path, len(files) - len(kept))
-        problem = f"the folder holds no *{ending} file"
-    elif glob.has_magic(path):
-        kept, problem = glob.glob(path, recursive=True), "the pattern matches no file"
-    else:
-        raise missing_path(path)
-    if not kept:
-        raise data_error(path, f"{problem}: correct the path.")
-    return [LocalShard(file) for file in sorted(kept)]
-
-
-def missing_path(path: str, remedy: str = "correct the path.") -> UserError:
-    """Return the error for a path that does not exist, with the nearest name in the folder that does."""
-    parent = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(parent):
-        return data_error(path, f"no such file or folder, nor the folder above it: {remedy}")
-    hint = nearest(os.path.basename(os.path.normpath(path)), sorted(os.listdir(parent)))
-    return data_error(path, f"no such file or folder: {remedy}{hint}")
+        raise data_error(where, rule)
 
 
 def fingerprint_of(parts: Iterable[str], shards: Iterable[Shard] = ()) -> str:

@@ -3,32 +3,32 @@
 import glob
 import logging
 import os
+import re
+from collections.abc import Callable
 
 import datasets
 
 from jit_accel.base.errors import lookup
-from jit_accel.data.data_error import data_error
+from jit_accel.data import data_error
 from jit_accel.data.formats.folder import is_known_image_folder, open_folder
-from jit_accel.data.formats.hub_datasets import HUB_ID, open_hub
-from jit_accel.data.formats.index import is_prepared
-from jit_accel.data.formats.prepared import open_prepared
-from jit_accel.data.formats.remote import ending_of, is_url
+from jit_accel.data.formats.prepared import is_prepared, open_prepared
 from jit_accel.data.formats.scan import has_images
-from jit_accel.data.formats.source import Request, Source, missing_path
-from jit_accel.data.formats.tables import has_saved_dataset, open_builtin, open_parquet, open_saved
-from jit_accel.data.formats.tars import open_webdataset
+from jit_accel.data.formats.source import Request, Source, fingerprint_of
+from jit_accel.data.formats.tables import (
+    has_saved_dataset,
+    open_builtin,
+    open_parquet,
+    open_saved,
+    open_table,
+    open_tables,
+)
+from jit_accel.data.formats.tars import open_tars, open_webdataset
+from jit_accel.data.reading.servers import at_once, ending_of, is_url
+from jit_accel.data.reading.shards import LocalShard, describe, missing_path
 
 __all__ = ["FORMATS", "Source", "detect_format", "open_images"]
 
-FORMATS = {
-    "folder": open_folder,
-    "parquet": open_parquet,
-    "webdataset": open_webdataset,
-    "saved": open_saved,
-    "prepared": open_prepared,
-    "hub": open_hub,
-    "builtin": open_builtin,
-}
+HUB_ID = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<name>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 _BY_ENDING = {".parquet": "parquet", ".tar": "webdataset"}
 
 
@@ -47,18 +47,16 @@ def open_images(
         data_format: a key of `FORMATS`, or "auto" to tell by what is there.
         streaming: read sequentially (True), by random access (False), or as suits the format (None).
 
-    Raises:
-        UserError: whatever is wrong with the path, the columns or the labels, found before any training.
+    UserError for whatever is wrong with the path, the columns or the labels, found before any training.
     """
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what is wrong is raised, and said once
     path = os.fspath(data_path)
     if not path.startswith("builtin:"):
         path = os.path.expanduser(path)
+    lookup({"auto": None, **FORMATS}, data_format, "data_format")
     if data_format == "auto":
         data_format = detect_format(path)
-    if data_format not in FORMATS:
-        lookup({"auto": None, **FORMATS}, data_format, "data_format")
     if is_url(path):
         lookup(dict.fromkeys(_BY_ENDING.values()), data_format, "data_format", rule="no format of URLs")
     return FORMATS[data_format](Request(path, image_column, label_column, streaming))
@@ -100,3 +98,50 @@ def _detect_in_folder(folder: str) -> str:
         if pattern == "*" and has_images(folder):
             return "folder"
     return "folder"
+
+
+def open_hub(request: Request) -> Source:
+    """Open the split "train" of a data set on the Hub: Parquet and tar files as a stream unless `streaming` is False.
+
+    Others are downloaded and made a table by HF datasets. UserError if it does not exist or cannot be reached.
+    """
+    match = HUB_ID.fullmatch(request.path)  # none of --data_format hub: HF knows names without an owner too
+    how = {"path": request.path} if match is None else {k: v for k, v in match.groupdict().items() if v}
+    if request.streaming is not False:
+        builder = _ask(request.path, lambda: datasets.load_dataset_builder(**how))
+        splits = builder.config.data_files or {"train": []}
+        found = lookup(splits, "train", "data_path", value=request.path, rule="has no split train")
+        files = list(map(str, found))
+        shards = at_once(lambda file: describe(file) if is_url(file) else LocalShard(file), files)
+        endings = {os.path.splitext(file)[1] for file in files}
+        if endings == {".parquet"}:
+            return open_tables(request, "hub", shards, builder.info.features)
+        if endings == {".tar"}:
+            return open_tars(request, "hub", shards)
+        request.refuse("streaming", reason="has files other than Parquet and tar, and is downloaded for random access")
+    dataset = _ask(request.path, lambda: datasets.load_dataset(**how, split="train"))
+    return open_table(request, "hub", dataset, fingerprint_of(["hub", request.path, str(len(dataset))]))
+
+
+def _ask(path: str, ask: Callable):
+    try:
+        return ask()
+    except Exception as error:  # the Hub's client raises errors of five libraries
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        rule = (
+            f"there is no such file or folder here, and the Hub's data set of that name cannot be opened "
+            f"({type(error).__name__}: {reason}): check the name, its split 'train', the network, and for private "
+            "data sets `hf auth login`."
+        )
+        raise data_error(path, rule) from error
+
+
+FORMATS = {
+    "folder": open_folder,
+    "parquet": open_parquet,
+    "webdataset": open_webdataset,
+    "saved": open_saved,
+    "prepared": open_prepared,
+    "hub": open_hub,
+    "builtin": open_builtin,
+}

@@ -13,21 +13,19 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, Image, Value
 
 from jit_accel.base.errors import lookup
-from jit_accel.data.data_error import data_error
-from jit_accel.data.formats.columns import Columns, Labels, features_of, find_columns, label_kind, read_labels
-from jit_accel.data.formats.index_cache import remembered
+from jit_accel.data import data_error
+from jit_accel.data.formats.columns import Columns, features_of, find_columns, label_kind, read_labels
 from jit_accel.data.formats.source import (
     Request,
     Source,
     check_embedded,
-    find_shards,
     fingerprint_of,
-    missing_path,
     no_rows,
     source_of,
     table_images,
 )
-from jit_accel.data.reading.shards import LocalShard, Shard, Span, at_hand, at_once
+from jit_accel.data.reading.servers import at_once
+from jit_accel.data.reading.shards import LocalShard, Shard, Span, at_hand, find_shards, missing_path, remembered
 from jit_accel.data.reading.units import ParquetReader, Stream
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
@@ -72,11 +70,9 @@ def open_tables(request: Request, format: str, shards: Sequence[Shard], named: F
     schema = files[0].schema
     for file in files:
         if file.schema.names != schema.names:
-            raise data_error(
-                file.shard,
-                f"its columns ({', '.join(file.schema.names)}) differ from those of {shards[0]} "
-                f"({', '.join(schema.names)}): give a pattern that matches the files of one data set.",
-            )
+            here, there = (", ".join(names) for names in (file.schema.names, schema.names))
+            rule = f"its columns ({here}) differ from those of {shards[0]} ({there}): give a pattern that matches the "
+            raise data_error(file.shard, rule + "files of one data set.")
     rows = sum(file.footer.num_rows for file in files)
     if not rows:
         raise no_rows(request.path)
@@ -86,8 +82,8 @@ def open_tables(request: Request, format: str, shards: Sequence[Shard], named: F
     if twice is not None:
         rule = f"two columns are named {twice!r}: rename one, or choose others with --image_column and --label_column."
         raise data_error(request.path, rule)
-    labels = _read_labels(files, columns, features, request.path)
-    columns = columns.of_classes(labels)
+    feature = features.get(columns.label)
+    columns, names = read_labels(feature, _values_of_labels(files, columns, feature), columns, request.path)
     head, sized = (["hub", request.path], ()) if format == "hub" else (["parquet"], shards)
     identity = fingerprint_of([*head, str(rows)], sized)
     if request.streaming is False:
@@ -95,7 +91,7 @@ def open_tables(request: Request, format: str, shards: Sequence[Shard], named: F
         images = table_images(_load([str(getattr(s, "url", s)) for s in shards], features, request.path), columns)
     else:
         images = parquet_stream(files, columns, features)
-    source = source_of(request.path, format, images, labels, identity)
+    source = source_of(request.path, format, images, names, identity)
     check_embedded(images, request.path)
     return source
 
@@ -128,10 +124,10 @@ def open_saved(request: Request) -> Source:
 def open_table(request: Request, format: str, dataset: Dataset, identity: str) -> Source:
     """Open a table for random access; UserError for wrong columns or labels."""
     columns = find_columns(dataset.features, request.image_column, request.label_column, request.path)
-    values = None if columns.label is None else dataset.unique(columns.label)
-    labels = read_labels(dataset.features.get(columns.label), values, columns.label, request.path)
-    images = table_images(dataset, columns.of_classes(labels))
-    source = source_of(request.path, format, images, labels, identity)
+    values = () if columns.label is None else dataset.unique(columns.label)
+    columns, names = read_labels(dataset.features.get(columns.label), values, columns, request.path)
+    images = table_images(dataset, columns)
+    source = source_of(request.path, format, images, names, identity)
     check_embedded(images, request.path)
     return source
 
@@ -180,19 +176,18 @@ def open_file(shard: Shard) -> TableFile:
         raise data_error(shard, f"not a readable Parquet file ({error}): remove or replace it.") from error
 
 
-def _read_labels(files: Sequence[TableFile], columns: Columns, features: dict[str, Any], where: str) -> Labels:
-    """Return what the labels mean, by the bounds in the footers, or by reading their column alone."""
-    column = columns.label
+def _values_of_labels(files: Sequence[TableFile], columns: Columns, feature: Any) -> set:
+    """Return the bounds of the labels by the footers, or all that differ by reading their column alone."""
+    column, file_of = columns.label, {file.shard: file for file in files}
     if column is None:
-        return read_labels(None, None, None, where)
-    values = None if label_kind(features[column]) == "text" else _bounds(files, column)
-    if values is None:
-        file_of = {file.shard: file for file in files}
-        found = remembered(
-            f"parquet {column}", list(file_of), lambda shard: _different_values(shard, column, file_of[shard])
-        )
-        values = {value for of_file in found for value in of_file}
-    return read_labels(features[column], values, column, where)
+        return set()
+    values = None if label_kind(feature) == "text" else _bounds(files, column)
+    if values is not None:
+        return values
+    found = remembered(
+        f"parquet {column}", list(file_of), lambda shard: _different_values(shard, column, file_of[shard])
+    )
+    return set().union(*found)
 
 
 def _bounds(files: Iterable[TableFile], column: str) -> set | None:

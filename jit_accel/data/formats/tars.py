@@ -17,12 +17,11 @@ from datasets import Dataset, Features, Image, Value
 from datasets.packaged_modules.webdataset.webdataset import IMAGE_EXTENSIONS
 
 from jit_accel.base.errors import UserError, nearest
-from jit_accel.data.data_error import data_error
-from jit_accel.data.formats.columns import Columns, Labels, read_labels
-from jit_accel.data.formats.index_cache import remembered
-from jit_accel.data.formats.remote import counts_beside
-from jit_accel.data.formats.source import Request, Source, find_shards, fingerprint_of, source_of, table_images
-from jit_accel.data.reading.shards import Shard, at_hand
+from jit_accel.data import data_error
+from jit_accel.data.formats.columns import Columns, read_labels
+from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
+from jit_accel.data.reading import servers
+from jit_accel.data.reading.shards import Shard, at_hand, find_shards, remembered
 from jit_accel.data.reading.units import Stream
 
 log = logging.getLogger(__name__)
@@ -50,23 +49,18 @@ def open_tars(request: Request, format: str, shards: Sequence[Shard]) -> Source:
     if columns.image.rsplit(".", 1)[-1].lower() not in IMAGE_EXTENSIONS:
         rule = f"the members .{columns.image} of {request.path} are no images: choose another ending."
         raise UserError(rule, about="image_column", value=columns.image)
-    counts = _listed_counts(shards, columns, sample)
-    labels, kind = read_labels(None, None, None, request.path), Value("int64")
+    counts, values, kind = _listed_counts(shards, columns, sample), set(), Value("int64")
     if counts is None:
         counts, values = _scan(shards, columns)
-        kind = Value("string" if any(isinstance(value, str) for value in values) else "int64")
-        if columns.label is not None:
-            values = {str(v) if kind.dtype == "string" and v is not None else v for v in values}
-            labels = read_labels(kind, values, columns.label_key or columns.label, request.path)
-    elif columns.label is not None:
-        labels = Labels()
-    columns = columns.of_classes(labels)
+        if any(isinstance(value, str) for value in values):
+            kind, values = Value("string"), {value if value is None else str(value) for value in values}
+    columns, names = read_labels(kind, values, columns, request.path)
     identity = fingerprint_of(["webdataset", str(sum(counts))], shards)
     if request.streaming is False:
         images = table_images(_load(shards, columns, kind, identity), columns)
     else:
         images = Stream(tuple(shards), partial(_rows, columns), columns, np.array(counts, np.int64))
-    return source_of(request.path, format, images, labels, identity)
+    return source_of(request.path, format, images, names, identity)
 
 
 def _first_sample(shard: Shard) -> dict[str, bytes]:
@@ -89,36 +83,57 @@ def _find_columns(sample: dict[str, bytes], request: Request) -> Columns:
     if image is None:
         rule = f"the first sample of {request.path} consists of {keys}: name the ending of the images."
         raise UserError(rule + nearest(asked or "", sample), about="image_column", value=asked or "(not given)")
-    wanted, classes, table = request.label_column, spelled("cls"), spelled("json")
+    wanted, classes, table, label, label_key = request.label_column, spelled("cls"), spelled("json"), None, None
     # Where there are several pictures, as of a photo and its mask, one does not stand for the other.
     any_image = asked is None and sum(key.lower() in IMAGE_KEYS for key in sample) == 1
     if classes and (wanted or "cls").lower() == "cls":
-        return Columns(image, classes, any_image=any_image)
-    if table:
+        label = classes
+    elif table:
         entries = _load_json(sample[table])
-        key = wanted if wanted in entries else next((k for k in JSON_LABELS if wanted is None and k in entries), None)
-        if key is not None:
-            return Columns(image, table, key, any_image=any_image)
+        label_key = next((key for key in ([wanted] if wanted else JSON_LABELS) if key in entries), None)
+        label = table if label_key is not None else None
         keys += f" (in .json: {', '.join(entries)})"
-    if wanted is not None:
+    if wanted is not None and label is None:
         rule = f"the first sample of {request.path} consists of {keys}: choose from these."
         raise UserError(rule, about="label_column", value=wanted)
-    return Columns(image, any_image=any_image)
+    return Columns(image, label, label_key, any_image=any_image)
 
 
-def _listed_counts(shards: Sequence[Shard], columns: Columns, sample: dict[str, bytes]) -> list[int] | None:
-    """Return the images of each remote file as listed beside them, where no label has to be read to know its class."""
-    if columns.label is not None and isinstance(_label_in(sample[columns.label], columns, str(shards[0])), str):
+def _listed_counts(shards: Sequence[Shard], columns: Columns, sample: dict[str, bytes]) -> np.ndarray | None:
+    """Return the images of each remote file as listed beside them, where no label has to be read to know its class.
+
+    `sizes.json` maps file names to numbers; `index.json` of wids is {"shardlist": [{"url": ..., "nsamples": ...}]}.
+    """
+    is_text = columns.label is not None and isinstance(_label_in(sample[columns.label], columns, str(shards[0])), str)
+    if is_text or not shards[0].is_remote:
         return None
-    counts = counts_beside(shards)
-    if counts is None and shards[0].is_remote:
-        log.warning(
-            "--data_path: %d tar files are fetched once to count their images, since no sizes.json that lists them, as "
-            '{"%s": 1000}, lies beside them',
-            len(shards),
-            shards[0].name,
-        )
-    return counts
+    folders, query = {shard.url.partition("?")[0].rpartition("/")[0] for shard in shards}, shards[0].url.partition("?")
+    for name in ("sizes.json", "index.json") if len(folders) == 1 else ():
+        counts = _read_counts(f"{min(folders)}/{name}" + "".join(query[1:]))
+        if counts is None:
+            continue
+        missing = next((shard for shard in shards if type(counts.get(shard.name)) is not int), None)
+        if missing is None:
+            return np.array([counts[shard.name] for shard in shards], np.int64)
+        log.warning("%s beside %s does not say how many images it has, and is not used", name, missing)
+    rule = (
+        "--data_path: %d tar files are fetched once to count their images, since no sizes.json that lists them, as "
+        '{"%s": 1000}, lies beside them'
+    )
+    log.warning(rule, len(shards), shards[0].name)
+    return None
+
+
+def _read_counts(url: str) -> dict[str, int] | None:
+    files, inside = servers.file_system(url)
+    try:
+        entries = json.loads(servers.patiently(lambda: files.cat_file(inside), url, servers.OPENING_PATIENCE_S))
+    except (UserError, ValueError):  # there is none, or it is another's
+        return None
+    if isinstance(entries, dict) and isinstance(entries.get("shardlist"), list):
+        shards = [shard for shard in entries["shardlist"] if isinstance(shard, dict)]
+        return {servers.file_name(str(shard.get("url"))): shard.get("nsamples") for shard in shards}
+    return entries if isinstance(entries, dict) else None
 
 
 def _scan(shards: Sequence[Shard], columns: Columns) -> tuple[list[int], set]:
@@ -197,11 +212,10 @@ def _samples(
         sample = {}
         for tar, member, _, key in of_stem:
             if key in sample or key in _HF_KEYS:
-                raise data_error(
-                    file,
-                    f"the sample {stem} has a second member {member.name}, or one of a name that HF "
-                    "datasets does not allow: write the file again without it.",
+                rule = (
+                    f"the sample {stem} has a second member {member.name}, or one of a name that HF datasets does not "
                 )
+                raise data_error(file, rule + "allow: write the file again without it.")
             sample[key] = tar.extractfile(member).read() if is_wanted(number, key) else b""
         yield stem, sample
 
@@ -221,11 +235,8 @@ def _members(file: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo, str,
     except (tarfile.TarError, OSError) as error:
         raise data_error(file, f"not a readable tar file ({error}): remove or replace it.") from error
     if not is_complete:
-        raise data_error(
-            file,
-            f"the tar file was cut short or is damaged: at byte {tar.offset:,} there is neither "
-            "another member nor the block of zeros that ends it: restore it.",
-        )
+        rule = f"the tar file was cut short or is damaged: at byte {tar.offset:,} there is neither another member nor "
+        raise data_error(file, rule + "the block of zeros that ends it: restore it.")
 
 
 def _is_image(key: str) -> bool:
@@ -247,11 +258,10 @@ def _label_in(data: bytes, columns: Columns, where: str) -> int | str | None:
     try:
         return int(data)
     except ValueError as error:
-        raise data_error(
-            where,
-            f"the class {data[:40]!r} is not a whole number, as .cls files must hold: write "
-            'class numbers, or put the names in .json files under "label".',
-        ) from error
+        rule = (
+            f"the class {data[:40]!r} is not a whole number, as .cls files must hold: write class numbers, or put the "
+        )
+        raise data_error(where, rule + 'names in .json files under "label".') from error
 
 
 def _load_json(data: bytes) -> dict:

@@ -5,10 +5,13 @@ import io
 import os
 import stat
 import warnings
-from typing import BinaryIO
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from jit_accel.data.formats.columns import Columns
 
 # Up to this ratio of the sides the crop is exactly ADM's; beyond it (strips, scans of receipts) the picture
 # is cropped first, because ADM's order would blow a 1 x 5000 line up to a 64 x 320,000 image.
@@ -60,6 +63,20 @@ def decode_image(data: bytes | str | os.PathLike | None, size: int, fast: bool =
         raise
     except Exception as error:  # decoders raise anything on damaged files
         raise BadImage(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def decode_row(value: Any, columns: Columns, img_size: int, fallback_name: Callable[[], str] = str) -> np.ndarray:
+    """Decode one value of the image column to uint8 (3, img_size, img_size).
+
+    Raises `BadImage` with the message "name: reason"; `fallback_name` is asked for where it has no name of its own.
+    """
+    data, name = columns.image_of(value)
+    try:
+        if columns.raw_size is not None:
+            return crop_pixels(pixels_of(data, columns.raw_size), img_size)
+        return decode_image(data, img_size)
+    except BadImage as error:
+        raise BadImage(f"{name or fallback_name()}: {error}") from error
 
 
 def plain_jpeg(file: BinaryIO) -> np.ndarray | None:

@@ -1,10 +1,6 @@
 """Random access to the images of a data set."""
 
-import hashlib
 import itertools
-import logging
-import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,16 +9,11 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from jit_accel.data.batches.batch import decode_row
 from jit_accel.data.formats.columns import Columns
-from jit_accel.data.formats.index_cache import FILE_STATE, remembered_values
-from jit_accel.data.reading.content import key_of, patient_file_key
-from jit_accel.data.reading.decode import BadImage
+from jit_accel.data.reading.content import announce_keys, file_keys, key_of
+from jit_accel.data.reading.decode import BadImage, decode_row
 
-log = logging.getLogger(__name__)
-MANY_KEYS = 20_000  # to read more is announced
 _ROWS_AT_ONCE = 4096
-_FILES_AT_ONCE = 256
 
 
 class Images(Protocol):
@@ -72,7 +63,7 @@ class TableImages:
         if self.columns.key:
             return self.dataset.with_format("arrow")[self.columns.key][:].to_numpy().astype(np.uint64)
         if paths := self._paths():
-            return _file_keys(paths)
+            return file_keys(paths)
         announce_keys(len(self))
         tables = self.dataset.select_columns([self.columns.image]).with_format("arrow")
         keys = np.empty(len(self), np.uint64)
@@ -91,42 +82,6 @@ class TableImages:
             is_embedded = any(chunk.field("bytes").null_count < len(chunk) for chunk in column.chunks)
             column = pa.chunked_array([] if is_embedded else [c.field("path") for c in column.chunks], pa.string())
         return column.to_pylist() if pa.types.is_string(column.type) and not column.null_count else []
-
-
-def announce_keys(count: int) -> None:
-    """Warn that the start takes long, and why."""
-    if count > MANY_KEYS:
-        log.warning("reading the content keys of %s images for --holdout ...", f"{count:,}")
-
-
-def _file_keys(paths: list[str]) -> np.ndarray:
-    root = os.path.commonpath({os.path.abspath(folder) for folder in {os.path.dirname(path) for path in paths}})
-    with ThreadPoolExecutor(16) as pool:  # a network's disk answers late, but many at once
-
-        def of_all(function: Callable[[list[str]], np.ndarray], some: list[str]) -> np.ndarray:
-            parts = [some[start : start + _FILES_AT_ONCE] for start in range(0, len(some), _FILES_AT_ONCE)]
-            return np.concatenate(list(pool.map(function, parts)))
-
-        def look(numbers: np.ndarray) -> np.ndarray:
-            announce_keys(len(numbers))
-            unknown = [paths[n] for n in numbers]
-            return of_all(lambda some: np.array([patient_file_key(path) for path in some], np.uint64), unknown)
-
-        return remembered_values("content keys", root, of_all(lambda some: _states(some, root), paths), look)
-
-
-def _states(paths: list[str], root: str) -> np.ndarray:
-    """Return the `FILE_STATE` of each; its path as seen from `root`, so that the name of `root` does not matter."""
-    states = np.empty(len(paths), FILE_STATE)
-    for n, path in enumerate(paths):
-        digest = hashlib.blake2b(path.removeprefix(root).encode(), digest_size=8).digest()
-        try:
-            info = os.stat(path)
-            found = info.st_size, info.st_mtime_ns
-        except OSError:
-            found = -1, 0
-        states[n] = int.from_bytes(digest, "little"), *found
-    return states
 
 
 @dataclass(frozen=True)

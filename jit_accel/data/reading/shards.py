@@ -1,37 +1,32 @@
 """The files of a data set, on this disk or on servers, whose files are fetched into the cache before they are read."""
 
 import contextlib
+import glob
 import io
+import json
+import logging
 import os
 import posixpath
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, TypeVar
-from urllib.parse import unquote, urlsplit
+from pathlib import Path
+from typing import Any, BinaryIO
 
-import aiohttp
-import fsspec
+from jit_accel.base.errors import UserError, nearest
+from jit_accel.data import data_error
+from jit_accel.data.reading import servers
+from jit_accel.data.reading.cache import RACY_NS, cached_shard, findings_file, read_findings, write_findings
+from jit_accel.data.reading.servers import Outage, at_once, file_system, is_url, is_web, open_response, without_secrets
 
-from jit_accel.base.errors import UserError
-from jit_accel.data.data_error import data_error
-from jit_accel.data.reading import outages
-from jit_accel.data.reading.outages import Outage, patiently, without_secrets
-from jit_accel.data.reading.shard_cache import cached_shard
-
-T = TypeVar("T")
+log = logging.getLogger(__name__)
 Span = tuple[int, int]  # bytes [start, end)
 
-CONNECT_S = READ_S = 30.0  # without a byte; there is no limit for the whole of a response
-RACY_NS = 2_000_000_000  # coarsest mtime of a usual file system (FAT: 2 s)
-_AT_ONCE = 16  # requests
 _CHUNK = 2**20
 _TAGS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified")  # of file systems, which say what is in a file
-# A forked process shares the epoll object of its parent's event loop. To free a connection it inherited would remove it
-# there, and the parent would wait for the next answer in vain: so what may be inherited is kept.
-_kept: list = []
+# Files of other splits that lie beside the training files are not trained on.
+_OTHER_SPLIT = re.compile(r"^(test|val|valid|validation|dev|eval)([-_.\d]|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ class RemoteShard:
 
     @property
     def name(self) -> str:
-        return file_name(self.url)
+        return servers.file_name(self.url)
 
     def local(self, spans: Iterable[Span] = ()) -> str:
         """Return the path of a copy on this disk: of the whole, or with holes around `spans`, of parts.
@@ -131,18 +126,16 @@ class RemoteShard:
     def _open(self, at: int, end: int | None) -> BinaryIO:
         """Open at byte `at`; where Range is not obeyed, what comes before is read in vain."""
         files, inside = file_system(self.url)
-        if not _is_web(self.url):
+        if not is_web(self.url):
             opened = files.open(inside, "rb", cache_type="none")
             opened.seek(at)
             return opened
-        opened = _open_response(files, self.url, at, end)
-        first, total = _range_of(opened.r)
+        opened, first, total = open_response(files, self.url, at, end)
         if None not in (total, self.size) and total != self.size:
-            raise data_error(
-                self,
+            rule = (
                 f"it has {total} bytes now and had {self.size} when it was opened: data must not change during a run; "
-                "start anew, with --resume none where a checkpoint is of the old data.",
             )
+            raise data_error(self, rule + "start anew, with --resume none where a checkpoint is of the old data.")
         if first not in (0, at):
             raise ConnectionError("the server answered with another range")
         while first < at:
@@ -174,60 +167,68 @@ def describe(url: str) -> RemoteShard:
     files, inside = file_system(url)
 
     def attempt() -> RemoteShard:
-        if not _is_web(url):
+        if not is_web(url):
             info = files.info(inside)
             return RemoteShard(url, info.get("size"), next((str(info[n]) for n in _TAGS if info.get(n)), ""), True)
-        with contextlib.closing(_open_response(files, url, 0, 1)) as opened:
-            _, size = _range_of(opened.r)
+        opened, _, size = open_response(files, url, 0, 1)
+        with contextlib.closing(opened):
             return RemoteShard(url, size, opened.r.headers.get("ETag", ""), opened.r.status == 206)
 
-    return patiently(attempt, url, outages.OPENING_PATIENCE_S)
+    return servers.patiently(attempt, url, servers.OPENING_PATIENCE_S)
 
 
-def at_once(ask: Callable[[Shard], T], shards: Iterable) -> list[T]:
-    """Return `ask` of each, asked sixteen at a time; the first error ends it."""
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
-        return list(threads.map(ask, shards))
+def find_shards(path: str, ending: str) -> list[Shard]:
+    """Return the files behind URLs, a file name, a glob or a folder, sorted; of a folder without those of other splits.
+
+    UserError if nothing is there, or a server does not answer.
+    """
+    if is_url(path):
+        return at_once(describe, servers.find_urls(path))
+    if os.path.isfile(path):
+        return [LocalShard(path)]
+    if os.path.isdir(path):
+        root = Path(glob.escape(path))
+        files = glob.glob(str(root / f"*{ending}")) or glob.glob(str(root / "**" / f"*{ending}"), recursive=True)
+        kept = [file for file in files if not _OTHER_SPLIT.match(os.path.basename(file))] or files
+        if len(kept) < len(files):
+            log.warning("--data_path %s: %d files of other splits are left out", path, len(files) - len(kept))
+        problem = f"the folder holds no *{ending} file"
+    elif glob.has_magic(path):
+        kept, problem = glob.glob(path, recursive=True), "the pattern matches no file"
+    else:
+        raise missing_path(path)
+    if not kept:
+        raise data_error(path, f"{problem}: correct the path.")
+    return [LocalShard(file) for file in sorted(kept)]
 
 
-def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return what reads this URL, and the file's path there; UserError if none is known or installed."""
-    options = {}
-    if _is_web(url):  # with the proxies in environment variables, as HF does
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=READ_S)
-        options["client_kwargs"] = {"trust_env": True, "timeout": timeout}
-    try:
-        files, inside = fsspec.core.url_to_fs(url, **options)
-    except ImportError as error:
-        raise data_error(without_secrets(url), f"{error}.") from error
-    except ValueError as error:
-        rule = f"unknown ({error}): https://, s3://, gs:// and hf:// are among those that can be read."
-        raise data_error(without_secrets(url), f"{url.partition('://')[0].lower()}:// is {rule}") from error
-    if not any(files is other for other in _kept):
-        _kept.append(files)
-    return files, inside
+def missing_path(path: str, remedy: str = "correct the path.") -> UserError:
+    """Return the error for a path that does not exist, with the nearest name in the folder that does."""
+    parent = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(parent):
+        return data_error(path, f"no such file or folder, nor the folder above it: {remedy}")
+    hint = nearest(os.path.basename(os.path.normpath(path)), sorted(os.listdir(parent)))
+    return data_error(path, f"no such file or folder: {remedy}{hint}")
 
 
-def file_name(url: str) -> str:
-    """Return `a.tar` of `https://host/folder/a.tar?key=value`."""
-    return posixpath.basename(unquote(urlsplit(url).path))
+def remembered(kind: str, shards: Sequence[Shard], look: Callable[[Shard], Any]) -> list[Any]:
+    """Return `look` of each file, a JSON value, from the cache where its size and mtime, or tag, are as they were.
 
-
-def _is_web(url: str) -> bool:
-    return url.partition("://")[0].lower() in ("http", "https")
-
-
-def _open_response(files, url: str, start: int, end: int | None):
-    headers = {"Range": f"bytes={start}-{'' if end is None else end - 1}", "Accept-Encoding": "identity"}
-    return files.open(url, block_size=0, size=-1, headers=headers)  # with any size no other request is made for it
-
-
-def _range_of(response: aiohttp.ClientResponse) -> tuple[int, int | None]:
-    """Return the first byte of a response, and the size of the file if it says so."""
-    if response.status == 200:
-        length = response.headers.get("Content-Length")
-        return 0, None if length is None else int(length)
-    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-    if response.status != 206 or match is None:
-        raise ConnectionError(f"the server answers with status {response.status}")
-    return int(match[1]), None if match[2] == "*" else int(match[2])
+    `kind` names what is looked for, and is part of the key.
+    """
+    identities = at_once(lambda shard: shard.identity(), shards)
+    caches = {folder: findings_file("files", kind, folder) for folder, *_ in identities}
+    found = {folder: read_findings(file) for folder, file in caches.items()}
+    facts = {folder: {} if data is None else json.loads(data.to_pybytes()) for folder, data in found.items()}
+    unknown = [n for n, (folder, name, state, _) in enumerate(identities) if facts[folder].get(name, [0])[0] != state]
+    ask = at_once if shards[0].is_remote else map
+    for n, value in zip(unknown, ask(look, [shards[n] for n in unknown])):
+        folder, name, state, _ = identities[n]
+        facts[folder][name] = [state, value]
+    values = [facts[folder][name][1] for folder, name, *_ in identities]
+    for folder, name, _, is_settled in identities:
+        if not is_settled:
+            facts[folder].pop(name, None)
+    for folder in {identities[n][0] for n in unknown}:
+        write_findings(caches[folder], json.dumps(facts[folder]).encode())
+    return values

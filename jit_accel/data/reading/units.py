@@ -13,7 +13,7 @@ from datasets import Features, IterableDataset
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from jit_accel.base.errors import UserError
-from jit_accel.data.data_error import data_error
+from jit_accel.data import data_error
 from jit_accel.data.formats.columns import Columns
 from jit_accel.data.reading.content import key_of
 from jit_accel.data.reading.shards import Shard, Span, at_hand
