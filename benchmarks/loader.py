@@ -29,7 +29,7 @@ from jit_accel.data.batches.order import image_indices
 from jit_accel.data.batches.ready_batches import batches, waiting_advice
 from jit_accel.data.batches.workers import num_cores, worker_memory_gib
 from jit_accel.data.reading.decode import center_crop, plain_jpeg, to_rgb
-from jit_accel.data.reading.units import Stream
+from jit_accel.data.reading.images import Stream
 
 # Images/s of JiT-B/16 at 256 px, bf16 and compiled, on one H100; other models by their arithmetic.
 REFERENCE_MODEL, REFERENCE_SIZE, REFERENCE_RATE = "JiT-B/16", 256, 2600

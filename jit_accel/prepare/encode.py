@@ -21,7 +21,7 @@ from jit_accel.data.formats.prepared import PixelStore
 from jit_accel.data.formats.source import Source
 from jit_accel.data.reading.content import key_of
 from jit_accel.data.reading.decode import BadImage, crop_pixels, decode_image, pixels_of
-from jit_accel.data.reading.units import Stream
+from jit_accel.data.reading.images import Stream
 from jit_accel.prepare.settings import PrepareConfig
 
 _BLOCK = 16  # images that are read from the source at a time

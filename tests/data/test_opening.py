@@ -14,7 +14,8 @@ from http_server import FailingServer
 
 from jit_accel.data import open_images
 from jit_accel.data.batches.holdout import split_holdout
-from jit_accel.data.reading import content, units
+from jit_accel.data.reading import content
+from jit_accel.data.reading import images as reading
 from jit_accel.data.reading.content import UNREADABLE, content_key, key_of
 
 N = 12
@@ -183,7 +184,7 @@ def test_the_fingerprint_tells_what_is_held_out(tmp_path):
 def keyed(monkeypatch):
     """What a key was computed of."""
     seen = []
-    for module, name in ((content, "patient_file_key"), (units, "key_of")):
+    for module, name in ((content, "patient_file_key"), (reading, "key_of")):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda value, of=original: (seen.append(value), of(value))[1])
     return seen

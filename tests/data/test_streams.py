@@ -13,7 +13,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches import lanes
 from jit_accel.data.batches.batch import ready
-from jit_accel.data.reading.units import Stream
+from jit_accel.data.reading.images import Stream
 from jit_accel.prepare import main as prepare
 
 UNEVEN = (1, 17, 5, 8, 2)  # rows of the files; a row group has at most 5

@@ -15,7 +15,7 @@ from jit_accel.data.batches import lanes, loader
 from jit_accel.data.batches.order import StreamOrder
 from jit_accel.data.formats.columns import Columns
 from jit_accel.data.formats.source import Source
-from jit_accel.data.reading.units import Stream
+from jit_accel.data.reading.images import Stream
 
 
 class Numbers(Stream):

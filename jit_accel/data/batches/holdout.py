@@ -20,9 +20,8 @@ from jit_accel.base.errors import UserError
 from jit_accel.data.formats.source import Source, fingerprint_of
 from jit_accel.data.reading.content import announce_keys
 from jit_accel.data.reading.decode import BadImage, decode_row
-from jit_accel.data.reading.images import Images, SomeImages
+from jit_accel.data.reading.images import Images, SomeImages, Stream
 from jit_accel.data.reading.shards import Shard, remembered
-from jit_accel.data.reading.units import Stream
 
 log = logging.getLogger(__name__)
 Decoded = tuple[int, np.ndarray, int]  # index, uint8 (3, H, W), label

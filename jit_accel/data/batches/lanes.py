@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, zip_longest
 
@@ -11,11 +11,12 @@ import torch
 
 from jit_accel.base import rng
 from jit_accel.base.errors import UserError
+from jit_accel.data import data_error
 from jit_accel.data.batches.batch import MAX_SUBSTITUTES, empty_batch
 from jit_accel.data.batches.order import StreamOrder, shares
 from jit_accel.data.formats.source import Source
 from jit_accel.data.reading.decode import BadImage, decode_row
-from jit_accel.data.reading.units import Stream
+from jit_accel.data.reading.images import Stream
 
 MAX_WINDOW_BYTES = 2**28  # so that photos of megabytes do not fill the memory
 _SAMPLED_ROWS = 32  # for the size of an image
@@ -23,24 +24,20 @@ MAX_UNREADABLE = 10_000
 Batches = Callable[[], Iterator[np.ndarray]]  # begins the sorted positions of batches, int64 (k,)
 
 
-@dataclass(frozen=True)
-class Window:
-    """The undecoded images of one window. first: the number of its first in the epoch. order: indices into `rows`."""
-
-    key: tuple[int, int]  # epoch, window
-    first: int
-    rows: list[dict]
-    order: np.ndarray
-
-
 @dataclass
-class _Lane:
-    """A lane that is being read, in `epoch`, to the image `number`, and its last window."""
+class OpenLane:
+    """A lane that is being read in `epoch`, and its last window: the undecoded images [first, end) of the epoch.
+
+    order: indices into `images`, as these are handed out. used: the batch in which it was asked for last.
+    """
 
     epoch: int
-    number: int
     rows: Iterator[dict]
-    window: Window | None = None
+    window: int = -1
+    first: int = -1
+    end: int = -1
+    images: list[dict] = field(default_factory=list)
+    order: np.ndarray | None = None
     used: int = 0
 
 
@@ -53,16 +50,16 @@ class LaneReader:
 
     def __init__(self, source: Source, order: StreamOrder):
         self._name, self._stream, self._order = source.name, source.images, order
-        self._lanes: dict[int, _Lane] = {}
+        self._lanes: dict[int, OpenLane] = {}
         self._batches = 0
 
-    def window(self, epoch: int, lane: int, number: int) -> Window:
-        """Return window `number` of `lane`, read if it is not there; `UserError` where its shards have changed."""
+    def window(self, epoch: int, lane: int, number: int) -> OpenLane:
+        """Return `lane` at this window, read if it is not there; `UserError` where its shards have changed."""
         current = self._lanes.get(lane)
-        if current is None or current.window.key != (epoch, number):
+        if current is None or (current.epoch, current.window) != (epoch, number):
             current = self._lanes[lane] = self._read(lane, epoch, number)
         current.used = self._batches
-        return current.window
+        return current
 
     def end_batch(self) -> None:
         """Close the lanes that are no longer used."""
@@ -70,16 +67,17 @@ class LaneReader:
         for lane in [lane for lane, one in self._lanes.items() if self._batches - one.used > self._order.lanes]:
             self._lanes.pop(lane).rows.close()
 
-    def _read(self, lane: int, epoch: int, number: int) -> _Lane:
+    def _read(self, lane: int, epoch: int, number: int) -> OpenLane:
         first, end = self._order.window_bounds(lane, number)
         current = self._lanes.pop(lane, None)
-        if current is None or (current.epoch, current.number) != (epoch, first):
+        if current is None or (current.epoch, current.end) != (epoch, first):
             if current is not None:
                 current.rows.close()
-            current = _Lane(epoch, first, self._rows(epoch, first, self._order.lane_bounds(lane)[1]))
-        current.number, current.window = end, None  # whose memory is free while the next is read
-        rows = list(islice(current.rows, end - first))
-        current.window = Window((epoch, number), first, rows, self._order.shuffled(epoch, lane, number) - first)
+            current = OpenLane(epoch, self._rows(epoch, first, self._order.lane_bounds(lane)[1]))
+        current.images = []  # whose memory is free while the next ones are read
+        current.images = list(islice(current.rows, end - first))
+        current.window, current.first, current.end = number, first, end
+        current.order = self._order.shuffled(epoch, lane, number) - first
         return current
 
     def _rows(self, epoch: int, first: int, end: int) -> Iterator[dict]:
@@ -96,12 +94,8 @@ class LaneReader:
                 yield value
                 row += 1
             if row < stop:
-                raise UserError(
-                    f"a shard ended after {row} images where there were {size} when it was opened: it changed or was "
-                    "cut short; restore it and go on with --resume auto.",
-                    about="data_path",
-                    value=self._name,
-                )
+                rule = f"a shard ended after {row} images where there were {size} when it was opened: it changed or "
+                raise data_error(self._name, rule + "was cut short; restore it and go on with --resume auto.")
 
 
 @dataclass
@@ -154,22 +148,22 @@ class BatchPartReader(torch.utils.data.IterableDataset):
                 images[slot], part.labels[slot] = self._substitute(window, int(positions[place]), str(error))
         return part
 
-    def _decode(self, window: Window, index: int) -> tuple[np.ndarray, int]:
+    def _decode(self, window: OpenLane, index: int) -> tuple[np.ndarray, int]:
         def name() -> str:
-            unit, row = self._order.rows(window.key[0], window.first + index)
+            unit, row = self._order.rows(window.epoch, window.first + index)
             return self._stream.name_of(int(unit), int(row))
 
-        return self._decode_row(window.rows[index], name)
+        return self._decode_row(window.images[index], name)
 
     def _decode_row(self, row: dict, name: Callable[[], str]) -> tuple[np.ndarray, int]:
         columns = self._stream.columns
         pixels = decode_row(row[columns.image], columns, self._img_size, name)
         return pixels, columns.label_of(row.get(columns.label))
 
-    def _substitute(self, window: Window, position: int, reason: str) -> tuple[np.ndarray, int]:
+    def _substitute(self, window: OpenLane, position: int, reason: str) -> tuple[np.ndarray, int]:
         """Return another image of the window for one that is bad, so that batches keep their shape."""
         draws = position * MAX_SUBSTITUTES + np.arange(MAX_SUBSTITUTES)
-        chosen = rng.hash64(self._order.seed, "substitute", draws) % np.uint64(len(window.rows))
+        chosen = rng.hash64(self._order.seed, "substitute", draws) % np.uint64(len(window.images))
         for index in chosen.tolist():
             with contextlib.suppress(BadImage):  # it is named at its own turn
                 return self._decode(window, index)
@@ -180,16 +174,11 @@ class BatchPartReader(torch.utils.data.IterableDataset):
     def _find_readable(self, reason: str) -> tuple[np.ndarray, int]:
         stream = self._stream
         rows = ((unit, row) for unit in range(stream.num_units) for row in enumerate(stream.training_rows(unit)))
-        tried = 0
         for unit, (number, row) in islice(rows, MAX_UNREADABLE):
-            tried += 1
             with contextlib.suppress(BadImage):
                 return self._decode_row(row, partial(stream.name_of, unit, number))
-        raise UserError(
-            f"none of {tried} images can be decoded ({reason}): repair the data.",
-            about="data_path",
-            value=self._source.name,
-        )
+        tried = min(int(stream.sizes.sum()), MAX_UNREADABLE)
+        raise data_error(self._source.name, f"none of {tried} images can be decoded ({reason}): repair the data.")
 
 
 def images_in_a_window(stream: Stream, seed: int, shuffle_buffer: int) -> int:

@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from jit_accel.base import rng
 from jit_accel.base.errors import UserError
+from jit_accel.data import data_error
 from jit_accel.data.batches import order
 from jit_accel.data.batches.batch import MAX_SUBSTITUTES, PixelBatch, check_labels, empty_batch
 from jit_accel.data.batches.lanes import BatchPart, BatchPartReader, images_in_a_window
@@ -21,71 +22,38 @@ log = logging.getLogger(__name__)
 STREAM_VERSION = 3  # of the order, and of the state that goes with it
 
 
-def build_loader(
-    source: Source,
-    *,
-    img_size: int,
-    batch_size: int,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
-    horizontal_flip: bool = True,
-    shuffle_buffer: int = 1024,
-    lanes: int | None = None,
-    num_classes: int | None = None,
-    pin_memory: bool = False,
-) -> "Loader":
-    """Return an endless iterator of `PixelBatch`es of `batch_size` images for process `rank` of `world_size`.
-
-    Each image comes exactly once an epoch, in an order that follows from the seed and the data (of a stream also from
-    `lanes` and `shuffle_buffer`), and not from the numbers of processes and workers.
+@dataclass(frozen=True, kw_only=True)
+class ReadingTask:
+    """One process's share of the endless batches of a data set.
 
     Args:
+        source: of `open_images`.
+        img_size: side in pixels to which images are cropped.
+        batch_size: images a batch, of this process, which is `rank` of `world_size`.
         num_workers: processes that decode; 0 decodes in this one.
         shuffle_buffer: images of a lane of a stream that are shuffled together; fewer where they are large.
         lanes: of a stream; None for about eight a process.
         num_classes: labels from here on are refused with a `UserError` when they are met.
         pin_memory: merge what workers decode of a stream in page-locked memory.
-
-    Raises:
-        UserError: the images were prepared smaller than `img_size`.
     """
-    if source.img_size is not None and img_size > source.img_size:
-        raise UserError(
-            f"the images of {source.name} were prepared with {source.img_size} px, and would "
-            f"have to be enlarged: prepare them again with --img_size {img_size}, or train at {source.img_size}.",
-            about="img_size",
-            value=img_size,
-        )
-    task = ReadingTask(source, img_size, batch_size, seed, rank, world_size, num_workers, horizontal_flip, pin_memory)
-    reader = StreamReader(task, shuffle_buffer, lanes) if source.streaming else RandomAccessReader(task)
-    return Loader(task, reader, num_classes)
-
-
-@dataclass(frozen=True)
-class ReadingTask:
-    """The arguments of `build_loader` that all readers need."""
 
     source: Source
     img_size: int
     batch_size: int
     seed: int
-    rank: int
-    world_size: int
-    num_workers: int
-    horizontal_flip: bool
-    pin_memory: bool
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+    horizontal_flip: bool = True
+    shuffle_buffer: int = 1024
+    lanes: int | None = None
+    num_classes: int | None = None
+    pin_memory: bool = False
 
     @property
     def step_images(self) -> int:
         """Images of one micro-batch of all processes."""
         return self.world_size * self.batch_size
-
-    @property
-    def num_images(self) -> int:
-        images = self.source.images
-        return int(images.sizes.sum()) if self.source.streaming else len(images)
 
     def batch(self, images: torch.Tensor, labels: np.ndarray, positions: np.ndarray, bad: list[str]) -> PixelBatch:
         """Return a batch with the mirroring that follows from the positions."""
@@ -93,56 +61,71 @@ class ReadingTask:
         return PixelBatch(images, torch.from_numpy(labels), positions, bad, mirror)
 
 
-class Loader:
-    """Batches of one process, from a position that is the same on all of them; see `build_loader`."""
+def build_loader(source: Source, **how) -> "Loader":
+    """Return an endless iterator of `PixelBatch`es; `how` are the arguments of `ReadingTask`.
 
-    def __init__(self, task: ReadingTask, reader: "RandomAccessReader | StreamReader", num_classes: int | None):
-        self._task, self._reader, self._num_classes = task, reader, num_classes
-        self._position = 0
+    Each image comes exactly once an epoch, in an order that follows from the seed and the data (of a stream also from
+    `lanes` and `shuffle_buffer`), and not from the numbers of processes and workers. UserError if the images were
+    prepared smaller than `img_size`.
+    """
+    task = ReadingTask(source=source, **how)
+    if source.img_size is not None and task.img_size > source.img_size:
+        rule = (
+            f"the images of {source.name} were prepared with {source.img_size} px, and would have to be enlarged: "
+            f"prepare them again with --img_size {task.img_size}, or train at {source.img_size}."
+        )
+        raise UserError(rule, about="img_size", value=task.img_size)
+    return StreamLoader(task) if source.streaming else Loader(task)
+
+
+class Loader:
+    """Batches of one process by random access, from a position that is the same on all of them."""
+
+    kind = "random_access"
+
+    def __init__(self, task: ReadingTask):
+        self._task, self._position = task, 0
         self._batches: Iterator[PixelBatch | UserError] | None = None
 
     @property
     def epoch(self) -> int:
         """The epoch of the next image, counted from 0."""
-        return self._position // self._task.num_images
+        return self._position // self._task.source.num_images
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> PixelBatch:
         if self._batches is None:
-            self._batches = self._reader.batches(self._position)
+            self._batches = self._read(self._position)
         batch = next(self._batches)
         if isinstance(batch, UserError):
             raise batch
-        check_labels(batch.labels.numpy(), self._num_classes)
+        check_labels(batch.labels.numpy(), self._task.num_classes)
         self._position += self._task.step_images
         return batch
 
     def state_dict(self) -> dict:
         """Return the place of the next batch, and what the order depends on; equal on all processes, JSON."""
-        return {**self._reader.circumstances(), "seed": self._task.seed, "position": self._position}
+        return {"kind": self.kind, **self._circumstances(), "seed": self._task.seed, "position": self._position}
 
     def load_state_dict(self, state: dict | list[dict]) -> None:
         """Continue where `state` (or the states of all processes) was taken; before the first batch.
 
         The numbers of processes and workers and the batch size may be others. Lanes and windows stay as they were.
-        Raises `UserError` for a state of another way of reading, or of another seed.
+        UserError for a state of another way of reading, or of another seed.
         """
         if self._batches is not None:
             raise RuntimeError("load_state_dict() after the first batch")
         state = state[0] if isinstance(state, list) else state
         for name, now, remedy in (
-            ("kind", self._reader.kind, "use the same --streaming as then"),
+            ("kind", self.kind, "use the same --streaming as then"),
             ("seed", self._task.seed, f"the order of the images follows from the seed: use {state.get('seed')} again"),
         ):
             if state.get(name) != now:
-                raise UserError(
-                    f"the checkpoint was saved with the {name} {state.get(name)}, and it is {now} now; {remedy}, or "
-                    "start anew with --resume none.",
-                    about="resume",
-                )
-        self._position = self._reader.resumed(state)
+                rule = f"the checkpoint was saved with the {name} {state.get(name)}, and it is {now} now; {remedy}, or "
+                raise UserError(rule + "start anew with --resume none.", about="resume")
+        self._position = self._resumed(state)
 
     def close(self) -> None:
         """End the workers."""
@@ -150,27 +133,25 @@ class Loader:
             self._batches.close()
         self._batches = None
 
-
-class RandomAccessReader(torch.utils.data.Dataset):
-    """Item `base` is the batch of this rank when the run stands at position `base`."""
-
-    kind = "random_access"
-
-    def __init__(self, task: ReadingTask):
-        self._task, self._images, self._num_images = task, task.source.images, task.num_images
-
-    def circumstances(self) -> dict:
+    def _circumstances(self) -> dict:
         """Return what the order depends on besides the seed."""
-        return {"kind": self.kind}
+        return {}
 
-    def resumed(self, state: dict) -> int:
+    def _resumed(self, state: dict) -> int:
         """Return the position to go on from."""
         return state["position"]
 
-    def batches(self, position: int) -> Iterator[PixelBatch | UserError]:
+    def _read(self, position: int) -> Iterator[PixelBatch | UserError]:
         """Yield the batches from `position` on."""
         bases = itertools.count(position, self._task.step_images)
-        yield from make_loader(self, num_workers=self._task.num_workers, sampler=bases)
+        yield from make_loader(RandomAccessBatches(self._task), num_workers=self._task.num_workers, sampler=bases)
+
+
+class RandomAccessBatches(torch.utils.data.Dataset):
+    """Item `base` is the batch of this rank when the run stands at position `base`."""
+
+    def __init__(self, task: ReadingTask):
+        self._task, self._images, self._num_images = task, task.source.images, task.source.num_images
 
     def __getitem__(self, base: int) -> PixelBatch | UserError:
         """Return a UserError instead of raising it: torch would bury its message under a worker's traceback."""
@@ -182,11 +163,8 @@ class RandomAccessReader(torch.utils.data.Dataset):
         for place, reason in bad.items():
             label = self._substitute(int(positions[place]), images[place : place + 1])
             if label is None:
-                return UserError(
-                    f"an image and {MAX_SUBSTITUTES} substitutes drawn for it cannot be decoded "
-                    f"({reason}): repair the data.",
-                    about="data_path",
-                )
+                rule = f"an image and {MAX_SUBSTITUTES} substitutes drawn for it cannot be decoded ({reason}): "
+                return data_error(task.source.name, rule + "repair the data.")
             labels[place] = label
         return task.batch(pixels, labels, positions, list(bad.values()))
 
@@ -200,47 +178,40 @@ class RandomAccessReader(torch.utils.data.Dataset):
         return None
 
 
-class StreamReader:
+class StreamLoader(Loader):
     """Batches in the order of `StreamOrder`, each merged from the parts that the workers decode."""
 
     kind = "stream"
-
-    def __init__(self, task: ReadingTask, shuffle_buffer: int, lanes: int | None):
-        self._task, self._shuffle_buffer, self._lanes = task, shuffle_buffer, lanes
 
     @cached_property
     def _order(self) -> order.StreamOrder:
         task, stream = self._task, self._task.source.images
         default = order.default_lanes(int(np.count_nonzero(stream.sizes)), task.world_size, task.batch_size)
-        window = images_in_a_window(stream, task.seed, self._shuffle_buffer)
-        return order.StreamOrder(task.seed, stream.sizes, self._lanes or default, window)
+        window = images_in_a_window(stream, task.seed, task.shuffle_buffer)
+        return order.StreamOrder(task.seed, stream.sizes, task.lanes or default, window)
 
-    def circumstances(self) -> dict:
-        """Return what the order depends on besides the seed."""
-        now = self._order
-        buffer = {"shuffle_buffer": self._shuffle_buffer, "window": now.window}
-        return {"kind": self.kind, "version": STREAM_VERSION, "lanes": now.lanes, **buffer}
+    def _circumstances(self) -> dict:
+        now, buffer = self._order, self._task.shuffle_buffer
+        return {"version": STREAM_VERSION, "lanes": now.lanes, "shuffle_buffer": buffer, "window": now.window}
 
-    def resumed(self, state: dict) -> int:
-        """Return the position to go on from, with the lanes and windows of `state`."""
+    def _resumed(self, state: dict) -> int:
+        task = self._task
         if state["version"] != STREAM_VERSION:
-            epoch = state["position"] // self._task.num_images
+            epoch = state["position"] // task.source.num_images
             log.warning(
                 "the checkpoint is of a version that read data of this kind in another order: epoch %d, in which it "
                 "was saved, begins anew",
                 epoch + 1,
             )
-            return epoch * self._task.num_images
-        for name, now in (("lanes", self._lanes), ("shuffle_buffer", self._shuffle_buffer)):
+            return epoch * task.source.num_images
+        for name, now in (("lanes", task.lanes), ("shuffle_buffer", task.shuffle_buffer)):
             if now not in (None, state[name]):
                 log.warning("--%s %d: the run began with %d, which stay", name, now, state[name])
-        self._lanes, self._shuffle_buffer = state["lanes"], state["shuffle_buffer"]
-        sizes = self._task.source.images.sizes
-        self._order = order.StreamOrder(self._task.seed, sizes, state["lanes"], state["window"])
+        self._task = replace(task, lanes=state["lanes"], shuffle_buffer=state["shuffle_buffer"])
+        self._order = order.StreamOrder(task.seed, task.source.images.sizes, state["lanes"], state["window"])
         return state["position"]
 
-    def batches(self, position: int) -> Iterator[PixelBatch | UserError]:
-        """Yield the batches from `position` on."""
+    def _read(self, position: int) -> Iterator[PixelBatch | UserError]:
         task, count = self._task, max(1, self._task.num_workers)
         # A message is a part of as many batches as there are workers, and so about as large as a batch.
         groups = partial(_batch_groups, task, self._order, position, count)

@@ -8,7 +8,6 @@ the same images in the same order; the bytes of the files depend on the versions
 import gzip
 import io
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,29 +18,10 @@ from PIL import Image as PILImage
 
 from jit_accel.base import rng
 
-CLASS_NAMES = [
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-]
+CLASS_NAMES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+SPLITS = {"train": ("train", 1000), "test": ("t10k", 200)}  # how the original files begin, images a class
 ROW_GROUP_SIZE = 2000
 SEED = 0
-
-
-@dataclass(frozen=True)
-class Split:
-    source: str  # how the names of the original files begin
-    images_per_class: int
-
-
-SPLITS = {"train": Split("train", 1000), "test": Split("t10k", 200)}
 
 
 def read_idx(file: Path) -> np.ndarray:
@@ -69,10 +49,10 @@ def as_png(pixels: np.ndarray) -> bytes:
 
 def make(folder: Path, target: Path, name: str) -> None:
     """Write the subset of the split `name` to `target`."""
-    split = SPLITS[name]
-    images = read_idx(folder / f"{split.source}-images-idx3-ubyte.gz")
-    labels = read_idx(folder / f"{split.source}-labels-idx1-ubyte.gz")
-    chosen = choose(labels, split.images_per_class)
+    beginning, images_per_class = SPLITS[name]
+    images = read_idx(folder / f"{beginning}-images-idx3-ubyte.gz")
+    labels = read_idx(folder / f"{beginning}-labels-idx1-ubyte.gz")
+    chosen = choose(labels, images_per_class)
     features = Features({"image": Image(), "label": ClassLabel(names=CLASS_NAMES)})
     rows = [{"bytes": as_png(images[i]), "path": f"{name}_{i:05d}.png"} for i in chosen]
     schema = features.arrow_schema

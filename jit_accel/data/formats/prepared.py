@@ -18,10 +18,9 @@ from jit_accel.data.formats.columns import Columns, features_of
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
 from jit_accel.data.formats.tables import open_file, parquet_stream
 from jit_accel.data.reading.decode import crop_pixels
-from jit_accel.data.reading.images import TableImages
+from jit_accel.data.reading.images import Stream, TableImages
 from jit_accel.data.reading.servers import at_once
 from jit_accel.data.reading.shards import LocalShard, missing_path
-from jit_accel.data.reading.units import Stream
 
 INDEX = "index.json"
 UNFINISHED = ".unfinished"
@@ -55,15 +54,14 @@ def open_prepared(request: Request) -> Source:
     identity = fingerprint_of(
         [index["format"], index["encoding"], str(index["img_size"]), *names, *(s["sha256"] for s in index["shards"])]
     )
-    images = (_open_pixels if index["encoding"] == "uint8" else _open_tables)(request, index)
+    if index["encoding"] == "uint8":
+        request.refuse("streaming", reason="holds memory-mapped pixels, which are read by random access")
+        shards = tuple((shard["file"], shard["table"]["file"], shard["images"]) for shard in index["shards"])
+        images = PixelStore(os.path.abspath(folder), index["img_size"], shards, index["is_labelled"])
+    else:
+        images = _open_tables(request, index)
     names = names if index["is_labelled"] else ("image",)
     return source_of(folder, "prepared", images, names, identity, index["img_size"])
-
-
-def _open_pixels(request: Request, index: dict) -> "PixelStore":
-    request.refuse("streaming", reason="holds memory-mapped pixels, which are read by random access")
-    shards = tuple((shard["file"], shard["table"]["file"], shard["images"]) for shard in index["shards"])
-    return PixelStore(os.path.abspath(request.path), index["img_size"], shards, index["is_labelled"])
 
 
 def _open_tables(request: Request, index: dict) -> TableImages | Stream:

@@ -10,9 +10,8 @@ from datasets import Dataset, Image
 from jit_accel.base.errors import UserError
 from jit_accel.data import data_error
 from jit_accel.data.formats.columns import Columns
-from jit_accel.data.reading.images import Images, TableImages
+from jit_accel.data.reading.images import Images, Stream, TableImages
 from jit_accel.data.reading.shards import Shard
-from jit_accel.data.reading.units import Stream
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from jit_accel.data.formats.source import (
     source_of,
     table_images,
 )
+from jit_accel.data.reading.images import ParquetReader, Stream
 from jit_accel.data.reading.servers import at_once
 from jit_accel.data.reading.shards import LocalShard, Shard, Span, at_hand, find_shards, missing_path, remembered
-from jit_accel.data.reading.units import ParquetReader, Stream
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
 _ROWS_AT_ONCE = 64

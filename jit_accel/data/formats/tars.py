@@ -21,8 +21,8 @@ from jit_accel.data import data_error
 from jit_accel.data.formats.columns import Columns, read_labels
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
 from jit_accel.data.reading import servers
+from jit_accel.data.reading.images import Stream
 from jit_accel.data.reading.shards import Shard, at_hand, find_shards, remembered
-from jit_accel.data.reading.units import Stream
 
 log = logging.getLogger(__name__)
 
