@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -36,8 +36,7 @@ _MOST_SAMPLES = 20  # that are looked at to find the endings
 def open_webdataset(request: Request) -> Source:
     """Open .tar files (a file, a glob, a folder, URLs), as a stream unless `streaming` is False.
 
-    `--label_column` is the ending that holds the label (cls, by default), or for .json files the name of the
-    entry in them (label or class, by default).
+    `--label_column` is the ending of the labels (cls, by default), or their name in .json files (label or class).
     """
     return open_tars(request, "webdataset", find_shards(request.path, ".tar"))
 
@@ -116,11 +115,8 @@ def _listed_counts(shards: Sequence[Shard], columns: Columns, sample: dict[str, 
         if missing is None:
             return np.array([counts[shard.name] for shard in shards], np.int64)
         log.warning("%s beside %s does not say how many images it has, and is not used", name, missing)
-    rule = (
-        "--data_path: %d tar files are fetched once to count their images, since no sizes.json that lists them, as "
-        '{"%s": 1000}, lies beside them'
-    )
-    log.warning(rule, len(shards), shards[0].name)
+    rule = "--data_path: %d tar files are fetched once to count their images, since no sizes.json that lists them, as "
+    log.warning(rule + '{"%s": 1000}, lies beside them', len(shards), shards[0].name)
     return None
 
 
@@ -152,16 +148,12 @@ def _scan_one(shard: Shard, columns: Columns) -> tuple[int, list, int, str]:
     """Return how many samples there are, the labels of those with images, how many have none, and the stem of one."""
     count, values, lacking, example = 0, set(), 0, ""
     with at_hand(shard) as path:
-        for stem, sample in _samples(path, lambda _, key: key == columns.label):
+        for stem, image, label in _read(columns, path, has_bytes=False):
             count += 1
-            has_image = _image_key(sample, columns) is not None
-            if columns.label in sample:
-                values.add(_label_in(sample[columns.label], columns, f"{path}, {stem}.{columns.label}"))
-            elif columns.label is not None and has_image:
-                values.add(None)
-            if not has_image:
-                lacking += 1
-                example = example or stem
+            if image is None:
+                lacking, example = lacking + 1, example or stem
+            if label is not None or (columns.label is not None and image is not None):
+                values.add(label)
     return count, list(values), lacking, example
 
 
@@ -183,20 +175,30 @@ def _all_rows(shards: list[Shard], columns: Columns, version: tuple[str, ...]) -
 
 def _rows(columns: Columns, file: str, _: int = 0, start: int = 0) -> Iterator[dict]:
     """Yield the rows of a tar file from number `start` on, with the image and the label alone."""
-
-    def is_wanted(number: int, key: str) -> bool:
-        return number >= start and (key == columns.label or _is_image(key))
-
-    for stem, sample in itertools.islice(_samples(file, is_wanted), start, None):
-        key = _image_key(sample, columns)
-        row = {columns.image: None if key is None else {"bytes": sample[key], "path": f"{stem}.{key}"}}
+    for _, image, label in _read(columns, file, start):
+        row = {columns.image: image}
         if columns.label is not None:
-            data = sample.get(columns.label)
-            label = None if data is None else _label_in(data, columns, f"{file}, {stem}")
-            if label is not None and columns.label_ids is not None:
-                label = str(label)
+            label = str(label) if label is not None and columns.label_ids is not None else label
             row[columns.label] = label if columns.label_key is None else {columns.label_key: label}
         yield row
+
+
+def _read(
+    columns: Columns, file: str, start: int = 0, has_bytes: bool = True
+) -> Iterator[tuple[str, dict | None, int | str | None]]:
+    """Yield (stem, image, label) of each sample from number `start` on."""
+
+    def is_wanted(number: int, key: str) -> bool:
+        return number >= start and (key == columns.label or (has_bytes and _is_image(key)))
+
+    for stem, sample in itertools.islice(_samples(file, is_wanted), start, None):
+        image = columns.image if columns.image in sample else None
+        if image is None and columns.any_image:
+            image = next((key for key in sample if key.lower() in IMAGE_KEYS), None)
+        data, label = sample.get(columns.label), None
+        if data is not None:
+            label = _label_in(data, columns, f"{file}, {stem}.{columns.label}")
+        yield stem, None if image is None else {"bytes": sample[image], "path": f"{stem}.{image}"}, label
 
 
 def _samples(
@@ -204,18 +206,14 @@ def _samples(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield (stem, the members by their endings) of each row that HF datasets makes of a tar file.
 
-    Only the members for which `is_wanted(number of the sample, ending)` holds are read; the others are b"".
-    UserError if the file is damaged.
+    Members for which `is_wanted(number of the sample, ending)` does not hold are b"". UserError if it is damaged.
     """
-    members = itertools.groupby(_members(file), key=lambda found: found[2])
-    for number, (stem, of_stem) in enumerate(members):
+    for number, (stem, of_stem) in enumerate(itertools.groupby(_members(file), key=lambda found: found[2])):
         sample = {}
         for tar, member, _, key in of_stem:
             if key in sample or key in _HF_KEYS:
-                rule = (
-                    f"the sample {stem} has a second member {member.name}, or one of a name that HF datasets does not "
-                )
-                raise data_error(file, rule + "allow: write the file again without it.")
+                rule = f"the sample {stem} has a second member {member.name}, or one of a name that HF datasets does "
+                raise data_error(file, rule + "not allow: write the file again without it.")
             sample[key] = tar.extractfile(member).read() if is_wanted(number, key) else b""
         yield stem, sample
 
@@ -243,13 +241,6 @@ def _is_image(key: str) -> bool:
     return key.rsplit(".", 1)[-1].lower() in IMAGE_KEYS
 
 
-def _image_key(sample: Iterable[str], columns: Columns) -> str | None:
-    """Return the ending of the member that is the image of this sample, if there is any."""
-    if columns.image in sample:
-        return columns.image
-    return next((key for key in sample if columns.any_image and key.lower() in IMAGE_KEYS), None)
-
-
 def _label_in(data: bytes, columns: Columns, where: str) -> int | str | None:
     """Return the label in the bytes of a member; UserError for a .cls file that holds no number."""
     if columns.label_key is not None:
@@ -258,10 +249,8 @@ def _label_in(data: bytes, columns: Columns, where: str) -> int | str | None:
     try:
         return int(data)
     except ValueError as error:
-        rule = (
-            f"the class {data[:40]!r} is not a whole number, as .cls files must hold: write class numbers, or put the "
-        )
-        raise data_error(where, rule + 'names in .json files under "label".') from error
+        rule = f"the class {data[:40]!r} is not a whole number, as .cls files must hold: write class numbers, or put "
+        raise data_error(where, rule + 'the names in .json files under "label".') from error
 
 
 def _load_json(data: bytes) -> dict:
