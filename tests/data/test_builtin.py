@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,9 @@ from PIL import Image
 import jit_accel.data
 from jit_accel.base.errors import UserError
 from jit_accel.data import build_loader, open_images
-from jit_accel.data.builtin.make_fashion_mnist import make
 
 FOLDER = Path(jit_accel.data.__file__).parent / "builtin" / "fashion_mnist"
+MAKER = Path(__file__).parents[2] / "examples" / "make_fashion_mnist.py"
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_the_script_draws_a_balanced_split_from_the_original_files(tmp_path):
     for kind, values in (("images", np.repeat(labels, 4).reshape(-1, 2, 2)), ("labels", labels)):
         header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
         (tmp_path / f"t10k-{kind}-idx{values.ndim}-ubyte.gz").write_bytes(gzip.compress(header + values.tobytes()))
-    make(tmp_path, tmp_path / "new" / "test.parquet", "test")
+    runpy.run_path(str(MAKER))["make"](tmp_path, tmp_path / "new" / "test.parquet", "test")
     drawn = pq.read_table(tmp_path / "new" / "test.parquet").to_pydict()
     numbers = [int(image["path"].removeprefix("test_").removesuffix(".png")) for image in drawn["image"]]
     assert len(set(numbers)) == 2_000

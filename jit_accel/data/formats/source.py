@@ -98,15 +98,15 @@ def table_images(dataset: Dataset, columns: Columns) -> TableImages:
     return TableImages(dataset, columns)
 
 
-def check_embedded(images: Images | Stream, where: str) -> None:
-    """Raise UserError if the first image of a table is the path of a missing file, or nothing like an image."""
-    columns = images.columns
+def check_embedded(source: Source) -> Source:
+    """Return a table; UserError if its first image is the path of a missing file, or nothing like an image."""
+    images, columns = source.images, source.images.columns
     row = next(images.rows(int(images.sizes.argmax())), {}) if isinstance(images, Stream) else images.dataset[0]
     data, path = columns.image_of(row.get(columns.image))
     if isinstance(data, (bytes, memoryview)) or (data is None and not path):  # one bad image is not a bad table
-        return
+        return source
     if not isinstance(data, str):
-        rule = f"it holds values like {str(data)[:40]} in {where}, which are no encoded images (the bytes of a JPEG, "
+        rule = f"it holds values like {str(data)[:40]} in {source.name}, which are no encoded images (the bytes of a JPEG, "
         raise UserError(rule + "PNG, ... file): choose another column.", about="image_column", value=columns.image)
     if not os.path.isfile(data):
         rule = (
@@ -114,7 +114,8 @@ def check_embedded(images: Images | Stream, where: str) -> None:
             "such file here: give the folder of the images as --data_path, or write the table again with the bytes "
             "embedded ({'bytes': open(path, 'rb').read(), 'path': path} in each row)."
         )
-        raise data_error(where, rule)
+        raise data_error(source.name, rule)
+    return source
 
 
 def fingerprint_of(parts: Iterable[str], shards: Iterable[Shard] = ()) -> str:

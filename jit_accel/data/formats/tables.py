@@ -91,9 +91,7 @@ def open_tables(request: Request, format: str, shards: Sequence[Shard], named: F
         images = table_images(_load([str(getattr(s, "url", s)) for s in shards], features, request.path), columns)
     else:
         images = parquet_stream(files, columns, features)
-    source = source_of(request.path, format, images, names, identity)
-    check_embedded(images, request.path)
-    return source
+    return check_embedded(source_of(request.path, format, images, names, identity))
 
 
 def open_builtin(request: Request) -> Source:
@@ -126,10 +124,7 @@ def open_table(request: Request, format: str, dataset: Dataset, identity: str) -
     columns = find_columns(dataset.features, request.image_column, request.label_column, request.path)
     values = () if columns.label is None else dataset.unique(columns.label)
     columns, names = read_labels(dataset.features.get(columns.label), values, columns, request.path)
-    images = table_images(dataset, columns)
-    source = source_of(request.path, format, images, names, identity)
-    check_embedded(images, request.path)
-    return source
+    return check_embedded(source_of(request.path, format, table_images(dataset, columns), names, identity))
 
 
 def has_saved_dataset(folder: str) -> bool:

@@ -1,6 +1,6 @@
-"""Make fashion_mnist/*.parquet from the original files: `python make_fashion_mnist.py FOLDER_OF_IDX_FILES [TARGET]`.
+"""Make the data of `builtin:fashion_mnist`: `python examples/make_fashion_mnist.py FOLDER_OF_IDX_FILES [TARGET]`.
 
-FOLDER holds {train,t10k}-images-idx3-ubyte.gz and {train,t10k}-labels-idx1-ubyte.gz, from Debian's package (apt-get
+The folder holds {train,t10k}-images-idx3-ubyte.gz and {train,t10k}-labels-idx1-ubyte.gz, from Debian's package (apt-get
 download dataset-fashion-mnist; dpkg -x) or from https://github.com/zalandoresearch/fashion-mnist. The same input gives
 the same images in the same order; the bytes of the files depend on the versions of Pillow and PyArrow.
 """
@@ -21,6 +21,7 @@ from jit_accel.base import rng
 CLASS_NAMES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 SPLITS = {"train": ("train", 1000), "test": ("t10k", 200)}  # how the original files begin, images a class
 ROW_GROUP_SIZE = 2000
+TARGET = Path(__file__).parents[1] / "jit_accel" / "data" / "builtin" / "fashion_mnist"
 SEED = 0
 
 
@@ -62,7 +63,7 @@ def make(folder: Path, target: Path, name: str) -> None:
     print(f"{target}: {len(table)} images, {target.stat().st_size:,} bytes")
 
 
-def main(folder: Path, target: Path = Path(__file__).parent / "fashion_mnist") -> None:
+def main(folder: Path, target: Path = TARGET) -> None:
     for name in SPLITS:
         make(folder, target / f"{name}.parquet", name)
 
