@@ -69,14 +69,12 @@ def empty_batch(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
-_buffers: list[np.ndarray] = []
-_MOST_BUFFERS = 4
-
-
 def _references(arrays: list[np.ndarray]) -> list[int]:
     return [sys.getrefcount(array) for array in arrays]
 
 
+_buffers: list[np.ndarray] = []
+_MOST_BUFFERS = 4
 (_WHEN_FREE,) = _references([np.empty(0)])  # versions of Python count differently
 
 
@@ -94,15 +92,10 @@ def check_labels(labels: np.ndarray, num_classes: int | None) -> None:
     """Raise `UserError` for a label that is negative or not below `num_classes`, which streams show only when read."""
     largest = labels.max()
     if labels.min() < 0:
-        raise UserError(
-            "an image of the stream has no label, or a negative one; labels are 0, 1, 2, ...: remove "
-            "such images or choose another column.",
-            about="label_column",
-        )
+        rule = "an image of the stream has no label, or a negative one; labels are 0, 1, 2, ...: remove such images or "
+        raise UserError(rule + "choose another column.", about="label_column")
     if num_classes is not None and largest >= num_classes:
-        raise UserError(
-            f"the data has the label {largest}; labels go from 0 to num_classes - 1: "
-            f"use --num_classes {largest + 1} or more.",
-            about="num_classes",
-            value=num_classes,
+        rule = (
+            f"the data has the label {largest}; labels go from 0 to num_classes - 1: use --num_classes {largest + 1} "
         )
+        raise UserError(rule + "or more.", about="num_classes", value=num_classes)

@@ -54,20 +54,14 @@ def split_holdout(
     is_held = keys < np.uint64(limit)
     held = np.flatnonzero(is_held)
     if len(held) == len(keys):
-        raise UserError(
-            f"holds out all {source.num_images} images of {source.name} (by a hash of their "
-            "content): use a smaller share, or more images.",
-            about="holdout",
-            value=f"{share:g}",
-        )
+        rule = f"holds out all {source.num_images} images of {source.name} (by a hash of their content): use a smaller "
+        raise UserError(rule + "share, or more images.", about="holdout", value=f"{share:g}")
     if not len(held):
-        log.warning(
-            "--holdout %g: holds out none of the %d images of %s (by a hash of their content), so there is no "
-            "val/loss: use a larger share, or more images",
-            share,
-            source.num_images,
-            source.name,
+        rule = (
+            "--holdout %g: holds out none of the %d images of %s (by a hash of their content), so there is no val/loss: "
+            "use a larger share, or more images"
         )
+        log.warning(rule, share, source.num_images, source.name)
         return source, None
     chosen = held[np.argsort(keys[held], kind="stable")][:max_images][rank::world_size]
     if source.streaming:
@@ -127,11 +121,11 @@ def _kept_keys(source: Source) -> list[np.ndarray]:
     def announce() -> None:
         if not stream.is_remote:
             return announce_keys(source.num_images)
-        log.warning(
+        rule = (
             "--holdout: reading all of %s once over the network, since the content of the images decides which are "
-            "held out: to avoid it, prepare the data (python -m jit_accel.prepare) or leave --holdout out",
-            source.name,
+            "held out: to avoid it, prepare the data (python -m jit_accel.prepare) or leave --holdout out"
         )
+        log.warning(rule, source.name)
 
     def look(shard: Shard) -> list[str]:
         announce()

@@ -22,18 +22,14 @@ LANES_EACH = 8  # of a process, where there are units enough
 
 @lru_cache(maxsize=2)  # a batch at the end of an epoch needs two
 def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """Return the order of the `n` images in `epoch`: int64 (n,), read-only.
-
-    Sorting hashes, unlike `Generator.permutation`, gives the same order with every version of NumPy.
-    """
+    """Return the order of the `n` images in `epoch`: int64 (n,), read-only."""
     return _sorted_by_hash(seed, f"order/{epoch}", np.arange(n))
 
 
 def batch_positions(base: int, rank: int, batch_size: int) -> np.ndarray:
     """Return the positions of rank `rank`'s next batch, int64 (batch_size,), when all ranks stand at `base`.
 
-    A micro-batch of W ranks covers W * batch_size neighbouring positions, so that an optimizer step of
-    (1 process, 4 accumulated), (2, 2) and (4, 1) sees the same images.
+    Those of all ranks are neighbours: steps of (1 process, 4 accumulated), (2, 2) and (4, 1) see the same images.
     """
     return base + rank * batch_size + np.arange(batch_size, dtype=np.int64)
 
@@ -153,6 +149,7 @@ def default_lanes(num_units: int, world_size: int, batch_size: int) -> int:
 
 
 def _sorted_by_hash(seed: int, purpose: str, numbers: np.ndarray) -> np.ndarray:
+    # Unlike `Generator.permutation` the same with every version of NumPy
     order = numbers[np.argsort(rng.hash64(seed, purpose, numbers), kind="stable")]
     order.setflags(write=False)
     return order

@@ -198,17 +198,12 @@ class WaitTime:
         if self.device.type != "cpu":  # and `loader` is a ReadyBatches
             if loader.wait(0):
                 return None
-            work = self._work()
+            work = torch.get_device_module(self.device).Event()  # behind all that the device has to do so far
+            work.record()
             while not work.query():  # the host runs ahead of the device: until that is idle, nothing is lost
                 if loader.wait(_POLL_S):
                     return None
         return time.perf_counter()
-
-    def _work(self):
-        """Return an event behind all the work that the device has so far."""
-        event = torch.get_device_module(self.device).Event()
-        event.record()
-        return event
 
     def end_interval(self, steps: int, waited_s: float) -> float:
         """Return the share, 0..1, that an interval lost in which the slowest process waited `waited_s`."""
@@ -238,10 +233,10 @@ def waiting_advice(
         return f"{more} reads more files at once, and a copy of the data on a local disk needs no network."
     if num_workers < spare:
         return f"--num_workers {spare} (now {num_workers}) uses all cores."
-    if is_encoded and is_prepared:
-        remedy = "prepare the data with --format uint8, which needs no decoding, or train at a smaller --img_size."
-        return f"all cores decode already: {remedy}"
     if is_encoded:
         command = f"python -m jit_accel.prepare --data_path {shlex.quote(data_path)} --format uint8 --output_dir FOLDER"
-        return f"all cores decode already: decode once and for all with `{command}`."
+        remedy = f"decode once and for all with `{command}`."
+        if is_prepared:
+            remedy = "prepare the data with --format uint8, which needs no decoding, or train at a smaller --img_size."
+        return f"all cores decode already: {remedy}"
     return "the images need no decoding, so it is the disk that is slow: move them to a faster one, or more memory."

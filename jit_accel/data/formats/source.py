@@ -106,8 +106,9 @@ def check_embedded(source: Source) -> Source:
     if isinstance(data, (bytes, memoryview)) or (data is None and not path):  # one bad image is not a bad table
         return source
     if not isinstance(data, str):
-        rule = f"it holds values like {str(data)[:40]} in {source.name}, which are no encoded images (the bytes of a JPEG, "
-        raise UserError(rule + "PNG, ... file): choose another column.", about="image_column", value=columns.image)
+        rule = f"it holds values like {str(data)[:40]} in {source.name}, which are no encoded images (the bytes of a "
+        rule += "JPEG, PNG, ... file): choose another column."
+        raise UserError(rule, about="image_column", value=columns.image)
     if not os.path.isfile(data):
         rule = (
             f"the column {columns.image!r} holds only paths of images ({data[:80]!r}), not the images, and there is no "
