@@ -95,7 +95,5 @@ def check_labels(labels: np.ndarray, num_classes: int | None) -> None:
         rule = "an image of the stream has no label, or a negative one; labels are 0, 1, 2, ...: remove such images or "
         raise UserError(rule + "choose another column.", about="label_column")
     if num_classes is not None and largest >= num_classes:
-        rule = (
-            f"the data has the label {largest}; labels go from 0 to num_classes - 1: use --num_classes {largest + 1} "
-        )
-        raise UserError(rule + "or more.", about="num_classes", value=num_classes)
+        rule = f"the data has the label {largest}; labels go from 0 to num_classes - 1: use --num_classes "
+        raise UserError(rule + f"{largest + 1} or more.", about="num_classes", value=num_classes)

@@ -57,11 +57,8 @@ def split_holdout(
         rule = f"holds out all {source.num_images} images of {source.name} (by a hash of their content): use a smaller "
         raise UserError(rule + "share, or more images.", about="holdout", value=f"{share:g}")
     if not len(held):
-        rule = (
-            "--holdout %g: holds out none of the %d images of %s (by a hash of their content), so there is no val/loss: "
-            "use a larger share, or more images"
-        )
-        log.warning(rule, share, source.num_images, source.name)
+        rule = "--holdout %g: holds out none of the %d images of %s (by a hash of their content), so there is no "
+        log.warning(rule + "val/loss: use a larger share, or more images", share, source.num_images, source.name)
         return source, None
     chosen = held[np.argsort(keys[held], kind="stable")][:max_images][rank::world_size]
     if source.streaming:

@@ -28,9 +28,8 @@ def labels_from_metadata(
 
     A metadata file speaks for its own folder and those below: its column `file_name` holds paths relative to it. The
     labels come from `label_column`, or from the first column named label, class, ...: whole numbers as they are, text
-    by its place among the sorted texts. Without such a column the images are unlabelled, whatever folders they are
-    in. Listed files that are no images here are skipped, images that are not listed are left out; both are counted
-    and reported.
+    by its place among the sorted texts. Without such a column the images are unlabelled, whatever folders they are in.
+    Listed files that are no images here are skipped, images that are not listed left out; both are counted and said.
 
     Returns relative paths, sorted; labels, int64 (N,), and the names of the classes, or None and () for unlabelled
     images. UserError if a file cannot be read, lacks columns, gives one image two labels, or fits no image at all.
@@ -45,14 +44,13 @@ def labels_from_metadata(
     found = [table.column(columns.label) for table in tables]
     if len({of_file.type for of_file in found}) > 1:  # numbers in one file and text in another are text
         found = [of_file.cast(pa.string()) for of_file in found]
-    values = pa.chunked_array([chunk for of_file in found for chunk in of_file.chunks], found[0].type)
-    feature = features_of(pa.schema([(columns.label, values.type)]))[columns.label]
     is_there = places.is_valid()
-    different = pc.unique(values.filter(is_there)).to_pylist()
-    columns, names = read_labels(feature, different, columns, scan.metadata[0])
+    values = pa.chunked_array([chunk for of_file in found for chunk in of_file.chunks], found[0].type).filter(is_there)
+    feature = features_of(pa.schema([(columns.label, values.type)]))[columns.label]
+    columns, names = read_labels(feature, pc.unique(values).to_pylist(), columns, scan.metadata[0])
     if columns.label_ids is not None:
         values = pc.index_in(values, value_set=pa.array(names, values.type))
-    ids = values.filter(is_there).cast(pa.int64()).to_numpy()
+    ids = values.cast(pa.int64()).to_numpy()
     kept, ids = _once(places.filter(is_there).to_numpy(), ids, scan, columns.label)
     return scan.images.take(kept), ids, names
 

@@ -16,14 +16,27 @@ from jit_accel.data.formats.columns import Columns
 # Up to this ratio of the sides the crop is exactly ADM's; beyond it (strips, scans of receipts) the picture
 # is cropped first, because ADM's order would blow a 1 x 5000 line up to a 64 x 320,000 image.
 MAX_EXACT_ASPECT = 16
-
 # Pillow reads more, but EPS by starting an interpreter, and others are no pictures of one's own.
 Image.init()
-_KNOWN = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000"]
-_KNOWN += ["ICO", "PCX", "QOI", "SGI", "TGA"]
+_KNOWN = [
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "AVIF",
+    "GIF",
+    "TIFF",
+    "BMP",
+    "DIB",
+    "PPM",
+    "JPEG2000",
+    "ICO",
+    "PCX",
+    "QOI",
+    "SGI",
+    "TGA",
+]
 _FORMATS = tuple(name for name in _KNOWN if name in Image.OPEN)  # not all in each version
 _HEIF_BRANDS = frozenset([b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"])
-
 # Pillow refuses PNGs with more than 1 MiB in one chunk of text or colour profile, and profiles of scanners are larger.
 PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20
 
@@ -43,14 +56,11 @@ def decode_image(data: bytes | str | os.PathLike | None, size: int, fast: bool =
     """Decode an image file (its bytes, or its path) to uint8 (3, size, size), RGB, by ADM's centre crop.
 
     With `fast` the crop is `fast_crop`, and JPEGs are decoded at half, a quarter or an eighth of their size where that
-    is enough.
+    is enough. The EXIF orientation is applied; of an animation the first frame is taken; transparency is composited on
+    white; 16-bit grey is scaled to 8 bits; CMYK, palette and the like are converted as Pillow does. Up to 179 million
+    pixels (twice Pillow's limit, which cameras of 100 megapixels pass) are decoded.
 
-    The EXIF orientation is applied; of an animation the first frame is taken; transparency is composited on
-    white; 16-bit grey is scaled to 8 bits; CMYK, palette and the like are converted as Pillow does. Up to 179
-    million pixels (twice Pillow's limit, which cameras of 100 megapixels pass) are decoded.
-
-    Raises:
-        BadImage: empty, unreadable, truncated, not an image or no file, a decompression bomb, floating-point pixels.
+    BadImage if empty, unreadable, truncated, no image, no file, a decompression bomb, or of floating-point pixels.
     """
     if data is None or (isinstance(data, bytes) and not data):
         raise BadImage("empty")
@@ -161,9 +171,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop: halve with a box filter while the shorter side is at least twice `size`, scale it to
-    `size` bicubically, cut out the centre. Exact up to an aspect ratio of 16; an image that is already
-    `size` x `size` comes back unchanged.
+    """ADM's crop: halve with a box filter while the shorter side is at least twice `size`, scale it to `size`
+    bicubically, cut out the centre. Exact up to an aspect ratio of 16; one of `size` x `size` comes back unchanged.
     """
     if image.size == (size, size):
         return image
