@@ -14,19 +14,13 @@ MAX_SUBSTITUTES = 100  # images drawn to stand in for one that is bad
 
 @dataclass
 class PixelBatch:
-    """One micro-batch of one process as a loader reads it.
+    """One micro-batch of one process as a loader reads it."""
 
-    images: uint8 (B, 3, H, W), 0..255. labels: int64 (B,). positions: int64 (B,): the images' numbers in the run, on
-    which every random choice made for them depends. bad_images: "name: reason" of each image that could not be decoded
-    while this batch was made; one that comes again in a later epoch is named again. mirror: bool (B,), which images
-    `ready` turns left to right, or None.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    positions: np.ndarray
-    bad_images: list[str] = field(default_factory=list)
-    mirror: np.ndarray | None = None
+    images: torch.Tensor  # uint8 (B, 3, H, W), 0..255
+    labels: torch.Tensor  # int64 (B,)
+    positions: np.ndarray  # int64 (B,): the images' numbers in the run, on which every random choice for them depends
+    bad_images: list[str] = field(default_factory=list)  # "name: reason" of each that could not be decoded
+    mirror: np.ndarray | None = None  # bool (B,): which images `ready` turns left to right
 
     def pin_memory(self) -> "PixelBatch":
         """Return the same batch in page-locked memory."""

@@ -29,15 +29,11 @@ Decoded = tuple[int, np.ndarray, int]  # index, uint8 (3, H, W), label
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One process's share of the held-out images.
+    """One process's share of the held-out images."""
 
-    images: uint8 (k, 3, H, W). labels: int64 (k,). keys: int64 (k,), 0 or more, one an image, from which its noise and
-    time follow.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    keys: np.ndarray
+    images: torch.Tensor  # uint8 (k, 3, H, W)
+    labels: torch.Tensor  # int64 (k,)
+    keys: np.ndarray  # int64 (k,), 0 or more: one an image, from which its noise and time follow
 
 
 def split_holdout(

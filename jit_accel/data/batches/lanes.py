@@ -100,15 +100,12 @@ class LaneReader:
 
 @dataclass
 class BatchPart:
-    """The images of a batch that one reader decodes, at `places`, int64 (k,), sorted.
+    """The images of a batch that one reader decodes."""
 
-    images: uint8 (k, 3, H, W). labels: int64 (k,). bad_images: {place: "name: reason"}, replaced by other images.
-    """
-
-    places: np.ndarray
-    images: torch.Tensor
-    labels: np.ndarray
-    bad_images: dict[int, str]
+    places: np.ndarray  # int64 (k,), sorted
+    images: torch.Tensor  # uint8 (k, 3, H, W)
+    labels: np.ndarray  # int64 (k,)
+    bad_images: dict[int, str]  # {place: "name: reason"}, replaced by other images
 
 
 class BatchPartReader(torch.utils.data.IterableDataset):

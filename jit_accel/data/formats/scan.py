@@ -32,21 +32,15 @@ _PATHS_PER_CHUNK = 2**18  # far below the 2 GiB that the offsets of an Arrow str
 
 @dataclass
 class FolderScan:
-    """The content of a folder; all paths are relative to it, with /.
+    """The content of a folder; all paths are relative to it, with /."""
 
-    images: strings, sorted. metadata: the metadata files. other_endings: how many files of which other kinds.
-    unreadable: "path (reason)" of what cannot be read. doubtful: those of them that may become readable without any
-    folder changing. directories: every folder and when it last changed before it was read. is_settled: false where a
-    folder was changed so recently that another change might leave its mtime as it is.
-    """
-
-    images: pa.ChunkedArray = field(default_factory=lambda: pa.chunked_array([], pa.string()))
-    metadata: list[str] = field(default_factory=list)
-    other_endings: Counter = field(default_factory=Counter)
-    unreadable: list[str] = field(default_factory=list)
-    doubtful: list[str] = field(default_factory=list)
-    directories: dict[str, int] = field(default_factory=dict)
-    is_settled: bool = True
+    images: pa.ChunkedArray = field(default_factory=lambda: pa.chunked_array([], pa.string()))  # sorted
+    metadata: list[str] = field(default_factory=list)  # files
+    other_endings: Counter = field(default_factory=Counter)  # how many files of which other kinds
+    unreadable: list[str] = field(default_factory=list)  # "path (reason)"
+    doubtful: list[str] = field(default_factory=list)  # what may become readable without any folder changing
+    directories: dict[str, int] = field(default_factory=dict)  # every folder and when it last changed
+    is_settled: bool = True  # no folder was changed so recently that another change might leave its mtime as it is
 
 
 def scan_folder(root: str) -> FolderScan:

@@ -70,10 +70,9 @@ def cached_shard(key: str, name: str, num_bytes: int, fetch: Callable[[BinaryIO]
                     fetch(file)
             os.utime(path)
     except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written to ({error.strerror or error}): copies of remote files are kept there; free "
-            "some space, or name another folder by the environment variable JIT_ACCEL_CACHE."
-        ) from error
+        rule = f"{folder} cannot be written to ({error.strerror or error}): copies of remote files are kept there; "
+        rule += "free some space, or name another folder by the environment variable JIT_ACCEL_CACHE."
+        raise UserError(rule) from error
     return path
 
 
@@ -83,23 +82,16 @@ def _make_room(folder: Path, num_bytes: int) -> None:
     for path in folder.glob("*-*"):
         info = path.stat()
         held.append((info.st_mtime, getattr(info, "st_blocks", info.st_size // 512) * 512, path))
-    total = sum(size for _, size, _ in held)
-    limit = _limit_bytes(folder, total)
+    total, named = sum(size for _, size, _ in held), os.environ.get("JIT_ACCEL_SHARD_CACHE_GIB")
+    try:
+        limit = float(named) * 2**30 if named else (shutil.disk_usage(folder).free + total) / 2
+    except ValueError:
+        raise UserError(f"JIT_ACCEL_SHARD_CACHE_GIB={named}: it is a number of GiB, as 200.") from None
     for used_s, size, path in sorted(held):
         if total + num_bytes <= limit or used_s > time.time() - _IN_USE_S:
             return
         path.unlink(missing_ok=True)
         total -= size
-
-
-def _limit_bytes(folder: Path, held: int) -> float:
-    named = os.environ.get("JIT_ACCEL_SHARD_CACHE_GIB")
-    if not named:
-        return (shutil.disk_usage(folder).free + held) / 2
-    try:
-        return float(named) * 2**30
-    except ValueError:
-        raise UserError(f"JIT_ACCEL_SHARD_CACHE_GIB={named}: it is a number of GiB, as 200.") from None
 
 
 def _digest(*parts: str) -> str:

@@ -122,20 +122,16 @@ class SomeImages:
 class Stream:
     """The undecoded rows of a data set, unit by unit.
 
-    shards: its files. read: the rows of a unit, by the path of a file, the unit's number there and the first row that
-    is wanted. sizes: int64 (U,), the images of each unit, in the order of the files, without those that are held out.
-    files: int64 (U,), ascending, the file of each unit (row group), or None where the file is the unit. spans: int64
-    (U, k, 2), the bytes [start, end) of its file that a unit needs, or None where files are fetched whole.
-    min_key: images with smaller content keys are held out of `training_rows`.
+    read: the rows of a unit, by the path of a file, the unit's number there and the first row that is wanted.
     """
 
     shards: tuple[Shard, ...]
     read: Callable[[str, int, int], Iterator[dict]]
     columns: Columns
-    sizes: np.ndarray
-    files: np.ndarray | None = None
-    spans: np.ndarray | None = None
-    min_key: int = 0
+    sizes: np.ndarray  # int64 (U,): the images of each unit, in the order of the files, without those held out
+    files: np.ndarray | None = None  # int64 (U,), ascending: the file of each row group; None: the file is the unit
+    spans: np.ndarray | None = None  # int64 (U, k, 2): the bytes [start, end) that a unit needs; None: the whole file
+    min_key: int = 0  # images with smaller content keys are held out of `training_rows`
 
     @property
     def num_units(self) -> int:
@@ -148,7 +144,7 @@ class Stream:
     @property
     def is_remote(self) -> bool:
         """Return whether units are fetched before they are read."""
-        return any(shard.is_remote for shard in self.shards[:1])
+        return self.shards[0].is_remote
 
     def rows(self, unit: int, start: int = 0) -> Iterator[dict]:
         """Yield the rows of a unit from number `start` on; UserError if its file is damaged, or cannot be fetched."""
@@ -215,10 +211,7 @@ class ParquetReader:
     _open: dict[str, IterableDataset] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, path: str, group: int, start: int = 0) -> Iterator[dict]:
-        """Yield the rows of a row group from number `start` on; bare pixels as memory that belongs to Arrow.
-
-        UserError if the file is damaged, or was replaced.
-        """
+        """Yield the rows of a row group from number `start` on, pixels as memory of Arrow; UserError if it is damaged."""
         try:
             for table in self._tables(path, group):
                 yield from self._rows(table.slice(start))

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -29,7 +30,6 @@ OPENING_PATIENCE_S = 30.0  # at its start, when more likely something is spelled
 QUIET_S = 60.0  # a connection that breaks and comes back at once is not worth a line each time
 MOST_FILES = 100_000
 
-_AT_ONCE = 16  # requests
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://.")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -75,7 +75,20 @@ def without_secrets(url: str) -> str:
 
 def find_urls(path: str) -> list[str]:
     """Return the files that an address with braces and asterisks means; UserError if a pattern matches none."""
-    return [url for pattern in expand_braces(path) for url in _matches(pattern)]
+    urls = []
+    for pattern in expand_braces(path):
+        if "*" not in pattern:
+            urls.append(pattern)
+            continue
+        if is_web(pattern):
+            rule = "web servers do not list their files: name them by braces, as in shard-{000..009}.tar."
+            raise data_error(pattern, rule)
+        files, inside = file_system(pattern)
+        found = patiently(partial(files.glob, inside), pattern, OPENING_PATIENCE_S)
+        if not found:
+            raise data_error(pattern, "the pattern matches no file: correct the path.")
+        urls += map(files.unstrip_protocol, sorted(found))
+    return urls
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -99,19 +112,6 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
     elif "," in inside:
         return inside.split(",")
     raise data_error(pattern, f"{{{inside}}} is no range and no list of names: write {{000..009}} or {{a,b}}.")
-
-
-def _matches(pattern: str) -> list[str]:
-    if "*" not in pattern:
-        return [pattern]
-    if is_web(pattern):
-        rule = "web servers do not list their files: name them by braces, as in shard-{000..009}.tar."
-        raise data_error(pattern, rule)
-    files, inside = file_system(pattern)
-    found = patiently(lambda: sorted(files.glob(inside)), pattern, OPENING_PATIENCE_S)
-    if not found:
-        raise data_error(pattern, "the pattern matches no file: correct the path.")
-    return [files.unstrip_protocol(file) for file in found]
 
 
 def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -151,7 +151,7 @@ def open_response(
 
 def at_once(ask: Callable[[Any], T], items: Iterable) -> list[T]:
     """Return `ask` of each, asked sixteen at a time; the first error ends it."""
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
+    with ThreadPoolExecutor(16) as threads:
         return list(threads.map(ask, items))
 
 

@@ -60,16 +60,12 @@ class LocalShard:
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """A file on a server, as described at the start.
-
-    size: bytes, or None where the server does not say. tag: changes with the content, or "". has_ranges: parts of the
-    file can be asked for.
-    """
+    """A file on a server, as described at the start."""
 
     url: str
-    size: int | None
-    tag: str
-    has_ranges: bool
+    size: int | None  # bytes, where the server says so
+    tag: str  # which changes with the content, or ""
+    has_ranges: bool  # parts of the file can be asked for
     is_remote = True
 
     def __str__(self) -> str:
@@ -178,10 +174,7 @@ def describe(url: str) -> RemoteShard:
 
 
 def find_shards(path: str, ending: str) -> list[Shard]:
-    """Return the files behind URLs, a file name, a glob or a folder, sorted; of a folder without those of other splits.
-
-    UserError if nothing is there, or a server does not answer.
-    """
+    """Return the files behind URLs, a file name, a glob or a folder, sorted; UserError if there are none."""
     if is_url(path):
         return at_once(describe, servers.find_urls(path))
     if os.path.isfile(path):
@@ -212,10 +205,7 @@ def missing_path(path: str, remedy: str = "correct the path.") -> UserError:
 
 
 def remembered(kind: str, shards: Sequence[Shard], look: Callable[[Shard], Any]) -> list[Any]:
-    """Return `look` of each file, a JSON value, from the cache where its size and mtime, or tag, are as they were.
-
-    `kind` names what is looked for, and is part of the key.
-    """
+    """Return `look` of each file, a JSON value of this `kind`, kept while size and mtime, or tag, stay as they are."""
     identities = at_once(lambda shard: shard.identity(), shards)
     caches = {folder: findings_file("files", kind, folder) for folder, *_ in identities}
     found = {folder: read_findings(file) for folder, file in caches.items()}
