@@ -44,8 +44,8 @@ class OpenLane:
 class LaneReader:
     """The windows of a stream's lanes, each read once as long as the positions that are asked for only grow.
 
-    A lane that was not used for as many batches as there are lanes is closed: each pattern of lanes has come again by
-    then, so that it is another reader's, of which a few images at the end of an epoch were this one's.
+    A lane that was not used for as many batches as there are lanes is closed: by then each pattern of lanes has come
+    again, so that it is another reader's.
     """
 
     def __init__(self, source: Source, order: StreamOrder):
@@ -111,7 +111,7 @@ class BatchPart:
 class BatchPartReader(torch.utils.data.IterableDataset):
     """The endless `BatchPart`s of reader `number` of `count`, which read the images of `batches` together.
 
-    An item may be a UserError, which is not raised: torch would bury its message under a worker's traceback.
+    A UserError is an item and not raised: torch would bury its message under a worker's traceback.
     """
 
     def __init__(self, source: Source, order: StreamOrder, img_size: int, batches: Batches, number: int, count: int):

@@ -24,31 +24,20 @@ STREAM_VERSION = 3  # of the order, and of the state that goes with it
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingTask:
-    """One process's share of the endless batches of a data set.
-
-    Args:
-        source: of `open_images`.
-        img_size: side in pixels to which images are cropped.
-        batch_size: images a batch, of this process, which is `rank` of `world_size`.
-        num_workers: processes that decode; 0 decodes in this one.
-        shuffle_buffer: images of a lane of a stream that are shuffled together; fewer where they are large.
-        lanes: of a stream; None for about eight a process.
-        num_classes: labels from here on are refused with a `UserError` when they are met.
-        pin_memory: merge what workers decode of a stream in page-locked memory.
-    """
+    """One process's share of the endless batches of a data set."""
 
     source: Source
-    img_size: int
-    batch_size: int
+    img_size: int  # side in pixels to which images are cropped
+    batch_size: int  # images a batch, of this process, which is `rank` of `world_size`
     seed: int
     rank: int = 0
     world_size: int = 1
-    num_workers: int = 0
+    num_workers: int = 0  # processes that decode; 0 decodes in this one
     horizontal_flip: bool = True
-    shuffle_buffer: int = 1024
-    lanes: int | None = None
-    num_classes: int | None = None
-    pin_memory: bool = False
+    shuffle_buffer: int = 1024  # images of a lane of a stream that are shuffled together; fewer where they are large
+    lanes: int | None = None  # of a stream; None for about eight a process
+    num_classes: int | None = None  # labels from here on are refused with a `UserError` when they are met
+    pin_memory: bool = False  # merge what workers decode of a stream in page-locked memory
 
     @property
     def step_images(self) -> int:
@@ -62,7 +51,7 @@ class ReadingTask:
 
 
 def build_loader(source: Source, **how) -> "Loader":
-    """Return an endless iterator of `PixelBatch`es; `how` are the arguments of `ReadingTask`.
+    """Return an endless iterator of `PixelBatch`es; `how` are the fields of `ReadingTask`.
 
     Each image comes exactly once an epoch, in an order that follows from the seed and the data (of a stream also from
     `lanes` and `shuffle_buffer`), and not from the numbers of processes and workers. UserError if the images were

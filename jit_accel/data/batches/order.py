@@ -116,19 +116,15 @@ class StreamOrder:
         return units[places], numbers - starts[places]
 
     def positions_of(self, base: int, rank: int, world_size: int, batch_size: int) -> np.ndarray:
-        """Return the positions, sorted, of rank `rank`'s next batch, int64 (batch_size,), when all stand at `base`.
-
-        All ranks together get the next world_size * batch_size, as with random access.
-        """
+        """Return the positions of rank `rank`'s next batch, as `batch_positions`, but by lanes; sorted."""
         positions = base + np.arange(world_size * batch_size, dtype=np.int64)
         return positions[np.sort(shares(self.places(positions).lane, world_size)[rank])]
 
 
 def shares(lanes: np.ndarray, count: int) -> list[np.ndarray]:
-    """Divide images among `count` readers evenly, so that each reads as few lanes as can be.
+    """Divide images of these `lanes`, int64 (k,), among readers evenly, so that each reads as few lanes as can be.
 
-    `lanes`, int64 (k,), are those of the images, which are sorted by position. Returns for each reader the indices of
-    its images, lane by lane, those of one lane in their order.
+    Returns for each reader the indices of its images, lane by lane, those of one lane in their order.
     """
     by_lane = np.argsort(lanes, kind="stable")
     edges = [len(lanes) * n // count for n in range(count + 1)]

@@ -6,7 +6,6 @@ import shlex
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,16 +39,6 @@ def batches(
     return ReadyBatches(build_loader(source, img_size=img_size, batch_size=batch_size, seed=seed, **how), device)
 
 
-@dataclass(frozen=True)
-class _Waiting:
-    """A batch on the device once `copied` (a CUDA event) is over, and the loader's state and epoch after it."""
-
-    batch: Batch
-    copied: Any
-    state: dict
-    epoch: int
-
-
 class ReadyBatches:
     """An endless iterator of `Batch`es on `device`, made of the `PixelBatch`es of `loader`.
 
@@ -63,7 +52,7 @@ class ReadyBatches:
         self._depth = (0 if self._device.type == "cpu" else 2) if depth is None else depth
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._changed = threading.Condition()
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[tuple[Batch, Any, tuple[dict, int]]] = deque()  # see `_take`
         self._place: tuple[dict, int] | None = None  # state and epoch after the batch handed out last
         self._error: BaseException | None = None  # the end of the thread
         self._thread: threading.Thread | None = None
@@ -104,8 +93,13 @@ class ReadyBatches:
                     raise self._error
                 item = self._waiting.popleft()
                 self._changed.notify_all()
-        self._place = item.state, item.epoch
-        return self._handed_over(item)
+        batch, copied, self._place = item
+        if copied is not None:  # what the caller does next on the device waits for the copy, and not the caller
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(copied)
+            for tensor in (batch.images, batch.labels):
+                tensor.record_stream(stream)  # its memory must not be given to another copy before that is over
+        return batch
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until `next` would return at once, at most `timeout_s`; return whether it would."""
@@ -149,7 +143,8 @@ class ReadyBatches:
             self._changed.wait_for(lambda: self._is_closed or len(self._waiting) < self._depth)
             return not self._is_closed
 
-    def _take(self) -> _Waiting:
+    def _take(self) -> tuple[Batch, Any, tuple[dict, int]]:
+        """Make a batch, on the device once an event of CUDA is over; the loader's state and epoch after it."""
         # The stream also makes the device current, which in a new thread is the first one and not that of this process.
         with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             pixels = next(self._loader)
@@ -157,16 +152,7 @@ class ReadyBatches:
                 pixels = pixels.pin_memory()
             batch = ready(pixels, self._device)
             copied = self._stream.record_event() if self._stream is not None else None
-        return _Waiting(batch, copied, self._loader.state_dict(), self._loader.epoch)
-
-    def _handed_over(self, item: _Waiting) -> Batch:
-        """Make what the caller does next on the device wait for the copy, and not the caller."""
-        if item.copied is not None:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(item.copied)
-            for tensor in (item.batch.images, item.batch.labels):
-                tensor.record_stream(stream)  # its memory must not be given to another copy before that is over
-        return item.batch
+        return batch, copied, (self._loader.state_dict(), self._loader.epoch)
 
 
 class WaitTime:

@@ -19,9 +19,7 @@ MAX_EXACT_ASPECT = 16
 # Pillow reads more, but EPS by starting an interpreter, and others are no pictures of one's own.
 Image.init()
 _KNOWN = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000"]
-_FORMATS = [
-    name for name in (*_KNOWN, "ICO", "PCX", "QOI", "SGI", "TGA") if name in Image.OPEN
-]  # not all in each
+_FORMATS = [name for name in (*_KNOWN, "ICO", "PCX", "QOI", "SGI", "TGA") if name in Image.OPEN]  # not all in each
 _HEIF_BRANDS = frozenset([b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"])
 # Pillow refuses PNGs with more than 1 MiB in one chunk of text or colour profile, and profiles of scanners are larger.
 PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20

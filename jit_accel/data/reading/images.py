@@ -211,7 +211,7 @@ class ParquetReader:
     _open: dict[str, IterableDataset] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, path: str, group: int, start: int = 0) -> Iterator[dict]:
-        """Yield the rows of a row group from number `start` on, pixels as memory of Arrow; UserError if it is damaged."""
+        """Yield the rows of a row group from number `start` on, pixels as memory of Arrow; UserError if damaged."""
         try:
             for table in self._tables(path, group):
                 yield from self._rows(table.slice(start))
