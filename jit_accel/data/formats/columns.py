@@ -70,8 +70,7 @@ def find_columns(
 ) -> Columns:
     """Choose the image column and the label column, if any, by the user's names, else by type, else by name.
 
-    A column that is named like labels and cannot be any is warned of, where there is no other. UserError if a named
-    column does not exist, or no image column can be recognised.
+    UserError if a named column does not exist, or no image column can be recognised.
     """
     names = ", ".join(features)
     for about, wanted in (("image_column", image_column), ("label_column", label_column)):
@@ -82,7 +81,7 @@ def find_columns(
     if image is None:
         rule = f"none of the columns ({names}) is recognisable as the image: name it with --image_column."
         raise data_error(where, rule)
-    label = label_column or guess_label(features, image)
+    label = label_column or _guess_label(features, image)
     is_image = not isinstance(features[image], pa.DataType)  # as which HF has no type
     is_label = label is None or (label != image and label_kind(features[label]) is not None)
     for about, column, is_fit, rule in (
@@ -108,8 +107,7 @@ def _guess_image(features: Mapping[str, Any]) -> str | None:
     return next(iter([n for n in by_name if n in typed] + typed + by_name), None)
 
 
-def guess_label(features: Mapping[str, Any], image: str) -> str | None:
-    """Return the column that its name or type shows to be the labels."""
+def _guess_label(features: Mapping[str, Any], image: str) -> str | None:
     named = [name for name in LABEL_NAMES if name in features and name != image and label_kind(features[name])]
     typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     return next(iter(named + typed), None)

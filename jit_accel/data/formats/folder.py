@@ -48,7 +48,8 @@ def open_folder(request: Request) -> Source:
         raise missing_path(root)
     request.refuse("image_column", reason="is a folder of images, which has no columns of images")
     request.refuse("streaming", reason="is a folder of images, which is read by random access (better shuffled)")
-    if not is_utf8(os.path.abspath(root)):
+    where = os.path.abspath(root)
+    if not is_utf8(where):
         raise data_error(f"{root!a}", "the name of the folder is not UTF-8: rename it.")
     scan = scan_folder(root)
     _report_unreadable(root, scan)
@@ -62,8 +63,15 @@ def open_folder(request: Request) -> Source:
     identity = hash_strings(images, ["folder", str(len(images))])
     if scan.metadata and ids is not None:  # which class folders show in the paths
         identity = hash_strings(pa.chunked_array([pa.array(ids).cast(pa.string())]), ["metadata", identity])
-    names = names or (os.path.basename(os.path.abspath(root)) or "image",)
-    dataset = _as_dataset(os.path.abspath(root), images, ids, names, identity)
+    names = names or (os.path.basename(where) or "image",)
+    # By columns: `Dataset.from_dict` would encode a million paths one by one
+    paths = pc.binary_join_element_wise(where.rstrip("/"), images, "/")
+    features = Features({"image": Image(decode=False)})
+    table = {"image": pc.make_struct(pa.scalar(None, pa.binary()), paths, field_names=["bytes", "path"])}
+    if ids is not None:
+        features["label"], table["label"] = ClassLabel(names=list(names)), pa.array(ids)
+    # HF would hash the whole table for a fingerprint
+    dataset = Dataset(pa.table(table).cast(features.arrow_schema), fingerprint=identity)
     columns = Columns("image", None if ids is None else "label")
     return source_of(root, "folder", TableImages(dataset, columns), names, identity)
 
@@ -97,20 +105,6 @@ def hash_strings(strings: pa.ChunkedArray, head: Iterable[str] = ()) -> str:
             digest.update(pc.binary_join(row, "\0")[0].as_buffer())
             digest.update(b"\0")
     return digest.hexdigest()[:16]
-
-
-def _as_dataset(
-    root: str, images: pa.ChunkedArray, ids: np.ndarray | None, names: tuple[str, ...], identity: str
-) -> Dataset:
-    """Build the Arrow table by columns: `Dataset.from_dict` would encode a million paths one by one."""
-    features = Features({"image": Image(decode=False)})
-    paths = pc.binary_join_element_wise(root.rstrip("/"), images, "/")
-    columns = {"image": pc.make_struct(pa.scalar(None, pa.binary()), paths, field_names=["bytes", "path"])}
-    if ids is not None:
-        features["label"] = ClassLabel(names=list(names))
-        columns["label"] = pa.array(ids)
-    # HF would hash the whole table for a fingerprint
-    return Dataset(pa.table(columns).cast(features.arrow_schema), fingerprint=identity)
 
 
 def _emptiness(scan: FolderScan) -> str:

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -54,13 +53,13 @@ def scan_folder(root: str) -> FolderScan:
             data = pa.BufferOutputStream()
             with pa.ipc.new_file(data, schema) as writer:
                 writer.write_table(pa.table([scan.images], schema=schema))
-            write_findings(_findings_of(root), data.getvalue().to_pybytes())
+            write_findings(findings_file("folder", os.path.realpath(root)), data.getvalue().to_pybytes())
     return scan
 
 
 def known_scan(root: str) -> FolderScan | None:
     """Return the kept scan of the folder `root`, if that is still true."""
-    data = read_findings(_findings_of(root))
+    data = read_findings(findings_file("folder", os.path.realpath(root)))
     if data is None:
         return None
     table = pa.ipc.open_file(data).read_all()
@@ -74,10 +73,6 @@ def known_scan(root: str) -> FolderScan | None:
     if is_better or changes != list(facts["directories"].values()):
         return None
     return FolderScan(table.column(0), **facts | {"other_endings": Counter(facts["other_endings"])})
-
-
-def _findings_of(root: str) -> Path:
-    return findings_file("folder", os.path.realpath(root))
 
 
 def _changed_ns(info: os.stat_result) -> int:

@@ -1,7 +1,6 @@
 """An opened data set, and the few things that its openers share."""
 
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -34,23 +33,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set of images, opened but not read.
-
-    `images` gives random access, or is a `Stream`. `class_names` is () and `max_label` None where labels are numbers
-    that only reading everything would show. `is_labelled` is False where all images are of one class because nothing
-    tells them apart. `fingerprint` tells data sets apart at little cost (names, sizes, counts); it does not change when
-    the data moves elsewhere. `img_size` is the side in pixels of images that are all squares of one size.
-    """
+    """A data set of images, opened but not read."""
 
     name: str
     format: str
-    images: Images | Stream
+    images: Images | Stream  # by random access, or in order
     num_images: int
-    class_names: tuple[str, ...]
-    fingerprint: str
-    max_label: int | None
-    is_labelled: bool = True
-    img_size: int | None = None
+    class_names: tuple[str, ...]  # () where labels are numbers that only reading everything would show
+    fingerprint: str  # of names, sizes and counts; stays when the data moves elsewhere
+    max_label: int | None  # None where `class_names` is ()
+    is_labelled: bool = True  # False where all are of one class because nothing tells them apart
+    img_size: int | None = None  # side in pixels of images that are all squares of one size
 
     @property
     def streaming(self) -> bool:
@@ -68,19 +61,14 @@ class Source:
 
 
 def source_of(
-    name: str,
-    format: str,
-    images: Images | Stream,
-    class_names: tuple[str, ...],
-    identity: str,
-    size: int | None = None,
+    name: str, format: str, images: Images | Stream, names: tuple[str, ...], identity: str, size: int | None = None
 ) -> Source:
     """Return the data set of these images, squares of side `size` if that is given; UserError if there are none."""
     count = int(images.sizes.sum()) if isinstance(images, Stream) else len(images)
     if not count:
         raise no_rows(name)
-    max_label = len(class_names) - 1 if class_names else None
-    return Source(name, format, images, count, class_names, identity, max_label, images.is_labelled, size)
+    max_label = len(names) - 1 if names else None
+    return Source(name, format, images, count, names, identity, max_label, images.is_labelled, size)
 
 
 def no_rows(name: str) -> UserError:
@@ -96,27 +84,6 @@ def table_images(dataset: Dataset, columns: Columns) -> TableImages:
     if isinstance(feature, Image) and feature.decode:
         dataset = dataset.cast_column(columns.image, Image(decode=False))
     return TableImages(dataset, columns)
-
-
-def check_embedded(source: Source) -> Source:
-    """Return a table; UserError if its first image is the path of a missing file, or nothing like an image."""
-    images, columns = source.images, source.images.columns
-    row = next(images.rows(int(images.sizes.argmax())), {}) if isinstance(images, Stream) else images.dataset[0]
-    data, path = columns.image_of(row.get(columns.image))
-    if isinstance(data, (bytes, memoryview)) or (data is None and not path):  # one bad image is not a bad table
-        return source
-    if not isinstance(data, str):
-        rule = f"it holds values like {str(data)[:40]} in {source.name}, which are no encoded images (the bytes of a "
-        rule += "JPEG, PNG, ... file): choose another column."
-        raise UserError(rule, about="image_column", value=columns.image)
-    if not os.path.isfile(data):
-        rule = (
-            f"the column {columns.image!r} holds only paths of images ({data[:80]!r}), not the images, and there is no "
-            "such file here: give the folder of the images as --data_path, or write the table again with the bytes "
-            "embedded ({'bytes': open(path, 'rb').read(), 'path': path} in each row)."
-        )
-        raise data_error(source.name, rule)
-    return source
 
 
 def fingerprint_of(parts: Iterable[str], shards: Iterable[Shard] = ()) -> str:

@@ -14,15 +14,8 @@ from jit_accel.data.formats.folder import is_known_image_folder, open_folder
 from jit_accel.data.formats.prepared import is_prepared, open_prepared
 from jit_accel.data.formats.scan import has_images
 from jit_accel.data.formats.source import Request, Source, fingerprint_of
-from jit_accel.data.formats.tables import (
-    has_saved_dataset,
-    open_builtin,
-    open_parquet,
-    open_saved,
-    open_table,
-    open_tables,
-)
-from jit_accel.data.formats.tars import open_tars, open_webdataset
+from jit_accel.data.formats.tables import has_saved_dataset, open_builtin, open_saved, open_table, open_tables
+from jit_accel.data.formats.tars import open_tars
 from jit_accel.data.reading.servers import at_once, ending_of, is_url
 from jit_accel.data.reading.shards import LocalShard, describe, missing_path
 
@@ -138,8 +131,8 @@ def _ask(path: str, ask: Callable):
 
 FORMATS = {
     "folder": open_folder,
-    "parquet": open_parquet,
-    "webdataset": open_webdataset,
+    "parquet": open_tables,
+    "webdataset": open_tars,
     "saved": open_saved,
     "prepared": open_prepared,
     "hub": open_hub,

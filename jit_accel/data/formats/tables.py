@@ -12,18 +12,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, Image, Value
 
-from jit_accel.base.errors import lookup
+from jit_accel.base.errors import UserError, lookup
 from jit_accel.data import data_error
 from jit_accel.data.formats.columns import Columns, features_of, find_columns, label_kind, read_labels
-from jit_accel.data.formats.source import (
-    Request,
-    Source,
-    check_embedded,
-    fingerprint_of,
-    no_rows,
-    source_of,
-    table_images,
-)
+from jit_accel.data.formats.source import Request, Source, fingerprint_of, no_rows, source_of, table_images
 from jit_accel.data.reading.images import ParquetReader, Stream
 from jit_accel.data.reading.servers import at_once
 from jit_accel.data.reading.shards import LocalShard, Shard, Span, at_hand, find_shards, missing_path, remembered
@@ -56,16 +48,15 @@ class TableFile(NamedTuple):
         return [*spans, (self.shard.size - self.footer.serialized_size - 8, self.shard.size)]
 
 
-def open_parquet(request: Request) -> Source:
-    """Open Parquet files (a file, a glob, a folder, URLs), as a stream unless `streaming` is False."""
-    return open_tables(request, "parquet", find_shards(request.path, ".parquet"))
+def open_tables(
+    request: Request, format: str = "parquet", shards: Sequence[Shard] = (), named: Features | None = None
+) -> Source:
+    """Open Parquet files (a file, a glob, a folder, URLs; or `shards`), as a stream unless `streaming` is False.
 
-
-def open_tables(request: Request, format: str, shards: Sequence[Shard], named: Features | None = None) -> Source:
-    """Open these Parquet files; `named`: their columns, where more is known of them than the files say.
-
-    UserError if they are not Parquet, have wrong columns or labels, or store images as paths only.
+    `named`: their columns, where more is known of them than the files say. UserError if they are not Parquet, have
+    wrong columns or labels, or store images as paths only.
     """
+    shards = shards or find_shards(request.path, ".parquet")
     files = at_once(open_file, shards)
     schema = files[0].schema
     for file in files:
@@ -91,7 +82,7 @@ def open_tables(request: Request, format: str, shards: Sequence[Shard], named: F
         images = table_images(_load([str(getattr(s, "url", s)) for s in shards], features, request.path), columns)
     else:
         images = parquet_stream(files, columns, features)
-    return check_embedded(source_of(request.path, format, images, names, identity))
+    return _check_embedded(source_of(request.path, format, images, names, identity))
 
 
 def open_builtin(request: Request) -> Source:
@@ -124,7 +115,28 @@ def open_table(request: Request, format: str, dataset: Dataset, identity: str) -
     columns = find_columns(dataset.features, request.image_column, request.label_column, request.path)
     values = () if columns.label is None else dataset.unique(columns.label)
     columns, names = read_labels(dataset.features.get(columns.label), values, columns, request.path)
-    return check_embedded(source_of(request.path, format, table_images(dataset, columns), names, identity))
+    return _check_embedded(source_of(request.path, format, table_images(dataset, columns), names, identity))
+
+
+def _check_embedded(source: Source) -> Source:
+    """Return a table; UserError if its first image is the path of a missing file, or nothing like an image."""
+    images, columns = source.images, source.images.columns
+    row = next(images.rows(int(images.sizes.argmax())), {}) if isinstance(images, Stream) else images.dataset[0]
+    data, path = columns.image_of(row.get(columns.image))
+    if isinstance(data, (bytes, memoryview)) or (data is None and not path):  # one bad image is not a bad table
+        return source
+    if not isinstance(data, str):
+        rule = f"it holds values like {str(data)[:40]} in {source.name}, which are no encoded images (the bytes of a "
+        rule += "JPEG, PNG, ... file): choose another column."
+        raise UserError(rule, about="image_column", value=columns.image)
+    if not os.path.isfile(data):
+        rule = (
+            f"the column {columns.image!r} holds only paths of images ({data[:80]!r}), not the images, and there is no "
+            "such file here: give the folder of the images as --data_path, or write the table again with the bytes "
+            "embedded ({'bytes': open(path, 'rb').read(), 'path': path} in each row)."
+        )
+        raise data_error(source.name, rule)
+    return source
 
 
 def has_saved_dataset(folder: str) -> bool:

@@ -33,16 +33,13 @@ _STEM_AND_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as HF datasets and
 _MOST_SAMPLES = 20  # that are looked at to find the endings
 
 
-def open_webdataset(request: Request) -> Source:
-    """Open .tar files (a file, a glob, a folder, URLs), as a stream unless `streaming` is False.
+def open_tars(request: Request, format: str = "webdataset", shards: Sequence[Shard] = ()) -> Source:
+    """Open .tar files (a file, a glob, a folder, URLs; or `shards`), as a stream unless `streaming` is False.
 
     `--label_column` is the ending of the labels (cls, by default), or their name in .json files (label or class).
+    UserError for no images in them, and labels that are not whole numbers from 0.
     """
-    return open_tars(request, "webdataset", find_shards(request.path, ".tar"))
-
-
-def open_tars(request: Request, format: str, shards: Sequence[Shard]) -> Source:
-    """Open these tar files; UserError for none, no images in them, labels that are not whole numbers from 0."""
+    shards = shards or find_shards(request.path, ".tar")
     sample = _first_sample(shards[0])
     columns = _find_columns(sample, request)
     if columns.image.rsplit(".", 1)[-1].lower() not in IMAGE_EXTENSIONS:
