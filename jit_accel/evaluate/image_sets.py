@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from jit_accel.base.errors import UserError, renamed_settings
-from jit_accel.data.batches.workers import cores_per_process
+from jit_accel.data.batches.loader import cores_per_process
 from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.data.reading.decode import BadImage, crop_pixels, decode_row
 

@@ -28,8 +28,8 @@ from jit_accel.config.checks import image_size
 from jit_accel.config.completion import Facts, Plan, complete, run_folder, started
 from jit_accel.config.settings import Config
 from jit_accel.data.batches.holdout import HeldOut
+from jit_accel.data.batches.loader import cores_per_process
 from jit_accel.data.batches.order import default_lanes
-from jit_accel.data.batches.workers import cores_per_process
 from jit_accel.data.formats.sources import Source
 from jit_accel.model import hub
 from jit_accel.model.checkpoints import complete_checkpoints, find_checkpoint, read_run

@@ -14,8 +14,8 @@ from jit_accel.base.processes import on_all
 from jit_accel.config.settings import STREAMING, DataConfig
 from jit_accel.data.batches.batch import Batch, PixelBatch, ready
 from jit_accel.data.batches.holdout import HeldOut, split_holdout
+from jit_accel.data.batches.loader import cores_per_process, worker_memory_gib
 from jit_accel.data.batches.ready_batches import WaitTime, batches, waiting_advice
-from jit_accel.data.batches.workers import cores_per_process, worker_memory_gib
 from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.monitor.metric_table import WAIT_FRACTION, WORKER_MEMORY
 from jit_accel.monitor.metrics import of_each_process

@@ -222,7 +222,7 @@ KILLED_PARENT = """
 import os, sys, time, torch.utils.data._utils.worker as worker
 worker.MP_STATUS_CHECK_INTERVAL = 0.3  # torch's watchdog looks for its parent every 5 s
 from jit_accel.data import build_loader, open_images
-from jit_accel.data.batches import workers
+from jit_accel.data.batches import loader as workers
 delay_s, start = float(sys.argv[2]), workers._init_worker
 workers._init_worker = lambda parent, number: (time.sleep(delay_s * number), start(parent, number))
 loader = build_loader(open_images(sys.argv[1]), img_size=4, batch_size=2, seed=0, num_workers=2)

@@ -50,9 +50,14 @@ def labels_from_metadata(
     columns, names = read_labels(feature, pc.unique(values).to_pylist(), columns, scan.metadata[0])
     if columns.label_ids is not None:
         values = pc.index_in(values, value_set=pa.array(names, values.type))
-    ids = values.cast(pa.int64()).to_numpy()
-    kept, ids = _once(places.filter(is_there).to_numpy(), ids, scan, columns.label)
-    return scan.images.take(kept), ids, names
+    places, ids = places.filter(is_there).to_numpy(), values.cast(pa.int64()).to_numpy()
+    kept, first, which = np.unique(places, return_index=True, return_inverse=True)
+    differing = np.unique(places[ids != ids[first][which]])
+    if len(differing):
+        rule = f"{scan.metadata[0]} lists {scan.images[int(differing[0])]} with two different labels"
+        rule += f" ({len(differing)} such images): remove one of the rows."
+        raise UserError(rule, about="label_column", value=columns.label)
+    return scan.images.take(kept), ids[first], names
 
 
 def _read(file: str, label_column: str | None) -> pa.Table:
@@ -121,26 +126,9 @@ def _find_columns(tables: list[pa.Table], names: list[str], wanted: str | None) 
 
 def _paths(table: pa.Table, metadata: str) -> pa.Array:
     """Return the listed paths relative to the root."""
-    listed = table.column(FILE_NAME).combine_chunks().cast(pa.string())
-    listed = pc.replace_substring_regex(pc.replace_substring(listed, "\\", "/"), r"^(\./+)+", "")
-    folder = posixpath.dirname(metadata)
-    paths = pc.binary_join_element_wise(folder, listed, "/") if folder else listed
-    detours = pc.fill_null(pc.match_substring_regex(paths, r"//|(^|/)\.\.?(/|$)"), False)
-    if not pc.any(detours).as_py():
-        return paths
-    direct = [posixpath.normpath(path) for path in paths.filter(detours).to_pylist()]
-    return pc.replace_with_mask(paths, detours, pa.array(direct, paths.type))
-
-
-def _once(places: np.ndarray, ids: np.ndarray, scan: FolderScan, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return each image once, in the order of the paths."""
-    kept, first, which = np.unique(places, return_index=True, return_inverse=True)
-    differing = np.unique(places[ids != ids[first][which]])
-    if len(differing):
-        rule = f"{scan.metadata[0]} lists {scan.images[int(differing[0])]} with two different labels"
-        rule += f" ({len(differing)} such images): remove one of the rows."
-        raise UserError(rule, about="label_column", value=column)
-    return kept, ids[first]
+    folder = posixpath.join(posixpath.dirname(metadata), "")
+    listed = (path and path.replace("\\", "/") for path in table.column(FILE_NAME).cast(pa.string()).to_pylist())
+    return pa.array([path and posixpath.normpath(folder + path) for path in listed], pa.string())
 
 
 def _report(root: str, scan: FolderScan, paths: pa.ChunkedArray, places: pa.ChunkedArray) -> None:

@@ -145,9 +145,8 @@ class PixelStore:
 def _map_array(path: Path) -> np.ndarray:
     """Map a .npy file of uint8, C order. NumPy's own way keeps a file open for each, of which 1,024 are allowed."""
     with open(path, "rb") as file:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read_header(file)
+        np.lib.format.read_magic(file)
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
         start = file.tell()
     assert (dtype, is_fortran) == (np.uint8, False), f"{path}: {dtype}, not uint8 in C order"
     mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
