@@ -1,11 +1,8 @@
 """The order of the images: pure functions of (seed, position), nothing to save but one integer.
 
 The run's images are numbered 0, 1, 2, ...; the number of an image is its *position*. Epoch k consists of the positions
-[k n, (k + 1) n). Batches roll over the end of an epoch: nothing is dropped or padded, and every image comes exactly
-once in an epoch.
-
-Random access: position p is image `epoch_permutation(seed, p // n, n)[p % n]` of the data set. Sources in units, which
-are read front to back: see `StreamOrder`.
+[k n, (k + 1) n), in which every image comes exactly once; batches roll over its end. Random access: position p is image
+`epoch_permutation(seed, p // n, n)[p % n]`. Sources in units, which are read front to back: see `StreamOrder`.
 """
 
 import itertools

@@ -124,7 +124,11 @@ class ReadyBatches:
     def _fill(self) -> None:
         """Run the thread: alone with the loader from here on, and the one to close it."""
         try:
-            while self._has_room():
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._is_closed or len(self._waiting) < self._depth)
+                    if self._is_closed:
+                        break
                 item = self._take()
                 with self._changed:
                     self._waiting.append(item)
@@ -136,12 +140,6 @@ class ReadyBatches:
                 self._changed.notify_all()
         finally:
             self._loader.close()
-
-    def _has_room(self) -> bool:
-        """Wait for room; return False when the time has come to leave."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or len(self._waiting) < self._depth)
-            return not self._is_closed
 
     def _take(self) -> tuple[Batch, Any, tuple[dict, int]]:
         """Make a batch, on the device once an event of CUDA is over; the loader's state and epoch after it."""

@@ -77,11 +77,16 @@ def find_columns(
         if wanted is not None and wanted not in features:
             rule = f"{where} has no such column; choose from {names}.{nearest(wanted, features)}"
             raise UserError(rule, about=about, value=wanted)
-    image = image_column or _guess_image(features)
+    typed = [name for name, feature in features.items() if isinstance(feature, Image)]
+    classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    by_name = [name for name in IMAGE_NAMES if name in features and name not in classes]
+    guesses = [*(name for name in by_name if name in typed), *typed, *by_name, None]
+    image = image_column or guesses[0]
     if image is None:
         rule = f"none of the columns ({names}) is recognisable as the image: name it with --image_column."
         raise data_error(where, rule)
-    label = label_column or _guess_label(features, image)
+    named = [name for name in LABEL_NAMES if name in features and name != image]
+    label = label_column or next((name for name in (*named, *classes) if label_kind(features[name])), None)
     is_image = not isinstance(features[image], pa.DataType)  # as which HF has no type
     is_label = label is None or (label != image and label_kind(features[label]) is not None)
     for about, column, is_fit, rule in (
@@ -91,26 +96,13 @@ def find_columns(
         if not is_fit:
             rule = f"its type is {features[column]}; {rule}: choose another of the columns {names}."
             raise UserError(rule, about=about, value=column)
-    named = next((name for name in LABEL_NAMES if name in features and name != image), None)
-    if label is None and named is not None:
+    if label is None and named:
         rule = (
             "--data_path %s: the column %r is %s, which is no class: the images train unlabelled. Write it as whole "
             "numbers or text, or name another column with --label_column"
         )
-        log.warning(rule, where, named, features[named])
+        log.warning(rule, where, named[0], features[named[0]])
     return Columns(image, label)
-
-
-def _guess_image(features: Mapping[str, Any]) -> str | None:
-    typed = [name for name, feature in features.items() if isinstance(feature, Image)]
-    by_name = [n for n in IMAGE_NAMES if n in features and not isinstance(features[n], ClassLabel)]
-    return next(iter([n for n in by_name if n in typed] + typed + by_name), None)
-
-
-def _guess_label(features: Mapping[str, Any], image: str) -> str | None:
-    named = [name for name in LABEL_NAMES if name in features and name != image and label_kind(features[name])]
-    typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    return next(iter(named + typed), None)
 
 
 def label_kind(feature: Any) -> str | None:

@@ -66,14 +66,9 @@ def source_of(
     """Return the data set of these images, squares of side `size` if that is given; UserError if there are none."""
     count = int(images.sizes.sum()) if isinstance(images, Stream) else len(images)
     if not count:
-        raise no_rows(name)
+        raise data_error(name, "the data set has no rows: choose one with images.")
     max_label = len(names) - 1 if names else None
     return Source(name, format, images, count, names, identity, max_label, images.is_labelled, size)
-
-
-def no_rows(name: str) -> UserError:
-    """Return the error for a data set without images."""
-    return data_error(name, "the data set has no rows: choose one with images.")
 
 
 def table_images(dataset: Dataset, columns: Columns) -> TableImages:

@@ -14,7 +14,7 @@ from jit_accel.data.formats.folder import is_known_image_folder, open_folder
 from jit_accel.data.formats.prepared import is_prepared, open_prepared
 from jit_accel.data.formats.scan import has_images
 from jit_accel.data.formats.source import Request, Source, fingerprint_of
-from jit_accel.data.formats.tables import has_saved_dataset, open_builtin, open_saved, open_table, open_tables
+from jit_accel.data.formats.tables import open_builtin, open_saved, open_table, open_tables
 from jit_accel.data.formats.tars import open_tars
 from jit_accel.data.reading.servers import at_once, ending_of, is_url
 from jit_accel.data.reading.shards import LocalShard, describe, missing_path
@@ -80,7 +80,7 @@ def detect_format(path: str) -> str:
 def _detect_in_folder(folder: str) -> str:
     if is_prepared(folder):
         return "prepared"
-    if has_saved_dataset(folder):
+    if any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json")):
         return "saved"
     if is_known_image_folder(folder):  # a pattern takes seconds where there are a million files
         return "folder"

@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from jit_accel.base.errors import UserError, lookup
 from jit_accel.data import data_error
 from jit_accel.data.formats.columns import Columns, features_of, find_columns, label_kind, read_labels
-from jit_accel.data.formats.source import Request, Source, fingerprint_of, no_rows, source_of, table_images
+from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
 from jit_accel.data.reading.images import ParquetReader, Stream
 from jit_accel.data.reading.servers import at_once
 from jit_accel.data.reading.shards import LocalShard, Shard, Span, at_hand, find_shards, missing_path, remembered
@@ -64,9 +64,6 @@ def open_tables(
             here, there = (", ".join(names) for names in (file.schema.names, schema.names))
             rule = f"its columns ({here}) differ from those of {shards[0]} ({there}): give a pattern that matches the "
             raise data_error(file.shard, rule + "files of one data set.")
-    rows = sum(file.footer.num_rows for file in files)
-    if not rows:
-        raise no_rows(request.path)
     features = features_of(schema) | {name: named[name] for name in named or () if name in schema.names}
     columns = find_columns(features, request.image_column, request.label_column, request.path)
     twice = next((name for name in columns.all if schema.names.count(name) > 1), None)
@@ -75,9 +72,10 @@ def open_tables(
         raise data_error(request.path, rule)
     feature = features.get(columns.label)
     columns, names = read_labels(feature, _values_of_labels(files, columns, feature), columns, request.path)
+    rows = sum(file.footer.num_rows for file in files)
     head, sized = (["hub", request.path], ()) if format == "hub" else (["parquet"], shards)
     identity = fingerprint_of([*head, str(rows)], sized)
-    if request.streaming is False:
+    if request.streaming is False and rows:  # HF refuses to load none
         features = Features({name: features[name] for name in columns.all})
         images = table_images(_load([str(getattr(s, "url", s)) for s in shards], features, request.path), columns)
     else:
@@ -86,8 +84,11 @@ def open_tables(
 
 
 def open_builtin(request: Request) -> Source:
-    """Open a data set inside the package, in memory: no cache is written, no network is needed."""
-    file = LocalShard(lookup(_builtin_files(), request.path, "data_path"))
+    """Open a data set inside the package, in memory: `builtin:NAME`, or `builtin:NAME_SPLIT` of a split but train."""
+    paths = sorted(BUILTIN.glob("*/*.parquet"), key=lambda path: (path.parent.name, path.stem != "train", path.stem))
+    names = (path.parent.name + ("" if path.stem == "train" else f"_{path.stem}") for path in paths)
+    files = {f"builtin:{name}": str(path) for name, path in zip(names, paths)}
+    file = LocalShard(lookup(files, request.path, "data_path"))
     request.refuse("streaming", reason="is small and held in memory")
     table = pq.read_table(file.path, use_threads=False)
     identity = fingerprint_of(["builtin", str(len(table))], [file])
@@ -137,11 +138,6 @@ def _check_embedded(source: Source) -> Source:
         )
         raise data_error(source.name, rule)
     return source
-
-
-def has_saved_dataset(folder: str) -> bool:
-    """Return whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote this folder."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
 
 
 def parquet_stream(files: Sequence[TableFile], columns: Columns, features: dict[str, Any]) -> Stream:
@@ -226,10 +222,3 @@ def _load(addresses: list[str], features: Features, where: str) -> Dataset:
         reason = error.__cause__ or error
         rule = f"HF datasets cannot read these files ({type(reason).__name__}: {reason}): correct them."
         raise data_error(where, rule) from error
-
-
-def _builtin_files() -> dict[str, str]:
-    """Return `builtin:NAME` of each training split, `builtin:NAME_SPLIT` of each other one, and their files."""
-    files = sorted(BUILTIN.glob("*/*.parquet"), key=lambda path: (path.parent.name, path.stem != "train", path.stem))
-    names = [path.parent.name + ("" if path.stem == "train" else f"_{path.stem}") for path in files]
-    return {f"builtin:{name}": str(path) for name, path in zip(names, files)}
