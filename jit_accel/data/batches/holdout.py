@@ -1,7 +1,6 @@
-"""Images that are kept from the training to measure the loss on: chosen by their content alone.
+"""Images that are kept from the training to measure the loss on: those whose content key is below a share of all.
 
-An image is held out if its content key is below `share` of all possible keys. So the choice does not change when
-files are added, renamed, moved or prepared, and copies of one image are all on the same side.
+So the choice does not change when files are added, renamed, moved or prepared, and copies of one image stay together.
 """
 
 import base64

@@ -44,8 +44,7 @@ class OpenLane:
 class LaneReader:
     """The windows of a stream's lanes, each read once as long as the positions that are asked for only grow.
 
-    A lane that was not used for as many batches as there are lanes is closed: by then each pattern of lanes has come
-    again, so that it is another reader's.
+    A lane not used for as many batches as there are lanes is another reader's: each pattern has come again by then.
     """
 
     def __init__(self, source: Source, order: StreamOrder):
@@ -164,25 +163,20 @@ class BatchPartReader(torch.utils.data.IterableDataset):
         for index in chosen.tolist():
             with contextlib.suppress(BadImage):  # it is named at its own turn
                 return self._decode(window, index)
-        if self._first_readable is None:
-            self._first_readable = self._find_readable(reason)
-        return self._first_readable
-
-    def _find_readable(self, reason: str) -> tuple[np.ndarray, int]:
+        if self._first_readable is not None:
+            return self._first_readable
         stream = self._stream
         rows = ((unit, row) for unit in range(stream.num_units) for row in enumerate(stream.training_rows(unit)))
         for unit, (number, row) in islice(rows, MAX_UNREADABLE):
             with contextlib.suppress(BadImage):
-                return self._decode_row(row, partial(stream.name_of, unit, number))
+                self._first_readable = self._decode_row(row, partial(stream.name_of, unit, number))
+                return self._first_readable
         tried = min(int(stream.sizes.sum()), MAX_UNREADABLE)
         raise data_error(self._source.name, f"none of {tried} images can be decoded ({reason}): repair the data.")
 
 
 def images_in_a_window(stream: Stream, seed: int, shuffle_buffer: int) -> int:
-    """Return `shuffle_buffer`, or fewer images where so many would not fit into a window's memory.
-
-    This follows from seed and data alone: from the mean size of the first images of the unit that is read first.
-    """
+    """Return `shuffle_buffer`, or fewer where the first images of the unit that is read first are too large for it."""
     units, _ = StreamOrder(seed, stream.sizes, lanes=1, window=1).units(epoch=0)
     first = int(units[np.flatnonzero(stream.sizes[units])[0]])
     images = [row[stream.columns.image] for row in islice(stream.training_rows(first), _SAMPLED_ROWS)]

@@ -272,11 +272,7 @@ def cores_per_process() -> int:
 
 
 def worker_memory_gib() -> float | None:
-    """Return the resident memory of the largest process that this one started; None without one.
-
-    Without what is mapped from files or shared: batches, and the pages of a memory-mapped store, which the system
-    takes back when it needs them.
-    """
+    """Return the memory of the largest process that this one started, without shared batches and mapped files."""
     sizes = []
     for process in multiprocessing.active_children():
         try:

@@ -131,7 +131,7 @@ def shares(lanes: np.ndarray, count: int) -> list[np.ndarray]:
 def default_lanes(num_units: int, world_size: int, batch_size: int) -> int:
     """Return a number of lanes for a new run: about eight a process, at most `num_units`.
 
-    Preferred are multiples of the number of processes that divide a batch of all of them: no lane is then read by two.
+    Multiples of `world_size` that divide a batch of all processes come first: no lane is then read by two.
     """
     most, step_images = max(1, min(LANES_EACH * world_size, num_units)), world_size * batch_size
     for multiple_of in (world_size, 1):

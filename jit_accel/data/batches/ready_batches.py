@@ -27,11 +27,10 @@ def batches(
     """Return an endless iterator of the batches that a training sees: images in [-1, 1], labels and positions.
 
     Args:
-        source: of `open_images`.
         img_size: side in pixels to which images are cropped.
         batch_size: images a batch, of this process.
         seed: of the order and of the mirroring.
-        how: further arguments of `build_loader`, such as `num_workers`, `horizontal_flip`, `rank` and `world_size`.
+        how: further fields of `ReadingTask`, such as `num_workers`, `horizontal_flip`, `rank` and `world_size`.
 
     UserError if the images were prepared smaller than `img_size`.
     """
@@ -156,8 +155,8 @@ class ReadyBatches:
 class WaitTime:
     """The time in which `device` had nothing to do because the next batch was not there.
 
-    An interval of steps begins with its first batch and ends when its metrics are read. The first one, in which
-    workers start and code is compiled, is not counted by `lost_lately`.
+    An interval of steps begins with its first batch and ends when its metrics are read. `lost_lately` does not count
+    the first one, in which workers start and code is compiled.
     """
 
     def __init__(self, device: torch.device):

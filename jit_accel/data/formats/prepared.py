@@ -18,7 +18,6 @@ from jit_accel.data.formats.columns import Columns, features_of
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
 from jit_accel.data.formats.tables import open_file, parquet_stream
 from jit_accel.data.reading.decode import crop_pixels
-from jit_accel.data.reading.images import Stream, TableImages
 from jit_accel.data.reading.servers import at_once
 from jit_accel.data.reading.shards import LocalShard, missing_path
 
@@ -59,20 +58,17 @@ def open_prepared(request: Request) -> Source:
         shards = tuple((shard["file"], shard["table"]["file"], shard["images"]) for shard in index["shards"])
         images = PixelStore(os.path.abspath(folder), index["img_size"], shards, index["is_labelled"])
     else:
-        images = _open_tables(request, index)
+        raw = {"raw_size": index["img_size"], "name": "name"} if index["encoding"] == "raw" else {}
+        columns = Columns("image", "label" if index["is_labelled"] else None, key="key", **raw)
+        paths = [os.path.join(os.path.abspath(folder), shard["file"]) for shard in index["shards"]]
+        if request.streaming is False:
+            how = {"data_files": paths, "split": "train", "columns": columns.all}
+            images = table_images(datasets.load_dataset("parquet", **how), columns)
+        else:
+            files = at_once(open_file, map(LocalShard, paths))
+            images = parquet_stream(files, columns, features_of(files[0].schema))
     names = names if index["is_labelled"] else ("image",)
     return source_of(folder, "prepared", images, names, identity, index["img_size"])
-
-
-def _open_tables(request: Request, index: dict) -> TableImages | Stream:
-    label = "label" if index["is_labelled"] else None
-    raw = {"raw_size": index["img_size"], "name": "name"} if index["encoding"] == "raw" else {}
-    columns = Columns("image", label, key="key", **raw)
-    paths = [os.path.join(os.path.abspath(request.path), shard["file"]) for shard in index["shards"]]
-    if request.streaming is not False:
-        files = at_once(open_file, map(LocalShard, paths))
-        return parquet_stream(files, columns, features_of(files[0].schema))
-    return table_images(datasets.load_dataset("parquet", data_files=paths, split="train", columns=columns.all), columns)
 
 
 @dataclass(frozen=True)

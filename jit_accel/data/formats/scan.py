@@ -13,12 +13,8 @@ import pyarrow as pa
 
 from jit_accel.data.reading.cache import RACY_NS, findings_file, read_findings, write_findings
 
-IMAGE_EXTENSIONS = frozenset(
-    [
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-        *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"),
-    ]
-)
+IMAGE_EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_EXTENSIONS |= {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"}
 METADATA_NAMES = frozenset(["metadata.csv", "metadata.jsonl"])
 # What jit_accel.sample leaves beside its class folders: a record, and pictures that are no samples.
 SAMPLES_RECORD = "samples.json"

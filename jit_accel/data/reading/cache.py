@@ -1,8 +1,7 @@
 """The cache folder: copies of remote files, and findings that are true only while nothing changes.
 
 Copies lie in its shards/, each fetched once by all processes of a machine. They take at most half of what is free or
-theirs ($JIT_ACCEL_SHARD_CACHE_GIB: that many GiB), and give way to others when they were not used for longest. All may
-be deleted at any time; where findings cannot be written or read, the work is done again.
+theirs ($JIT_ACCEL_SHARD_CACHE_GIB: that many GiB), and those not used for longest give way. All may be deleted.
 """
 
 import contextlib

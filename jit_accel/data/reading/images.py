@@ -33,9 +33,9 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
-        """Read the images `indices` (int64 (B,)) into `out` (uint8 (B, 3, size, size), RGB; where bad left undefined).
+        """Read images `indices`, int64 (B,), into `out`, uint8 (B, 3, size, size), RGB; where bad it is undefined.
 
-        Returns the labels, int64 (B,), and for each bad image its place in the batch and "name: reason".
+        Return the labels, int64 (B,), and {place in the batch: "name: reason"} of bad images.
         """
 
     def keys(self) -> np.ndarray:

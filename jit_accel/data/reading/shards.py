@@ -76,10 +76,7 @@ class RemoteShard:
         return servers.file_name(self.url)
 
     def local(self, spans: Iterable[Span] = ()) -> str:
-        """Return the path of a copy on this disk: of the whole, or with holes around `spans`, of parts.
-
-        UserError if the server refuses, or is away for too long; if the file has changed; if the disk is full.
-        """
+        """Return the path of a copy of the whole, or of `spans` with holes around; UserError if it cannot be had."""
         spans = [(int(start), int(end)) for start, end in spans] if self.has_ranges else []
         key = "\0".join(map(str, (*self.identity()[:3], spans)))
         num_bytes = sum(end - start for start, end in spans) or self.size or 0
