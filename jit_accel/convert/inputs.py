@@ -16,16 +16,8 @@ from torch import Tensor, serialization
 
 from jit_accel.base.errors import UserError, nearest
 from jit_accel.config.settings import UNAVERAGED
-from jit_accel.convert.sizes import from_arguments, from_pipeline, from_record
-from jit_accel.model.loading import (
-    averages_of,
-    find_checkpoint_in,
-    find_pipeline_in,
-    load_folder,
-    load_pipeline,
-    pipeline_of_checkpoint,
-)
-from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.convert.sizes import from_arguments, from_pipeline
+from jit_accel.model.loading import averages_of, find_checkpoint_in, find_pipeline_in, load_pipeline
 
 # The reference's keys, and what they are called here; its decays.
 REFERENCE_SETS = {"model": UNAVERAGED, "model_ema1": "ema1", "model_ema2": "ema2", "state_dict": UNAVERAGED}
@@ -87,7 +79,7 @@ def open_input(place: str, wanted: str | None) -> Input:
     """
     path = Path(place).expanduser()
     if path.is_file():
-        return open_tensors(path, wanted) if is_safetensors(path) else open_checkpoint(path, wanted)
+        return open_checkpoint(path, wanted)
     if path.exists() and not path.is_dir():
         raise _refusal(place, "is neither a file nor a folder.")
     if not path.exists() and (path.suffix.lower() in FILE_SUFFIXES or place.count("/") != 1):
@@ -100,15 +92,15 @@ def _refusal(place: str | Path, rule: str, about: str = "input") -> UserError:
     return UserError(rule, about=about, value=place)
 
 
-def is_safetensors(path: Path) -> bool:
-    """Return whether a file is one of safetensors: eight bytes of length, then JSON, where the name does not say so."""
-    with path.open("rb") as file:
-        return path.suffix.lower() == ".safetensors" or file.read(9)[8:] == b"{"
-
-
 def open_checkpoint(path: Path, wanted: str | None) -> Input:
-    """Open a `.pth` of the reference, or any plain state dict of its names."""
-    content = read_pickle(path)
+    """Open a `.pth` of the reference, any plain state dict of its names, or a `.safetensors` file."""
+    with path.open("rb") as file:
+        start = file.read(23)
+    if start == b"version https://git-lfs":
+        raise _refusal(path, "is only a Git LFS pointer: fetch the file itself with `git lfs pull`.")
+    # Safetensors begin with eight bytes of length, then JSON.
+    is_safe = path.suffix.lower() == ".safetensors" or start[8:9] == b"{"
+    content = read_safetensors(path) if is_safe else read_pickle(path)
     found = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
     content = content if isinstance(content, Mapping) else {}
     parts = {UNAVERAGED: content} if is_state_dict(content) else content
@@ -149,40 +141,21 @@ def _with_decay(name: str, decay: str) -> str:
     return name if name == decay else f"{name} (decay {decay})"
 
 
-def open_tensors(path: Path, wanted: str | None) -> Input:
-    """Open a `.safetensors` file of the reference's names; the metadata of ours holds sizes and settings."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise _refusal(path, f"cannot be read as safetensors ({error}): get it again.") from None
-    if not is_state_dict(tensors):
-        raise _refusal(path, f"holds no weights of a JiT: there is no {TELLTALE} in it.")
-    choose(path, {UNAVERAGED: UNAVERAGED}, wanted or UNAVERAGED)
-    weights, positions = plain_names(path, tensors)
-    try:
-        stated = from_record({**json.loads(metadata.get("config", "{}")), **json.loads(metadata.get("pipeline", "{}"))})
-    except (ValueError, TypeError):
-        stated = {}
-    return Input(path, weights, metadata.get("weights") or UNAVERAGED, stated, positions)
-
-
 def open_pipeline(place: str, folder: Path, wanted: str | None) -> Input:
     """Open a pipeline folder, a run, one of its checkpoints, or a pipeline of the Hub."""
-    if wanted is None and (exported := find_pipeline_in(folder)):
-        opened = _of_pipeline(exported, load_folder(exported, "input"), "the pipeline's")
-        dtype = stored_dtype(exported)  # diffusers has made all of it float32
-        opened.weights = {name: tensor.to(dtype) for name, tensor in opened.weights.items()}
-        return opened
-    if checkpoint := find_checkpoint_in(folder):
+    exported = find_pipeline_in(folder) if wanted is None else None
+    checkpoint = None if exported else find_checkpoint_in(folder)
+    average, set_name = None, "the pipeline's"
+    if checkpoint:
         average = average_for(checkpoint, wanted)
-        pipeline = pipeline_of_checkpoint(checkpoint, average, "input")
-        return _of_pipeline(checkpoint, pipeline, average if average == UNAVERAGED else f"average of decay {average}")
-    if wanted is not None:
+        set_name = average if average == UNAVERAGED else f"average of decay {average}"
+    elif wanted is not None:
         rule = "holds one set of weights only: leave the flag out, or give the output folder of a run, or a .pth."
         raise _refusal(wanted, f"{place} {rule}", "weights")
-    return _of_pipeline(None, load_pipeline(place, about="input"), "the pipeline's")
+    pipeline = load_pipeline(place, average, about="input")
+    dtype = stored_dtype(exported) if exported else torch.float32  # diffusers has made all of it float32
+    weights = {name: tensor.to(dtype) for name, tensor in pipeline.transformer.state_dict().items()}
+    return Input(exported or checkpoint, weights, set_name, from_pipeline(pipeline))
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -206,10 +179,6 @@ def average_for(checkpoint: Path, wanted: str | None) -> str:
         named = REFERENCE_DECAYS | {average: average for average in averages if average not in theirs}
     named = {UNAVERAGED: UNAVERAGED, **named}
     return named[choose(checkpoint, named, wanted or averages[0])]
-
-
-def _of_pipeline(path: Path | None, pipeline: JiTPipeline, set_name: str) -> Input:
-    return Input(path, dict(pipeline.transformer.state_dict()), set_name, from_pipeline(pipeline))
 
 
 def plain_name(name: str) -> str:
@@ -243,22 +212,33 @@ def plain_names(path: Path, state_dict: Mapping) -> tuple[dict[str, Tensor], Ten
     return weights, weights.pop(POSITIONS, None)
 
 
+def read_safetensors(path: Path) -> dict[str, dict]:
+    """Return weights and arguments as the reference's checkpoints hold them; the metadata of ours names both."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise _refusal(path, f"cannot be read as safetensors ({error}): get it again.") from None
+    try:
+        arguments = json.loads(metadata.get("config", "{}")) | json.loads(metadata.get("pipeline", "{}"))
+    except (ValueError, TypeError):
+        arguments = {}
+    return {metadata.get("weights") or UNAVERAGED: tensors, "args": arguments}
+
+
 def read_pickle(path: Path) -> object:
     """Return what `torch.save` put into the file; tensors on the CPU, mapped into memory where the format permits it.
 
     Raises `UserError`: it is broken, no file of `torch.save`, or asks for more than tensors, containers and
     `argparse.Namespace`, of which nothing is run then.
     """
-    with path.open("rb") as file:
-        if file.read(23) == b"version https://git-lfs":
-            rule = "is only a Git LFS pointer: fetch the file itself with `git lfs pull`."
-            raise UserError(rule, about="input", value=path)
     try:
         with only_allowed(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters of them is said by `reason_of`
             return torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped(path))
     except Exception as error:  # a made-up file can make the reader fail in any way
-        raise UserError(reason_of(error), about="input", value=path) from None
+        raise _refusal(path, reason_of(error)) from None
 
 
 @contextlib.contextmanager

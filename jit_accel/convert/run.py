@@ -16,17 +16,10 @@ from torch import Tensor
 
 from jit_accel.base.console import say, warn
 from jit_accel.base.errors import UserError
-from jit_accel.base.files import atomic_file, atomic_folder, disk_error
+from jit_accel.base.files import atomic_file, atomic_folder, disk_error, disk_errors
+from jit_accel.convert import sizes
 from jit_accel.convert.inputs import Input, open_input
 from jit_accel.convert.settings import FOLDER, ConvertConfig, given_flags, read_class_names, target_kind
-from jit_accel.convert.sizes import (
-    model_name,
-    network_config,
-    paper_guidance,
-    position_table,
-    sampling_settings,
-    to_arguments,
-)
 from jit_accel.model import hub
 from jit_accel.model.call_arguments import DEFAULTS
 from jit_accel.model.card import CARD_FILE, CARD_PICTURE, conversion_card
@@ -91,10 +84,8 @@ def write(config: ConvertConfig) -> Path:
 
 def check_target(target: Path, kind: str, source: Path | None, overwrite: bool) -> None:
     """Raise `UserError` for a target that exists, is of another kind, or is the source or holds it."""
-    try:
+    with disk_errors("output", target):  # a name that is too long, say
         is_there, is_folder = target.exists(), target.is_dir()
-    except OSError as error:  # a name that is too long, say
-        raise disk_error(error, "output", target) from None
     source = source and source.resolve()
     is_pipeline = (target / INDEX_FILE).is_file()
     problem = None
@@ -114,10 +105,7 @@ def check_target(target: Path, kind: str, source: Path | None, overwrite: bool) 
 
 @contextlib.contextmanager
 def written_whole(target: Path, kind: str) -> Iterator[Path]:
-    """Give a path beside `target` to write to, which takes its place at the end; nothing is left where that fails.
-
-    Raises `UserError`: the disk does not take it.
-    """
+    """Give a path beside `target` to write to, which takes its place at the end; `UserError` where the disk fails."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (atomic_folder if kind == FOLDER else atomic_file)(target) as temporary:
@@ -127,13 +115,10 @@ def written_whole(target: Path, kind: str) -> Iterator[Path]:
 
 
 def convert_weights(opened: Input, flags: dict, dtype: str) -> Converted:
-    """Return the weights in their new type, with the sizes and settings that were found.
-
-    Raises `UserError`: the weights are not a JiT's, or a flag is needed or wrong.
-    """
-    sizes, notes = network_config(opened.weights, opened.positions, opened.stated, flags)
-    settings = sampling_settings(sizes, opened.stated, flags)
-    paper = paper_guidance(sizes)
+    """Return the weights in their new type, with the sizes and settings that were found. Raises `UserError`."""
+    config, notes = sizes.network_config(opened.weights, opened.positions, opened.stated, flags)
+    settings = sizes.sampling_settings(config, opened.stated, flags)
+    paper = sizes.paper_guidance(config)
     if settings["guidance_scale"] == 1 and "guidance_scale" not in flags and paper:
         notes.append(f"guidance is 1 (none) in the input; the paper has {paper:g} for this size (--guidance_scale).")
     for note in (*notes, *_shared_names(settings["class_names"] or ())):
@@ -142,16 +127,16 @@ def convert_weights(opened: Input, flags: dict, dtype: str) -> Converted:
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
         warn(f"{len(broken)} tensors hold values that are not finite, {broken[0]} among them: images will be black.")
-    return Converted(opened, weights, sizes, settings)
+    return Converted(opened, weights, config, settings)
 
 
 def _shared_names(names: Sequence[str]) -> Iterator[str]:
     """Yield a note on each name that several classes have, as ImageNet's crane."""
     for name, count in Counter(names).items():
         if count > 1:
-            same = [label for label, other in enumerate(names) if other == name]
-            listed = ", ".join(map(str, same))
-            yield f"{name!r} names the classes {listed}: asked for by name it is {same[0]}, the others by number."
+            first, *others = [str(label) for label, other in enumerate(names) if other == name]
+            labels = ", ".join([first, *others])
+            yield f"{name!r} names the classes {labels}: asked for by name it is {first}, the others by number."
 
 
 def in_type(name: str, tensor: Tensor, dtype: str) -> Tensor:
@@ -173,8 +158,9 @@ def describe(place: str, result: Converted) -> None:
     low, high = settings["guidance_interval"]
     say(
         f"Input:   {place}, weights: {result.opened.set_name}\n"
-        f"Network: {model_name(config)} at {config['img_size']} px, {number:,} parameters, {config['num_classes']} "
-        f"classes, {config['num_heads']} heads, class tokens before block {config['in_context_start']}\n"
+        f"Network: {sizes.model_name(config)} at {config['img_size']} px, {number:,} parameters, "
+        f"{config['num_classes']} classes, {config['num_heads']} heads, "
+        f"class tokens before block {config['in_context_start']}\n"
         f"Samples: predicts {settings['prediction']}, noise scale {settings['noise_scale']:g}, "
         f"{settings['solver']}, guidance {settings['guidance_scale']:g} in ({low:g}, {high:g})"
     )
@@ -204,16 +190,18 @@ def write_folder(result: Converted, folder: Path) -> None:
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copy(file, folder / file.name)
     if not (folder / CARD_FILE).exists():
-        card = conversion_card(pipeline, model_name(result.config), opened.set_name, opened.facts)
+        card = conversion_card(pipeline, sizes.model_name(result.config), opened.set_name, opened.facts)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def write_pth(result: Converted, path: Path) -> None:
     """Write a checkpoint for the reference's code: its `model`, `model_ema1` and `model_ema2` are all these weights.
 
-    `args` is a dictionary of plain values, so that `torch.load(weights_only=True)` reads the file.
+    `args`, in the reference's words beside ours, are plain values, so that `torch.load(weights_only=True)` reads them.
     """
-    arguments = to_arguments({**result.config, **result.settings, "model": model_name(result.config)})
+    arguments = {**result.config, **result.settings, "model": sizes.model_name(result.config)}
+    arguments |= {theirs: arguments[ours] for theirs, ours in sizes.ARGUMENT_NAMES.items()}
+    arguments["interval_min"], arguments["interval_max"] = arguments["guidance_interval"]
     sets = dict.fromkeys(("model", "model_ema1", "model_ema2"), reference_names(result))  # stored once
     try:
         torch.save({**sets, "epoch": result.opened.epoch or 0, "args": plain_values(arguments)}, path)
@@ -231,7 +219,7 @@ def write_safetensors(result: Converted, path: Path) -> None:
 def reference_names(result: Converted) -> dict[str, Tensor]:
     """Return the weights and the fixed table as the reference's state dict, each with a storage of its own."""
     dtype = next(iter(result.weights.values())).dtype
-    table = position_table(result.config).to(dtype).clone()
+    table = sizes.position_table(result.config).to(dtype).clone()
     return {PREFIX + name: _alone(tensor) for name, tensor in {"pos_embed": table, **result.weights}.items()}
 
 

@@ -103,8 +103,8 @@ def check(config: ConvertConfig) -> None:
         return
     if not config.hub.push_to_hub:
         raise UserError("not given; name a .pth or .safetensors file, or a folder for a pipeline.", about="output")
-    changes = [*given, *(name for name in ("weights", "overwrite") if getattr(config, name))]
-    changes += ["dtype"] if config.dtype != "float32" else []
+    others = ("weights", "overwrite", "dtype")
+    changes = [*given, *(name for name in others if getattr(config, name) != getattr(ConvertConfig, name))]
     if changes:
         rule = "changes what is converted, but without --output the folder is pushed as it is: add --output FOLDER, or "
         raise UserError(rule + "leave the flag out.", about=changes[0])
@@ -126,10 +126,7 @@ def target_kind(output: str) -> str:
 
 
 def read_class_names(path: str) -> list[str]:
-    """Return the names in a file of `--class_names`, in the order of the labels.
-
-    Raises `UserError`: it cannot be read, or is neither lines nor a list nor {"0": name}.
-    """
+    """Return the names in a file of `--class_names`, lines, a list or {"0": name}, in the order of the labels."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
         if not text.lstrip().startswith(("[", "{")):

@@ -36,10 +36,6 @@ def _are(holds, value) -> bool:
     return isinstance(value, list | tuple) and all(map(holds, value))
 
 
-def _is_text_of(choices):
-    return lambda v: isinstance(v, str) and v in choices
-
-
 SIZES = (
     *("img_size", "patch_size", "hidden_size", "depth", "num_heads", "bottleneck_dim", "in_context_len"),
     *("in_context_start", "num_classes", "in_channels"),
@@ -49,9 +45,9 @@ BELIEVED = {
     **dict.fromkeys(SIZES, _is_count),
     **dict.fromkeys(("attn_dropout", "proj_dropout"), lambda v: is_number(v) and 0 <= v < 1),
     **dict.fromkeys(("mlp_ratio", "noise_scale"), lambda v: is_number(v) and v > 0),
-    **dict.fromkeys(("solver", "method"), _is_text_of(CALLS_PER_STEP)),
+    **dict.fromkeys(("solver", "method"), lambda v: v in tuple(CALLS_PER_STEP)),
     "model": lambda v: isinstance(v, str) and v.partition("/")[0] in PRESETS,
-    "prediction": _is_text_of(SPACES),
+    "prediction": lambda v: v in SPACES,
     "t_eps": lambda v: is_number(v) and 0 < v < 1,
     "guidance_scale": lambda v: is_number(v) and v >= 0,
     "guidance_interval": lambda v: _are(is_number, v) and len(v) == 2 and 0 <= v[0] <= v[1] <= 1,
@@ -67,31 +63,19 @@ ARGUMENT_NAMES = {
 }
 
 
-def from_record(values: Mapping) -> dict:
-    """Return what is believed of a mapping with our names."""
-    return {name: values[name] for name, holds in BELIEVED.items() if name in values and holds(values[name])}
-
-
 def from_arguments(arguments: Mapping) -> dict:
-    """Return what is believed of the reference's `args`."""
-    renamed = {ARGUMENT_NAMES.get(name, name): value for name, value in arguments.items() if isinstance(name, str)}
-    if "interval_min" in renamed and "interval_max" in renamed:
-        renamed.setdefault("guidance_interval", (renamed["interval_min"], renamed["interval_max"]))
-    return from_record(renamed)
-
-
-def to_arguments(stated: Mapping) -> dict:
-    """Return the reference's words for sizes and settings, beside ours; plain values only."""
-    theirs = {theirs: stated[ours] for theirs, ours in ARGUMENT_NAMES.items() if ours in stated}
-    low, high = stated["guidance_interval"]
-    return {**stated, **theirs, "interval_min": low, "interval_max": high}
+    """Return what is believed of the reference's `args`, or of a mapping with our names."""
+    values = {ARGUMENT_NAMES.get(name, name): value for name, value in arguments.items() if isinstance(name, str)}
+    if "interval_min" in values and "interval_max" in values:
+        values.setdefault("guidance_interval", (values["interval_min"], values["interval_max"]))
+    return {name: values[name] for name, holds in BELIEVED.items() if name in values and holds(values[name])}
 
 
 def from_pipeline(pipeline: JiTPipeline) -> dict:
     """Return all that a pipeline knows of itself."""
     scheduler = pipeline.scheduler.config
     values = {**pipeline.transformer.config, **scheduler, **pipeline.config, "prediction": scheduler.prediction_type}
-    return from_record(values)
+    return from_arguments(values)
 
 
 def network_config(
@@ -99,9 +83,8 @@ def network_config(
 ) -> tuple[dict, list[str]]:
     """Return the configuration of the network that these weights are of, and what is worth saying about it.
 
-    Shapes count most; flags may fill in what they leave open, then what the input states, then the presets.
-
-    Raises `UserError`: the weights are not a JiT's, a flag contradicts them, or a flag is needed.
+    Shapes count most; flags may fill in what they leave open, then what the input states, then the presets. Raises
+    `UserError`: the weights are not a JiT's, a flag contradicts them, or a flag is needed.
     """
     sizes = sizes_of_shapes(weights)
     preset = preset_of(sizes)
@@ -187,8 +170,7 @@ def _contradictions(sizes: Mapping, stated: Mapping, preset: str | None) -> list
         for name in SIZES
         if name in stated and name in sizes and stated[name] != sizes[name]
     ]
-    size, _, patch = stated.get("model", "").partition("/")
-    if size and (size != preset or (patch and patch != str(sizes["patch_size"]))):
+    if "model" in stated and stated["model"] not in (preset, model_name(sizes)):
         notes.append(f"the checkpoint says {stated['model']}, its weights are a {model_name(sizes)}, which counts.")
     return notes
 
@@ -196,10 +178,10 @@ def _contradictions(sizes: Mapping, stated: Mapping, preset: str | None) -> list
 def _image_size(sizes: Mapping, preset: str | None, stated: Mapping, flags: Mapping, notes: list[str]) -> int:
     patch = sizes["patch_size"]
     size = flags.get("img_size", stated.get("img_size"))
-    if size is None and preset is None:
-        rule = "these weights have no pos_embed and no preset's sizes: say the size in pixels."
-        raise UserError(rule, about="img_size")
     if size is None:
+        if preset is None:
+            rule = "these weights have no pos_embed and no preset's sizes: say the size in pixels."
+            raise UserError(rule, about="img_size")
         size = PATCHES_A_SIDE * patch
         notes.append(f"image size {size}: 16 patches a side, as in the paper; --img_size says otherwise.")
     if size % patch or not size:
@@ -214,10 +196,11 @@ def _in_context_start(sizes: Mapping, preset: str | None, stated: Mapping, flags
             rule = "these weights have no class tokens (in_context_posemb): leave the flag out."
             raise UserError(rule, about=about, value=asked)
         return stated.get("in_context_start", 0)
-    named = stated.get("model", "").partition("/")[0]
-    presets = [PRESETS[name] for name in (preset, named) if name in PRESETS]
-    like = [one for one in presets if (one.hidden_size, one.depth) == (sizes["hidden_size"], sizes["depth"])]
-    known = (asked, stated.get("in_context_start"), *(one.in_context_start for one in like))
+    known = [asked, stated.get(about)]
+    for name in (preset, stated.get("model", "").partition("/")[0]):
+        like = PRESETS.get(name)
+        if like and (like.hidden_size, like.depth) == (sizes["hidden_size"], sizes["depth"]):
+            known.append(like.in_context_start)
     start = next((value for value in known if value is not None), None)
     if start is None:
         rule = (
