@@ -11,85 +11,68 @@ change between saving and loading.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.stateful import Stateful
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import move, sync
-from jit_accel.base.processes import whole_tensors
+from jit_accel.base.processes import on_main, whole_tensors
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT_VERSION = 2
 
 
-class Stateful(Protocol):
-    """A thing that the next steps of a run follow from: tensors by name, or JSON values."""
-
-    def state_dict(self) -> dict: ...
-
-    def load_state_dict(self, state: dict) -> None: ...
-
-
 class Checkpointer:
-    """Saves the checkpoints of one output folder, of which the newest `keep` stay.
-
-    All processes call `save` together; the main one writes.
-    """
+    """Saves the checkpoints of one output folder, of which the newest `keep` stay; the main process writes."""
 
     def __init__(self, accelerator, output_dir: Path, keep: int):
         self.accelerator, self.folder, self.keep = accelerator, output_dir / "checkpoints", keep
 
     def save(self, step: int, parts: Mapping[str, Stateful | None]) -> Path:
-        """Write a checkpoint; when this returns, it is on disk under its final name.
+        """Write a checkpoint, all processes together; when this returns, it is on disk under its final name.
 
-        Args:
-            parts: by name, on every process (sharded tensors are gathered); None where this run has no such part.
-
-        Raises:
-            UserError: on every process, where the disk does not take it.
+        The state of a part (None where this run has no such part) is tensors by name, which are gathered where they are
+        sharded, or JSON values. Raises `UserError` on every process where the disk does not take it.
         """
         final = self.folder / f"step_{step:08d}"
         temporary = final.with_name(f"tmp_{final.name}")
-        is_writer = self.accelerator.is_main_process
-        problem = self._try_on_writer(partial(self._make_empty, temporary))
+        self._write(step, partial(self._make_empty, temporary))
         values = {"format": FORMAT_VERSION, "step": step}
         for name, part in parts.items():
             state = part.state_dict() if part else None
             if state and all(isinstance(value, Tensor) for value in state.values()):
-                whole = whole_tensors(state, keep=is_writer)
-                problem = problem or self._try_on_writer(partial(save_file, whole, temporary / f"{name}.safetensors"))
+                whole = whole_tensors(state, keep=self.accelerator.is_main_process)
+                self._write(step, partial(save_file, whole, temporary / f"{name}.safetensors"))
                 del whole
             else:
                 values[name] = state
-        problem = problem or self._try_on_writer(partial(self._seal, values, temporary, final))
-        (problem,) = broadcast_object_list([problem])
-        if problem:
-            found = newest_checkpoint(self.folder)
-            good = f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
-            raise UserError(
-                f"the checkpoint of step {step} cannot be written ({problem}): make "
-                f"room or choose a smaller --keep_checkpoints, then go on with --resume auto; {good}.",
-                about="output_dir",
-                value=self.folder.parent,
-            )
+        self._write(step, partial(self._seal, values, temporary, final))
         return final
 
-    def _try_on_writer(self, write) -> str | None:
-        """Write on the main process, and return what stood in the way, if anything; None on the others."""
-        if self.accelerator.is_main_process:
+    def _write(self, step: int, write: Callable[[], object]) -> None:
+        """Write something of a checkpoint on the main process. Raises `UserError` on all where that fails."""
+
+        def attempt() -> None:
             try:
                 write()
             except (OSError, SafetensorError) as error:
-                return str(error)
-        return None
+                found = newest_checkpoint(self.folder)
+                good = f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
+                raise UserError(
+                    f"the checkpoint of step {step} cannot be written ({error}): make room or choose a smaller "
+                    f"--keep_checkpoints, then go on with --resume auto; {good}.",
+                    about="output_dir",
+                    value=self.folder.parent,
+                ) from None
+
+        on_main(self.accelerator, attempt)
 
     def _make_empty(self, temporary: Path) -> None:
         for left_over in self.folder.glob("tmp_*"):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, set_client_factory
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import _http
 
 from jit_accel.base.console import redacted, say, warn
@@ -53,12 +53,9 @@ def patience(seconds: float) -> Iterator[None]:
 
 
 def check_login(repo_id: str) -> None:
-    """Make sure that a later push has a chance; takes no longer than `LOGIN_TIMEOUT_S`.
+    """Raise `UserError` where nobody is logged in, or the token is refused or may not write there.
 
-    A Hub that does not answer is only warned of: it may by then.
-
-    Raises:
-        UserError: nobody is logged in, the token is refused or may not write there.
+    Takes no longer than `LOGIN_TIMEOUT_S`; a Hub that does not answer is only warned of: it may by then.
     """
     try:
         with patience(LOGIN_TIMEOUT_S):
@@ -83,8 +80,7 @@ def check_login(repo_id: str) -> None:
 def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
     """Upload a pipeline folder in one commit, after its card was brought up to date. Returns its address.
 
-    Raises:
-        UserError: the Hub did not take it; the folder is as it was, but for the card.
+    Raises `UserError` where the Hub does not take it; the folder is as it was, but for the card.
     """
     try:
         refresh_card(folder, repo_id)
@@ -93,7 +89,10 @@ def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
     api = HfApi()
     try:
         with patience(SILENCE_TIMEOUT_S):
-            make_repository(api, repo_id, private)
+            api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: as the owner has it by default
+            if private and not api.model_info(repo_id).private:  # one that existed stays as it was
+                rule = f"{repo_id} exists and is public: make it private in its settings on the Hub, or give another "
+                raise UserError(f"{rule}--hub_model_id.", about="hub_private")
             operations = [CommitOperationAdd(name, content) for name, content in shared_files(folder).items()]
             api.create_commit(repo_id, operations, commit_message="Upload pipeline")
     except UserError:
@@ -115,20 +114,6 @@ def shared_files(folder: Path) -> dict[str, Path | bytes]:
                     content = json.dumps(bare, indent=1, ensure_ascii=False).encode()
             found[file.relative_to(folder).as_posix()] = content
     return dict(sorted(found.items()))
-
-
-def make_repository(api: HfApi, repo_id: str, private: bool) -> None:
-    """Create the repository where it is not there yet. Raises `UserError` for a public one that should be private."""
-    try:
-        api.create_repo(repo_id, private=private or None)  # None: as the owner has it by default
-    except HfHubHTTPError as error:
-        if status_of(error) not in (403, 409):
-            raise
-        # 409: it is there. 403: a token for certain repositories only, of which this may be one.
-        info = api.model_info(repo_id) if private or status_of(error) == 403 else None
-        if private and not info.private:
-            rule = f"{repo_id} exists and is public: make it private in its settings on the Hub, or give another "
-            raise UserError(f"{rule}--hub_model_id.", about="hub_private") from None
 
 
 def share(folder: Path, hub: HubConfig) -> None:

@@ -23,18 +23,16 @@ class Adapter:
         dropout: of what A sees.
         targets: ends of the names of the Linear layers to adapt.
 
-    Raises:
-        UserError: peft is missing, a target fits no Linear layer, or the rank is larger than a weight.
+    `scale` is alpha / rank. Raises `UserError`: peft is missing, a target fits no Linear layer, or the rank is larger
+    than a weight.
     """
 
     def __init__(self, network: nn.Module, *, rank: int, alpha: float, dropout: float, targets: Iterable[str]):
-        self.rank, self.alpha, self.dropout, self.targets = rank, alpha, dropout, list(targets)
-        layers = _targeted(network, self.targets)
-        least = min(min(layer.weight.shape) for layer in layers.values())
+        self.rank, self.alpha, self.scale, self.targets = rank, alpha, alpha / rank, list(targets)
+        least = min(min(layer.weight.shape) for layer in _targeted(network, self.targets))
         if rank > least:
-            raise UserError(
-                f"must not be above {least}, the smaller side of a weight it adapts.", about="lora_rank", value=rank
-            )
+            rule = f"must not be above {least}, the smaller side of a weight it adapts."
+            raise UserError(rule, about="lora_rank", value=rank)
         self.base_identity = weights_fingerprint(network.state_dict())
         try:
             from peft import LoraConfig
@@ -42,10 +40,6 @@ class Adapter:
             raise UserError("needs peft: pip install 'jit_accel[lora]'.", about="lora_rank", value=rank) from None
         network.requires_grad_(False)
         network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=self.targets))
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
     def save(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write these trained tensors as a file for `load_lora_weights`, whole or not at all."""
@@ -83,25 +77,21 @@ def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def refuse_other_base(checkpoint: Path, run: dict, path: str, fingerprint: str) -> None:
     """Raise `UserError` where a checkpoint's adapter was trained on other weights than those from `path`."""
     if run["base_identity"] != fingerprint:
-        raise UserError(
-            f"holds other weights (SHA-256 {fingerprint[:12]}) than the adapter of {checkpoint} was "
-            f"trained on ({run['base_identity'][:12]}, then from {run['settings']['init_from']}): give those, or "
-            "another --output_dir to start anew.",
-            about="init_from",
-            value=path,
+        rule = (
+            f"holds other weights (SHA-256 {fingerprint[:12]}) than the adapter of {checkpoint} was trained on "
+            f"({run['base_identity'][:12]}, then from {run['settings']['init_from']}): give those, or another "
         )
+        raise UserError(f"{rule}--output_dir to start anew.", about="init_from", value=path)
 
 
-def _targeted(network: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
-    """Return the Linear layers that the targets name."""
-    modules = dict(network.named_modules())
-    found = {}
+def _targeted(network: nn.Module, targets: list[str]) -> list[nn.Linear]:
+    modules, found = dict(network.named_modules()), []
     for target in targets:
-        named = {name: module for name, module in modules.items() if f".{name}".endswith(f".{target}")}
-        if not named or not all(isinstance(module, nn.Linear) for module in named.values()):
+        named = [module for name, module in modules.items() if f".{name}".endswith(f".{target}")]
+        if not named or not all(isinstance(module, nn.Linear) for module in named):
             linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
             choices = list(dict.fromkeys(name.split(".", 2)[-1] if "blocks." in name else name for name in linear))
             rule = f"must be the end of a Linear layer's name, such as {', '.join(choices)}.{nearest(target, choices)}"
             raise UserError(rule, about="lora_targets", value=target)
-        found |= named
+        found += named
     return found

@@ -20,7 +20,7 @@ from jit_accel.model.checkpoints import (
 from jit_accel.train.optimizers import build_optimizers, set_lr
 from jit_accel.train.state import FIXED_SETTINGS, NamedTensors, OptimizerState, RunFacts
 
-ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+ALONE = SimpleNamespace(is_main_process=True, num_processes=1)
 
 
 @pytest.fixture
