@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from jit_accel.base.errors import nearest
-from jit_accel.model.scheduler import checked_method
+from jit_accel.model.scheduler import CALLS_PER_STEP, checked_choice
 
 Label = int | str | None
 Picture = Image.Image | np.ndarray | Tensor
@@ -128,7 +128,7 @@ DEFAULTS: dict[str, tuple[Callable, Any]] = {
     "guidance_scale": (checked_scale, 1.0),
     "guidance_interval": (checked_interval, [0.1, 1.0]),
     "num_inference_steps": (lambda steps: checked_count("num_inference_steps", steps), None),
-    "method": (checked_method, None),
+    "method": (lambda name: checked_choice("method", name, CALLS_PER_STEP), None),
 }
 
 

@@ -74,12 +74,7 @@ TASK = "unconditional-image-generation"
 
 
 def training_card(pipeline: JiTPipeline, record: Mapping, decay: str) -> str:
-    """Return the card of a training's result.
-
-    Args:
-        record: the run's settings and facts.
-        decay: name of the moving average that the weights are.
-    """
+    """Return the card of a training's result, by its settings and facts and the name of its moving average."""
     images = f"{record['num_images']:,}" if record["num_images"] else "streamed"
     data = str(record["data_path"]).rstrip("/").rpartition("/")[2]
     return _card(
@@ -150,11 +145,8 @@ def _inline(value) -> str:
 def refresh_card(folder: Path, repo_id: str | None = None) -> None:
     """Bring the card of a pipeline folder up to date: results of `evaluation.json`, and its repository's name.
 
-    What people have written into it stays. A folder without a card gets one.
-
-    Raises:
-        ValueError: its front matter is not YAML.
-        OSError: it cannot be read or written.
+    What people have written into it stays. A folder without a card gets one. Raises `ValueError` where its front matter
+    is not YAML, and `OSError`.
     """
     path = folder / CARD_FILE
     before = path.read_text(encoding="utf-8") if path.exists() else None
@@ -203,8 +195,7 @@ def read_evaluations(path: Path) -> list[tuple[dict[str, str], dict[str, float]]
 def without_places(value, name: str = ""):
     """Return a JSON value without secrets, and with only the last part of each place: the rest is nobody's business.
 
-    Args:
-        name: the key that the value stands under.
+    `name` is the key that the value stands under.
     """
     if isinstance(value, dict):
         return {name: without_places(part, name) for name, part in value.items()}

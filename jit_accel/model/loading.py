@@ -38,10 +38,7 @@ def build_pipeline(
 
 
 def load_pipeline(
-    model: str | os.PathLike,
-    ema: str | None = None,
-    torch_dtype: torch.dtype = torch.float32,
-    about: str = "model",
+    model: str | os.PathLike, ema: str | None = None, torch_dtype: torch.dtype = torch.float32, about: str = "model"
 ) -> JiTPipeline:
     """Load a trained model as a pipeline, on the CPU and ready for inference.
 
@@ -112,7 +109,6 @@ def load_folder(folder: Path, about: str = "model") -> JiTPipeline:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of an error that others have written, which may go on for pages."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
@@ -124,7 +120,7 @@ def averages_of(checkpoint: Path) -> list[str]:
 def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, about: str = "model") -> JiTPipeline:
     """Return the pipeline of a checkpoint with its averaged weights `ema` (None: the first), or with "model" its own.
 
-    Raises `UserError` where it has no such weights, or they cannot be read; `about` is the setting that names it.
+    Raises `UserError` about the setting `about` where it has no such weights, or they cannot be read.
     """
     run = read_run(checkpoint)
     config, choices = Config.of_record(run["settings"]), (*averages_of(checkpoint), UNAVERAGED)
@@ -159,11 +155,8 @@ def base_of(checkpoint: Path, run: dict) -> dict[str, torch.Tensor]:
 def write_defaults(folder: str | os.PathLike, **settings) -> None:
     """Write what calls of a saved pipeline use that do not say otherwise, whole or not at all.
 
-    Args:
-        settings: of guidance_scale, guidance_interval, num_inference_steps and method; None: as if never written.
-
-    Raises:
-        UserError: the folder is no pipeline, there is no such setting, or its value makes no sense.
+    Settings are guidance_scale, guidance_interval, num_inference_steps and method; None is as if never written. Raises
+    `UserError`: the folder is no pipeline, there is no such setting, or its value makes no sense.
 
     Example:
         >>> write_defaults("output/pipeline", guidance_scale=2.4, guidance_interval=(0.1, 1.0))

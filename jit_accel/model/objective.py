@@ -45,7 +45,7 @@ class Objective:
         return labels.masked_fill(dropped.to(labels.device, non_blocking=True), num_classes)
 
     def losses(self, model, x: Tensor, t: Tensor, e: Tensor, labels: Tensor) -> Tensor:
-        """Return the squared error of the prediction, a mean over each image's pixels (the paper's Algorithm 1).
+        """Return each image's mean squared error (B,), float32 on the device (the paper's Algorithm 1).
 
         Args:
             model: called as `model(z, t, labels).sample`.
@@ -53,9 +53,6 @@ class Objective:
             t: times (B,) in [0, 1].
             e: noise (B, 3, H, W), already scaled by noise_scale.
             labels: classes (B,), the last one meaning "no class".
-
-        Returns:
-            Losses (B,), float32, on the device.
         """
         z, times = noised(x, e, t), t.view(-1, 1, 1, 1)
         predicted = model(z, t, labels).sample.float()

@@ -30,6 +30,7 @@ from jit_accel.model.carried_code import INDEX_FILE, KeptCardMixin, carry_code
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import JiTTransformer2DModel
 
+Generators = torch.Generator | list[torch.Generator] | None
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 COMPONENTS = {"transformer": JiTTransformer2DModel, "scheduler": JiTScheduler}
 STEPS = 50  # where neither the call nor the pipeline says
@@ -72,13 +73,11 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         if isinstance(class_names, Mapping):  # as in model_index.json
             class_names = [class_names[number] for number in sorted(class_names, key=int)]
         if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(
-                f"class_names has {len(class_names)} names, but the network has {num_classes} classes: "
-                "give one name for each, in the order of the labels"
-            )
+            rule = f"has {len(class_names)} names, but the network has {num_classes} classes"
+            raise ValueError(f"class_names {rule}: give one name for each, in the order of the labels")
         names = None if class_names is None else [str(name) for name in class_names]
         own = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "method": method}
-        own |= {"num_inference_steps": num_inference_steps}
+        own["num_inference_steps"] = num_inference_steps
         self.register_modules(transformer=transformer, scheduler=scheduler)
         self.register_to_config(class_names=names, **{name: checked_default(name, own[name]) for name in own})
         self._interrupt, self._num_timesteps = False, 0
@@ -96,11 +95,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:
-        """Bring a pipeline from the Hub into the cache, without the code it carries, and return its folder.
-
-        Args:
-            revision, cache_dir, token, force_download, local_files_only: as in `from_pretrained`.
-        """
+        """Bring a pipeline from the Hub into the cache, without the code it carries, and return its folder."""
         settings = {name: kwargs[name] for name in DOWNLOAD_SETTINGS if kwargs.get(name) is not None}
         patterns = [INDEX_FILE, *(f"{name}/*.{kind}" for name in COMPONENTS for kind in ("json", "safetensors"))]
         return snapshot_download(pretrained_model_name, allow_patterns=patterns, **settings)
@@ -141,7 +136,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
 
     @property
     def num_timesteps(self) -> int:
-        """Calls of the network in the current or last call."""
+        """The calls of the network in the current or last call."""
         return self._num_timesteps
 
     @torch.no_grad()
@@ -152,7 +147,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         guidance_scale: float | None = None,
         guidance_interval: Sequence[float] | None = None,
         method: str | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -209,9 +204,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _field(
-        self, ids: list[int], guidance_scale: float | None, guidance_interval: Sequence[float] | None
-    ) -> Callable[[Tensor, Tensor, float], Tensor]:
+    def _field(self, ids: list[int], guidance_scale: float | None, guidance_interval: Sequence | None) -> Callable:
         """Return the guided prediction for these labels as a function of z, t, and t on the host."""
         own, device = self.config, self._execution_device
         scale = checked_scale(own.guidance_scale if guidance_scale is None else guidance_scale)
@@ -221,13 +214,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         guided = None if len(with_class) == len(ids) else torch.tensor(with_class, dtype=torch.long, device=device)
         return lambda z, t, t_host: self.predict(z, t, labels, guidance_weight(t_host, scale, interval), guided)
 
-    def _solve(
-        self,
-        z: Tensor,
-        field: Callable[[Tensor, Tensor, float], Tensor],
-        keep_known: Callable[[Tensor, float], Tensor],
-        on_step_end: Callable[[int, Tensor, Tensor], Tensor],
-    ) -> Tensor:
+    def _solve(self, z: Tensor, field: Callable, keep_known: Callable, on_step_end: Callable) -> Tensor:
         """Run the steps that the scheduler is set to, from z at their first t, along the network's output `field`."""
         scheduler = self.scheduler
         self._interrupt, self._num_timesteps = False, len(scheduler)
@@ -250,8 +237,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
     def predict(self, z: Tensor, t: Tensor, labels: Tensor, weight: float, guided: Tensor | None = None) -> Tensor:
         """Return the network's output under guidance, float32, by one call.
 
-        Args:
-            guided: rows that have a class, where not all do; only these are computed with and without it.
+        `guided` are the rows that have a class, where not all do; only these are computed with and without it.
         """
         if weight == 1 or (guided is not None and len(guided) == 0):
             return self.transformer(z, t, labels, return_dict=False)[0].float()
@@ -271,12 +257,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         return label_ids(class_labels, self.transformer.config.num_classes, self.config.class_names)
 
     def prepare_latents(
-        self,
-        batch: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: Tensor | None,
-        height: int | None,
-        width: int | None,
+        self, batch: int, generator: Generators, latents: Tensor | None, height: int | None, width: int | None
     ) -> Tensor:
         """Return the start of the ODE (batch, 3, H, W), float32: `latents`, or noise at the scheduler's scale."""
         config = self.transformer.config

@@ -14,15 +14,12 @@ from jit_accel.model.spaces import SPACES, convert, in_float32, noised
 CALLS_PER_STEP = {"euler": 1, "heun": 2}
 
 
-def _choose(table: Collection[str], name: str, setting: str) -> str:
-    if name not in table:
-        raise ValueError(f"{setting} {name!r}: unknown; choose from {', '.join(table)}.{nearest(str(name), table)}")
+def checked_choice(setting: str, name: str, choices: Collection[str]) -> str:
+    """Return a name that is one of the choices. Raises `ValueError` for any other."""
+    if name not in choices:
+        rule = f"unknown; choose from {', '.join(choices)}.{nearest(str(name), choices)}"
+        raise ValueError(f"{setting} {name!r}: {rule}")
     return name
-
-
-def checked_method(method: str) -> str:
-    """Return the name of a solver. Raises `ValueError` for one that is not there."""
-    return _choose(CALLS_PER_STEP, method, "method")
 
 
 class JiTScheduler(SchedulerMixin, ConfigMixin):
@@ -37,14 +34,13 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
         noise_scale: standard deviation of the noise the network was trained with.
         solver: "heun" or "euler", where `set_timesteps` does not say.
 
-    Raises:
-        ValueError: an unknown prediction type or solver.
+    Raises `ValueError` for an unknown prediction type or solver.
     """
 
     @register_to_config
     def __init__(self, prediction_type: str = "x", t_eps: float = 0.05, noise_scale: float = 1.0, solver: str = "heun"):
-        _choose(SPACES, prediction_type, "prediction_type")
-        _choose(CALLS_PER_STEP, solver, "solver")
+        checked_choice("prediction_type", prediction_type, SPACES)
+        checked_choice("solver", solver, CALLS_PER_STEP)
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0)
         self._forget(solver)
@@ -53,8 +49,7 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
         self.method = method
         self._calls: list[tuple[float, float, bool]] = []  # (t, step size, is Heun's second call)
         self._next_call = 0
-        self._start: Tensor | None = None
-        self._start_velocity: Tensor | None = None
+        self._start: tuple[Tensor, Tensor] | None = None  # of a Heun step: sample and velocity
 
     @property
     def init_noise_sigma(self) -> float:
@@ -69,11 +64,6 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
     def mid_step(self) -> bool:
         """True between the two model calls of one Heun step."""
         return self._start is not None
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of this trajectory: those set, less those left out at its start."""
-        return sum(not second for _, _, second in self._calls)
 
     @property
     def call_times(self) -> list[float]:
@@ -94,15 +84,14 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Start a new trajectory of `num_inference_steps` equal steps, of which the first `skip_steps` are left out.
 
-        Euler calls the model once for each step, Heun twice but for the last.
-
-        Raises:
-            ValueError: fewer than one step, or an unknown method.
+        Euler calls the model once for each step, Heun twice but for the last. Raises `ValueError` for fewer than one
+        step and for an unknown method.
         """
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps {num_inference_steps} must be at least 1; the paper takes 50")
-        self._forget(checked_method(method or self.config.solver))
+        self._forget(checked_choice("method", method or self.config.solver, CALLS_PER_STEP))
         self.num_inference_steps = num_inference_steps
+        self.num_steps = num_inference_steps - skip_steps  # of this trajectory
         # The float32 grid of the reference, so that t falls on the same side of a guidance interval's end.
         times = torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float32, device="cpu").tolist()
         for i, (t, t_next) in list(enumerate(pairwise(times)))[skip_steps:]:
@@ -117,7 +106,7 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
     def step(
         self, model_output: Tensor, timestep: Tensor | float, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
-        """Return the sample of the next model call from the model's output at (sample, timestep).
+        """Return the sample of the next model call, `prev_sample`: float32 whatever the inputs are (float64 stays).
 
         Args:
             model_output: (B, 3, H, W), of the kind `prediction_type`.
@@ -125,11 +114,7 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
                 because Heun visits each t twice.
             sample: (B, 3, H, W), what the model was given.
 
-        Returns:
-            `prev_sample`, float32 whatever the dtype of the inputs (float64 stays).
-
-        Raises:
-            ValueError: no timesteps are set, or none is left.
+        Raises `ValueError` where no timestep is left, or none was set.
         """
         if self._next_call >= len(self._calls):
             raise ValueError("step() without a timestep left: call set_timesteps(n) before each trajectory")
@@ -139,11 +124,11 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
         # 1/(1-t), and 1/t for e, diverge at the ends; t_eps is the paper's clamp (2511.13720, Algorithm 2).
         v = convert(in_float32(model_output), sample, t, self.config.prediction_type, "v", self.config.t_eps)
         if second:
-            moved = self._start + (step_size / 2) * (self._start_velocity + v)
-            self._start = self._start_velocity = None
+            start, start_velocity = self._start
+            moved, self._start = start + (step_size / 2) * (start_velocity + v), None
         else:
             if self._next_call < len(self._calls) and self._calls[self._next_call][2]:
-                self._start, self._start_velocity = sample, v
+                self._start = sample, v
             moved = sample + step_size * v
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 

@@ -201,10 +201,8 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """Save as diffusers does. Raises `ValueError` with an adapter attached: diffusers could not read it again."""
         if getattr(self, "peft_config", None):
-            raise ValueError(
-                "a LoRA adapter is attached: fuse_lora() and unload_lora_weights() first to save the weights with it, "
-                "or save it alone with save_lora_weights()"
-            )
+            remedy = "fuse_lora() and unload_lora_weights() first to save the weights with it, or save it alone with "
+            raise ValueError(f"a LoRA adapter is attached: {remedy}save_lora_weights()")
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
@@ -230,20 +228,15 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Return the prediction `sample` (B, 3, H, W) of x, e or v, whichever the network was trained for.
 
         Args:
-            sample: (B, 3, H, W), the noised image z. H and W are multiples of the patch size.
+            sample: (B, 3, H, W), the noised image z; `ValueError` unless H and W are multiples of the patch size.
             timestep: (B,) or a scalar, t from 0 (noise) to 1 (clean); never bf16, too coarse near 1.
             class_labels: (B,) in [0, num_classes]; `num_classes`, or None, is "no class".
-
-        Raises:
-            ValueError: H or W is not a multiple of the patch size.
         """
         config = self.config
         batch, _, height, width = sample.shape
         if height % config.patch_size or width % config.patch_size:
-            raise ValueError(
-                f"an image of {height} x {width} pixels cannot be cut into patches of {config.patch_size}: "
-                f"make both sides a multiple of {config.patch_size}"
-            )
+            rule = f"cannot be cut into patches: make both sides a multiple of {config.patch_size}"
+            raise ValueError(f"an image of {height} x {width} pixels {rule}")
         grid = (height // config.patch_size, width // config.patch_size)
         trained_grid = config.img_size // config.patch_size
         device = sample.device
