@@ -142,12 +142,20 @@ def _with_decay(name: str, decay: str) -> str:
 
 
 def open_pipeline(place: str, folder: Path, wanted: str | None) -> Input:
-    """Open a pipeline folder, a run, one of its checkpoints, or a pipeline of the Hub."""
+    """Open a pipeline folder, a run, one of its checkpoints, or a pipeline of the Hub.
+
+    ema1 and ema2 are the reference's decays where a run kept both, else its first and second.
+    """
     exported = find_pipeline_in(folder) if wanted is None else None
     checkpoint = None if exported else find_checkpoint_in(folder)
     average, set_name = None, "the pipeline's"
     if checkpoint:
-        average = average_for(checkpoint, wanted)
+        averages, theirs = averages_of(checkpoint), set(REFERENCE_DECAYS.values())
+        named = {f"ema{i}": average for i, average in enumerate(averages, 1)}
+        if theirs <= set(averages):
+            named = REFERENCE_DECAYS | {average: average for average in averages if average not in theirs}
+        named = {UNAVERAGED: UNAVERAGED, **named}
+        average = named[choose(checkpoint, named, wanted or averages[0])]
         set_name = average if average == UNAVERAGED else f"average of decay {average}"
     elif wanted is not None:
         rule = "holds one set of weights only: leave the flag out, or give the output folder of a run, or a .pth."
@@ -165,20 +173,6 @@ def stored_dtype(folder: Path) -> torch.dtype:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 return file.get_tensor(name).dtype
     return torch.float32
-
-
-def average_for(checkpoint: Path, wanted: str | None) -> str:
-    """Return the average of a run's checkpoint that `--weights` means.
-
-    ema1 and ema2 are the reference's decays where the run kept both, else the run's first and second.
-    """
-    averages = averages_of(checkpoint)
-    named = {f"ema{i}": average for i, average in enumerate(averages, 1)}
-    theirs = set(REFERENCE_DECAYS.values())
-    if theirs <= set(averages):
-        named = REFERENCE_DECAYS | {average: average for average in averages if average not in theirs}
-    named = {UNAVERAGED: UNAVERAGED, **named}
-    return named[choose(checkpoint, named, wanted or averages[0])]
 
 
 def plain_name(name: str) -> str:

@@ -167,7 +167,7 @@ def describe(place: str, result: Converted) -> None:
 
 
 def makes_the_same_images(result: Converted) -> bool:
-    """Return whether what was said and measured of the input holds of the result."""
+    """Return True where what was said and measured of the input holds of the result."""
     opened, now = result.opened, {**result.config, **result.settings}
     stated = {name: value for name, value in opened.stated.items() if name in now and name not in ONLY_IN_TRAINING}
     return plain_values({name: now[name] for name in stated}) == plain_values(stated) and all(

@@ -98,7 +98,13 @@ def network_config(
         if name in flags and name in sizes and flags[name] != sizes[name]:
             rule = f"the weights say {sizes[name]} (shape of {shown_by}): leave the flag out."
             raise UserError(rule, about=name, value=flags[name])
-    notes = _contradictions(sizes, stated, preset)
+    notes = [
+        f"the checkpoint says {name} {stated[name]}, its weights have {sizes[name]}, which counts."
+        for name in SIZES
+        if name in stated and name in sizes and stated[name] != sizes[name]
+    ]
+    if "model" in stated and stated["model"] not in (preset, model_name(sizes)):
+        notes.append(f"the checkpoint says {stated['model']}, its weights are a {model_name(sizes)}, which counts.")
     if "img_size" not in sizes:
         sizes["img_size"] = _image_size(sizes, preset, stated, flags, notes)
     sizes["in_context_start"] = _in_context_start(sizes, preset, stated, flags)
@@ -162,17 +168,6 @@ def model_name(config: Mapping) -> str:
     """Return `JiT-B/16`, or the sizes where no preset has them."""
     name = preset_of(config) or f"JiT {config['depth']}x{config['hidden_size']}"
     return f"{name}/{config['patch_size']}"
-
-
-def _contradictions(sizes: Mapping, stated: Mapping, preset: str | None) -> list[str]:
-    notes = [
-        f"the checkpoint says {name} {stated[name]}, its weights have {sizes[name]}, which counts."
-        for name in SIZES
-        if name in stated and name in sizes and stated[name] != sizes[name]
-    ]
-    if "model" in stated and stated["model"] not in (preset, model_name(sizes)):
-        notes.append(f"the checkpoint says {stated['model']}, its weights are a {model_name(sizes)}, which counts.")
-    return notes
 
 
 def _image_size(sizes: Mapping, preset: str | None, stated: Mapping, flags: Mapping, notes: list[str]) -> int:

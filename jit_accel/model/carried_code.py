@@ -38,8 +38,7 @@ def carry_code(folder: Path, pipeline_class: type) -> None:
         if (folder / name).is_dir() and (component := _our_class(*value)):
             (folder / name / f"jit_{name}.py").write_text(carried_source(component), encoding="utf-8")
             index[name] = [f"jit_{name}", component.__name__]
-            config = folder / name / "config.json"
-            if config.is_file():
+            if (config := folder / name / "config.json").is_file():
                 content = json.loads(config.read_text(encoding="utf-8"))
                 content.pop("_name_or_path", None)
                 config.write_text(json_text(content), encoding="utf-8")
@@ -59,9 +58,8 @@ def json_text(content: dict) -> str:
 
 def _our_class(module: str | None, name: str) -> type | None:
     """Return a class of this package, or one that was carried by a folder; None for any other."""
-    if module and module.partition(".")[0] in (PACKAGE, "diffusers_modules"):
-        return getattr(sys.modules.get(module), name, None)
-    return None
+    is_ours = module and module.partition(".")[0] in (PACKAGE, "diffusers_modules")
+    return getattr(sys.modules.get(module), name, None) if is_ours else None
 
 
 def carried_source(cls: type) -> str:

@@ -101,10 +101,8 @@ class Checkpointer:
             shutil.rmtree(doomed, ignore_errors=True)
 
     def set_aside_after(self, step: int) -> list[Path]:
-        """Rename later checkpoints, which a run that goes on from `step` leaves behind; on the main process.
-
-        Otherwise the newest would not be this run's, and rotation would delete what it writes.
-        """
+        """Rename later checkpoints, which a run that goes on from `step` leaves behind; on the main process."""
+        # Otherwise the newest would not be this run's, and rotation would delete what it writes.
         later = [path for path in complete_checkpoints(self.folder) if _read(path)["step"] > step]
         for path in later:
             aside = path.with_name(f"abandoned_{path.name}")
@@ -119,15 +117,10 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
         return None
     if resume == "auto":
         return newest_checkpoint(output_dir / "checkpoints")
-    path = Path(resume)
-    if found := newest_checkpoint(path) or find_checkpoint_in(path):
+    if found := newest_checkpoint(Path(resume)) or find_checkpoint_in(Path(resume)):
         return found
-    raise UserError(
-        f"holds no complete checkpoint (a folder step_… with a {MANIFEST}): give the path of "
-        "one, or auto to continue where --output_dir left off, or none to start anew.",
-        about="resume",
-        value=resume,
-    )
+    rule = f"holds no complete checkpoint (a folder step_… with a {MANIFEST}): give the path of one, or auto to "
+    raise UserError(rule + "continue where --output_dir left off, or none to start anew.", about="resume", value=resume)
 
 
 def find_checkpoint_in(folder: Path) -> Path | None:

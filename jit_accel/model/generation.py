@@ -84,8 +84,7 @@ def generate(
         num_inference_steps, guidance_scale, guidance_interval, method: as in a call of the pipeline; None: its own.
         batch_size: images at once; it changes memory and speed, not the images.
 
-    Raises:
-        ValueError: no numbers, a label that the network does not know, or a setting that makes no sense.
+    Raises `ValueError`: no numbers, a label that the network does not know, or a setting that makes no sense.
 
     Example:
         >>> images = generate(pipe, range(100), seed=0, guidance_scale=2.5)

@@ -50,31 +50,34 @@ def load_pipeline(
         torch_dtype: of the weights; the ODE is float32 always.
         about: the setting that names it, for errors.
 
-    Raises:
-        UserError: nothing of that kind is there, it is broken, or it has no such average.
+    Raises `UserError`: nothing of that kind is there, it is broken, or it has no such average.
 
     Example:
         >>> pipe = load_pipeline("runs/flowers", ema="0.9999").to("cuda")
         >>> pipe("daisy").images[0].save("daisy.png")
     """
     path, folder = str(model), Path(model).expanduser()
-    exported = find_pipeline_in(folder)
-    if exported and ema is None:
-        pipeline = load_folder(exported, about)
-    elif checkpoint := find_checkpoint_in(folder):
+    exported = find_pipeline_in(folder) if ema is None else None
+    checkpoint = None if exported else find_checkpoint_in(folder)
+    if checkpoint:
         pipeline = pipeline_of_checkpoint(checkpoint, ema, about)
     elif ema is not None:
         rule = f"{path} has no checkpoint to take averages from: give the output folder of a run, or leave "
         raise UserError(f"{rule}the flag out to use the weights of the pipeline folder.", about="ema", value=ema)
-    elif folder.exists() or path.count("/") != 1:
+    elif not exported and (folder.exists() or path.count("/") != 1):
         rule = "holds no pipeline (model_index.json) and no checkpoint: give a pipeline folder, the output folder of a "
         raise UserError(f"{rule}run, or owner/name of the Hub.", about=about, value=path)
     else:
         try:
-            pipeline = JiTPipeline.from_pretrained(path)
+            pipeline = JiTPipeline.from_pretrained(exported or path)
+            missing = [name for name, tensor in pipeline.transformer.state_dict().items() if tensor.is_meta]
+            if missing:  # diffusers only warns of them
+                raise KeyError(f"{len(missing)} weights are missing, such as {missing[0]}")
         except BROKEN as error:
             rule = f"is no folder here, and cannot be had from the Hub ({_first_line(error)})."
-            raise UserError(rule, about=about, value=path) from None
+            if exported:
+                rule = f"the pipeline cannot be loaded ({_first_line(error)}): get it again, or give another."
+            raise UserError(rule, about=about, value=exported or path) from None
     # diffusers warns of modules to keep in float32, of which there are none
     return pipeline if pipeline.dtype == torch_dtype else pipeline.to(torch_dtype)
 
@@ -93,19 +96,6 @@ def load_quietly(model: str, ema: str | None, device: torch.device, compile: boo
 def find_pipeline_in(folder: Path) -> Path | None:
     """Return the folder itself if it is a pipeline's, else that of the run whose output folder it is."""
     return next((place for place in (folder, folder / "pipeline") if (place / INDEX_FILE).is_file()), None)
-
-
-def load_folder(folder: Path, about: str = "model") -> JiTPipeline:
-    """Load the pipeline in a folder that has a `model_index.json`. Raises `UserError` where it is broken."""
-    try:
-        pipeline = JiTPipeline.from_pretrained(folder)
-        missing = [name for name, tensor in pipeline.transformer.state_dict().items() if tensor.is_meta]
-        if missing:  # diffusers only warns of them
-            raise KeyError(f"{len(missing)} weights are missing, such as {missing[0]}")
-    except BROKEN as error:
-        rule = f"the pipeline cannot be loaded ({_first_line(error)}): get it again, or give another."
-        raise UserError(rule, about=about, value=folder) from None
-    return pipeline
 
 
 def _first_line(error: Exception) -> str:

@@ -117,8 +117,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
             hotswap: put it in the place of the one of that name, without another compilation.
             kwargs: such as `weight_name`, `subfolder`, `revision` or `token`.
 
-        Raises:
-            ValueError: peft is not installed, or nothing there belongs to an adapter of this network.
+        Raises `ValueError`: peft is not installed, or nothing there belongs to an adapter of this network.
         """
         source = pretrained_model_name_or_path_or_dict
         before = list(getattr(self.transformer, "peft_config", {}))
@@ -165,19 +164,18 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         Args:
             class_labels: a class number, its name (case does not matter), or None for "no class"; or a list. Left
                 out, "no class"; but of a network with one class, as unlabelled data make it, that one.
-            num_inference_steps: ODE steps: 2n - 1 calls of the network by Heun, n by Euler. None: the pipeline's own,
-                as for guidance and method; 50 unless it was saved with another number.
-            guidance_scale: classifier-free guidance weight inside the interval; 1 is no guidance and costs half.
-            guidance_interval: guidance acts where lo < t < hi, or t < hi if lo is 0.
-            method: "heun" or "euler".
+            num_inference_steps, method: n ODE steps (50), by "heun", which calls the network 2n - 1 times, or "euler",
+                n times. None: the pipeline's own, as for guidance.
+            guidance_scale, guidance_interval: weight of classifier-free guidance where lo < t < hi, or t < hi if lo is
+                0; 1 is no guidance and costs half.
             generator: one generator draws the images' noise one after the other, so the n-th image is the same at any
                 batch size; or a list with one for each image. A CPU generator gives the same noise on every device.
             latents: (B, 3, H, W), the noise that the ODE starts from, already scaled, instead of `generator`.
             output_type: "pil"; "pt" (B, 3, H, W) or "np" (B, H, W, 3) in [0, 1]; "latent", unclamped, at t = 1.
             callback_on_step_end: called as `(pipe, step, t, {"latents": z})` after each ODE step, with the t that the
                 step began at; may return `{"latents": z}` to replace the state, or set `pipe._interrupt = True`.
+                There are no other tensors to ask for by `callback_on_step_end_tensor_inputs`.
             height, width: pixels, multiples of the patch size; None: those of `latents`, else the training size.
-            callback_on_step_end_tensor_inputs: what the callback is given; there is only "latents".
             num_images_per_label: images of each label, side by side.
             image: where to start from: PIL, array or tensor, uint8 or in [0, 1]; one, or one for each image. Another
                 size is cut to the shape around the middle, and resampled.
@@ -185,22 +183,26 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
                 the image noised to t = 1 - strength. 1 ignores the image. None: 0.6.
             mask_image: white is repainted, black stays as in `image`.
 
-        Raises:
-            ValueError: a label, size, generator, image or setting that does not fit; the message says what would.
+        Raises `ValueError` for what does not fit; the message says what would.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r}: choose from {', '.join(OUTPUT_TYPES)}")
         steps = self.config.num_inference_steps or STEPS if num_inference_steps is None else num_inference_steps
         steps = checked_count("num_inference_steps", steps)
         skipped = skipped_steps(steps, image, strength, mask_image)
-        on_step_end = self._step_end(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        # diffusers' callback objects name their inputs themselves
+        asked = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        if unknown := set(asked) - set(self._callback_tensor_inputs):
+            raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)}: there is only 'latents'")
         copies, device = checked_count("num_images_per_label", num_images_per_label), self._execution_device
         ids = [i for i in self.label_ids(class_labels) for _ in range(copies)]
         field = self._field(ids, guidance_scale, guidance_interval)
         z = self.prepare_latents(len(ids), generator, latents, height, width).to(device)
         self.scheduler.set_timesteps(steps, device=device, method=method or self.config.method, skip_steps=skipped)
         z, keep_known = self._start(z, image, mask_image)
-        images = VaeImageProcessor().postprocess(self._solve(z, field, keep_known, on_step_end), output_type)
+        images = VaeImageProcessor().postprocess(
+            self._solve(z, field, keep_known, callback_on_step_end, asked), output_type
+        )
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -214,7 +216,9 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         guided = None if len(with_class) == len(ids) else torch.tensor(with_class, dtype=torch.long, device=device)
         return lambda z, t, t_host: self.predict(z, t, labels, guidance_weight(t_host, scale, interval), guided)
 
-    def _solve(self, z: Tensor, field: Callable, keep_known: Callable, on_step_end: Callable) -> Tensor:
+    def _solve(
+        self, z: Tensor, field: Callable, keep_known: Callable, callback: Callable | None, asked: Sequence[str]
+    ) -> Tensor:
         """Run the steps that the scheduler is set to, from z at their first t, along the network's output `field`."""
         scheduler = self.scheduler
         self._interrupt, self._num_timesteps = False, len(scheduler)
@@ -227,7 +231,9 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
                 z = keep_known(z, scheduler.next_time)
                 if scheduler.mid_step:
                     continue
-                z = on_step_end(steps_done, start_t, z)
+                if callback is not None:
+                    given = {"latents": z} if "latents" in asked else {}
+                    z = (callback(self, steps_done, start_t, given) or {}).get("latents", z).float()
                 steps_done += 1
                 progress.update()
                 if self._interrupt:
@@ -296,20 +302,6 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
             return z, lambda z, t: z
         repaint = repaint_mask(mask_image, size, batch).to(noise.device)
         return z, lambda z, t: torch.where(repaint, z, t * original + (1 - t) * noise)
-
-    def _step_end(self, callback, tensor_inputs: Sequence[str]) -> Callable[[int, Tensor, Tensor], Tensor]:
-        """Return what is called after each step: the callback, if there is one, may replace the state."""
-        tensor_inputs = getattr(callback, "tensor_inputs", tensor_inputs)  # diffusers' callback objects
-        if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)}: there is only 'latents'")
-
-        def step_end(step: int, t: Tensor, z: Tensor) -> Tensor:
-            if callback is None:
-                return z
-            given = {"latents": z} if "latents" in tensor_inputs else {}
-            return (callback(self, step, t, given) or {}).get("latents", z).float()
-
-        return step_end
 
 
 @contextmanager

@@ -66,11 +66,6 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
         return self._start is not None
 
     @property
-    def call_times(self) -> list[float]:
-        """`timesteps` on the host: the t of each model call, in order."""
-        return [t for t, _, _ in self._calls]
-
-    @property
     def next_time(self) -> float:
         """The t of the sample that the next model call is given; 1 after the last call."""
         return self._calls[self._next_call][0] if self._next_call < len(self._calls) else 1.0
@@ -98,6 +93,7 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
             self._calls.append((t, t_next - t, False))
             if self.method == "heun" and i < num_inference_steps - 1:  # at t = 1 a prediction of x has no velocity
                 self._calls.append((t_next, t_next - t, True))
+        self.call_times = [t for t, _, _ in self._calls]  # `timesteps` on the host
         self.timesteps = torch.tensor(self.call_times, dtype=torch.float32, device=device)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:

@@ -273,14 +273,12 @@ def _check_sizes(img_size: int, patch_size: int, hidden_size: int, num_heads: in
         choices = " or ".join(str(n) for n in (lower, lower + patch_size) if n)
         raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}: use {choices}")
     if hidden_size % num_heads:
-        heads = [n for n in range(1, hidden_size + 1) if hidden_size % n == 0]
-        near = min(heads, key=lambda n: abs(n - num_heads))
+        near = min(range(1, hidden_size + 1), key=lambda n: (hidden_size % n != 0, abs(n - num_heads)))
         raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads}: use {near} heads")
     if hidden_size // num_heads % 4:
-        raise ValueError(
-            f"hidden_size / num_heads is {hidden_size // num_heads}, but rotary embedding of rows and columns "
-            f"turns pairs in each half of a head: make it a multiple of 4, as hidden_size {num_heads * 64} does"
-        )
+        rule = "but rotary embedding of rows and columns turns pairs in each half of a head: make it a multiple of 4"
+        given = f"hidden_size / num_heads is {hidden_size // num_heads}"
+        raise ValueError(f"{given}, {rule}, as hidden_size {num_heads * 64} does")
 
 
 def build_model(
