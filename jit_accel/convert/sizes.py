@@ -94,15 +94,13 @@ def network_config(
             rule = f"pos_embed has the shape {tuple(positions.shape)}, which is no square image's."
             raise UserError(rule, about="input")
         sizes["img_size"] = side * sizes["patch_size"]
-    for name, shown_by in SHOWN_BY.items():
-        if name in flags and name in sizes and flags[name] != sizes[name]:
-            rule = f"the weights say {sizes[name]} (shape of {shown_by}): leave the flag out."
+    notes = []
+    for name, size in ((name, sizes[name]) for name in SIZES if name in sizes):
+        if flags.get(name, size) != size:
+            rule = f"the weights say {size} (shape of {SHOWN_BY[name]}): leave the flag out."
             raise UserError(rule, about=name, value=flags[name])
-    notes = [
-        f"the checkpoint says {name} {stated[name]}, its weights have {sizes[name]}, which counts."
-        for name in SIZES
-        if name in stated and name in sizes and stated[name] != sizes[name]
-    ]
+        if stated.get(name, size) != size:
+            notes.append(f"the checkpoint says {name} {stated[name]}, its weights have {size}, which counts.")
     if "model" in stated and stated["model"] not in (preset, model_name(sizes)):
         notes.append(f"the checkpoint says {stated['model']}, its weights are a {model_name(sizes)}, which counts.")
     if "img_size" not in sizes:
@@ -200,10 +198,9 @@ def _in_context_start(sizes: Mapping, preset: str | None, stated: Mapping, flags
     if start is None:
         rule = (
             f"needed: no preset has {sizes['depth']} blocks of {sizes['hidden_size']} channels, {sizes['num_heads']} "
-            f"heads and a bottleneck of {sizes['bottleneck_dim']}, and shapes do not show before which block the class "
-            "tokens join in."
         )
-        raise UserError(rule, about=about)
+        rule += f"heads and a bottleneck of {sizes['bottleneck_dim']}, and shapes do not show before which block the "
+        raise UserError(rule + "class tokens join in.", about=about)
     if start >= sizes["depth"]:
         raise UserError(f"must be below the number of blocks, {sizes['depth']}.", about=about, value=start)
     return start

@@ -141,12 +141,9 @@ def checked_default(name: str, value):
 def start_images(image: Picture | Sequence[Picture], size: tuple[int, int], batch: int) -> Tensor:
     """Return images as the network sees them, (batch, 3, H, W) in [-1, 1]; one serves all of the batch.
 
-    Args:
-        image: PIL; arrays (H, W, 3) or (B, H, W, 3); tensors (3, H, W) or (B, 3, H, W); uint8, or floats in [0, 1];
-            or a list. Those of another size are cut to the shape around their middle, and resampled.
-        size: height and width in pixels.
-
-    Raises `ValueError`: no image of this kind, values out of range, or not one image for each of the batch.
+    They are PIL; arrays (H, W, 3) or (B, H, W, 3); tensors (3, H, W) or (B, 3, H, W); uint8, or floats in [0, 1]; or a
+    list of these. Those of another size (height, width) are cut to its shape around their middle, and resampled. Raises
+    `ValueError`: no image of this kind, values out of range, or not one image for each of the batch.
     """
     return _fitted("image", image, 3, size, batch) * 2 - 1
 

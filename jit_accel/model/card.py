@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -156,7 +156,6 @@ def refresh_card(folder: Path, repo_id: str | None = None) -> None:
         places = [match[2] for block in IN_USE.finditer(text) for match in PLACE.finditer(block[0])]
         named |= {place.rpartition("/")[2] for place in places}
         text = IN_USE.sub(lambda block: PLACE.sub(lambda match: f"{match[1]}{repo_id}{match[3]}", block[0]), text)
-        text = text.replace(f'"{PLACEHOLDER}"', f'"{repo_id}"')
     records = read_evaluations(folder / EVALUATION_FILE)
     if records:
         block = f"<!-- results -->\n{results_table(records)}\n<!-- /results -->"
@@ -166,8 +165,7 @@ def refresh_card(folder: Path, repo_id: str | None = None) -> None:
         others = [result for result in card.data.eval_results or () if not _is_ours(result)]
         card.data.eval_results = [*others, *evaluation_results(records)] or None
     if (folder / CARD_PICTURE).exists() and CARD_PICTURE not in text:
-        start = "\n<!-- use -->" if "\n<!-- use -->" in text else "\n```python"
-        text = text.replace(start, f"\n![samples]({CARD_PICTURE})\n{start}", 1)
+        text = text.replace("\n<!-- use -->", f"\n![samples]({CARD_PICTURE})\n\n<!-- use -->", 1)
     card.text = text
     if card.content != before:
         write_text(path, card.content)
@@ -221,25 +219,20 @@ def results_table(records: list[tuple[dict, dict]]) -> str:
     return "## Results\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def evaluation_results(records: list[tuple[dict, dict]]) -> list[EvalResult]:
-    """Return the Fréchet distances as the Hub's `model-index` wants them."""
-    found = []
+def evaluation_results(records: list[tuple[dict, dict]]) -> Iterator[EvalResult]:
+    """Yield the Fréchet distances as the Hub's `model-index` wants them."""
     for settings, numbers in records:
         reference = settings.get("reference") or "unknown"
         details = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "reference")
-        found += [
-            EvalResult(
+        for name in filter(FRECHET.search, numbers):
+            yield EvalResult(
                 task_type=TASK,
                 dataset_type=re.sub(r"[^\w.-]+", "-", reference),
                 dataset_name=reference,
                 metric_type=name,
-                metric_value=value,
+                metric_value=numbers[name],
                 metric_name=f"{name} ({details})" if details else name,
             )
-            for name, value in numbers.items()
-            if FRECHET.search(name)
-        ]
-    return found
 
 
 def _is_ours(result: EvalResult) -> bool:

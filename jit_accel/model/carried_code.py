@@ -1,8 +1,8 @@
 """The code that a pipeline folder carries, so that diffusers loads it where this package is not installed.
 
 diffusers takes the pipeline's class from `pipeline.py` in the folder, and a component's from a file in the component's
-folder that `model_index.json` names. It copies each of these files to a place of its own before it imports them, so
-each has to stand alone: it is put together from the modules of this package that it needs.
+folder that `model_index.json` names. It copies each to a place of its own before it imports it, so each has to stand
+alone: it is put together from the modules of this package that it needs.
 """
 
 import ast

@@ -70,8 +70,8 @@ def check_login(repo_id: str) -> None:
         return
     if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
         raise UserError("the token may only read: log in with one that may write (hf auth login).", about="push_to_hub")
-    names = [account.get("name"), *(org.get("name") for org in account.get("orgs") or ())]
-    writable = [str(name) for name in names if name]
+    owners = (account, *(account.get("orgs") or ()))
+    writable = [str(owner["name"]) for owner in owners if owner.get("name")]
     if writable and repo_id.partition("/")[0].lower() not in [name.lower() for name in writable]:
         rule = f"the login may write to {', '.join(writable)} only: change the owner, or log in as another "
         raise UserError(f"{rule}(hf auth login).", about="hub_model_id", value=repo_id)

@@ -15,16 +15,11 @@ ADAPTER = "default"
 
 
 class Adapter:
-    """A new adapter on a network, all of whose own weights are frozen; it starts as the zero function.
+    """A new adapter on a network, which is changed in place and otherwise frozen; it starts as the zero function.
 
-    Args:
-        network: a `JiTTransformer2DModel` with the weights to adapt; changed in place.
-        rank, alpha: the adapter adds alpha / rank B A to a weight, with A (rank, in) and B (out, rank).
-        dropout: of what A sees.
-        targets: ends of the names of the Linear layers to adapt.
-
-    `scale` is alpha / rank. Raises `UserError`: peft is missing, a target fits no Linear layer, or the rank is larger
-    than a weight.
+    To the weights of Linear layers whose names end in one of `targets` it adds `scale` B A: scale is alpha / rank, A
+    (rank, in) and B (out, rank); `dropout` is of what A sees. Raises `UserError`: peft is missing, a target fits no
+    Linear layer, or the rank is larger than a weight.
     """
 
     def __init__(self, network: nn.Module, *, rank: int, alpha: float, dropout: float, targets: Iterable[str]):

@@ -41,9 +41,7 @@ def in_float32(x: Tensor) -> Tensor:
 def convert(value: Tensor, z: Tensor, t: Tensor | float, source: str, target: str, t_eps: float = 0.05) -> Tensor:
     """Express a prediction of `source` ("x", "e" or "v") as one of `target`.
 
-    Args:
-        value, z: prediction and noised image (B, C, H, W).
-        t: times in [0, 1], of a shape that broadcasts against them; or one for all.
+    Prediction and noised image z are (B, C, H, W), and the times t in [0, 1] of a shape that broadcasts against them.
     """
     return CONVERSIONS[source, target](value, z, t, t_eps)
 
