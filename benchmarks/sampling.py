@@ -26,8 +26,8 @@ from jit_accel.model.generation import SamplerSettings, generate_batches
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import build_model
+from jit_accel.sample.image_files import ImageFiles
 from jit_accel.sample.image_plan import SamplePlan
-from jit_accel.sample.stores import ImageFiles
 
 NUM_CLASSES = 10
 
@@ -100,20 +100,19 @@ class Bench:
         case = self.case
         settings = SamplerSettings(case.steps, guidance_scale, interval)
         plan = SamplePlan(tuple(range(NUM_CLASSES)), (-(-case.batch_size // NUM_CLASSES),) * NUM_CLASSES, NUM_CLASSES)
-        items = plan.items()[: case.batch_size]
-        numbers = [item.number for item in items]
+        ids = plan.ids()[: case.batch_size]
+        numbers = [image.number for image in ids]
         with contextlib.ExitStack() as stack:
             if folder:
-                store = stack.enter_context(
-                    contextlib.closing(ImageFiles(folder, plan, "png", (case.img_size, case.img_size)))
-                )
+                store = ImageFiles(folder, plan, (case.img_size, case.img_size), "png")
+                stack.enter_context(store.pool)
                 store.prepare()
             began = now()
             with self.precision():
                 ((_, images),) = generate_batches(self.pipeline, numbers, settings=settings, batch_size=case.batch_size)
             pixels = images.permute(0, 2, 3, 1).cpu().numpy()
             if folder:
-                store.write(items, pixels)
+                store.write(ids, pixels)
                 store.flush()
             return now() - began
 

@@ -110,6 +110,11 @@ def check_ranges(values: Mapping[str, object], ranges: Iterable[tuple[str, Calla
             raise UserError(f"must be {rule}.", about=name, value=text)
 
 
+def within(low: int, high: int, *names: str) -> list[tuple[str, Callable[..., bool], str]]:
+    """Return the ranges, for `check_ranges`, of settings that are whole numbers from `low` to `high`."""
+    return [(name, range(low, high + 1).__contains__, f"at least {low} and at most {high:,}") for name in names]
+
+
 def changed_settings(then: Mapping, now: Mapping, words: Mapping[str, str] | None = None) -> list[str]:
     """Return `--seed was 0 and is 1 now`, or the `words` for it, for each setting that differs from what it was."""
     return [

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING
 
 from jit_accel.config.command_line import exit_code_of, parse_flags
-from jit_accel.evaluate.grid import words
-from jit_accel.evaluate.settings import EvaluateConfig, check
+from jit_accel.evaluate.settings import EvaluateConfig, check, words
 
 if TYPE_CHECKING:
     from jit_accel.data.formats.source import Source
@@ -20,25 +18,13 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluate as the command line says. Returns the exit code: 0 done, 2 wrong settings or data, 128 + signal."""
 
     def run() -> int:
-        config = parse_args(argv)
+        config = parse_flags(EvaluateConfig, argv, "python -m jit_accel.evaluate")
         check(config)
-        # torch is imported only now, so that --help and wrong flags answer at once.
-        from jit_accel.evaluate.run import evaluate
+        from jit_accel.evaluate.run import evaluate  # imports torch: --help and wrong flags answer at once
 
         return evaluate(config)
 
     return exit_code_of(run)
-
-
-def parse_args(argv: list[str] | None = None) -> EvaluateConfig:
-    """Read the command line; lists may be written with commas.
-
-    Raises:
-        UserError: an unknown flag.
-        SystemExit: `--help` (0), a value of the wrong type (2).
-    """
-    config = parse_flags(EvaluateConfig, argv, "python -m jit_accel.evaluate")
-    return replace(config, metrics=tuple(words(config.metrics)) or config.metrics)  # a mere comma is refused later
 
 
 def measure(
@@ -79,14 +65,14 @@ def measure(
         The values by the metrics' names: {"fid": 12.3, "kid": 0.004, "kid_std": 0.001, ...}.
 
     Raises:
-        UserError: the data or the features cannot be had, or a metric was asked for that they do not allow.
+        UserError: the data or the features cannot be had, or they do not allow a metric that was asked for.
 
     Example:
         >>> found = measure(jit_accel.load("runs/flowers"), "photos", features="efficientnet_lite0", metrics="fd")
         >>> found["fd_efficientnet_lite0"]
     """
-    from jit_accel.evaluate.run import OneProcess, build_evaluator, checked_side
-    from jit_accel.model.generation import SamplerSettings
+    from jit_accel.evaluate.run import OneProcess, build_evaluator
+    from jit_accel.model.generation import SamplerSettings, checked_side
 
     config = EvaluateConfig(
         model="",

@@ -1,25 +1,28 @@
-"""Images in, numbers out, on all processes together."""
+"""Images in, numbers out, on all processes together; and the model whose images they are."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+import gc
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from jit_accel.base.console import warn
 from jit_accel.base.errors import UserError
-from jit_accel.base.processes import on_all, on_main
+from jit_accel.base.processes import gather_rows, on_all, on_main
 from jit_accel.data.formats.sources import Source
 from jit_accel.evaluate.features import FeatureNetwork
-from jit_accel.evaluate.formulas import hindrances, measured
-from jit_accel.evaluate.image_sets import ImageSet, find_array, open_image_set
-from jit_accel.evaluate.settings import metric_names
-from jit_accel.evaluate.statistics import Collector, ImageStatistics, read_reference
+from jit_accel.evaluate.image_sets import ImageSet, find_array, open_image_set, read_reference
+from jit_accel.evaluate.settings import ALL, EvaluateConfig, Setting, averages, axes_of, grid, metric_names
+from jit_accel.evaluate.statistics import Collector, ImageStatistics, hindrance, measured
+from jit_accel.model.checkpoints import MANIFEST, STATE
 from jit_accel.model.generation import SamplerSettings, generate_batches, share_of
+from jit_accel.model.loading import averages_of, find_checkpoint_in, find_pipeline_in, load_quietly
+from jit_accel.model.lora import weights_fingerprint
 from jit_accel.model.pipeline import JiTPipeline
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -27,7 +30,8 @@ class Evaluator:
     """Measures images and pipelines with one feature network; all processes call the same methods together.
 
     network: of `load_features`, on the accelerator's device. metrics: names from `metric_names(network.name)`.
-    batch_size: images that a process makes, reads and looks at together. max_features: as in `Collector`.
+    batch_size: images that a process makes, reads and looks at together. max_features: as in `Collector`. A `UserError`
+    is raised on all processes.
     """
 
     network: FeatureNetwork
@@ -53,13 +57,15 @@ class Evaluator:
         processes, side = self.accelerator.num_processes, img_size or pipeline.transformer.config.img_size
         padded = range(-(-num_images // processes) * processes)  # those from num_images on only fill batches up
         numbers = share_of(padded, self.accelerator.process_index, processes)
-        collector = self._collector(num_images)
+        collector = Collector(self.network, num_images, self.metrics, self.max_features)
         how = {"seed": seed, "settings": settings, "batch_size": self.batch_size, "height": side, "width": side}
 
         def draw() -> None:
-            with self.accelerator.autocast():  # in which features and sums keep their float32 and float64
-                for part, images in self._watched(generate_batches(pipeline, numbers, **how), len(numbers)):
+            # Features and sums keep their float32 and float64.
+            with self.accelerator.autocast(), self._progress(len(numbers)) as progress:
+                for part, images in generate_batches(pipeline, numbers, **how):
                     collector.add(torch.tensor(part), self.network(images))
+                    progress.update(len(part))
 
         if self.is_sharded:
             draw()  # a process that fails must end: the others wait inside the network and cannot hear of it
@@ -67,54 +73,51 @@ class Evaluator:
             on_all(self.accelerator, draw)
         return self.compare(collector.finish(self.accelerator, img_size=side), reference)
 
-    def statistics_of_images(self, images: ImageSet, img_size: int, about: str = "images") -> ImageStatistics:
-        """Read each image once, every process its share.
-
-        Raises `UserError`: the data cannot be read, or hardly anything in it is an image.
-        """
-        collector, accelerator = self._collector(images.num_images), self.accelerator
+    def statistics_of_images(self, images: ImageSet, about: str = "images") -> ImageStatistics:
+        """Read each image once, every process its share; UserError if hardly anything in the data can be read."""
+        collector = Collector(self.network, images.num_images, self.metrics, self.max_features)
+        accelerator, bad_images = self.accelerator, []
 
         def read() -> None:
-            shares = images.shares(img_size, self.batch_size, accelerator.process_index, accelerator.num_processes)
-            for share in self._watched(shares, images.num_images // accelerator.num_processes):
-                collector.bad_images += share.bad_images
-                if len(share.numbers):
-                    collector.add(share.numbers, self.network(share.images), share.labels)
+            shares = images.shares(self.batch_size, accelerator.process_index, accelerator.num_processes)
+            with self._progress(images.num_images // accelerator.num_processes) as progress:
+                for share in shares:
+                    bad_images.extend(share.bad_images)
+                    if len(share.numbers):
+                        collector.add(share.numbers, self.network(share.images), share.labels)
+                    progress.update(len(share.numbers))
 
         on_all(accelerator, read)
-        statistics = collector.finish(accelerator, images.name, img_size)
-        if statistics.bad_images and accelerator.is_main_process:
-            first = f" ({collector.bad_images[0]}, ...)" if collector.bad_images else ""
-            warn(f"{images.name}: {statistics.bad_images:,} images cannot be read and are left out{first}.")
+        statistics = collector.finish(accelerator, images.name, images.img_size)
+        num_bad = int(gather_rows(torch.tensor([len(bad_images)]), accelerator).sum())
+        if num_bad and accelerator.is_main_process:
+            first = f" ({bad_images[0]}, ...)" if bad_images else ""
+            warn(f"{images.name}: {num_bad:,} images cannot be read and are left out{first}.")
         if statistics.num_images < 2:
             rule = f"has {statistics.num_images} images, too few to compare."
             raise UserError(rule, about=about, value=images.name)
         return replace(statistics, fingerprint=images.fingerprint)
 
     def load_reference(self, path: str | Source, img_size: int | None = None) -> ImageStatistics:
-        """Read statistics from a file, or measure images, cropped to `img_size` (None: the size that they have).
-
-        Raises `UserError`: on all processes, whatever is wrong with it.
-        """
-        about, found, shape = "reference", None, None
+        """Read statistics from a file, or measure images, cropped to `img_size` (None: the size that they have)."""
+        about, found = "reference", None
         if isinstance(path, str) and path.endswith(".npz"):
             found = on_all(self.accelerator, lambda: read_reference(path, self.network))
-            shape = on_all(self.accelerator, lambda: find_array(path, about))
-        is_pairwise = any(metric_names(self.network.name)[name].is_pairwise for name in self.metrics)
-        if found is not None and (shape is None or found.kept is not None or not is_pairwise):
-            return found
-        images = on_all(self.accelerator, lambda: open_image_set(path, about), in_turn=True)
-        of_images = self.statistics_of_images(images, images.side(img_size, about), about)
+            is_pairwise = any(metric_names(self.network.name)[name].is_pairwise for name in self.metrics)
+            if found and (found.kept is not None or not is_pairwise or not find_array(path, about)):
+                return found
+        images = on_all(self.accelerator, lambda: open_image_set(path, about, img_size), in_turn=True)
+        of_images = self.statistics_of_images(images, about)
         if found is None:
             return replace(of_images, name=path if isinstance(path, str) else path.name)
         return replace(found, kept=of_images.kept, img_size=of_images.img_size)
 
     def keep_measurable(self, reference: ImageStatistics, num_images: int, are_wanted: bool) -> None:
-        """Keep the metrics that reference, number of images and installation allow; warn of the others.
-
-        Raises `UserError`: there is another one, and they `are_wanted` by name.
-        """
-        reasons = hindrances(self.metrics, reference, num_images)
+        """Keep the metrics that reference, images and installation allow; warn of others, UserError if `are_wanted`."""
+        reasons: dict[str, list[str]] = {}
+        for name, metric in metric_names(self.network.name).items():
+            if name in self.metrics:
+                reasons.setdefault(hindrance(metric, reference, num_images), []).append(name)
         self.metrics = tuple(reasons.pop("", ()))
         for reason, names in reasons.items():
             if are_wanted:
@@ -131,13 +134,60 @@ class Evaluator:
         """Processes hold shards of the generating network, and wait for each other inside it."""
         return self.accelerator.distributed_type.value == "FSDP"
 
-    def _collector(self, num_images: int) -> Collector:
-        return Collector(self.network, num_images, self.metrics, self.max_features)
-
-    def _watched(self, batches: Iterable[T], num_images: int) -> Iterator[T]:
-        """Yield the same batches, with a progress bar."""
+    def _progress(self, num_images: int) -> tqdm:
         is_silent = not (self.show_progress and self.accelerator.is_main_process)
-        with tqdm(total=num_images, unit="image", leave=False, disable=is_silent) as bar:
-            for batch in batches:
-                yield batch
-                bar.update(len(batch[0]))
+        return tqdm(total=num_images, unit="image", leave=False, disable=is_silent)
+
+
+class Candidate:
+    """The model that `--model` names now: a training that goes on makes others. All processes call it together.
+
+    weights: a pipeline folder, a checkpoint, or an id of the Hub. checkpoint: the same where it is a checkpoint. emas:
+    the averages to measure, by their names in the checkpoint; [None] for the weights of a pipeline folder.
+    """
+
+    def __init__(self, config: EvaluateConfig, accelerator):
+        self.config, self.accelerator, self.axes = config, accelerator, axes_of(config)
+        self.is_sweep = ALL in self.axes["ema"] or any(len(values) > 1 for values in self.axes.values())
+        self.weights, self.checkpoint, self.emas = on_main(accelerator, self._find)
+        self._ema: str | None = None
+        self._pipeline: JiTPipeline | None = None
+
+    def _find(self) -> tuple[str, Path | None, list[str | None]]:
+        names, folder = self.axes["ema"], Path(self.config.model).expanduser()
+        exported = None if names else find_pipeline_in(folder)  # averages are a checkpoint's
+        checkpoint = None if exported else find_checkpoint_in(folder)
+        if checkpoint is None:
+            return str(exported or self.config.model), None, names or [None]  # `load_pipeline` refuses names
+        available = averages_of(checkpoint)
+        return str(checkpoint), checkpoint, averages("ema", names, available) if names else available[:1]
+
+    def pipeline(self, ema: str | None) -> JiTPipeline:
+        """Return the pipeline with these averaged weights on the device; one of them is loaded at a time."""
+        if self._pipeline is None or ema != self._ema:
+            self.close()
+            how = self.weights, ema, self.accelerator.device, self.config.compile
+            self._pipeline, self._ema = on_all(self.accelerator, lambda: load_quietly(*how), in_turn=True), ema
+        return self._pipeline
+
+    def close(self) -> None:
+        """Give the pipeline's memory back."""
+        self._pipeline = None
+        gc.collect()
+
+    def settings(self) -> list[Setting]:
+        """Return the settings to measure; without flags they are the pipeline's own."""
+        own = asdict(SamplerSettings().completed(self.pipeline(self.emas[0])))
+        axes = [values or [own[name]] for name, values in self.axes.items() if name != "ema"]
+        return grid(self.emas, *axes, with_unguided=self.config.unguided)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the weights, by a checkpoint's seal or a pipeline's tensors, and of the scheduler."""
+        pipeline = self.pipeline(self.emas[0])
+        digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
+        if self.checkpoint is None:
+            digest.update(str(weights_fingerprint(pipeline.transformer.state_dict())).encode())
+        else:
+            for name in (MANIFEST, STATE):
+                digest.update((self.checkpoint / name).read_bytes())
+        return digest.hexdigest()[:16]

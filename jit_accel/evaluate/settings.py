@@ -1,14 +1,21 @@
-"""The settings of `jit_accel.evaluate`, and the metrics; imports no torch, so that `--help` answers at once."""
+"""The settings of `jit_accel.evaluate`, its metrics, and the grid that flags name; no torch: `--help` is quick."""
 
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from decimal import Decimal, InvalidOperation
+from functools import partial
 from typing import Literal, NamedTuple
 
-from jit_accel.base.errors import UserError, check_ranges, lookup
-from jit_accel.config.settings import MOST_IMAGES, MOST_PIXELS
-from jit_accel.evaluate.grid import AXES, axes_of, words
+from jit_accel.base.errors import UserError, check_ranges, lookup, within
+from jit_accel.config.settings import MOST_IMAGES, MOST_PIXELS, MOST_STEPS, UNAVERAGED
 
 INCEPTION, EFFICIENTNET_LITE0 = "inception", "efficientnet_lite0"
 FEATURES = dict.fromkeys((INCEPTION, EFFICIENTNET_LITE0))
+METHODS = {name: name for name in ("heun", "euler")}
+ALL = "all"
+MAX_VALUES = 10_000
 
 
 class ImageMetric(NamedTuple):
@@ -26,7 +33,7 @@ class ImageMetric(NamedTuple):
     is_pairwise: bool = False
 
 
-# A new one is a row here and a function in `formulas.MEASURES`.
+# A new one is a row here and a function in `statistics.MEASURES`.
 METRICS = (
     ImageMetric("fd", "fid", "fd"),
     ImageMetric("sfd", "sfid", None),
@@ -35,12 +42,11 @@ METRICS = (
     ImageMetric("precision", "precision", "precision", is_better_higher=True, is_pairwise=True),
     ImageMetric("recall", "recall", "recall", is_better_higher=True, is_pairwise=True),
 )
-_LIMITS = (
-    *(("num_images", 2, MOST_IMAGES), ("sweep_images", 2, MOST_IMAGES), ("sweep_top", 1, MOST_IMAGES)),
-    *(("batch_size", 1, MOST_IMAGES), ("img_size", 1, MOST_PIXELS), ("seed", 0, 2**63 - 1)),
-)
 RANGES = [
-    *((name, range(low, high + 1).__contains__, f"at least {low} and at most {high:,}") for name, low, high in _LIMITS),
+    *within(2, MOST_IMAGES, "num_images", "sweep_images"),
+    *within(1, MOST_IMAGES, "sweep_top", "batch_size"),
+    *within(1, MOST_PIXELS, "img_size"),
+    *within(0, 2**63 - 1, "seed"),
     ("max_features", lambda v: v >= 4, "at least 4"),  # three neighbours of each
 ]
 
@@ -110,12 +116,9 @@ class EvaluateConfig:
 
 
 def check(config: EvaluateConfig) -> None:
-    """Refuse settings that are missing, out of range, or contradict each other.
-
-    Raises `UserError`: naming the flag, its value and the rule.
-    """
+    """Raise `UserError` for settings that are missing, out of range, or contradict each other."""
     lookup(FEATURES, config.features, "features")
-    for flag in ("ema", "metrics", "method"):
+    for flag in ("metrics", *AXES):
         if (value := getattr(config, flag)) and not words(value):
             raise UserError("names nothing: give some, or leave the flag out.", about=flag, value=" ".join(value))
     chosen = chosen_metrics(config.features, config.metrics)
@@ -146,17 +149,144 @@ def metric_names(features: str) -> dict[str, ImageMetric]:
 
 
 def chosen_metrics(features: str, names: tuple[str, ...], about: str = "metrics") -> tuple[str, ...]:
-    """Return the results' names of the metrics that the setting `about` names; all of the features' for none.
-
-    Raises `UserError`: no such metric, or not with these features.
-    """
-    table = metric_names(features)
-    if not names:
-        return tuple(table)
+    """Return the results' names of the metrics that the setting `about` names, all of these features' for none."""
+    table, names = metric_names(features), words(names)
     aliases = {metric.short: name for name, metric in table.items()} | {name: name for name in table}
     for name in names:
         if name in metric_names(INCEPTION) and name not in aliases:
             remedy = f"use {next(iter(table))}, or --features {INCEPTION}"
             raise UserError(f"is measured with the Inception network alone: {remedy}.", about=about, value=name)
-    chosen = [lookup(aliases, name, about) for name in names]
+    chosen = [lookup(aliases, name, about) for name in names] or table
     return tuple(name for name in table if name in chosen)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to draw images. `ema` None: the weights of the pipeline folder. Guidance 1 has no interval."""
+
+    ema: str | None = None
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    num_inference_steps: int = 50
+    method: str = "heun"
+
+    def __post_init__(self):
+        # Without guidance the interval makes no difference; JSON has lists for pairs.
+        interval = None if self.is_unguided or self.guidance_interval is None else tuple(self.guidance_interval)
+        object.__setattr__(self, "guidance_interval", interval)
+
+    @property
+    def is_unguided(self) -> bool:
+        return self.guidance_scale == 1
+
+    @property
+    def sampling(self) -> dict:
+        """The fields of `SamplerSettings`."""
+        return {name: value for name, value in asdict(self).items() if name != "ema"}
+
+    def interval_text(self, form: str = "{:g} to {:g}") -> str:
+        """The interval in words; "" without one."""
+        return form.format(*self.guidance_interval) if self.guidance_interval else ""
+
+    def __str__(self) -> str:
+        ema = f"EMA {self.ema}, " if self.ema else ""
+        guidance = f"guidance {self.guidance_scale:g}{self.interval_text(' in ({:g}, {:g})')}"
+        guidance = "no guidance" if self.is_unguided else guidance
+        return f"{ema}{guidance}, {self.num_inference_steps} {self.method} steps"
+
+
+def grid(*axes: Sequence, with_unguided: bool = True) -> list[Setting]:
+    """Return all combinations, each once, of values for the fields of `Setting`; `with_unguided`: at guidance 1 too."""
+    emas, scales, intervals, counts, methods = axes
+    scales = sorted({*scales, 1.0} if with_unguided else {*scales})
+    combined = itertools.product(emas, methods, counts, intervals, scales)
+    settings = [Setting(ema, scale, interval, count, method) for ema, method, count, interval, scale in combined]
+    return list(dict.fromkeys(settings))
+
+
+def axes_of(config) -> dict[str, list]:
+    """Return the values of the flags that name settings, by the fields of `Setting`; [] for the pipeline's own."""
+    return {name: read(name, getattr(config, name)) if getattr(config, name) else [] for name, read in AXES.items()}
+
+
+def words(parts: Iterable[str]) -> list[str]:
+    """Return the words that commas or spaces divide, each once."""
+    return list(dict.fromkeys(piece for part in parts for piece in str(part).replace(",", " ").split()))
+
+
+def numbers(
+    flag: str, parts: Iterable[str], least: float = 0, most: float = math.inf, kind: Callable = float
+) -> list[float]:
+    """Return the values of a flag in order: numbers and ranges `start:stop:step` with both ends, exact in decimals."""
+    values: list[float] = []
+    for part in words(parts):
+        wrong = partial(UserError, about=flag, value=part)
+        ends = [_decimal(end, wrong) for end in part.split(":")]
+        if len(ends) not in (1, 3):
+            raise wrong("a range is start:stop:step, such as 1.0:4.0:0.1.")
+        start, stop, step = ends if len(ends) == 3 else (ends[0], ends[0], Decimal(1))
+        if step <= 0 or start > stop:
+            raise wrong("must have start <= stop and a step above 0, such as 1.0:4.0:0.1.")
+        count = int((stop - start) / step) + 1
+        if len(values) + count > MAX_VALUES:
+            raise wrong(f"more than {MAX_VALUES:,} values: take a larger step.")
+        values += [float(start + i * step) for i in range(count)]
+    for value in values:
+        wrong = partial(UserError, about=flag, value=f"{value:g}")
+        if not least <= value <= most:
+            raise wrong(f"must be at least {least:g}." if value < least else f"must be at most {most:,}.")
+        if value != kind(value):
+            raise wrong("must be a whole number.")
+    return sorted(map(kind, set(values)))
+
+
+def intervals(flag: str, parts: Iterable[str]) -> list[tuple[float, float]]:
+    """Return intervals of t: `low:high`, several with commas or spaces between; or two numbers, `0.1 1.0`, for one."""
+    if not any(":" in part for part in words(parts)):
+        ends = [piece for part in parts for piece in part.replace(",", " ").split()]  # two may be equal
+        parts = [":".join(ends[start : start + 2]) for start in range(0, len(ends), 2)]
+    found = []
+    for part in words(parts):
+        wrong, ends = partial(UserError, about=flag, value=part), part.split(":")
+        if len(ends) != 2:
+            raise wrong("must be low:high, such as 0.1:1.0; several as 0.1:1.0,0:1.")
+        low, high = (float(_decimal(end, wrong)) for end in ends)
+        if not 0 <= low <= high <= 1:
+            raise wrong("must be low:high with 0 <= low <= high <= 1, such as 0.1:1.0.")
+        found.append((low, high))
+    return list(dict.fromkeys(found))
+
+
+def averages(flag: str, parts: Iterable[str], available: Sequence[str]) -> list[str]:
+    """Return names of averages out of those `available`: `all` is all of them, `model` the weights themselves."""
+    table = {name: [name] for name in (*available, UNAVERAGED)} | {ALL: list(available)}
+    found = []
+    for part in words(parts):
+        alike = [name for name in table if _number(name) == _number(part) is not None]  # 0.99990 is 0.9999
+        found += lookup(table, alike[0] if alike else part, flag, rule="not there")
+    return list(dict.fromkeys(found))
+
+
+def _decimal(text: str, wrong: partial) -> Decimal:
+    if (value := _number(text)) is None:
+        remedy = "give numbers such as 1.5, lists such as 1,1.5,2 and ranges start:stop:step such as 1.0:4.0:0.1."
+        raise wrong(f"{text!r} is not a number: {remedy}")
+    return value
+
+
+def _number(text: str) -> Decimal | None:
+    try:
+        value = Decimal(text)
+    except InvalidOperation:
+        return None
+    return value if value.is_finite() and math.isfinite(value) else None
+
+
+# How the values of each flag are read; names of averages are compared with those of the checkpoint later.
+AXES = {
+    "ema": lambda flag, parts: words(parts),
+    "guidance_scale": numbers,
+    "guidance_interval": intervals,
+    "num_inference_steps": partial(numbers, least=1, most=MOST_STEPS, kind=int),
+    "method": lambda flag, parts: [lookup(METHODS, name, flag) for name in words(part.lower() for part in parts)],
+}

@@ -1,30 +1,24 @@
-"""Statistics of images: sums that grow batch by batch and are added up across processes, or a file."""
+"""Statistics of images, sums that grow batch by batch and are added up across processes, and the metrics they give."""
 
-import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jit_accel.base.errors import UserError
-from jit_accel.base.files import atomic_file, disk_errors
 from jit_accel.base.processes import gather_rows
-from jit_accel.evaluate.features import LOGITS, MAIN, SPATIAL, FeatureNetwork, Layers
-from jit_accel.evaluate.image_sets import BROKEN, find_array, reason_of
-from jit_accel.evaluate.settings import INCEPTION, metric_names
+from jit_accel.evaluate.features import LOGITS, MAIN, SPATIAL, FeatureNetwork, has_torch_fidelity, import_torch_fidelity
+from jit_accel.evaluate.settings import ImageMetric, metric_names
 
 INCEPTION_SCORE_SPLITS = 10
+KID_SUBSET_SIZE = 1000
+NEIGHBOURS = 3  # Kynkäänniemi et al., 1904.06991
 _SHUFFLE_SEED = 2020  # torch-fidelity's
 _ROWS_AT_ONCE = 256  # a product of few rows costs as much to store as to compute
-MAKER = "jit_accel"
-LEAST_FEATURES = 2  # a kernel distance compares different images
-# Names in the .npz of means and covariances, as ADM's evaluator and torch-fidelity's users have them
-NAMES = {MAIN: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
-ABOUT = ("features", "weights_id", "num_images", "img_size", "label_counts")
+_DISTANCES_AT_ONCE = 2000  # rows of them: all of 50,000 images would take 30 GB
 
 
 @dataclass
@@ -47,8 +41,8 @@ class ImageStatistics:
 
     features, weights_id: of the network. gaussians: by layer. kept: float32 (n, D) on the CPU, the main features of
     some or all images, in the order of their numbers. scores: Inception Scores of the parts, float64. num_images: None
-    where a file does not say. label_counts: images of each class, () where they are not known. bad_images: that could
-    not be read. fingerprint: of the data set that was measured.
+    where a file does not say. label_counts: images of each class, () where they are not known. fingerprint: of the
+    data set that was measured.
     """
 
     features: str
@@ -60,7 +54,6 @@ class ImageStatistics:
     num_images: int | None = None
     img_size: int | None = None
     label_counts: tuple[int, ...] = ()
-    bad_images: int = 0
     fingerprint: str = ""
 
 
@@ -97,15 +90,15 @@ class Moments:
 class InceptionScoreSums:
     """The Inception Score's sums, per split: exp of the mean KL divergence of each image's classes from their mean.
 
-    The images of a split follow from their numbers, as in torch-fidelity, which shuffles and then cuts in ten.
-
-    sums: float64 (splits, 2 + C), of each image 1, sum of p log p, and p.
+    The images of a split follow from their numbers, as in torch-fidelity, which shuffles and then cuts in ten. sums:
+    float64 (splits, 2 + C), of each image 1, sum of p log p, and p.
     """
 
     def __init__(self, num_images: int, size: int, device: torch.device | str = "cpu"):
         ends = np.arange(1, INCEPTION_SCORE_SPLITS + 1) * num_images // INCEPTION_SCORE_SPLITS
         split_of = np.empty(num_images, np.int64)
-        split_of[_shuffled(num_images)] = np.searchsorted(ends, np.arange(num_images), side="right")
+        shuffled = np.random.RandomState(_SHUFFLE_SEED).permutation(num_images)
+        split_of[shuffled] = np.searchsorted(ends, np.arange(num_images), side="right")
         self.split_of = torch.from_numpy(split_of)
         self.sums = _zeros(device, INCEPTION_SCORE_SPLITS, 2 + size)
 
@@ -141,13 +134,13 @@ class Collector:
         self.is_kept = None
         if any(metric.is_pairwise for metric in wanted):
             self.is_kept = torch.zeros(num_images, dtype=torch.bool)
-            self.is_kept[_shuffled(num_images)[:max_features]] = True  # random ones, since classes may come in order
+            shuffled = np.random.RandomState(_SHUFFLE_SEED).permutation(num_images)  # since classes may come in order
+            self.is_kept[shuffled[:max_features]] = True
         self.kept = [(torch.empty(0, dtype=torch.int64), torch.empty(0, sizes[MAIN]))]  # numbers and features
-        self.labels = torch.zeros(0, dtype=torch.float64)
-        self.bad_images: list[str] = []
+        self.labels = [torch.empty(0, dtype=torch.int64)]
 
-    def add(self, numbers: Tensor, layers: Layers, labels: np.ndarray | None = None) -> None:
-        """Add the features of the images of these numbers, int64 (B,) on the CPU."""
+    def add(self, numbers: Tensor, layers: dict[str, Tensor], labels: Tensor | None = None) -> None:
+        """Add the features of the images of these numbers, int64 (B,) on the CPU, and their labels, int64 (B,)."""
         counted = numbers < self.num_images
         if not counted.all():
             numbers = numbers[counted]
@@ -159,10 +152,8 @@ class Collector:
         if self.is_kept is not None:
             chosen = self.is_kept[numbers]
             self.kept.append((numbers[chosen], layers[MAIN][chosen.to(layers[MAIN].device)].float().cpu()))
-        if labels is not None and len(labels):
-            counts = torch.from_numpy(np.bincount(np.maximum(labels, 0), minlength=len(self.labels))).double()
-            counts[: len(self.labels)] += self.labels
-            self.labels = counts
+        if labels is not None:
+            self.labels.append(labels.clamp(min=0))
 
     def finish(self, accelerator, name: str = "", img_size: int | None = None) -> ImageStatistics:
         """Return the statistics of all processes' images, the same on all."""
@@ -171,22 +162,15 @@ class Collector:
         if self.is_kept is not None:
             numbers, kept = (gather_rows(torch.cat(parts), accelerator) for parts in zip(*self.kept))
             kept = kept[numbers.argsort()]
-        classes = int(gather_rows(torch.tensor([len(self.labels)]), accelerator).max())
-        labels = torch.nn.functional.pad(self.labels, (0, classes - len(self.labels)))
-        counts = tuple(map(int, _sum(labels, accelerator).tolist()))
+        counts = tuple(gather_rows(torch.cat(self.labels), accelerator).bincount().tolist())
         scores = None if self.scores is None else self.scores.scores(accelerator)
-        bad_images = int(_sum(torch.tensor(len(self.bad_images), dtype=torch.float64), accelerator))
         of_network, num_images = (self.network.name, self.network.weights_id), self.moments[MAIN].count
-        return ImageStatistics(*of_network, gaussians, name, kept, scores, num_images, img_size, counts, bad_images)
+        return ImageStatistics(*of_network, gaussians, name, kept, scores, num_images, img_size, counts)
 
 
 def _zeros(device: torch.device | str, *shape: int) -> Tensor:
     is_apple = torch.device(device).type == "mps"  # has no float64
     return torch.zeros(shape, dtype=torch.float64, device="cpu" if is_apple else device)
-
-
-def _shuffled(num_images: int) -> np.ndarray:
-    return np.random.RandomState(_SHUFFLE_SEED).permutation(num_images)
 
 
 def _sum(values: Tensor, accelerator) -> Tensor:
@@ -195,92 +179,88 @@ def _sum(values: Tensor, accelerator) -> Tensor:
     return accelerator.reduce(values.to(accelerator.device), "sum").to(values.device)
 
 
-def save_reference(path: Path, reference: ImageStatistics) -> None:
-    """Write an `.npz` that `read_reference` and others' evaluators read, atomically.
+def frechet_distance(one: Gaussian, other: Gaussian) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians (Heusel et al., 1706.08500), in float64.
 
-    Raises `UserError`: it cannot be written.
+    The eigenvalues of C1 C2 are those of the symmetric C2^(1/2) C1 C2^(1/2), which are found in a third of the time and
+    cannot come out complex, also where covariances are singular because there are fewer images than features. The root
+    of `other` is computed once for many comparisons; the device of `one` computes. NaN where anything is not finite.
     """
-    about = {"maker": MAKER, **{name: getattr(reference, name) for name in ABOUT}, "source": reference.name}
-    arrays = {"about": np.array(json.dumps(about))}
-    for layer, gaussian in reference.gaussians.items():
-        mean, covariance = NAMES[layer]
-        arrays |= {mean: gaussian.mean.cpu().numpy(), covariance: gaussian.covariance.cpu().numpy()}
-    if reference.kept is not None:
-        arrays["kept"] = reference.kept.numpy()
-
-    with disk_errors("make_reference", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary, open(temporary, "wb") as file:  # a name would get another ending
-            np.savez(file, **arrays)
+    if not all(bool(part.isfinite().all()) for part in (one.mean, one.covariance, other.mean, other.covariance)):
+        return math.nan  # of which no eigenvalues can be had
+    return float(_frechet_distance(one, other.mean, other.root))
 
 
-def read_reference(path: str, network: FeatureNetwork) -> ImageStatistics | None:
-    """Read statistics: ours, or ADM's, JiT's and torch-fidelity's, which are of Inception. None: only images are there.
-
-    Raises `UserError`: no such file, nothing of use in it, or statistics of other features.
-    """
-
-    def wrong(rule: str) -> UserError:
-        return UserError(rule, about="reference", value=path)
-
-    has_images = find_array(path, "reference") is not None
-    known = {"about", "kept", *(name for names in NAMES.values() for name in names)}
-    try:  # nothing in the file is run
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name in known}
-    except BROKEN as error:
-        raise wrong(f"cannot be read ({reason_of(error)}): give another file.") from None
-    about = checked_about(arrays, wrong)
-    features = about.get("features", INCEPTION)
-    if has_images and (network.name != features or NAMES[MAIN][0] not in arrays):
-        return None
-    if features != network.name:
-        remedy = f"use --features {features}, or make a file of {network.name} features from the images with "
-        raise wrong(f"holds statistics of {features} features, not of {network.name}: {remedy}--make_reference.")
-    if about.get("weights_id", network.weights_id) != network.weights_id:
-        ids = f"{about['weights_id']}, here {network.weights_id}"
-        remedy = "give the same --feature_weights, or make it again with --make_reference."
-        raise wrong(f"was made with other weights of {features} ({ids}): {remedy}")
-    layers = [layer for layer, (mean, _) in NAMES.items() if mean in arrays and layer in network.sizes]
-    if MAIN not in layers:
-        raise wrong("has neither statistics (mu, sigma) nor images (arr_0): give another.")
-    gaussians = {}
-    for layer in layers:
-        (mean, covariance), size = NAMES[layer], network.sizes[layer]
-        found = checked_array(arrays, mean, (size,), wrong), checked_array(arrays, covariance, (size, size), wrong)
-        gaussians[layer] = Gaussian(*found)
-        variances = found[1].diagonal()
-        is_positive = variances.min() >= -1e-6 * max(1.0, variances.max())  # rounding may leave a constant one below 0
-        if not is_positive or not torch.allclose(found[1], found[1].T, rtol=1e-4, atol=1e-6):
-            raise wrong(f"{covariance} is not a covariance: give another file.")
-    kept = checked_array(arrays, "kept", (-1, network.sizes[MAIN]), wrong).float() if "kept" in arrays else None
-    said = {name: about[name] for name in ("num_images", "img_size", "label_counts") if name in about}
-    return ImageStatistics(features, network.weights_id, gaussians, path, kept, **said)
+def _frechet_distance(one: Gaussian, other_mean: Tensor, other_root: Tensor) -> Tensor:
+    # A reference that was read from a file is on the CPU, whatever the device of the features.
+    other_mean, other_root = other_mean.to(one.mean.device), other_root.to(one.mean.device)
+    inner = other_root @ one.covariance @ other_root
+    values = torch.linalg.eigvalsh((inner + inner.T) / 2)
+    # The square roots of zeros that rounding made 1e-16 would add up over a thousand dimensions.
+    values = values.where(values > len(values) * torch.finfo(values.dtype).eps * values[-1], 0)
+    difference = one.mean - other_mean
+    traces = one.covariance.trace() + other_root.square().sum()
+    distance = difference @ difference + traces - 2 * values.sqrt().sum()
+    return distance.clamp(min=0)  # NaN stays
 
 
-def checked_about(arrays: dict[str, np.ndarray], wrong: Callable[[str], UserError]) -> dict:
-    """Return the description in a file of ours, {} of others, or raise `wrong(rule)`."""
-    if "about" not in arrays:
-        return {}
-    try:
-        about = json.loads(str(arrays["about"]))
-    except ValueError:
-        about = None
-    if not isinstance(about, dict) or about.get("maker") != MAKER:
-        raise wrong("its description is not one of ours: make it again.")
-    counts, sizes = about.get("label_counts") or [], (about.get("num_images"), about.get("img_size"))
-    numbers = [*counts, *(size for size in sizes if size is not None)] if isinstance(counts, list) else [None]
-    if not all(type(number) is int and number >= 0 for number in numbers) or 0 in sizes:
-        raise wrong("its description has counts that are not whole numbers: make it again.")
-    return about | {"label_counts": tuple(counts)}
+def inception_score(images: ImageStatistics, _) -> dict[str, float]:
+    """Mean and standard deviation over the splits (Salimans et al., 1606.03498)."""
+    return {"is": float(images.scores.mean()), "is_std": float(images.scores.std(correction=0))}
 
 
-def checked_array(arrays: dict, name: str, shape: tuple[int, ...], wrong: Callable[[str], UserError]) -> Tensor:
-    """Return an array as float64, or raise `wrong(rule)`; a first size of -1 stands for `LEAST_FEATURES` or more."""
-    array = arrays.get(name, np.empty(()))
-    least = (LEAST_FEATURES, *shape[1:]) if shape[0] == -1 else shape
-    has_shape = array.ndim == len(shape) and array.shape[1:] == shape[1:] and len(array) >= least[0]
-    if not has_shape or len(array) > shape[0] != -1 or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-        more = " or more" if shape[0] == -1 else ""
-        raise wrong(f"{name} is {array.dtype} {array.shape}, not finite numbers {least}{more}: give another file.")
-    return torch.from_numpy(np.asarray(array, np.float64))
+def kernel_distance(images: ImageStatistics, reference: ImageStatistics) -> dict[str, float]:
+    """Mean and deviation of the kernel distance (Bińkowski et al., 1801.01401), of 100 pairs of 1,000 images or all."""
+    metric = import_torch_fidelity("metric_kid")
+    size = min(KID_SUBSET_SIZE, len(images.kept), len(reference.kept))
+    found = metric.kid_features_to_metric(images.kept, reference.kept, kid_subset_size=size, verbose=False)
+    return {"kd": found[metric.KEY_METRIC_KID_MEAN], "kd_std": found[metric.KEY_METRIC_KID_STD]}
+
+
+def precision_recall(images: ImageStatistics, reference: ImageStatistics) -> dict[str, float]:
+    """Improved precision and recall with three neighbours (Kynkäänniemi et al., 1904.06991), of 4 images or more."""
+    metric = import_torch_fidelity("metric_prc")
+    how = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": _DISTANCES_AT_ONCE, "save_cpu_ram": True}
+    sides = (side.kept.to(images.gaussians[MAIN].mean.device) for side in (images, reference))
+    found = metric.prc_features_to_metric(*sides, verbose=False, **how)
+    return {"precision": found[metric.KEY_METRIC_PRECISION], "recall": found[metric.KEY_METRIC_RECALL]}
+
+
+def _frechet(short: str, layer: str) -> Callable:
+    return lambda images, reference: {short: frechet_distance(images.gaussians[layer], reference.gaussians[layer])}
+
+
+# The function of each metric by its short name; a new one is a row here and one in `METRICS`.
+MEASURES: dict[str, Callable[[ImageStatistics, ImageStatistics], dict[str, float]]] = {
+    "fd": _frechet("fd", MAIN),
+    "sfd": _frechet("sfd", SPATIAL),
+    "is": inception_score,
+    "kd": kernel_distance,
+    "precision": precision_recall,
+    "recall": precision_recall,
+}
+
+
+def measured(metrics: tuple[str, ...], images: ImageStatistics, reference: ImageStatistics) -> dict[str, float]:
+    """Return the metrics of these names; kernel distance and Inception Score also have `..._std`."""
+    shorts, values = {name: metric_names(images.features)[name].short for name in metrics}, {}
+    for measure in dict.fromkeys(MEASURES[short] for short in shorts.values()):
+        values |= measure(images, reference)
+    ends = ("", "_std")
+    return {name + end: values[short + end] for name, short in shorts.items() for end in ends if short + end in values}
+
+
+def hindrance(metric: ImageMetric, reference: ImageStatistics, num_images: int) -> str:
+    """Return what keeps a metric of so many images from being measured, "" for nothing."""
+    fewest = min(num_images, num_images if reference.kept is None else len(reference.kept))
+    if metric.short == "sfd" and SPATIAL not in reference.gaussians:
+        return "the reference has no spatial statistics (mu_s, sigma_s)"
+    if metric.is_pairwise and reference.kept is None:
+        return "the reference has mean and covariance alone, no features of single images"
+    if metric.is_pairwise and not has_torch_fidelity():
+        return "torch-fidelity is not installed: pip install 'jit_accel[eval]'"
+    if metric.short in ("precision", "recall") and fewest <= NEIGHBOURS:
+        return f"of {fewest} images none has {NEIGHBOURS} neighbours"
+    if metric.short == "is" and num_images < 2 * INCEPTION_SCORE_SPLITS:
+        return f"{num_images} images are fewer than two for each of {INCEPTION_SCORE_SPLITS} parts"
+    return ""

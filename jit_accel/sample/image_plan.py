@@ -61,9 +61,8 @@ class SamplePlan:
 
     def name(self, label: int) -> str:
         """Return the class as people know it."""
-        if label == self.num_classes:
-            return NO_CLASS
-        return self.class_names[label] if self.class_names else str(label)
+        names = self.class_names or range(self.num_classes)
+        return NO_CLASS if label == self.num_classes else str(names[label])
 
     def folder(self, label: int) -> str:
         """Return the name of the class's folder, safe on every file system and distinct: the label comes first."""
@@ -86,7 +85,11 @@ def plan_images(config: SampleConfig, num_classes: int, class_names: Sequence[st
     """Return the plan that the settings ask for; raise `UserError` for a class that does not exist."""
     labels = tuple(range(num_classes)) or (0,)  # without classes 0 is "no class"
     if config.classes:
-        labels = tuple(sorted({label_of(name, num_classes, class_names) for name in _split(config, class_names)}))
+        known = {name.lower() for name in class_names or ()}
+        # Commas divide names unless they belong to one.
+        parts = [[word] if word.lower() in known else word.split(",") for word in config.classes]
+        names = [part.strip() for words in parts for part in words if part.strip()]
+        labels = tuple(sorted({label_of(name, num_classes, class_names) for name in names}))
         if not labels:
             value = " ".join(config.classes)
             raise UserError("names no class: give some, or leave the flag out.", about="classes", value=value)
@@ -97,13 +100,6 @@ def plan_images(config: SampleConfig, num_classes: int, class_names: Sequence[st
         raise UserError(f"{rule}--seed.", about="images_per_class", value=config.images_per_class)
     kept = [(label, count) for label, count in zip(labels, counts) if count]
     return SamplePlan(*zip(*kept), num_classes, tuple(class_names) if class_names else None)
-
-
-def _split(config: SampleConfig, class_names: Sequence[str] | None) -> list[str]:
-    """Return the names of `--classes`, split at commas unless the commas belong to a class's name."""
-    known = {name.lower() for name in class_names or ()}
-    parts = [[word] if word.lower() in known else word.split(",") for word in config.classes]
-    return [part.strip() for words in parts for part in words if part.strip()]
 
 
 def label_of(name: str, num_classes: int, class_names: Sequence[str] | None) -> int:
@@ -157,7 +153,8 @@ def _difference(folder: Path, now: dict) -> str | None:
         then = json.loads((folder / SAMPLES_RECORD).read_text(encoding="utf-8"))
         changed = changed_settings(then["settings"], now["settings"])
         if then["model"]["fingerprint"] != now["model"]["fingerprint"]:
-            old, new = map(_weights, (then["model"], now["model"]))
+            models = now["model"], then["model"]
+            new, old = (f"{it['path']} with --ema {it['ema']}" if it["ema"] else it["path"] for it in models)
             changed.append(f"--model: the weights of {new} are not those of {old} at that time")
         for entry in then["classes"]:
             before, count = entry["num_images"], counts.get(entry["label"], 0)
@@ -169,7 +166,3 @@ def _difference(folder: Path, now: dict) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {SAMPLES_RECORD} is broken, or of another version of this program: give a new folder."
     return f"was begun otherwise: {'; '.join(changed)}: use the same settings, or another folder." if changed else None
-
-
-def _weights(model: dict) -> str:
-    return f"{model['path']} with --ema {model['ema']}" if model["ema"] else str(model["path"])

@@ -1,6 +1,5 @@
 """From settings to images: every process makes its share, in step with the others."""
 
-import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -22,10 +21,9 @@ from jit_accel.data.formats.scan import SAMPLES_RECORD
 from jit_accel.model.generation import SamplerSettings, checked_side, generate_batches, share_of
 from jit_accel.model.loading import load_quietly
 from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.sample import image_files
 from jit_accel.sample.image_plan import VERSION, ImageId, open_folder, plan_images
-from jit_accel.sample.pictures import Denoising, Show, draw_animation, draw_grid, draw_strip, start_noise
 from jit_accel.sample.settings import SampleConfig
-from jit_accel.sample.stores import ImageFiles, NpzFile
 
 
 def sample(config: SampleConfig) -> int:
@@ -60,10 +58,7 @@ def fingerprint(pipeline: JiTPipeline) -> str:
 
 
 class Sampling:
-    """The images to make, the pipeline that makes them, and their place; making it writes nothing.
-
-    UserError if settings do not fit the pipeline.
-    """
+    """The images to make, the pipeline that makes them, and their place; UserError if settings do not fit it."""
 
     def __init__(self, config: SampleConfig, precision: str, accelerator: Accelerator, stop: StopRequest):
         self.config, self.precision, self.accelerator, self.stop = config, precision, accelerator, stop
@@ -75,46 +70,39 @@ class Sampling:
         self.settings = SamplerSettings(**settings).completed(pipeline)
         self.folder = Path(config.output_dir).expanduser()
         self.batch_size = config.batch_size or (16 if accelerator.device.type == "cpu" else 64)
-        store = NpzFile if config.format == "npz" else partial(ImageFiles, extension=config.format)
-        self.store = store(self.folder, self.plan, size=self.size)
+        place = self.folder, self.plan, self.size
+        is_npz = config.format == "npz"
+        self.store = image_files.NpzFile(*place) if is_npz else image_files.ImageFiles(*place, config.format)
         self.writing = partial(disk_errors, "output_dir", self.folder, "run the same command again with --resume")
 
     def run(self) -> None:
         """Make what is missing, and the pictures."""
         accelerator, stop = self.accelerator, self.stop
-        with contextlib.closing(self.store):
+        with self.store.pool:
             missing = on_main(accelerator, self._begin, stop)
             rate = self._make(missing)
             on_main(accelerator, lambda: self._finish(len(missing), rate), stop)
 
-    def record(self) -> dict:
-        """Return what stands in samples.json: what the images follow from, and which they are."""
+    def _begin(self) -> list[ImageId]:
+        """Open the folder; return what is missing in it."""
         config, (height, width) = self.config, self.size
         how = {"height": height, "width": width, "mixed_precision": self.precision, "format": config.format}
-        return {
+        record = {  # of samples.json: what the images follow from, and which they are
             "version": VERSION,
             "settings": {"seed": config.seed, **asdict(self.settings), **how},
             "model": {"path": config.model, "ema": config.ema, "fingerprint": fingerprint(self.pipeline)},
             "num_images": self.plan.num_images,
             "classes": self.plan.classes(),
         }
-
-    def _begin(self) -> list[ImageId]:
-        """Open the folder; return what is missing in it."""
-        record = self.record()
         with self.writing():
-            open_folder(self.folder, record, self.config.resume)
+            open_folder(self.folder, record, config.resume)
             if self.precision == "bf16" and not is_good_at_bf16(self.accelerator.device):
                 warn("this device only emulates bf16, up to a hundred times slower: use --mixed_precision no.")
             self.store.prepare()
             missing = self.store.missing(self._stop_here)
             write_json(self.folder / SAMPLES_RECORD, record)  # last: a command that is refused changes nothing
-        self._describe(len(missing))
-        return missing
-
-    def _describe(self, num_missing: int) -> None:
         settings, total = self.settings, self.plan.num_images
-        there = f", {total - num_missing:,} of them there already" if num_missing < total else ""
+        there = f", {total - len(missing):,} of them there already" if len(missing) < total else ""
         guidance = f"guidance {settings.guidance_scale:g}"
         if settings.guidance_scale != 1:
             guidance += " at {:g} < t < {:g}".format(*settings.guidance_interval)
@@ -124,6 +112,7 @@ class Sampling:
             f"{self.accelerator.num_processes} x {self.accelerator.device.type}, precision {self.precision} → "
             f"{self.folder}"
         )
+        return missing
 
     def _make(self, missing: Sequence[ImageId]) -> float:
         """Make images in rounds of a batch for each process; return images/s."""
@@ -180,28 +169,19 @@ class Sampling:
             total, classes = self.plan.num_images, len(self.plan.labels)
             made = f", {num_made:,} of them now, {rate:.3g} images/s" if num_made else ", all of them before"
             say(f"Images:     {total:,} of {classes:,} class{'es' * (classes > 1)}{made} → {where}")
-            self._draw_pictures()
+            config, follow = self.config, (self._follow, self.settings.num_inference_steps, self.batch_size)
+            for title, name, is_asked, draw, how in (
+                ("Grid:      ", "grid.png", config.grid, image_files.draw_grid, (self.store.read,)),
+                ("Trajectory:", "trajectory.png", config.trajectory, image_files.draw_strip, follow),
+                ("Animation: ", f"animation.{config.animation}", config.animation, image_files.draw_animation, follow),
+            ):
+                if is_asked:
+                    draw(self.plan, *how, self.folder / name)
+                    say(f"{title} {self.folder / name}")
 
-    def _draw_pictures(self) -> None:
-        config, follow = self.config, (self._follow, self.settings.num_inference_steps, self.batch_size)
-        animation = f"animation.{config.animation}"
-        for title, is_asked, name, draw in (
-            ("Grid:      ", config.grid, "grid.png", partial(draw_grid, self.plan, self.store.read)),
-            ("Trajectory:", config.trajectory, "trajectory.png", partial(draw_strip, self.plan, *follow)),
-            ("Animation: ", config.animation, animation, partial(draw_animation, self.plan, *follow)),
-        ):
-            if is_asked:
-                draw(self.folder / name)
-                say(f"{title} {self.folder / name}")
-
-    def _follow(self, ids: list[ImageId], steps: list[int], show: Show) -> None:
+    def _follow(self, ids: list[ImageId], steps: list[int], show: image_files.Show) -> None:
         """Make images once more, and `show` how they come about."""
-        noise = start_noise(self.pipeline, self.config.seed, [image.number for image in ids], *self.size)
+        noise = image_files.start_noise(self.pipeline, self.config.seed, [image.number for image in ids], *self.size)
         t_eps = self.pipeline.scheduler.config.t_eps
-        denoising = Denoising(noise, self.settings.num_inference_steps, steps, show, t_eps)
-
-        def on_step(*step) -> dict:
-            denoising.step_done(*step)
-            return self._stop_here()
-
-        self._draw(ids, on_step)
+        step_done = image_files.denoising(noise, self.settings.num_inference_steps, steps, show, t_eps)
+        self._draw(ids, lambda *step: step_done(*step) or self._stop_here())

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jit_accel.base.errors import UserError, check_ranges
+from jit_accel.base.errors import UserError, check_ranges, within
 from jit_accel.config.settings import MOST_IMAGES, MOST_PIXELS, MOST_STEPS
 
 DEFAULT_NUM_IMAGES = 64
@@ -62,14 +62,10 @@ class SampleConfig:
     """Also make an animation of the denoising of a grid."""
 
 
-def _up_to(most: int, *names: str) -> list[tuple]:
-    return [(name, lambda v: 1 <= v <= most, f"at least 1 and at most {most:,}") for name in names]
-
-
 RANGES = [
-    *_up_to(MOST_IMAGES, "images_per_class", "num_images", "batch_size"),
-    *_up_to(MOST_PIXELS, "img_size", "height", "width"),
-    *_up_to(MOST_STEPS, "num_inference_steps"),
+    *within(1, MOST_IMAGES, "images_per_class", "num_images", "batch_size"),
+    *within(1, MOST_PIXELS, "img_size", "height", "width"),
+    *within(1, MOST_STEPS, "num_inference_steps"),
     ("seed", lambda v: 0 <= v < 2**63, "from 0 to 2^63 - 1"),
     ("guidance_scale", lambda v: 0 <= v < math.inf, "at least 0; 1 is no guidance"),
     ("guidance_interval", lambda v: 0 <= v[0] <= v[1] <= 1, "LO HI with 0 <= LO <= HI <= 1, such as 0.1 1"),

@@ -17,8 +17,9 @@ from jit_accel.config.settings import EvalConfig, SheetConfig
 from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import load_features
+from jit_accel.evaluate.image_sets import read_reference, save_reference
 from jit_accel.evaluate.settings import metric_names
-from jit_accel.evaluate.statistics import ImageStatistics, read_reference, save_reference
+from jit_accel.evaluate.statistics import ImageStatistics
 from jit_accel.model.generation import SamplerSettings, generate
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.monitor.log import iterate_metrics

@@ -17,7 +17,8 @@ from toy_features import load_toy
 
 from jit_accel.base.errors import UserError
 from jit_accel.data.formats.sources import open_images
-from jit_accel.evaluate import formulas, main, measure, parse_args
+from jit_accel.evaluate import main, measure
+from jit_accel.evaluate import statistics as formulas
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import (
     LOADERS,
@@ -27,10 +28,10 @@ from jit_accel.evaluate.features import (
     inception_file,
     load_features,
 )
-from jit_accel.evaluate.image_sets import open_image_set
+from jit_accel.evaluate.image_sets import open_image_set, save_reference
 from jit_accel.evaluate.run import imbalance, reference_fingerprint
 from jit_accel.evaluate.settings import EvaluateConfig, check, chosen_metrics, metric_names
-from jit_accel.evaluate.statistics import Collector, Gaussian, ImageStatistics, Moments, save_reference
+from jit_accel.evaluate.statistics import Collector, Gaussian, ImageStatistics, Moments, frechet_distance
 from jit_accel.model.generation import SamplerSettings
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.scheduler import JiTScheduler
@@ -133,7 +134,7 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
     exact = shift.square().sum() + (one.sqrt() - two.sqrt()).square().sum()
     covariances = [basis @ torch.diag(values) @ basis.T for values in (one, two)]
     one, other = Gaussian(shift, covariances[0]), Gaussian(torch.zeros_like(shift), covariances[1])
-    assert formulas.frechet_distance(one, other) == pytest.approx(float(exact))
+    assert frechet_distance(one, other) == pytest.approx(float(exact))
 
 
 @pytest.mark.parametrize("count", [10, 500])
@@ -141,7 +142,7 @@ def test_a_set_is_at_distance_zero_from_itself_also_with_fewer_images_than_featu
     moments = Moments(64)
     moments.add(torch.randn(count, 64, generator=torch.Generator().manual_seed(0)) * 10 + 5)
     gaussian = moments.gaussian()
-    assert 0 <= formulas.frechet_distance(gaussian, gaussian) < 1e-8 * float(gaussian.covariance.trace())
+    assert 0 <= frechet_distance(gaussian, gaussian) < 1e-8 * float(gaussian.covariance.trace())
 
 
 def test_the_distance_is_computed_on_the_device_of_the_features_wherever_the_reference_is():
@@ -154,8 +155,8 @@ def test_the_distance_of_what_is_not_finite_is_no_number():
     mean, matrix = torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
     good = Gaussian(mean, matrix)
     for bad in (Gaussian(mean, matrix * np.nan), Gaussian(mean * np.nan, matrix)):
-        assert np.isnan(formulas.frechet_distance(bad, good))
-        assert np.isnan(formulas.frechet_distance(good, bad))
+        assert np.isnan(frechet_distance(bad, good))
+        assert np.isnan(frechet_distance(good, bad))
 
 
 @needs_torch_fidelity
@@ -368,7 +369,7 @@ def test_every_kind_of_images_is_read_once_by_any_number_of_processes(pixels, fo
         images = open_image_set(path, "images")
         assert (images.num_images, images.img_size) == (31, 28)
         for world_size in (1, 3):
-            shares = [share for rank in range(world_size) for share in images.shares(28, 5, rank, world_size)]
+            shares = [share for rank in range(world_size) for share in images.shares(5, rank, world_size)]
             assert sorted(image.numpy().tobytes() for share in shares for image in share.images) == wanted, path
             assert sorted(number for share in shares for number in share.numbers.tolist()) == list(range(31))
 
@@ -383,9 +384,9 @@ def test_images_are_cropped_as_for_training_and_broken_ones_left_out(network, ac
         canvas.save(wide / f"{number}.png")
     (wide / "broken.png").write_bytes(b"no image")
     evaluator = Evaluator(network, accelerator, ALL[:1])
-    images = open_image_set(str(wide), "images")
-    found = evaluator.statistics_of_images(images, 28)
-    assert (found.num_images, found.bad_images) == (3, 1)
+    images = open_image_set(str(wide), "images", 28)
+    found = evaluator.statistics_of_images(images)
+    assert found.num_images == 3
     assert "1 images cannot be read and are left out" in capsys.readouterr().err
     assert torch.allclose(found.gaussians["main"].mean, network(pixels[:3])["main"].double().mean(0), rtol=1e-4)
     with pytest.raises(UserError, match=r"^reference .*first image is not square.*--img_size"):
@@ -581,7 +582,7 @@ def test_measure_gives_the_numbers_of_the_program_and_leaves_no_state(
     for wrong, message in [({"metrics": ("fidd",)}, "Did you mean"), ({"num_images": 1}, "at least 2")]:
         with pytest.raises(UserError, match=message):
             measure(pipeline, folder, **{**how, **wrong})
-    with pytest.raises(UserError, match="multiple of the model's patch size 7"):
+    with pytest.raises(UserError, match="multiple of the patch size, 7: use 28 or 35"):
         measure(pipeline, folder, **how, img_size=30)
 
 
@@ -643,6 +644,8 @@ def test_results_are_added_to_those_in_the_models_folder(alone, network, saved, 
         (["--images", "a", "--method", "heun"], "--method heun: says how --model makes images"),
         (["--metrics", ","], "--metrics ,: names nothing"),
         (["--ema", ","], "--ema ,: names nothing"),
+        (["--guidance_scale", ","], "--guidance_scale ,: names nothing"),
+        (["--guidance_interval", ""], "--guidance_interval : names nothing"),
         (["--select", "foo"], "--select foo: unknown"),
         (["--num_images", "1" + 20 * "0"], "at most 10,000,000"),
         (["--num_inference_steps", "1e30"], "at most 10,000"),
@@ -655,9 +658,9 @@ def test_wrong_settings_are_answered_without_a_traceback(capsys, flags, message)
 
 
 def test_settings_and_lists_with_commas():
-    config = parse_args(["--model", "x", "--reference", "y", "--metrics", "fid,is", "kid"])
-    assert config.metrics == ("fid", "is", "kid")
+    config = EvaluateConfig(model="x", reference="y", metrics=("fid,is", "kid"))
     check(config)
+    assert chosen_metrics(config.features, config.metrics) == ("fid", "inception_score", "kid")
     with pytest.raises(UserError, match="reference: not given"):
         check(EvaluateConfig(model="x"))
     with pytest.raises(UserError, match="model: not given"):

@@ -14,7 +14,7 @@ from helpers import SPAWNER, free_port, train_here
 from safetensors.torch import load_file, save_file
 
 from jit_accel.evaluate import main
-from jit_accel.evaluate.candidate import Candidate
+from jit_accel.evaluate.evaluator import Candidate
 from jit_accel.model.pipeline import JiTPipeline
 
 pytestmark = pytest.mark.usefixtures("tiny")

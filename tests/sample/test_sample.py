@@ -25,9 +25,17 @@ from jit_accel.data.formats.sources import open_images
 from jit_accel.model.generation import SamplerSettings, generate_batches
 from jit_accel.model.transformer import JiTTransformer2DModel
 from jit_accel.sample import main, parse_args
+from jit_accel.sample.image_files import (
+    ImageFiles,
+    NpzFile,
+    denoising,
+    is_whole,
+    open_array,
+    pixels,
+    start_noise,
+    strip_images,
+)
 from jit_accel.sample.image_plan import ImageId, SamplePlan, label_of, plan_images
-from jit_accel.sample.pictures import Denoising, pixels, start_noise, strip_images
-from jit_accel.sample.stores import ImageFiles, NpzFile, is_whole, open_array
 
 NAMES = ["T-shirt/top", "../up", "crème brûlée", "猫", "a" * 300, "cat", "Cat", "cat", ".", "with, comma"]
 FAST = ("--num_inference_steps", "2", "--mixed_precision", "no")
@@ -400,9 +408,9 @@ def test_a_trajectory_shows_what_the_network_predicts_and_ends_in_the_image(pred
     z = start_noise(pipe, 3, [1, 12], 16, 16)
     shown, predicted = [], []
     hook = pipe.transformer.register_forward_hook(lambda _, args, out: predicted.append((*args[:2], out[0])))
-    denoising = Denoising(z, 4, [0, 2, 4], lambda *what: shown.append(what), pipe.scheduler.config.t_eps)
+    step_done = denoising(z, 4, [0, 2, 4], lambda *what: shown.append(what), pipe.scheduler.config.t_eps)
     more = {"method": "euler", "guidance_scale": 1.0, "output_type": "latent"}
-    final = pipe([1, 2], 4, latents=z, callback_on_step_end=denoising.step_done, **more).images
+    final = pipe([1, 2], 4, latents=z, callback_on_step_end=step_done, **more).images
     hook.remove()
     assert [t for t, _, _ in shown] == [0.0, 0.5, 1.0]
     assert np.array_equal(shown[0][1], pixels(z))

@@ -1,24 +1,38 @@
-"""The two stores of images: a file for each in class folders, or all in one `.npz` as ADM's evaluator reads it."""
+"""Images as files: one each in class folders, or an `.npz` as ADM's evaluator reads it; pictures of them to look at."""
 
 import io
 import os
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_file, remove_leftovers
+from jit_accel.base.image_rows import draw_rows
+from jit_accel.model.generation import generators
 from jit_accel.sample.image_plan import ImageId, SamplePlan
 
 ENCODINGS = {"png": {"format": "PNG"}, "webp": {"format": "WEBP", "lossless": True, "quality": 50, "method": 2}}
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 NPZ_FILE, PARTS = "samples.npz", ".parts"
+GRID_CLASSES, GRID_IMAGES, GRID_CELL_PIXELS = 10, 8, 256
+STRIP_IMAGES, STRIP_COLUMNS, STRIP_CELL_PIXELS = 6, 11, 192
+ANIMATION_CLASSES, ANIMATION_IMAGES, ANIMATION_CELL_PIXELS = 6, 6, 128
+_MOST_FRAMES = 60
+_FRAME_MS, _LAST_FRAME_MS = 60, 2000
+
+# What is shown of a step: t, and, both uint8 (B, H, W, 3), the state z and the image x that it heads for.
+Show = Callable[[float, np.ndarray, np.ndarray], None]
+# Makes these images once more, and shows these of their steps.
+Follow = Callable[[list[ImageId], list[int], Show], None]
 
 
 class ImageFiles:
@@ -27,10 +41,10 @@ class ImageFiles:
     They are written in the background, and what is there is not made again.
     """
 
-    def __init__(self, folder: Path, plan: SamplePlan, extension: str, size: tuple[int, int]):
+    def __init__(self, folder: Path, plan: SamplePlan, size: tuple[int, int], extension: str):
         self.folder, self.plan, self.extension, self.size = folder, plan, extension, size
         self.pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
-        self.pending: list[Future] = []
+        self.pending: Iterator[None] = iter(())
 
     def path(self, image: ImageId) -> Path:
         return self.folder / self.plan.folder(image.label) / f"{image.number:06d}.{self.extension}"
@@ -54,13 +68,11 @@ class ImageFiles:
     def write(self, ids: Sequence[ImageId], images: np.ndarray) -> None:
         """Begin to write images uint8 (B, H, W, 3), when the ones before are written; raise what `flush` does."""
         self.flush()
-        self.pending = [self.pool.submit(self._write, image, pixels) for image, pixels in zip(ids, images)]
+        self.pending = self.pool.map(self._write, ids, images)
 
     def flush(self) -> None:
         """Wait until all is written; raise what went wrong."""
-        pending, self.pending = self.pending, []
-        for future in pending:
-            future.result()
+        list(self.pending)
 
     def read(self, image: ImageId) -> np.ndarray:
         """Return an image, uint8 (H, W, 3)."""
@@ -75,14 +87,8 @@ class ImageFiles:
         """Return what is there, in words."""
         return f"{self.folder} ({len(self.plan.labels):,} folder{'s' * (len(self.plan.labels) > 1)})"
 
-    def close(self) -> None:
-        self.pool.shutdown(wait=True)
-
     def _write(self, image: ImageId, pixels: np.ndarray) -> None:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, **ENCODINGS[self.extension])
-        with atomic_file(self.path(image), durable=False) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
+        _save(self.path(image), Image.fromarray(pixels), **ENCODINGS[self.extension])
 
 
 def is_whole(path: Path, size: tuple[int, int]) -> bool:
@@ -108,7 +114,7 @@ class NpzFile(ImageFiles):
     """
 
     def __init__(self, folder: Path, plan: SamplePlan, size: tuple[int, int]):
-        super().__init__(folder / PARTS, plan, "png", size)
+        super().__init__(folder / PARTS, plan, size, "png")
         self.npz = folder / NPZ_FILE
 
     def prepare(self) -> None:
@@ -148,12 +154,12 @@ class NpzFile(ImageFiles):
             labels = np.array([image.label for image in ids], "<i8")
             with atomic_file(self.npz) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
                 with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
-                    _write_header(file, (len(ids), *self.size, 3), "|u1")
+                    header = {"shape": (len(ids), *self.size, 3), "fortran_order": False, "descr": "|u1"}
+                    np.lib.format.write_array_header_1_0(file, header)
                     for image in ids:
                         file.write(self.read(image).tobytes())
                 with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
-                    _write_header(file, labels.shape, "<i8")
-                    file.write(labels.tobytes())
+                    np.lib.format.write_array(file, labels, version=(1, 0))
         shutil.rmtree(self.folder, ignore_errors=True)
         return str(self.npz)
 
@@ -161,15 +167,8 @@ class NpzFile(ImageFiles):
         return UserError(rule, about="output_dir", value=self.npz.parent)
 
 
-def _write_header(file, shape: tuple[int, ...], descr: str) -> None:
-    np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": descr})
-
-
 def open_array(path: Path, name: str) -> np.ndarray:
-    """Map an array of an uncompressed `.npz` into memory.
-
-    OSError, ValueError, KeyError or zipfile.BadZipFile if it is not there or not whole.
-    """
+    """Map an array of an uncompressed `.npz` into memory; OSError, ValueError, KeyError or BadZipFile if broken."""
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(f"{name}.npy")
     if info.compress_type != zipfile.ZIP_STORED:
@@ -181,3 +180,90 @@ def open_array(path: Path, name: str) -> np.ndarray:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         return np.memmap(path, dtype, "r", file.tell(), shape)
+
+
+def denoising(start: Tensor, num_steps: int, steps: list[int], show: Show, t_eps: float) -> Callable[..., None]:
+    """Return a callback for the pipeline that calls `show` at some steps on the way from the noise (B, 3, H, W).
+
+    steps: those to show, of 0 (noise) to num_steps (images). show: is given x = z + (1 - t) dz/dt, the network's
+    prediction under guidance, with Heun the mean over the step. t_eps: floor of 1 - t, as in the scheduler.
+    """
+
+    def step_done(pipeline, step: int, t, values: dict) -> None:
+        """Show the beginning of a step, now that its direction is known; at its end."""
+        nonlocal start
+        z = values["latents"][: len(start)].float().cpu()
+        if step in steps:
+            time = step / num_steps
+            show(time, pixels(start), pixels(start + max(1 - time, t_eps) * (z - start) * num_steps))
+        if step + 1 == num_steps:
+            show(1.0, pixels(z), pixels(z))
+        start = z
+
+    return step_done
+
+
+def start_noise(pipeline, seed: int, numbers: list[int], height: int, width: int) -> Tensor:
+    """Return what the ODE of these images starts from (B, 3, H, W), float32 on the CPU."""
+    return pipeline.prepare_latents(len(numbers), generators(seed, numbers), None, height, width).cpu()
+
+
+def pixels(z: Tensor) -> np.ndarray:
+    """Return (B, 3, H, W) in [-1, 1], clamped, as uint8 (B, H, W, 3)."""
+    return ((z / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def spread(num_steps: int, most: int) -> list[int]:
+    """Return at most `most` of the steps 0 to `num_steps`, evenly spread, with both ends."""
+    count = min(most, num_steps + 1)
+    return sorted({round(k * num_steps / (count - 1)) for k in range(count)})
+
+
+def draw_grid(plan: SamplePlan, read: Callable[[ImageId], np.ndarray], path: Path) -> None:
+    """Write a PNG of the first images of some classes, a named row each."""
+    rows = [(plan.name(label), [read(i) for i in ids]) for label, ids in plan.some(GRID_CLASSES, GRID_IMAGES)]
+    _save(path, draw_rows(rows, max_cell=GRID_CELL_PIXELS), format="PNG")
+
+
+def strip_images(plan: SamplePlan, most: int) -> list[ImageId]:
+    """Return the images of a strip: of as many classes as there is room for."""
+    most = min(most, STRIP_IMAGES)
+    classes = plan.some(most, most)
+    in_turn = [ids[k] for k in range(most) for _, ids in classes if k < len(ids)]
+    return sorted(in_turn[:most], key=lambda image: (image.label, image.number))
+
+
+def draw_strip(plan: SamplePlan, follow: Follow, num_steps: int, most: int, path: Path) -> None:
+    """Write a PNG with two rows for each of at most `most` images: its state z, and x, which it heads for, by time."""
+    images, columns = strip_images(plan, most), []
+    follow(images, spread(num_steps, STRIP_COLUMNS), lambda *shown: columns.append(shown))
+    rows = [
+        (f"{letter}: {plan.name(image.label)}", [column[which][i] for column in columns])
+        for i, image in enumerate(images)
+        for which, letter in ((1, "z"), (2, "x"))
+    ]
+    _save(path, draw_rows(rows, [f"t = {t:.2f}" for t, _, _ in columns], STRIP_CELL_PIXELS), format="PNG")
+
+
+def draw_animation(plan: SamplePlan, follow: Follow, num_steps: int, most: int, path: Path) -> None:
+    """Write a GIF or a WebP, by the path's ending, of a grid of states z; it runs for ever and rests on the images."""
+    num_classes = min(ANIMATION_CLASSES, len(plan.labels), most)
+    rows = plan.some(num_classes, min(ANIMATION_IMAGES, most // num_classes))
+    frames: list[Image.Image] = []
+
+    def show(t: float, z: np.ndarray, x: np.ndarray) -> None:
+        left = iter(z)
+        frame = [(plan.name(label), [next(left) for _ in ids]) for label, ids in rows]
+        frames.append(draw_rows(frame, max_cell=ANIMATION_CELL_PIXELS))
+
+    follow([image for _, ids in rows for image in ids], spread(num_steps, _MOST_FRAMES), show)
+    durations = [_FRAME_MS] * (len(frames) - 1) + [_LAST_FRAME_MS]
+    kind = path.suffix[1:].upper()
+    more = {"quality": 80, "method": 2} if kind == "WEBP" else {"disposal": 1}
+    first, *rest = frames
+    _save(path, first, format=kind, save_all=True, append_images=rest, duration=durations, loop=0, **more)
+
+
+def _save(path: Path, image: Image.Image, **options) -> None:
+    with atomic_file(path, durable=False) as temporary:
+        image.save(temporary, **options)
