@@ -61,7 +61,7 @@ class Evaluator:
         how = {"seed": seed, "settings": settings, "batch_size": self.batch_size, "height": side, "width": side}
 
         def draw() -> None:
-            # Features and sums keep their float32 and float64.
+            # In autocast features and sums keep their float32 and float64.
             with self.accelerator.autocast(), self._progress(len(numbers)) as progress:
                 for part, images in generate_batches(pipeline, numbers, **how):
                     collector.add(torch.tensor(part), self.network(images))

@@ -75,7 +75,7 @@ def open_image_set(path: str | Source, about: str, img_size: int | None = None) 
         with renamed_settings(data_path=about):
             source = open_images(path) if isinstance(path, str) else path
         name, count, fingerprint = source.name, source.num_images, source.fingerprint
-        first = _first_size(source)
+        first = (source.img_size, source.img_size) if source.img_size else _first_size(source)
         read = partial(_stream_shares if source.streaming else _random_shares, source.images)
     if img_size is None and (not first or first[0] != first[1]):
         rule = "the first image is not square: give a size to crop to as --img_size."
@@ -85,8 +85,6 @@ def open_image_set(path: str | Source, about: str, img_size: int | None = None) 
 
 
 def _first_size(source: Source) -> tuple[int, int] | None:
-    if source.img_size is not None:
-        return source.img_size, source.img_size
     images = source.images
     row = next(images.training_rows(0), None) if source.streaming else getattr(images, "dataset", [None])[0]
     if row is not None:

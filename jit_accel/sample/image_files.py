@@ -26,8 +26,7 @@ NPZ_FILE, PARTS = "samples.npz", ".parts"
 GRID_CLASSES, GRID_IMAGES, GRID_CELL_PIXELS = 10, 8, 256
 STRIP_IMAGES, STRIP_COLUMNS, STRIP_CELL_PIXELS = 6, 11, 192
 ANIMATION_CLASSES, ANIMATION_IMAGES, ANIMATION_CELL_PIXELS = 6, 6, 128
-_MOST_FRAMES = 60
-_FRAME_MS, _LAST_FRAME_MS = 60, 2000
+MOST_FRAMES, FRAME_MS, LAST_FRAME_MS = 60, 60, 2000
 
 # What is shown of a step: t, and, both uint8 (B, H, W, 3), the state z and the image x that it heads for.
 Show = Callable[[float, np.ndarray, np.ndarray], None]
@@ -256,8 +255,8 @@ def draw_animation(plan: SamplePlan, follow: Follow, num_steps: int, most: int, 
         frame = [(plan.name(label), [next(left) for _ in ids]) for label, ids in rows]
         frames.append(draw_rows(frame, max_cell=ANIMATION_CELL_PIXELS))
 
-    follow([image for _, ids in rows for image in ids], spread(num_steps, _MOST_FRAMES), show)
-    durations = [_FRAME_MS] * (len(frames) - 1) + [_LAST_FRAME_MS]
+    follow([image for _, ids in rows for image in ids], spread(num_steps, MOST_FRAMES), show)
+    durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
     kind = path.suffix[1:].upper()
     more = {"quality": 80, "method": 2} if kind == "WEBP" else {"disposal": 1}
     first, *rest = frames

@@ -17,7 +17,6 @@ from jit_accel.sample.settings import DEFAULT_NUM_IMAGES, SampleConfig
 
 NO_CLASS = "none"
 VERSION = 1
-LONGEST_NAME = 40
 
 
 class ImageId(NamedTuple):
@@ -31,8 +30,7 @@ class ImageId(NamedTuple):
 class SamplePlan:
     """`counts` images of `labels`, in ascending order.
 
-    The i-th image of class c has the number i * num_classes + c, whichever classes are chosen; the i-th of no class
-    the number i.
+    The i-th image of class c has the number i * num_classes + c, whichever are chosen; that of no class the number i.
     """
 
     labels: tuple[int, ...]
@@ -70,7 +68,7 @@ class SamplePlan:
             return NO_CLASS
         number = f"{label:0{max(3, len(str(self.num_classes - 1)))}d}"
         plain = unicodedata.normalize("NFKD", self.class_names[label] if self.class_names else "")
-        name = re.sub(r"[^A-Za-z0-9]+", "-", plain.encode("ascii", "ignore").decode())[:LONGEST_NAME].strip("-")
+        name = re.sub(r"[^A-Za-z0-9]+", "-", plain.encode("ascii", "ignore").decode())[:40].strip("-")
         return f"{number}_{name}" if name else number
 
     def classes(self) -> list[dict]:

@@ -108,7 +108,7 @@ class Sampling:
             guidance += " at {:g} < t < {:g}".format(*settings.guidance_interval)
         say(
             f"Sampling {total:,} images of {self.size[0]} x {self.size[1]} px{there}: {settings.num_inference_steps} "
-            f"{settings.method.capitalize()} steps, {guidance}, seed {self.config.seed}, on "
+            f"{settings.method.capitalize()} steps, {guidance}, seed {config.seed}, on "
             f"{self.accelerator.num_processes} x {self.accelerator.device.type}, precision {self.precision} → "
             f"{self.folder}"
         )
