@@ -5,10 +5,11 @@ reaches them, `accelerator.end_training` ends them; all of it on the main proces
 """
 
 import contextlib
-import importlib
 import importlib.util
 import os
+import pkgutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,27 +18,23 @@ import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker, TrackioTracker
 from PIL import Image
 
-from jit_accel.base.console import warn
-from jit_accel.base.errors import UserError
+from jit_accel.base.console import redacted, warn
+from jit_accel.base.errors import UserError, shown
 from jit_accel.config.settings import TRACKERS, TrackingConfig
 from jit_accel.monitor.log import iterate_metrics
 from jit_accel.monitor.metric_table import SAMPLES
-from jit_accel.monitor.wandb_tracker import FINISH_TIMEOUT_S, WandbTracker, describe, in_time, wandb_init_kwargs
+
+# At the end of a training each tracker may take so long to send what is left.
+FINISH_TIMEOUT_S = 60
 
 
 class SafeTracker(GeneralTracker):
     """A tracker whose failures cost one warning, and neither the training nor the other trackers.
 
-    Accelerate alone would raise on the main process, for which the others then wait for ever.
-
-    Args:
-        make: builds the tracker itself, given the step that the run goes on from, and `init_kwargs` by name.
-
-    Attributes:
-        last_step: the newest step that it has of earlier starts; rows up to that one are not logged again. Before its
-            own start, the step that the run goes on from.
-        init_kwargs: to be set before the start, since Accelerate hands them to none that is an object already.
-        exit_code: how the training ended: 0, or 128 and a signal's number, or else by an error.
+    Accelerate alone would raise on the main process, for which the others then wait for ever. `make(step,
+    **init_kwargs)` builds the tracker itself, given the step that the run goes on from. Rows up to `last_step`, the
+    newest that it has of earlier starts, are not logged again. `exit_code` says how the training ended: 0, or 128 and a
+    signal's number, or else by an error.
     """
 
     requires_logging_directory = False
@@ -46,7 +43,7 @@ class SafeTracker(GeneralTracker):
         self.name, self.make = name, make
         self.inner: GeneralTracker | None = None
         self.last_step, self.exit_code = 0, 1
-        self.init_kwargs: dict = {}
+        self.init_kwargs: dict = {}  # Accelerate hands them to no tracker that is an object already
         super().__init__()
 
     @property
@@ -66,8 +63,9 @@ class SafeTracker(GeneralTracker):
 
     def store_init_configuration(self, values: dict) -> None:
         if self.inner:
-            if self.name != "wandb":
-                values = {key: as_scalar(value) for key, value in values.items()}
+            if self.name != "wandb":  # the others take no lists and no None
+                scalars = (bool, int, float, str)
+                values = {key: value if isinstance(value, scalars) else shown(value) for key, value in values.items()}
             with self._left_out_if("could not start"):
                 self.inner.store_init_configuration(values)
 
@@ -92,8 +90,9 @@ class SafeTracker(GeneralTracker):
     def finish(self) -> None:
         inner, self.inner = self.inner, None
         with self._left_out_if("failed to finish"):
-            if isinstance(inner, WandbTracker):  # which keeps time itself
-                inner.finish(self.exit_code)
+            if hasattr(inner, "exit_code"):  # W&B's, which keeps time itself
+                inner.exit_code = self.exit_code
+                inner.finish()
             elif inner:
                 in_time(inner.finish, FINISH_TIMEOUT_S)
 
@@ -142,19 +141,19 @@ class Trackio(TrackioTracker):
         self.log({SAMPLES: trackio.Image(str(path), caption=caption)}, step=step)
 
 
-OURS = {
-    "wandb": lambda tracking, output_dir, step, **kwargs: WandbTracker(tracking.wandb_project, output_dir, **kwargs),
-    "tensorboard": TensorBoard,
-    "trackio": Trackio,
-}
+def weights_and_biases(tracking: TrackingConfig, output_dir: Path, step: int, **init_kwargs) -> GeneralTracker:
+    # Before wandb is imported: its telemetry delays the exit by ten seconds.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    from jit_accel.monitor.wandb_tracker import WandbTracker
+
+    return WandbTracker(tracking.wandb_project, output_dir, **init_kwargs)
+
+
+OURS = {"wandb": weights_and_biases, "tensorboard": TensorBoard, "trackio": Trackio}
 
 
 def build_trackers(tracking: TrackingConfig, output_dir: Path) -> list[SafeTracker]:
-    """Return the trackers that the settings ask for, not started yet, for `Accelerator(log_with=…)`.
-
-    Raises:
-        UserError: a class of the user's own cannot be used.
-    """
+    """Return the trackers of the settings, not started yet; `UserError` if a class of the user's own cannot be used."""
 
     def build(name: str) -> SafeTracker:
         if name in OURS:
@@ -168,20 +167,28 @@ def build_trackers(tracking: TrackingConfig, output_dir: Path) -> list[SafeTrack
 
 def imported_class(path: str) -> type[GeneralTracker]:
     """Return the user's tracker class that `package.module:Class` names; modules of the working directory count."""
-    module, _, name = path.partition(":")
+    problem = partial(UserError, about="report_to", value=path)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        kind = getattr(importlib.import_module(module), name)
+        kind = pkgutil.resolve_name(path)
     except (Exception, SystemExit) as error:
         remedy = "Give package.module:Class, installed or below the working directory."
-        rule = f"cannot be imported ({describe(error)})."
-        raise UserError(rule, about="report_to", value=path, remedy=remedy) from None
+        raise problem(f"cannot be imported ({describe(error)}).", remedy=remedy) from None
     parts = ("name", "requires_logging_directory", "tracker")
     if not isinstance(kind, type) or not issubclass(kind, GeneralTracker) or not all(hasattr(kind, p) for p in parts):
-        rule = f"must be a subclass of accelerate.tracking.GeneralTracker with {', '.join(parts)}."
-        raise UserError(rule, about="report_to", value=path)
+        raise problem(f"must be a subclass of accelerate.tracking.GeneralTracker with {', '.join(parts)}.")
     return kind
+
+
+def wandb_init_kwargs(tracking: TrackingConfig) -> dict:
+    """Return what the settings say about a run, as arguments of `wandb.init` without secrets."""
+    texts = {"name": tracking.wandb_name, "notes": tracking.wandb_notes, "group": tracking.wandb_group}
+    return {
+        "entity": tracking.wandb_entity or os.environ.get("WANDB_ENTITY") or None,
+        **{key: redacted(text) for key, text in texts.items() if text},
+        "tags": [redacted(tag.strip()) for tag in tracking.wandb_tags] or None,
+    }
 
 
 def start_trackers(accelerator, tracking: TrackingConfig, record: dict, output_dir: Path, step: int) -> int:
@@ -220,8 +227,25 @@ def is_installed(name: str) -> bool:
     return spec is not None and spec.origin is not None  # a mere folder of that name has no origin
 
 
-def as_scalar(value):
-    """Return a setting as trackers of settings take it: lists and None as text."""
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value))
-    return value if isinstance(value, (bool, int, float, str)) else str(value)
+def in_time(action: Callable[[], object], timeout_s: float) -> None:
+    """Do something in a thread, and raise what it raises; or `TimeoutError` where it takes longer, and goes on."""
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            action()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        raise TimeoutError
+    if raised:
+        raise raised[0]
+
+
+def describe(error: BaseException) -> str:
+    """Return the kind of an error and its message, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

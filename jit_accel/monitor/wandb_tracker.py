@@ -2,32 +2,36 @@
 
 `metrics.jsonl` has every row, so whatever W&B lacks up to the step where a training starts is sent from there, and
 rows that it has are not sent again: its curves have no gap and no step twice, however a training was interrupted.
+W&B keeps a file of records in `output_dir/wandb` for each start of the training: a segment.
 """
 
 import os
 import secrets
 import shlex
 import shutil
+import struct
 import tempfile
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import wandb
 from accelerate.tracking import GeneralTracker
+from google.protobuf.message import DecodeError
+from wandb.errors import AuthenticationError, UsageError
+from wandb.proto.wandb_internal_pb2 import Record
 
-from jit_accel.base.console import redacted, say, warn
-from jit_accel.config.settings import TrackingConfig
+from jit_accel.base.console import say, warn
 from jit_accel.monitor.log import METRICS_FILE
 from jit_accel.monitor.metric_table import EPOCH, METRICS, SAMPLES
-from jit_accel.monitor.wandb_files import Segment, last_step, read_segments, synced_mark
+from jit_accel.monitor.trackers import FINISH_TIMEOUT_S, describe, in_time
 
 ID_FILE = "wandb_run_id.txt"
 # The training waits at most this long for a server that does not answer: for the check of the key (wandb's own ten
 # seconds, or WANDB_HTTP_TIMEOUT), for the start, and at the end for what is left to send.
 START_TIMEOUT_S = 20
-FINISH_TIMEOUT_S = 60
 TEARDOWN_TIMEOUT_S = 5
 # wandb's service may write the last rows after it has said that it is done.
 FILE_TIMEOUT_S = 20
@@ -47,18 +51,29 @@ SETTINGS = {
 }
 
 
-class Unusable(Exception):
-    """W&B's server cannot be used now; the message says why, and what would help."""
+# A `.wandb` file is a LevelDB log (blocks of 32 KiB, records cut into fragments) behind a header of 7 bytes.
+HEADER, BLOCK, FRAGMENT_HEADER = 7, 32768, 7
+WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
-def wandb_init_kwargs(tracking: TrackingConfig) -> dict:
-    """Return what the settings say about a run, as arguments of `wandb.init` without secrets."""
-    texts = {"name": tracking.wandb_name, "notes": tracking.wandb_notes, "group": tracking.wandb_group}
-    return {
-        "entity": tracking.wandb_entity or os.environ.get("WANDB_ENTITY") or None,
-        **{key: redacted(text) for key, text in texts.items() if text},
-        "tags": [redacted(tag.strip()) for tag in tracking.wandb_tags] or None,
-    }
+@dataclass(frozen=True)
+class Segment:
+    """The `.wandb` file of one start of a training, and how far it can be read."""
+
+    file: Path
+    project: str = ""
+    entity: str = ""  # empty where the login decides
+    last_step: int = 0  # of its rows
+    end: int = HEADER  # of its last whole record, in bytes
+
+    @property
+    def is_offline(self) -> bool:
+        return self.file.parent.name.startswith("offline-")
+
+    @property
+    def synced_mark(self) -> Path:
+        """The file that says that the server has all of it; `wandb sync` leaves, and looks for, the same."""
+        return self.file.with_name(self.file.name + ".synced")
 
 
 class WandbTracker(GeneralTracker):
@@ -75,16 +90,12 @@ class WandbTracker(GeneralTracker):
         self.project, self.output_dir, self.init_kwargs, self.tracker = project, output_dir, init_kwargs, None
         self.id_file = output_dir / ID_FILE
         self.id = self.id_file.read_text().strip() if self.id_file.exists() else ""
-        self.last_step = self.newest_step = 0
+        self.last_step, self.newest_step, self.exit_code = 0, 0, 1
         self.is_offline = self.is_warned = self.has_given_up = False
         super().__init__()
 
     def start(self) -> bool:
-        """Begin, or go on with, the run: offline where the server cannot be used. Returns False where W&B is disabled.
-
-        Raises whatever wandb, or the disk, raises where it cannot even start offline.
-        """
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry delays the exit by ten seconds
+        """Begin, or go on with, a run, offline where no server can be used; return False where W&B is disabled."""
         mode = self._set_up()
         if mode == "disabled":
             return False
@@ -95,12 +106,9 @@ class WandbTracker(GeneralTracker):
         self.id = self.id or secrets.token_hex(4)
         self.earlier = read_segments(self.output_dir, self.id)
         self.is_offline = mode in ("offline", "dryrun")
-        if not self.is_offline:
-            try:
-                self._start_online()
-            except Unusable as problem:
-                warn(f"{problem} Training goes on, and W&B's files are kept here until they can be sent.")
-                self.is_offline = True
+        if not self.is_offline and (problem := self._start_online()):
+            warn(f"{problem} Training goes on, and W&B's files are kept here until they can be sent.")
+            self.is_offline = True
         if self.is_offline:
             self._start_offline()
         self.id_file.write_text(self.id)
@@ -110,8 +118,6 @@ class WandbTracker(GeneralTracker):
 
     def _set_up(self) -> str:
         """Quieten wandb. Returns the mode that the environment and wandb's own settings ask for."""
-        import wandb
-
         session = wandb.setup(settings=wandb.Settings(silent=True))
         listener = SimpleNamespace(info=lambda line: None, warning=self._look_for_end, error=self._look_for_end)
         wandb.termsetup(wandb.Settings(silent=True), listener)  # what it would print goes there
@@ -120,14 +126,16 @@ class WandbTracker(GeneralTracker):
     def _look_for_end(self, line: str) -> None:
         self.has_given_up |= "Fatal error while uploading" in line
 
-    def _start_online(self) -> None:
-        log_in()
+    def _start_online(self) -> str:
+        """Start, or return why the server cannot be used now, and what would help."""
+        if problem := log_in():
+            return problem
         try:
             self._init("online")
         except Exception as error:
             self._tear_down()
             if "deleted" not in str(error) or not self.id_file.exists():
-                raise Unusable(f"wandb could not start ({describe(error)}).") from None
+                return f"wandb could not start ({describe(error)})."
             warn(f"the run {self.id} was deleted in W&B: this training continues in a new one.")
             self.id_file.unlink()
             self.id, self.earlier = secrets.token_hex(4), []
@@ -135,7 +143,8 @@ class WandbTracker(GeneralTracker):
         self.last_step = max(0, self.tracker.starting_step - 1)
         # The server gets all rows that it lacks, those in earlier files too: `wandb sync` must not send them again.
         for segment in self._of_project():
-            synced_mark(segment.file).touch()
+            segment.synced_mark.touch()
+        return ""
 
     def _of_project(self) -> list[Segment]:
         return [segment for segment in self.earlier if segment.project in ("", self.project)]
@@ -143,7 +152,7 @@ class WandbTracker(GeneralTracker):
     def _start_offline(self) -> None:
         entity = self.init_kwargs.get("entity") or ""
         earlier = [segment for segment in self._of_project() if entity in ("", segment.entity or entity)]
-        if any(not segment.is_offline and not synced_mark(segment.file).exists() for segment in earlier):
+        if any(not segment.is_offline and not segment.synced_mark.exists() for segment in earlier):
             old, self.id, earlier = self.id, secrets.token_hex(4), []
             warn(
                 f"nobody can know now how much of the run {old} W&B's server has: this part goes to the new run "
@@ -153,8 +162,6 @@ class WandbTracker(GeneralTracker):
         self.last_step = max((segment.last_step for segment in earlier), default=0)
 
     def _init(self, mode: str) -> None:
-        import wandb
-
         self.tracker = wandb.init(
             project=self.project,
             **self.init_kwargs,
@@ -167,8 +174,6 @@ class WandbTracker(GeneralTracker):
 
     def _tear_down(self) -> None:
         """Undo a start that failed: wandb's service would refuse the id."""
-        import wandb
-
         try:
             in_time(wandb.teardown, TEARDOWN_TIMEOUT_S)
         except TimeoutError:
@@ -216,34 +221,31 @@ class WandbTracker(GeneralTracker):
 
     def log_picture(self, path: Path, step: int, caption: str) -> None:
         """Send a picture; W&B takes nothing for a step it has, so that a late one goes with the next."""
-        import wandb
-
         self.tracker.log({SAMPLES: wandb.Image(str(path), caption=caption)}, step=max(step, self.last_step + 1))
 
     def alert(self, title: str, text: str) -> None:
         self.tracker.alert(title=title[:63], text=text, level="WARN")
 
-    def finish(self, exit_code: int = 1) -> None:
-        """Send what is left, for a minute at most; above 128, a signal's number, W&B calls the run preempted."""
-        if exit_code > 128:
+    def finish(self) -> None:
+        """Send what is left, for a minute at most; with an exit code above 128 W&B calls the run preempted."""
+        if self.exit_code > 128:
             self.tracker.mark_preempting()
-        is_late = False
+        problem = ""
         try:
-            in_time(lambda: self.tracker.finish(exit_code=exit_code), FINISH_TIMEOUT_S + 10)
+            in_time(lambda: self.tracker.finish(exit_code=self.exit_code), FINISH_TIMEOUT_S + 10)
         except TimeoutError:
-            is_late = True
+            problem = f"W&B's server did not take everything within {FINISH_TIMEOUT_S} s"
         self._warn_if_given_up()
         if self.is_offline:
             # Its file alone shows whether something is missing: wandb itself says nothing about a full disk.
             deadline = time.monotonic() + FILE_TIMEOUT_S
-            while (is_cut := last_step(self._file) < self.newest_step) and time.monotonic() < deadline:
+            while (is_cut := read_segment(self._file).last_step < self.newest_step) and time.monotonic() < deadline:
                 time.sleep(0.1)
-            if is_cut:
-                self._warn_incomplete(f"{self._file} could not be written to its end (is the disk full?)")
-        elif is_late:
-            self._warn_incomplete(f"W&B's server did not take everything within {FINISH_TIMEOUT_S} s")
-        elif not self.is_warned:
-            synced_mark(self._file).touch()
+            problem = f"{self._file} could not be written to its end (is the disk full?)" if is_cut else ""
+        if problem:
+            self._warn_incomplete(problem)
+        elif not self.is_offline and not self.is_warned:
+            Segment(self._file).synced_mark.touch()
 
     def _warn_if_given_up(self) -> None:
         if self.has_given_up and not self.is_offline:
@@ -258,44 +260,67 @@ class WandbTracker(GeneralTracker):
         self.is_warned = True
 
 
-def log_in() -> None:
-    """Use the key that wandb finds, if the server says it is good, without asking the user. Raises `Unusable`."""
-    import wandb
-    from wandb.errors import AuthenticationError, UsageError
+def read_segments(output_dir: Path, run_id: str) -> list[Segment]:
+    """Return the segments of a run that a killed training may have left, oldest first, repaired for `wandb sync`.
 
+    `wandb sync` stops at an empty or cut file, sends none of the later ones, and on the next try sends the rows before
+    the cut once more. So what follows the last whole record is cut off, and an offline folder without one is removed.
+    """
+    found = []
+    files = (output_dir / "wandb").glob(f"*run-*-{run_id}/run-{run_id}.wandb")
+    for file in sorted(files, key=lambda file: file.parent.name.removeprefix("offline-")):  # by their time
+        segment = read_segment(file)
+        if segment.is_offline and not segment.project:
+            shutil.rmtree(file.parent)
+            continue
+        if segment.project:
+            os.truncate(file, segment.end)
+        found.append(segment)
+    return found
+
+
+def read_segment(file: Path) -> Segment:
+    """Read all whole records of a file: a second for 200,000 rows."""
+    project = entity = ""
+    step, end = 0, HEADER
+    for position, data in records(file):
+        try:
+            record = Record.FromString(data)
+        except DecodeError:
+            break
+        end = position
+        if record.HasField("run"):
+            project, entity = record.run.project, record.run.entity
+        elif record.HasField("history"):
+            step = record.history.step.num
+    return Segment(file, project, entity, step, end)
+
+
+def records(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield where each whole record of a file ends, and its bytes."""
+    parts = b""
+    with open(file, "rb") as stream:
+        stream.seek(HEADER)
+        while True:
+            if (rest := BLOCK - stream.tell() % BLOCK) < FRAGMENT_HEADER:  # no fragment begins in a block's last bytes
+                stream.seek(rest, os.SEEK_CUR)
+            header = stream.read(FRAGMENT_HEADER)
+            length, kind = struct.unpack_from("<HB", header.ljust(FRAGMENT_HEADER, b"\0"), 4)
+            fragment = stream.read(length)
+            if len(fragment) < length or not WHOLE <= kind <= LAST:  # a header that is cut has no kind
+                return
+            parts = fragment if kind in (WHOLE, FIRST) else parts + fragment
+            if kind in (WHOLE, LAST):
+                yield stream.tell(), parts
+
+
+def log_in() -> str:
+    """Use the key that wandb finds, without asking the user; return why it or the server is of no use, or ""."""
     try:
-        has_key = wandb.login(verify=True, prompt=False)
+        if wandb.login(verify=True, prompt=False):
+            return ""
+        return "wandb has no API key: run `wandb login` once, set WANDB_API_KEY, or set WANDB_MODE=offline."
     except (AuthenticationError, UsageError, ValueError) as error:
         if "did not respond in time" in str(error):
-            raise Unusable("W&B's server does not answer: check the network, or set WANDB_MODE=offline.") from None
-        raise Unusable(f"wandb cannot log in ({one_line(error)}): run `wandb login`, or set WANDB_API_KEY.") from None
-    if not has_key:
-        raise Unusable("wandb has no API key: run `wandb login` once, set WANDB_API_KEY, or set WANDB_MODE=offline.")
-
-
-def in_time(action: Callable[[], object], timeout_s: float) -> None:
-    """Do something in a thread, and raise what it raises; or `TimeoutError` where it takes longer, and goes on."""
-    raised: list[Exception] = []
-
-    def run() -> None:
-        try:
-            action()
-        except Exception as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if thread.is_alive():
-        raise TimeoutError
-    if raised:
-        raise raised[0]
-
-
-def describe(error: BaseException) -> str:
-    """Return the kind of an error and its message, on one line."""
-    return f"{type(error).__name__}: {one_line(error)}"
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+            return "W&B's server does not answer: check the network, or set WANDB_MODE=offline."
+        return f"wandb cannot log in ({describe(error)}): run `wandb login`, or set WANDB_API_KEY."

@@ -19,9 +19,7 @@ from helpers import SPAWNER, Group, rows
 from PIL import Image
 from wandb_server import KEY, WandbServer
 
-from jit_accel.monitor.wandb_files import last_step
-
-pytest.importorskip("wandb")
+wandb_tracker = pytest.importorskip("jit_accel.monitor.wandb_tracker", exc_type=ImportError)
 
 OFFLINE = {"WANDB_MODE": "offline"}
 SECRET = "5ec2e7" * 6
@@ -127,7 +125,6 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
     from accelerate import Accelerator
 
     from jit_accel.config.settings import TrackingConfig
-    from jit_accel.monitor import wandb_tracker
     from jit_accel.monitor.log import MetricsLog
     from jit_accel.monitor.trackers import build_trackers, log_picture, log_row, start_trackers
 
@@ -186,8 +183,8 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
             raise TimeoutError
 
         wandb_tracker.in_time = end_late
-        early = iter([-1, -1])
-        wandb_tracker.last_step = lambda file: next(early, None) or last_step(file)
+        read_segment, early = wandb_tracker.read_segment, iter([wandb_tracker.Segment(Path())] * 2)
+        wandb_tracker.read_segment = lambda file: next(early, None) or read_segment(file)
     begin = time.monotonic()
     tracker.exit_code = options.get("ended_with", 0)
     accelerator.end_training()
@@ -266,9 +263,9 @@ def test_synced_offline_files_make_one_whole_curve(server, training, flush_s):
     server.wait_for(lambda: training.num_rows == 130)
     (file,) = training.output_dir.glob("wandb/offline-run-*/run-*.wandb")
     if flush_s:  # wandb keeps the newest row until the next one comes
-        server.wait_for(lambda: last_step(file) == 129)
+        server.wait_for(lambda: wandb_tracker.read_segment(file).last_step == 129)
     training.kill()
-    known = last_step(file)
+    known = wandb_tracker.read_segment(file).last_step
     printed = training.run(OFFLINE, 100, 200)
     assert f"upload later with: wandb sync {training.output_dir}/wandb/offline-run-*-{training.id}\n" in printed
     training.sync(server)
