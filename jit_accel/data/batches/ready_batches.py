@@ -181,12 +181,17 @@ class WaitTime:
         if self.device.type != "cpu":  # and `loader` is a ReadyBatches
             if loader.wait(0):
                 return None
-            work = torch.get_device_module(self.device).Event()  # behind all that the device has to do so far
-            work.record()
+            work = self._work()
             while not work.query():  # the host runs ahead of the device: until that is idle, nothing is lost
                 if loader.wait(_POLL_S):
                     return None
         return time.perf_counter()
+
+    def _work(self):
+        """Return an event behind all the work that the device has so far."""
+        event = torch.get_device_module(self.device).Event()
+        event.record()
+        return event
 
     def end_interval(self, steps: int, waited_s: float) -> float:
         """Return the share, 0..1, that an interval lost in which the slowest process waited `waited_s`."""
