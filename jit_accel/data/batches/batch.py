@@ -29,15 +29,11 @@ class PixelBatch:
 
 @dataclass
 class Batch:
-    """One micro-batch of one process, ready to be trained on.
+    """One micro-batch of one process, ready to be trained on."""
 
-    images: float32 (B, 3, H, W) in [-1, 1], and labels: int64 (B,), both on the device. positions: int64 (B,), on the
-    CPU, and bad_images as in `PixelBatch`.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    positions: np.ndarray
+    images: torch.Tensor  # float32 (B, 3, H, W) in [-1, 1], on the device
+    labels: torch.Tensor  # int64 (B,), on the device
+    positions: np.ndarray  # as in `PixelBatch`
     bad_images: list[str] = field(default_factory=list)
 
 

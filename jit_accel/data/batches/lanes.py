@@ -26,10 +26,7 @@ Batches = Callable[[], Iterator[np.ndarray]]  # begins the sorted positions of b
 
 @dataclass
 class OpenLane:
-    """A lane that is being read in `epoch`, and its last window: the undecoded images [first, end) of the epoch.
-
-    order: indices into `images`, as these are handed out. used: the batch in which it was asked for last.
-    """
+    """A lane that is being read in `epoch`, and its last window: the undecoded images [first, end) of the epoch."""
 
     epoch: int
     rows: Iterator[dict]
@@ -37,8 +34,8 @@ class OpenLane:
     first: int = -1
     end: int = -1
     images: list[dict] = field(default_factory=list)
-    order: np.ndarray | None = None
-    used: int = 0
+    order: np.ndarray | None = None  # indices into `images`, as these are handed out
+    used: int = 0  # the batch in which it was asked for last
 
 
 class LaneReader:

@@ -193,11 +193,8 @@ class StreamLoader(Loader):
         task = self._task
         if state["version"] != STREAM_VERSION:
             epoch = state["position"] // task.source.num_images
-            log.warning(
-                "the checkpoint is of a version that read data of this kind in another order: epoch %d, in which it "
-                "was saved, begins anew",
-                epoch + 1,
-            )
+            rule = "the checkpoint is of a version that read data of this kind in another order: epoch %d, in which it "
+            log.warning(rule + "was saved, begins anew", epoch + 1)
             return epoch * task.source.num_images
         for name, now in (("lanes", task.lanes), ("shuffle_buffer", task.shuffle_buffer)):
             if now not in (None, state[name]):

@@ -73,14 +73,11 @@ def open_prepared(request: Request) -> Source:
 
 @dataclass(frozen=True)
 class PixelStore:
-    """Squares of uint8 pixels in memory-mapped files, opened where and when they are first read.
-
-    shards: of each its array, the table of its labels, keys and names, and its number of images.
-    """
+    """Squares of uint8 pixels in memory-mapped files, opened where and when they are first read."""
 
     folder: str
     img_size: int
-    shards: tuple[tuple[str, str, int], ...]
+    shards: tuple[tuple[str, str, int], ...]  # array, table of labels, keys and names, number of images
     is_labelled: bool = True
     is_encoded = False
 
