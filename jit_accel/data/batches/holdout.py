@@ -113,10 +113,8 @@ def _kept_keys(source: Source) -> list[np.ndarray]:
     def announce() -> None:
         if not stream.is_remote:
             return announce_keys(source.num_images)
-        rule = (
-            "--holdout: reading all of %s once over the network, since the content of the images decides which are "
-            "held out: to avoid it, prepare the data (python -m jit_accel.prepare) or leave --holdout out"
-        )
+        rule = "--holdout: reading all of %s once over the network, since the content of the images decides which are "
+        rule += "held out: to avoid it, prepare the data (python -m jit_accel.prepare) or leave --holdout out"
         log.warning(rule, source.name)
 
     def look(shard: Shard) -> list[str]:

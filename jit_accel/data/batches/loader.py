@@ -65,10 +65,8 @@ def build_loader(source: Source, **how) -> "Loader":
     """
     task = ReadingTask(source=source, **how)
     if source.img_size is not None and task.img_size > source.img_size:
-        rule = (
-            f"the images of {source.name} were prepared with {source.img_size} px, and would have to be enlarged: "
-            f"prepare them again with --img_size {task.img_size}, or train at {source.img_size}."
-        )
+        rule = f"the images of {source.name} were prepared with {source.img_size} px, and would have to be enlarged: "
+        rule += f"prepare them again with --img_size {task.img_size}, or train at {source.img_size}."
         raise UserError(rule, about="img_size", value=task.img_size)
     return StreamLoader(task) if source.streaming else Loader(task)
 

@@ -97,10 +97,8 @@ def find_columns(
             rule = f"its type is {features[column]}; {rule}: choose another of the columns {names}."
             raise UserError(rule, about=about, value=column)
     if label is None and named:
-        rule = (
-            "--data_path %s: the column %r is %s, which is no class: the images train unlabelled. Write it as whole "
-            "numbers or text, or name another column with --label_column"
-        )
+        rule = "--data_path %s: the column %r is %s, which is no class: the images train unlabelled. Write it as whole "
+        rule += "numbers or text, or name another column with --label_column"
         log.warning(rule, where, named[0], features[named[0]])
     return Columns(image, label)
 

@@ -178,10 +178,8 @@ def read_index(folder: str | os.PathLike, about: str = "data_path") -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise problem(f"its {INDEX} is damaged ({error}): prepare the images again.") from None
     if version != STORE_VERSION:
-        raise problem(
-            f"its {INDEX} has the version {version}, this program reads {STORE_VERSION}: prepare the images "
-            "again, or update jit_accel."
-        )
+        rule = f"its {INDEX} has the version {version}, this program reads {STORE_VERSION}: prepare the images again, "
+        raise problem(rule + "or update jit_accel.")
     again = "copy it again, or prepare the images again."
     for file in files_of(index):
         name, expected = file["file"], file["bytes"]

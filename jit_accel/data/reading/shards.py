@@ -125,10 +125,8 @@ class RemoteShard:
             return opened
         opened, first, total = open_response(files, self.url, at, end)
         if None not in (total, self.size) and total != self.size:
-            rule = (
-                f"it has {total} bytes now and had {self.size} when it was opened: data must not change during a run; "
-            )
-            raise data_error(self, rule + "start anew, with --resume none where a checkpoint is of the old data.")
+            rule = f"it has {total} bytes now and had {self.size} when it was opened: data must not change during a "
+            raise data_error(self, rule + "run; start anew, with --resume none where a checkpoint is of the old data.")
         if first not in (0, at):
             raise ConnectionError("the server answered with another range")
         while first < at:
