@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 from unittest import mock
@@ -26,6 +27,8 @@ PRESETS["JiT-XS"] = Preset(2, 8, 2, 4, 1, in_context_len=2)
 # Half a second instead of ten for each training process: the server has done everything once.
 SPAWNER = multiprocessing.get_context("forkserver")
 SPAWNER.set_forkserver_preload(["fork_server"])
+# Where the server finds that module; it does not get this process's paths.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 # Metrics that differ from run to run.
 OF_TIME = ("data/", "perf/", "train/epoch_time", "train/samples_per_second", "health/data_starving")
@@ -158,6 +161,7 @@ def _read_slowly(rank: str) -> None:
 
 
 def _process(flags, environment, log):
+    assert "fork_server" in sys.modules  # Python passes over one that it does not find
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
