@@ -125,8 +125,7 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     """Clip the gradient's L2 norm; 0 = never, as in the paper."""
     ema_decays: tuple[str, ...] | None = None
-    """Decays of the averaged weights, or auto = memory of a tenth of the run so far
-    (default: auto, and the paper's 0.9996 0.9998 0.9999 where the run is long enough for them)."""
+    """Decays of the averages; auto = memory of a tenth of the run (default: auto, and the paper's in long runs)."""
 
 
 @dataclass(frozen=True)
