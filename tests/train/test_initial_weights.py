@@ -231,7 +231,10 @@ def test_the_first_step_sees_the_weights_of_a_checkpoint_and_so_do_the_averages(
             "is of another size than --model JiT-S/7: depth 4, hidden_size 192, num_heads 3, mlp_ratio 4 against "
             "depth 12, hidden_size 384, num_heads 6, mlp_ratio 4: leave --model out",
         ),
-        (["--init_from", "{base}", "--prediction", "v"], "predicts x, and --prediction is v: .*use --prediction x"),
+        (
+            ["--init_from", "{base}", "--model", "JiT-Ti/7", "--prediction", "v"],
+            "predicts x, and --prediction is v: .*use --prediction x",
+        ),
         (["--init_from", "{broken}"], "--init_from {broken}: the pipeline cannot be loaded"),
     ],
 )
