@@ -8,10 +8,12 @@ source launch/common.sh
 set_up
 
 trap 'echo "launch/test.sh: FAILED in: $BASH_COMMAND" >&2' ERR
+unset PYTHONDONTWRITEBYTECODE # each process would compile the package anew
 # One thread a process: two test processes with two threads each would wait for each other on two cores.
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
 ruff check .
 ruff format --check .
 lint-imports
-python -m pytest -n 2 "$@"
+# Each half of the files to one of two, so that what a file's tests share is made once; then they take from each other.
+python -m pytest -n 2 --dist worksteal "$@"

@@ -5,6 +5,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each program that a test starts would compile the package anew
 
 import pytest
 import torch
@@ -22,6 +23,14 @@ def pytest_collection_modifyitems(items):
 def cache(tmp_path_factory):
     """The package's own cache, in place of the user's."""
     os.environ["JIT_ACCEL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_power_cuts():
+    """Nothing waits for the disk: what a killed process wrote is there all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture

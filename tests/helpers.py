@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from jit_accel.config.presets import PRESETS, Preset
 from jit_accel.monitor.log import read_metrics
 
-# A network of 5,120 parameters, for tests where it may be any.
+# A network of some thousand parameters, for tests where it may be any.
 PRESETS["JiT-XS"] = Preset(2, 8, 2, 4, 1, in_context_len=2)
 
 # Half a second instead of ten for each training process: the server has done everything once.
@@ -76,14 +76,18 @@ def train_here(*flags: str, draws_curve: bool = False) -> int:
     """Train in this process, alone, and return the exit code."""
     from jit_accel.train import main, results
 
-    draw = results.draw_loss_curve
-    with in_fresh_accelerate(), mock.patch.object(results, "draw_loss_curve", draw if draws_curve else touch_curve):
+    cheap = CHEAP | ({"draw_loss_curve": results.draw_loss_curve} if draws_curve else {})
+    with in_fresh_accelerate(), mock.patch.multiple(results, **cheap):
         return main([*TINY, *flags])
 
 
 def touch_curve(output_dir: Path) -> None:
-    """In place of `draw_loss_curve`, which would take half the time of a short training."""
+    """Stand in for `draw_loss_curve`."""
     (output_dir / "loss_curve.png").touch()
+
+
+# What short trainings would spend half their time on; each has a test of its own.
+CHEAP = {"draw_loss_curve": touch_curve, "git_commit": lambda: 40 * "0"}
 
 
 def _record_weights(folder: str) -> None:
@@ -172,7 +176,8 @@ def _process(flags, environment, log):
     if module == "jit_accel.train":
         from jit_accel.train import results
 
-        flags, results.draw_loss_curve = [*TINY, *flags], touch_curve
+        flags = [*TINY, *flags]
+        vars(results).update(CHEAP)
     if "TEST_WEIGHTS_FOLDER" in environment:
         _record_weights(environment["TEST_WEIGHTS_FOLDER"])
     if "TEST_IMAGES_FOLDER" in environment:

@@ -12,10 +12,10 @@ from helpers import Group, images_seen, last_checkpoint, train_group
 
 from jit_accel.prepare import main as prepare
 
-NUM_IMAGES = 44
+NUM_IMAGES, STEPS = 44, 66
 FLAGS = (
-    *("--max_steps", "33", "--gradient_accumulation_steps", "1", "--save_every_steps", "1", "--resume", "auto"),
-    *("--no_horizontal_flip", "--shuffle_buffer", "3", "--model", "JiT-Ti/14"),
+    *("--max_steps", str(STEPS), "--gradient_accumulation_steps", "1", "--save_every_steps", "1", "--resume", "auto"),
+    *("--no_horizontal_flip", "--shuffle_buffer", "3"),
 )
 
 
@@ -55,18 +55,17 @@ def test_killed_and_resumed_by_one_two_three_and_one_processes(tmp_path, sources
         goal = step_reached(output) + 4
         while step_reached(output) < goal:
             assert all(process.is_alive() for process in group.processes), group.output()
-            time.sleep(0.05)
-        time.sleep(chance.uniform(0, 0.3))
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.1))
         group.kill()
         seen |= images_seen(notes, step_reached(output))
         assert f"{processes} x cpu" in group.output()
     train_group(tmp_path, *flags, "--batch_size", "6", environment=environment)
-    seen |= images_seen(notes, 33)
-    assert sorted(seen) == list(range(33 * 6))
-    epochs = [
-        {seen[p] for p in range(start, start + NUM_IMAGES)} for start in range(0, 33 * 6 - NUM_IMAGES, NUM_IMAGES)
-    ]
-    assert len(epochs) == 4
+    seen |= images_seen(notes, STEPS)
+    assert sorted(seen) == list(range(STEPS * 6))
+    starts = range(0, STEPS * 6 - NUM_IMAGES, NUM_IMAGES)
+    epochs = [{seen[p] for p in range(start, start + NUM_IMAGES)} for start in starts]
+    assert len(epochs) == 8
     assert all(len(epoch) == NUM_IMAGES for epoch in epochs)
 
 
