@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import jit_accel as jit
+from jit_accel.config.presets import PRESETS, Preset
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 
@@ -11,6 +12,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 def test_the_examples_run(images, tmp_path, monkeypatch, capsys):
     (tmp_path / "photos").symlink_to(images)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PRESETS, "JiT-Ti", Preset(2, 8, 2, 4, 1, in_context_len=2))  # of 7,000 parameters
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     namespace = {"__name__": "__main__"}
