@@ -145,7 +145,7 @@ def sweep(
 
 
 def noise_of(num_images: int) -> float:
-    """Return the share of a Fréchet distance by which two settings must differ to be told apart, roughly."""
+    """Return the share of a Fréchet distance by which two settings must differ to count as different, roughly."""
     return NOISE * max(1.0, NOISE_IMAGES / num_images) ** 0.5
 
 

@@ -42,7 +42,7 @@ class Source:
     class_names: tuple[str, ...]  # () where labels are numbers that only reading everything would show
     fingerprint: str  # of names, sizes and counts; stays when the data moves elsewhere
     max_label: int | None  # None where `class_names` is ()
-    is_labelled: bool = True  # False where all are of one class because nothing tells them apart
+    is_labelled: bool = True  # False where all are of one class for lack of labels
     img_size: int | None = None  # side in pixels of images that are all squares of one size
 
     @property

@@ -27,7 +27,7 @@ _FILE_KEY = np.dtype([("state", _FILE_STATE), ("key", "<u8")])
 
 
 def content_key(data: bytes | memoryview) -> int:
-    """Return a number below 2**64 that tells encoded images apart, from their size, beginning and end."""
+    """Return a number below 2**64 that differs between encoded images, from their size, beginning and end."""
     return _key(len(data), bytes(data[:_EDGE]), bytes(data[-_EDGE:]))
 
 
