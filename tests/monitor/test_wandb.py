@@ -136,7 +136,11 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
         "finish_timeout": patience_s,
         "x_transaction_log_flush_interval": options.get("flush_s", 0.2),
         "x_file_stream_transmit_interval": 0.2,
-        "x_file_stream_retry_wait_min_seconds": 0.1,
+        **{
+            f"x_{what}_retry_wait_{which}_seconds": wait_s
+            for what in ("file_stream", "file_transfer", "graphql")
+            for which, wait_s in (("min", 0.1), ("max", 0.5))
+        },
     }
     if "file_limit" in options:
         import resource
@@ -364,7 +368,7 @@ def error(server):
 )
 def test_without_a_server_the_run_is_kept_offline(server, training, break_it, warning):
     environment = server.environment | break_it(server)
-    printed = training.run(environment, 0, 20, patience_s=8 if break_it is no_answer_to_the_start else 40)
+    printed = training.run(environment, 0, 20, patience_s=4 if break_it is no_answer_to_the_start else 40)
     assert printed.count("Warning") == 1, printed
     assert warning in printed
     assert f"wandb sync {training.output_dir}/wandb/offline-run-*-{training.id}" in printed
@@ -377,7 +381,7 @@ def test_without_a_server_the_run_is_kept_offline(server, training, break_it, wa
 @pytest.mark.parametrize(("how", "which"), [("403", "file_stream"), ("hang", "file_stream"), ("500", "PUT")])
 def test_what_a_server_did_not_take_is_sent_by_the_same_command_again(server, training, how, which):
     server.fail(how, which)
-    printed = training.run(server.environment, 0, 20, patience_s=8)
+    printed = training.run(server.environment, 0, 20, patience_s=4)
     assert printed.count("Warning") == 1, printed
     assert "metrics.jsonl has every row. The same command with --resume auto" in printed
     server.mend()
