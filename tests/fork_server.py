@@ -29,6 +29,7 @@ def train_once() -> None:
 
 os.fsync = lambda descriptor: None  # as in conftest.py
 torch.set_num_threads(1)  # the others would not come along
+tqdm.set_lock(threading.RLock())  # its own is one for all processes, and one that is killed may hold it for ever
 if not torch.cuda.is_available():  # for which torch keeps threads
     tqdm.monitor_interval = 0  # a thread, too
     train_once()
