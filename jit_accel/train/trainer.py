@@ -288,7 +288,7 @@ class Trainer:
                 note = f"stopped at step {self.step}; go on with --resume auto\n"
                 (self.output_dir / INTERRUPTED_FILE).write_text(note)
         self.say(f"Stopped by a signal at step {self.step:,}. Go on with --resume auto.")
-        return self._close(128 + (self.stop.number or signal.SIGTERM))  # the signal may have reached another process alone
+        return self._close(128 + (self.stop.number or signal.SIGTERM))  # another process may have got it
 
     def _finish(self) -> int:
         # The main process decides: the others may see another state of a shared file system.
