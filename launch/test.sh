@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check everything: style, the direction of imports, and all tests. Ten to twelve minutes on 2 cores.
+# Check everything: style, the direction of imports, and all tests. Eight minutes on 2 cores.
 #   bash launch/test.sh                         all of it
 #   bash launch/test.sh -x tests/train/test_optimizers.py  arguments go to pytest
 set -euo pipefail
@@ -15,5 +15,6 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 ruff check .
 ruff format --check .
 lint-imports
-# Each half of the files to one of two, so that what a file's tests share is made once; then they take from each other.
-python -m pytest -n 2 --dist worksteal "$@"
+# A third of the files to each of three (some tests wait), so that what a file's tests share is made once; then they take
+# from each other.
+python -m pytest -n 3 --dist worksteal "$@"
