@@ -54,16 +54,18 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def in_fresh_accelerate():
-    """Train in this process, alone and on the CPU, inside the block."""
+def in_fresh_accelerate(**environment: str):
+    """Train in this process, alone and on the CPU, inside the block, with more of accelerate's environment."""
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
     _reset_accelerate()
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+    environment |= {"ACCELERATE_USE_CPU": "true"}
+    os.environ.update(environment)
     try:
         yield
     finally:
-        del os.environ["ACCELERATE_USE_CPU"]
+        for name in environment:
+            del os.environ[name]
         _reset_accelerate()
 
 
@@ -72,12 +74,12 @@ def _reset_accelerate() -> None:
         state._reset_state()
 
 
-def train_here(*flags: str, draws_curve: bool = False) -> int:
+def train_here(*flags: str, draws_curve: bool = False, **environment: str) -> int:
     """Train in this process, alone, and return the exit code."""
     from jit_accel.train import main, results
 
     cheap = CHEAP | ({"draw_loss_curve": results.draw_loss_curve} if draws_curve else {})
-    with in_fresh_accelerate(), mock.patch.multiple(results, **cheap):
+    with in_fresh_accelerate(**environment), mock.patch.multiple(results, **cheap):
         return main([*TINY, *flags])
 
 

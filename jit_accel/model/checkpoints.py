@@ -153,10 +153,15 @@ def load_parts(path: Path, parts: Mapping[str, Stateful | None]) -> int:
         if part is None:
             continue
         if name not in state:
-            part.load_state_dict(load_file(path / f"{name}.safetensors"))
+            part.load_state_dict(load_tensors(path / f"{name}.safetensors"))
         elif state[name] is not None:
             part.load_state_dict(state[name])
     return state["step"]
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Load a file of a checkpoint; where Accelerate had wrapped the network for torch.compile, without its prefix."""
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in load_file(file).items()}
 
 
 def read_run(path: Path) -> dict:

@@ -7,14 +7,13 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from jit_accel.base.errors import UserError, lookup, message_of, nearest
 from jit_accel.base.files import write_text
 from jit_accel.config.settings import UNAVERAGED, Config, ModelConfig, ObjectiveConfig
 from jit_accel.model.call_arguments import DEFAULTS, checked_default
 from jit_accel.model.carried_code import INDEX_FILE, json_text
-from jit_accel.model.checkpoints import find_checkpoint_in, read_run
+from jit_accel.model.checkpoints import find_checkpoint_in, load_tensors, read_run
 from jit_accel.model.lora import merged, refuse_other_base, weights_fingerprint
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.scheduler import JiTScheduler
@@ -73,6 +72,8 @@ def load_pipeline(
             missing = [name for name, tensor in pipeline.transformer.state_dict().items() if tensor.is_meta]
             if missing:  # diffusers only warns of them
                 raise KeyError(f"{len(missing)} weights are missing, such as {missing[0]}")
+        except UserError as error:  # of the network, which does not know where it lies
+            raise UserError(error.rule, about=about, value=exported or path) from None
         except BROKEN as error:
             rule = f"is no folder here, and cannot be had from the Hub ({_first_line(error)})."
             if exported:
@@ -121,7 +122,7 @@ def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, about: str 
         network = build_network(config.model, config.data.img_size)
     file = checkpoint / f"{UNAVERAGED if ema == UNAVERAGED else f'ema_{ema}'}.safetensors"
     try:
-        weights = load_file(file)
+        weights = load_tensors(file)
     except (OSError, SafetensorError) as error:
         rule = f"cannot be read ({_first_line(error)}): give another checkpoint."
         raise UserError(rule, about=about, value=file) from None

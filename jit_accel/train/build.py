@@ -13,16 +13,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DynamoBackend,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    TorchDynamoPlugin,
     broadcast_object_list,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from jit_accel.base.console import say, warn
 from jit_accel.base.devices import DTYPES, chosen_precision, device_name, is_good_at_bf16
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import UserError, lookup
 from jit_accel.base.processes import on_all, on_main, process_group
 from jit_accel.config.checks import image_size
 from jit_accel.config.completion import Facts, Plan, complete, run_folder, started
@@ -187,8 +189,9 @@ def build_model(config: Config, source: Source, initial: Initial | None) -> tupl
     tuning = tune(model, config.tune, config.objective.noise_scale, source, initial)
     if config.performance.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    if config.performance.compile:
-        model.compile_repeated_blocks()
+    settings = asked_of_dynamo()
+    if config.performance.compile or settings:
+        model.compile_repeated_blocks(**settings)
     return model, tuning
 
 
@@ -248,12 +251,33 @@ def build_accelerator(config: Config) -> Accelerator:
         # As a plugin: the environment of `accelerate launch` overrides the plain argument.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         fsdp_plugin=build_fsdp_plugin(precision),
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),  # it would wrap the network: see `asked_of_dynamo`
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             # The others wait while the main process writes a checkpoint of many gigabytes.
             InitProcessGroupKwargs(timeout=timedelta(hours=1)),
         ],
     )
+
+
+def asked_of_dynamo() -> dict[str, object]:
+    """Return the settings of torch.compile in accelerate's configuration (`dynamo_config`), {} where it asks for none.
+
+    The blocks are compiled with them, in place. Accelerate would wrap the network, and begin its weights' names with
+    `_orig_mod.`, so that checkpoints and pipelines would be those of other networks.
+
+    Raises `UserError`: a setting or backend that is not there.
+    """
+    try:
+        plugin = TorchDynamoPlugin()
+    except ValueError as error:
+        raise UserError(f"accelerate's configuration of torch.compile: {error}.") from None
+    if plugin.backend == DynamoBackend.NO or plugin.disable:
+        return {}
+    settings = plugin.to_kwargs()
+    backends = torch.compiler.list_backends(exclude_tags=())
+    lookup(dict.fromkeys(backends), settings["backend"], "dynamo_backend", rule="torch has no such compiler here")
+    return settings
 
 
 def build_fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:

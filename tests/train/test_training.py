@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import signal
@@ -8,8 +9,11 @@ import torch
 from diffusers import DiffusionPipeline  # noqa: F401 (imported once, before the processes)
 from helpers import Group, assert_same_state, last_checkpoint, rows, state, train_group, train_here
 from PIL import Image as PILImage
+from safetensors.torch import load_file, save_file
 
 from jit_accel import JiTPipeline
+from jit_accel.model.loading import load_pipeline
+from jit_accel.model.transformer import JiTTransformer2DModel
 from jit_accel.monitor.log import MetricsLog, read_metrics
 from jit_accel.monitor.metrics import StepMetrics
 from jit_accel.train.trainer import Trainer
@@ -100,6 +104,36 @@ def test_gradient_checkpointing_changes_nothing_but_memory_even_with_dropout(ima
     assert train_here(*flags, "--output_dir", str(tmp_path / "a")) == 0
     assert train_here(*flags, "--output_dir", str(tmp_path / "b"), "--gradient_checkpointing") == 0
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-6)
+
+
+def test_accelerates_compiler_compiles_the_blocks_in_place(images, tmp_path, monkeypatch):
+    """So the weights keep their names; checkpoints whose names begin with a wrapper's are read."""
+    asked, compiled = [], JiTTransformer2DModel.compile_repeated_blocks
+    patched = lambda network, **how: asked.append(how) or compiled(network, **how)  # noqa: E731
+    monkeypatch.setattr(JiTTransformer2DModel, "compile_repeated_blocks", patched)
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path)]
+    assert train_here(*flags, "--max_steps", "2", ACCELERATE_DYNAMO_BACKEND="EAGER") == 0
+    assert asked == [{"backend": "eager"}]
+    assert not [name for name in state(tmp_path) if "_orig_mod" in name]
+    assert (tmp_path / "pipeline" / "model_index.json").is_file()
+    checkpoint = last_checkpoint(tmp_path)
+    weights = load_pipeline(checkpoint).transformer.state_dict()
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    for file in checkpoint.glob("*.safetensors"):
+        save_file({f"_orig_mod.{name}": tensor for name, tensor in load_file(file).items()}, file)
+        manifest["files"][file.name] = file.stat().st_size
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    again = load_pipeline(checkpoint).transformer.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+    assert train_here(*flags, "--max_steps", "3", "--resume", "auto") == 0
+    assert len(losses(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("backend", ["ONNXRT", "FOO"])
+def test_a_compiler_that_is_not_there_is_told(images, tmp_path, capsys, backend):
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "run")]
+    assert train_here(*flags, ACCELERATE_DYNAMO_BACKEND=backend) == 2
+    assert backend.lower() in capsys.readouterr().err.lower()
 
 
 @pytest.mark.multiprocess
