@@ -16,14 +16,29 @@ from torch import Tensor, serialization
 
 from jit_accel.base.errors import UserError, nearest
 from jit_accel.config.settings import UNAVERAGED
+from jit_accel.convert.diffusers_layout import (
+    joined_qkv,
+    network_folder,
+    reference_name,
+    stated_beside,
+    weight_files,
+)
 from jit_accel.convert.sizes import from_arguments, from_pipeline
-from jit_accel.model.loading import averages_of, find_checkpoint_in, find_pipeline_in, load_pipeline
+from jit_accel.model.loading import (
+    BROKEN,
+    averages_of,
+    find_checkpoint_in,
+    find_pipeline_in,
+    load_pipeline,
+)
+from jit_accel.model.pipeline import JiTPipeline
 
 # The reference's keys, and what they are called here; its decays.
 REFERENCE_SETS = {"model": UNAVERAGED, "model_ema1": "ema1", "model_ema2": "ema2", "state_dict": UNAVERAGED}
 REFERENCE_DECAYS = {"ema1": "0.9999", "ema2": "0.9996"}
-# Parts of names that wrappers have put in: the reference's Denoiser, DDP, torch.compile.
-WRAPPERS = {"net", "module", "_orig_mod"}
+# Parts of names that wrappers have put in: the reference's Denoiser, DDP, torch.compile, a pipeline.
+WRAPPERS = {"net", "module", "_orig_mod", "transformer"}
+ONE_SET = "holds one set of weights only: leave the flag out, or give the output folder of a run, or a .pth."
 TELLTALE = "x_embedder.proj1.weight"
 POSITIONS = "pos_embed"
 # Besides tensors and plain containers, which `weights_only` allows. A Namespace only holds attributes.
@@ -85,6 +100,12 @@ def open_input(place: str, wanted: str | None) -> Input:
     if not path.exists() and (path.suffix.lower() in FILE_SUFFIXES or place.count("/") != 1):
         rule = "there is no such file or folder: give a checkpoint (.pth), a .safetensors file, a pipeline folder, the "
         raise _refusal(place, rule + "output folder of a run, or owner/name of the Hub.")
+    folder = path
+    if not path.exists():
+        with contextlib.suppress(*BROKEN):  # of which `load_pipeline` has more to say
+            folder = Path(JiTPipeline.download(place))
+    if network := network_folder(folder):
+        return open_network(network, wanted)
     return open_pipeline(place, path, wanted)
 
 
@@ -120,6 +141,7 @@ def open_checkpoint(path: Path, wanted: str | None) -> Input:
         raise UserError(f"{path} has no ema1, but {', '.join(sets)}: choose one with --weights.", about="weights")
     name = choose(path, decays, wanted or ("ema1" if "ema1" in sets else next(iter(sets))))
     weights, positions = plain_names(path, sets[name])
+    arguments = stated_beside(path.parent) | arguments
     if positions is None:  # the table is the same for all sets
         positions = next((table for other in sets.values() if (table := plain_names(path, other)[1]) is not None), None)
     epoch = content.get("epoch")
@@ -158,12 +180,23 @@ def open_pipeline(place: str, folder: Path, wanted: str | None) -> Input:
         average = named[choose(checkpoint, named, wanted or averages[0])]
         set_name = average if average == UNAVERAGED else f"average of decay {average}"
     elif wanted is not None:
-        rule = "holds one set of weights only: leave the flag out, or give the output folder of a run, or a .pth."
-        raise _refusal(wanted, f"{place} {rule}", "weights")
+        raise _refusal(wanted, f"{place} {ONE_SET}", "weights")
     pipeline = load_pipeline(place, average, about="input")
     dtype = stored_dtype(exported) if exported else torch.float32  # diffusers has made all of it float32
     weights = {name: tensor.to(dtype) for name, tensor in pipeline.transformer.state_dict().items()}
     return Input(exported or checkpoint, weights, set_name, from_pipeline(pipeline))
+
+
+def open_network(folder: Path, wanted: str | None) -> Input:
+    """Open a network as diffusers saves it: a folder of its `config.json` and its weights, in one file or several."""
+    if wanted is not None:
+        raise _refusal(wanted, f"{folder} {ONE_SET}", "weights")
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        content = next(iter(read_safetensors(file).values())) if file.suffix == ".safetensors" else read_pickle(file)
+        tensors |= content if isinstance(content, Mapping) else {}
+    weights, positions = plain_names(folder, tensors)
+    return Input(folder, weights, "the folder's", from_arguments(stated_beside(folder)), positions)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -176,7 +209,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def plain_name(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return reference_name(".".join(part for part in name.split(".") if part not in WRAPPERS))
 
 
 def is_state_dict(content: Mapping) -> bool:
@@ -203,7 +236,8 @@ def plain_names(path: Path, state_dict: Mapping) -> tuple[dict[str, Tensor], Ten
             kind = f"{tensor.layout} {tensor.device.type} {tensor.dtype}" if is_tensor else type(tensor).__name__
             raise _refusal(path, f"{full_name} is no plain floating-point tensor but {kind}.")
         weights[name] = tensor.detach()
-    return weights, weights.pop(POSITIONS, None)
+    positions = weights.pop(POSITIONS, None)
+    return joined_qkv(weights), positions
 
 
 def read_safetensors(path: Path) -> dict[str, dict]:

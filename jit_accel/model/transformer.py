@@ -10,6 +10,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from jit_accel.base.errors import UserError
 from jit_accel.config.presets import TIME_FEATURES, parse_model_name, swiglu_width
 from jit_accel.model.functional import (
     gated_silu,
@@ -189,6 +190,16 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         )
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
         self.reset_parameters()
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """Take the sizes of a `config.json`, as diffusers does. Raises `UserError` for those of another JiT."""
+        if "sample_size" in config_dict:
+            raise UserError(
+                "is the JiT proposed for diffusers (its pull request 13098), whose weights have other names: "
+                "`python -m jit_accel.convert --input FOLDER --output NEW` makes a pipeline of it."
+            )
+        return super().extract_init_dict(config_dict, **kwargs)
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """Compile each block, as diffusers does, but with static shapes unless `dynamic` is given.

@@ -193,6 +193,102 @@ def test_a_run_and_its_checkpoints_are_converted_by_decay(images, tmp_path, caps
     assert "cannot be read" in refusal(capsys, run, tmp_path / "x.pth", "--weights", "model")
 
 
+THEIR_NAMES = {  # of the JiT proposed for diffusers, in its pull request 13098
+    "final_layer.norm_final": "norm_final",
+    "final_layer.linear": "linear_final",
+    "final_layer.adaLN_modulation.1": "adaLN_modulation_final",
+    "adaLN_modulation.1": "adaLN_modulation",
+}
+LATER_NAMES = {"attn.q_norm": "attn.norm_q", "attn.k_norm": "attn.norm_k", "attn.proj": "attn.to_out.0"}
+LATER_NAMES |= THEIR_NAMES
+
+
+def diffusers_weights(*, three: bool) -> dict[str, torch.Tensor]:
+    """The golden network under the names of the pull request: q, k and v in one matrix at first, in three later."""
+    renamed = {}
+    for name, tensor in golden_weights("").items():
+        for ours, theirs in (LATER_NAMES if three else THEIR_NAMES).items():
+            name = name.replace(ours, theirs)
+        if three and ".qkv." in name:
+            for part, third in zip("qkv", tensor.chunk(3)):
+                renamed[name.replace("qkv", f"to_{part}")] = third.contiguous()
+        else:
+            renamed[name] = tensor
+    return renamed
+
+
+def diffusers_folder(folder: Path, weights: dict[str, torch.Tensor], **config) -> Path:
+    """A pipeline folder as that class would be saved."""
+    sizes = {"_class_name": "JiTTransformer2DModel", "sample_size": 16, "patch_size": 4, "num_attention_heads": 4}
+    sizes |= {"in_context_start": 1, "dropout": 0.2, "norm_eps": 1e-6, "num_classes": 10}
+    labels = {str(i): f"name {i}, other name {i}" for i in range(10)}
+    solver = "FlowMatchEulerDiscreteScheduler"
+    parts = {"transformer": ["diffusers", "JiTTransformer2DModel"], "scheduler": ["diffusers", solver]}
+    index = {"_class_name": "JiTPipeline", **parts, "id2label": labels}
+    files = {"model_index.json": index, "transformer/config.json": sizes | config}
+    files["scheduler/scheduler_config.json"] = {"_class_name": solver, "shift": 1.0}
+    for place, content in files.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_text(json.dumps(content))
+    save_file(weights, folder / "transformer" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("three", [False, True], ids=["qkv in one", "qkv in three"])
+@pytest.mark.parametrize("given", ["pipeline", "transformer", "transformer/diffusion_pytorch_model.safetensors"])
+def test_the_layout_proposed_for_diffusers_becomes_a_pipeline(folder, tmp_path, three, given):
+    theirs = diffusers_folder(tmp_path / "pipeline", diffusers_weights(three=three))
+    assert convert(theirs if given == "pipeline" else theirs / given, tmp_path / "new") == 0
+    new, old = load_pipeline(tmp_path / "new"), load_pipeline(folder)
+    assert state_equal(new.transformer, old.transformer)
+    assert new.transformer.config.proj_dropout == 0.2
+    assert new.transformer.config.in_context_start == 1
+    assert new.config.class_names == [f"name {i}" for i in range(10)]
+
+
+def state_equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    ours, others = a.state_dict(), b.state_dict()
+    return ours.keys() == others.keys() and all(torch.equal(ours[name], others[name]) for name in ours)
+
+
+def test_weights_of_that_layout_in_several_files_variants_or_pickles_are_read(folder, tmp_path, capsys):
+    theirs = diffusers_folder(tmp_path / "pipeline", weights := diffusers_weights(three=True))
+    place, (name,) = theirs / "transformer", ["diffusion_pytorch_model"]
+    (place / f"{name}.safetensors").unlink()
+    names = sorted(weights)
+    for number, part in ((1, names[::2]), (2, names[1::2])):
+        save_file({n: weights[n] for n in part}, place / f"{name}.fp16-0000{number}-of-00002.safetensors")
+    assert convert(theirs, tmp_path / "shards") == 0
+    save_file(weights, place / f"{name}.bf16.safetensors")
+    assert "fp16" in refusal(capsys, theirs, tmp_path / "new")
+    for file in place.glob("*.safetensors"):
+        file.unlink()
+    assert "no weights" in refusal(capsys, theirs, tmp_path / "new")
+    torch.save(weights, place / f"{name}.bin")
+    assert convert(theirs, tmp_path / "pickle") == 0
+    for made in ("shards", "pickle"):
+        assert state_equal(load_pipeline(tmp_path / made).transformer, load_pipeline(folder).transformer)
+
+
+def test_a_repository_of_that_layout_is_read(folder, tmp_path, monkeypatch):
+    theirs = diffusers_folder(tmp_path / "cached", diffusers_weights(three=True))
+    monkeypatch.setattr(JiTPipeline, "download", lambda place: str(theirs))
+    assert convert("owner/name", tmp_path / "new") == 0
+    assert state_equal(load_pipeline(tmp_path / "new").transformer, load_pipeline(folder).transformer)
+
+
+def test_what_that_layout_cannot_say_here_is_told(tmp_path, capsys):
+    weights = diffusers_weights(three=True)
+    other = diffusers_folder(tmp_path / "eps", weights, norm_eps=1e-5)
+    assert "norm_eps" in refusal(capsys, other, tmp_path / "new")
+    del weights["blocks.0.attn.to_k.weight"]
+    theirs = diffusers_folder(tmp_path / "lost", weights)
+    assert "only q, v" in refusal(capsys, theirs, tmp_path / "new")
+    with pytest.raises(UserError, match=r"jit_accel\.convert --input") as refused:  # other programs name it
+        load_pipeline(theirs)
+    assert refused.value.value == theirs
+
+
 def test_types_are_kept_or_changed_as_asked(folder, tmp_path, capsys):
     assert convert(folder, tmp_path / "half", "--dtype", "bfloat16") == 0
     assert convert(tmp_path / "half", tmp_path / "same.safetensors", "--dtype", "same") == 0
