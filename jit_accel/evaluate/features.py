@@ -30,6 +30,8 @@ DOWNLOAD_TIMEOUT_S = 30
 EFFICIENTNET_SIDE = 112
 SPATIAL_CHANNELS = 7  # of 17 x 17 places, as ADM's evaluator takes them for sFID (2103.03841)
 
+# Its requirements bring torchvision, maybe one that does not fit torch; all else of them is here already.
+FIDELITY_REMEDY = "pip install --no-deps torch-fidelity (without the torchvision it asks for, which is not used here)"
 # torch-fidelity imports these for its own data sets and for other networks; we use none of that. A torchvision that is
 # missing, or does not fit the installed torch and cannot be imported, is no reason to do without the rest.
 _UNUSED = [f"torchvision{part}" for part in ("", ".datasets", ".models", ".transforms", ".transforms.functional")]
@@ -182,10 +184,7 @@ def import_torch_fidelity(module: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(
-            f"torch-fidelity cannot be imported ({error}): pip install 'jit_accel[eval]', or 'pip install --no-deps "
-            "torch-fidelity' where torchvision does not fit the installed torch."
-        ) from None
+        raise UserError(f"torch-fidelity cannot be imported ({error}): {FIDELITY_REMEDY}.") from None
     finally:
         for unused in _UNUSED:
             del sys.modules[unused]

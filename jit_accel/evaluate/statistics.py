@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from jit_accel.base.processes import gather_rows
-from jit_accel.evaluate.features import LOGITS, MAIN, SPATIAL, FeatureNetwork, has_torch_fidelity, import_torch_fidelity
+from jit_accel.evaluate.features import (
+    FIDELITY_REMEDY,
+    LOGITS,
+    MAIN,
+    SPATIAL,
+    FeatureNetwork,
+    has_torch_fidelity,
+    import_torch_fidelity,
+)
 from jit_accel.evaluate.settings import ImageMetric, metric_names
 
 INCEPTION_SCORE_SPLITS = 10
@@ -258,7 +266,7 @@ def hindrance(metric: ImageMetric, reference: ImageStatistics, num_images: int) 
     if metric.is_pairwise and reference.kept is None:
         return "the reference has mean and covariance alone, no features of single images"
     if metric.is_pairwise and not has_torch_fidelity():
-        return "torch-fidelity is not installed: pip install 'jit_accel[eval]'"
+        return f"torch-fidelity is not installed: {FIDELITY_REMEDY}"
     if metric.short in ("precision", "recall") and fewest <= NEIGHBOURS:
         return f"of {fewest} images none has {NEIGHBOURS} neighbours"
     if metric.short == "is" and num_images < 2 * INCEPTION_SCORE_SPLITS:
