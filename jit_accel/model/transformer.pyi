@@ -1,0 +1,65 @@
+"""Types of `transformer.py`: what a call of the network returns follows from `return_dict`."""
+
+import os
+from typing import Any, Literal, overload
+
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin
+from torch import Tensor, nn
+
+class NetworkOutput(Transformer2DModelOutput):
+    sample: Tensor
+
+class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    blocks: nn.ModuleList
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        bottleneck_dim: int,
+        in_context_len: int,
+        in_context_start: int,
+        num_classes: int,
+        mlp_ratio: float = 4.0,
+        attn_dropout: float = 0.0,
+        proj_dropout: float = 0.0,
+        in_channels: int = 3,
+    ) -> None: ...
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any: ...
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None: ...
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None: ...
+    def reset_parameters(self) -> None: ...
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> NetworkOutput | tuple[Tensor]: ...
+    @overload
+    def __call__(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: Literal[True] = True,
+    ) -> NetworkOutput: ...
+    @overload
+    def __call__(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        *,
+        return_dict: Literal[False],
+    ) -> tuple[Tensor]: ...
+
+def build_model(
+    name: str, img_size: int, num_classes: int, proj_dropout: float | None = None, attn_dropout: float | None = None
+) -> JiTTransformer2DModel: ...
