@@ -62,7 +62,7 @@ class ConvertConfig:
 
     input: str
     """A checkpoint of the paper's code (.pth), a plain state dict, a .safetensors file, a pipeline folder, a run's
-    output folder, one of its checkpoints, or owner/name of the Hub."""
+    output folder, one of its checkpoints, or owner/name of the Hub; also of the JiT proposed for diffusers."""
     output: str | None = None
     """File or folder to write. May be left out to push a pipeline folder as it is."""
     weights: str | None = None

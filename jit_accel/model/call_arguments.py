@@ -41,6 +41,8 @@ def label_ids(class_labels: Label | Sequence[Label] | Tensor, num_classes: int, 
 def _label_id(label: Label, num_classes: int, names: list[str] | None) -> int:
     if isinstance(label, Tensor | np.ndarray | np.generic) and label.ndim == 0:
         label = label.item()
+    if isinstance(label, list | tuple) and len(label) == 1:  # of a column of labels
+        (label,) = label
     last, found = num_classes - 1, None
     if label is None:
         return num_classes

@@ -51,6 +51,10 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
         self._next_call = 0
         self._start: tuple[Tensor, Tensor] | None = None  # of a Heun step: sample and velocity
 
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        return [cls]  # diffusers looks for names in its own package
+
     @property
     def init_noise_sigma(self) -> float:
         return self.config.noise_scale
