@@ -1,14 +1,17 @@
 """From the command line and YAML files to checked settings, and the exit code of every program."""
 
 import argparse
+import ast
+import inspect
+import itertools
 import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from jit_accel.base.console import say
 from jit_accel.base.errors import UserError, message_of, nearest
@@ -49,9 +52,25 @@ def parse_flags(settings: type[T], argv: list[str] | None, prog: str, descriptio
             switch = known.get(name.removeprefix("no_"))
             if name not in known and not (switch and switch.type is bool):
                 raise UserError(f"{argument}: no such flag.{nearest(name, known, '--')} --help lists them all.")
+    if {"-h", "--help"} & {*argv}:
+        for group in filter(is_dataclass, (settings, *(field.type for field in fields(settings)))):
+            _put_defaults_in_words(group)
     names = {"config": (tyro.conf.OmitArgPrefixes,), "use_underscores": True}
     is_main = os.environ.get("RANK", "0") == "0"
     return tyro.cli(settings, args=argv, prog=prog, description=description, console_outputs=is_main, **names)
+
+
+def _put_defaults_in_words(group: type) -> None:
+    """Let tyro show the docstrings of these settings as one text, which says itself what an open one comes to."""
+    import tyro
+
+    statements = ast.parse(inspect.getsource(group)).body[0].body
+    for setting, text in itertools.pairwise(statements):
+        if isinstance(setting, ast.AnnAssign) and isinstance(text, ast.Expr):
+            name, words = setting.target.id, " ".join(text.value.value.split())
+            hint = "" if getattr(group, name, "") in (None, ()) else None  # None: the default as it is
+            annotation = tyro.conf.arg(help=words, help_behavior_hint=hint)
+            group.__annotations__[name] = Annotated[group.__annotations__[name], annotation]
 
 
 def exit_code_of(run: Callable[[], int]) -> int:

@@ -67,9 +67,9 @@ class ModelConfig:
 class TuneConfig:
     init_from: str | None = None
     """Start from these weights instead of random ones: a pipeline folder, a run, a checkpoint, a Hub id. What fits is
-    kept; what does not (another number of classes, another patch size) is listed."""
+    kept; what does not (another number of classes, another patch size) is listed (default: random weights)."""
     lora_rank: int | None = None
-    """Train a LoRA adapter of this rank on top of init_from, whose weights are frozen; checkpoints hold only it."""
+    """Train a LoRA adapter of this rank on init_from's frozen weights (default: none); checkpoints hold only it."""
     lora_alpha: float | None = None
     """The adapter is scaled by alpha / rank (default: the rank)."""
     lora_dropout: float = 0.0
@@ -105,7 +105,7 @@ class OptimConfig:
     epochs: float | None = None
     """Length of the run in passes over the data (default: 200; or give max_steps)."""
     max_steps: int | None = None
-    """Length of the run in optimizer steps."""
+    """Length of the run in optimizer steps (default: that of epochs)."""
     optimizer: str = "adamw"
     """adamw, or muon (Muon on the blocks' matrices, AdamW on the rest)."""
     learning_rate: float | None = None
@@ -115,7 +115,7 @@ class OptimConfig:
     warmup_epochs: float | None = None
     """Linear warm-up from 0 (default: 5 epochs, at most a tenth of the run)."""
     warmup_steps: int | None = None
-    """The same in optimizer steps."""
+    """The same in optimizer steps (default: those of warmup_epochs)."""
     min_learning_rate: float = 0.0
     """Where the cosine ends."""
     weight_decay: float = 0.0
@@ -181,7 +181,7 @@ class EvalConfig:
     eval_features: str = "inception"
     """Network whose features are compared: inception (FID), or efficientnet_lite0, whose package brings its weights."""
     eval_feature_weights: str | None = None
-    """File of the Inception weights, where they are not in torch hub's cache."""
+    """File of the Inception weights (default: the one in torch hub's cache)."""
     eval_num_inference_steps: int | None = None
     """Steps of the ODE solver (Heun) for these images (default: those of the samples)."""
 
@@ -197,13 +197,13 @@ class TrackingConfig:
     wandb_entity: str | None = None
     """Team or user (default: WANDB_ENTITY, else the login's)."""
     wandb_tags: tuple[str, ...] = ()
-    """Tags of the run, to filter runs by."""
+    """Tags of the run, to filter runs by (default: none)."""
     wandb_notes: str | None = None
-    """A longer description of the run."""
+    """A longer description of the run (default: none)."""
     wandb_group: str | None = None
-    """Runs of one group are shown together, such as the seeds of one setting."""
+    """Runs of one group are shown together, such as the seeds of one setting (default: none)."""
     report_to: tuple[str, ...] = ()
-    """Further trackers: tensorboard, trackio, mlflow, ..., or package.module:Class, a GeneralTracker of your own."""
+    """More trackers: tensorboard, mlflow, ..., or package.module:Class, a GeneralTracker of yours (default: none)."""
     html_report: bool = True
     """Rebuild report.html (curves, samples, settings) on the way, in a hundredth of the time, and at the end."""
 
@@ -232,7 +232,7 @@ class HubConfig:
     push_to_hub: bool = False
     """Upload the pipeline folder to the Hugging Face Hub at the end (log in before: hf auth login, or HF_TOKEN)."""
     hub_model_id: str | None = None
-    """Where to: owner/name."""
+    """Where to: owner/name (default: none; pushing needs it)."""
     hub_private: bool = False
     """Make the repository a private one, where it does not exist yet."""
 

@@ -22,17 +22,17 @@ class NetworkFlags:
     """Sizes: read from the weights; needed where these do not show them, else compared with them."""
 
     num_heads: int | None = None
-    """Attention heads (from the shape of q_norm)."""
+    """Attention heads (default: from the shape of q_norm)."""
     in_context_start: int | None = None
-    """Block before which the class tokens join in, counted from 0 (from the preset with these sizes)."""
+    """Block before which the class tokens join in, counted from 0 (default: the preset's with these sizes)."""
     patch_size: int | None = None
-    """Side of a patch in pixels."""
+    """Side of a patch in pixels (default: from the shape of the patch embedding)."""
     img_size: int | None = None
-    """Side of the training images in pixels (from pos_embed; without one 16 patches)."""
+    """Side of the training images in pixels (default: from pos_embed; without one 16 patches)."""
     proj_dropout: float | None = None
     """Dropout for a training that goes on (default: the checkpoint's or the preset's)."""
     attn_dropout: float | None = None
-    """The same on the attention weights."""
+    """The same on the attention weights (default: likewise)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class SamplingFlags:
     guidance_interval: tuple[float, float] | None = None
     """Times at which guidance acts (default: 0.1 1.0)."""
     class_names: str | None = None
-    """File with the name of each class: one a line, or JSON, a list or {"0": "name", ...}."""
+    """File with the name of each class: one a line, or JSON, a list or {"0": "name", ...} (default: the input's)."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class ConvertConfig:
     """A checkpoint of the paper's code (.pth), a plain state dict, a .safetensors file, a pipeline folder, a run's
     output folder, one of its checkpoints, or owner/name of the Hub; also of the JiT proposed for diffusers."""
     output: str | None = None
-    """File or folder to write. May be left out to push a pipeline folder as it is."""
+    """File or folder to write. Required, unless a pipeline folder is pushed as it is."""
     weights: str | None = None
     """model, ema1 or ema2 of a checkpoint; in the paper's, ema1 has decay 0.9999 and ema2 0.9996. A run's averages also
     by their decay, such as 0.9998 (default: ema1)."""

@@ -56,12 +56,12 @@ class EvaluateConfig:
     """Measure how far generated images are from real ones: FID and others."""
 
     model: str | None = None
-    """Source of the images: a pipeline folder, a run's output folder, a checkpoint, owner/name of the Hub."""
+    """Source of the images (required, or --images): a pipeline folder, a run, a checkpoint, owner/name of the Hub."""
     images: str | None = None
-    """Images to measure instead of a model's: whatever --data_path of training may be, or an .npz with arr_0."""
+    """Images to measure in place of a model's (default: none): as --data_path of training, or an .npz with arr_0."""
     reference: str | None = None
     """The real images: whatever --data_path of training may be; or statistics, an .npz that --make_reference wrote, or
-    ADM's or JiT's."""
+    ADM's or JiT's (required)."""
     ema: tuple[str, ...] = ()
     """Averaged weights of a run or checkpoint: a decay, "model" for the weights themselves (default: those of the
     pipeline folder, or the first average); several or "all" for a sweep."""
@@ -109,7 +109,7 @@ class EvaluateConfig:
     compile: bool = False
     """torch.compile each block: faster after a slower start."""
     make_reference: str | None = None
-    """Write the statistics of --reference to this .npz, to be used as --reference later; no model is needed."""
+    """Write the statistics of --reference to this .npz, a --reference of later; needs no model (default: none)."""
     output: str | None = None
     """JSON file that the results are added to (default: evaluation.json in the model's folder, of a
     checkpoint in its run's)."""

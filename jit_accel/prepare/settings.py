@@ -21,9 +21,9 @@ class PrepareConfig:
 
     data_path: str | None = None
     """Images: a folder of class folders, a flat folder, Parquet files, WebDataset tars, a Hub id, builtin:NAME, or
-    what this program made."""
+    what this program made (required, unless verify is given)."""
     output_dir: str | None = None
-    """New folder for the shards."""
+    """New folder for the shards (required, unless verify is given)."""
     img_size: int = 256
     """Side of the square images in pixels."""
     format: Literal["uint8", "raw", "jpeg", "png", "webp"] = "uint8"
@@ -50,7 +50,7 @@ class PrepareConfig:
     num_workers: int | None = None
     """Processes (default: the number of cores). The result does not depend on it."""
     verify: str | None = None
-    """Instead of preparing, compare the checksums of this folder with its index.json."""
+    """Instead of preparing, compare the checksums of this folder with its index.json (default: none)."""
 
     def recorded(self, source_fingerprint: str) -> dict:
         """Return what the result depends on."""

@@ -15,15 +15,15 @@ class SampleConfig:
     """Generate images with a trained model: the n-th image follows from the seed and n alone."""
 
     model: str | None = None
-    """A pipeline folder, the output folder of a run, a checkpoint, or owner/name of the Hub."""
+    """A pipeline folder, the output folder of a run, a checkpoint, or owner/name of the Hub (required)."""
     ema: str | None = None
-    """Averaged weights of a checkpoint, by their decay; "model": the weights themselves."""
+    """Averaged weights of a checkpoint, by their decay; "model": the weights themselves (default: the first)."""
     output_dir: str = "samples"
     """New folder for the images."""
     classes: tuple[str, ...] = ()
     """Names or numbers of classes, or none for images of no class (default: all classes)."""
     images_per_class: int | None = None
-    """Images of each class."""
+    """Images of each class (default: those of num_images)."""
     num_images: int | None = None
     """Or images in total, evenly spread over the classes (default: 64)."""
     seed: int = 0
@@ -41,9 +41,9 @@ class SampleConfig:
     img_size: int | None = None
     """Side of the images in pixels (default: as trained)."""
     height: int | None = None
-    """Instead of img_size, for images that are not square."""
+    """Instead of img_size, for images that are not square (default: img_size)."""
     width: int | None = None
-    """Instead of img_size, for images that are not square."""
+    """Instead of img_size, for images that are not square (default: img_size)."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of the network; the ODE is float32 always (default: accelerate's, else bf16 where it is fast)."""
     compile: bool = False
@@ -59,7 +59,7 @@ class SampleConfig:
     trajectory: bool = False
     """Also draw trajectory.png: a few images from noise to image, the state z and the image x it heads for."""
     animation: Literal["gif", "webp"] | None = None
-    """Also make an animation of the denoising of a grid."""
+    """Also make an animation of the denoising of a grid (default: none)."""
 
 
 RANGES = [

@@ -1,3 +1,5 @@
+import importlib
+import re
 import subprocess
 import sys
 
@@ -139,6 +141,22 @@ def test_help_needs_no_torch_and_shows_every_setting():
     )
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert [name for name in SETTINGS if f"--{name}" not in shown] == []
+
+
+PROGRAMS = ("train", "sample", "evaluate", "prepare", "convert", "report")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_says_in_words_what_an_open_setting_comes_to(program, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"jit_accel.{program}").main(["--help"])
+    assert stop.value.code == 0
+    _, *flags = re.split(r"\n\W{2}--(?=[a-z])", capsys.readouterr().out)
+    assert flags
+    for flag in flags:
+        words = " ".join(flag.replace("│", " ").split())
+        assert re.search(r"\(default: |[Rr]equired", words), words
+        assert not re.search(r"default: (None)?\)", words), words
 
 
 def test_size_defaults_to_sixteen_patches_and_noise_to_the_papers_scale():
