@@ -21,7 +21,7 @@ from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import JiTTransformer2DModel
 
 T = TypeVar("T")
-Labels = Label | Sequence[Label] | Tensor
+Labels = Label | Sequence[Label] | Tensor | np.ndarray
 Generators = torch.Generator | list[torch.Generator] | None
 Steps, Number, Interval, Noise = int | None, float | None, Sequence[float] | None, Tensor | None
 OUTPUT_TYPES: tuple[str, ...]
