@@ -11,7 +11,7 @@
 #   srun bash launch/multi_node.sh || true   # the launcher says 1 even after a clean stop, so look for the marker:
 #   if [ -e "$OUTPUT_DIR/INTERRUPTED" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 #
-# Anything behind the script's name goes to jit_accel.train, and wins over the settings.
+# Anything behind the script's name goes to jit_accel.train, and wins over the settings and the recipe.
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=launch/common.sh
@@ -30,21 +30,23 @@ ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-$HERE/../accelerate_configs/multi_node.y
 RECIPE="${RECIPE:-$HERE/recipes/imagenet256_b16.yaml}"    # see launch/recipes
 DATA_PATH="${DATA_PATH:-./data/train}"                    # the same images on every node
 BATCH_SIZE="${BATCH_SIZE:-64}"                            # per GPU; 2 nodes x 8 GPUs x 64 = the paper's 1024
-OUTPUT_DIR="${OUTPUT_DIR:-runs/multi_node}"               # on a file system that all nodes share
+
+# --- name and place
+OUTPUT_DIR="${OUTPUT_DIR:-}"                              # on a file system that all nodes share; empty = runs/NAME
+WANDB_NAME="${WANDB_NAME:-$(basename "${OUTPUT_DIR:-${WANDB_RUN_ID:-multi_node}}")}"  # name of this run
 
 # --- Weights & Biases
 USE_WANDB="${USE_WANDB:-false}"                           # true or false; only the main process logs
-WANDB_PROJECT="${WANDB_PROJECT:-jit-diffusion}"
-WANDB_NAME="${WANDB_NAME:-$(basename "$OUTPUT_DIR")}"     # name of this run; WANDB_ENTITY, WANDB_TAGS ("a,b") and
-                                                          # WANDB_NOTES are read by wandb itself where they are exported
+WANDB_PROJECT="${WANDB_PROJECT:-jit-diffusion}"           # WANDB_ENTITY, WANDB_TAGS ("a,b") and WANDB_NOTES are read
+                                                          # by wandb itself where they are exported
 
 # Seconds that a stopped run has for its checkpoint (torchrun's default is 30).
 export PET_SHUTDOWN_TIMEOUT="${PET_SHUTDOWN_TIMEOUT:-240}"
 
-flags=(--output_dir "$OUTPUT_DIR" --resume auto)
-if [ "$USE_WANDB" = true ]; then flags+=(--use_wandb --wandb_project "$WANDB_PROJECT" --wandb_name "$WANDB_NAME"); fi
-
+# What stands behind the last -- wins over what stands before it.
 exec accelerate launch --config_file "$ACCELERATE_CONFIG" \
   --num_machines "$NUM_MACHINES" --num_processes "$((NUM_MACHINES * GPUS_PER_NODE))" \
   --machine_rank "$MACHINE_RANK" --main_process_ip "$MAIN_PROCESS_IP" --main_process_port "$MAIN_PROCESS_PORT" \
-  -m jit_accel.train --config "$RECIPE" --data_path "$DATA_PATH" --batch_size "$BATCH_SIZE" "${flags[@]}" "$@"
+  -m jit_accel.train --config="$RECIPE" --data_path="$DATA_PATH" --batch_size="$BATCH_SIZE" \
+  ${OUTPUT_DIR:+--output_dir="$OUTPUT_DIR"} --resume=auto \
+  --use_wandb="$USE_WANDB" --wandb_project="$WANDB_PROJECT" --wandb_name="$WANDB_NAME" -- "$@"

@@ -150,10 +150,15 @@ def _is_repository(name: str) -> bool:
     return not is_odd and len(parts) == 2 and all(re.fullmatch(r"\w(?:[\w.-]*\w)?", part, re.ASCII) for part in parts)
 
 
+def alternatives(hint: Any) -> tuple:
+    """Return the types of which `hint` allows each."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
 def as_type(name: str, value: Any) -> Any:
     """Return a value as the setting `name` wants it, int as float and list as tuple; `UserError` for other types."""
     hint = SETTINGS[name].type
-    for choice in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+    for choice in alternatives(hint):
         parts, kind = get_args(choice), get_origin(choice) or choice
         if kind is tuple:
             kinds = (int, float) if parts[0] is float else parts[:1]

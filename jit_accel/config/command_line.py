@@ -1,63 +1,69 @@
-"""From the command line and YAML files to checked settings, and the exit code of every program."""
+"""From the command line and YAML files to checked settings, and the exit code of every program.
 
-import argparse
+A setting is given as words: behind its flag, or as the text that stands in a file. Its type says what they mean.
+"""
+
 import ast
 import inspect
 import itertools
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, fields, is_dataclass
+from functools import partial, reduce
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from jit_accel.base.console import say
 from jit_accel.base.errors import UserError, message_of, nearest
-from jit_accel.config.checks import check
+from jit_accel.config.checks import alternatives, check
 from jit_accel.config.settings import SETTINGS, Config
 
 T = TypeVar("T")
+Words = list[str]
+
+SWITCH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+OPEN = ("none", "null", "~", "")  # for a setting that may be left open and is no text
+# Two names for one thing: the one that is given last counts.
+SAME = (("epochs", "max_steps"), ("warmup_epochs", "warmup_steps"))
+# What a list's one word may be cut at, where its items may have spaces, or spaces and commas.
+SEPARATORS = {"wandb_tags": r"\s*,\s*", "classes": None}
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
-    """Read the command line, and the file that `--config` names, into a checked `Config`; errors as `parse_flags`."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", nargs="?", const="")
-    known, argv = parser.parse_known_args(argv)
-    if known.config == "":
-        raise UserError("no file behind it; write --config run.yaml.", about="config")
-    if known.config:  # one parser for both: the file's settings are flags that stand before the user's own
-        argv = [*_as_arguments(read_recipe(Path(known.config)), known.config), *argv]
+    """Read the command line (and the YAML file that `--config` names) into a checked `Config`.
+
+    What stands behind a lone `--` wins over what stands before it, a file over flags too: scripts put it between their
+    own settings and the user's.
+
+    Raises `UserError`: unknown flag or key, values out of range, settings that contradict each other; `SystemExit`
+    as `parse_flags`.
+    """
+    stack: list[dict[str, Words]] = []
+    recipe = None
+    for flags in read_flags(argv, {"config": None} | SETTINGS):
+        if (path := flags.pop("config", None)) is not None:
+            if len(path) != 1 or not path[0]:
+                raise UserError("no file behind it; write --config run.yaml.", about="config")
+            stack = [values for values in stack if values is not recipe]
+            stack.append(recipe := read_recipe(Path(path[0])))
+        stack.append(flags)
     description = f"{Config.__doc__} --config FILE reads settings from a YAML file; flags win over it."
-    config = parse_flags(Config, argv, "python -m jit_accel.train", description)
+    config = _parsed(Config, reduce(over, stack), SETTINGS, "python -m jit_accel.train", description)
     check(config)
     return config
 
 
-def parse_flags(settings: type[T], argv: list[str] | None, prog: str, description: str | None = None) -> T:
+def parse_flags(settings: type[T], argv: list[str] | None, prog: str) -> T:
     """Read the command line of a program whose settings are the fields of this dataclass, or of groups in it.
 
     `UserError`: an unknown flag. `SystemExit`: `--help` (0), a missing flag or a value of the wrong type (2).
     """
-    import tyro
-
-    argv = list(sys.argv[1:] if argv is None else argv)
     groups = [getattr(field.type, "__dataclass_fields__", {field.name: field}) for field in fields(settings)]
     known = {name: field for group in groups for name, field in group.items()}
-    for argument in argv:
-        if argument.startswith("--") and argument not in ("--", "--help"):
-            name = argument[2:].partition("=")[0].replace("-", "_")
-            switch = known.get(name.removeprefix("no_"))
-            if name not in known and not (switch and switch.type is bool):
-                raise UserError(f"{argument}: no such flag.{nearest(name, known, '--')} --help lists them all.")
-    if {"-h", "--help"} & {*argv}:
-        for group in filter(is_dataclass, (settings, *(field.type for field in fields(settings)))):
-            _put_defaults_in_words(group)
-    names = {"config": (tyro.conf.OmitArgPrefixes,), "use_underscores": True}
-    is_main = os.environ.get("RANK", "0") == "0"
-    return tyro.cli(settings, args=argv, prog=prog, description=description, console_outputs=is_main, **names)
+    return _parsed(settings, reduce(over, read_flags(argv, known)), known, prog)
 
 
 def _put_defaults_in_words(group: type) -> None:
@@ -87,8 +93,63 @@ def exit_code_of(run: Callable[[], int]) -> int:
         return 128 + getattr(stop, "number", signal.SIGINT)
 
 
-def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the settings of a YAML file over those of its `base`; `above` are the files that have it as theirs.
+def read_flags(argv: list[str] | None, settings: Mapping[str, Field | None]) -> list[dict[str, Words]]:
+    """Return the words behind each flag, the last of equal ones, for each part that a lone `--` divides.
+
+    Raises `UserError`: a flag that is none of these settings, with the nearest match; words that stand behind none.
+    """
+    parts: list[dict[str, Words]] = [{}]
+    words = None
+    for argument in sys.argv[1:] if argv is None else argv:
+        if argument == "--":
+            parts.append({})
+            words = None
+        elif argument in ("-h", "--help"):
+            parts[-1]["help"] = []
+        elif re.match("--[A-Za-z]", argument):
+            flag, equals, value = argument.partition("=")
+            name = flag[2:].replace("-", "_")
+            switch = name.removeprefix("no_")
+            if name not in settings and not (switch in settings and settings[switch].type is bool):
+                raise UserError(f"{argument}: no such flag.{nearest(name, settings, '--')} --help lists them all.")
+            parts[-1].pop(switch if name not in settings else f"no_{name}", None)
+            words = parts[-1][name] = [value] if equals else []
+        elif words is None:
+            raise UserError(f"{argument}: stands behind no flag. --help lists them all.")
+        else:
+            words.append(argument)
+    return [dict(_positive(part, settings)) for part in parts]
+
+
+def _positive(part: Mapping[str, Words], settings: Mapping[str, Field | None]) -> Iterator[tuple[str, Words]]:
+    """Yield flags with `--no_name` as `--name false`."""
+    for name, words in part.items():
+        if name in settings or name == "help":
+            yield name, words
+        else:
+            yield name.removeprefix("no_"), ["false" if _is_on(name, words) else "true"]
+
+
+def over(lower: Mapping[str, Words], upper: Mapping[str, Words]) -> dict[str, Words]:
+    """Return settings over others, which also lose what says the same by another name, or no longer fits."""
+    given = {name: words for name, words in upper.items() if words != ["None"]}
+    lost = {other for pair in SAME for name, other in (pair, pair[::-1]) if name in given}
+    for warmup, length in zip(*reversed(SAME)):
+        if length in given and warmup in lower and _number(lower[warmup]) > _number(given[length]):
+            lost.add(warmup)
+    return {name: words for name, words in lower.items() if name not in lost} | upper
+
+
+def _number(words: Words) -> float:
+    """Return the number that they are; NaN, which is neither above nor below any other, for anything else."""
+    try:
+        return float(*words)
+    except (TypeError, ValueError):
+        return float("nan")
+
+
+def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Words]:
+    """Return the settings of a YAML file, over those of the file that it names as its `base`, if any.
 
     `UserError`: a file that cannot be read, is no YAML, or is its own base; an unknown setting.
     """
@@ -96,7 +157,7 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
     wrong = partial(UserError, about="config", value=path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise wrong(f"cannot be read ({error}); give the path of a YAML file.") from None
     except yaml.YAMLError as error:
@@ -104,28 +165,102 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise wrong("must hold `setting: value` lines, such as `batch_size: 32`.")
     base, files = values.pop("base", None), (*above, path.resolve())
-    for name in values:
+    found = {}
+    for name, value in values.items():
         if name not in SETTINGS:
             raise wrong(f"{name} is no setting.{nearest(str(name), SETTINGS)}")
+        found[name] = [str(part) for part in value] if isinstance(value, list) else [str(value)]
+        if isinstance(value, dict) or any(isinstance(part, dict | list) for part in value or ()):
+            raise wrong(f"{name} must be a plain value or a list, not a mapping.")
+        if SETTINGS[name].type is bool and str(value).lower() not in SWITCH:
+            raise wrong(f"{name}: {value} must be true or false.")
     if base is None:
-        return values
+        return found
     file = path.parent / str(base)
     if file.resolve() in files:
         raise wrong(f"its base {base} has it as a base: leave one of them out.")
-    return read_recipe(file, files) | values
+    return over(read_recipe(file, files), found)
 
 
-def _as_arguments(values: Mapping[str, Any], path: str) -> list[str]:
-    """Return settings of a file as flags: YAML takes 1e-4 for text, which a flag's type makes a number."""
-    arguments = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            raise UserError(f"{name} must be a plain value or a list, not a mapping.", about="config", value=path)
-        if SETTINGS[name].type is not bool:
-            parts = value if isinstance(value, list) else [value]
-            arguments += [f"--{name}", *(str(part).lower() if isinstance(part, bool) else str(part) for part in parts)]
-        elif isinstance(value, bool):
-            arguments.append(f"--{name}" if value else f"--no_{name}")
-        else:
-            raise UserError(f"{name}: {value} must be true or false.", about="config", value=path)
-    return arguments
+def read_yaml(text: str) -> Any:
+    """Return what a YAML text holds, with numbers, dates and the words for true and false as the text they are.
+
+    YAML alone would make `no` False, 1e-4 text, 010 the number 8, 12:30 the number 750, and 1.10 the same as 1.1.
+    """
+    import yaml
+
+    kept = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    return yaml.load(text, type("TextLoader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": kept}))
+
+
+def _parsed(
+    settings: type[T], values: dict[str, Words], known: Mapping[str, Field], prog: str, description: str | None = None
+) -> T:
+    import tyro
+
+    names = {"config": (tyro.conf.OmitArgPrefixes,), "use_underscores": True}
+    is_main = os.environ.get("RANK", "0") == "0"
+    if values.pop("help", None) is not None:
+        arguments = ["--help"]
+        for group in filter(is_dataclass, (settings, *(field.type for field in fields(settings)))):
+            _put_defaults_in_words(group)
+    else:
+        arguments = [argument for name, words in values.items() for argument in _spelled(name, words, known[name].type)]
+    return tyro.cli(settings, args=arguments, prog=prog, description=description, console_outputs=is_main, **names)
+
+
+def _spelled(name: str, words: Words, kind: Any) -> Words:
+    """Return a setting as the arguments that tyro takes for this type, where the words are meant for it."""
+    if kind is bool:
+        return [f"--{name}" if _is_on(name, words) else f"--no_{name}"]
+    kinds = alternatives(kind)
+    if len(words) == 1 and type(None) in kinds and str not in kinds and words[0].strip().lower() in OPEN:
+        words = ["None"]
+    elif any(get_origin(each) is tuple for each in kinds):
+        words = [part for word in words for part in _items(name, word)] if words != [""] else []
+        return [f"--{name}={words[0]}", *words[1:]] if words else [f"--{name}"]
+    elif len(words) == 1:
+        words = [_meant(name, words[0], kinds)]
+    return [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
+
+
+def _is_on(name: str, words: Words) -> bool:
+    """Return what the words behind a switch say; none at all switch it on."""
+    if not words:
+        return True
+    word = " ".join(words)
+    if word.lower() not in SWITCH:
+        raise UserError("must be true or false.", about=name, value=word)
+    return SWITCH[word.lower()]
+
+
+def _items(name: str, word: str) -> Words:
+    """Return the items of a list that stand in one word: 0.9,0.99 or (0.9, 0.99) or ['a', 'b']."""
+    import yaml
+
+    if re.fullmatch(r"\[.*\]|\(.*\)", word):
+        try:
+            return [str(item) for item in read_yaml(f"[{word[1:-1]}]")]
+        except yaml.YAMLError:
+            return [word]
+    separator = SEPARATORS.get(name, r"[\s,]+")
+    if separator is None or not re.search(separator, word):
+        return [word]
+    return [item for item in re.split(separator, word.strip()) if item]
+
+
+def _meant(name: str, word: str, kinds: tuple) -> str:
+    """Return the word that tyro takes for a type: 32 for 32.0, the choice that a word for true or false means."""
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    choices = choices or {"resume": ["auto", "none"]}.get(name, [])
+    switch = SWITCH.get(word.lower())
+    if word not in choices and switch is not None:
+        meant = ("true", "auto") if switch else ("false", "no", "none")
+        return next((choice for choice in meant if choice in choices), word)
+    number = _number([word])
+    if int in kinds and not re.fullmatch(r"\s*[+-]?\d[\d_]*\s*", word) and number == number // 1:
+        return str(int(number))
+    return word

@@ -9,15 +9,20 @@ from typing import Any
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.checks import LORA_TARGETS, check, image_size, model_name
+from jit_accel.config.identity import run_folder, run_name
 from jit_accel.config.presets import PRESETS, Preset, parse_model_name
 from jit_accel.config.settings import Config, OptimConfig
 
 PAPER_EPOCHS, PAPER_WARMUP_EPOCHS = 200.0, 5.0
+WARMUP_SHARE_OF_RUN = 0.1
 PAPER_EMA_DECAYS = (0.9996, 0.9998, 0.9999)
 # The memory of an EMA, 1 / (1 - decay) steps, may be this share of a run; beyond it the average
 # still holds the random weights of the start.
 EMA_SHARE_OF_RUN = 0.1
-LORA_LEARNING_RATE = 1e-4  # what diffusers' LoRA training scripts start from
+# Up to that many images (40 passes over ImageNet) a run is short, and the paper's rate would leave it at its start.
+SHORT_RUN_IMAGES = 50_000_000
+SHORT_RUN_RATES = {"adamw": 3e-4, "muon": 1e-3}
+TUNING_RATE = 1e-4  # what diffusers' LoRA training scripts start from
 MOST_WORKERS = 8  # more decoding processes rarely help; one core is left to the training itself
 # The sizes that all of a network hangs on; others may differ from those of weights to start from.
 SIZES = ("depth", "hidden_size", "num_heads", "mlp_ratio")
@@ -64,6 +69,7 @@ class Plan:
     warmup_steps: int
     global_batch_size: int  # images of a step, over all processes and micro-steps
     num_images: int  # of one epoch
+    refused_warmup_steps: int = 0  # a warm-up that was asked for and is longer than the run
 
     def epoch_of(self, step: int) -> float:
         """Return the passes over the data after `step` optimizer steps."""
@@ -86,12 +92,13 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         "num_classes": _num_classes(config.model.num_classes, facts.num_classes),
         "proj_dropout": preset.proj_dropout,
         "noise_scale": max(1.0, size / 256),
-        "learning_rate": LORA_LEARNING_RATE if lora_rank else 5e-5 * plan.global_batch_size / 256,
+        "learning_rate": default_rate(config, plan)[0],
         "guidance_scale": guidance if facts.is_labelled else 1.0,
         "lora_alpha": float(lora_rank) if lora_rank else None,
         "lora_targets": LORA_TARGETS if lora_rank else None,
         "epochs": PAPER_EPOCHS if optim.max_steps is None else None,
         "warmup_steps": plan.warmup_steps if optim.warmup_epochs is None else None,
+        "wandb_name": run_name(config.tracking),
     }
     flat = config.flat()
     config = config.updated(
@@ -102,6 +109,8 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         resume=os.path.expanduser(config.run.resume),
         ema_decays=tuple(dict.fromkeys(optim.ema_decays or ("auto", *decays))),
     )
+    if plan.refused_warmup_steps:
+        config = config.updated(warmup_steps=plan.warmup_steps, warmup_epochs=None)
     check(config)
     if config.optim.optimizer == "muon":
         refused = partial(UserError, about="optimizer", value="muon")
@@ -113,7 +122,7 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
 
 
 def plan_run(optim: OptimConfig, facts: Facts) -> Plan:
-    """Return epochs as steps; `UserError` if the global batch is larger than the data, or the warm-up than the run."""
+    """Return epochs as steps; `UserError` if the global batch is larger than the data."""
     global_batch, num_images = optim.batch_size * facts.processes * facts.accumulation, facts.num_images
     if global_batch > num_images:
         factors = f"{optim.batch_size} x {facts.processes} processes x {facts.accumulation} accumulation steps"
@@ -123,43 +132,43 @@ def plan_run(optim: OptimConfig, facts: Facts) -> Plan:
             value=f"{factors} = {global_batch}",
         )
     total = optim.max_steps or max(1, math.ceil((optim.epochs or PAPER_EPOCHS) * num_images / global_batch))
-    warmup = optim.warmup_steps
+    warmup, usual = optim.warmup_steps, round(WARMUP_SHARE_OF_RUN * total)
     if warmup is None and optim.warmup_epochs is not None:
         warmup = round(optim.warmup_epochs * num_images / global_batch)
     elif warmup is None:
-        warmup = round(min(PAPER_WARMUP_EPOCHS * num_images / global_batch, 0.1 * total))
+        warmup = min(round(PAPER_WARMUP_EPOCHS * num_images / global_batch), usual)
     if warmup > total:
-        raise UserError(
-            f"the warm-up of {warmup} steps is longer than the run of {total}: shorten it.", about="warmup_steps"
-        )
+        return Plan(total, usual, global_batch, num_images, refused_warmup_steps=warmup)
     return Plan(total, warmup, global_batch, num_images)
 
 
-def run_folder(config: Config) -> str:
-    """Return the run's folder: as set, or `runs/` and the W&B name, or a name that every process makes alike."""
-    if config.run.output_dir:
-        return os.path.expanduser(config.run.output_dir)
-    if config.tracking.wandb_name:
-        name = config.tracking.wandb_name
-    else:
-        data = config.data.data_path.rstrip("/").rpartition("/")[2].removeprefix("builtin:")
-        if model := model_name(config):
-            trained = f"{model}-{image_size(config)}px"
-        else:
-            source = config.tune.init_from.rstrip("/").removesuffix("/pipeline").rpartition("/")[2]
-            trained = f"from-{source}" + (f"-lora{config.tune.lora_rank}" if config.tune.lora_rank else "")
-        name = f"{data or 'data'}-{trained}"
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".")
-    return f"runs/{safe or 'run'}"
+def default_rate(config: Config, plan: Plan) -> tuple[float, str]:
+    """Return the learning rate of a run of this length for which none is given, and the reason in words."""
+    paper = 5e-5 * plan.global_batch_size / 256
+    is_short = plan.total_steps * plan.global_batch_size < SHORT_RUN_IMAGES
+    rate = TUNING_RATE if config.tune.init_from else SHORT_RUN_RATES.get(config.optim.optimizer, 3e-4)
+    if config.tune.lora_rank:
+        return TUNING_RATE, "the default of adapters"
+    if is_short and rate > paper:
+        return rate, f"the default below {SHORT_RUN_IMAGES:,} images; the paper's rule would give {paper:.3g}"
+    return paper, "the paper's rule, 5e-5 x global batch / 256"
+
+
+def rate_in_words(given: Config, completed: Config, plan: Plan, is_resumed: bool) -> str:
+    """Return a completed learning rate, with the reason for it unless it was given."""
+    rate = f"{completed.optim.learning_rate:.3g}"
+    if given.optim.learning_rate is not None:
+        return rate
+    return f"{rate} ({'as before' if is_resumed else default_rate(given, plan)[1]})"
 
 
 def started(config: Config, saved: Mapping[str, Any], start: Start | None) -> Config:
     """Return the settings with what a checkpoint and the weights to start from leave no choice about.
 
-    The default averages depend on the length of the run, which may be another one now, so a checkpoint's stay.
+    The default averages and rate depend on the length of the run, which may be another one now: a checkpoint's stay.
     """
     open_settings = {name for name, value in config.flat().items() if value is None}
-    kept = ("ema_decays", "lanes", *(OF_START if config.tune.init_from else ()))
+    kept = ("ema_decays", "learning_rate", "lanes", *(OF_START if config.tune.init_from else ()))
     config = config.updated(**{name: saved[name] for name in kept if name in open_settings and name in saved})
     if start:
         return config.updated(**_of_start(config, start))
@@ -230,6 +239,11 @@ def _warnings_of_length(config: Config, plan: Plan) -> Iterator[str]:
                 f"--ema_decays {decay} averages over {memory_steps:,.0f} steps, but the run has only {total:,}: its "
                 "samples will be noise, or far behind the weights. Use auto, or a longer run."
             )
+    if plan.refused_warmup_steps:
+        yield (
+            f"the warm-up that was asked for takes {plan.refused_warmup_steps:,} steps, and the run only {total:,}: it "
+            f"is {plan.warmup_steps:,} steps now (--warmup_steps sets another)."
+        )
     if plan.warmup_steps > 0.5 * total:
         yield (
             f"the warm-up takes {plan.warmup_steps:,} of the run's {total:,} steps: shorten it (--warmup_steps) "
@@ -239,10 +253,12 @@ def _warnings_of_length(config: Config, plan: Plan) -> Iterator[str]:
     # AdamW moves a weight by about the learning rate a step, so their product bounds the distance travelled;
     # the paper's shortest run travels about 50, our shortest good one 0.3.
     if is_from_scratch and learning_rate * total < 0.3:
+        longer = "--epochs" if config.optim.max_steps is None else "--max_steps"
+        usual = SHORT_RUN_RATES.get(config.optim.optimizer, 3e-4)
+        higher = f", or faster (--learning_rate {usual:g})" if learning_rate < usual else ""
         yield (
             f"{total:,} steps at a learning rate of {learning_rate:.1e} hardly move the weights: expect grey or noisy "
-            "samples. Train longer (--epochs), or see launch/recipes/my_images_64.yaml for settings that suit a "
-            "small data set (such as --learning_rate 3e-4)."
+            f"samples. Train longer ({longer}){higher}."
         )
 
 

@@ -109,7 +109,8 @@ class OptimConfig:
     optimizer: str = "adamw"
     """adamw, or muon (Muon on the blocks' matrices, AdamW on the rest)."""
     learning_rate: float | None = None
-    """Peak learning rate (default: 5e-5 x global batch / 256; 1e-4 with lora_rank)."""
+    """Peak learning rate (default: below 50 million images 3e-4, muon 1e-3, from trained weights 1e-4; else the paper's
+    5e-5 x global batch / 256)."""
     lr_schedule: Literal["cosine", "constant"] = "cosine"
     """What follows the warm-up."""
     warmup_epochs: float | None = None
@@ -141,7 +142,8 @@ class PerformanceConfig:
 @dataclass(frozen=True)
 class RunConfig:
     output_dir: str | None = None
-    """Checkpoints, samples, pipeline (default: runs/ + wandb_name, or a name made of data, model and size)."""
+    """Checkpoints, samples, pipeline (default: runs/ + wandb_name, or a name made of data, model, size and seed; with a
+    number behind it where that holds another run)."""
     resume: str = "none"
     """none; auto = newest checkpoint of output_dir, if any; or the path of a checkpoint."""
     seed: int = 0
@@ -193,7 +195,7 @@ class TrackingConfig:
     wandb_project: str = "jit-diffusion"
     """Project to log to."""
     wandb_name: str | None = None
-    """Name of the run (default: generated)."""
+    """Name of the run, and of its folder (default: WANDB_NAME, else generated)."""
     wandb_entity: str | None = None
     """Team or user (default: WANDB_ENTITY, else the login's)."""
     wandb_tags: tuple[str, ...] = ()

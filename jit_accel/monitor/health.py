@@ -59,8 +59,8 @@ KINDS = {
     ),
     "loss_flat": Kind(
         "the loss is still {value:.0%} of what it was at the start",
-        "the weights hardly move: raise --learning_rate (3e-4 suits small data), shorten the warm-up; normal only for "
-        "a run that starts from trained weights.",
+        "the weights hardly move: raise --learning_rate, shorten the warm-up; normal only for a run that starts "
+        "from trained weights.",
         TRAIN_LOSS,
     ),
     "data_starving": Kind(

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jit_accel.config.command_line import exit_code_of, parse_args
-from jit_accel.config.completion import run_folder
 from jit_accel.config.settings import Config
 
 if TYPE_CHECKING:
@@ -20,9 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> int:
         config = parse_args(argv)
         # torch is imported only now, so that --help and wrong flags answer at once.
-        from jit_accel.train.build import start
+        from jit_accel.train.build import placed, start
 
-        return start(config)
+        return start(placed(config))
 
     return exit_code_of(run)
 
@@ -43,7 +42,8 @@ def fit(config: Config, *, source: Source | None = None, objective: type[Objecti
     Example:
         >>> run = fit(Config.of(data_path="photos", model="JiT-B/4", img_size=64, output_dir="runs/photos"))
     """
-    from jit_accel.train.build import start
+    from jit_accel.train.build import placed, start
 
+    config = placed(config)
     start(config, source, objective)
-    return Path(run_folder(config))
+    return Path(config.run.output_dir)

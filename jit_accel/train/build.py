@@ -3,9 +3,7 @@
 import contextlib
 import logging
 import os
-import tempfile
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,24 +25,25 @@ from jit_accel.base.devices import DTYPES, chosen_precision, device_name, is_goo
 from jit_accel.base.errors import UserError, lookup
 from jit_accel.base.processes import on_all, on_main, process_group
 from jit_accel.config.checks import image_size
-from jit_accel.config.completion import Facts, Plan, complete, run_folder, started
+from jit_accel.config.completion import Facts, Plan, complete, rate_in_words, started
+from jit_accel.config.identity import experiment_of, in_folder, is_named, run_folder
 from jit_accel.config.settings import Config
 from jit_accel.data.batches.holdout import HeldOut
 from jit_accel.data.batches.loader import cores_per_process
 from jit_accel.data.batches.order import default_lanes
 from jit_accel.data.formats.sources import Source
 from jit_accel.model import hub
-from jit_accel.model.checkpoints import complete_checkpoints, find_checkpoint, read_run
+from jit_accel.model.checkpoints import find_checkpoint, read_run
 from jit_accel.model.loading import build_network, build_pipeline
 from jit_accel.model.objective import Objective
 from jit_accel.model.transformer import JiTTransformer2DModel
-from jit_accel.monitor.log import METRICS_FILE
 from jit_accel.monitor.monitor import Monitor
 from jit_accel.monitor.trackers import build_trackers
 from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed, Validation, open_data
 from jit_accel.train.initial_weights import Initial, Tuning, read_initial, tune
 from jit_accel.train.optimizers import build_optimizers
+from jit_accel.train.output_folder import check_output_dir, choose_folder
 from jit_accel.train.results import describe_data
 from jit_accel.train.samples import SampleQuality, SampleSheets
 from jit_accel.train.state import RunFacts
@@ -57,13 +56,14 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
         logging.getLogger("jit_accel").setLevel(logging.ERROR)
     folder, resume = Path(run_folder(config)), os.path.expanduser(config.run.resume)
     check_output_dir(folder, resume)
-    checkpoint = find_checkpoint(folder, resume)
+    found = [str(folder), find_checkpoint(folder, resume)]
     accelerator = build_accelerator(config)
     with process_group(accelerator):
         if config.hub.push_to_hub:  # found out now, not after days of training
             on_main(accelerator, lambda: hub.check_login(config.hub.hub_model_id))
         # The main process chooses, so that all load the same.
-        (checkpoint,) = broadcast_object_list([checkpoint])
+        output_dir, checkpoint = broadcast_object_list(found)
+        config = in_folder(config, output_dir)
         trainer = build_trainer(config, accelerator, checkpoint, source, objective or Objective)
         with contextlib.closing(trainer.feed):
             if checkpoint:
@@ -76,6 +76,14 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
         if exit_code == 0 and config.hub.push_to_hub and accelerator.is_main_process:
             hub.share(folder / "pipeline", config.hub)  # last, so that nobody waits for the network
         return exit_code
+
+
+def placed(config: Config) -> Config:
+    """Return the settings with the run's folder, which for a run without a name depends on those that are there."""
+    folder = Path(run_folder(config))
+    if not is_named(config):
+        folder = choose_folder(folder, os.path.expanduser(config.run.resume), experiment_of(config))
+    return in_folder(config, folder)
 
 
 def build_trainer(
@@ -113,13 +121,15 @@ def build_trainer(
         saved=saved,
         start=weights,
     )
-    config, plan, warnings = complete(config, facts)
-    trainer = assemble(config, plan, source, accelerator, held_out, initial, objective)
+    given = config
+    config, plan, warnings = complete(given, facts)
+    trainer = assemble(config, plan, source, accelerator, held_out, initial, objective, experiment_of(given))
     if accelerator.is_main_process:
         if trainer.tuning.notes:
             say(trainer.tuning.notes)
         validated = trainer.validation.num_images if trainer.validation else 0
-        introduce(config, plan, source, accelerator, trainer.network, validated)
+        rate = rate_in_words(given, config, plan, is_resumed=bool(saved))
+        introduce(config, plan, source, accelerator, trainer.network, validated, rate)
         for message in warnings:
             warn(message)
     return trainer
@@ -133,6 +143,7 @@ def assemble(
     held_out: HeldOut | None,
     initial: Initial | None,
     objective: type[Objective],
+    experiment: str,
 ) -> Trainer:
     """Build the parts of a run from its resolved settings."""
     run = config.run
@@ -168,7 +179,7 @@ def assemble(
         plan=plan,
         settings=run,
         optim=config.optim,
-        facts=RunFacts.of(config.recorded(), plan, source, accelerator, class_names, tuning.adapter),
+        facts=RunFacts.of(config.recorded(), plan, source, accelerator, class_names, tuning.adapter, experiment),
         model=model,
         optimizers=optimizers,
         averages=averages,
@@ -196,9 +207,15 @@ def build_model(config: Config, source: Source, initial: Initial | None) -> tupl
 
 
 def introduce(
-    config: Config, plan: Plan, source: Source, accelerator: Accelerator, network: torch.nn.Module, validated: int
+    config: Config,
+    plan: Plan,
+    source: Source,
+    accelerator: Accelerator,
+    network: torch.nn.Module,
+    validated: int,
+    rate: str,
 ) -> None:
-    """Say in a few lines what is about to run, with a loss of this many `validated` images held out."""
+    """Say in a few lines what is about to run: with a loss of `validated` images held out, and `rate` in words."""
     parameters = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     adapter = f", {trained:,} of them trained (LoRA of rank {config.tune.lora_rank})" if trained < parameters else ""
@@ -211,32 +228,9 @@ def introduce(
         f"precision {config.performance.mixed_precision}\n"
         f"Run:    {plan.total_steps:,} steps ({plan.epoch_of(plan.total_steps):.4g} epochs) of "
         f"{plan.global_batch_size} images, "
-        f"learning rate {config.optim.learning_rate:.3g}, {config.optim.optimizer}, "
+        f"learning rate {rate} after {plan.warmup_steps:,} steps of warm-up, {config.optim.optimizer}, "
         f"ema {' '.join(config.optim.ema_decays)} → {config.run.output_dir}",
     )
-
-
-def check_output_dir(folder: Path, resume: str) -> None:
-    """Raise `UserError` where the run cannot write, or would overwrite somebody's work."""
-    refused = partial(UserError, about="output_dir", value=folder)
-    resumed = Path(resume).resolve()
-    continues_here = resume == "auto" or (resume != "none" and folder.resolve() in (resumed, *resumed.parents))
-    try:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        held = [
-            *(path for path in folder.glob(METRICS_FILE) if path.stat().st_size),
-            *folder.glob("pipeline/model_index.json"),
-            *complete_checkpoints(folder / "checkpoints"),
-        ]
-        if held and not continues_here:
-            found = held[-1].relative_to(folder)
-            raise refused(f"holds another run ({found}): add --resume auto to continue it, or give another folder.")
-        if not existing.is_dir():
-            raise refused(f"{existing} is not a folder that can be written to: give another.")
-        # The folder itself is made where training begins, after all that may be refused.
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:  # a name that is too long, say
-        raise refused(f"cannot be written to ({error.strerror}): give another.") from None
 
 
 def build_accelerator(config: Config) -> Accelerator:

@@ -39,10 +39,11 @@ def describe_data(source: Source) -> str:
     return f"{redacted(source.name)} ({source.num_images:,} images, {classes})"
 
 
-def record_run(settings: dict, plan: Plan, network: torch.nn.Module, accelerator) -> dict:
+def record_run(facts: dict, plan: Plan, network: torch.nn.Module, accelerator) -> dict:
     """Return all settings of a run, and what they run on."""
     return {
-        **settings,
+        **facts["settings"],
+        "experiment": facts["experiment"],
         "global_batch_size": plan.global_batch_size,
         "total_steps": plan.total_steps,
         "num_parameters": sum(p.numel() for p in network.parameters()),
@@ -55,6 +56,15 @@ def record_run(settings: dict, plan: Plan, network: torch.nn.Module, accelerator
         "python_version": platform.python_version(),
         **{f"{name}_version": _version(name) for name in RECORDED_PACKAGES},
     }
+
+
+def read_record(output_dir: Path) -> dict:
+    """Return the record of the run in a folder; an empty one where there is none that can be read."""
+    try:
+        record = json.loads((output_dir / RECORD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def write_record(record: dict, output_dir: Path) -> None:

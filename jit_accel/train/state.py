@@ -1,17 +1,17 @@
 """The parts of a run that its checkpoints hold, besides those that keep their own state (feed, monitor, scaler)."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from jit_accel.base.console import warn
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import UserError, changed_settings
 from jit_accel.base.processes import sharded_like
 from jit_accel.config.completion import Plan
-from jit_accel.config.settings import SETTINGS, EvalConfig, HealthConfig, HubConfig, TrackingConfig
+from jit_accel.config.identity import NAMES, WITHOUT_EFFECT, tells_apart
+from jit_accel.config.settings import SETTINGS
 from jit_accel.data.formats.source import Source
 from jit_accel.model.lora import Adapter
 from jit_accel.train.results import describe_data
@@ -20,14 +20,6 @@ from jit_accel.train.results import describe_data
 FIXED_SETTINGS = (
     *("model", "img_size", "num_classes", "prediction", "optimizer", "ema_decays", "seed"),
     *("image_column", "label_column", "holdout", "lora_rank", "lora_alpha", "lora_targets"),
-)
-# Settings that leave the trained weights as they are.
-WITHOUT_EFFECT = (
-    *("output_dir", "resume", "dry_run", "num_workers", "max_bad_images", "compile", "gradient_checkpointing"),
-    "init_from",  # the weights have left it behind
-    *("save_every_steps", "keep_checkpoints", "log_every_steps", "val_every_steps", "val_images"),
-    *("sample_every_steps", "guidance_scale", "num_inference_steps"),
-    *(field.name for group in (EvalConfig, HealthConfig, HubConfig, TrackingConfig) for field in fields(group)),
 )
 
 
@@ -84,13 +76,21 @@ class RunFacts:
 
     @classmethod
     def of(
-        cls, settings: dict, plan: Plan, source: Source, accelerator, class_names: list[str], adapter: Adapter | None
+        cls,
+        settings: dict,
+        plan: Plan,
+        source: Source,
+        accelerator,
+        class_names: list[str],
+        adapter: Adapter | None,
+        experiment: str,
     ) -> "RunFacts":
         """Gather all that a reader of the run's checkpoints needs to know."""
         facts = {
             "world_size": accelerator.num_processes,
             "global_batch_size": plan.global_batch_size,
             "settings": settings,
+            "experiment": experiment,
             "data": describe_data(source),
             "class_names": class_names,
             "fingerprint": source.fingerprint,
@@ -110,9 +110,25 @@ class RunFacts:
             )
         then, settings = saved["settings"], self.facts["settings"]
         changed = [name for name, value in settings.items() if then.get(name) != value]
+        self._warn_of_another(then, [name for name in changed if tells_apart(name)])
         shown = [name for name in changed if name not in ("resume", "output_dir")]
         self.changes = ", ".join(f"{name} {then.get(name)} → {settings[name]}" for name in shown)
         self.is_other_training = not set(changed) <= set(WITHOUT_EFFECT)
+
+    def _warn_of_another(self, then: dict, changed: list[str]) -> None:
+        """Say which of the `changed` settings make this another experiment than the checkpoint's."""
+        now = self.facts["settings"]
+        # The same images elsewhere, a device's precision; and of the batch, what the processes make of it counts.
+        same = {"data_path", "mixed_precision", "batch_size", "gradient_accumulation_steps"}
+        if not (now["use_wandb"] or now["report_to"]):
+            same |= set(NAMES)
+        then = {name: SETTINGS[name].default for name in changed} | then
+        differences = changed_settings(then, {name: now[name] for name in changed if name not in same})
+        if differences and self.is_main:
+            warn(
+                f"this resume changes what the run is: {'; '.join(differences)}. Its folder, its curves and its W&B "
+                "run go on under the new settings. For a run of its own give another --output_dir or --wandb_name."
+            )
 
     def refuse_other(self, path: Path, saved: dict) -> None:
         """Raise `UserError` where this run cannot continue the checkpoint at `path`, naming each difference."""

@@ -28,7 +28,15 @@ from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed, Validation
 from jit_accel.train.initial_weights import Tuning
 from jit_accel.train.optimizers import lr_at, set_lr
-from jit_accel.train.results import CURVE_FILE, PIPELINE_FOLDER, is_exported, record_run, write_record, write_results
+from jit_accel.train.results import (
+    CURVE_FILE,
+    PIPELINE_FOLDER,
+    is_exported,
+    read_record,
+    record_run,
+    write_record,
+    write_results,
+)
 from jit_accel.train.samples import SampleQuality, SampleSheets
 from jit_accel.train.state import NamedTensors, OptimizerState, RunFacts
 
@@ -106,12 +114,14 @@ class Trainer:
     def run(self) -> int:
         """Train to the end, or until a signal. Returns the exit code."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        last_step = self.plan.total_steps
+        last_step = max(self.plan.total_steps, self.step)
         is_alone = self.accelerator.num_processes == 1  # several agree to stop when the metrics are read
         if self.quality and (self.step < last_step or not self.quality.has_measured(last_step)):
             self.quality.prepare()
         with self.stop, self.monitor:
             self._open_logs()
+            if self.step == last_step:
+                self._say_that_nothing_is_left()
             while True:
                 for occasion in due(self.occasions, self.step, last_step, is_new=self.step > self.first_step):
                     if occasion.reads_first:
@@ -265,19 +275,32 @@ class Trainer:
         if self.accelerator.is_main_process:
             say(message)
 
+    def _say_that_nothing_is_left(self) -> None:
+        steps, epochs = self.optim.max_steps, self.optim.epochs
+        longer = (
+            f"--max_steps {2 * self.step}"
+            if steps
+            else f"--epochs {2 * max(epochs, int(self.plan.epoch_of(self.step))):g}"
+        )
+        self.say(
+            f"Nothing is left to train: {self.output_dir} is at step {self.step:,} of {self.plan.total_steps:,}. "
+            f"{longer}, say, would train on."
+        )
+
     def _open_logs(self) -> None:
-        settings = self.facts.facts["settings"]
         self.record = {}
         if self.accelerator.is_main_process:
-            self.record = record_run(settings, self.plan, self.network, self.accelerator)
+            self.record = record_run(self.facts.facts, self.plan, self.network, self.accelerator)
             for marker in (INTERRUPTED_FILE, FAILED_FILE):
                 (self.output_dir / marker).unlink(missing_ok=True)
             for later in self.checkpointer.set_aside_after(self.step):
                 self.say(f"Set aside {later.name}, which lies behind step {self.step:,}, as abandoned_{later.name}")
             if self.step < self.plan.total_steps:
                 with contextlib.suppress(OSError):
-                    write_config(settings, self.output_dir / "config.yaml")
+                    write_config(self.facts.facts["settings"], self.output_dir / "config.yaml")
                 write_record(self.record, self.output_dir)
+            else:  # what it was trained with stays its record, whatever this start says
+                self.record |= read_record(self.output_dir)
         self.monitor.open(self.step, self.record, self.facts.is_other_training)
 
     def _leave(self) -> int:

@@ -1,4 +1,5 @@
 import importlib
+import itertools
 import re
 import subprocess
 import sys
@@ -8,8 +9,10 @@ import yaml
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.command_line import parse_args
-from jit_accel.config.completion import Facts, Start, complete, plan_run, run_folder
+from jit_accel.config.completion import Facts, Start, complete, plan_run, rate_in_words
+from jit_accel.config.identity import run_folder
 from jit_accel.config.settings import SETTINGS, Config, DataConfig, write_config
+from jit_accel.monitor.health import KINDS
 
 
 def parse(*flags):
@@ -170,10 +173,71 @@ def test_size_defaults_to_sixteen_patches_and_noise_to_the_papers_scale():
         assert (config.data.img_size, config.objective.noise_scale) == (size, noise)
 
 
-def test_learning_rate_follows_the_global_batch():
-    config, plan = resolved(parse("--batch_size", "128", "--gradient_accumulation_steps", "2"), processes=4)
+IMAGENET = {"num_images": 1_281_167, "num_classes": 1000}
+
+
+def test_the_rate_of_a_long_run_is_the_papers_whatever_the_batch():
+    config, plan = resolved(parse("--batch_size", "128", "--gradient_accumulation_steps", "2"), processes=4, **IMAGENET)
     assert plan.global_batch_size == 1024
     assert config.optim.learning_rate == pytest.approx(2e-4)
+    config, plan = resolved(parse("--batch_size", "32"), **IMAGENET)
+    assert config.optim.learning_rate == pytest.approx(6.25e-6)
+
+
+SHORT = ("--batch_size", "32", "--epochs", "100")  # the guide's example, of 5,000 images here
+
+
+@pytest.mark.parametrize(
+    ("flags", "facts", "rate"),
+    [
+        (SHORT, {}, 3e-4),
+        ((*SHORT, "--optimizer", "muon"), {}, 1e-3),
+        (("--batch_size", "512", "--epochs", "100"), {"processes": 4}, 4e-4),  # the rule's, which is higher
+        (("--epochs", "10"), IMAGENET, 3e-4),
+        ((*SHORT, "--init_from", "runs/a"), {"saved": {"model": "JiT-B/4", "img_size": 64}}, 1e-4),
+        ((*SHORT, "--init_from", "runs/a", "--lora_rank", "4"), {"saved": {"model": "JiT-B/4", "img_size": 64}}, 1e-4),
+        (SHORT, {"saved": {"learning_rate": 6.25e-6}}, 6.25e-6),  # a run that goes on keeps its rate
+        ((*SHORT, "--learning_rate", "2e-5"), {"saved": {"learning_rate": 6.25e-6}}, 2e-5),
+    ],
+)
+def test_the_rate_of_a_short_run_is_one_that_works(flags, facts, rate):
+    config, _ = resolved(parse(*flags), **facts)
+    assert config.optim.learning_rate == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    ("flags", "facts", "words"),
+    [
+        (SHORT, {}, "0.0003 (the default below 50,000,000 images; the paper's rule would give 6.25e-06)"),
+        ((), IMAGENET, "6.25e-06 (the paper's rule, 5e-5 x global batch / 256)"),
+        ((*SHORT, "--learning_rate", "1e-3"), {}, "0.001"),
+    ],
+)
+def test_what_rate_was_chosen_is_said_with_the_reason(flags, facts, words):
+    given = parse(*flags)
+    config, plan = resolved(given, **facts)
+    assert rate_in_words(given, config, plan, is_resumed=False) == words
+    if not given.optim.learning_rate:
+        assert rate_in_words(given, config, plan, is_resumed=True).endswith("(as before)")
+
+
+def test_no_warning_recommends_a_rate_that_is_not_above_the_one_that_is_set():
+    for optimizer, rate, steps in itertools.product(("adamw", "muon"), (1e-5, 2.9e-4, 3e-4, 1e-3, 0.02), (1, 60, 900)):
+        flags = ("--optimizer", optimizer, "--learning_rate", str(rate), "--max_steps", str(steps))
+        *_, warnings = completed(parse(*flags))
+        named = [float(number) for text in warnings for number in re.findall(r"--learning_rate ([\d.e-]+\d)", text)]
+        assert all(number > rate for number in named), (flags, warnings)
+        assert not any("--epochs" in text for text in warnings)
+        is_slow = rate * steps < 0.3
+        assert is_slow == any("hardly move the weights" in text for text in warnings)
+        assert not is_slow or rate >= 3e-4 or named
+    assert not any(re.search(r"\de-\d|\d\.\d", kind.remedy) for kind in KINDS.values())  # nor do the signs of trouble
+
+
+def test_a_warm_up_in_another_unit_that_does_not_fit_is_cut_and_said():
+    config, plan, warnings = completed(parse("--max_steps", "20", "--warmup_epochs", "5"))
+    assert (plan.warmup_steps, config.optim.warmup_steps, config.optim.warmup_epochs) == (2, 2, None)
+    assert any("takes 781 steps, and the run only 20: it is 2 steps now (--warmup_steps" in text for text in warnings)
 
 
 def test_epochs_become_optimizer_steps():
@@ -226,7 +290,24 @@ def test_dropout_defaults_to_the_sizes_own():
 
 def test_output_folder_is_named_alike_on_every_process():
     assert run_folder(parse("--wandb_name", "my run/1")) == "runs/my-run-1"
-    assert run_folder(parse("--model", "JiT-B/4")) == "runs/x-JiT-B-4-64px"
+    assert run_folder(parse("--model", "JiT-B/4", "--seed", "3")) == "runs/x-JiT-B-4-64px-seed3"
+
+
+def test_a_name_from_the_environment_names_the_folder_where_wandb_is_used(monkeypatch):
+    monkeypatch.setenv("WANDB_NAME", "exp-b")
+    config, _ = resolved(parse("--use_wandb"))
+    assert (config.run.output_dir, config.tracking.wandb_name) == ("runs/exp-b", "exp-b")
+    assert resolved(parse("--use_wandb", "--wandb_name", "mine"))[0].run.output_dir == "runs/mine"
+    assert resolved(parse())[0].run.output_dir == "runs/x-JiT-B-16-256px-seed0"
+
+
+def test_each_trial_of_a_sweep_has_a_folder_of_its_own(monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    monkeypatch.setenv("WANDB_RUN_ID", "r1")
+    assert run_folder(parse()) == run_folder(parse("--wandb_name", "same")) == "runs/sweep-s1/r1"
+    assert run_folder(parse("--output_dir", "runs/mine")) == "runs/mine/r1"
+    assert run_folder(parse("--output_dir", "runs/of-r1")) == "runs/of-r1"
+    assert run_folder(resolved(parse("--output_dir", "runs/mine"))[0]) == "runs/mine/r1"
 
 
 def test_settings_from_python_are_those_of_the_command_line():

@@ -16,12 +16,14 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -33,9 +35,11 @@ from PIL import Image
 from toy_features import load_toy
 
 from jit_accel import JiTPipeline, JiTScheduler
+from jit_accel.base.errors import UserError
 from jit_accel.config.command_line import parse_args, read_recipe
-from jit_accel.config.completion import Facts, plan_run
-from jit_accel.config.settings import SETTINGS, EvalConfig, HealthConfig, HubConfig, TrackingConfig, TuneConfig
+from jit_accel.config.completion import Facts, complete, plan_run
+from jit_accel.config.identity import run_folder
+from jit_accel.config.settings import SETTINGS, Config, EvalConfig, HealthConfig, HubConfig, TrackingConfig, TuneConfig
 from jit_accel.convert import main as convert
 from jit_accel.evaluate import main as evaluate
 from jit_accel.evaluate.features import LOADERS
@@ -146,9 +150,10 @@ def test_each_recipe_is_complete_and_commented(path):
     assert len({"warmup_epochs", "warmup_steps"} & set(recipe)) == 1
     config = parse_args(["--config", str(path), *([] if "data_path" in recipe else ["--data_path", "photos"])])
     flat = config.flat()
-    for name, value in recipe.items():
-        kept = flat[name]
-        assert kept == (type(kept)(map(str, value)) if name == "ema_decays" else value), name
+    written = yaml.safe_load(path.read_text())
+    for name, value in (yaml.safe_load(PAPER_BASE.read_text()) | written if "base" in written else written).items():
+        if name != "base":
+            assert flat[name] == (list(map(str, value)) if name == "ema_decays" else value), name
     assert path.read_text().startswith("# ")
 
 
@@ -349,9 +354,81 @@ def test_train_sh_passes_its_settings_on(recorder, photos, tmp_path, monkeypatch
     assert {name: flat[name] for name in expected} == expected
 
 
-def test_train_sh_does_not_use_wandb_unless_told(recorder):
-    (call,) = run_script("bash launch/train.sh", recorder)
-    assert "--use_wandb" not in call
+SCRIPTS_THAT_TRAIN = ("train", "multi_node", "quickstart")
+
+
+def told(script: str, flags: str = "", *, recorder: dict, **settings: str) -> Config:
+    """What a script has the trainer do."""
+    Path(recorder["CALLS"]).unlink(missing_ok=True)
+    (call,) = run_script(f"bash launch/{script}.sh {flags}", recorder, **settings)
+    words = split_launch(call)[1] if call[0] == "accelerate" else call[3:]
+    return parse_args([str(REPOSITORY / word) if word.endswith("quickstart.yaml") else word for word in words])
+
+
+@pytest.fixture
+def scripts(recorder):
+    return partial(told, recorder=recorder)
+
+
+@pytest.mark.parametrize("script", ["train", "multi_node"])
+def test_use_wandb_means_the_same_in_every_script(scripts, script):
+    used = {word: scripts(script, USE_WANDB=word).tracking.use_wandb for word in ("true", "1", "yes", "on", "True")}
+    assert all(used.values()), used
+    unused = {word: scripts(script, USE_WANDB=word).tracking.use_wandb for word in ("false", "0", "no", "off", "")}
+    assert not any(unused.values()), unused
+    with pytest.raises(UserError, match="use_wandb maybe: must be true or false"):
+        scripts(script, USE_WANDB="maybe")
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "settings", "folder"),
+    [
+        ("train", "jit-v1-bs32", {}, "runs/jit-v1-bs32"),
+        ("train", "exp-b", {"WANDB_NAME": "exp-b"}, "runs/exp-b"),
+        ("train", "a/b c", {"WANDB_NAME": "a/b c"}, "runs/a-b-c"),
+        ("train", "exp-b", {"WANDB_NAME": "exp-b", "USE_WANDB": "1"}, "runs/exp-b"),
+        ("train", "exp-b", {"WANDB_NAME": "exp-b", "OUTPUT_DIR": "out put"}, "out put"),
+        ("multi_node", "multi_node", {}, "runs/multi_node"),
+        ("multi_node", "exp-b", {"WANDB_NAME": "exp-b"}, "runs/exp-b"),
+        ("multi_node", "big", {"OUTPUT_DIR": "/mnt/runs/big"}, "/mnt/runs/big"),
+        ("quickstart", "quickstart", {}, "runs/quickstart"),
+    ],
+)
+def test_another_name_is_another_folder(scripts, script, name, settings, folder):
+    config = scripts(script, **settings)
+    assert (config.tracking.wandb_name, run_folder(config), config.run.resume) == (name, folder, "auto")
+
+
+@pytest.mark.parametrize("script", SCRIPTS_THAT_TRAIN)
+def test_what_stands_behind_a_scripts_name_wins(scripts, script, tmp_path):
+    config = scripts(
+        script, "--max_steps 6 --seed=3 --resume none --no_horizontal_flip --wandb_name mine --use_wandb=no"
+    )
+    assert (config.optim.max_steps, config.optim.epochs, config.run.seed, config.run.resume) == (6, None, 3, "none")
+    assert (config.data.horizontal_flip, config.tracking.wandb_name, config.tracking.use_wandb) == (
+        False,
+        "mine",
+        False,
+    )
+    assert run_folder(config) == "runs/mine"
+    config = scripts(script, "--epochs 2 --warmup_epochs=1")
+    assert (config.optim.max_steps, config.optim.epochs, config.optim.warmup_steps) == (None, 2, None)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model: JiT-S/8\nimg_size: 32\nmax_steps: 9\nbatch_size: 5\nlearning_rate: 1e-3\n")
+    config = scripts(script, f"--config {recipe} --batch_size 6 --data_path=y")
+    assert (config.model.model, config.data.img_size, config.optim.batch_size) == ("JiT-S/8", 32, 6)
+    assert (config.optim.max_steps, config.optim.epochs, config.optim.learning_rate) == (9, None, 1e-3)
+
+
+def test_the_guides_python_command_trains_as_train_sh_does(scripts):
+    lines = (REPOSITORY / "docs" / "guide.md").read_text().splitlines()
+    (command,) = [line for line in lines if line.startswith("python -m jit_accel.train") and "jit-v1-bs32" in line]
+    by_hand = parse_args(shlex.split(command)[3:])
+    by_script = scripts("train", USE_WANDB="true")
+    facts = Facts(num_images=5_000, num_classes=10)
+    ours, theirs = (complete(config, facts)[0].recorded() for config in (by_hand, by_script))
+    assert ours | {"resume": "auto"} == theirs
+    assert ours["learning_rate"] == 3e-4
 
 
 def test_multi_node_sh_takes_its_ranks_from_slurm(recorder):

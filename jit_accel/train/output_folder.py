@@ -1,0 +1,76 @@
+"""The folder of a run: which one it is, and that it holds nobody else's work."""
+
+import os
+import re
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from jit_accel.base.console import say
+from jit_accel.base.errors import UserError
+from jit_accel.model.checkpoints import complete_checkpoints
+from jit_accel.monitor.log import METRICS_FILE
+from jit_accel.train.results import read_record
+
+
+def choose_folder(first: Path, resume: str, experiment: str) -> Path:
+    """Return the folder of a run without a name: `first`, or the same with -2 and so on behind it.
+
+    With `--resume auto` that is the newest of the same experiment, else the first that holds no run. Writes nothing.
+    """
+    numbered = {1: first}
+    for path in first.parent.glob(f"{first.name}-*"):
+        if number := re.fullmatch(r"-([1-9]\d*)", path.name.removeprefix(first.name)):
+            numbered[int(number[1])] = path
+    taken = {number: path for number, path in sorted(numbered.items()) if held(path)}
+    if resume == "auto":
+        ours = [path for path in taken.values() if read_record(path).get("experiment") == experiment]
+    else:
+        ours = [path for path in taken.values() if continues(path, resume)]
+    if ours:
+        return ours[-1]
+    free = next(number for number in range(1, len(taken) + 2) if number not in taken)
+    folder = first if free == 1 else first.with_name(f"{first.name}-{free}")
+    if taken and os.environ.get("RANK", "0") == "0":
+        other = list(taken.values())[-1]
+        say(
+            f"{other} holds another run, so this one goes to {folder} (--output_dir {other} --resume auto would go on "
+            "with that one)."
+        )
+    return folder
+
+
+def held(folder: Path) -> list[Path]:
+    """Return what is in a folder of an earlier run: metrics, results, checkpoints."""
+    return [
+        *(path for path in folder.glob(METRICS_FILE) if path.stat().st_size),
+        *folder.glob("pipeline/model_index.json"),
+        *complete_checkpoints(folder / "checkpoints"),
+    ]
+
+
+def continues(folder: Path, resume: str) -> bool:
+    """Return True where `--resume` goes on with the run in this folder."""
+    resumed = Path(resume).resolve()
+    return resume == "auto" or (resume != "none" and folder.resolve() in (resumed, *resumed.parents))
+
+
+def check_output_dir(folder: Path, resume: str) -> None:
+    """Make sure that the run can write, and that it overwrites nobody's work.
+
+    Raises `UserError`: not writable, or it holds another run.
+    """
+    refused = partial(UserError, about="output_dir", value=folder)
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if (found := held(folder)) and not continues(folder, resume):
+            raise refused(
+                f"holds another run ({found[-1].relative_to(folder)}): add --resume auto to continue it, or give "
+                "another folder (or --wandb_name, which names it)."
+            )
+        if not existing.is_dir():
+            raise refused(f"{existing} is not a folder that can be written to: give another.")
+        # The folder itself is made where training begins, after all that may be refused.
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:  # a name that is too long, say
+        raise refused(f"cannot be written to ({error.strerror}): give another.") from None

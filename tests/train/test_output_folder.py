@@ -1,0 +1,152 @@
+"""Another experiment is another run: folders, resumes that change what a run is, runs with nothing left to train."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import rows, state, train_here
+
+from jit_accel.base.errors import UserError
+from jit_accel.config.command_line import parse_args
+from jit_accel.config.identity import experiment_of
+from jit_accel.model.checkpoints import read_run
+from jit_accel.train.build import placed
+from jit_accel.train.output_folder import check_output_dir
+
+FIRST = "runs/x-JiT-B-16-256px-seed0"
+
+
+def config(*flags):
+    return parse_args(["--data_path", "x", *flags])
+
+
+def folder_of(*flags) -> str:
+    return placed(config(*flags)).run.output_dir
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def leave_run(folder: str, *flags, **record) -> None:
+    """Leave what a run of these flags leaves in its folder."""
+    Path(folder).mkdir(parents=True)
+    Path(folder, "metrics.jsonl").write_text('{"step": 1}\n')
+    Path(folder, "run.json").write_text(json.dumps({"experiment": experiment_of(config(*flags)), **record}))
+
+
+def test_a_run_without_a_name_goes_to_the_first_folder_that_holds_none(capsys):
+    assert folder_of() == FIRST
+    leave_run(FIRST)
+    leave_run(f"{FIRST}-2", "--learning_rate", "1e-4")
+    assert folder_of() == f"{FIRST}-3"
+    assert f"{FIRST}-2 holds another run, so this one goes to {FIRST}-3" in capsys.readouterr().out
+    assert folder_of("--seed", "1") == "runs/x-JiT-B-16-256px-seed1"
+    Path(f"{FIRST}-3").mkdir()  # an earlier start was killed before its first step
+    assert folder_of() == f"{FIRST}-3"
+    assert not Path(f"{FIRST}-3").rename("moved").exists() or folder_of() == f"{FIRST}-3"
+
+
+def test_resume_auto_finds_the_run_of_the_same_experiment():
+    leave_run(FIRST)
+    leave_run(f"{FIRST}-2", "--learning_rate", "1e-4")
+    leave_run(f"{FIRST}-10", "--batch_size", "8")
+    leave_run(f"{FIRST}-11", "--learning_rate", "1e-4")
+    auto = ("--resume", "auto")
+    assert folder_of(*auto) == FIRST
+    assert folder_of(*auto, "--batch_size=8") == f"{FIRST}-10"
+    assert folder_of(*auto, "--learning_rate", "0.0001") == f"{FIRST}-11"  # the newest of two
+    assert folder_of(*auto, "--learning_rate", "2e-4") == f"{FIRST}-3"
+    # Its length and what leaves the weights alone do not make another run of it; where it is shown does.
+    more = ("--max_steps=9", "--save_every_steps", "7", "--num_workers", "0", "--wandb_tags=a", "--eval_every_steps=5")
+    assert folder_of(*auto, *more) == FIRST
+    assert folder_of(*auto, "--use_wandb", "--wandb_project", "other") == f"{FIRST}-3"
+    assert folder_of(*auto, "--data_path", "elsewhere/x") == f"{FIRST}-3"
+    assert folder_of(*auto, "--data_path", "./x") == FIRST
+    assert folder_of("--resume", f"{FIRST}-10/checkpoints/step_00000001") == f"{FIRST}-10"
+    assert folder_of("--resume", "elsewhere/checkpoints/step_00000001") == f"{FIRST}-3"
+
+
+def test_a_folder_or_a_name_that_is_given_is_taken(capsys):
+    leave_run("runs/mine")
+    leave_run(FIRST)
+    assert folder_of("--wandb_name", "mine") == folder_of("--output_dir", "runs/mine") == "runs/mine"
+    assert folder_of("--output_dir", FIRST) == FIRST
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=r"output_dir runs/mine: holds another run .*--resume auto .*--wandb_name"):
+        check_output_dir(Path("runs/mine"), "none")
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    """A run that has ended, not to be changed."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    flags = ["--data_path", str(images), "--max_steps", "2"]
+    assert train_here(*flags, "--output_dir", str(folder)) == 0
+    return folder, flags
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_that_is_continued_says_that_nothing_is_left(trained, capsys):
+    folder, flags = trained
+    before = files(folder)
+    assert train_here(*flags, "--output_dir", str(folder), "--resume", "auto", "--learning_rate=2e-3") == 0
+    printed = capsys.readouterr()
+    assert f"Nothing is left to train: {folder} is at step 2 of 2. --max_steps 4, say, would train on." in printed.out
+    assert "this resume changes what the run is: --learning_rate was 0.001 and is 0.002 now" in printed.err
+    assert "another --output_dir or --wandb_name" in printed.err
+    assert files(folder) == before
+
+
+def test_a_run_past_its_end_trains_nothing(trained, capsys):
+    folder, flags = trained
+    before = state(folder)
+    assert (
+        train_here(*flags, "--output_dir", str(folder), "--resume", "auto", "--max_steps", "1", "--warmup_steps=0") == 0
+    )
+    assert "is at step 2 of 1. --max_steps 4, say, would" in capsys.readouterr().out
+    assert state(folder).keys() == before.keys()
+    assert [row["step"] for row in rows(folder)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "warnings"),
+    [
+        (["--max_steps", "3"], []),
+        (["--max_steps", "3", "--log_every_steps=2", "--wandb_name", "b"], []),  # no tracker shows its name
+        (["--max_steps", "3", "--batch_size", "2", "--gradient_accumulation_steps", "2"], []),
+        (["--max_steps", "3", "--batch_size", "2"], ["the global batch was 4 images and is now 2"]),
+        (
+            ["--max_steps", "3", "--report_to", "tensorboard", "--wandb_name", "b", "--weight_decay=0.1"],
+            ["--wandb_name was None and is b now", "--weight_decay was 0.0 and is 0.1 now"],
+        ),
+    ],
+)
+def test_a_resume_that_changes_what_a_run_is_says_so(trained, tmp_path, capsys, flags, warnings):
+    folder, start = trained
+    checkpoint = str(folder / "checkpoints" / "step_00000002")
+    assert (
+        train_here(*start, "--output_dir", str(tmp_path / "on"), "--resume", checkpoint, "--warmup_steps=1", *flags)
+        == 0
+    )
+    printed = capsys.readouterr()
+    assert "Nothing is left" not in printed.out
+    assert ("changes what the run is" in printed.err) == any("--" in text for text in warnings)
+    assert all(text in printed.err for text in warnings)
+
+
+def test_the_same_command_without_a_folder_trains_anew_and_with_resume_auto_goes_on(images, capsys):
+    flags = ["--data_path", str(images), "--model=JiT-Ti/14", "--max_steps=1", "--warmup_steps=0"]
+    assert train_here(*flags) == train_here(*flags) == 0
+    assert train_here(*flags, "--resume=auto", "--max_steps=2") == 0
+    name = f"{images.name}-JiT-Ti-14-28px-seed0"
+    assert sorted(path.name for path in Path("runs").iterdir()) == [name, f"{name}-2"]
+    assert [len(rows(Path("runs", each))) for each in (name, f"{name}-2")] == [1, 2]
+    records = [json.loads(Path("runs", each, "run.json").read_text()) for each in (name, f"{name}-2")]
+    assert records[0]["experiment"] == records[1]["experiment"]
+    run = read_run(Path("runs", name, "checkpoints", "step_00000001"))
+    assert run["experiment"] == records[0]["experiment"]
