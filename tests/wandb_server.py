@@ -1,17 +1,21 @@
 """A small stand-in for W&B's server: keeps what arrives by run, and fails in the ways real servers do.
 
-It speaks what wandb 0.31 needs to log in, to start, continue and end a run, and to upload files.
+It speaks what wandb 0.31 needs to log in, to start, continue and end a run, to upload files, and to run a sweep.
 """
 
 from __future__ import annotations
 
 import base64
 import http.server
+import itertools
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import yaml
 
 KEY = "0123456789" * 4
 HISTORY, EVENTS = "wandb-history.jsonl", "wandb-events.jsonl"
@@ -68,6 +72,20 @@ class StoredRun:
 
 
 @dataclass
+class StoredSweep:
+    """A sweep, as `wandb sweep` brings it, and the trials that are left: a grid of its parameters' values."""
+
+    config: str
+    trials: dict[str, dict] = field(default_factory=dict)  # arguments by the id of the run
+
+    def __post_init__(self):
+        parameters = yaml.safe_load(self.config)["parameters"]
+        values = [each.get("values", [each.get("value")]) for each in parameters.values()]
+        for number, chosen in enumerate(itertools.product(*values)):
+            self.trials[f"trial{number}"] = {name: {"value": value} for name, value in zip(parameters, chosen)}
+
+
+@dataclass
 class Failure:
     """What to do instead of an answer.
 
@@ -86,6 +104,7 @@ class WandbServer:
 
     def __init__(self):
         self.runs: dict[str, StoredRun] = {}
+        self.sweeps: dict[str, StoredSweep] = {}
         self.deleted: set[str] = set()  # ids that W&B does not give away again
         self.requests: list[str] = []
         self.failure: Failure | None = None
@@ -153,6 +172,10 @@ class WandbServer:
             "UpsertBucket": self._upsert,
             "CreateRunFiles": self._create_files,
             "NotifyScriptableRunAlert": self._alert,
+            "UpsertSweep": self._upsert_sweep,
+            "SweepWithRuns": self._sweep,
+            "CreateAgent": lambda variables: {"createAgent": {"agent": {"id": variables["sweep"]}}},
+            "Heartbeat": self._heartbeat,
         }
         return answers[operation](variables) if operation in answers else {}
 
@@ -201,6 +224,26 @@ class WandbServer:
         self.runs[variables["runName"]].alerts.append(variables)
         return {"notifyScriptableRunAlert": {"success": True}}
 
+    def _upsert_sweep(self, variables: dict) -> dict:
+        self.sweeps["sweep1"] = StoredSweep(variables["config"])
+        entity = {"id": "E", "name": variables["entityName"] or "someone"}
+        project = {"id": "P", "name": variables["projectName"], "entity": entity}
+        return {"upsertSweep": {"sweep": {"name": "sweep1", "project": project}, "configValidationWarnings": []}}
+
+    def _sweep(self, variables: dict) -> dict:
+        return {"project": {"sweep": {"config": self.sweeps[variables["sweep"]].config, "runs": {"edges": []}}}}
+
+    def _heartbeat(self, variables: dict) -> dict:
+        """The next trial for an agent that is idle; the end where there is none."""
+        trials, command = self.sweeps[variables["id"]].trials, []
+        if not json.loads(variables["runState"]):
+            command = [{"type": "exit"}]
+        if command and trials:
+            run_id = next(iter(trials))
+            program = yaml.safe_load(self.sweeps[variables["id"]].config)["program"]
+            command = [{"type": "run", "run_id": run_id, "program": program, "args": trials.pop(run_id)}]
+        return {"agentHeartbeat": {"agent": {"id": variables["id"]}, "commands": json.dumps(command)}}
+
     def stream(self, run_id: str, body: dict) -> None:
         """What `file_stream` brings: lines of files at an offset, and the end of the run."""
         run = self.runs[run_id]
@@ -224,6 +267,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         is_graphql = self.path == "/graphql"
         query = json.loads(body) if is_graphql else {}
+        if query and not query["operationName"]:  # as the commands of sweeps ask
+            query["operationName"] = re.search(r"(?:query|mutation)\s+(\w+)", query["query"])[1]
         name = query["operationName"] if is_graphql else f"{self.command} {self.path}"
         server = self.wandb
         if server.released.is_set() and server.failure is None and self.server is not server.http:

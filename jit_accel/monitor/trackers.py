@@ -11,6 +11,7 @@ import pkgutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def weights_and_biases(tracking: TrackingConfig, output_dir: Path, step: int, **
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     from jit_accel.monitor.wandb_tracker import WandbTracker
 
-    return WandbTracker(tracking.wandb_project, output_dir, **init_kwargs)
+    return WandbTracker(output_dir=output_dir, **init_kwargs)
 
 
 OURS = {"wandb": weights_and_biases, "tensorboard": TensorBoard, "trackio": Trackio}
@@ -194,9 +195,13 @@ def wandb_init_kwargs(tracking: TrackingConfig) -> dict:
 def start_trackers(accelerator, tracking: TrackingConfig, record: dict, output_dir: Path, step: int) -> int:
     """Open the trackers of a run that goes on from `step` (0: a new one), and give each the rows that it lacks.
 
-    `record` is the flat configuration, without secrets. Returns the newest step that any of them has of earlier starts.
+    `record` is the flat configuration, without secrets; what it calls a run of W&B counts. Returns the newest step that
+    any of them has of earlier starts.
     """
-    init_kwargs = {"wandb": wandb_init_kwargs(tracking)}
+    if record.get("use_wandb") or "wandb" in record.get("report_to", ()):
+        names = (field.name for field in fields(tracking) if field.name.startswith("wandb_"))
+        tracking = replace(tracking, **{name: record[name] for name in names if name in record})
+    init_kwargs = {"wandb": {"project": tracking.wandb_project, **wandb_init_kwargs(tracking)}}
     for tracker in accelerator.log_with:
         tracker.last_step, tracker.init_kwargs = step, init_kwargs.get(tracker.name, {})
     accelerator.init_trackers(tracking.wandb_project, record, init_kwargs)

@@ -79,7 +79,8 @@ class Segment:
 class WandbTracker(GeneralTracker):
     """A run of W&B, begun or continued; Accelerate's own tracker needs a server, and begins a new run at each start.
 
-    `output_dir` remembers the run, and holds its files below `wandb`; `init_kwargs` go to `wandb.init`. `tracker` is
+    `output_dir` remembers the run, and holds its files below `wandb`, unless WANDB_DIR is set; `init_kwargs` go to
+    `wandb.init`. WANDB_RUN_ID and WANDB_RESUME count, and in a trial of a sweep its agent's project. `tracker` is
     wandb's run, and `last_step` the newest step that W&B has of earlier starts: it takes no row before that.
     """
 
@@ -88,6 +89,7 @@ class WandbTracker(GeneralTracker):
 
     def __init__(self, project: str, output_dir: Path, **init_kwargs):
         self.project, self.output_dir, self.init_kwargs, self.tracker = project, output_dir, init_kwargs, None
+        self.folder = Path(os.environ.get("WANDB_DIR") or output_dir, "wandb")
         self.id_file = output_dir / ID_FILE
         self.id = self.id_file.read_text().strip() if self.id_file.exists() else ""
         self.last_step, self.newest_step, self.exit_code = 0, 0, 1
@@ -96,16 +98,17 @@ class WandbTracker(GeneralTracker):
 
     def start(self) -> bool:
         """Begin, or go on with, a run, offline where no server can be used; return False where W&B is disabled."""
-        mode = self._set_up()
-        if mode == "disabled":
+        asked = self.asked = self._set_up()
+        if asked.mode == "disabled":
             return False
-        folder = self.output_dir / "wandb"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.folder) as file:
             file.write(b"0" * 4096)  # wandb would turn to the system's temporary folder silently
-        self.id = self.id or secrets.token_hex(4)
-        self.earlier = read_segments(self.output_dir, self.id)
-        self.is_offline = mode in ("offline", "dryrun")
+        self.id = asked.run_id or self.id or secrets.token_hex(4)
+        if asked.sweep_id:  # wandb takes project, entity and id from the agent alone
+            self.project = asked.project or self.project
+        self.earlier = read_segments(self.folder, self.id)
+        self.is_offline = asked.mode in ("offline", "dryrun")
         if not self.is_offline and (problem := self._start_online()):
             warn(f"{problem} Training goes on, and W&B's files are kept here until they can be sent.")
             self.is_offline = True
@@ -116,12 +119,12 @@ class WandbTracker(GeneralTracker):
         self._define_metrics()
         return True
 
-    def _set_up(self) -> str:
-        """Quieten wandb. Returns the mode that the environment and wandb's own settings ask for."""
+    def _set_up(self) -> wandb.Settings:
+        """Quieten wandb. Returns what the environment and wandb's own files ask for."""
         session = wandb.setup(settings=wandb.Settings(silent=True))
         listener = SimpleNamespace(info=lambda line: None, warning=self._look_for_end, error=self._look_for_end)
         wandb.termsetup(wandb.Settings(silent=True), listener)  # what it would print goes there
-        return session.settings.mode
+        return session.settings
 
     def _look_for_end(self, line: str) -> None:
         self.has_given_up |= "Fatal error while uploading" in line
@@ -134,7 +137,7 @@ class WandbTracker(GeneralTracker):
             self._init("online")
         except Exception as error:
             self._tear_down()
-            if "deleted" not in str(error) or not self.id_file.exists():
+            if "deleted" not in str(error) or not self.id_file.exists() or self.asked.run_id:
                 return f"wandb could not start ({describe(error)})."
             warn(f"the run {self.id} was deleted in W&B: this training continues in a new one.")
             self.id_file.unlink()
@@ -152,7 +155,13 @@ class WandbTracker(GeneralTracker):
     def _start_offline(self) -> None:
         entity = self.init_kwargs.get("entity") or ""
         earlier = [segment for segment in self._of_project() if entity in ("", segment.entity or entity)]
-        if any(not segment.is_offline and not segment.synced_mark.exists() for segment in earlier):
+        is_unknown = any(not segment.is_offline and not segment.synced_mark.exists() for segment in earlier)
+        if is_unknown and self.asked.run_id:
+            warn(
+                f"nobody can know now how much of the run {self.id} W&B's server has, and WANDB_RUN_ID allows no other "
+                f"run: its curve may lack rows there, which {METRICS_FILE} has."
+            )
+        elif is_unknown:
             old, self.id, earlier = self.id, secrets.token_hex(4), []
             warn(
                 f"nobody can know now how much of the run {old} W&B's server has: this part goes to the new run "
@@ -165,12 +174,13 @@ class WandbTracker(GeneralTracker):
         self.tracker = wandb.init(
             project=self.project,
             **self.init_kwargs,
-            dir=str(self.output_dir),
+            dir=str(self.folder.parent),
             id=self.id,
             mode=mode,
-            resume="allow",
+            resume=self.asked.resume or "allow",
             settings=wandb.Settings(**SETTINGS),
         )
+        self.id, self.project = self.tracker.id, self.tracker.project
 
     def _tear_down(self) -> None:
         """Undo a start that failed: wandb's service would refuse the id."""
@@ -180,7 +190,7 @@ class WandbTracker(GeneralTracker):
             raise RuntimeError("wandb's service does not end after a start that failed") from None
         self._set_up()
         files = {segment.file for segment in self.earlier}
-        for file in (self.output_dir / "wandb").glob(f"*run-*-{self.id}/*.wandb"):
+        for file in self.folder.glob(f"*run-*-{self.id}/*.wandb"):
             if file not in files:
                 shutil.rmtree(file.parent)
 
@@ -192,7 +202,7 @@ class WandbTracker(GeneralTracker):
         say(f"Wandb initialized: project={self.project}, name={self.tracker.name or self.id}")
         if self.is_offline:
             # The command sends the files of all starts, in the right order, each once.
-            command = f"wandb sync {shlex.quote(str(self.output_dir / 'wandb'))}/offline-run-*-{self.id}"
+            command = f"wandb sync {shlex.quote(str(self.folder))}/offline-run-*-{self.id}"
             say(f"Wandb is offline: files in {self._file.parent}; upload later with: {command}")
         else:
             say(f"View run at: {self.tracker.url}")
@@ -260,14 +270,14 @@ class WandbTracker(GeneralTracker):
         self.is_warned = True
 
 
-def read_segments(output_dir: Path, run_id: str) -> list[Segment]:
-    """Return the segments of a run that a killed training may have left, oldest first, repaired for `wandb sync`.
+def read_segments(folder: Path, run_id: str) -> list[Segment]:
+    """Return the segments in W&B's folder that starts of a run, maybe killed, left: by age, repaired for `wandb sync`.
 
     `wandb sync` stops at an empty or cut file, sends none of the later ones, and on the next try sends the rows before
     the cut once more. So what follows the last whole record is cut off, and an offline folder without one is removed.
     """
     found = []
-    files = (output_dir / "wandb").glob(f"*run-*-{run_id}/run-{run_id}.wandb")
+    files = folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb")
     for file in sorted(files, key=lambda file: file.parent.name.removeprefix("offline-")):  # by their time
         segment = read_segment(file)
         if segment.is_offline and not segment.project:
