@@ -270,6 +270,14 @@ def test_weights_of_that_layout_in_several_files_variants_or_pickles_are_read(fo
         assert state_equal(load_pipeline(tmp_path / made).transformer, load_pipeline(folder).transformer)
 
 
+def test_the_network_of_a_pipeline_folder_is_read_with_the_settings_beside_it(folder, tmp_path):
+    assert convert(folder / "transformer", tmp_path / "new") == 0
+    new, old = load_pipeline(tmp_path / "new"), load_pipeline(folder)
+    assert state_equal(new.transformer, old.transformer)
+    assert dict(new.scheduler.config) == dict(old.scheduler.config)
+    assert new.config.guidance_scale == old.config.guidance_scale
+
+
 def test_a_repository_of_that_layout_is_read(folder, tmp_path, monkeypatch):
     theirs = diffusers_folder(tmp_path / "cached", diffusers_weights(three=True))
     monkeypatch.setattr(JiTPipeline, "download", lambda place: str(theirs))
