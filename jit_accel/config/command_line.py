@@ -241,12 +241,12 @@ def _items(name: str, word: str) -> Words:
     """Return the items of a list that stand in one word: 0.9,0.99 or (0.9, 0.99) or ['a', 'b']."""
     import yaml
 
-    if re.fullmatch(r"\[.*\]|\(.*\)", word):
+    separator = SEPARATORS.get(name, r"[\s,]+")
+    if re.fullmatch(r"\[.*\]" if name in SEPARATORS else r"\[.*\]|\(.*\)", word):  # a class may be called (other)
         try:
             return [str(item) for item in read_yaml(f"[{word[1:-1]}]")]
         except yaml.YAMLError:
             return [word]
-    separator = SEPARATORS.get(name, r"[\s,]+")
     if separator is None or not re.search(separator, word):
         return [word]
     return [item for item in re.split(separator, word.strip()) if item]

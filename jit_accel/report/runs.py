@@ -206,7 +206,8 @@ def read_settings(folder: Path) -> dict:
         except (OSError, ValueError, RecursionError, yaml.YAMLError):
             continue
         if isinstance(record, dict):
-            return {str(key): value for key, value in record.items()}
+            # `experiment` is a hash of the others.
+            return {str(key): value for key, value in record.items() if key != "experiment"}
     return {}
 
 

@@ -39,6 +39,8 @@ VALUES = [
     ("wandb_tags a,b", ["a", "b"]),
     ("wandb_tags two words, small", ["two words", "small"]),
     ("wandb_tags ['two words', 'a, b']", ["two words", "a, b"]),
+    ("wandb_tags (old), new", ["(old)", "new"]),
+    ("wandb_tags (old)", ["(old)"]),
     ("wandb_tags no", ["no"]),
     ("wandb_tags -x", ["-x"]),
     ("lora_targets attn.qkv,mlp.w3 --lora_rank=4 --init_from=y", ["attn.qkv", "mlp.w3"]),
