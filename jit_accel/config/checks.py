@@ -41,7 +41,7 @@ RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (lambda v: 0 <= v < 1, "in [0, 1)", "proj_dropout attn_dropout lora_dropout"),
     (lambda v: 0 < v < 1, "between 0 and 1, both excluded", "t_eps"),
     (lambda v: 0 <= v <= 1, "a share between 0 and 1", "max_bad_images"),
-    (lambda v: 0 <= v <= 0.5, "a share between 0 (none) and 0.5", "holdout"),
+    (lambda v: isinstance(v, str) or 0 <= v <= 0.5, "a share between 0 (none) and 0.5, or a split's name", "holdout"),
     (lambda v: 0 <= v <= 1, "a probability between 0 and 1", "label_drop_prob"),
     (lambda v: all(0 <= beta < 1 for beta in v), "two numbers in [0, 1)", "adam_betas"),
     (lambda v: v >= 0, "positive, or 0 for no clipping", "max_grad_norm"),

@@ -31,6 +31,8 @@ class DataConfig:
     """Column of the images (default: the one that holds images)."""
     label_column: str | None = None
     """Column of the class labels, also in metadata.csv (default: label, cls, ... where present; else unlabelled)."""
+    split: str | None = None
+    """Split to train on, where the data has several: train, train+validation, all, ... (default: train)."""
     streaming: Literal["auto", "true", "false"] = "auto"
     """Read in order instead of at random (auto: Parquet, WebDataset and Hub data stream, the rest does not)."""
     shuffle_buffer: int = 1024
@@ -45,8 +47,9 @@ class DataConfig:
     """Decoding processes per training process (default: by the number of cores)."""
     max_bad_images: float = 0.01
     """Stop when more than this share of the images cannot be decoded."""
-    holdout: float = 0.0
-    """Share of the images to keep from the training, by a hash of their content, for val/loss; such as 0.02."""
+    holdout: float | str = 0.0
+    """Share of the images to keep from the training, by a hash of their content, for val/loss; such as 0.02. Or the
+    split that val/loss is measured on, such as validation."""
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,9 @@ class Evaluator:
             raise UserError(rule, about=about, value=images.name)
         return replace(statistics, fingerprint=images.fingerprint)
 
-    def load_reference(self, path: str | Source, img_size: int | None = None) -> ImageStatistics:
+    def load_reference(
+        self, path: str | Source, img_size: int | None = None, split: str | None = None
+    ) -> ImageStatistics:
         """Read statistics from a file, or measure images, cropped to `img_size` (None: the size that they have)."""
         about, found = "reference", None
         if isinstance(path, str) and path.endswith(".npz"):
@@ -106,10 +108,11 @@ class Evaluator:
             is_pairwise = any(metric_names(self.network.name)[name].is_pairwise for name in self.metrics)
             if found and (found.kept is not None or not is_pairwise or not find_array(path, about)):
                 return found
-        images = on_all(self.accelerator, lambda: open_image_set(path, about, img_size), in_turn=True)
+        images = on_all(self.accelerator, lambda: open_image_set(path, about, img_size, split), in_turn=True)
         of_images = self.statistics_of_images(images, about)
         if found is None:
-            return replace(of_images, name=path if isinstance(path, str) else path.name)
+            name = path if isinstance(path, str) else path.name
+            return replace(of_images, name=f"{name} ({split})" if split else name)
         return replace(found, kept=of_images.kept, img_size=of_images.img_size)
 
     def keep_measurable(self, reference: ImageStatistics, num_images: int, are_wanted: bool) -> None:

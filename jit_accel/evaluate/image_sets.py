@@ -61,7 +61,7 @@ class ImageSet:
     fingerprint: str = ""
 
 
-def open_image_set(path: str | Source, about: str, img_size: int | None = None) -> ImageSet:
+def open_image_set(path: str | Source, about: str, img_size: int | None = None, split: str | None = None) -> ImageSet:
     """Open what `--data_path` of training may be, or an `.npz` with `arr_0`: uint8 (N, H, W, 3).
 
     `img_size` None is that of the first image, if that is square. Raises `UserError` about the setting of this name.
@@ -73,7 +73,7 @@ def open_image_set(path: str | Source, about: str, img_size: int | None = None) 
         name, (count, *first, _), fingerprint, read = path, shape, "", partial(_array_shares, path, about)
     else:
         with renamed_settings(data_path=about):
-            source = open_images(path) if isinstance(path, str) else path
+            source = open_images(path, split=split) if isinstance(path, str) else path
         name, count, fingerprint = source.name, source.num_images, source.fingerprint
         first = (source.img_size, source.img_size) if source.img_size else _first_size(source)
         read = partial(_stream_shares if source.streaming else _random_shares, source.images)

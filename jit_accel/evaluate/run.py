@@ -60,7 +60,7 @@ def evaluate(config: EvaluateConfig) -> int:
         elif config.images is not None:
             images = on_all(accelerator, lambda: open_image_set(config.images, "images", config.img_size), in_turn=True)
             num_images, img_size = images.num_images, images.img_size
-        reference = evaluator.load_reference(config.reference, img_size)
+        reference = evaluator.load_reference(config.reference, img_size, config.split)
         evaluation = Evaluation(config, evaluator, reference, img_size, candidate, file)
         if accelerator.is_main_process:
             evaluation.introduce(num_images)

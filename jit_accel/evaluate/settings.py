@@ -62,6 +62,8 @@ class EvaluateConfig:
     reference: str | None = None
     """The real images: whatever --data_path of training may be; or statistics, an .npz that --make_reference wrote, or
     ADM's or JiT's (required)."""
+    split: str | None = None
+    """Split of the reference's images, where there are several: test, train+test, all, ... (default: train)."""
     ema: tuple[str, ...] = ()
     """Averaged weights of a run or checkpoint: a decay, "model" for the weights themselves (default: those of the
     pipeline folder, or the first average); several or "all" for a sweep."""
@@ -128,6 +130,8 @@ def check(config: EvaluateConfig) -> None:
         raise UserError("does not go with --model: give the one or the other.", about="images", value=config.images)
     if config.model is None and config.images is None and config.make_reference is None:
         raise UserError("not given: name what makes the images, or measure others with --images.", about="model")
+    if config.split is not None and config.reference.endswith(".npz"):
+        raise UserError("a file as --reference has no splits: leave it out.", about="split", value=config.split)
     if config.make_reference is not None and not config.make_reference.endswith(".npz"):
         raise UserError("must end in .npz.", about="make_reference", value=config.make_reference)
     axes_of(config)

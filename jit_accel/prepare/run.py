@@ -57,7 +57,7 @@ def prepare(config: PrepareConfig) -> int:
         return verify(config.verify)
     output = OutputFolder(config.output_dir)
     output.check_place(os.path.expanduser(config.data_path))
-    how = {name: getattr(config, name) for name in ("data_format", "image_column", "label_column")}
+    how = {name: getattr(config, name) for name in ("data_format", "image_column", "label_column", "split")}
     source = open_images(config.data_path, **how)
     recorded = config.recorded(_fingerprint(source))
     started, num_made = time.monotonic(), None

@@ -38,6 +38,8 @@ class PrepareConfig:
     """Column of the images (default: the one that holds images)."""
     label_column: str | None = None
     """Column of the class labels (default: label, cls, ... where present; else one class)."""
+    split: str | None = None
+    """Split to prepare, where the data has several: train, train+validation, all, ... (default: train)."""
     resize: Literal["exact", "fast"] = "exact"
     """exact: ADM's centre crop, as in training. fast: JPEGs are decoded at reduced size where that is enough, and the
     centre alone is scaled, in one step. Photos of 500 px to 256: 1.3 times as fast, the same pixels but for rounding;
@@ -54,7 +56,7 @@ class PrepareConfig:
 
     def recorded(self, source_fingerprint: str) -> dict:
         """Return what the result depends on."""
-        left_out = ("data_path", "data_format", "output_dir", "num_workers", "verify")
+        left_out = ("data_path", "data_format", "split", "output_dir", "num_workers", "verify")
         settings = {name: value for name, value in asdict(self).items() if name not in left_out}
         return {**settings, "quality": self.resolved_quality, "source_fingerprint": source_fingerprint}
 

@@ -55,7 +55,7 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("jit_accel").setLevel(logging.ERROR)
     folder, resume = Path(run_folder(config)), os.path.expanduser(config.run.resume)
-    check_output_dir(folder, resume)
+    check_output_dir(folder, resume, config.data.data_path)
     found = [str(folder), find_checkpoint(folder, resume)]
     accelerator = build_accelerator(config)
     with process_group(accelerator):

@@ -1,6 +1,7 @@
 """The data of a run: opened, fed to its steps, and held out for a loss that it is not trained on."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,11 +10,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from jit_accel.base.console import warn
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.processes import on_all
 from jit_accel.config.settings import STREAMING, DataConfig
 from jit_accel.data.batches.batch import Batch, PixelBatch, ready
-from jit_accel.data.batches.holdout import HeldOut, split_holdout
+from jit_accel.data.batches.holdout import HeldOut, held_by_split, split_holdout
 from jit_accel.data.batches.loader import cores_per_process, worker_memory_gib
 from jit_accel.data.batches.ready_batches import WaitTime, batches, waiting_advice
 from jit_accel.data.formats.sources import Source, open_images
@@ -30,17 +31,20 @@ def open_data(
     """Open the images to train on, unless given, and those held out; all processes get the same, or a `UserError`."""
 
     def open_and_split() -> tuple[Source, HeldOut | None]:
-        source = given or open_images(
-            data.data_path,
-            data_format=data.data_format,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            streaming=STREAMING[data.streaming],
-        )
+        how = {name: getattr(data, name) for name in ("data_format", "image_column", "label_column")}
+        open_split = partial(open_images, data.data_path, streaming=STREAMING[data.streaming], **how)
+        source = given or open_split(split=data.split)
         if not data.holdout:
             return source, None
-        share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-        return split_holdout(source, data.holdout, max_images=val_images, img_size=img_size, **share)
+        part = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        part |= {"max_images": val_images, "img_size": img_size}
+        if isinstance(data.holdout, float):
+            return split_holdout(source, data.holdout, **part)
+        if given:
+            rule = "names a split, and the images were opened before: give a share of them."
+            raise UserError(rule, about="holdout", value=data.holdout)
+        with renamed_settings(split="holdout"):
+            return source, held_by_split(source, open_split(split=data.holdout), **part)
 
     source, held_out = on_all(accelerator, open_and_split, in_turn=True)
     counts = gather_object([len(held_out.keys) if held_out else 0])
@@ -51,7 +55,7 @@ def open_data(
     found = gather_object([(source.num_images, source.fingerprint)])
     if other := next((rank for rank, finding in enumerate(found) if finding != found[0]), None):
         trained = ", ".join(f"process {n} trains on {found[n][0]:,} ({found[n][1][:8]})" for n in (0, other))
-        about, value = ("holdout", f"{data.holdout:g}") if data.holdout else ("data_path", data.data_path)
+        about, value = ("holdout", data.holdout) if data.holdout else ("data_path", data.data_path)
         raise UserError(
             f"the processes do not find the same images ({trained}): make sure that all machines have the same files "
             "and can read all of them, then start again.",

@@ -55,12 +55,14 @@ def continues(folder: Path, resume: str) -> bool:
     return resume == "auto" or (resume != "none" and folder.resolve() in (resumed, *resumed.parents))
 
 
-def check_output_dir(folder: Path, resume: str) -> None:
+def check_output_dir(folder: Path, resume: str, data_path: str) -> None:
     """Make sure that the run can write, and that it overwrites nobody's work.
 
-    Raises `UserError`: not writable, or it holds another run.
+    Raises `UserError`: not writable, the folder of the images, or it holds another run.
     """
     refused = partial(UserError, about="output_dir", value=folder)
+    if folder.resolve() == Path(data_path).expanduser().resolve():
+        raise refused("is the folder of the images, among which the run's own would come: give another, as runs/first.")
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if (found := held(folder)) and not continues(folder, resume):

@@ -75,7 +75,7 @@ def test_a_folder_or_a_name_that_is_given_is_taken(capsys):
     assert folder_of("--output_dir", FIRST) == FIRST
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match=r"output_dir runs/mine: holds another run .*--resume auto .*--wandb_name"):
-        check_output_dir(Path("runs/mine"), "none")
+        check_output_dir(Path("runs/mine"), "none", "photos")
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def split_holdout(
     the rest follows from which images these are. Raises `UserError` where no image is left.
     """
     limit = int(share * 2**64)
-    by_unit = _stream_keys(source) if source.streaming else [source.images.keys()]
+    by_unit = _keys_by_unit(source)
     keys = np.concatenate(by_unit)
     is_held = keys < np.uint64(limit)
     held = np.flatnonzero(is_held)
@@ -55,22 +55,51 @@ def split_holdout(
         rule = "--holdout %g: holds out none of the %d images of %s (by a hash of their content), so there is no "
         log.warning(rule + "val/loss: use a larger share, or more images", share, source.num_images, source.name)
         return source, None
-    chosen = held[np.argsort(keys[held], kind="stable")][:max_images][rank::world_size]
     if source.streaming:
         ends = np.cumsum([len(of_unit) for of_unit in by_unit])
         sizes = np.array([(~part).sum() for part in np.split(is_held, ends[:-1])], np.int64)
         images = replace(source.images, min_key=limit, sizes=sizes)
-        found = list(_read_stream(source.images, np.sort(chosen), ends, img_size))
     else:
         images = SomeImages(source.images, np.flatnonzero(~is_held))
-        found = list(_read_images(source.images, chosen, img_size))
     kept = hashlib.sha256(np.packbits(is_held)).hexdigest()
     identity = fingerprint_of([source.fingerprint, kept])
     rest = replace(source, images=images, num_images=len(keys) - len(held), fingerprint=identity)
+    return rest, _read_smallest(source, by_unit, held, img_size, slice(rank, max_images, world_size))
+
+
+def held_by_split(
+    source: Source, other: Source, *, max_images: int, img_size: int, rank: int = 0, world_size: int = 1
+) -> HeldOut:
+    """Read those images of another split that `split_holdout` would, with the classes of `source` by their names.
+
+    UserError for classes that are not trained.
+    """
+    by_unit = _keys_by_unit(other)
+    part = slice(rank, max_images, world_size)
+    held = _read_smallest(other, by_unit, np.arange(other.num_images), img_size, part)
+    if not source.is_labelled:
+        return replace(held, labels=torch.zeros_like(held.labels))
+    number_of = {name: number for number, name in enumerate(source.class_names)}
+    if unknown := [name for name in other.class_names if source.class_names and name not in number_of]:
+        rule = f"is of the class {unknown[0]}, which no image to train on has: choose another split."
+        raise UserError(rule, about="split", value=other.name)
+    numbers = [number_of.get(name, number) for number, name in enumerate(other.class_names)]
+    return replace(held, labels=torch.tensor(numbers)[held.labels]) if numbers else held
+
+
+def _read_smallest(source: Source, by_unit: list[np.ndarray], held: np.ndarray, img_size: int, part: slice) -> HeldOut:
+    """Read, out of the images with the numbers `held` in the order of their content keys, those of `part`."""
+    keys = np.concatenate(by_unit)
+    chosen = held[np.argsort(keys[held], kind="stable")][part]
+    if source.streaming:
+        ends = np.cumsum([len(of_unit) for of_unit in by_unit])
+        found = list(_read_stream(source.images, np.sort(chosen), ends, img_size))
+    else:
+        found = list(_read_images(source.images, chosen, img_size))
     pixels = np.stack([one for _, one, _ in found]) if found else np.empty((0, 3, img_size, img_size), np.uint8)
     labels = torch.tensor([label for *_, label in found], dtype=torch.int64)
     indices = np.array([index for index, *_ in found], np.int64)
-    return rest, HeldOut(torch.from_numpy(pixels), labels, (keys[indices] >> np.uint64(1)).astype(np.int64))
+    return HeldOut(torch.from_numpy(pixels), labels, (keys[indices] >> np.uint64(1)).astype(np.int64))
 
 
 def _read_images(images: Images, chosen: np.ndarray, img_size: int) -> Iterator[Decoded]:
@@ -94,9 +123,11 @@ def _read_stream(stream: Stream, chosen: np.ndarray, ends: np.ndarray, img_size:
             yield index, decode_row(row[columns.image], columns, img_size), columns.label_of(row.get(columns.label))
 
 
-def _stream_keys(source: Source) -> list[np.ndarray]:
+def _keys_by_unit(source: Source) -> list[np.ndarray]:
     """The content keys of each unit, read once and then kept, unless they were stored with the images."""
     stream: Stream = source.images
+    if not source.streaming:
+        return [stream.keys()]
     if not stream.columns.key:
         first = next(stream.rows(int(stream.sizes.argmax())), {}).get(stream.columns.image)
         if not isinstance(stream.columns.image_of(first)[0], str):  # as files of their own are, which change alone

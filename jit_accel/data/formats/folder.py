@@ -16,14 +16,20 @@ from datasets import ClassLabel, Dataset, Features, Image
 from jit_accel.data import data_error
 from jit_accel.data.formats.columns import Columns
 from jit_accel.data.formats.metadata import labels_from_metadata
-from jit_accel.data.formats.scan import IMAGE_EXTENSIONS, FolderScan, is_utf8, known_scan, scan_folder
+from jit_accel.data.formats.scan import (
+    IMAGE_EXTENSIONS,
+    FolderScan,
+    is_utf8,
+    known_scan,
+    scan_folder,
+    scan_of_splits,
+)
 from jit_accel.data.formats.source import Request, Source, source_of
 from jit_accel.data.reading.images import TableImages
 from jit_accel.data.reading.shards import missing_path
 
 log = logging.getLogger(__name__)
 
-SPLIT_NAMES = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "dev"])
 # Pictures that Pillow cannot read: a folder full of them should not look empty.
 UNDECODABLE_EXTENSIONS = frozenset(
     [".heic", ".heif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"]
@@ -41,7 +47,7 @@ def open_folder(request: Request) -> Source:
 
     Labels come from metadata.csv or metadata.jsonl where there are any (see `labels_from_metadata`), else from the
     names of the subfolders. A flat folder, or one with a single subfolder, is unlabelled: one class, of its name.
-    UserError if it is missing, has no images, holds splits instead of classes, or has wrong metadata.
+    UserError if it is missing, has no images, or has wrong metadata.
     """
     root = request.path
     if not os.path.isdir(root):
@@ -55,11 +61,12 @@ def open_folder(request: Request) -> Source:
     _report_unreadable(root, scan)
     if not len(scan.images):
         raise data_error(root, _emptiness(scan))
+    scan, inner, left_out = scan_of_splits(scan, request.split, root)
     if scan.metadata:
-        images, ids, names = labels_from_metadata(root, scan, request.label_column)
+        images, ids, names = labels_from_metadata(root, scan, request.label_column, left_out)
     else:
         request.refuse("label_column", reason="has no columns, without metadata.csv or metadata.jsonl")
-        images, ids, names = _classify(root, scan.images)
+        images, ids, names = _classify(root, scan.images, inner)
     identity = hash_strings(images, ["folder", str(len(images))])
     if scan.metadata and ids is not None:  # which class folders show in the paths
         identity = hash_strings(pa.chunked_array([pa.array(ids).cast(pa.string())]), ["metadata", identity])
@@ -76,23 +83,23 @@ def open_folder(request: Request) -> Source:
     return source_of(root, "folder", TableImages(dataset, columns), names, identity)
 
 
-def _classify(root: str, images: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray | None, tuple[str, ...]]:
-    """Return the images, and classes by the names of the subfolders of `root`; () where it is a class itself."""
-    in_folders = images.filter(pc.greater_equal(pc.find_substring(images, "/"), 0))
+def _classify(
+    root: str, images: pa.ChunkedArray, inner: pa.ChunkedArray
+) -> tuple[pa.ChunkedArray, np.ndarray | None, tuple[str, ...]]:
+    """Return the images, and classes by the first folders of their `inner` paths; () where there is a single one."""
+    is_in_folder = pc.greater_equal(pc.find_substring(inner, "/"), 0)
+    in_folders = inner.filter(is_in_folder)
     if not len(in_folders):
         return images, None, ()
     folders = pc.list_element(pc.split_pattern(in_folders, "/", max_splits=1), 0)
     names = tuple(sorted(pc.unique(folders).to_pylist()))
-    if all(name.lower() in SPLIT_NAMES for name in names):
-        best = next((name for name in names if name.lower().startswith("train")), names[0])
-        rule = f"its folders are splits ({', '.join(names)}), not classes: use --data_path {os.path.join(root, best)}."
-        raise data_error(root, rule)
     strays = len(images) - len(in_folders)
     if len(names) == 1:
         return images, None, () if strays else names
     if strays:
         log.warning("--data_path %s: %d images beside the class folders have no class: skipped", root, strays)
-    return in_folders, pc.index_in(folders, value_set=pa.array(names)).to_numpy().astype(np.int64), names
+    ids = pc.index_in(folders, value_set=pa.array(names)).to_numpy().astype(np.int64)
+    return images.filter(is_in_folder), ids, names
 
 
 def hash_strings(strings: pa.ChunkedArray, head: Iterable[str] = ()) -> str:
@@ -119,6 +126,11 @@ def _emptiness(scan: FolderScan) -> str:
 
 
 def _report_unreadable(root: str, scan: FolderScan) -> None:
+    if scan.own:
+        rule = (
+            "--data_path %s: %d folders that jit_accel wrote (runs, pipelines, samples, prepared images) are no data "
+        )
+        log.warning(rule + "and are left out, the first: %s", root, len(scan.own), scan.own[0])
     if bad := scan.unreadable:
         rule = "--data_path %s: %d files or folders cannot be read and are skipped, the first: %s"
         log.warning(rule, root, len(bad), bad[0])

@@ -22,7 +22,7 @@ FILE_NAME = "file_name"
 
 
 def labels_from_metadata(
-    root: str, scan: FolderScan, label_column: str | None
+    root: str, scan: FolderScan, label_column: str | None, left_out: pa.ChunkedArray
 ) -> tuple[pa.ChunkedArray, np.ndarray | None, tuple[str, ...]]:
     """Return the images that the metadata files under `root` list, and their labels.
 
@@ -30,13 +30,17 @@ def labels_from_metadata(
     labels come from `label_column`, or from the first column named label, class, ...: whole numbers as they are, text
     by its place among the sorted texts. Without such a column the images are unlabelled, whatever folders they are in.
     Listed files that are no images here are skipped, images that are not listed left out; both are counted and said.
+    Not so the images `left_out`, which are of other splits.
 
     Returns relative paths, sorted; labels, int64 (N,), and the names of the classes, or None and () for unlabelled
     images. UserError if a file cannot be read, lacks columns, gives one image two labels, or fits no image at all.
     """
     tables = [_read(os.path.join(root, name), label_column) for name in scan.metadata]
     columns = _find_columns(tables, scan.metadata, label_column)
-    paths = pa.chunked_array([_paths(table, name) for table, name in zip(tables, scan.metadata)], pa.string())
+    paths = [_paths(table, name) for table, name in zip(tables, scan.metadata)]
+    are_wanted = [pc.invert(pc.is_in(listed, value_set=left_out)) for listed in paths]
+    tables = [table.filter(is_wanted) for table, is_wanted in zip(tables, are_wanted)]
+    paths = pa.chunked_array([listed.filter(is_wanted) for listed, is_wanted in zip(paths, are_wanted)], pa.string())
     places = pc.index_in(paths, value_set=scan.images)
     _report(root, scan, paths, places)
     if columns.label is None:

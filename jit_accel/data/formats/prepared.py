@@ -20,6 +20,7 @@ from jit_accel.data.formats.tables import open_file, parquet_stream
 from jit_accel.data.reading.decode import crop_pixels
 from jit_accel.data.reading.servers import at_once
 from jit_accel.data.reading.shards import LocalShard, missing_path
+from jit_accel.data.reading.splits import TRAIN, choose_splits
 
 INDEX = "index.json"
 UNFINISHED = ".unfinished"
@@ -49,6 +50,7 @@ def open_prepared(request: Request) -> Source:
         raise missing_path(folder)
     request.refuse("image_column", "label_column", reason="was prepared, its columns are known")
     index = read_index(folder)
+    choose_splits({TRAIN: index["num_images"]}, request.split, folder)
     names = tuple(index["class_names"])
     identity = fingerprint_of(
         [index["format"], index["encoding"], str(index["img_size"]), *names, *(s["sha256"] for s in index["shards"])]

@@ -3,15 +3,18 @@
 import itertools
 import json
 import os
+import posixpath
 import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from jit_accel.data.reading.cache import RACY_NS, findings_file, read_findings, write_findings
+from jit_accel.data.reading.splits import ALL, TRAIN, choose_splits, find_splits, has_split_word
 
 IMAGE_EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 IMAGE_EXTENSIONS |= {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"}
@@ -20,6 +23,9 @@ METADATA_NAMES = frozenset(["metadata.csv", "metadata.jsonl"])
 SAMPLES_RECORD = "samples.json"
 SAMPLES_PICTURES = frozenset(["grid.png", "trajectory.png", "animation.gif", "animation.webp"])
 
+# Files by which folders inside the data are known as written by us: a run, a pipeline, samples, prepared images.
+_OWN_FILES = ({"run.json", "config.yaml"}, {"model_index.json"}, {SAMPLES_RECORD}, {"index.json", "preview.png"})
+_MARKS = set().union(*_OWN_FILES)
 _SURROGATES = re.compile("[\ud800-\udfff]")  # as which Python reads bytes that are not UTF-8
 _BROKEN_LINK = ("a link to nothing", "a link in a circle")
 _PATHS_PER_CHUNK = 2**18  # far below the 2 GiB that the offsets of an Arrow string array reach
@@ -35,6 +41,7 @@ class FolderScan:
     unreadable: list[str] = field(default_factory=list)  # "path (reason)"
     doubtful: list[str] = field(default_factory=list)  # what may become readable without any folder changing
     directories: dict[str, int] = field(default_factory=dict)  # every folder and when it last changed
+    own: list[str] = field(default_factory=list)  # folders that are left out, since we wrote them
     is_settled: bool = True  # no folder was changed so recently that another change might leave its mtime as it is
 
 
@@ -60,6 +67,8 @@ def known_scan(root: str) -> FolderScan | None:
         return None
     table = pa.ipc.open_file(data).read_all()
     facts = json.loads(table.schema.metadata[b"scan"])
+    if "own" not in facts:  # as those of earlier versions, which took what we wrote for images
+        return None
     try:
         changes = [_changed_ns(os.stat(os.path.join(root, prefix))) for prefix in facts["directories"]]
     except OSError:  # one is gone
@@ -121,13 +130,13 @@ def _walk(root: str, scan: FolderScan) -> Iterator[str]:
 
 def _list(folder: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[str]]:
     """Return the names of the images and of the folders in a folder."""
-    files, folders, holds_samples = [], [], False
+    files, folders, marks = [], [], set()
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
             if name.startswith((".", "__MACOSX")):
                 continue
-            holds_samples |= name == SAMPLES_RECORD
+            marks |= _MARKS & {name}
             kind, ending = _kind(entry), os.path.splitext(name)[1].lower()
             if kind in _BROKEN_LINK:
                 scan.doubtful.append(prefix + name)
@@ -143,9 +152,45 @@ def _list(folder: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[s
                 scan.unreadable.append(f"{entry.path} ({kind})")
             else:
                 files.append(name)
-    if holds_samples:
+    if prefix and any(marks.issuperset(files_of_one) for files_of_one in _OWN_FILES):
+        scan.own.append(prefix)
+        return [], []
+    if SAMPLES_RECORD in marks:
         files = [name for name in files if name not in SAMPLES_PICTURES]
     return files, folders
+
+
+def scan_of_splits(
+    scan: FolderScan, wanted: str | None, root: str
+) -> tuple[FolderScan, pa.ChunkedArray, pa.ChunkedArray]:
+    """Return what of `root` is in the splits that `--split` means, and more; see `choose_splits`.
+
+    That is the paths of these images without the folders that name the splits, and all other images.
+    """
+    if not any(map(has_split_word, scan.directories)):
+        choose_splits({TRAIN: len(scan.images)}, wanted, root)
+        return scan, scan.images, scan.images[:0]
+    folders = pc.replace_substring_regex(scan.images, "[^/]*$", "")
+    counts, sizes = {item["values"]: item["counts"] for item in pc.value_counts(folders).to_pylist()}, Counter()
+    found = find_splits(counts, are_classes=True)
+    for folder, (split, _) in found.items():
+        sizes[split] += counts[folder]
+    chosen = choose_splits(sizes, wanted, root)
+    kept = {folder: inner for folder, (split, inner) in found.items() if split in chosen}
+    alike = Counter(inner for _, inner in set(found.values()))
+    if wanted == ALL and len(sizes) > 1 and not any(inner and alike[inner] > 1 for inner in alike):
+        kept = {folder: folder for folder in kept}  # splits of the same classes are one, others are classes themselves
+    is_kept = pc.is_in(folders, value_set=pa.array(list(kept)))
+    images, left_out = scan.images.filter(is_kept), scan.images.filter(pc.invert(is_kept))
+    inner = pa.array(list(kept.values())).take(pc.index_in(folders.filter(is_kept), value_set=pa.array(list(kept))))
+    inner = pc.binary_join_element_wise(inner, pc.replace_substring_regex(images, "^.*/", ""), "")
+    above, above_lost = (
+        {folder[: match.end()] for folder in some for match in re.finditer("^|/", folder)}
+        for some in (kept, counts.keys() - kept.keys())
+    )
+    places = {name: posixpath.join(posixpath.dirname(name), "") for name in scan.metadata}
+    metadata = [name for name, place in places.items() if place in above or place not in above_lost]
+    return replace(scan, images=images, metadata=metadata), inner, left_out
 
 
 def _kind(entry: os.DirEntry) -> str:

@@ -11,6 +11,7 @@ from jit_accel.data import data_error
 from jit_accel.data.formats.columns import Columns
 from jit_accel.data.reading.images import Images, Stream, TableImages
 from jit_accel.data.reading.shards import Shard
+from jit_accel.data.reading.splits import ALL, TRAIN
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,12 @@ class Request:
     image_column: str | None = None
     label_column: str | None = None
     streaming: bool | None = None  # None: as suits the format
+    split: str | None = None  # None: train, where there are several
+
+    @property
+    def other_split(self) -> list[str]:
+        """Return what tells a split from that of other runs, in a fingerprint, where files may be alike."""
+        return [self.split] if self.split not in (None, TRAIN, ALL) else []
 
     def refuse(self, *settings: str, reason: str) -> None:
         """Raise UserError if one of these settings, which make no sense for what is at the path, is given."""

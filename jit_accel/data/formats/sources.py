@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import datasets
 
@@ -14,10 +15,11 @@ from jit_accel.data.formats.folder import is_known_image_folder, open_folder
 from jit_accel.data.formats.prepared import is_prepared, open_prepared
 from jit_accel.data.formats.scan import has_images
 from jit_accel.data.formats.source import Request, Source, fingerprint_of
-from jit_accel.data.formats.tables import open_builtin, open_saved, open_table, open_tables
+from jit_accel.data.formats.tables import open_builtin, open_saved, open_table, open_tables, split_of
 from jit_accel.data.formats.tars import open_tars
 from jit_accel.data.reading.servers import at_once, ending_of, is_url
 from jit_accel.data.reading.shards import LocalShard, describe, missing_path
+from jit_accel.data.reading.splits import TRAIN, choose_splits
 
 __all__ = ["FORMATS", "Source", "detect_format", "open_images"]
 
@@ -32,6 +34,7 @@ def open_images(
     image_column: str | None = None,
     label_column: str | None = None,
     streaming: bool | None = None,
+    split: str | None = None,
 ) -> Source:
     """Open `--data_path`: a folder of images, Parquet or tar files, their URLs (`https://host/shard-{000..009}.tar`),
     a saved or prepared data set, a Hub id (`owner/name:config@revision`), `builtin:NAME`.
@@ -39,6 +42,7 @@ def open_images(
     Args:
         data_format: a key of `FORMATS`, or "auto" to tell by what is there.
         streaming: read sequentially (True), by random access (False), or as suits the format (None).
+        split: of several splits one, as test, or some, train+test, or all; None: train.
 
     UserError for whatever is wrong with the path, the columns or the labels, found before any training.
     """
@@ -52,7 +56,7 @@ def open_images(
         data_format = detect_format(path)
     if is_url(path):
         lookup(dict.fromkeys(_BY_ENDING.values()), data_format, "data_format", rule="no format of URLs")
-    return FORMATS[data_format](Request(path, image_column, label_column, streaming))
+    return FORMATS[data_format](Request(path, image_column, label_column, streaming, split))
 
 
 def detect_format(path: str) -> str:
@@ -94,7 +98,7 @@ def _detect_in_folder(folder: str) -> str:
 
 
 def open_hub(request: Request) -> Source:
-    """Open the split "train" of a data set on the Hub: Parquet and tar files as a stream unless `streaming` is False.
+    """Open a split of a data set on the Hub: Parquet and tar files as a stream unless `streaming` is False.
 
     Others are downloaded and made a table by HF datasets. UserError if it does not exist or cannot be reached.
     """
@@ -102,9 +106,11 @@ def open_hub(request: Request) -> Source:
     how = {"path": request.path} if match is None else {k: v for k, v in match.groupdict().items() if v}
     if request.streaming is not False:
         builder = _ask(request.path, lambda: datasets.load_dataset_builder(**how))
-        splits = builder.config.data_files or {"train": []}
-        found = lookup(splits, "train", "data_path", value=request.path, rule="has no split train")
-        files = list(map(str, found))
+        splits = builder.config.data_files or {TRAIN: []}
+        sizes = {name: len(files) for name, files in splits.items()}
+        chosen = choose_splits(sizes, request.split, request.path, "files")
+        request = replace(request, split="+".join(chosen))
+        files = [str(file) for name in chosen for file in splits[name]]
         shards = at_once(lambda file: describe(file) if is_url(file) else LocalShard(file), files)
         endings = {os.path.splitext(file)[1] for file in files}
         if endings == {".parquet"}:
@@ -112,8 +118,9 @@ def open_hub(request: Request) -> Source:
         if endings == {".tar"}:
             return open_tars(request, "hub", shards)
         request.refuse("streaming", reason="has files other than Parquet and tar, and is downloaded for random access")
-    dataset = _ask(request.path, lambda: datasets.load_dataset(**how, split="train"))
-    return open_table(request, "hub", dataset, fingerprint_of(["hub", request.path, str(len(dataset))]))
+    dataset = split_of(_ask(request.path, lambda: datasets.load_dataset(**how)), request)
+    identity = fingerprint_of(["hub", request.path, str(len(dataset)), *request.other_split])
+    return open_table(request, "hub", dataset, identity)
 
 
 def _ask(path: str, ask: Callable):
@@ -123,8 +130,8 @@ def _ask(path: str, ask: Callable):
         reason = (str(error).splitlines() or ["no reason given"])[0]
         rule = (
             f"there is no such file or folder here, and the Hub's data set of that name cannot be opened "
-            f"({type(error).__name__}: {reason}): check the name, its split 'train', the network, and for private "
-            "data sets `hf auth login`."
+            f"({type(error).__name__}: {reason}): check the name, the network, and for private data "
+            "sets `hf auth login`."
         )
         raise data_error(path, rule) from error
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Image, Value, concatenate_datasets
 
 from jit_accel.base.errors import UserError, lookup
 from jit_accel.data import data_error
@@ -19,6 +19,7 @@ from jit_accel.data.formats.source import Request, Source, fingerprint_of, sourc
 from jit_accel.data.reading.images import ParquetReader, Stream
 from jit_accel.data.reading.servers import at_once
 from jit_accel.data.reading.shards import LocalShard, Shard, Span, at_hand, find_shards, missing_path, remembered
+from jit_accel.data.reading.splits import TRAIN, choose_splits
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
 _ROWS_AT_ONCE = 64
@@ -56,7 +57,7 @@ def open_tables(
     `named`: their columns, where more is known of them than the files say. UserError if they are not Parquet, have
     wrong columns or labels, or store images as paths only.
     """
-    shards = shards or find_shards(request.path, ".parquet")
+    shards = shards or find_shards(request.path, ".parquet", request.split)
     files = at_once(open_file, shards)
     schema = files[0].schema
     for file in files:
@@ -74,7 +75,7 @@ def open_tables(
     columns, names = read_labels(feature, _values_of_labels(files, columns, feature), columns, request.path)
     rows = sum(file.footer.num_rows for file in files)
     head, sized = (["hub", request.path], ()) if format == "hub" else (["parquet"], shards)
-    identity = fingerprint_of([*head, str(rows)], sized)
+    identity = fingerprint_of([*head, str(rows), *request.other_split], sized)
     if request.streaming is False and rows:  # HF refuses to load none
         features = Features({name: features[name] for name in columns.all})
         images = table_images(_load([str(getattr(s, "url", s)) for s in shards], features, request.path), columns)
@@ -88,7 +89,8 @@ def open_builtin(request: Request) -> Source:
     paths = sorted(BUILTIN.glob("*/*.parquet"), key=lambda path: (path.parent.name, path.stem != "train", path.stem))
     names = (path.parent.name + ("" if path.stem == "train" else f"_{path.stem}") for path in paths)
     files = {f"builtin:{name}": str(path) for name, path in zip(names, paths)}
-    file = LocalShard(lookup(files, request.path, "data_path"))
+    name = request.path if request.split in (None, TRAIN) else f"{request.path}_{request.split}"
+    file = LocalShard(lookup(files, name, "data_path"))
     request.refuse("streaming", reason="is small and held in memory")
     table = pq.read_table(file.path, use_threads=False)
     identity = fingerprint_of(["builtin", str(len(table))], [file])
@@ -96,7 +98,7 @@ def open_builtin(request: Request) -> Source:
 
 
 def open_saved(request: Request) -> Source:
-    """Open a folder written by `Dataset.save_to_disk` (of a `DatasetDict`: its split "train")."""
+    """Open a folder written by `Dataset.save_to_disk`."""
     if not os.path.isdir(request.path):
         raise missing_path(request.path)
     request.refuse("streaming", reason="was saved for random access")
@@ -104,11 +106,17 @@ def open_saved(request: Request) -> Source:
         dataset = datasets.load_from_disk(request.path)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise data_error(request.path, f"not a folder made by Dataset.save_to_disk: {error}") from error
-    if isinstance(dataset, DatasetDict):
-        dataset = lookup(dataset, "train", "data_path", value=request.path, rule="has no split train")
+    dataset = split_of(dataset, request)
     files = [LocalShard(file["filename"]) for file in dataset.cache_files]
-    identity = fingerprint_of(["saved", str(len(dataset))], files)
+    identity = fingerprint_of(["saved", str(len(dataset)), *request.other_split], files)
     return open_table(request, "saved", dataset, identity)
+
+
+def split_of(dataset: Dataset | DatasetDict, request: Request) -> Dataset:
+    """Return the table of the chosen splits, one after the other; UserError if there is no such split."""
+    parts = dataset if isinstance(dataset, DatasetDict) else {TRAIN: dataset}
+    chosen = choose_splits({name: len(part) for name, part in parts.items()}, request.split, request.path)
+    return parts[chosen[0]] if len(chosen) == 1 else concatenate_datasets([parts[name] for name in chosen])
 
 
 def open_table(request: Request, format: str, dataset: Dataset, identity: str) -> Source:

@@ -39,7 +39,7 @@ def open_tars(request: Request, format: str = "webdataset", shards: Sequence[Sha
     `--label_column` is the ending of the labels (cls, by default), or their name in .json files (label or class).
     UserError for no images in them, and labels that are not whole numbers from 0.
     """
-    shards = shards or find_shards(request.path, ".tar")
+    shards = shards or find_shards(request.path, ".tar", request.split)
     sample = _first_sample(shards[0])
     columns = _find_columns(sample, request)
     if columns.image.rsplit(".", 1)[-1].lower() not in IMAGE_EXTENSIONS:
@@ -51,7 +51,7 @@ def open_tars(request: Request, format: str = "webdataset", shards: Sequence[Sha
         if any(isinstance(value, str) for value in values):
             kind, values = Value("string"), {value if value is None else str(value) for value in values}
     columns, names = read_labels(kind, values, columns, request.path)
-    identity = fingerprint_of(["webdataset", str(sum(counts))], shards)
+    identity = fingerprint_of(["webdataset", str(sum(counts)), *request.other_split], shards)
     if request.streaming is False:
         images = table_images(_load(shards, columns, kind, identity), columns)
     else:

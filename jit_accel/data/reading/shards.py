@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import posixpath
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,14 +18,13 @@ from jit_accel.data import data_error
 from jit_accel.data.reading import servers
 from jit_accel.data.reading.cache import RACY_NS, cached_shard, findings_file, read_findings, write_findings
 from jit_accel.data.reading.servers import Outage, at_once, file_system, is_url, is_web, open_response, without_secrets
+from jit_accel.data.reading.splits import files_of_splits
 
 log = logging.getLogger(__name__)
 Span = tuple[int, int]  # bytes [start, end)
 
 _CHUNK = 2**20
 _TAGS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified")  # of file systems, which say what is in a file
-# Files of other splits that lie beside the training files are not trained on.
-_OTHER_SPLIT = re.compile(r"^(test|val|valid|validation|dev|eval)([-_.\d]|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -168,26 +166,23 @@ def describe(url: str) -> RemoteShard:
     return servers.patiently(attempt, url, servers.OPENING_PATIENCE_S)
 
 
-def find_shards(path: str, ending: str) -> list[Shard]:
-    """Return the files behind URLs, a file name, a glob or a folder, sorted; UserError if there are none."""
+def find_shards(path: str, ending: str, split: str | None = None) -> list[Shard]:
+    """Return the files of a split behind URLs, a file name, a glob or a folder, sorted; UserError if there are none."""
     if is_url(path):
-        return at_once(describe, servers.find_urls(path))
+        return at_once(describe, files_of_splits(servers.find_urls(path), split, path))
+    problem = "the pattern matches no file"
     if os.path.isfile(path):
-        return [LocalShard(path)]
-    if os.path.isdir(path):
-        root = Path(glob.escape(path))
+        files = [path]
+    elif os.path.isdir(path):
+        root, problem = Path(glob.escape(path)), f"the folder holds no *{ending} file"
         files = glob.glob(str(root / f"*{ending}")) or glob.glob(str(root / "**" / f"*{ending}"), recursive=True)
-        kept = [file for file in files if not _OTHER_SPLIT.match(os.path.basename(file))] or files
-        if len(kept) < len(files):
-            log.warning("--data_path %s: %d files of other splits are left out", path, len(files) - len(kept))
-        problem = f"the folder holds no *{ending} file"
     elif glob.has_magic(path):
-        kept, problem = glob.glob(path, recursive=True), "the pattern matches no file"
+        files = glob.glob(path, recursive=True)
     else:
         raise missing_path(path)
-    if not kept:
+    if not files:
         raise data_error(path, f"{problem}: correct the path.")
-    return [LocalShard(file) for file in sorted(kept)]
+    return [LocalShard(file) for file in files_of_splits(sorted(files), split, path)]
 
 
 def missing_path(path: str, remedy: str = "correct the path.") -> UserError:

@@ -1,0 +1,115 @@
+"""The splits of a data set, by the words for train, validation and test that HF datasets knows, and the chosen ones."""
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from datasets.data_files import SPLIT_KEYWORDS
+
+from jit_accel.base.errors import UserError, lookup
+
+log = logging.getLogger(__name__)
+
+TRAIN, VALIDATION, TEST, ALL, OTHERS = "train", "validation", "test", "all", "others"
+_SPLIT_OF = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
+
+
+def choose_splits(sizes: Mapping[str, int], wanted: str | None, where: str, of: str = "images") -> list[str]:
+    """Return the names of the splits that `--split` means (None: train), out of those there, with their `sizes`.
+
+    What is left out without having been asked for is said. UserError if there is no such split, or none is asked for
+    where there are several, and none to train on.
+    """
+    by_split = {_SPLIT_OF.get(name.lower(), name): name for name in sizes} | {name: name for name in sizes}
+    if wanted == ALL or (wanted is None and len(sizes) == 1):
+        return list(sizes)
+    if wanted is None and TRAIN not in by_split:
+        rule = f"not given, and {where} has no split to train on, only {', '.join(sizes)}: choose one of them, several "
+        raise UserError(rule + f"({'+'.join(list(sizes)[:2])}), or all.", about="split")
+    names = [(name if name in by_split else _SPLIT_OF.get(name.lower(), name)) for name in (wanted or TRAIN).split("+")]
+    rule = f"{where} has no such split"
+    chosen = list(dict.fromkeys(lookup(by_split, name, "split", value=wanted, rule=rule) for name in names))
+    left_out = {name: size for name, size in sizes.items() if name not in chosen}
+    if wanted is None and left_out:
+        found = ", ".join(f"{name} ({size:,} {of})" for name, size in left_out.items())
+        offers = {
+            VALIDATION: "; a training's --holdout {} measures val/loss on that one",
+            TEST: "; jit_accel.evaluate --reference ... --split {} compares with that one",
+        }
+        offered = "".join(text.format(by_split[split]) for split, text in offers.items() if split in by_split)
+        rule = (
+            "--data_path %s: the split %s is taken, and other splits are left out: %s. --split chooses, also several "
+        )
+        log.warning(rule + "(train+test) or all%s", where, chosen[0], found, offered)
+    return chosen
+
+
+def find_splits(paths: Iterable[str], are_classes: bool = False) -> dict[str, tuple[str, str]]:
+    """Return the split of each path, and the path without the folder of that name: train, cats/ for train/cats/.
+
+    Paths of files, or of folders, which end in /; where these `are_classes`, a name may mean what it says: train is a
+    class beside bus. Beside a test split all else is for training, beside test and train it is neither.
+    """
+    found = {path: (TRAIN, path) for path in paths}
+    levels = [("", "", list(found))]
+    while levels:
+        place, inner, inside = levels.pop()
+        children: dict[str, list[str]] = {}
+        for path in inside:
+            name, slash, _ = path[len(place) :].partition("/")
+            children.setdefault(name + slash, []).append(path)
+        named = _named(children, are_classes)
+        splits, others = set(named.values()), children.keys() - named.keys()
+        is_alone = len(splits) == 1 and not others  # which says nothing of what is to be left out
+        if splits == {TRAIN} and are_classes and any(name or place for name in others):
+            named = {}
+        elif len(splits) > 1 and len(inside) == len(found):
+            inner = ""  # folders around the splits are no classes
+        for child, of_child in children.items():
+            is_removed = child in named and child.endswith("/") and not (is_alone and place)
+            inner_of_child = inner if is_removed else inner + child
+            split = named.get(child, OTHERS if named and TRAIN in splits else TRAIN)
+            for path in of_child if named else ():
+                found[path] = split, inner_of_child + path[len(place + child) :]
+            if child.endswith("/") and (is_alone or (split == TRAIN and child not in named)):
+                levels.append((place + child, inner_of_child, of_child))
+    return found
+
+
+def has_split_word(path: str) -> bool:
+    """Return whether a path may say of what split it is."""
+    return not _SPLIT_OF.keys().isdisjoint(re.split(r"[\W\d_]+", path.lower()))
+
+
+def _named(children: Iterable[str], are_classes: bool) -> dict[str, str]:
+    """Return the splits of those names that have a word for one: the last word, with digits or others around it.
+
+    Of classes the word must be the name, or train2017 stand beside val2017, train_images beside test_images.
+    """
+    found = {}
+    for child in children:
+        parts = re.split(r"([\W\d_]+)", child.lower())
+        if places := [n for n, part in enumerate(parts) if part in _SPLIT_OF]:
+            split = _SPLIT_OF[parts.pop(places[-1])]
+            found[child] = split, "".join(parts)
+    if are_classes:
+        alike, splits = Counter(rest for _, rest in set(found.values())), {split for split, _ in found.values()}
+        is_likely = TRAIN in splits and len(splits) > 1
+        found = {
+            child: (split, rest)
+            for child, (split, rest) in found.items()
+            if rest == "/" or (is_likely and (alike[rest] > 1 or not re.search(r"[^\W\d_]", rest)))
+        }
+    return {child: split for child, (split, _) in found.items()}
+
+
+def files_of_splits(files: Sequence[str], wanted: str | None, where: str) -> list[str]:
+    """Return those of the files, paths or URLs, that are of the chosen splits; see `choose_splits`."""
+    names = [os.path.normpath((file.partition("://")[2] or file).partition("?")[0]) for file in files]
+    root = os.path.commonpath(map(os.path.dirname, names))
+    names = [name.removeprefix(root).lstrip("/") for name in names]
+    found = find_splits(names)
+    chosen = choose_splits(Counter(found[name][0] for name in names), wanted, where, "files")
+    return [file for file, name in zip(files, names) if found[name][0] in chosen]

@@ -1,0 +1,270 @@
+"""Splits: trained on is train, whatever the layout; the rest is left out, said, and can be chosen."""
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from data_samples import SIZE, labels_by_number, numbers_in, parquet, png, refusal, tar
+from helpers import rows, train_here
+from http_server import FailingServer
+
+from jit_accel.base.errors import UserError
+from jit_accel.data import open_images
+from jit_accel.data.batches.holdout import held_by_split
+from jit_accel.data.reading.splits import choose_splits, find_splits
+
+pytestmark = pytest.mark.usefixtures("hf_cache")
+
+
+def pictures(root, *names):
+    """Picture n at the n-th of these paths."""
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(number))
+    return root
+
+
+def numbers(path, **how):
+    return sorted(labels_by_number(open_images(path, **how)))
+
+
+FILES = {  # layouts of Parquet and tar files, of which the first line is trained on
+    "the Hub's conversions": ("default/train/0000 default/train/0001", "default/test/0000 default/validation/0000"),
+    "file names": ("train-00000-of-00002 train-00001-of-00002", "test-00000-of-00001 validation-00000-of-00001"),
+    "short file names": ("train", "test val"),
+    "words within": ("x_train", "x_test x.val"),
+    "the last word": ("train-test-split_train-0", "train-test-split_test-0"),
+    "capitals": ("Train/0 Train/1", "Test/0"),
+    "synonyms": ("training/0", "testing/0 dev/0 valid/0 evaluation/0 eval/0"),
+    "years": ("train2017/0", "val2017/0 test2017/0"),
+    "deep": ("a/b/train/c/0 a/b/train/c/1", "a/b/test/c/0"),
+    "in each folder": ("a/train/0 b/train/0", "a/test/0 b/test/0"),
+    "a split beside the rest": ("a-0 a-1 b-0", "test-0"),
+    "train beside others": ("train/0", "extra/0"),
+    "folders go before files": ("train/test_0 train/1", "test/0"),
+    "no splits": ("a/0 b/1 contest/2 latest-3 trainval/4", ""),
+    "a single one": ("test/0 test/1", ""),
+}
+
+
+@pytest.mark.parametrize("layout", FILES)
+def test_files_for_training_are_told_from_others(layout):
+    kept, others = (names.split() for names in FILES[layout])
+    found = find_splits([*kept, *others])
+    splits = {found[name][0] for name in kept}
+    assert len(splits) == 1
+    assert not splits & {found[name][0] for name in others}
+    assert choose_splits(dict.fromkeys((split for split, _ in found.values()), 1), None, "data") == list(splits)
+
+
+FOLDERS = {  # of images: the inner paths of those that are trained on, and the others
+    "splits of classes": ({"train/cat/": "cat/", "train/dog/": "dog/"}, ["test/cat/", "val/dog/"]),
+    "flat splits": ({"train/": ""}, ["test/"]),
+    "with files beside": ({"train/cat/": "cat/", "train/dog/": "dog/"}, ["test/cat/", ""]),
+    "capitals": ({"Training/cat/": "cat/", "Training/dog/": "dog/"}, ["Testing/cat/"]),
+    "a folder around": ({"data/train/cat/": "cat/", "data/train/dog/": "dog/"}, ["data/test/cat/"]),
+    "splits of each class": ({"cat/train/": "cat/", "dog/train/": "dog/"}, ["cat/test/", "dog/test/"]),
+    "a test folder beside classes": ({"cat/": "cat/", "dog/": "dog/"}, ["test/"]),
+    "a test folder of classes beside classes": ({"cat/": "cat/", "dog/": "dog/"}, ["test/cat/", "test/dog/"]),
+    "a test folder within a class": ({"cat/": "cat/", "dog/": "dog/"}, ["dog/test/"]),
+    "with years": ({"train2017/a/": "a/"}, ["val2017/a/"]),
+    "with words": ({"train_images/a/": "a/"}, ["test_images/a/"]),
+    "train alone with files beside": ({"train/cat/": "cat/", "train/dog/": "dog/"}, [""]),
+    "train alone": ({"train/cat/": "cat/", "train/dog/": "dog/"}, []),
+    "a class named train": ({"bus/": "bus/", "train/": "train/"}, []),
+    "classes with such words": ({"train_station/": "train_station/", "test_tube/": "test_tube/"}, []),
+    "classes with such words and digits": ({"test1/": "test1/", "test2/": "test2/"}, []),
+    "a single one deep within": ({"a/train/": "a/train/"}, []),
+}
+
+
+@pytest.mark.parametrize("layout", FOLDERS)
+def test_folders_for_training_are_told_from_others_and_from_classes(layout):
+    kept, others = FOLDERS[layout]
+    found = find_splits([*kept, *others], are_classes=True)
+    assert {found[folder][0] for folder in kept} == {"train"}
+    assert "train" not in {found[folder][0] for folder in others}
+    assert {folder: found[folder][1] for folder in kept} == kept
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_shards_of_other_splits_are_left_out_said_and_chosen(tmp_path, caplog, kind):
+    for start, split in enumerate(("train", "test", "validation")):
+        for shard in range(2):
+            n = 4 * start + 2 * shard
+            file = tmp_path / "default" / split / f"{shard:04d}.{kind}"
+            if kind == "parquet":
+                parquet(file, [n, n + 1])
+            else:
+                tar(
+                    file,
+                    {f"{m}.{ending}": data for m in (n, n + 1) for ending, data in (("png", png(m)), ("cls", b"0"))},
+                )
+    assert numbers(tmp_path) == [0, 1, 2, 3]
+    assert "left out: test (2 files), validation (2 files)" in caplog.text
+    for flag in ("--split", "--holdout validation", "--reference"):
+        assert flag in caplog.text
+    assert numbers(tmp_path / "default" / "*" / f"*.{kind}") == [0, 1, 2, 3]
+    caplog.clear()
+    assert numbers(tmp_path, split="test") == numbers(tmp_path / "default" / "test") == [4, 5, 6, 7]
+    assert numbers(tmp_path, split="val") == [8, 9, 10, 11]
+    assert numbers(tmp_path, split="train+val") == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert numbers(tmp_path, split="all") == list(range(12))
+    assert not caplog.text
+    assert "choose from test, train, validation. Did you mean 'test'?" in refusal(tmp_path, split="tset")
+    prints = {open_images(tmp_path, split=split).fingerprint for split in (None, "test", "val", "all")}
+    assert len(prints) == 4
+
+
+def test_splits_of_class_folders(tmp_path, caplog):
+    pictures(tmp_path, "train/cat/0.png", "train/dog/0.png", "test/cat/0.png", "test/dog/0.png")
+    source = open_images(tmp_path)
+    assert (source.class_names, labels_by_number(source)) == (("cat", "dog"), {0: 0, 1: 1})
+    assert "left out: test (2 images)" in caplog.text
+    assert labels_by_number(open_images(tmp_path, split="test")) == {2: 0, 3: 1}
+    union = open_images(tmp_path, split="all")
+    assert (union.class_names, labels_by_number(union)) == (("cat", "dog"), {2: 0, 0: 0, 3: 1, 1: 1})
+
+
+def test_the_kept_scan_serves_all_splits_and_sees_new_ones(tmp_path):
+    pictures(tmp_path, "train/0.png", "test/0.png")
+    assert numbers(tmp_path) == [0]
+    assert numbers(tmp_path, split="test") == [1]
+    assert numbers(tmp_path) == [0]
+    pictures(tmp_path, "train/0.png", "test/0.png", "val/0.png")
+    assert numbers(tmp_path, split="validation") == [2]
+
+
+def test_a_test_folder_beside_class_folders_is_no_class_unless_asked_for(tmp_path, caplog):
+    pictures(tmp_path, "cat/0.png", "dog/0.png", "test/0.png")
+    assert open_images(tmp_path).class_names == ("cat", "dog")
+    assert "test (1 images)" in caplog.text
+    source = open_images(tmp_path, split="all")
+    assert (source.class_names, source.num_images) == (("cat", "dog", "test"), 3)
+
+
+def test_classes_that_are_named_like_splits_can_be_had(tmp_path):
+    pictures(tmp_path, "train/steam.png", "test/maths.png")
+    assert open_images(tmp_path, split="all").class_names == ("test", "train")
+
+
+def test_only_splits_that_are_not_for_training_are_asked_about(tmp_path):
+    pictures(tmp_path, "val/0.png", "test/0.png")
+    assert "no split to train on, only test, validation" in refusal(tmp_path)
+    assert numbers(tmp_path, split="val") == [0]
+
+
+def test_a_split_of_data_without_splits_is_refused(tmp_path):
+    pictures(tmp_path, "cat/0.png", "dog/0.png")
+    assert "no such split; choose from train" in refusal(tmp_path, split="test")
+    assert open_images(tmp_path, split="train").fingerprint == open_images(tmp_path, split="all").fingerprint
+
+
+def test_metadata_of_each_split_speaks_for_it(tmp_path, caplog):
+    pictures(tmp_path, "train/0.png", "train/1.png", "test/0.png")
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\n0.png,owl\n1.png,ant\n")
+    (tmp_path / "test" / "metadata.csv").write_text("file_name,label\n0.png,bee\n")
+    source = open_images(tmp_path)
+    assert (source.class_names, labels_by_number(source)) == (("ant", "owl"), {0: 1, 1: 0})
+    assert "missing" not in caplog.text
+    assert "not listed" not in caplog.text
+
+
+def test_one_metadata_file_lists_both(tmp_path, caplog):
+    pictures(tmp_path, "train/0.png", "train/1.png", "test/0.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\ntrain/0.png,owl\ntrain/1.png,ant\ntest/0.png,bee\n")
+    source = open_images(tmp_path)
+    assert (source.class_names, labels_by_number(source)) == (("ant", "owl"), {0: 1, 1: 0})
+    assert "missing" not in caplog.text
+    assert "not listed" not in caplog.text
+    assert open_images(tmp_path, split="test").class_names == ("bee",)
+    assert open_images(tmp_path, split="all").num_images == 3
+
+
+def test_urls_of_splits(tmp_path, caplog):
+    for n, split in enumerate(("train", "test")):
+        parquet(tmp_path / split / "0.parquet", [n])
+    server = FailingServer(tmp_path)
+    assert numbers(server.url + "/{train,test}/0.parquet") == [0]
+    assert "left out: test (1 files)" in caplog.text
+    assert numbers(server.url + "/{train,test}/0.parquet", split="all") == [0, 1]
+    server.go_away()
+
+
+def test_a_saved_dict_has_splits(tmp_path, caplog):
+    saved = datasets.Dataset(pq.read_table(parquet(tmp_path / "a.parquet", range(6))))
+    parts = {"train": saved.select([0, 1]), "test": saved.select([2]), "extra": saved.select([3, 4])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "dict")
+    assert numbers(tmp_path / "dict") == [0, 1]
+    assert "left out: test (1 images), extra (2 images)" in caplog.text
+    assert numbers(tmp_path / "dict", split="extra") == [3, 4]
+    assert numbers(tmp_path / "dict", split="test+extra") == [2, 3, 4]
+    assert numbers(tmp_path / "dict", split="all") == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("streaming", [None, False])
+def test_splits_of_the_hub(tmp_path, monkeypatch, streaming):
+    files = {"train": str(parquet(tmp_path / "a.parquet", [0, 1])), "dev": str(parquet(tmp_path / "b.parquet", [2]))}
+
+    def instead(real):
+        return lambda path, **how: real("parquet", data_files=files, **how)
+
+    for name in ("load_dataset", "load_dataset_builder"):
+        monkeypatch.setattr(datasets, name, instead(getattr(datasets, name)))
+    assert numbers("someone/pictures", streaming=streaming) == [0, 1]
+    for split in ("dev", "validation"):
+        assert numbers("someone/pictures", streaming=streaming, split=split) == [2]
+    assert numbers("someone/pictures", streaming=streaming, split="all") == [0, 1, 2]
+    assert "choose from" in refusal("someone/pictures", streaming=streaming, split="test")
+
+
+def test_embedded_data_has_a_test_split():
+    split, other = open_images("builtin:fashion_mnist", split="test"), open_images("builtin:fashion_mnist_test")
+    assert split.fingerprint == other.fingerprint
+
+
+def test_a_loss_is_measured_on_another_split(tmp_path):
+    names = [f"{part}/{name}/{n}.png" for part in ("train", "val") for n in range(3) for name in ("ant", "bee", "cow")]
+    pictures(tmp_path, *[name for name in names if "val/ant" not in name])  # bee is 1 in train, 0 in val
+    train, other = open_images(tmp_path), open_images(tmp_path, split="val")
+    held = held_by_split(train, other, max_images=100, img_size=SIZE)
+    labels = dict(zip(numbers_in(held.images), held.labels.tolist()))
+    assert labels == {9: 1, 10: 2, 11: 1, 12: 2, 13: 1, 14: 2}
+    parts = [held_by_split(train, other, max_images=5, img_size=SIZE, rank=r, world_size=2) for r in range(2)]
+    assert sorted(np.concatenate([part.keys for part in parts])) == sorted(held.keys)[:5]
+    with pytest.raises(UserError, match="of the class ant, which no image to train on has"):
+        held_by_split(other, train, max_images=5, img_size=SIZE)
+
+
+def test_a_training_measures_val_loss_on_a_split_and_goes_on_beside_its_own_output(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(pictures(tmp_path, *[f"{part}/{n}.png" for part in ("train", "val") for n in range(8)]))
+    flags = ("--data_path", ".", "--output_dir", "runs/x", "--holdout", "validation")
+    assert train_here(*flags, "--max_steps", "2") == 0
+    assert train_here(*flags, "--max_steps", "3", "--resume", "auto") == 0
+    assert "val/loss on 8" in capsys.readouterr().out
+    assert sum("val/loss" in row for row in rows(tmp_path / "runs" / "x")) == 2
+    assert open_images(".").num_images == 8
+
+
+def test_a_split_that_is_not_there_is_no_holdout(tmp_path, capsys):
+    pictures(tmp_path, *[f"cat/{n}.png" for n in range(8)])
+    assert train_here("--data_path", str(tmp_path), "--output_dir", str(tmp_path / "o"), "--holdout", "val") == 2
+    assert "--holdout val: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "marks", ["run.json config.yaml", "model_index.json", "samples.json", "index.json preview.png"]
+)
+def test_what_we_wrote_inside_the_data_is_no_data(tmp_path, caplog, marks):
+    pictures(tmp_path, "cat/0.png", "dog/0.png")
+    before = open_images(tmp_path)
+    pictures(tmp_path / "runs" / "x", "samples/step_1.png", "a.png")
+    for mark in marks.split():
+        (tmp_path / "runs" / "x" / mark).write_text("{}")
+    after = open_images(tmp_path)
+    assert (after.fingerprint, after.class_names) == (before.fingerprint, before.class_names)
+    assert "runs/x" in caplog.text
+    assert open_images(tmp_path / "runs" / "x").num_images > 0  # where it is named
+    for mark in marks.split():
+        (tmp_path / "runs" / "x" / mark).unlink()
+    assert open_images(tmp_path).class_names == ("cat", "dog", "runs")
