@@ -18,6 +18,7 @@ from jit_accel.data.batches.holdout import HeldOut, held_by_split, split_holdout
 from jit_accel.data.batches.loader import cores_per_process, worker_memory_gib
 from jit_accel.data.batches.ready_batches import WaitTime, batches, waiting_advice
 from jit_accel.data.formats.sources import Source, open_images
+from jit_accel.data.reading.splits import have_common
 from jit_accel.monitor.metric_table import WAIT_FRACTION, WORKER_MEMORY
 from jit_accel.monitor.metrics import of_each_process
 
@@ -40,9 +41,12 @@ def open_data(
         part |= {"max_images": val_images, "img_size": img_size}
         if isinstance(data.holdout, float):
             return split_holdout(source, data.holdout, **part)
-        if given:
-            rule = "names a split, and the images were opened before: give a share of them."
-            raise UserError(rule, about="holdout", value=data.holdout)
+        for is_wrong, rule in (
+            (given, "names a split, and the images were opened before: give a share of them."),
+            (have_common(data.split, data.holdout), "is trained on (--split): name another split, or a share."),
+        ):
+            if is_wrong:
+                raise UserError(rule, about="holdout", value=data.holdout)
         with renamed_settings(split="holdout"):
             return source, held_by_split(source, open_split(split=data.holdout), **part)
 

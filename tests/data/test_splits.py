@@ -11,7 +11,9 @@ from http_server import FailingServer
 from jit_accel.base.errors import UserError
 from jit_accel.data import open_images
 from jit_accel.data.batches.holdout import held_by_split
-from jit_accel.data.reading.splits import choose_splits, find_splits
+from jit_accel.data.reading.splits import choose_splits, find_splits, have_common
+from jit_accel.evaluate.image_sets import open_image_set
+from jit_accel.prepare import main as prepare
 
 pytestmark = pytest.mark.usefixtures("hf_cache")
 
@@ -268,3 +270,20 @@ def test_what_we_wrote_inside_the_data_is_no_data(tmp_path, caplog, marks):
     for mark in marks.split():
         (tmp_path / "runs" / "x" / mark).unlink()
     assert open_images(tmp_path).class_names == ("cat", "dog", "runs")
+
+
+def test_what_is_trained_on_is_no_holdout():
+    assert have_common(None, "train")
+    assert have_common("all", "val")
+    assert have_common("train+validation", "dev")
+    assert not have_common("train+validation", "test")
+    assert not have_common(None, "val")
+
+
+def test_prepare_and_evaluate_take_a_split(tmp_path):
+    pictures(tmp_path / "data", "train/0.png", "train/1.png", "test/0.png")
+    assert open_image_set(str(tmp_path / "data"), "reference", SIZE, "test").num_images == 1
+    flags = ("--data_path", str(tmp_path / "data"), "--img_size", str(SIZE), "--num_workers", "1", "--split", "test")
+    assert prepare([*flags, "--output_dir", str(tmp_path / "out")]) == 0
+    assert open_images(tmp_path / "out").num_images == 1
+    assert "no such split" in refusal(tmp_path / "out", split="test")

@@ -22,13 +22,13 @@ def choose_splits(sizes: Mapping[str, int], wanted: str | None, where: str, of: 
     What is left out without having been asked for is said. UserError if there is no such split, or none is asked for
     where there are several, and none to train on.
     """
-    by_split = {_SPLIT_OF.get(name.lower(), name): name for name in sizes} | {name: name for name in sizes}
+    by_split = {_split_of(name): name for name in sizes} | {name: name for name in sizes}
     if wanted == ALL or (wanted is None and len(sizes) == 1):
         return list(sizes)
     if wanted is None and TRAIN not in by_split:
         rule = f"not given, and {where} has no split to train on, only {', '.join(sizes)}: choose one of them, several "
         raise UserError(rule + f"({'+'.join(list(sizes)[:2])}), or all.", about="split")
-    names = [(name if name in by_split else _SPLIT_OF.get(name.lower(), name)) for name in (wanted or TRAIN).split("+")]
+    names = [name if name in by_split else _split_of(name) for name in (wanted or TRAIN).split("+")]
     rule = f"{where} has no such split"
     chosen = list(dict.fromkeys(lookup(by_split, name, "split", value=wanted, rule=rule) for name in names))
     left_out = {name: size for name, size in sizes.items() if name not in chosen}
@@ -44,6 +44,16 @@ def choose_splits(sizes: Mapping[str, int], wanted: str | None, where: str, of: 
         )
         log.warning(rule + "(train+test) or all%s", where, chosen[0], found, offered)
     return chosen
+
+
+def have_common(wanted: str | None, other: str) -> bool:
+    """Return whether two values of `--split` mean some of the same images."""
+    parts = [{_split_of(name) for name in (split or TRAIN).split("+")} for split in (wanted, other)]
+    return ALL in parts[0] | parts[1] or not parts[0].isdisjoint(parts[1])
+
+
+def _split_of(name: str) -> str:
+    return _SPLIT_OF.get(name.lower(), name)
 
 
 def find_splits(paths: Iterable[str], are_classes: bool = False) -> dict[str, tuple[str, str]]:
