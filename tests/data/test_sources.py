@@ -277,12 +277,6 @@ def test_empty_and_imageless_folders_are_refused(tmp_path):
     assert ".webp" in message
 
 
-def test_split_folders_are_refused_with_the_one_to_use(tmp_path):
-    for split in ("train", "val"):
-        image_folder(tmp_path / split, 2)
-    assert f"use --data_path {tmp_path / 'train'}" in refusal(tmp_path)
-
-
 def test_an_unknown_format_is_answered_with_the_choices(tmp_path):
     message = refusal(tmp_path, data_format="parket")
     assert "data_format parket" in message
