@@ -73,6 +73,8 @@ FOLDERS = {  # of images: the inner paths of those that are trained on, and the 
     "with words": ({"train_images/a/": "a/"}, ["test_images/a/"]),
     "train alone with files beside": ({"train/cat/": "cat/", "train/dog/": "dog/"}, [""]),
     "train alone": ({"train/cat/": "cat/", "train/dog/": "dog/"}, []),
+    "a class named train beside a test folder": ({"bus/": "bus/", "train/": "train/"}, ["test/"]),
+    "splits beside other folders": ({"train/a/": "a/", "train/b/": "b/"}, ["test/a/", "annotated/"]),
     "a class named train": ({"bus/": "bus/", "train/": "train/"}, []),
     "classes with such words": ({"train_station/": "train_station/", "test_tube/": "test_tube/"}, []),
     "classes with such words and digits": ({"test1/": "test1/", "test2/": "test2/"}, []),

@@ -73,9 +73,15 @@ def find_splits(paths: Iterable[str], are_classes: bool = False) -> dict[str, tu
         named = _named(children, are_classes)
         splits, others = set(named.values()), children.keys() - named.keys()
         is_alone = len(splits) == 1 and not others  # which says nothing of what is to be left out
-        if splits == {TRAIN} and are_classes and any(name or place for name in others):
-            named = {}
-        elif len(splits) > 1 and len(inside) == len(found):
+        if are_classes and any(name or place for name in others):
+            # Beside other folders train is a class, unless it holds folders and stands beside test.
+            flat = {child for child, of_child in children.items() if of_child == [place + child]}
+            is_class = {
+                child for child, split in named.items() if split == TRAIN and (len(splits) == 1 or child in flat)
+            }
+            named = {child: split for child, split in named.items() if child not in is_class}
+            splits = set(named.values())
+        if len(splits) > 1 and len(inside) == len(found):
             inner = ""  # folders around the splits are no classes
         for child, of_child in children.items():
             is_removed = child in named and child.endswith("/") and not (is_alone and place)
