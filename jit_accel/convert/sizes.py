@@ -73,9 +73,9 @@ def from_arguments(arguments: Mapping) -> dict:
 
 def from_pipeline(pipeline: JiTPipeline) -> dict:
     """Return all that a pipeline knows of itself."""
-    scheduler = pipeline.scheduler.config
-    values = {**pipeline.transformer.config, **scheduler, **pipeline.config, "prediction": scheduler.prediction_type}
-    return from_arguments(values)
+    objective, solver = pipeline.config.objective, pipeline.scheduler.config
+    values = {**pipeline.transformer.config, **solver, **pipeline.config, **objective}
+    return from_arguments(values | {"prediction": objective["prediction_type"]})
 
 
 def network_config(

@@ -180,7 +180,9 @@ class Candidate:
 
     def settings(self) -> list[Setting]:
         """Return the settings to measure; without flags they are the pipeline's own."""
-        own = asdict(SamplerSettings().completed(self.pipeline(self.emas[0])))
+        pipeline = self.pipeline(self.emas[0])
+        for method in self.axes["method"] or [None]:
+            own = asdict(SamplerSettings(method=method).completed(pipeline))
         axes = [values or [own[name]] for name, values in self.axes.items() if name != "ema"]
         return grid(self.emas, *axes, with_unguided=self.config.unguided)
 

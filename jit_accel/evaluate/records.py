@@ -26,6 +26,7 @@ from jit_accel.model.card import CARD_FILE, EVALUATION_FILE, refresh_card
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.checkpoints import complete_checkpoints
 from jit_accel.model.loading import averages_of, pipeline_of_checkpoint, write_defaults
+from jit_accel.model.scheduler import CALLS_PER_STEP
 
 _SETTINGS = {  # header in the table, and how a value is written
     "guidance_scale": ("guidance", "{:g}"),
@@ -289,7 +290,10 @@ def write_winner(checkpoint: Path | None, folder: Path, outcome: Outcome) -> str
             for path in folder.iterdir() if folder.exists() else ():  # what else the folder held stays in it
                 if not (place / path.name).exists():
                     (shutil.copytree if path.is_dir() else shutil.copy2)(path, place / path.name)
-        write_defaults(place, **{name: value for name, value in setting.sampling.items() if value is not None})
+        found = {name: value for name, value in setting.sampling.items() if value is not None}
+        if setting.method not in CALLS_PER_STEP:
+            del found["method"]  # the folder's scheduler, one of diffusers
+        write_defaults(place, **found)
         change_card(place, write_card)
     weights = f", with the weights {setting.ema}" if replaces else ""
     return f"Pipeline:  {folder} {'made' if is_new else 'has new defaults'}{weights}"

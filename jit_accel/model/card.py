@@ -92,8 +92,9 @@ def training_card(pipeline: JiTPipeline, record: Mapping, decay: str) -> str:
 
 def conversion_card(pipeline: JiTPipeline, name: str, set_name: str, facts: Mapping) -> str:
     """Return the card of a pipeline whose weights were converted from a checkpoint."""
-    config, scheduler = pipeline.transformer.config, pipeline.scheduler.config
-    sampling = {"prediction": scheduler.prediction_type, "noise_scale": scheduler.noise_scale, "t_eps": scheduler.t_eps}
+    config, objective = pipeline.transformer.config, pipeline.config.objective
+    sampling = {"prediction": objective["prediction_type"]}
+    sampling |= {name: objective[name] for name in ("noise_scale", "t_eps")}
     sampling |= {name: pipeline.config[name] for name in ("guidance_scale", "guidance_interval")}
     return _card(
         config.num_classes,

@@ -13,6 +13,8 @@ import os
 import sys
 from pathlib import Path
 
+import diffusers
+
 PACKAGE = "jit_accel"
 INDEX_FILE = "model_index.json"
 
@@ -34,13 +36,15 @@ def carry_code(folder: Path, pipeline_class: type) -> None:
     """Put the code of a pipeline just saved beside its weights, and name it in `model_index.json`."""
     index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
     index.pop("_name_or_path", None)  # where it was loaded from is nobody's business once it is shared
-    for name, value in index.items():
+    for name, value in list(index.items()):
         if (folder / name).is_dir() and (component := _our_class(*value)):
             (folder / name / f"jit_{name}.py").write_text(carried_source(component), encoding="utf-8")
             index[name] = [f"jit_{name}", component.__name__]
             if (config := folder / name / "config.json").is_file():
                 content = json.loads(config.read_text(encoding="utf-8"))
                 content.pop("_name_or_path", None)
+                # for `AutoModel`, by the folder of the network or by the pipeline's and the name of the subfolder
+                index["auto_map"] = content["auto_map"] = {"AutoModel": f"jit_{name}.{component.__name__}"}
                 config.write_text(json_text(content), encoding="utf-8")
     if _our_class(pipeline_class.__module__, pipeline_class.__name__):
         (folder / "pipeline.py").write_text(carried_source(pipeline_class), encoding="utf-8")
@@ -97,8 +101,22 @@ def _collect(module: str, imports: dict[str, None], parts: dict[str, str]) -> No
 class KeptCardMixin:
     """For a `DiffusionPipeline`: its model card goes along, where diffusers would write one that says nothing."""
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs):
+        """Take settings from `model_index.json`, where `auto_map` is for others."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Save as diffusers does, with the model card of this folder, else of the one that the pipeline came from."""
+        """Save as diffusers does, with the model card of this folder, else of the one that the pipeline came from.
+
+        Raises `ValueError` for a part whose class no other program could find again.
+        """
+        for name, part in self.components.items():
+            cls = type(getattr(part, "_orig_mod", part))  # what `torch.compile` wraps
+            is_found = getattr(diffusers, cls.__name__, None) is cls or _our_class(cls.__module__, cls.__name__)
+            if part is not None and not is_found:
+                remedy = "put one of diffusers or of this package in its place"
+                raise ValueError(f"{name} {cls.__name__} of {cls.__module__} could not be loaded again: {remedy}")
         places = [Path(str(place)) for place in (save_directory, self.config.get("_name_or_path")) if place]
         place = next((place for place in places if (place / "README.md").is_file()), None)
         files = [place / name for name in ("README.md", "samples.png")] if place else []

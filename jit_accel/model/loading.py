@@ -32,6 +32,7 @@ def build_pipeline(
     network: JiTTransformer2DModel, objective: ObjectiveConfig, class_names: list[str] | None, guidance_scale: float
 ) -> JiTPipeline:
     """Return the pipeline of a network that is or was trained with these settings."""
+    network.pipeline_settings = {}  # of the pipeline that weights to start from came from
     scheduler = JiTScheduler(objective.prediction, objective.t_eps, objective.noise_scale)
     return JiTPipeline(network, scheduler, class_names, guidance_scale)
 

@@ -1,8 +1,8 @@
 """`JiTPipeline`: class labels or names in, images out."""
 
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
@@ -27,12 +28,14 @@ from jit_accel.model.call_arguments import (
     start_images,
 )
 from jit_accel.model.carried_code import INDEX_FILE, KeptCardMixin, carry_code
-from jit_accel.model.scheduler import JiTScheduler
-from jit_accel.model.transformer import JiTTransformer2DModel
+from jit_accel.model.scheduler import FlowMatchDriver, JiTScheduler, is_own
+from jit_accel.model.transformer import JiTTransformer2DModel, evaluating
 
 Generators = torch.Generator | list[torch.Generator] | None
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 COMPONENTS = {"transformer": JiTTransformer2DModel, "scheduler": JiTScheduler}
+OBJECTIVE = ("prediction_type", "t_eps", "noise_scale")  # of a `JiTScheduler`
+PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 STEPS = 50  # where neither the call nor the pipeline says
 DOWNLOAD_SETTINGS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 
@@ -43,10 +46,14 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
     LoRA adapters are loaded and fused as by Sana's pipeline, whose only network is a `transformer` too.
 
     Args:
-        transformer, scheduler: the network and its ODE.
+        transformer, scheduler: the network and its ODE; also a flow-matching scheduler of diffusers.
         class_names: the name of each class, so that calls may use names.
         guidance_scale, guidance_interval, num_inference_steps, method: what a call uses that does not say otherwise.
             They are kept in `model_index.json` with the class names.
+        objective: what the network was trained with, where the scheduler is no `JiTScheduler`, which knows it:
+            {"prediction_type": "x", "t_eps": 0.05, "noise_scale": 1.0}.
+
+    What is left out is as in the pipeline that the network was in last, so `JiTPipeline(**pipe.components)` is like it.
 
     Example:
         >>> from jit_accel import JiTPipeline
@@ -61,14 +68,20 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
     def __init__(
         self,
         transformer: JiTTransformer2DModel | ModelMixin,  # the latter is one whose code came with a folder
-        scheduler: JiTScheduler,
+        scheduler: JiTScheduler | SchedulerMixin,
         class_names: list[str] | dict[str, str] | None = None,
-        guidance_scale: float = 1.0,
-        guidance_interval: list[float] | tuple[float, float] = (0.1, 1.0),
+        guidance_scale: float | None = None,
+        guidance_interval: list[float] | tuple[float, float] | None = None,
         num_inference_steps: int | None = None,
         method: str | None = None,
+        objective: dict | None = None,
     ):
         super().__init__()
+        own = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "method": method}
+        own |= {"num_inference_steps": num_inference_steps, "class_names": class_names, "objective": objective}
+        before = getattr(transformer, "pipeline_settings", {})
+        own = {name: before.get(name) if value is None else value for name, value in own.items()}
+        class_names, objective = own.pop("class_names"), own.pop("objective")
         num_classes = transformer.config.num_classes
         if isinstance(class_names, Mapping):  # as in model_index.json
             class_names = [class_names[number] for number in sorted(class_names, key=int)]
@@ -76,11 +89,17 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
             rule = f"has {len(class_names)} names, but the network has {num_classes} classes"
             raise ValueError(f"class_names {rule}: give one name for each, in the order of the labels")
         names = None if class_names is None else [str(name) for name in class_names]
-        own = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "method": method}
-        own["num_inference_steps"] = num_inference_steps
+        own = {name: checked_default(name, value) for name, value in own.items()}
+        objective = JiTScheduler(**(objective or {})).config
+        self.register_to_config(objective={name: objective[name] for name in OBJECTIVE}, class_names=names, **own)
         self.register_modules(transformer=transformer, scheduler=scheduler)
-        self.register_to_config(class_names=names, **{name: checked_default(name, own[name]) for name in own})
-        self._interrupt, self._num_timesteps = False, 0
+        transformer.pipeline_settings = {**own, "class_names": names, "objective": self.config.objective}
+        self._interrupt, self._num_timesteps, self._guidance_scale = False, 0, own["guidance_scale"]
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "scheduler" and is_own(value):  # others do not know what the network predicts
+            self.register_to_config(objective={name: value.config[name] for name in OBJECTIVE})
+        super().__setattr__(name, value)
 
     @classmethod
     def load_config(cls, *args, **kwargs):
@@ -88,6 +107,10 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config["_class_name"] = cls.__name__
+        if "objective" not in config and args:  # an older folder, perhaps for another scheduler than its own
+            file = Path(args[0]) / "scheduler" / "scheduler_config.json"
+            stated = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            config["objective"] = {name: stated[name] for name in OBJECTIVE if name in stated}
         for name, own in COMPONENTS.items():
             if config.get(name, (None, None))[1] == own.__name__:
                 config[name] = [own.__module__, own.__name__]
@@ -105,6 +128,14 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         super().save_config(save_directory, *args, **kwargs)
         carry_code(Path(save_directory), type(self))
 
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, **kwargs):
+        """Return the tensors of an adapter, read as by `load_lora_weights`. Raises `ValueError` for a pickle."""
+        file = kwargs.get("weight_name") or pretrained_model_name_or_path_or_dict
+        if kwargs.get("use_safetensors") is False or str(file).endswith(PICKLES):
+            raise ValueError(f"{file}: pickles are not read: give LoRA weights as safetensors")
+        return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **{**kwargs, "use_safetensors": True})
+
     def load_lora_weights(
         self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, hotswap: bool = False, **kwargs
     ) -> None:
@@ -115,13 +146,11 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
                 `runs/x/lora`; or its tensors, whose names begin with `transformer.`.
             adapter_name: what `set_adapters` calls it; diffusers makes one up.
             hotswap: put it in the place of the one of that name, without another compilation.
-            kwargs: such as `weight_name`, `subfolder`, `revision` or `token`.
 
         Raises `ValueError`: peft is not installed, or nothing there belongs to an adapter of this network.
         """
         source = pretrained_model_name_or_path_or_dict
         before = list(getattr(self.transformer, "peft_config", {}))
-        kwargs.setdefault("use_safetensors", True)  # never a pickle
         super().load_lora_weights(source, adapter_name, hotswap, **kwargs)
         if not hotswap and list(getattr(self.transformer, "peft_config", {})) == before:  # diffusers only warns
             name = "the given tensors" if isinstance(source, Mapping) else source
@@ -135,8 +164,23 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
 
     @property
     def num_timesteps(self) -> int:
-        """The calls of the network in the current or last call."""
+        """The ODE steps of the current or last call; a callback sees each under its number, from 0 on."""
         return self._num_timesteps
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance of the current or last call; what a callback sets acts from the next step on."""
+        return self._guidance_scale
+
+    @guidance_scale.setter
+    def guidance_scale(self, value: float) -> None:
+        self._guidance_scale = checked_scale(value)
+
+    def solver_name(self, method: str | None = None) -> str:
+        """Return the method of a call: the one it asks for, else the pipeline's; another scheduler is its own."""
+        if not is_own(self.scheduler):
+            return method or type(self.scheduler).__name__
+        return method or self.config.method or self.scheduler.config.solver
 
     @torch.no_grad()
     def __call__(
@@ -196,32 +240,34 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
             raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)}: there is only 'latents'")
         copies, device = checked_count("num_images_per_label", num_images_per_label), self._execution_device
         ids = [i for i in self.label_ids(class_labels) for _ in range(copies)]
-        field = self._field(ids, guidance_scale, guidance_interval)
+        self.guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        field = self._field(ids, guidance_interval)
         z = self.prepare_latents(len(ids), generator, latents, height, width).to(device)
-        self.scheduler.set_timesteps(steps, device=device, method=method or self.config.method, skip_steps=skipped)
-        z, keep_known = self._start(z, image, mask_image)
-        images = VaeImageProcessor().postprocess(
-            self._solve(z, field, keep_known, callback_on_step_end, asked), output_type
-        )
+        scheduler = self.scheduler
+        if not is_own(scheduler):
+            scheduler = FlowMatchDriver(scheduler, self.config.objective, generator)
+        scheduler.set_timesteps(steps, device=device, method=self.solver_name(method), skip_steps=skipped)
+        z, keep_known = self._start(scheduler, z, image, mask_image)
+        z = self._solve(scheduler, z, field, keep_known, callback_on_step_end, asked)
+        images = VaeImageProcessor().postprocess(z, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _field(self, ids: list[int], guidance_scale: float | None, guidance_interval: Sequence | None) -> Callable:
+    def _field(self, ids: list[int], guidance_interval: Sequence | None) -> Callable:
         """Return the guided prediction for these labels as a function of z, t, and t on the host."""
-        own, device = self.config, self._execution_device
-        scale = checked_scale(own.guidance_scale if guidance_scale is None else guidance_scale)
-        interval = checked_interval(own.guidance_interval if guidance_interval is None else guidance_interval)
+        interval = checked_interval(self.config.guidance_interval if guidance_interval is None else guidance_interval)
+        device = self._execution_device
         labels = torch.tensor(ids, dtype=torch.long, device=device)
         with_class = [row for row, i in enumerate(ids) if i != self.transformer.config.num_classes]
         guided = None if len(with_class) == len(ids) else torch.tensor(with_class, dtype=torch.long, device=device)
-        return lambda z, t, t_host: self.predict(z, t, labels, guidance_weight(t_host, scale, interval), guided)
+        # The scale is looked up at each call of the network: callbacks change it.
+        return lambda z, t, t_host: self.predict(
+            z, t, labels, guidance_weight(t_host, self._guidance_scale, interval), guided
+        )
 
-    def _solve(
-        self, z: Tensor, field: Callable, keep_known: Callable, callback: Callable | None, asked: Sequence[str]
-    ) -> Tensor:
+    def _solve(self, scheduler, z: Tensor, field: Callable, keep_known: Callable, callback, asked) -> Tensor:
         """Run the steps that the scheduler is set to, from z at their first t, along the network's output `field`."""
-        scheduler = self.scheduler
-        self._interrupt, self._num_timesteps = False, len(scheduler)
+        self._interrupt, self._num_timesteps = False, scheduler.num_steps
         steps_done, start_t = 0, None
         with evaluating(self.transformer), self.progress_bar(total=scheduler.num_steps) as progress:
             for t_host, t in zip(scheduler.call_times, scheduler.timesteps):
@@ -289,28 +335,16 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
             raise ValueError(f"generator {wrong[0]!r}: give a torch.Generator, or a list with one for each image")
         device = self._execution_device
         draws = [torch.randn(shape, generator=g, device=g.device if g is not None else device) for g in generators]
-        return torch.stack([draw.to(device) for draw in draws]) * self.scheduler.init_noise_sigma
+        return torch.stack([draw.to(device) for draw in draws]) * self.config.objective["noise_scale"]
 
-    def _start(self, noise: Tensor, image, mask_image) -> tuple[Tensor, Callable[[Tensor, float], Tensor]]:
+    def _start(self, scheduler, noise: Tensor, image, mask_image) -> tuple[Tensor, Callable[[Tensor, float], Tensor]]:
         """Return the state at the scheduler's first t, and a function that puts back what a mask keeps at any t."""
         if image is None:
             return noise, lambda z, t: z
         batch, size = len(noise), tuple(noise.shape[-2:])
         original = start_images(image, size, batch).to(noise.device)
-        z = self.scheduler.add_noise(original, noise, torch.tensor([self.scheduler.next_time]))
+        z = scheduler.add_noise(original, noise, torch.tensor([scheduler.next_time]))
         if mask_image is None:
             return z, lambda z, t: z
         repaint = repaint_mask(mask_image, size, batch).to(noise.device)
         return z, lambda z, t: torch.where(repaint, z, t * original + (1 - t) * noise)
-
-
-@contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout off for the block, and back to what it was: a trainer samples from the network it trains."""
-    trained = [part for part in module.modules() if part.training]  # a part may be frozen
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in trained:
-            part.training = True

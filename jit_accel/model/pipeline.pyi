@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Generic, Literal, TypedDict, TypeVar, overload
 
 import numpy as np
@@ -12,7 +11,7 @@ from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Unpack
 
 from jit_accel.model.call_arguments import Label, Picture
@@ -48,10 +47,11 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         transformer: JiTTransformer2DModel | ModelMixin,
         scheduler: SchedulerMixin,
         class_names: list[str] | dict[str, str] | None = None,
-        guidance_scale: float = 1.0,
-        guidance_interval: list[float] | tuple[float, float] = (0.1, 1.0),
+        guidance_scale: float | None = None,
+        guidance_interval: list[float] | tuple[float, float] | None = None,
         num_inference_steps: int | None = None,
         method: str | None = None,
+        objective: dict[str, Any] | None = None,
     ) -> None: ...
     @property
     def scheduler(self) -> JiTScheduler: ...
@@ -62,6 +62,8 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str: ...
     def save_config(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None: ...
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any: ...
     def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict: str | os.PathLike | Mapping[str, Tensor],
@@ -73,6 +75,11 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
     def interrupt(self) -> bool: ...
     @property
     def num_timesteps(self) -> int: ...
+    @property
+    def guidance_scale(self) -> float: ...
+    @guidance_scale.setter
+    def guidance_scale(self, value: float) -> None: ...
+    def solver_name(self, method: str | None = None) -> str: ...
     @overload
     def __call__(
         self,
@@ -188,5 +195,3 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
     def prepare_latents(
         self, batch: int, generator: Generators, latents: Noise, height: int | None, width: int | None
     ) -> Tensor: ...
-
-def evaluating(module: nn.Module) -> AbstractContextManager[None]: ...

@@ -1,6 +1,8 @@
 """The sampler's ODE as a diffusers scheduler: Euler and Heun from noise (t = 0) to a clean image (t = 1)."""
 
-from collections.abc import Collection
+import inspect
+import math
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 
 import torch
@@ -138,3 +140,59 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+
+def is_own(scheduler) -> bool:
+    """Return True for a `JiTScheduler`, also one whose code a folder brought."""
+    return hasattr(type(scheduler), "next_time")
+
+
+class FlowMatchDriver(JiTScheduler):
+    """A flow-matching scheduler of diffusers, driven as a `JiTScheduler` is.
+
+    Its sigma is 1 - t. It moves z / noise_scale, since it reckons with noise of deviation 1, and is given the velocity
+    towards the noise. The objective is what a `JiTScheduler` takes; a stochastic one draws from the generator.
+    """
+
+    def __init__(self, scheduler: SchedulerMixin, objective: Mapping, generator=None):
+        super().__init__(**objective)
+        self.driven, self.name = scheduler, type(scheduler).__name__
+        draws = "generator" in inspect.signature(scheduler.step).parameters
+        self._extra = {"generator": generator} if draws else {}
+
+    @property
+    def mid_step(self) -> bool:
+        return self._next_call < len(self._calls) and not getattr(self.driven, "state_in_first_order", True)
+
+    def set_timesteps(self, num_inference_steps: int, device=None, method: str | None = None, skip_steps: int = 0):
+        """Start a new trajectory on the scheduler's own grid. Raises `ValueError` for one that follows no such flow."""
+        if method not in (None, self.name):
+            raise ValueError(f"method {method!r}: the pipeline's scheduler is {self.name}: leave the method out")
+        scheduler, config = self.driven, self.driven.config
+        is_flow = config.get("use_flow_sigmas") or "FlowMatch" in str(type(scheduler).__mro__)
+        sigmas = []
+        if is_flow and not config.get("use_dynamic_shifting"):
+            if "prediction_type" in config:  # it is given this, whatever the network predicts
+                scheduler.register_to_config(prediction_type="flow_prediction")
+            scheduler.set_timesteps(num_inference_steps, device=device)
+            sigmas = scheduler.sigmas.tolist()
+        if not sigmas or sigmas != sorted(sigmas, reverse=True) or sigmas[0] > 1:
+            choices = "FlowMatchEulerDiscreteScheduler, or UniPC or DPM++ with use_flow_sigmas=True"
+            rule = "does not lead from noise to image by t x + (1 - t) e with its settings: take JiTScheduler, "
+            raise ValueError(f"scheduler {self.name} {rule}{choices} (no dynamic shifting, no other sigmas)")
+        self._forget(self.config.solver)
+        first = skip_steps * scheduler.order
+        scheduler.set_begin_index(first)
+        self.call_times = [1 - sigma for sigma in sigmas[first:-1]]
+        self._calls = list(zip(self.call_times, scheduler.timesteps[first:]))
+        self.num_steps = math.ceil(len(self._calls) / scheduler.order)
+        self.timesteps = torch.tensor(self.call_times, dtype=torch.float32, device=device)
+
+    def step(self, model_output: Tensor, timestep, sample: Tensor, return_dict: bool = True):
+        """Return the sample of the next model call, as `JiTScheduler.step` does."""
+        (t, own_timestep), scale = self._calls[self._next_call], self.config.noise_scale
+        self._next_call += 1
+        sample = in_float32(sample)
+        v = convert(in_float32(model_output), sample, t, self.config.prediction_type, "v", self.config.t_eps)
+        moved = self.driven.step(-v / scale, own_timestep, sample / scale, return_dict=False, **self._extra)[0] * scale
+        return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)

@@ -1,11 +1,17 @@
 """The JiT transformer (arXiv 2511.13720) as a diffusers model: a plain ViT on raw pixel patches."""
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -23,17 +29,24 @@ from jit_accel.model.functional import (
 
 
 class RMSNorm(nn.Module):
-    """The weight of a norm; what surrounds the norm is fused with it in `functional`.
+    """A norm, fused with the modulation behind it.
 
-    A call returns the weight, because hooks that move weights to the device (sequential offload) act on calls.
+    The weight is used inside a call alone: hooks bring it to the device for the time of a call (offloading).
     """
 
     def __init__(self, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self) -> Tensor:
-        return self.weight
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return modulated_rms_norm(x, self.weight, shift, scale)
+
+
+class RotatedRMSNorm(RMSNorm):
+    """A norm of queries or keys, fused with their rotation."""
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        return normalised_and_rotated(x, self.weight, rope)
 
 
 class PatchProjection(nn.Conv2d):
@@ -53,7 +66,6 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, sample: Tensor) -> Tensor:
         p = self.proj1.kernel_size[0]
-        sample = sample.to(self.proj1.weight.dtype)
         patches = sample.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
         return self.proj2(self.proj1(patches.flatten(3).flatten(1, 2)))
 
@@ -63,9 +75,9 @@ class TimestepEmbedding(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         angles = t.float()[:, None] * time_frequencies(t.device)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(dtype))
 
 
 class LabelEmbedding(nn.Module):
@@ -77,31 +89,41 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(labels)
 
 
-class Attention(nn.Module):
+class AttentionProcessor:
+    """The computation of an `Attention`, by the kernel that diffusers' `set_attention_backend` names here."""
+
+    _attention_backend = None  # PyTorch's SDPA, or what diffusers is set to
+
+    def __call__(self, attn: "Attention", x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
+        q, k = attn.q_norm(q, rope), attn.k_norm(k, rope)
+        dropout = attn.attn_dropout if attn.training else 0.0
+        attend = functools.partial(dispatch_attention_fn, dropout_p=dropout, backend=self._attention_backend)
+        if v.device.type == "cpu":
+            # SDPA in bf16 is slower than in float32 on CPUs, and autocast would choose bf16.
+            with torch.autocast("cpu", enabled=False):
+                out = attend(q, k, v.float())
+        else:
+            out = attend(q.to(v.dtype), k.to(v.dtype), v)
+        return attn.proj_dropout(attn.proj(out.flatten(2).to(x.dtype)))
+
+
+class Attention(nn.Module, AttentionModuleMixin):
+    _supports_qkv_fusion = False  # it is one matrix already
+
     def __init__(self, hidden_size: int, num_heads: int, attn_dropout: float, proj_dropout: float):
         super().__init__()
         self.num_heads = num_heads
         self.attn_dropout = attn_dropout
-        self.q_norm = RMSNorm(hidden_size // num_heads)
-        self.k_norm = RMSNorm(hidden_size // num_heads)
+        self.q_norm = RotatedRMSNorm(hidden_size // num_heads)
+        self.k_norm = RotatedRMSNorm(hidden_size // num_heads)
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
         self.proj_dropout = nn.Dropout(proj_dropout)
+        self.set_processor(AttentionProcessor())
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        q = normalised_and_rotated(q, self.q_norm(), rope)
-        k = normalised_and_rotated(k, self.k_norm(), rope)
-        out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.proj_dropout(self.proj(out.transpose(1, 2).flatten(2).to(x.dtype)))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        dropout = self.attn_dropout if self.training else 0.0
-        if v.device.type == "cpu":
-            # SDPA in bf16 is slower than in float32 on CPUs, and autocast would choose bf16.
-            with torch.autocast("cpu", enabled=False):
-                return F.scaled_dot_product_attention(q, k, v.float(), dropout_p=dropout)
-        return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, dropout_p=dropout)
+        return self.processor(self, x, rope)
 
 
 class SwiGLU(nn.Module):
@@ -128,9 +150,9 @@ class JiTBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Return (B, T, D) float32 from x (B, T, D) float32 and the condition c (B, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
-        attended = self.attn(modulated_rms_norm(x, self.norm1(), shift1, scale1), rope)
+        attended = self.attn(self.norm1(x, shift1, scale1), rope)
         x = torch.addcmul(x, gate1, attended)
-        mixed = self.mlp(modulated_rms_norm(x, self.norm2(), shift2, scale2))
+        mixed = self.mlp(self.norm2(x, shift2, scale2))
         return torch.addcmul(x, gate2, mixed)
 
 
@@ -143,7 +165,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        return self.linear(modulated_rms_norm(x, self.norm_final(), shift, scale))
+        return self.linear(self.norm_final(x, shift, scale))
 
 
 class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -193,13 +215,13 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """Take the sizes of a `config.json`, as diffusers does. Raises `UserError` for those of another JiT."""
+        """Take the sizes of a `config.json`, but not its `auto_map`. Raises `UserError` for those of another JiT."""
         if "sample_size" in config_dict:
             raise UserError(
                 "is the JiT proposed for diffusers (its pull request 13098), whose weights have other names: "
                 "`python -m jit_accel.convert --input FOLDER --output NEW` makes a pipeline of it."
             )
-        return super().extract_init_dict(config_dict, **kwargs)
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """Compile each block, as diffusers does, but with static shapes unless `dynamic` is given.
@@ -209,11 +231,17 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         kwargs.setdefault("dynamic", False)
         super().compile_repeated_blocks(*args, **kwargs)
 
+    @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines hand on what they find in the signature
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """Save as diffusers does. Raises `ValueError` with an adapter attached: diffusers could not read it again."""
+        """Save as diffusers does. Raises `ValueError` for a pickle, and with an adapter, which would be lost."""
+        if not kwargs.get("safe_serialization", True):
+            raise ValueError("safe_serialization False would write a pickle, which nothing here reads: leave it out")
         if getattr(self, "peft_config", None):
             remedy = "fuse_lora() and unload_lora_weights() first to save the weights with it, or save it alone with "
             raise ValueError(f"a LoRA adapter is attached: {remedy}save_lora_weights()")
+        variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
+        for end in (f"{variant}.safetensors", f".safetensors.index{variant}.json"):  # of parts that go
+            (Path(save_directory) / f"diffusion_pytorch_model{end}").unlink(missing_ok=True)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
@@ -255,9 +283,10 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if class_labels is None:
             class_labels = torch.full((batch,), config.num_classes, device=device)
 
+        # Computed in what layers return: weights may be stored in another dtype, as quantised ones are.
         y_emb = self.y_embedder(class_labels)
-        c = self.t_embedder(t) + y_emb
-        x = self.x_embedder(sample) + position_table(config.hidden_size, grid, trained_grid, device)
+        c = self.t_embedder(t, y_emb.dtype) + y_emb
+        x = self.x_embedder(sample.to(y_emb.dtype)) + position_table(config.hidden_size, grid, trained_grid, device)
 
         head_dim = config.hidden_size // config.num_heads
         prefix = 0
@@ -300,3 +329,15 @@ def build_model(
     given = {"proj_dropout": proj_dropout, "attn_dropout": attn_dropout}
     sizes = asdict(preset) | {name: p for name, p in given.items() if p is not None}
     return JiTTransformer2DModel(img_size=img_size, patch_size=patch_size, num_classes=num_classes, **sizes)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Switch dropout off for the block, and back to what it was: a trainer samples from the network it trains."""
+    trained = [part for part in module.modules() if part.training]  # a part may be frozen
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in trained:
+            part.training = True

@@ -1,6 +1,7 @@
 """Types of `transformer.py`: what a call of the network returns follows from `return_dict`."""
 
 import os
+from contextlib import AbstractContextManager
 from typing import Any, Literal, overload
 
 from diffusers.configuration_utils import ConfigMixin
@@ -63,3 +64,4 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 def build_model(
     name: str, img_size: int, num_classes: int, proj_dropout: float | None = None, attn_dropout: float | None = None
 ) -> JiTTransformer2DModel: ...
+def evaluating(module: nn.Module) -> AbstractContextManager[None]: ...

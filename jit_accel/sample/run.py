@@ -21,6 +21,7 @@ from jit_accel.data.formats.scan import SAMPLES_RECORD
 from jit_accel.model.generation import SamplerSettings, checked_side, generate_batches, share_of
 from jit_accel.model.loading import load_quietly
 from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.model.scheduler import CALLS_PER_STEP
 from jit_accel.sample import image_files
 from jit_accel.sample.image_plan import VERSION, ImageId, open_folder, plan_images
 from jit_accel.sample.settings import SampleConfig
@@ -68,6 +69,9 @@ class Sampling:
         self.size = tuple(checked_side(pipeline, getattr(config, flag), flag) for flag in sides)
         settings = {field.name: getattr(config, field.name) for field in fields(SamplerSettings)}
         self.settings = SamplerSettings(**settings).completed(pipeline)
+        for name in ("trajectory", "animation") if self.settings.method not in CALLS_PER_STEP else ():
+            if getattr(config, name):
+                raise UserError("shows equal steps, not those of the model's scheduler: leave it out.", about=name)
         self.folder = Path(config.output_dir).expanduser()
         self.batch_size = config.batch_size or (16 if accelerator.device.type == "cpu" else 64)
         place = self.folder, self.plan, self.size
@@ -108,7 +112,7 @@ class Sampling:
             guidance += " at {:g} < t < {:g}".format(*settings.guidance_interval)
         say(
             f"Sampling {total:,} images of {self.size[0]} x {self.size[1]} px{there}: {settings.num_inference_steps} "
-            f"{settings.method.capitalize()} steps, {guidance}, seed {config.seed}, on "
+            f"{settings.method[:1].upper()}{settings.method[1:]} steps, {guidance}, seed {config.seed}, on "
             f"{self.accelerator.num_processes} x {self.accelerator.device.type}, precision {self.precision} → "
             f"{self.folder}"
         )
@@ -182,6 +186,6 @@ class Sampling:
     def _follow(self, ids: list[ImageId], steps: list[int], show: image_files.Show) -> None:
         """Make images once more, and `show` how they come about."""
         noise = image_files.start_noise(self.pipeline, self.config.seed, [image.number for image in ids], *self.size)
-        t_eps = self.pipeline.scheduler.config.t_eps
+        t_eps = self.pipeline.config.objective["t_eps"]
         step_done = image_files.denoising(noise, self.settings.num_inference_steps, steps, show, t_eps)
         self._draw(ids, lambda *step: step_done(*step) or self._stop_here())

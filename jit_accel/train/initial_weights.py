@@ -43,8 +43,9 @@ class Initial:
     @property
     def start(self) -> Start:
         """The facts that complete the settings of a run that starts from these weights."""
-        scheduler, guidance_scale = self.pipeline.scheduler.config, self.pipeline.config.guidance_scale
-        return Start(self.path, self.network.config, scheduler.noise_scale, scheduler.prediction_type, guidance_scale)
+        config = self.pipeline.config
+        noise_scale, prediction = (config.objective[name] for name in ("noise_scale", "prediction_type"))
+        return Start(self.path, self.network.config, noise_scale, prediction, config.guidance_scale)
 
     def rows_for(self, names: Sequence[str] | None, num_classes: int) -> list[int | None]:
         """Return the row of each class in the source's label table: by name, where both have names, else by number."""

@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import patch_environment
+from diffusers import FlowMatchEulerDiscreteScheduler
 from golden import load_golden
 from helpers import Group
 from PIL import Image
@@ -118,6 +119,20 @@ def test_a_network_without_classes_makes_images_of_no_class(sample, tmp_path, ca
     assert "--classes 0: the model knows no classes" in capsys.readouterr().err
     with pytest.raises(ValueError, match="knows no classes"):
         pipe(0)
+
+
+def test_a_folder_with_a_scheduler_of_diffusers_is_sampled_by_it(sample, tmp_path, capsys):
+    pipe = JiTPipeline(load_golden("tiny").model(), FlowMatchEulerDiscreteScheduler())
+    pipe.save_pretrained(tmp_path / "flow")
+    flags = ("--model", str(tmp_path / "flow"), "--num_images", "1")
+    assert sample(*flags) == 0
+    assert "2 FlowMatchEulerDiscreteScheduler steps" in capsys.readouterr().out
+    ((_, images),) = generate_batches(pipe, [0], settings=SamplerSettings(2))
+    made = np.asarray(Image.open(next((tmp_path / "out").rglob("0*.png")))).astype(int)
+    assert np.abs(images[0].permute(1, 2, 0).numpy() - made).max() <= 1
+    for more, message in ((("--method", "heun"), "--method heun"), (("--trajectory",), "--trajectory")):
+        assert sample(*flags, *more, output="other") == 2
+        assert message in capsys.readouterr().err
 
 
 def test_folders_of_classes_are_safe_and_distinct_and_in_the_order_of_the_labels():
