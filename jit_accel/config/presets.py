@@ -55,10 +55,15 @@ def forward_macs(preset: Preset, patch_size: int, height: int, width: int) -> in
     """
     dim, tokens = preset.hidden_size, (height // patch_size) * (width // patch_size)
     pixels = patch_size * patch_size * preset.in_channels
-    block_macs_per_token = 4 * dim * dim + 3 * dim * swiglu_width(dim, preset.mlp_ratio)
     macs = TIME_FEATURES * dim + dim * dim
     macs += tokens * preset.bottleneck_dim * (pixels + dim)
     for i in range(preset.depth):
-        length = tokens + (preset.in_context_len if i >= preset.in_context_start else 0)
-        macs += 6 * dim * dim + length * block_macs_per_token + 2 * length * length * dim
+        macs += block_macs(preset, tokens + (preset.in_context_len if i >= preset.in_context_start else 0))
     return macs + 2 * dim * dim + tokens * dim * pixels
+
+
+def block_macs(preset: Preset, length: int) -> int:
+    """Multiply-adds of one block, of an image of this many tokens, counted as by `forward_macs`."""
+    dim = preset.hidden_size
+    macs_per_token = 4 * dim * dim + 3 * dim * swiglu_width(dim, preset.mlp_ratio) + 2 * length * dim
+    return 6 * dim * dim + length * macs_per_token

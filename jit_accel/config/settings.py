@@ -162,7 +162,7 @@ class RunConfig:
     val_images: int = 1024
     """How many images of the holdout val/loss is measured on."""
     dry_run: bool = False
-    """Everything up to the first step, one forward and backward, then exit; writes nothing."""
+    """Two steps, what time and memory the run will take, then exit; writes nothing."""
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,9 @@ class Evaluation:
 
     def record_of(self, measured: Measured) -> dict:
         """Return the record of the model with one setting."""
-        return {**self.about, **measured.place(), "metrics": measured.values}
+        record = {**self.about, **measured.place(), "metrics": measured.values}
+        is_few = measured.num_images <= self.evaluator.network.sizes[MAIN] and not self.config.few_on_card
+        return record | ({"on_card": False} if is_few else {})
 
     def measure_all(self, images: ImageSet | None) -> list[dict]:
         """Measure images that are there, or the model with guidance and without, and return a record of each."""
@@ -182,6 +184,8 @@ class Evaluation:
         folder = Path(self.candidate.weights).expanduser()
         if (folder / INDEX_FILE).is_file() and os.access(folder, os.W_OK):
             records.publish(found, folder, self.file)
+            if found[0].get("on_card") is False:
+                say("Card:    unchanged, since these are few images: --few_on_card shows them there all the same.")
 
     def run_sweep(self) -> None:
         """Measure the grid, write its files and records beside the file, and the winner into the pipeline folder."""

@@ -112,6 +112,8 @@ class EvaluateConfig:
     """torch.compile each block: faster after a slower start."""
     make_reference: str | None = None
     """Write the statistics of --reference to this .npz, a --reference of later; needs no model (default: none)."""
+    few_on_card: bool = False
+    """Show results of so few images that they say little, too, on the pipeline folder's model card."""
     output: str | None = None
     """JSON file that the results are added to (default: evaluation.json in the model's folder, of a
     checkpoint in its run's)."""

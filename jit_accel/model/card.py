@@ -180,7 +180,8 @@ def read_evaluations(path: Path) -> list[tuple[dict[str, str], dict[str, float]]
         return []
     kept = []
     for record in records if isinstance(records, list) else [records]:
-        if isinstance(record, dict) and isinstance(record.get("metrics"), dict):
+        is_wanted = isinstance(record, dict) and record.get("on_card", True)
+        if is_wanted and isinstance(record.get("metrics"), dict):
             numbers = {str(k): v for k, v in record["metrics"].items() if is_number(v)}
             settings = record.get("settings")  # beside the numbers, or in a mapping of their own
             settings = settings if isinstance(settings, dict) else record

@@ -91,15 +91,15 @@ class WeightWatch:
 
     @torch.no_grad()
     def copy(self) -> list[Tensor]:
-        return [_local(weight).clone() for weight in self.weights]
+        return [local_part(weight).clone() for weight in self.weights]
 
     @torch.no_grad()
     def record(self, metrics: StepMetrics, before: list[Tensor]) -> None:
         """Keep the update ratio |w - before| / |w| and of each average the distance |w - average| / |w|."""
-        weights = [_local(weight) for weight in self.weights]
+        weights = [local_part(weight) for weight in self.weights]
         others = {table.UPDATE_RATIO: before}
         for decay, averages in self.averages.items():
-            others[table.EMA_DISTANCE.format(decay=decay)] = [_local(average) for average in averages]
+            others[table.EMA_DISTANCE.format(decay=decay)] = [local_part(average) for average in averages]
         size = squared_norm(weights)
         for key, tensors in others.items():
             metrics.record_occasional(key, squared_norm(torch._foreach_sub(weights, tensors)), size)
@@ -110,7 +110,7 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).square().sum()
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
 
 
@@ -137,11 +137,11 @@ class StepClock:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Leave the time of the block out: validation, samples, checkpoints are no training."""
-        began = self._now()
+        began = now(self.device)
         try:
             yield
         finally:
-            self.paused_s += self._now() - began
+            self.paused_s += now(self.device) - began
 
     def end_interval(self) -> tuple[list[float], float]:
         """Return the seconds of each step since the last call, pauses included, and of all of them without pauses.
@@ -155,10 +155,12 @@ class StepClock:
         durations_s[-1] += self.began - last  # the device was still at work when the host ended its last step
         return durations_s, max(1e-9, self.began - began - paused_s)
 
-    def _now(self) -> float:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        return time.perf_counter()
+
+def now(device: torch.device) -> float:
+    """Return the host's clock, in seconds, when the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 class EpochMetrics:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -137,6 +137,14 @@ class Monitor:
         self.steps.record(step, learning_rate, loss, grad_norm)
         self.clock.tick()
         self.progress.step_done()
+
+    def try_step(self, step: Callable[[], None]) -> tuple[float, float]:
+        """Return the loss of a `step` that nothing is written of, and its seconds; all processes together."""
+        self.progress = Progress(self.plan.total_steps, 0, False)
+        self.clock.start()
+        step()
+        (row,), _ = self.steps.flush(lambda values: self.accelerator.reduce(values, "mean"), [])
+        return row[table.TRAIN_LOSS], self.clock.end_interval()[1]
 
     def read(self, is_asked_to_stop: bool) -> Interval:
         """Read the kept metrics: the only place where the host waits for the device."""

@@ -72,6 +72,7 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
                 trainer.say(f"--resume auto: no checkpoint in {folder} yet, starting anew.")
             if config.run.dry_run:
                 return trainer.dry_run()
+            trainer.look_ahead()
             exit_code = trainer.run()
         if exit_code == 0 and config.hub.push_to_hub and accelerator.is_main_process:
             hub.share(folder / "pipeline", config.hub)  # last, so that nobody waits for the network

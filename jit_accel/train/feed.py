@@ -161,6 +161,7 @@ class Validation:
         counts = accelerator.gather(mine)
         self.num_images, self.most = int(counts.sum()), int(counts.max())
         self.draws = max(1, MIN_DRAWS // max(1, self.num_images))
+        self.passes = 2 * self.most * self.draws  # with the weights, and with their average
 
     def batches(self) -> Iterator[tuple[Batch, Tensor]]:
         """Yield (batch, weights): equally many on every process, since a sharded network needs all for each forward.

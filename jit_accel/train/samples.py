@@ -50,6 +50,15 @@ class AveragedSamples:
     seed: int  # of the noise
     batch_size: int  # images that a process makes at once
 
+    def passes_for(self, images: int, steps: int | None, *more_guidance: float) -> float:
+        """Return how many images each process passes forward for so many in `steps` of Heun, at each guidance."""
+        guidance, steps = (
+            {self.pipeline.config.guidance_scale, *more_guidance},
+            steps or self.settings.num_inference_steps,
+        )
+        calls = (2 * steps - 1) * sum(1 if scale == 1 else 2 for scale in guidance)
+        return images * calls / self.accelerator.num_processes
+
 
 @dataclass
 class SampleSheets(AveragedSamples):
@@ -60,6 +69,7 @@ class SampleSheets(AveragedSamples):
         count = min(num_classes, MAX_CLASSES)
         self.classes = [i * num_classes // count for i in range(count)]
         self.row_names = [self.pipeline.config.class_names[label] for label in self.classes]
+        self.passes = self.passes_for(len(self.classes) * SAMPLES_PER_CLASS, None)
 
     def caption(self, step: int) -> str:
         """Return a sheet in words."""
@@ -107,6 +117,7 @@ class SampleQuality(AveragedSamples):
     def __post_init__(self):
         accelerator, wanted, path = self.accelerator, self.evaluation, self.evaluation.eval_reference
         self.img_size = self.pipeline.transformer.config.img_size
+        self.passes = self.passes_for(wanted.eval_images, wanted.eval_num_inference_steps, 1.0)
         with renamed_settings(**NAMES):
             network = on_all(
                 accelerator,

@@ -23,9 +23,10 @@ from jit_accel.model.lora import refuse_other_base
 from jit_accel.model.objective import Objective
 from jit_accel.monitor.log import FAILED_FILE, INTERRUPTED_FILE, REPORT_FILE
 from jit_accel.monitor.metric_table import EMA_VAL_LOSS, EVAL, VAL_LOSS, part_of
-from jit_accel.monitor.monitor import Monitor
+from jit_accel.monitor.monitor import Monitor, peak_memory_gib
 from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed, Validation
+from jit_accel.train.forecast import StepCost, expected_cost, say_outlook, times_due
 from jit_accel.train.initial_weights import Tuning
 from jit_accel.train.optimizers import lr_at, set_lr
 from jit_accel.train.results import (
@@ -158,11 +159,23 @@ class Trainer:
             self.monitor.record(self.step, learning_rate, step_loss, grad_norm)
 
     def dry_run(self) -> int:
-        """Do one forward and backward, of which nothing is written. Returns the exit code."""
-        loss = self.loss(self.feed.next()).mean()
-        self.accelerator.backward(loss)
-        self.say(f"Dry run: loss {loss.item():.4f} after one forward and backward. Everything is in place.")
+        """Do two steps, of which nothing is written, and say what the run will take. Returns the exit code."""
+        loss, _ = self.monitor.try_step(self.train_step)  # which starts workers, compiles, and makes the state
+        _, seconds = self.monitor.try_step(self.train_step)
+        self.step -= 2
+        self.say(f"Dry run: loss {loss:.4f} in the first of two steps. Everything is in place.")
+        self.look_ahead(StepCost(seconds, peak_memory_gib(self.accelerator.device)))
         return 0
+
+    def look_ahead(self, cost: StepCost | None = None) -> None:
+        """Say what time and memory the steps ahead take, by this `cost`, or that of a block; all processes together."""
+        parts = {"sample": self.sheets, "validate": self.validation, "evaluate": self.quality}
+        counts = {o.name: times_due(o.every, self.step, self.plan.total_steps) for o in self.occasions}
+        forwards = sum(counts[name] * part.passes for name, part in parts.items() if part)
+        model, steps = self.facts.facts["settings"]["model"], self.plan.total_steps - self.step
+        if steps > 0:
+            cost = cost or expected_cost(self.network, self.optimizers, self.optim, self.accelerator)
+            say_outlook(cost, self.accelerator, steps, forwards, self.optim.batch_size, model)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the losses (B,) of a batch, all randomness following from its images' positions in the run."""

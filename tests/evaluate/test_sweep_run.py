@@ -165,12 +165,18 @@ def test_an_older_checkpoint_changes_nothing_but_the_runs_records(run, images, c
     assert (run / "sweep" / "sweep.json").exists()
 
 
-def test_the_results_of_a_runs_pipeline_stand_on_its_card(run, images):
-    flags = ("--features", "tiny", "--metrics", "fd", "--num_images", "4", "--num_inference_steps", "1")
-    assert evaluate_here("--model", str(run), "--reference", str(images), *flags, "--guidance_scale", "1") == 0
+@pytest.mark.parametrize(
+    ("flags", "is_shown"), [(["--num_images", "17"], True), (["--few_on_card"], True), ([], False)], ids=str
+)
+def test_the_results_of_a_runs_pipeline_stand_on_its_card_unless_images_are_few(run, images, capsys, flags, is_shown):
+    how = ("--features", "tiny", "--metrics", "fd", "--num_inference_steps", "1", "--guidance_scale", "1")
+    few = ("--num_images", "4", *flags)  # the features are 16 numbers
+    assert evaluate_here("--model", str(run), "--reference", str(images), *how, *few) == 0
     (record,) = json.loads((run / "evaluation.json").read_text())
     assert json.loads((run / "pipeline" / "evaluation.json").read_text())[0]["metrics"] == record["metrics"]
-    assert f"{record['metrics']['fd_tiny']:.5g}" in (run / "pipeline" / "README.md").read_text()
+    card = (run / "pipeline" / "README.md").read_text()
+    assert (f"{record['metrics']['fd_tiny']:.5g}" in card) is is_shown
+    assert ("--few_on_card" in capsys.readouterr().out) is not is_shown
 
 
 def sweep_in_process(rank: int, command: list[str], port: int, folder: str) -> None:

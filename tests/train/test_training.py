@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -96,7 +97,9 @@ def test_a_dry_run_writes_nothing(images, tmp_path, capsys):
     out = tmp_path / "run"
     assert train_here("--data_path", str(images), "--output_dir", str(out), "--dry_run") == 0
     assert not out.exists()
-    assert "Dry run: loss 1.5" in capsys.readouterr().out  # the first of the golden losses
+    printed = capsys.readouterr().out
+    assert "Dry run: loss 1.5" in printed  # the first of the golden losses
+    assert re.search(r"^Ahead:  about .*: 6 steps of .* s.*; about .* GiB of memory$", printed, re.MULTILINE)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory_even_with_dropout(images, tmp_path):

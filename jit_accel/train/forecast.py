@@ -1,0 +1,199 @@
+"""The time that a run will take and the memory it needs, said before it: a block is tried, the rest is arithmetic."""
+
+import math
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+
+from jit_accel.base.console import say, warn
+from jit_accel.base.devices import device_name
+from jit_accel.config.presets import block_macs, forward_macs
+from jit_accel.config.settings import OptimConfig
+from jit_accel.model.functional import rope_table
+from jit_accel.model.transformer import JiTBlock
+from jit_accel.monitor.metrics import local_part, now
+from jit_accel.train.averages import Ema
+from jit_accel.train.optimizers import build_optimizers, is_block_matrix, trainable
+
+TRIAL_S = 0.2  # of a block, to be believed
+# What is longer is warned of: on a CPU more than a night, elsewhere more than a month, since long runs are meant there.
+LONG_S, LONG_ELSEWHERE_S = {"cpu": 12 * 3600.0}, 30 * 86400.0
+GIB = 2**30
+UNITS = {"days": (86400, 4.0), "hours": (3600, 1.5), "minutes": (60, 1.5), "seconds": (1, 0.0)}  # and from how many on
+
+
+@dataclass(frozen=True)
+class BlockTrial:
+    """The cost of a block: forward and backward of an image, what is kept between them, an update of the weights."""
+
+    image_s: float
+    update_s: float
+    image_bytes: float
+    fixed_bytes: float  # kept whatever the number of images, such as weights in bf16
+    num_params: int
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """The cost of a step to a process."""
+
+    seconds: float
+    memory_gib: float  # at the peak
+    missing_gib: float = 0.0  # of it, where that much is not free
+
+
+def try_block(sizes, most_images: int, device: torch.device, autocast, optim: OptimConfig) -> BlockTrial:
+    """Try a block of a network of these `sizes` (its config) for a moment, on few images; `autocast()` is its context.
+
+    It has weights of its own and draws nothing at random: no run is changed by it.
+    """
+    with torch.device("meta"):
+        block = JiTBlock(sizes.hidden_size, sizes.num_heads, sizes.mlp_ratio, 0.0, 0.0)
+    block.to_empty(device=device)
+    for parameter in block.parameters():
+        nn.init.constant_(parameter, 0.01)
+    side, dim = sizes.img_size // sizes.patch_size, sizes.hidden_size
+    rope = rope_table(dim // sizes.num_heads, (side, side), side, sizes.in_context_len, device)
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+
+    def run(images: int) -> tuple[float, int]:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        x = torch.ones(images, side * side + sizes.in_context_len, dim, device=device, requires_grad=True)
+        began = now(device)
+        with autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            total = block(x, x[:, 0], rope).sum()
+        total.backward()
+        return now(device) - began, sum(size for place, size in kept.items() if place not in weights)
+
+    runs = {1: run(1)}  # which also warms up
+    while len(runs) == 1 or (max(runs) < most_images and sum(seconds for seconds, _ in runs.values()) < TRIAL_S):
+        images = max(2, min(2 * max(runs), most_images))
+        runs[images] = run(images)
+    *_, (before, (_, bytes_before)), (images, (_, kept_bytes)) = runs.items()
+    image_s = min(seconds / images for images, (seconds, _) in runs.items())
+    image_bytes = (kept_bytes - bytes_before) / (images - before)
+    optimizers = build_optimizers(nn.ModuleDict({"blocks": nn.ModuleList([block])}), optim)
+    averages = Ema(block, optim.ema_decays)
+    for _ in range(2):  # the first one makes the optimizer's state
+        began = now(device)
+        for optimizer in optimizers:
+            optimizer.step()
+        averages.update(1)
+        update_s = now(device) - began
+    num_params = sum(p.numel() for p in block.parameters())
+    return BlockTrial(image_s, update_s, image_bytes, kept_bytes - images * image_bytes, num_params)
+
+
+def cost_of_step(
+    trial: BlockTrial, network: nn.Module, optim: OptimConfig, micro_steps: int, *, stay: bool, has_state: bool = False
+) -> StepCost:
+    """Return the cost of a step by that of a block; its memory is what comes on top of that before the first step.
+
+    Gradients take the place that activations leave, unless they `stay` between backward passes; an optimizer that
+    `has_state` has it already.
+    """
+    sizes, batch, params = network.config, optim.batch_size, trainable(network)
+    counts = [(local_part(p).numel(), optim.optimizer == "muon" and is_block_matrix(name, p)) for name, p in params]
+    trained = sum(count for count, _ in counts)
+    length = (sizes.img_size // sizes.patch_size) ** 2 + sizes.in_context_len
+    blocks = forward_macs(sizes, sizes.patch_size, sizes.img_size, sizes.img_size) / block_macs(sizes, length)
+    passes = 3 if len(params) == len(list(network.parameters())) else 2  # frozen weights have no gradient
+    one_block = trial.fixed_bytes + batch * trial.image_bytes
+    activations = (sizes.depth + 1) * one_block
+    if network.gradient_checkpointing:
+        passes, activations = passes + 1, one_block + sizes.depth * batch * length * sizes.hidden_size * 4
+    seconds = micro_steps * batch * trial.image_s * blocks * passes / 3 + trial.update_s * trained / trial.num_params
+    gradients, state = 4 * trained, 0 if has_state else sum(count * (4 if is_muon else 8) for count, is_muon in counts)
+    return StepCost(seconds, (state + (activations + gradients if stay else max(activations, gradients))) / GIB)
+
+
+def expected_cost(network: nn.Module, optimizers: Iterable, optim: OptimConfig, accelerator) -> StepCost:
+    """Return what a step should cost this process, whose memory holds the weights and their averages already."""
+    device, micro_steps = accelerator.device, accelerator.gradient_accumulation_steps
+    used, free = used_gib(device), free_gib(device)
+    trial = try_block(network.config, optim.batch_size, device, accelerator.autocast, optim)
+    how = {"stay": micro_steps * accelerator.num_processes > 1, "has_state": any(each.state for each in optimizers)}
+    cost = cost_of_step(trial, network, optim, micro_steps, **how)
+    return StepCost(cost.seconds, used + cost.memory_gib, cost.memory_gib - free)
+
+
+def used_gib(device: torch.device) -> float:
+    """Return the memory in use: of a GPU's allocator, elsewhere of this process."""
+    used = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return used / GIB
+
+
+def free_gib(device: torch.device) -> float:
+    """Return how much more memory this process can have, also by a container's limit; inf where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / GIB
+    free = psutil.virtual_memory().available / GIB if device.type in ("cpu", "mps") else math.inf
+    with suppress(OSError, ValueError):  # no container, or "max"
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()) / GIB - used_gib(device))
+    return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def times_due(every: int, step: int, last_step: int) -> int:
+    """Return how often something happens from here on that is due every so many steps (0: never), and at the end."""
+    return (last_step // every - step // every + (last_step % every > 0)) if every else 1
+
+
+def in_words(seconds: float) -> str:
+    """Return a duration such as `about 70 hours`."""
+    unit, size = next((unit, size) for unit, (size, least) in UNITS.items() if seconds >= least * size)
+    return f"about {float(f'{seconds / size:.2g}'):g} {unit}"
+
+
+def outlook(
+    cost: StepCost, steps: int, forwards: float, images: int, model: str, device: torch.device, processes: int
+) -> tuple[str, list[str]]:
+    """Return a line on the `steps` ahead, and warnings, each with its remedy.
+
+    images: that a process trains on in a step; forwards: that it passes forward besides, to sample and to measure.
+    """
+    beside_s = forwards * cost.seconds / images / 3
+    total_s = steps * cost.seconds + beside_s
+    beside = f", {in_words(beside_s)} of it to sample and measure" if beside_s > 0.05 * total_s else ""
+    warnings = []
+    if total_s > LONG_S.get(device.type, LONG_ELSEWHERE_S):
+        is_cpu = device.type == "cpu"
+        count = processes * (torch.get_num_threads() if is_cpu else 1)
+        name = "core" if is_cpu else device_name(device)
+        where = f"this {name}" if count == 1 else f"these {count} {name}s"
+        warnings.append(
+            f"{steps:,} steps of {model} on {where}: {in_words(total_s)}{beside}. Choose fewer --max_steps, a smaller "
+            "--model, or larger patches; launch/recipes/my_images_cpu.yaml is made for a CPU."
+        )
+    if cost.missing_gib > 0:
+        warnings.append(
+            f"about {cost.memory_gib:.2g} GiB of memory are needed, {cost.missing_gib:.2g} GiB more than are free: "
+            "halve --batch_size and double --gradient_accumulation_steps, add --gradient_checkpointing, or choose a "
+            "smaller --model."
+        )
+    pace = f"{steps:,} steps of {cost.seconds:.2g} s"
+    return f"{in_words(total_s)}: {pace}{beside}; about {cost.memory_gib:.2g} GiB of memory", warnings
+
+
+def say_outlook(cost: StepCost, accelerator, steps: int, forwards: float, batch_size: int, model: str) -> None:
+    """Say the outlook of the process that has the highest cost, on the main one; all processes together."""
+    costs = gather_object([(cost.seconds, cost.memory_gib, cost.missing_gib)])
+    images = accelerator.gradient_accumulation_steps * batch_size
+    where = (accelerator.device, accelerator.num_processes)
+    line, warnings = outlook(StepCost(*map(max, zip(*costs))), steps, forwards, images, model, *where)
+    if accelerator.is_main_process:
+        say(f"Ahead:  {line}")
+        for warning in warnings:
+            warn(warning)
