@@ -1,4 +1,4 @@
-"""How fast the data path is here, by stage and in all, and how many GPUs that feeds.
+"""How fast the data path is here, by stage and in all, and whether that feeds a training on this machine.
 
 python benchmarks/loader.py --data_path photos --model JiT-B/16
 """
@@ -14,26 +14,28 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from jit_accel.base.devices import chosen_device
+from jit_accel.base.devices import DTYPES, chosen_device, chosen_precision, device_name
 from jit_accel.base.errors import UserError, message_of
 from jit_accel.config.presets import forward_macs, parse_model_name
-from jit_accel.config.settings import STREAMING
+from jit_accel.config.settings import STREAMING, OptimConfig
 from jit_accel.data import Source, open_images
 from jit_accel.data.batches.loader import num_cores, worker_memory_gib
 from jit_accel.data.batches.order import image_indices
 from jit_accel.data.batches.ready_batches import batches, waiting_advice
 from jit_accel.data.reading.decode import center_crop, plain_jpeg, to_rgb
 from jit_accel.data.reading.images import Stream
+from jit_accel.model.transformer import build_model
+from jit_accel.train.forecast import cost_of_step, try_block
 
 # Images/s of JiT-B/16 at 256 px, bf16 and compiled, on one H100; other models by their arithmetic.
 REFERENCE_MODEL, REFERENCE_SIZE, REFERENCE_RATE = "JiT-B/16", 256, 2600
-GPU_COUNTS = (1, 8)
 _SAMPLE_BYTES, _SAMPLE_IMAGES = 2**28, 1024  # kept from one stage for the next
 
 
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/loader.py",
-        description="How fast images are read, decoded and brought to the device, and how many GPUs that feeds.",
+        description="How fast images are read, decoded and brought to the device, and whether that feeds a training.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -69,6 +71,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--num_workers", type=int, help="measure this number of workers only (default: 0, 1, 2, 4, ... up to the cores)"
     )
+    add("--h100s", type=int, help="say what this number of H100 GPUs would need too, for a machine that is planned")
     add("--seconds", type=float, default=10.0, help="for each stage and number of workers (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write all figures to this file as well")
     return parser.parse_args(argv)
@@ -81,7 +84,7 @@ def check(args: argparse.Namespace) -> None:
         UserError: a value out of range, a model that does not go with the image size, a file that cannot be written.
     """
     _, patch_size = parse_model_name(args.model)
-    for name, least in (("img_size", 1), ("batch_size", 1), ("num_workers", 0)):
+    for name, least in (("img_size", 1), ("batch_size", 1), ("num_workers", 0), ("h100s", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"must be at least {least}.", about=name, value=value)
@@ -105,8 +108,9 @@ def check(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> dict:
     """Measure and print. Returns all figures."""
-    torch.set_num_threads(1)
     device, cores = chosen_device(), num_cores()
+    need = images_per_s_trained(args.model, args.img_size, args.batch_size, device)
+    torch.set_num_threads(1)
     how = {"img_size": args.img_size, "batch_size": args.batch_size, "device": device, "seconds": args.seconds}
     source = open_images(
         args.data_path,
@@ -125,12 +129,16 @@ def measure(args: argparse.Namespace) -> dict:
         runs.append(measure_loader(source, num_workers, **how))
         say(f"{num_workers:9} {runs[-1].images_per_s:9,.0f}")
     print_memory(runs[-1])
-    need = images_per_s_needed(args.model, args.img_size)
+    name = "CPU" if device.type == "cpu" else device_name(device)
     say(
-        f"\n{args.model} at {args.img_size} px takes about {need:,.0f} images/s on an H100: an estimate by its "
-        f"arithmetic, from the {REFERENCE_RATE:,} of {REFERENCE_MODEL} at {REFERENCE_SIZE} px."
+        f"\n{args.model} at {args.img_size} px takes about {in_digits(need)} images/s on this {name}: an estimate by "
+        "one of its blocks, tried here."
     )
-    verdicts = {gpus: verdict(gpus, need, runs, cores) for gpus in GPU_COUNTS}
+    counts = {1, 1 if device.type == "cpu" else torch.accelerator.device_count()}
+    verdicts = {f"{count} {name}": verdict(count, need, runs, cores, name) for count in sorted(counts)}
+    if args.h100s:
+        each = images_per_s_of_h100(args.model, args.img_size)
+        verdicts[f"{args.h100s} H100"] = verdict(args.h100s, each, runs, cores, "H100")
     for text, _ in verdicts.values():
         say(text)
     if not all(suffices for _, suffices in verdicts.values()):
@@ -143,8 +151,8 @@ def measure(args: argparse.Namespace) -> dict:
         "stages_images_per_s": stages.rates,
         "bytes_per_image": stages.bytes_per_image,
         "loader": [asdict(run) for run in runs],
-        "needed_images_per_s_per_gpu": need,
-        "verdicts": {gpus: text for gpus, (text, _) in verdicts.items()},
+        "needed_images_per_s_per_device": need,
+        "verdicts": {devices: text for devices, (text, _) in verdicts.items()},
     }
 
 
@@ -177,7 +185,22 @@ def print_memory(run: EndToEnd) -> None:
         )
 
 
-def images_per_s_needed(model: str, img_size: int) -> float:
+def images_per_s_trained(model: str, img_size: int, batch_size: int, device: torch.device) -> float:
+    """What this device trains a second with all cores, from a block of the model that is tried."""
+    optim = OptimConfig(batch_size=batch_size, ema_decays=("auto",))
+    with torch.device("meta"):
+        network = build_model(model, img_size=img_size, num_classes=1)
+    dtype = DTYPES.get(chosen_precision())
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+    trial = try_block(network.config, batch_size, device, autocast, optim)
+    return batch_size / cost_of_step(trial, network, optim, 1, stay=False).seconds
+
+
+def in_digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def images_per_s_of_h100(model: str, img_size: int) -> float:
     """What one H100 trains a second, from the matrix products of the model and of one that was measured."""
     return REFERENCE_RATE * _macs(REFERENCE_MODEL, REFERENCE_SIZE) / _macs(model, img_size)
 
@@ -187,16 +210,16 @@ def _macs(model: str, img_size: int) -> int:
     return forward_macs(preset, patch_size, img_size, img_size)
 
 
-def verdict(gpus: int, need_each: float, runs: list[EndToEnd], cores: int) -> tuple[str, bool]:
-    """What the measured loaders mean for so many GPUs fed by this machine, and whether they suffice.
+def verdict(count: int, need_each: float, runs: list[EndToEnd], cores: int, name: str) -> tuple[str, bool]:
+    """What the measured loaders mean for so many devices fed by this machine, and whether they suffice.
 
-    Each GPU's process has its own workers: those of all of them share the cores.
+    Each device's process has its own workers: those of all of them share the cores.
     """
-    need = gpus * need_each
-    text = f"{gpus} GPU{'s need' if gpus > 1 else ' needs'} {need:,.0f} images/s: "
+    need = count * need_each
+    text = f"{count} {name}{'s need' if count > 1 else ' needs'} {in_digits(need)} images/s: "
     fitting = [run.num_workers for run in runs if run.images_per_s >= need]
     if fitting:
-        workers = math.ceil(min(fitting) / gpus)
+        workers = math.ceil(min(fitting) / count)
         return f"{text}--num_workers {workers} suffices.", True
     best = max(run.images_per_s for run in runs)
     per_core = max(run.images_per_s / max(1, run.num_workers) for run in runs)

@@ -57,7 +57,7 @@ def data_of(kind, root):
 def test_every_stage_and_number_of_workers_is_printed(tmp_path, capsys, kind):
     path = data_of(kind, tmp_path / "data")
     report = tmp_path / "report.json"
-    assert main(["--data_path", str(path), *QUICK, "--json", str(report)]) == 0
+    assert main(["--data_path", str(path), *QUICK, "--h100s", "8", "--json", str(report)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     figures = json.loads(report.read_text())
     names = ["read", "decode", "crop", "collate"]
@@ -71,8 +71,9 @@ def test_every_stage_and_number_of_workers_is_printed(tmp_path, capsys, kind):
     assert figures["bytes_per_image"] == pytest.approx(len(png(0)), abs=10)
     text = " ".join(word for line in lines for word in line)
     assert "Memory of the largest of" in text
-    assert "1 GPU needs" in text
-    assert "8 GPUs need" in text
+    assert "images/s on this CPU: an estimate by one of its blocks, tried here." in text
+    assert "1 CPU needs" in text
+    assert "8 H100s need" in text
 
 
 def test_a_store_of_pixels_has_nothing_to_decode():
@@ -108,10 +109,10 @@ def test_the_decoded_squares_are_those_of_training(tmp_path):
     assert (benchmark._crop(benchmark._decode(buffer.getvalue()), 8) == decode_image(buffer.getvalue(), 8)).all()
 
 
-def test_what_a_gpu_needs_follows_the_arithmetic():
-    assert benchmark.images_per_s_needed("JiT-B/16", 256) == 2600
-    assert benchmark.images_per_s_needed("JiT-L/16", 256) == pytest.approx(2600 * 25.2 / 87.9, rel=0.01)
-    assert benchmark.images_per_s_needed("JiT-B/32", 512) == pytest.approx(2600 * 25.2 / 26, rel=0.02)
+def test_what_a_gpu_elsewhere_needs_follows_the_arithmetic():
+    assert benchmark.images_per_s_of_h100("JiT-B/16", 256) == 2600
+    assert benchmark.images_per_s_of_h100("JiT-L/16", 256) == pytest.approx(2600 * 25.2 / 87.9, rel=0.01)
+    assert benchmark.images_per_s_of_h100("JiT-B/32", 512) == pytest.approx(2600 * 25.2 / 26, rel=0.02)
 
 
 def loaders(rates):
@@ -128,7 +129,7 @@ def loaders(rates):
     ],
 )
 def test_the_verdict_counts_the_workers_of_each_process(gpus, rates, words, suffices):
-    text, is_enough = benchmark.verdict(gpus, 1000, loaders(rates), cores=4)
+    text, is_enough = benchmark.verdict(gpus, 1000, loaders(rates), cores=4, name="GPU")
     assert words in text
     assert is_enough is suffices
 
@@ -148,6 +149,7 @@ def test_worker_counts_end_with_all_cores():
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["--num_workers", "-1"], "--num_workers -1"),
         (["--seconds", "0"], "--seconds 0"),
+        (["--h100s", "0"], "--h100s 0: must be at least 1"),
         (["--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json: cannot be written"),
     ],
 )

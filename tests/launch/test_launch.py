@@ -151,7 +151,8 @@ def test_each_recipe_is_complete_and_commented(path):
     config = parse_args(["--config", str(path), *([] if "data_path" in recipe else ["--data_path", "photos"])])
     flat = config.flat()
     written = yaml.safe_load(path.read_text())
-    for name, value in (yaml.safe_load(PAPER_BASE.read_text()) | written if "base" in written else written).items():
+    base = yaml.safe_load(path.with_name(written["base"]).read_text()) if "base" in written else {}
+    for name, value in (base | written).items():
         if name != "base":
             assert flat[name] == (list(map(str, value)) if name == "ema_decays" else value), name
     assert path.read_text().startswith("# ")
