@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import re
 import signal
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -88,8 +89,8 @@ def renamed_settings(**names: str) -> Iterator[None]:
 
 def nearest(name: str, choices: Iterable[object], prefix: str = "") -> str:
     """Return ` Did you mean 'x'?`, or nothing where no choice is like `name`; `prefix` stands before the choice."""
-    by_lower = {str(choice).lower(): choice for choice in choices}
-    match = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    by_lower = {unicodedata.normalize("NFC", str(choice)).lower(): choice for choice in choices}
+    match = difflib.get_close_matches(unicodedata.normalize("NFC", name).lower(), by_lower, n=1, cutoff=0.5)
     return f" Did you mean '{prefix}{by_lower[match[0]]}'?" if match else ""
 
 

@@ -1,6 +1,8 @@
 """Images in named rows, to look at."""
 
+import unicodedata
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -23,23 +25,63 @@ def draw_rows(
         zoom = max_cell / max(height, width)
     cell_width, cell_height = max(1, round(width * zoom)), max(1, round(height * zoom))
     method = Image.Resampling.NEAREST if zoom >= 1 else Image.Resampling.BOX
-    font = ImageFont.load_default(max(12, min(cell_width, cell_height) // 6))
+    font_size = max(12, min(cell_width, cell_height) // 6)
     names = [_shortened(name) for name, _ in rows]
-    left = max(int(font.getlength(name)) for name in names) + 16
-    top = int(font.size * 1.5) if column_names else 0
+    left = max(int(font_for(name, font_size).getlength(name)) for name in names) + 16
+    top = int(font_size * 1.5) if column_names else 0
     columns = max(len(images) for _, images in rows)
     step_x, step_y = cell_width + GAP_PIXELS, cell_height + GAP_PIXELS
     sheet = Image.new("RGB", (left + columns * step_x, top + len(rows) * step_y), "white")
     draw = ImageDraw.Draw(sheet)
     for column, name in enumerate(column_names):
-        draw.text((left + column * step_x + cell_width // 2, top // 2), name, fill="black", font=font, anchor="mm")
+        place = (left + column * step_x + cell_width // 2, top // 2)
+        draw.text(place, name, fill="black", font=font_for(name, font_size), anchor="mm")
     for row, (name, (_, images)) in enumerate(zip(names, rows)):
         y = top + row * step_y
-        draw.text((left - 8, y + cell_height // 2), name, fill="black", font=font, anchor="rm")
+        place = (left - 8, y + cell_height // 2)
+        draw.text(place, name, fill="black", font=font_for(name, font_size), anchor="rm")
         for column, image in enumerate(images):
             picture = Image.fromarray(np.ascontiguousarray(image)).resize((cell_width, cell_height), method)
             sheet.paste(picture, (left + column * step_x, y))
     return sheet
+
+
+def legible(name: str, label: int) -> str:
+    """Return the name of a class where this system has a font with all its letters, else its number."""
+    name = unicodedata.normalize("NFC", name)
+    return name if font_file(name) is not None else str(label)
+
+
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """Return a font with the letters of `text`: Pillow's own where that has them."""
+    file = font_file(text)
+    return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
+
+
+@cache
+def font_file(text: str) -> str | None:
+    """Return a file of a font with the letters of `text`, "" for Pillow's own, which is enough for ASCII, else None."""
+    letters = {ord(letter) for letter in text if not letter.isascii() and letter != "…"}
+    return next((file for file in _fonts() if letters <= _letters_of(file)), None) if letters else ""
+
+
+@cache
+def _fonts() -> list[str]:
+    from matplotlib import font_manager, get_data_path
+
+    found = sorted(font_manager.findSystemFonts(), key=lambda file: ("Regular" not in file, file))
+    return [f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", *found]
+
+
+@cache
+def _letters_of(file: str) -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        font = FT2Font(file)
+        return frozenset(font.get_charmap() if font.scalable else ())
+    except (OSError, RuntimeError):  # no font that FreeType reads
+        return frozenset()
 
 
 def _shortened(name: str) -> str:

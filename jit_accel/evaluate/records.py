@@ -183,12 +183,10 @@ def edges(outcome: Outcome) -> str | None:
 
 def draw_sweep(outcome: Outcome, file) -> None:
     """Draw the metric over guidance as a PNG: curves of few images, dots of all, and a star for the winner."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure((8, 5), layout="constrained")
+    axes = figure.subplots()
     lines = curves_of(outcome.few or outcome.full, outcome)
     dots = curves_of(outcome.full, outcome) if outcome.few else {}
     for index, (name, points) in enumerate(lines.items()):
@@ -205,7 +203,6 @@ def draw_sweep(outcome: Outcome, file) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=150, format="png")
-    pyplot.close(figure)
 
 
 def curves_of(these: list[Measured], outcome: Outcome) -> dict[str, list[tuple[float, float]]]:

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import unicodedata
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
@@ -64,7 +65,8 @@ def _label_id(label: Label, num_classes: int, names: list[str] | None) -> int:
 
 
 def find_name(name: str, names: Sequence[str]) -> int | None:
-    """Return the place of a name in `names`; its case matters only among several that differ in nothing else."""
+    """Return the place of a name in `names`, in any form of Unicode; its case matters only among names alike."""
+    name, names = (unicodedata.normalize("NFC", name), [unicodedata.normalize("NFC", known) for known in names])
     if name in names:
         return names.index(name)
     lowered = [known.lower() for known in names]

@@ -220,7 +220,7 @@ def spread(num_steps: int, most: int) -> list[int]:
 
 def draw_grid(plan: SamplePlan, read: Callable[[ImageId], np.ndarray], path: Path) -> None:
     """Write a PNG of the first images of some classes, a named row each."""
-    rows = [(plan.name(label), [read(i) for i in ids]) for label, ids in plan.some(GRID_CLASSES, GRID_IMAGES)]
+    rows = [(plan.legible(label), [read(i) for i in ids]) for label, ids in plan.some(GRID_CLASSES, GRID_IMAGES)]
     _save(path, draw_rows(rows, max_cell=GRID_CELL_PIXELS), format="PNG")
 
 
@@ -237,7 +237,7 @@ def draw_strip(plan: SamplePlan, follow: Follow, num_steps: int, most: int, path
     images, columns = strip_images(plan, most), []
     follow(images, spread(num_steps, STRIP_COLUMNS), lambda *shown: columns.append(shown))
     rows = [
-        (f"{letter}: {plan.name(image.label)}", [column[which][i] for column in columns])
+        (f"{letter}: {plan.legible(image.label)}", [column[which][i] for column in columns])
         for i, image in enumerate(images)
         for which, letter in ((1, "z"), (2, "x"))
     ]
@@ -252,7 +252,7 @@ def draw_animation(plan: SamplePlan, follow: Follow, num_steps: int, most: int, 
 
     def show(t: float, z: np.ndarray, x: np.ndarray) -> None:
         left = iter(z)
-        frame = [(plan.name(label), [next(left) for _ in ids]) for label, ids in rows]
+        frame = [(plan.legible(label), [next(left) for _ in ids]) for label, ids in rows]
         frames.append(draw_rows(frame, max_cell=ANIMATION_CELL_PIXELS))
 
     follow([image for _, ids in rows for image in ids], spread(num_steps, MOST_FRAMES), show)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jit_accel.base.errors import UserError, changed_settings, nearest
+from jit_accel.base.image_rows import legible
 from jit_accel.config.settings import MOST_IMAGES
 from jit_accel.data.formats.scan import SAMPLES_RECORD
 from jit_accel.model.call_arguments import find_name
@@ -62,13 +63,19 @@ class SamplePlan:
         names = self.class_names or range(self.num_classes)
         return NO_CLASS if label == self.num_classes else str(names[label])
 
+    def legible(self, label: int) -> str:
+        """Return the class as it can be drawn."""
+        return legible(self.name(label), label)
+
     def folder(self, label: int) -> str:
         """Return the name of the class's folder, safe on every file system and distinct: the label comes first."""
         if label == self.num_classes:
             return NO_CLASS
         number = f"{label:0{max(3, len(str(self.num_classes - 1)))}d}"
-        plain = unicodedata.normalize("NFKD", self.class_names[label] if self.class_names else "")
-        name = re.sub(r"[^A-Za-z0-9]+", "-", plain.encode("ascii", "ignore").decode())[:40].strip("-")
+        plain = unicodedata.normalize("NFC", self.class_names[label] if self.class_names else "")
+        # Letters with their accents, numbers; a file system's 255 bytes hold 40 of any
+        words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in plain).split()
+        name = "-".join(words)[:40].strip("-")
         return f"{number}_{name}" if name else number
 
     def classes(self) -> list[dict]:
@@ -83,9 +90,9 @@ def plan_images(config: SampleConfig, num_classes: int, class_names: Sequence[st
     """Return the plan that the settings ask for; raise `UserError` for a class that does not exist."""
     labels = tuple(range(num_classes)) or (0,)  # without classes 0 is "no class"
     if config.classes:
-        known = {name.lower() for name in class_names or ()}
         # Commas divide names unless they belong to one.
-        parts = [[word] if word.lower() in known else word.split(",") for word in config.classes]
+        known = class_names or ()
+        parts = [word.split(",") if find_name(word, known) is None else [word] for word in config.classes]
         names = [part.strip() for words in parts for part in words if part.strip()]
         labels = tuple(sorted({label_of(name, num_classes, class_names) for name in names}))
         if not labels:
@@ -147,6 +154,7 @@ def holds_files(path: Path) -> bool:
 def _difference(folder: Path, now: dict) -> str | None:
     """Return how the images in a folder differ from those that are asked for now; more of them are no difference."""
     counts = {entry["label"]: entry["num_images"] for entry in now["classes"]}
+    folders = {entry["label"]: entry["folder"] for entry in now["classes"]}
     try:
         then = json.loads((folder / SAMPLES_RECORD).read_text(encoding="utf-8"))
         changed = changed_settings(then["settings"], now["settings"])
@@ -156,6 +164,8 @@ def _difference(folder: Path, now: dict) -> str | None:
             changed.append(f"--model: the weights of {new} are not those of {old} at that time")
         for entry in then["classes"]:
             before, count = entry["num_images"], counts.get(entry["label"], 0)
+            if folders.get(entry["label"], entry["folder"]) != entry["folder"]:
+                changed.append(f"an earlier version named a folder {entry['folder']}")
             if count < before and not changed:
                 images = f"{before} images of class {entry['name']} belong to it and {count} are asked for now"
                 changed = [f"{images} (--classes, --num_images, --images_per_class)"]

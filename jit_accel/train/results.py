@@ -136,19 +136,16 @@ def is_exported(output_dir: Path, sheet: Path) -> bool:
 
 def draw_loss_curve(output_dir: Path) -> None:
     """Plot `train/loss` over the steps, raw and smoothed, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     rows = [row for row in iterate_metrics(output_dir) if isinstance(row.get(TRAIN_LOSS), float)]
     losses = pandas.Series({row["step"]: row[TRAIN_LOSS] for row in rows})
     memory = max(1.0, 0.02 * len(losses))  # a running mean over a fiftieth of the curve
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure((8, 4.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(losses.index, losses, color="#9ecae1", linewidth=0.8, label="each step")
     axes.plot(losses.index, losses.ewm(alpha=1 / memory).mean(), color="#08519c", linewidth=1.8, label="smoothed")
     axes.set(xlabel="optimizer step", ylabel="loss", yscale="log", title=TRAIN_LOSS)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(output_dir / CURVE_FILE, dpi=150)
-    pyplot.close(figure)

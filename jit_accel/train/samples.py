@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from jit_accel.base.console import say, warn
 from jit_accel.base.errors import UserError, message_of, renamed_settings
 from jit_accel.base.files import atomic_file
-from jit_accel.base.image_rows import draw_rows
+from jit_accel.base.image_rows import draw_rows, legible
 from jit_accel.base.processes import on_all, on_main
 from jit_accel.config.settings import EvalConfig, SheetConfig
 from jit_accel.data.formats.sources import Source, open_images
@@ -68,7 +68,7 @@ class SampleSheets(AveragedSamples):
         num_classes = self.pipeline.transformer.config.num_classes
         count = min(num_classes, MAX_CLASSES)
         self.classes = [i * num_classes // count for i in range(count)]
-        self.row_names = [self.pipeline.config.class_names[label] for label in self.classes]
+        self.row_names = [legible(self.pipeline.config.class_names[label], label) for label in self.classes]
         self.passes = self.passes_for(len(self.classes) * SAMPLES_PER_CLASS, None)
 
     def caption(self, step: int) -> str:

@@ -383,3 +383,11 @@ def test_cpu_offload_gives_the_same_images():
     images = pipe(0, 3, generator=seeded(), output_type="pt").images
     assert pipe.transformer.device.type == "cpu"
     assert torch.allclose(images.cpu(), expected, atol=1e-3)
+
+
+def test_names_of_classes_are_found_in_every_form_of_unicode():
+    names = ["cafe\u0301", "tea", "Stra\u00dfe", "\u00c9t\u00e9", "\u00e9t\u00e9"]
+    assert label_ids(["caf\u00e9", "cafe\u0301", "CAF\u00c9", "tea"], 5, names) == [0, 0, 0, 1]
+    assert label_ids(["E\u0301te\u0301", "e\u0301te\u0301"], 5, names) == [3, 4]
+    with pytest.raises(ValueError, match="Did you mean 'cafe\u0301'"):
+        label_ids("caf\u00e8", 5, names)
