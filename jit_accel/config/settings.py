@@ -33,6 +33,8 @@ class DataConfig:
     """Column of the class labels, also in metadata.csv (default: label, cls, ... where present; else unlabelled)."""
     split: str | None = None
     """Split to train on, where the data has several: train, train+validation, all, ... (default: train)."""
+    renumber_labels: bool = False
+    """Number the labels that occur 0, 1, 2, ..., where they begin at 1 or leave gaps."""
     streaming: Literal["auto", "true", "false"] = "auto"
     """Read in order instead of at random (auto: Parquet, WebDataset and Hub data stream, the rest does not)."""
     shuffle_buffer: int = 1024

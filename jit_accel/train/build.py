@@ -98,9 +98,11 @@ def build_trainer(
     initial, tuning = None, config.tune
     if tuning.init_from is not None and (checkpoint is None or tuning.lora_rank):
         initial = on_all(accelerator, lambda: read_initial(tuning.init_from), in_turn=True)
-    saved = read_run(checkpoint)["settings"] if checkpoint else {}
+    run = read_run(checkpoint) if checkpoint else {}
+    saved = run.get("settings", {})
     weights = initial.start if initial else None
     how = {"img_size": image_size(started(config, saved, weights)), "val_images": config.run.val_images}
+    how["class_names"] = run.get("class_names") or ()
     source, held_out = open_data(config.data, accelerator=accelerator, given=source, **how)
     if initial and tuning.lora_rank:
         initial.labels_for(source)  # of other classes it says so better than `complete` would

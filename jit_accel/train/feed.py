@@ -1,6 +1,6 @@
 """The data of a run: opened, fed to its steps, and held out for a loss that it is not trained on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -17,6 +17,7 @@ from jit_accel.data.batches.batch import Batch, PixelBatch, ready
 from jit_accel.data.batches.holdout import HeldOut, held_by_split, split_holdout
 from jit_accel.data.batches.loader import cores_per_process, worker_memory_gib
 from jit_accel.data.batches.ready_batches import WaitTime, batches, waiting_advice
+from jit_accel.data.formats.source import in_class_order
 from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.data.reading.splits import have_common
 from jit_accel.monitor.metric_table import WAIT_FRACTION, WORKER_MEMORY
@@ -27,14 +28,24 @@ MIN_DRAWS = 256  # of the validation: one time and noise an image say little whe
 
 
 def open_data(
-    data: DataConfig, *, img_size: int, val_images: int, accelerator: Accelerator, given: Source | None = None
+    data: DataConfig,
+    *,
+    img_size: int,
+    val_images: int,
+    accelerator: Accelerator,
+    given: Source | None = None,
+    class_names: Sequence[str] = (),
 ) -> tuple[Source, HeldOut | None]:
-    """Open the images to train on, unless given, and those held out; all processes get the same, or a `UserError`."""
+    """Open the images to train on, unless given, and those held out; all processes get the same, or a `UserError`.
+
+    class_names: the order of the classes in the checkpoint that the run goes on from.
+    """
 
     def open_and_split() -> tuple[Source, HeldOut | None]:
-        how = {name: getattr(data, name) for name in ("data_format", "image_column", "label_column")}
+        names = ("data_format", "image_column", "label_column", "renumber_labels")
+        how = {name: getattr(data, name) for name in names}
         open_split = partial(open_images, data.data_path, streaming=STREAMING[data.streaming], **how)
-        source = given or open_split(split=data.split)
+        source = in_class_order(given or open_split(split=data.split), class_names)
         if not data.holdout:
             return source, None
         part = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}

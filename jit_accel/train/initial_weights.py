@@ -1,5 +1,6 @@
 """Trained weights to start from: those that fit are kept, and the others are named."""
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,15 +51,17 @@ class Initial:
     def rows_for(self, names: Sequence[str] | None, num_classes: int) -> list[int | None]:
         """Return the row of each class in the source's label table: by name, where both have names, else by number."""
         if names and self.class_names:
-            row_of = {name: row for row, name in reversed(list(enumerate(self.class_names)))}
-            return [*(row_of.get(name) for name in names), *[None] * (num_classes - len(names))]
+            known = [unicodedata.normalize("NFC", name) for name in self.class_names]
+            row_of = {name: row for row, name in reversed(list(enumerate(known)))}
+            rows = [row_of.get(unicodedata.normalize("NFC", name)) for name in names]
+            return [*rows, *[None] * (num_classes - len(names))]
         if num_classes == self.network.config.num_classes:
             return list(range(num_classes))
         return [None] * num_classes
 
     def labels_for(self, source: Source) -> tuple[Tensor, list[str]]:
         """Return the source's class of each label, and their names; `UserError` if some are new to an adapter."""
-        count, names = self.network.config.num_classes, names_of(source) or ()
+        count, names = self.network.config.num_classes, names_of(source, self.class_names) or ()
         needed = max(source.num_classes or 0, len(source.class_names))
         rows = self.rows_for(names, count)[: len(names)] if self.class_names else []
         unknown = [name for name, row in zip(names, rows) if row is None]
@@ -175,7 +178,7 @@ def tune(
     if initial is None:
         return Tuning(source.class_names)
     rank = settings.lora_rank
-    done = transfer(initial, model, None if rank else names_of(source))
+    done = transfer(initial, model, None if rank else names_of(source, initial.class_names))
     lines = done.in_words(initial.path).splitlines()
     old, new = initial.network.config, model.config
     if new.img_size != old.img_size:
@@ -220,8 +223,13 @@ def refuse_what_an_adapter_cannot_learn(initial: Initial, done: Transfer, model:
         raise UserError(rule + remedy, about="lora_rank")
 
 
-def names_of(source: Source) -> tuple[str, ...] | None:
-    """Return the classes' names of a data set; None where it has none, or nothing to tell apart."""
+def names_of(source: Source, known: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return the classes' names of a data set; None where it has none, or nothing to tell apart.
+
+    Numbers are names where those `known` are such in another order, as earlier versions sorted them.
+    """
+    if source.is_labelled and len(source.class_names) > 1 and set(source.class_names) == set(known or ()):
+        return source.class_names
     return real_names(source.class_names) if source.is_labelled else None
 
 

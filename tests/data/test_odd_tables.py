@@ -152,8 +152,8 @@ def test_numbers_and_texts_are_not_labels_of_one_data_set(tmp_path, serve, is_re
 
 
 NO_LABELS = {
-    "float64": pa.array([0.0, 1.0] * (N // 2)),
-    "decimal128": pa.array([0, 1] * (N // 2)).cast(pa.decimal128(20, 0)),
+    "float64": pa.array([0.5, 1.0] * (N // 2)),
+    "decimal128": pa.array([0.5, 1.0] * (N // 2)).cast(pa.decimal128(20, 1)),
     "int64": pa.array([[1]] * N),
     "null": pa.nulls(N),
 }

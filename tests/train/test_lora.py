@@ -165,6 +165,8 @@ def data(names, is_labelled=True):
         (("a", "b", "c"), ("x", "y"), [0, 1, 2], ["x", "y", "c"]),  # new classes take the place of old ones
         (("a", "b", "c"), (), [0, 1, 2], ["a", "b", "c"]),
         (None, ("x", "y"), [0, 1, 2], ["x", "y"]),
+        (("1", "2", "0"), ("0", "1", "2"), [2, 0, 1], ["1", "2", "0"]),  # numbers as names, in another order
+        (("cafe\u0301", "b", "c"), ("caf\u00e9", "c"), [0, 2, 2], ["cafe\u0301", "b", "c"]),
     ],
 )
 def test_labels_of_an_adapters_data_are_the_sources_classes_of_those_names(source_names, names, labels, class_names):

@@ -5,7 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+from data_samples import png
 from helpers import read_metrics, state, train_here
+
+from jit_accel.data.formats import folder
 
 FLAGS = [
     *("--model", "JiT-XS/2", "--img_size", "8", "--learning_rate", "1e-2", "--num_inference_steps", "3"),
@@ -52,3 +55,19 @@ def test_a_stream_goes_on_with_its_weights_and_says_once_that_its_epoch_begins_a
     assert new.keys() == old.keys()
     changes = [(new[name] - old[name]).abs().max() for name in old if name.startswith("model/")]
     assert 0 < max(changes) < 3 * 1.1e-2  # of three steps at the learning rate
+
+
+def test_a_run_whose_folders_were_sorted_as_text_keeps_its_classes(tmp_path, monkeypatch, caplog):
+    for n in range(11):
+        (tmp_path / "d" / str(n)).mkdir(parents=True)
+        (tmp_path / "d" / str(n) / "0.png").write_bytes(png(n))
+    flags = ("--data_path", str(tmp_path / "d"), "--output_dir", str(tmp_path / "run"))
+    flags = (*flags, "--warmup_steps", "0", "--max_steps")
+    as_text = tuple(sorted(str(n) for n in range(11)))
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "named_classes", lambda names, _: ({name: i for i, name in enumerate(as_text)}, as_text))
+        assert train_here(*flags, "1") == 0
+    assert train_here(*flags, "2", "--resume", "auto") == 0
+    assert "classes stay in the order in which the run began" in caplog.text
+    names = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())["class_names"]
+    assert tuple(names[str(i)] for i in range(11)) == as_text

@@ -1,6 +1,8 @@
 """The columns of a table that are its images and labels, and the meaning of the labels."""
 
 import logging
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +18,10 @@ log = logging.getLogger(__name__)
 IMAGE_NAMES = ("image", "img", "png", "jpg", "jpeg", "webp", "picture", "photo", "pixel_values", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label", "category", "class_label", "target")
 MAX_CLASSES = 1_000_000  # more distinct numbers than this are ids, not classes
+_NO_CLASS = (
+    "--data_path %s: the column %r is %s, which is no class: the images train unlabelled. Write it as whole numbers or "
+    "text, or name another column with --label_column"
+)
 
 
 @dataclass(frozen=True)
@@ -25,11 +31,12 @@ class Columns:
     image: str
     label: str | None = None
     label_key: str | None = None  # where the label column holds JSON objects
-    label_ids: dict[str, int] | None = None  # where the labels are text
+    label_ids: dict[str | int, int] | None = None  # the class of each label, where that is not the label itself
     raw_size: int | None = None  # where images are bare pixels: uint8 (3, raw_size, raw_size)
     key: str | None = None  # where `content_key` was stored
     name: str | None = None  # where names are not stored with the images
     any_image: bool = False  # a sample of a tar file without `image` may have one of another ending
+    joined: frozenset[str] | None = None  # endings like "seg.png" of pictures that are no samples; None: all with dots
 
     @property
     def all(self) -> list[str]:
@@ -86,7 +93,8 @@ def find_columns(
         rule = f"none of the columns ({names}) is recognisable as the image: name it with --image_column."
         raise data_error(where, rule)
     named = [name for name in LABEL_NAMES if name in features and name != image]
-    label = label_column or next((name for name in (*named, *classes) if label_kind(features[name])), None)
+    kinds = {name: kind for name in (*named, *classes) if (kind := label_kind(features[name]))}
+    label = label_column or min(kinds, key=lambda name: kinds[name] == "float", default=None)  # floats may be scores
     is_image = not isinstance(features[image], pa.DataType)  # as which HF has no type
     is_label = label is None or (label != image and label_kind(features[label]) is not None)
     for about, column, is_fit, rule in (
@@ -97,31 +105,40 @@ def find_columns(
             rule = f"its type is {features[column]}; {rule}: choose another of the columns {names}."
             raise UserError(rule, about=about, value=column)
     if label is None and named:
-        rule = "--data_path %s: the column %r is %s, which is no class: the images train unlabelled. Write it as whole "
-        rule += "numbers or text, or name another column with --label_column"
-        log.warning(rule, where, named[0], features[named[0]])
+        log.warning(_NO_CLASS, where, named[0], features[named[0]])
     return Columns(image, label)
 
 
 def label_kind(feature: Any) -> str | None:
-    """Return the kind of labels of type `feature`: "class", "int" or "text"; None where they are no labels."""
+    """Return the kind of labels of type `feature`: "class", "int", "float" or "text"; None where they are no labels."""
     if isinstance(feature, ClassLabel):
         return "class"
     dtype = feature.dtype if isinstance(feature, Value) else ""
     if "int" in dtype or dtype == "bool":
         return "int"
+    if "float" in dtype or "decimal" in dtype:
+        return "float"
     return "text" if "string" in dtype else None
 
 
-def read_labels(feature: Any, values: Iterable, columns: Columns, where: str) -> tuple[Columns, tuple[str, ...]]:
-    """Return the columns with the classes of text labels, and the names of the classes, () where there are no values.
+def read_labels(
+    feature: Any, values: Iterable, columns: Columns, where: str, asked: str | None = None, renumber: bool = False
+) -> tuple[Columns, tuple[str, ...]]:
+    """Return the columns with the classes of labels, and the names of the classes, () where there are no values.
 
-    `feature` is the type of the labels, `values` holds all that differ, or the bounds of numbers. UserError if labels
-    are missing or negative, text and numbers are mixed, or numbers are ids and not classes.
+    `feature` is the type of the labels, `values` holds all that differ. Floats that are no whole numbers are no labels.
+    `renumber`: numbers that occur are numbered 0, 1, ...; else those that do not are warned of. UserError if labels are
+    missing or negative, text and numbers are mixed, numbers are ids and not classes, or the `asked` column has none.
     """
     if columns.label is None:
         return columns, ("image",)
-    kind, values = label_kind(feature), list(values)
+    kind, values = label_kind(feature), [None if value != value else value for value in values]  # NaN
+    if any(kind == "float" and value is not None and not float(value).is_integer() for value in values):
+        if asked:
+            rule = f"its type is {feature}, and not all are whole numbers: choose another column."
+            raise UserError(rule, about="label_column", value=asked)
+        log.warning(_NO_CLASS, where, columns.label, f"{feature} with fractions")
+        return replace(columns, label=None), ("image",)
     numbers = [value for value in values if value is not None and not isinstance(value, str)]
     odd = [value for value in values if isinstance(value, str) != (kind == "text")]
     least, largest = min(numbers, default=0), max(numbers, default=0)
@@ -140,11 +157,34 @@ def read_labels(feature: Any, values: Iterable, columns: Columns, where: str) ->
         if is_there:
             raise UserError(rule, about="label_column", value=columns.label_key or columns.label)
     if kind == "text":
-        names = tuple(sorted(values))
-        return replace(columns, label_ids={name: i for i, name in enumerate(names)}), names
-    if kind == "class":
-        return columns, tuple(feature.names)
-    return columns, numbered_classes(int(largest) + 1 if values else 0)
+        label_ids, names = named_classes(values, where)
+        return replace(columns, label_ids=label_ids), names
+    names = tuple(feature.names) if kind == "class" else numbered_classes(int(largest) + 1 if values else 0)
+    found = sorted({int(value) for value in values})
+    if renumber and values:
+        return replace(columns, label_ids={n: i for i, n in enumerate(found)}), tuple(names[n] for n in found)
+    if values and len(found) < len(names):
+        unused = [names[n] for n in sorted(set(range(len(names))).difference(found))]
+        rule = "--data_path %s: no image is of %d of the %d classes (%s%s), and samples of these will be noise: "
+        rule += "--renumber_labels leaves them out"
+        log.warning(rule, where, len(unused), len(names), ", ".join(unused[:5]), ", ..." * (len(unused) > 5))
+    return columns, names
+
+
+def named_classes(spellings: Iterable[str], where: str) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the class of each spelling, and the names: numbers in their order, else sorted by text.
+
+    A name is one class in whatever form of Unicode it is spelled.
+    """
+    spellings = list(spellings)
+    are_numbers = all(re.fullmatch("-?[0-9]{1,18}", text) for text in spellings)
+    spellings.sort(key=lambda text: (int(text) if are_numbers else 0, text))
+    names = tuple(dict.fromkeys(unicodedata.normalize("NFC", text) for text in spellings))
+    ids = {name: i for i, name in enumerate(names)}
+    if are_numbers and len(names) > 1 and (other := next((name for name in names if int(name) != ids[name]), None)):
+        rule = "--data_path %s: the classes' names are numbers, but not those of the classes: class %d is %r: use names"
+        log.warning(rule, where, ids[other], other)
+    return {text: ids[unicodedata.normalize("NFC", text)] for text in spellings}, names
 
 
 def numbered_classes(count: int) -> tuple[str, ...]:

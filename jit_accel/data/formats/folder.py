@@ -6,6 +6,7 @@ Our own walk, because HF's `imagefolder` takes folders named train or test for s
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, Image
 
 from jit_accel.data import data_error
-from jit_accel.data.formats.columns import Columns
+from jit_accel.data.formats.columns import Columns, named_classes
 from jit_accel.data.formats.metadata import labels_from_metadata
 from jit_accel.data.formats.scan import (
     IMAGE_EXTENSIONS,
@@ -33,6 +34,10 @@ log = logging.getLogger(__name__)
 # Pictures that Pillow cannot read: a folder full of them should not look empty.
 UNDECODABLE_EXTENSIONS = frozenset(
     [".heic", ".heif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"]
+)
+# Files that say what is in images, to people, or to other programs.
+_LABEL_FILE = re.compile(
+    r"(^|/)(metadata|labels?|annotations?|captions?|classes)\.\w+$|[.](csv|tsv|xlsx?|ods|jsonl)$", re.IGNORECASE
 )
 
 
@@ -63,9 +68,10 @@ def open_folder(request: Request) -> Source:
         raise data_error(root, _emptiness(scan))
     scan, inner, left_out = scan_of_splits(scan, request.split, root)
     if scan.metadata:
-        images, ids, names = labels_from_metadata(root, scan, request.label_column, left_out)
+        images, ids, names = labels_from_metadata(root, scan, request.label_column, left_out, request.renumber_labels)
     else:
-        request.refuse("label_column", reason="has no columns, without metadata.csv or metadata.jsonl")
+        reason = "has no columns, without metadata.csv or metadata.jsonl"
+        request.refuse("label_column", "renumber_labels", reason=reason)
         images, ids, names = _classify(root, scan.images, inner)
     identity = hash_strings(images, ["folder", str(len(images))])
     if scan.metadata and ids is not None:  # which class folders show in the paths
@@ -92,14 +98,14 @@ def _classify(
     if not len(in_folders):
         return images, None, ()
     folders = pc.list_element(pc.split_pattern(in_folders, "/", max_splits=1), 0)
-    names = tuple(sorted(pc.unique(folders).to_pylist()))
+    classes, names = named_classes(pc.unique(folders).to_pylist(), root)
     strays = len(images) - len(in_folders)
     if len(names) == 1:
         return images, None, () if strays else names
     if strays:
         log.warning("--data_path %s: %d images beside the class folders have no class: skipped", root, strays)
-    ids = pc.index_in(folders, value_set=pa.array(names)).to_numpy().astype(np.int64)
-    return images.filter(is_in_folder), ids, names
+    places = pc.index_in(folders, value_set=pa.array(list(classes)))
+    return images.filter(is_in_folder), np.array(list(classes.values()))[places.to_numpy()], names
 
 
 def hash_strings(strings: pa.ChunkedArray, head: Iterable[str] = ()) -> str:
@@ -139,3 +145,7 @@ def _report_unreadable(root: str, scan: FolderScan) -> None:
     if undecodable and len(scan.images):
         rule = "--data_path %s: %s cannot be decoded and are left out: convert them to JPEG or PNG"
         log.warning(rule, root, undecodable)
+    tables = [name for name in scan.others if _LABEL_FILE.search(name)]
+    if tables and len(scan.images) and not scan.metadata:
+        rule = "--data_path %s: %s is not read: labels come from metadata.csv (file_name,label) or names of folders"
+        log.warning(rule, root, ", ".join(tables[:3]))

@@ -1,4 +1,4 @@
-"""Labels of a folder's images from metadata.csv and metadata.jsonl, as HF's `imagefolder` reads them."""
+"""Labels of a folder's images from metadata.csv, .tsv, .jsonl and .parquet, as HF's `imagefolder` reads them."""
 
 import json
 import logging
@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+import pyarrow.parquet
 
 from jit_accel.base.errors import UserError
 from jit_accel.data import data_error
@@ -22,7 +23,7 @@ FILE_NAME = "file_name"
 
 
 def labels_from_metadata(
-    root: str, scan: FolderScan, label_column: str | None, left_out: pa.ChunkedArray
+    root: str, scan: FolderScan, label_column: str | None, left_out: pa.ChunkedArray, renumber: bool = False
 ) -> tuple[pa.ChunkedArray, np.ndarray | None, tuple[str, ...]]:
     """Return the images that the metadata files under `root` list, and their labels.
 
@@ -42,18 +43,25 @@ def labels_from_metadata(
     tables = [table.filter(is_wanted) for table, is_wanted in zip(tables, are_wanted)]
     paths = pa.chunked_array([listed.filter(is_wanted) for listed, is_wanted in zip(paths, are_wanted)], pa.string())
     places = pc.index_in(paths, value_set=scan.images)
+    if places.null_count:  # disks and files spell accents in different forms of Unicode
+        images, listed = (pc.utf8_normalize(some, form="NFC") for some in (scan.images, paths))
+        places = pc.coalesce(places, pc.index_in(listed, value_set=images))
     _report(root, scan, paths, places)
     if columns.label is None:
         return scan.images.take(np.unique(places.drop_null().to_numpy())), None, ()
-    found = [table.column(columns.label) for table in tables]
-    if len({of_file.type for of_file in found}) > 1:  # numbers in one file and text in another are text
-        found = [of_file.cast(pa.string()) for of_file in found]
+    parts = [table.column(columns.label) for table in tables]
+    if len({of_file.type for of_file in parts}) > 1:  # numbers in one file and text in another are text
+        parts = [of_file.cast(pa.string()) for of_file in parts]
     is_there = places.is_valid()
-    values = pa.chunked_array([chunk for of_file in found for chunk in of_file.chunks], found[0].type).filter(is_there)
+    values = pa.chunked_array([chunk for of_file in parts for chunk in of_file.chunks], parts[0].type).filter(is_there)
     feature = features_of(pa.schema([(columns.label, values.type)]))[columns.label]
-    columns, names = read_labels(feature, pc.unique(values).to_pylist(), columns, scan.metadata[0])
+    found = pc.unique(values).to_pylist()
+    columns, names = read_labels(feature, found, columns, scan.metadata[0], label_column, renumber)
+    if columns.label is None:
+        return scan.images.take(np.unique(places.drop_null().to_numpy())), None, ()
     if columns.label_ids is not None:
-        values = pc.index_in(values, value_set=pa.array(names, values.type))
+        numbers = pa.array(list(columns.label_ids.values()))
+        values = numbers.take(pc.index_in(values, value_set=pa.array(list(columns.label_ids), values.type)))
     places, ids = places.filter(is_there).to_numpy(), values.cast(pa.int64()).to_numpy()
     kept, first, which = np.unique(places, return_index=True, return_inverse=True)
     differing = np.unique(places[ids != ids[first][which]])
@@ -67,19 +75,22 @@ def labels_from_metadata(
 def _read(file: str, label_column: str | None) -> pa.Table:
     """Return a metadata file, without the columns of which there are several of one name, if none of them is needed."""
     try:
-        table = _read_csv(file) if file.endswith(".csv") else _read_jsonl(file)
+        table = READERS[os.path.splitext(file)[1].lower()](file)
+        counts = Counter(table.column_names)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise data_error(file, f"cannot be read ({error}): repair, rename or remove it.") from error
-    if FILE_NAME not in table.column_names:
+        raise data_error(file, f"cannot be read ({error}): repair it, save it as UTF-8, or remove it.") from error
+    if FILE_NAME not in counts:
         found = ", ".join(table.column_names) or "nothing"
         rule = f"it has no column {FILE_NAME!r} that says which image a row is about, only {found}: rename the column, "
         raise data_error(file, rule + "or rename the file if it is not meant for the images.")
     if not table.num_rows:
         raise data_error(file, "it lists no files: add rows, or remove it.")
-    counts = Counter(table.column_names)
     for name in (FILE_NAME, *([label_column] if label_column else LABEL_NAMES)):
         if counts[name] > 1:
             raise data_error(file, f"it has two columns named {name!r}: rename or remove one.")
+        if counts[name] and pa.types.is_binary(table.schema.field(name).type):  # what Arrow makes of it
+            rule = f"its column {name!r} is not in UTF-8 but in another encoding, such as Latin-1: save it as UTF-8."
+            raise data_error(file, rule)
     return table.select([number for number, name in enumerate(table.column_names) if counts[name] == 1])
 
 
@@ -87,7 +98,9 @@ def _read_csv(file: str) -> pa.Table:
     return pyarrow.csv.read_csv(
         file,
         read_options=pyarrow.csv.ReadOptions(use_threads=False),  # errors then tell the row
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        parse_options=pyarrow.csv.ParseOptions(
+            delimiter="\t" if file.lower().endswith(".tsv") else ",", newlines_in_values=True
+        ),
         convert_options=pyarrow.csv.ConvertOptions(
             column_types={FILE_NAME: pa.string()}, null_values=[""], strings_can_be_null=True
         ),
@@ -118,10 +131,18 @@ def _read_jsonl(file: str) -> pa.Table:
     return pa.table(columns)
 
 
+READERS = {
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".parquet": lambda file: pyarrow.parquet.read_table(file, use_threads=False),
+}
+
+
 def _find_columns(tables: list[pa.Table], names: list[str], wanted: str | None) -> Columns:
     shared = [name for name in tables[0].column_names if all(name in table.column_names for table in tables)]
     columns = find_columns(features_of(tables[0].select(shared).schema), FILE_NAME, wanted, names[0])
-    if columns.label is None:
+    if columns.label is None and not set(shared).intersection(LABEL_NAMES):
         others = ", ".join(name for name in shared if name != FILE_NAME) or "no column but file_name"
         rule = "%s has no column of labels (%s): the images train unlabelled; name one with --label_column."
         log.warning(rule, names[0], others)

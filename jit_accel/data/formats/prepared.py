@@ -48,7 +48,8 @@ def open_prepared(request: Request) -> Source:
     folder = request.path
     if not os.path.isdir(folder):
         raise missing_path(folder)
-    request.refuse("image_column", "label_column", reason="was prepared, its columns are known")
+    reason = "was prepared, its columns are known"
+    request.refuse("image_column", "label_column", "renumber_labels", reason=reason)
     index = read_index(folder)
     choose_splits({TRAIN: index["num_images"]}, request.split, folder)
     names = tuple(index["class_names"])

@@ -18,7 +18,8 @@ from jit_accel.data.reading.splits import ALL, TRAIN, choose_splits, find_splits
 
 IMAGE_EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 IMAGE_EXTENSIONS |= {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"}
-METADATA_NAMES = frozenset(["metadata.csv", "metadata.jsonl"])
+METADATA_NAMES = frozenset(["metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet"])  # in any case
+MOST_OTHERS = 100_000
 # What jit_accel.sample leaves beside its class folders: a record, and pictures that are no samples.
 SAMPLES_RECORD = "samples.json"
 SAMPLES_PICTURES = frozenset(["grid.png", "trajectory.png", "animation.gif", "animation.webp"])
@@ -38,6 +39,7 @@ class FolderScan:
     images: pa.ChunkedArray = field(default_factory=lambda: pa.chunked_array([], pa.string()))  # sorted
     metadata: list[str] = field(default_factory=list)  # files
     other_endings: Counter = field(default_factory=Counter)  # how many files of which other kinds
+    others: list[str] = field(default_factory=list)  # the first of them
     unreadable: list[str] = field(default_factory=list)  # "path (reason)"
     doubtful: list[str] = field(default_factory=list)  # what may become readable without any folder changing
     directories: dict[str, int] = field(default_factory=dict)  # every folder and when it last changed
@@ -56,13 +58,13 @@ def scan_folder(root: str) -> FolderScan:
             data = pa.BufferOutputStream()
             with pa.ipc.new_file(data, schema) as writer:
                 writer.write_table(pa.table([scan.images], schema=schema))
-            write_findings(findings_file("folder", os.path.realpath(root)), data.getvalue().to_pybytes())
+            write_findings(_findings_of(root), data.getvalue().to_pybytes())
     return scan
 
 
 def known_scan(root: str) -> FolderScan | None:
     """Return the kept scan of the folder `root`, if that is still true."""
-    data = read_findings(findings_file("folder", os.path.realpath(root)))
+    data = read_findings(_findings_of(root))
     if data is None:
         return None
     table = pa.ipc.open_file(data).read_all()
@@ -78,6 +80,10 @@ def known_scan(root: str) -> FolderScan | None:
     if is_better or changes != list(facts["directories"].values()):
         return None
     return FolderScan(table.column(0), **facts | {"other_endings": Counter(facts["other_endings"])})
+
+
+def _findings_of(root: str) -> str:
+    return findings_file("folder with others", os.path.realpath(root))
 
 
 def _changed_ns(info: os.stat_result) -> int:
@@ -142,10 +148,12 @@ def _list(folder: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[s
                 scan.doubtful.append(prefix + name)
             if kind == "folder" and is_utf8(name):
                 folders.append(name)
+            elif kind == "file" and name.lower() in METADATA_NAMES:
+                scan.metadata.append(prefix + name)
             elif kind != "folder" and ending not in IMAGE_EXTENSIONS:
                 scan.other_endings[ending or "no ending"] += 1
-                if name in METADATA_NAMES and kind == "file":
-                    scan.metadata.append(prefix + name)
+                if len(scan.others) < MOST_OTHERS and is_utf8(name):
+                    scan.others.append(prefix + name)
             elif not is_utf8(name):
                 scan.unreadable.append(f"{entry.path!a} (its name is not UTF-8)")
             elif kind != "file":

@@ -1,8 +1,10 @@
 """An opened data set, and the few things that its openers share."""
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+import logging
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from datasets import Dataset, Image
 
@@ -13,6 +15,8 @@ from jit_accel.data.reading.images import Images, Stream, TableImages
 from jit_accel.data.reading.shards import Shard
 from jit_accel.data.reading.splits import ALL, TRAIN
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -22,6 +26,7 @@ class Request:
     image_column: str | None = None
     label_column: str | None = None
     streaming: bool | None = None  # None: as suits the format
+    renumber_labels: bool = False
     split: str | None = None  # None: train, where there are several
 
     @property
@@ -76,6 +81,24 @@ def source_of(
         raise data_error(name, "the data set has no rows: choose one with images.")
     max_label = len(names) - 1 if names else None
     return Source(name, format, images, count, names, identity, max_label, images.is_labelled, size)
+
+
+def in_class_order(source: Source, names: Sequence[str]) -> Source:
+    """Return the data set with its classes in the order of `names`, in which a run began; as it is if they differ.
+
+    Earlier versions sorted folders that are numbers as text.
+    """
+    then, now = (
+        [unicodedata.normalize("NFC", name) for name in some]
+        for some in (names[: len(source.class_names)], source.class_names)
+    )
+    columns = getattr(source.images, "columns", None)
+    if columns is None or then == now or sorted(then) != sorted(set(now)):
+        return source
+    log.warning("--data_path %s: the classes stay in the order in which the run began: %s ...", source.name, then[:12])
+    places, ids = {name: i for i, name in enumerate(then)}, columns.label_ids or {i: i for i in range(len(now))}
+    columns = replace(columns, label_ids={label: places[now[i]] for label, i in ids.items()})
+    return replace(source, images=replace(source.images, columns=columns), class_names=tuple(then))
 
 
 def table_images(dataset: Dataset, columns: Columns) -> TableImages:

@@ -4,6 +4,7 @@ import glob
 import logging
 import os
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from jit_accel.base.errors import lookup
 from jit_accel.data import data_error
 from jit_accel.data.formats.folder import is_known_image_folder, open_folder
 from jit_accel.data.formats.prepared import is_prepared, open_prepared
-from jit_accel.data.formats.scan import has_images
+from jit_accel.data.formats.scan import METADATA_NAMES, has_images
 from jit_accel.data.formats.source import Request, Source, fingerprint_of
 from jit_accel.data.formats.tables import open_builtin, open_saved, open_table, open_tables, split_of
 from jit_accel.data.formats.tars import open_tars
@@ -34,6 +35,7 @@ def open_images(
     image_column: str | None = None,
     label_column: str | None = None,
     streaming: bool | None = None,
+    renumber_labels: bool = False,
     split: str | None = None,
 ) -> Source:
     """Open `--data_path`: a folder of images, Parquet or tar files, their URLs (`https://host/shard-{000..009}.tar`),
@@ -42,6 +44,7 @@ def open_images(
     Args:
         data_format: a key of `FORMATS`, or "auto" to tell by what is there.
         streaming: read sequentially (True), by random access (False), or as suits the format (None).
+        renumber_labels: number the labels that occur 0, 1, 2, ...
         split: of several splits one, as test, or some, train+test, or all; None: train.
 
     UserError for whatever is wrong with the path, the columns or the labels, found before any training.
@@ -51,12 +54,14 @@ def open_images(
     path = os.fspath(data_path)
     if not path.startswith("builtin:"):
         path = os.path.expanduser(path)
+        forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))  # of accents, as disks have them
+        path = next((form for form in (path, *forms) if os.path.exists(form)), path)
     lookup({"auto": None, **FORMATS}, data_format, "data_format")
     if data_format == "auto":
         data_format = detect_format(path)
     if is_url(path):
         lookup(dict.fromkeys(_BY_ENDING.values()), data_format, "data_format", rule="no format of URLs")
-    return FORMATS[data_format](Request(path, image_column, label_column, streaming, split))
+    return FORMATS[data_format](Request(path, image_column, label_column, streaming, renumber_labels, split))
 
 
 def detect_format(path: str) -> str:
@@ -90,7 +95,8 @@ def _detect_in_folder(folder: str) -> str:
         return "folder"
     for pattern in ("*", "**/*"):  # shards at the top, then images anywhere, then shards anywhere
         for ending, format in _BY_ENDING.items():
-            if glob.glob(os.path.join(glob.escape(folder), pattern + ending), recursive=True):
+            found = glob.iglob(os.path.join(glob.escape(folder), pattern + ending), recursive=True)
+            if any(os.path.basename(file).lower() not in METADATA_NAMES for file in found):
                 return format
         if pattern == "*" and has_images(folder):
             return "folder"

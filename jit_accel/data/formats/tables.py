@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value, concatenate_d
 
 from jit_accel.base.errors import UserError, lookup
 from jit_accel.data import data_error
-from jit_accel.data.formats.columns import Columns, features_of, find_columns, label_kind, read_labels
+from jit_accel.data.formats.columns import MAX_CLASSES, Columns, features_of, find_columns, label_kind, read_labels
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
 from jit_accel.data.reading.images import ParquetReader, Stream
 from jit_accel.data.reading.servers import at_once
@@ -72,7 +72,8 @@ def open_tables(
         rule = f"two columns are named {twice!r}: rename one, or choose others with --image_column and --label_column."
         raise data_error(request.path, rule)
     feature = features.get(columns.label)
-    columns, names = read_labels(feature, _values_of_labels(files, columns, feature), columns, request.path)
+    values = _values_of_labels(files, columns, feature, request.renumber_labels)
+    columns, names = read_labels(feature, values, columns, request.path, request.label_column, request.renumber_labels)
     rows = sum(file.footer.num_rows for file in files)
     head, sized = (["hub", request.path], ()) if format == "hub" else (["parquet"], shards)
     identity = fingerprint_of([*head, str(rows), *request.other_split], sized)
@@ -123,7 +124,8 @@ def open_table(request: Request, format: str, dataset: Dataset, identity: str) -
     """Open a table for random access; UserError for wrong columns or labels."""
     columns = find_columns(dataset.features, request.image_column, request.label_column, request.path)
     values = () if columns.label is None else dataset.unique(columns.label)
-    columns, names = read_labels(dataset.features.get(columns.label), values, columns, request.path)
+    feature, asked = dataset.features.get(columns.label), request.label_column
+    columns, names = read_labels(feature, values, columns, request.path, asked, request.renumber_labels)
     return _check_embedded(source_of(request.path, format, table_images(dataset, columns), names, identity))
 
 
@@ -187,14 +189,18 @@ def open_file(shard: Shard) -> TableFile:
         raise data_error(shard, f"not a readable Parquet file ({error}): remove or replace it.") from error
 
 
-def _values_of_labels(files: Sequence[TableFile], columns: Columns, feature: Any) -> set:
-    """Return the bounds of the labels by the footers, or all that differ by reading their column alone."""
+def _values_of_labels(files: Sequence[TableFile], columns: Columns, feature: Any, are_all: bool) -> set:
+    """Return the labels that differ by reading their column alone; of remote numbers those within the bounds of footers
+    unless `are_all` are wanted.
+    """
     column, file_of = columns.label, {file.shard: file for file in files}
     if column is None:
         return set()
-    values = None if label_kind(feature) == "text" else _bounds(files, column)
-    if values is not None:
-        return values
+    if files[0].shard.is_remote and not are_all and label_kind(feature) in ("class", "int"):
+        values = _bounds(files, column)
+        if values is not None:
+            numbers = [value for value in values if isinstance(value, int)] or [0]
+            return values | set(range(min(numbers), min(max(numbers), MAX_CLASSES)))
     found = remembered(
         f"parquet {column}", list(file_of), lambda shard: _different_values(shard, column, file_of[shard])
     )

@@ -3,13 +3,17 @@
 HF's own reader decodes all members, of which any that is broken ends the reading, and skips rows by reading them.
 """
 
+import contextlib
 import itertools
 import json
 import logging
 import os
+import posixpath
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -18,7 +22,7 @@ from datasets.packaged_modules.webdataset.webdataset import IMAGE_EXTENSIONS
 
 from jit_accel.base.errors import UserError, nearest
 from jit_accel.data import data_error
-from jit_accel.data.formats.columns import Columns, read_labels
+from jit_accel.data.formats.columns import Columns, named_classes, read_labels
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
 from jit_accel.data.reading import servers
 from jit_accel.data.reading.images import Stream
@@ -31,6 +35,8 @@ IMAGE_KEYS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", 
 _HF_KEYS = ("__key__", "__url__")  # which HF datasets adds to each sample
 _STEM_AND_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as HF datasets and webdataset split names
 _MOST_SAMPLES = 20  # that are looked at to find the endings
+_MOST_MEMBERS = 10_000  # that are looked at to find which endings with dots there are
+FOLDER = "/"  # in place of an ending: the label is the folder that a sample is in
 
 
 def open_tars(request: Request, format: str = "webdataset", shards: Sequence[Shard] = ()) -> Source:
@@ -40,17 +46,26 @@ def open_tars(request: Request, format: str = "webdataset", shards: Sequence[Sha
     UserError for no images in them, and labels that are not whole numbers from 0.
     """
     shards = shards or find_shards(request.path, ".tar", request.split)
-    sample = _first_sample(shards[0])
-    columns = _find_columns(sample, request)
+    asked = request.image_column
+    joined = None if asked and "." in asked else _joined_endings(shards[0])
+    stem, sample = _first_sample(shards[0], joined)
+    columns = replace(_find_columns(sample, request), joined=joined)
+    if unread := ", ".join(f".{key}" for key in sorted((joined or set()) - {columns.image})):
+        rule = "--data_path %s: samples have several pictures; .%s is read and %s is not: --image_column chooses"
+        log.warning(rule, request.path, columns.image, unread)
     if columns.image.rsplit(".", 1)[-1].lower() not in IMAGE_EXTENSIONS:
         rule = f"the members .{columns.image} of {request.path} are no images: choose another ending."
         raise UserError(rule, about="image_column", value=columns.image)
-    counts, values, kind = _listed_counts(shards, columns, sample), set(), Value("int64")
+    counts, values, kind = _listed_counts(shards, columns, stem, sample), set(), Value("int64")
     if counts is None:
         counts, values = _scan(shards, columns)
-        if any(isinstance(value, str) for value in values):
+        if any(value is not None and (isinstance(value, str) or not float(value).is_integer()) for value in values):
             kind, values = Value("string"), {value if value is None else str(value) for value in values}
-    columns, names = read_labels(kind, values, columns, request.path)
+    if columns.label == FOLDER:
+        columns, names = _classes_of_folders(values, columns, request.path)
+    else:
+        asked, renumber = request.label_column, request.renumber_labels
+        columns, names = read_labels(kind, values, columns, request.path, asked, renumber)
     identity = fingerprint_of(["webdataset", str(sum(counts)), *request.other_split], shards)
     if request.streaming is False:
         images = table_images(_load(shards, columns, kind, identity), columns)
@@ -59,12 +74,26 @@ def open_tars(request: Request, format: str = "webdataset", shards: Sequence[Sha
     return source_of(request.path, format, images, names, identity)
 
 
-def _first_sample(shard: Shard) -> dict[str, bytes]:
-    """Return the members by their endings of the first sample with an image, or of the very first if there is none."""
+def _joined_endings(shard: Shard) -> frozenset[str]:
+    """Return the endings of pictures, such as seg.png, that several samples have beside another.
+
+    Dots in front of others, and of numbers, belong to a name: "Screenshot at 10.15.30.png".
+    """
+    keys: dict[str, list[str]] = {}
     with at_hand(shard) as path:
-        samples = (sample for _, sample in itertools.islice(_samples(path), _MOST_SAMPLES))
-        first = next(samples, {})
-        return next((s for s in itertools.chain([first], samples) if any(map(_is_image, s))), first)
+        for _, _, stem, key in itertools.islice(_members(path), _MOST_MEMBERS):
+            if _is_image(key):
+                keys.setdefault(stem, []).append(key)
+    beside = Counter(key for of_stem in keys.values() if len(of_stem) > 1 for key in of_stem)
+    return frozenset(key for key, count in beside.items() if count > 1 and not key.partition(".")[0].isdigit())
+
+
+def _first_sample(shard: Shard, joined: frozenset[str] | None) -> tuple[str, dict[str, bytes]]:
+    """Return the stem of the first sample with an image, or of the very first, and its members by their endings."""
+    with at_hand(shard) as path:
+        samples = itertools.islice(_samples(path, joined), _MOST_SAMPLES)
+        first = next(samples, ("", {}))
+        return next((s for s in itertools.chain([first], samples) if any(map(_is_image, s[1]))), first)
 
 
 def _find_columns(sample: dict[str, bytes], request: Request) -> Columns:
@@ -92,15 +121,30 @@ def _find_columns(sample: dict[str, bytes], request: Request) -> Columns:
     if wanted is not None and label is None:
         rule = f"the first sample of {request.path} consists of {keys}: choose from these."
         raise UserError(rule, about="label_column", value=wanted)
-    return Columns(image, label, label_key, any_image=any_image)
+    return Columns(image, label or FOLDER, label_key, any_image=any_image)
 
 
-def _listed_counts(shards: Sequence[Shard], columns: Columns, sample: dict[str, bytes]) -> np.ndarray | None:
+def _classes_of_folders(folders: set[str], columns: Columns, where: str) -> tuple[Columns, tuple[str, ...]]:
+    """Return the columns with the classes of folders, as of a folder on disk that is the one around all images."""
+    around = posixpath.commonpath(folders or [""])
+    below = {folder: folder[len(around) :].strip("/").partition("/")[0] for folder in folders}
+    names = {folder: name for folder, name in below.items() if name}
+    classes, found = named_classes(set(names.values()), where) if len(set(names.values())) > 1 else ({}, ())
+    if not found or len(names) < len(below):
+        if found:
+            log.warning("--data_path %s: some images lie beside the class folders: all train unlabelled", where)
+        return replace(columns, label=None), ("image",)
+    log.warning("--data_path %s: the classes are the folders in the tar files: %s", where, ", ".join(found[:10]))
+    return replace(columns, label_ids={folder: classes[name] for folder, name in names.items()}), found
+
+
+def _listed_counts(shards: Sequence[Shard], columns: Columns, stem: str, sample: dict[str, bytes]) -> np.ndarray | None:
     """Return the images of each remote file as listed beside them, where no label has to be read to know its class.
 
     `sizes.json` maps file names to numbers; `index.json` of wids is {"shardlist": [{"url": ..., "nsamples": ...}]}.
     """
-    is_text = columns.label is not None and isinstance(_label_in(sample[columns.label], columns, str(shards[0])), str)
+    data = sample.get(columns.label)
+    is_text = "/" in stem if data is None else isinstance(_label_in(data, columns, str(shards[0])), str)
     if is_text or not shards[0].is_remote:
         return None
     folders, query = {shard.url.partition("?")[0].rpartition("/")[0] for shard in shards}, shards[0].url.partition("?")
@@ -131,7 +175,8 @@ def _read_counts(url: str) -> dict[str, int] | None:
 
 def _scan(shards: Sequence[Shard], columns: Columns) -> tuple[list[int], set]:
     """Return the samples of each file by the tars' headers, as counted now or before, and the different labels."""
-    kind = f"tar samples {columns.image} {columns.any_image} {columns.label} {columns.label_key}"
+    joined = columns.joined if columns.joined is None else sorted(columns.joined)
+    kind = f"tar samples {columns.image} {columns.any_image} {columns.label} {columns.label_key} {joined}"
     found = remembered(kind, shards, lambda shard: _scan_one(shard, columns))
     counts, lacking = ([facts[n] for facts in found] for n in (0, 2))
     if sum(lacking):
@@ -175,39 +220,45 @@ def _rows(columns: Columns, file: str, _: int = 0, start: int = 0) -> Iterator[d
     for _, image, label in _read(columns, file, start):
         row = {columns.image: image}
         if columns.label is not None:
-            label = str(label) if label is not None and columns.label_ids is not None else label
+            if isinstance(label, int | float):  # text, where some labels are
+                label = int(label) if columns.label_ids is None or label in columns.label_ids else str(label)
             row[columns.label] = label if columns.label_key is None else {columns.label_key: label}
         yield row
 
 
 def _read(
     columns: Columns, file: str, start: int = 0, has_bytes: bool = True
-) -> Iterator[tuple[str, dict | None, int | str | None]]:
+) -> Iterator[tuple[str, dict | None, float | str | None]]:
     """Yield (stem, image, label) of each sample from number `start` on."""
 
     def is_wanted(number: int, key: str) -> bool:
         return number >= start and (key == columns.label or (has_bytes and _is_image(key)))
 
-    for stem, sample in itertools.islice(_samples(file, is_wanted), start, None):
+    for stem, sample in itertools.islice(_samples(file, columns.joined, is_wanted), start, None):
         image = columns.image if columns.image in sample else None
         if image is None and columns.any_image:
             image = next((key for key in sample if key.lower() in IMAGE_KEYS), None)
         data, label = sample.get(columns.label), None
-        if data is not None:
+        if columns.label == FOLDER:
+            label = posixpath.dirname(posixpath.normpath(stem)).lstrip("/") if image else None
+        elif data is not None:
             label = _label_in(data, columns, f"{file}, {stem}.{columns.label}")
         yield stem, None if image is None else {"bytes": sample[image], "path": f"{stem}.{image}"}, label
 
 
 def _samples(
-    file: str, is_wanted: Callable[[int, str], bool] = lambda number, key: True
+    file: str, joined: frozenset[str] | None, is_wanted: Callable[[int, str], bool] = lambda number, key: True
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield (stem, the members by their endings) of each row that HF datasets makes of a tar file.
 
-    Members for which `is_wanted(number of the sample, ending)` does not hold are b"". UserError if it is damaged.
+    It is several rows where pictures with dots in their names are not `joined`. Members for which `is_wanted(number of
+    the sample, ending)` does not hold are b"". UserError if it is damaged.
     """
-    for number, (stem, of_stem) in enumerate(itertools.groupby(_members(file), key=lambda found: found[2])):
+    rows = itertools.groupby(_members(file), key=lambda found: found[2])
+    parts = (part for stem, row in rows if stem for part in _parts(list(row), joined))
+    for number, (stem, of_stem) in enumerate(parts):
         sample = {}
-        for tar, member, _, key in of_stem:
+        for tar, member, key in of_stem:
             if key in sample or key in _HF_KEYS:
                 rule = f"the sample {stem} has a second member {member.name}, or one of a name that HF datasets does "
                 raise data_error(file, rule + "not allow: write the file again without it.")
@@ -215,14 +266,31 @@ def _samples(
         yield stem, sample
 
 
+def _parts(row: list[tuple], joined: frozenset[str] | None) -> Iterable[tuple[str, list[tuple]]]:
+    """Return the samples (stem, [(tar, member, ending), ...]) in members that have one stem up to its first dot."""
+
+    def is_picture_of_its_own(key: str) -> bool:
+        return "." in key and joined is not None and key not in joined and _is_image(key)
+
+    stems = {f"{stem}.{key.rpartition('.')[0]}" for *_, stem, key in row if is_picture_of_its_own(key)}
+    parts: dict[str, list[tuple]] = {}
+    for tar, member, stem, key in row:
+        words = key.split(".") if stems else ()
+        longer = (f"{stem}.{'.'.join(words[:n])}" for n in range(len(words) - 1, 0, -1))
+        whole = next((name for name in longer if name in stems), stem)
+        parts.setdefault(whole, []).append((tar, member, f"{stem}.{key}"[len(whole) + 1 :]))
+    return parts.items()
+
+
 def _members(file: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo, str, str]]:
-    """Yield (tar, member, stem, key) of the members that HF datasets sees too."""
+    """Yield (tar, member, stem, key) of the members that HF datasets sees too, and one without a stem."""
     try:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
                 match = _STEM_AND_KEY.match(member.name)
                 if member.isfile() and match and not os.path.basename(member.name).startswith((".", "__")):
                     yield tar, member, match[1], match[2]
+            yield tar, None, "", ""  # so that the file is open while the last members are read
             # Python takes the end of a file, and a header that it cannot read, for the end of the archive.
             with open(file, "rb") as opened:
                 opened.seek(tar.offset)
@@ -238,16 +306,16 @@ def _is_image(key: str) -> bool:
     return key.rsplit(".", 1)[-1].lower() in IMAGE_KEYS
 
 
-def _label_in(data: bytes, columns: Columns, where: str) -> int | str | None:
+def _label_in(data: bytes, columns: Columns, where: str) -> float | str | None:
     """Return the label in the bytes of a member; UserError for a .cls file that holds no number."""
     if columns.label_key is not None:
         value = _load_json(data).get(columns.label_key)
-        return value if value is None or isinstance(value, int) else str(value)
-    try:
-        return int(data)
-    except ValueError as error:
-        rule = f"the class {data[:40]!r} is not a whole number, as .cls files must hold: write class numbers, or put "
-        raise data_error(where, rule + 'the names in .json files under "label".') from error
+        return value if value is None or isinstance(value, int | float) else str(value)
+    with contextlib.suppress(ValueError):
+        if (number := float(data)).is_integer():
+            return int(number)
+    rule = f"the class {data[:40]!r} is not a whole number, as .cls files must hold: write class numbers, or put "
+    raise data_error(where, rule + 'the names in .json files under "label".')
 
 
 def _load_json(data: bytes) -> dict:
