@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, Value
 from filelock import FileLock, Timeout
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from jit_accel.base.errors import UserError, changed_settings
 from jit_accel.base.files import atomic_file, disk_errors, move, sync, write_json
+from jit_accel.base.image_rows import font_file, font_for, legible
 from jit_accel.data.formats.columns import Columns
 from jit_accel.data.formats.prepared import INDEX, STORE_VERSION, UNFINISHED, files_of, read_index, sha256_of
 from jit_accel.data.reading.decode import decode_row
@@ -106,7 +107,10 @@ class OutputFolder:
         self._compare(json.loads(path.read_text(encoding="utf-8")), recorded, "was begun otherwise", remedy)
 
     def _compare(self, then: dict, now: dict, problem: str, remedy: str) -> None:
-        images = {"source_fingerprint": "the images of --data_path changed"}
+        images = {
+            "source_fingerprint": "the images of --data_path changed",
+            "class_names": "folders that are numbers were sorted as text, and are now sorted as numbers",
+        }
         if changed := changed_settings(then, now, images):
             remedy = f"use the same settings, or another --output_dir{remedy}."
             raise self._refusal(f"{problem}: {'; '.join(changed)}: {remedy}")
@@ -254,7 +258,7 @@ def first_images(folder: Path, shards: list[dict], layout: Layout, count: int) -
         else:
             images = (decode_row(row["image"], columns, layout.img_size) for row in rows)
         for row, image in zip(rows, images):
-            yield image, layout.class_names[row["label"]] if layout.is_labelled else ""
+            yield image, legible(layout.class_names[row["label"]], row["label"]) if layout.is_labelled else ""
         if (count := count - len(rows)) <= 0:
             return
 
@@ -264,7 +268,7 @@ def draw_sheet(folder: Path, shards: list[dict], layout: Layout) -> None:
     images = list(first_images(folder, shards, layout, SHEET_SIDE**2))
     size = layout.img_size
     cell = min(size * -(-_MIN_CELL_PIXELS // size), _MAX_CELL_PIXELS)
-    font, line, gap = ImageFont.load_default(12), 16, 4
+    line, gap = 16, 4
     columns = min(SHEET_SIDE, len(images))
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + line + gap) + gap), "white")
@@ -274,6 +278,7 @@ def draw_sheet(folder: Path, shards: list[dict], layout: Layout) -> None:
         left, top = gap + i % columns * (cell + gap), gap + i // columns * (cell + line + gap)
         picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
         sheet.paste(picture.resize((cell, cell), method), (left, top))
+        font = font_for(name, 12)
         draw.text((left, top + cell), _shortened(name, font, cell), fill="black", font=font)
     sheet.save(folder / "preview.png")
 
@@ -291,13 +296,16 @@ def draw_classes(folder: Path, counts: dict[str, int]) -> None:
     from matplotlib.figure import Figure
 
     named = len(counts) <= _MOST_NAMED_CLASSES
-    names, values = list(counts), list(counts.values())
+    names, values = [legible(name, i) for i, name in enumerate(counts)], list(counts.values())
     figure = Figure((8, max(2.0, 0.22 * len(names) + 1) if named else 4), dpi=100)
     axes = figure.subplots()
     if named:
         short = [name if len(name) <= 30 else name[:29] + "…" for name in names]
         axes.barh(range(len(names)), values)
         axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in short])
+        for text, name in zip(axes.get_yticklabels(), short):
+            if file := font_file(name):
+                text.set_fontproperties(Path(file))
         axes.invert_yaxis()
         axes.set_xlabel("images")
     else:

@@ -4,6 +4,7 @@ A source with random access is read in the shuffled order, a shard at a time. A 
 order: it is decoded, cropped and encoded into a spool first, from which the shards are then put together.
 """
 
+import csv
 import hashlib
 import multiprocessing
 import os
@@ -20,16 +21,19 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
 from jit_accel.base import rng
 from jit_accel.base.console import redacted
 from jit_accel.base.errors import Stopped, StopRequest, UserError
-from jit_accel.base.files import write_json
+from jit_accel.base.files import atomic_file, write_json
 from jit_accel.data.batches.loader import num_cores
 from jit_accel.data.formats.columns import numbered_classes
 from jit_accel.data.formats.prepared import INDEX, STORE_FORMAT, STORE_VERSION, files_of
+from jit_accel.data.formats.scan import scan_folder
 from jit_accel.data.formats.source import Source
 from jit_accel.data.formats.sources import open_images
 from jit_accel.prepare.encode import Encoded, Spool, encode_all, originals_at, originals_of, parts_of, write_part
@@ -57,9 +61,12 @@ def prepare(config: PrepareConfig) -> int:
         return verify(config.verify)
     output = OutputFolder(config.output_dir)
     output.check_place(os.path.expanduser(config.data_path))
-    how = {name: getattr(config, name) for name in ("data_format", "image_column", "label_column", "split")}
+    names = ("data_format", "image_column", "label_column", "renumber_labels", "split")
+    how = {name: getattr(config, name) for name in names}
     source = open_images(config.data_path, **how)
     recorded = config.recorded(_fingerprint(source))
+    if source.format == "folder" and list(source.class_names) != sorted(source.class_names):
+        recorded["class_names"] = list(source.class_names)  # which earlier versions sorted as text
     started, num_made = time.monotonic(), None
     index = output.finished(recorded)
     if index is None:
@@ -229,8 +236,44 @@ def _finish(work: Work, output: OutputFolder, num_shards: int, recorded: dict) -
     draw_classes(output.path, index["class_counts"])
     if layout.encoding != "uint8":
         (output.path / "README.md").write_text(_card(index), encoding="utf-8")
+    write_problems(output.path, shards, work.source, skipped)
     write_json(output.path / INDEX, index)
     return index
+
+
+def write_problems(folder: Path, shards: list[dict], source: Source, skipped: list[dict]) -> None:
+    """Write `problems.csv`: files that are no images, that are left out, or copies of others."""
+    found = [(image["name"], image["reason"]) for image in skipped] + list(_copies(folder, shards))
+    if source.format == "folder":
+        scan, root = scan_folder(source.name), os.path.join(os.path.abspath(source.name), "")
+        found += [(name, "no image, by its ending") for name in scan.others]
+        parts = (text.rpartition(" (") for text in scan.unreadable)
+        found += [(path.removeprefix(os.path.join(source.name, "")), reason[:-1]) for path, _, reason in parts]
+        used = source.images.dataset.data.column("image").combine_chunks().field("path")
+        unused = pc.binary_join_element_wise(root, scan.images, "")
+        unused = unused.filter(pc.invert(pc.is_in(unused, value_set=used))).to_pylist()
+        found += [(path.removeprefix(root), "left out: of another split, of no class, or not listed") for path in unused]
+    if found:
+        path = folder / "problems.csv"
+        with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("file", "problem"), *sorted(found)])
+        print(f"{len(found):,} files are no images, left out, or copies of others: see {path}.")
+
+
+def _copies(folder: Path, shards: list[dict]) -> Iterator[tuple[str, str]]:
+    """Yield the names of images that are stored twice or more, all but the first, which is named with them."""
+    names, keys, first = [], [], {}
+    for shard in shards:
+        with pq.ParquetFile(folder / shard.get("table", shard)["file"]) as parquet:
+            table = parquet.read(["key", "name", "image.path"], use_threads=False).flatten()
+        keys.append(table["key"].to_numpy())
+        names.append(table["image.path" if "image.path" in table.column_names else "name"])
+    keys, names = np.concatenate(keys), pa.chunked_array([chunk for some in names for chunk in some.chunks])
+    _, which, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    is_repeated = counts[which] > 1
+    for name, key in sorted(zip(names.filter(pa.array(is_repeated)).to_pylist(), keys[is_repeated].tolist())):
+        if first.setdefault(key, name) != name:
+            yield name, f"a copy of {first[key]} (the same size, beginning and end); both are stored"
 
 
 def _index(work: Work, entries: list[dict], skipped: list[dict], recorded: dict) -> dict:

@@ -40,6 +40,8 @@ class PrepareConfig:
     """Column of the class labels (default: label, cls, ... where present; else one class)."""
     split: str | None = None
     """Split to prepare, where the data has several: train, train+validation, all, ... (default: train)."""
+    renumber_labels: bool = False
+    """Number the labels that occur 0, 1, 2, ..., where they begin at 1 or leave gaps."""
     resize: Literal["exact", "fast"] = "exact"
     """exact: ADM's centre crop, as in training. fast: JPEGs are decoded at reduced size where that is enough, and the
     centre alone is scaled, in one step. Photos of 500 px to 256: 1.3 times as fast, the same pixels but for rounding;
@@ -58,6 +60,8 @@ class PrepareConfig:
         """Return what the result depends on."""
         left_out = ("data_path", "data_format", "split", "output_dir", "num_workers", "verify")
         settings = {name: value for name, value in asdict(self).items() if name not in left_out}
+        if not self.renumber_labels:  # as if there were no such setting, which older stores do not have
+            del settings["renumber_labels"]
         return {**settings, "quality": self.resolved_quality, "source_fingerprint": source_fingerprint}
 
     @property

@@ -37,7 +37,7 @@ from jit_accel.data.formats.prepared import PixelStore
 from jit_accel.data.formats.sources import open_images
 from jit_accel.data.reading.content import content_key, file_key
 from jit_accel.data.reading.decode import center_crop, decode_image
-from jit_accel.prepare import output
+from jit_accel.prepare import main, output
 from jit_accel.prepare.output import verify
 from jit_accel.prepare.settings import PrepareConfig
 
@@ -371,3 +371,44 @@ def test_an_index_names_only_files_in_its_folder(stores, tmp_path, place, name):
         open_images(store)
     assert f"data_path {store}" in str(caught.value)
     assert "no name of a file in this folder" in str(caught.value)
+
+
+# --- what is left out
+
+
+def test_a_file_lists_what_is_no_image_links_to_nothing_and_is_there_twice(tmp_path, capsys):
+    photos = tmp_path / "photos"
+    content = {"a/1.png": picture(1), "a/more/copy.png": picture(1), "a/2.png": picture(2), "b/3.png": picture(3)}
+    for name, data in (content | {"b/bad.png": b"none", "b/notes.txt": b"", "stray.png": picture(4)}).items():
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        (photos / name).write_bytes(data)
+    (photos / "b" / "dead.jpg").symlink_to(tmp_path / "gone.jpg")
+    expected = {
+        "file": "problem",
+        "a/more/copy.png": "a copy of a/1.png",
+        "b/bad.png": "not an image",
+        "b/dead.jpg": "a link to nothing",
+        "b/notes.txt": "no image, by its ending",
+        "stray.png": "no class",
+    }
+    for format in ("uint8", "jpeg"):
+        assert prepare(photos, tmp_path / format, "--format", format)["num_images"] == 4
+        said = f"5 files are no images, left out, or copies of others: see {tmp_path / format}"
+        assert said in capsys.readouterr().out
+        rows = [line.split(",") for line in (tmp_path / format / "problems.csv").read_text().splitlines()]
+        assert [row[0] for row in rows] == list(expected)
+        assert all(expected[row[0]] in "".join(row) for row in rows)
+
+
+def test_a_store_whose_folders_were_sorted_as_text_is_not_gone_on_with(tmp_path, capsys):
+    for n in range(11):
+        (tmp_path / "d" / str(n)).mkdir(parents=True)
+        (tmp_path / "d" / str(n) / "0.png").write_bytes(picture(n))
+    index = prepare(tmp_path / "d", tmp_path / "out")
+    assert index["class_names"] == [str(n) for n in range(11)]
+    assert prepare(tmp_path / "d", tmp_path / "out") == index
+    del index["settings"]["class_names"]
+    (tmp_path / "out" / "index.json").write_text(json.dumps(index))
+    flags = ("--data_path", str(tmp_path / "d"), "--output_dir", str(tmp_path / "out"), "--img_size", str(SIZE))
+    assert main([*flags, "--shard_images", "9"]) == 2
+    assert "are now sorted as numbers" in capsys.readouterr().err
