@@ -31,7 +31,8 @@ SPAWNER.set_forkserver_preload(["fork_server"])
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 # Metrics that differ from run to run.
-OF_TIME = ("data/", "perf/", "train/epoch_time", "train/samples_per_second", "health/data_starving")
+OF_TIME = ("data/", "perf/", "train/time", "train/elapsed", "train/epoch_time", "train/samples_per_second")
+OF_TIME += ("health/data_starving",)
 
 TINY = [
     *("--model", "JiT-XS/7", "--img_size", "28", "--batch_size", "4", "--max_steps", "6"),

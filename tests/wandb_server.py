@@ -34,6 +34,7 @@ class StoredRun:
     overwritten: int = 0
     files: dict[str, bytes] = field(default_factory=dict)
     alerts: list[dict] = field(default_factory=list)
+    artifacts: list[dict] = field(default_factory=list)
     exit_code: int | None = None
     is_preempting: bool = False
     starts: int = 0
@@ -176,6 +177,12 @@ class WandbServer:
             "SweepWithRuns": self._sweep,
             "CreateAgent": lambda variables: {"createAgent": {"agent": {"id": variables["sweep"]}}},
             "Heartbeat": self._heartbeat,
+            "ArtifactType": lambda variables: {"project": None},
+            "CreateArtifact": self._create_artifact,
+            "CreateArtifactManifest": self._create_manifest,
+            "CreateArtifactFiles": self._create_artifact_files,
+            "CommitArtifact": self._commit,
+            "ArtifactByID": self._artifact,
         }
         return answers[operation](variables) if operation in answers else {}
 
@@ -243,6 +250,54 @@ class WandbServer:
             program = yaml.safe_load(self.sweeps[variables["id"]].config)["program"]
             command = [{"type": "run", "run_id": run_id, "program": program, "args": trials.pop(run_id)}]
         return {"agentHeartbeat": {"agent": {"id": variables["id"]}, "commands": json.dumps(command)}}
+
+    # An artifact's id is that of its run and its number there, its files lie under that name.
+
+    def _create_artifact(self, variables: dict) -> dict:
+        wanted = variables["input"]
+        run = self.runs[wanted["runName"]]
+        run.artifacts.append(wanted | {"id": f"{wanted['runName']}.{len(run.artifacts)}", "state": "PENDING"})
+        found = {"id": run.artifacts[-1]["id"], "state": "PENDING"}
+        return {"createArtifact": {"artifact": found | {"artifactSequence": {"id": "S", "latestArtifact": None}}}}
+
+    def _upload(self, artifact_id: str, name: str) -> dict:
+        run_id = artifact_id.partition(".")[0]
+        url = f"http://127.0.0.1:{self.port}/storage/{run_id}/{artifact_id}/{name}"
+        return {"id": name, "name": name, "displayName": name, "uploadUrl": url, "uploadHeaders": []}
+
+    def _create_manifest(self, variables: dict) -> dict:
+        file = self._upload(variables["artifactID"], "wandb_manifest.json")
+        return {"createArtifactManifest": {"artifactManifest": {"id": "M", "file": file}}}
+
+    def _create_artifact_files(self, variables: dict) -> dict:
+        edges = []
+        for wanted in variables["input"]["artifactFiles"]:
+            node = self._upload(wanted["artifactID"], wanted["name"])
+            node |= {"uploadMultipartUrls": None, "storagePath": None, "artifact": {"id": wanted["artifactID"]}}
+            edges.append({"node": node})
+        return {"createArtifactFiles": {"files": {"edges": edges}}}
+
+    def _stored_artifact(self, artifact_id: str) -> dict:
+        return next(a for run in self.runs.values() for a in run.artifacts if a["id"] == artifact_id)
+
+    def _commit(self, variables: dict) -> dict:
+        found = self._stored_artifact(variables["artifactID"])
+        found["state"] = "COMMITTED"
+        return {"commitArtifact": {"artifact": {"id": found["id"], "digest": found["digest"]}}}
+
+    def _artifact(self, variables: dict) -> dict:
+        found = self._stored_artifact(variables["id"])
+        entity = {"id": "E", "name": found["entityName"]}
+        project = {"id": "P", "internalId": "P", "name": found["projectName"], "entity": entity}
+        collection = {"__typename": "ArtifactSequence", "id": "S", "name": found["artifactCollectionName"]}
+        known = {name: found[name] for name in ("id", "digest", "state", "metadata")}
+        return {
+            "artifact": known
+            | {"__typename": "Artifact", "artifactSequence": collection | {"project": project}, "versionIndex": 0}
+            | {"artifactType": {"name": found["artifactTypeName"]}, "description": None, "ttlDurationSeconds": -1}
+            | {"ttlIsInherited": False, "tags": [], "historyStep": None, "size": 1, "commitHash": "c", "fileCount": 1}
+            | {"createdAt": "2026-01-01T00:00:00Z", "updatedAt": None, "aliases": []}
+        }
 
     def stream(self, run_id: str, body: dict) -> None:
         """What `file_stream` brings: lines of files at an offset, and the end of the run."""

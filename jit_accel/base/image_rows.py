@@ -46,6 +46,23 @@ def draw_rows(
     return sheet
 
 
+def without_paper(sheet: Image.Image) -> tuple[Image.Image, int]:
+    """Make the paper see-through that `draw_rows` has put square images on, eight in each of at most ten rows.
+
+    Returns the picture, and the width in pixels of the names at its left; another picture as it is, and 0.
+    """
+    pixels = np.asarray(sheet)
+    height, width = pixels.shape[:2]
+    y, x = np.ogrid[:height, :width]
+    for cell in (height // rows for rows in range(1, 11) if height % rows == 0):
+        left = width - 8 * cell
+        is_gap = (x >= left) & ((y % cell >= cell - GAP_PIXELS) | ((x - left) % cell >= cell - GAP_PIXELS))
+        if left >= 16 and (pixels[is_gap] == 255).all() and np.ptp(pixels[:, :left], axis=2).max() == 0:
+            ink = np.where(x < left, 255 - pixels[..., 0], 255 * ~is_gap)
+            return Image.fromarray(np.dstack([pixels * (x >= left)[..., None], ink]).astype(np.uint8)), left
+    return sheet, 0
+
+
 def legible(name: str, label: int) -> str:
     """Return the name of a class where this system has a font with all its letters, else its number."""
     name = unicodedata.normalize("NFC", name)

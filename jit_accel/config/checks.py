@@ -110,6 +110,13 @@ def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
     for tag in s.wandb_tags:
         if not 1 <= len(tag.strip()) <= 64:
             yield "wandb_tags", f"W&B wants 1 to 64 characters a tag: shorten {tag!r}, or leave it out."
+    for name in ("wandb_log_model", "wandb_watch", "wandb_class_images"):
+        if getattr(s, name) and not s.use_wandb and "wandb" not in s.report_to:
+            yield name, "says what is sent to W&B, but nothing is: add --use_wandb."
+    if s.wandb_aliases and not s.wandb_log_model:
+        yield "wandb_aliases", "names an artifact, but none is sent: add --wandb_log_model."
+    if any(not alias.strip() or set(alias) & set("/:") for alias in s.wandb_aliases):
+        yield "wandb_aliases", "an alias of W&B has at least one character, and neither / nor : in it."
     if not 1 <= len(s.wandb_project) <= 128 or set(s.wandb_project) & set("/\\#?%:"):
         rule = "must have 1 to 128 characters, none of them / \\ # ? % or : (the team goes into --wandb_entity)."
         yield "wandb_project", rule

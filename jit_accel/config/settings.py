@@ -209,6 +209,14 @@ class TrackingConfig:
     """A longer description of the run (default: none)."""
     wandb_group: str | None = None
     """Runs of one group are shown together, such as the seeds of one setting (default: none)."""
+    wandb_log_model: bool = False
+    """Send the finished pipeline folder to W&B, as the artifact model-ID with the aliases latest and step_N."""
+    wandb_aliases: tuple[str, ...] = ()
+    """Further aliases of that artifact, such as best (default: none)."""
+    wandb_watch: Literal["gradients", "parameters", "all"] | None = None
+    """Send histograms of them to W&B, at step 1 and every tenth interval of log_every_steps (default: none)."""
+    wandb_class_images: bool = False
+    """Send the images of each sample sheet to W&B one by one too, by their class."""
     report_to: tuple[str, ...] = ()
     """More trackers: tensorboard, mlflow, ..., or package.module:Class, a GeneralTracker of yours (default: none)."""
     html_report: bool = True

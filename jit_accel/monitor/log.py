@@ -19,6 +19,7 @@ from jit_accel.base.files import append_json_lines, json_line, parse_json_line, 
 from jit_accel.monitor.metric_table import EPOCH, IMAGES_PER_SECOND, STEP_TIME, TRAIN_LOSS
 
 METRICS_FILE, REPORT_FILE = "metrics.jsonl", "report.html"
+URL_FILE = "wandb_url.txt"  # the page of a run in W&B, where it has one
 # Left by a run that a signal stopped, and by one that failed.
 INTERRUPTED_FILE, FAILED_FILE = "INTERRUPTED", "FAILED"
 # Rows that wait in memory for a disk with room.

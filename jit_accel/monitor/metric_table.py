@@ -54,6 +54,8 @@ AUTO_DECAY = row("ema/auto/decay", "decay of auto", "interval")
 
 EPOCH = row("train/epoch", "epoch", "step")
 IMAGES_SEEN = row("train/images_seen", "images seen", "step", thinned="nothing")
+TIME = row("train/time", "time of day", "step", unit="s", thinned="nothing")  # since 1970; a tracker's own where it can
+ELAPSED = row("train/elapsed", "time so far", "interval", unit="s")
 EPOCH_TIME = row("train/epoch_time", "time per epoch", "epoch", chart="epoch_time", unit="s")
 SAMPLES_PER_SECOND = row("train/samples_per_second", "images/s", "epoch", unit="images/s")
 
@@ -69,6 +71,7 @@ BAD_IMAGES = row("data/bad_images", "broken images", "interval", chart="bad_imag
 
 HEALTH = row("health/{kind}", "{kind}", "step", thinned="nothing")  # the kinds stand in health.py
 SAMPLES = row("samples/grid", "samples", "sample", thinned="nothing")
+SAMPLES_OF_CLASS = row("samples/class/{name}", "{name}", "sample", thinned="nothing")
 
 
 def metric_of(key: str) -> Metric | None:

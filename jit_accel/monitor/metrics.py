@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from jit_accel.monitor import metric_table as table
 
 T_BINS = 10
+HISTOGRAM_BINS = 64
 
 
 class StepMetrics:
@@ -105,6 +106,25 @@ class WeightWatch:
             metrics.record_occasional(key, squared_norm(torch._foreach_sub(weights, tensors)), size)
 
 
+@torch.no_grad()
+def histograms_of(params: dict[str, nn.Parameter], watched: str) -> dict[str, Tensor]:
+    """Count "gradients", "parameters" or "all" in `HISTOGRAM_BINS` bins each, this process's share, on the device.
+
+    Returns of each `gradients/<name>` and `parameters/<name>` its lowest value, its highest value, and the counts.
+    """
+    found = {}
+    for name, p in params.items():
+        for kind, tensor in (("gradients", p.grad), ("parameters", p)):
+            if watched in (kind, "all") and tensor is not None and _local(tensor).numel():
+                values = _local(tensor).float().flatten()
+                low, high = values.aminmax()
+                places = ((values - low) * (HISTOGRAM_BINS / (high - low))).nan_to_num().long()
+                counts = torch.zeros(HISTOGRAM_BINS, dtype=torch.long, device=values.device)
+                counts.scatter_add_(0, places.clamp(0, HISTOGRAM_BINS - 1), torch.ones_like(places))
+                found[f"{kind}/{name}"] = torch.cat([low[None], high[None], counts])
+    return found
+
+
 def squared_norm(tensors: list[Tensor]) -> Tensor:
     """Return the square of the L2 norm of all of them together, a scalar on the device."""
     return torch.stack(torch._foreach_norm(tensors)).square().sum()
@@ -172,6 +192,7 @@ class EpochMetrics:
 
     def __init__(self, num_images: int):
         self.num_images, self.images_seen = num_images, 0
+        self.elapsed_s: float | None = 0.0  # None: earlier starts did not count it
         self.best_loss: float | None = None
         self._begin()
 
@@ -182,6 +203,8 @@ class EpochMetrics:
         """Count a step of `batch` images; where an epoch ends with it, its metrics go into the row."""
         before, self.images_seen = self.images_seen, self.images_seen + batch
         row |= {table.IMAGES_SEEN: self.images_seen, table.EPOCH: self.images_seen / self.num_images}
+        if self.elapsed_s is not None:
+            self.elapsed_s += seconds
         self.loss_sum += row[table.TRAIN_LOSS] * batch
         self.seconds += seconds
         self.images += batch
@@ -195,7 +218,8 @@ class EpochMetrics:
 
     def state_dict(self) -> dict:
         """Return what the rest of an epoch that has begun needs."""
-        return {name: getattr(self, name) for name in ("images_seen", "loss_sum", "seconds", "images", "best_loss")}
+        names = ("images_seen", "elapsed_s", "loss_sum", "seconds", "images", "best_loss")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
+        vars(self).update({"elapsed_s": None} | state)

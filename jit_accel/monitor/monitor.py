@@ -3,16 +3,17 @@
 import contextlib
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from jit_accel.base.console import redacted, warn
+from jit_accel.base.console import redacted, say, warn
 from jit_accel.base.devices import device_name, peak_flops
 from jit_accel.base.errors import message_of
 from jit_accel.config.completion import Plan
@@ -21,7 +22,14 @@ from jit_accel.config.settings import HealthConfig, TrackingConfig
 from jit_accel.monitor import metric_table as table
 from jit_accel.monitor.health import Event, Health
 from jit_accel.monitor.log import FAILED_FILE, MetricsLog, Progress, ReportProcess
-from jit_accel.monitor.metrics import EpochMetrics, StepClock, StepMetrics, WeightWatch, of_each_process
+from jit_accel.monitor.metrics import (
+    EpochMetrics,
+    StepClock,
+    StepMetrics,
+    WeightWatch,
+    histograms_of,
+    of_each_process,
+)
 from jit_accel.monitor.trackers import log_picture, log_row, start_trackers
 
 TRAIN_FLOPS_PER_FORWARD_MAC = 6  # a multiply and an add, forward and twice backward
@@ -52,9 +60,8 @@ class Monitor:
     """All that watches a run. Every process calls it together; only the main one writes.
 
     Inside `with monitor.pause():` is no training, whose time is left out of its speed; `record_by_t` and
-    `record_occasional` are those of `StepMetrics`, `log_samples` is `log_picture` for the run's trackers. The `feed`
-    knows how long it was waited for, `precision` decides the peak of a GPU, and the loss of a run that `is_untrained`
-    must fall.
+    `record_occasional` are those of `StepMetrics`. The `feed` knows how long it was waited for, `precision` decides the
+    peak of a GPU, and the loss of a run that `is_untrained` must fall.
     """
 
     def __init__(
@@ -77,7 +84,7 @@ class Monitor:
         self.is_main, self.is_open = accelerator.is_main_process, False
         self.steps, self.clock = StepMetrics(accelerator.device), StepClock(accelerator.device)
         self.record_by_t, self.record_occasional = self.steps.record_by_t, self.steps.record_occasional
-        self.pause, self.log_samples = self.clock.pause, partial(log_picture, accelerator)
+        self.pause, self.histograms = self.clock.pause, {}
         self.weights = WeightWatch(ema.params, ema.averages, network.config.depth)
         self.epochs = EpochMetrics(plan.num_images)
         self.health = Health(health, must_fall=is_untrained, has_scaler=accelerator.scaler is not None)
@@ -128,6 +135,8 @@ class Monitor:
     def watched_step(self, step: int) -> Iterator[None]:
         """Surround the optimizer's part of a step, in which the weights change and `record` is called."""
         before = self.weights.copy() if step % self.log_every_steps == 0 else None
+        if self.is_main and self.tracking.wandb_watch and (step == 1 or step % (10 * self.log_every_steps) == 0):
+            self.histograms[step] = histograms_of(self.ema.params, self.tracking.wandb_watch)
         yield
         if before is not None:
             self.weights.record(self.steps, before)
@@ -162,10 +171,15 @@ class Monitor:
             if self.peak_flops:
                 last[table.MFU] = self.flops_per_image * images_per_second / (self.peak_flops * num_processes)
             last |= self.ema.measured_at(last["step"])
+            now = time.time() - sum(durations_s)
             for row, seconds in zip(rows, durations_s):
+                now += seconds
+                row[table.TIME] = round(now, 3)
                 self.epochs.add(row, seconds, self.plan.global_batch_size)
                 if not math.isfinite(row[table.GRAD_NORM]):  # a step that a gradient scaler skips
                     row.pop(table.UPDATE_RATIO, None)
+            if self.epochs.elapsed_s is not None:
+                last[table.ELAPSED] = round(self.epochs.elapsed_s, 3)
             self._write(rows, self.health.examine(rows, *self.feed.lost_lately()))
         # A gradient scaler meets infinite gradients as a matter of course, and skips those steps.
         keys = (table.TRAIN_LOSS,) if accelerator.scaler else (table.TRAIN_LOSS, table.GRAD_NORM)
@@ -178,12 +192,32 @@ class Monitor:
         self.log.write(rows)
         for row in rows:
             log_row(self.accelerator, row)
+            if found := self.histograms.pop(row["step"], None):
+                counts = torch.stack(list(found.values())).tolist()
+                self._offer("log_histograms", dict(zip(found, counts)), row["step"])
+            if table.VAL_LOSS in row:
+                losses = [f"{key} {row[key]:.4g}" for key in (table.VAL_LOSS, table.EMA_VAL_LOSS) if key in row]
+                say(f"Step {row['step']:,}: {', '.join(losses)}")
         self.progress.show(rows[-1])
         for event in events:
             warn(str(event))
-            for tracker in self.accelerator.trackers:
-                tracker.alert(event.title, redacted(str(event)))
+            self._offer("alert", event.title, redacted(str(event)))
         self.report.build()
+
+    def _offer(self, method: str, *values) -> None:
+        for tracker in self.accelerator.trackers:
+            tracker.offer(method, *values)
+
+    def log_samples(self, path: Path, step: int, caption: str, images: dict[str, np.ndarray], is_late: bool) -> None:
+        """Show a sheet, if it is there, in all trackers that can, with its images, uint8 (n, H, W, 3), by class."""
+        log_picture(self.accelerator, path, step, caption, is_late)
+        if images and self.tracking.wandb_class_images:
+            self._offer("log_class_images", images, step)
+
+    def log_model(self, folder: Path, step: int) -> None:
+        """Send the finished pipeline folder, where that is asked for."""
+        if self.tracking.wandb_log_model:
+            self._offer("log_model", folder, step, ["latest", f"step_{step}", *self.tracking.wandb_aliases])
 
     def amend(self, step: int, values: dict[str, float]) -> None:
         """Put values into the row of the newest step, which is written already."""

@@ -23,7 +23,7 @@ from jit_accel.base.console import redacted, warn
 from jit_accel.base.errors import UserError, shown
 from jit_accel.config.settings import TRACKERS, TrackingConfig
 from jit_accel.monitor.log import iterate_metrics
-from jit_accel.monitor.metric_table import SAMPLES
+from jit_accel.monitor.metric_table import SAMPLES, TIME
 
 # At the end of a training each tracker may take so long to send what is left.
 FINISH_TIMEOUT_S = 60
@@ -77,16 +77,18 @@ class SafeTracker(GeneralTracker):
 
     def log_picture(self, path: Path, step: int, caption: str, is_late: bool = False) -> None:
         """Show a sheet of samples, where the tracker can; one that `is_late` also where it has this step."""
-        if hasattr(self.inner, "log_picture") and (is_late or step > self.last_step):
-            try:
-                self.inner.log_picture(path, step, caption)
-            except Exception as error:  # a picture less
-                warn(f"{self.name} did not take {path} ({describe(error)}).")
+        if is_late or step > self.last_step:
+            self.offer("log_picture", path, step, caption)
 
-    def alert(self, title: str, text: str) -> None:
-        if hasattr(self.inner, "alert"):
-            with self._left_out_if("failed to send an alert"):
-                self.inner.alert(title, text)
+    def offer(self, method: str, *values) -> None:
+        """Call a method that not all trackers have; what it raises costs a warning."""
+        if hasattr(self.inner, method):
+            try:
+                getattr(self.inner, method)(*values)
+            except ConnectionError:
+                pass  # its service is gone, as the next row or the end says
+            except Exception as error:
+                warn(f"{self.name} did not take {values[0]} ({describe(error)}).")
 
     def finish(self) -> None:
         inner, self.inner = self.inner, None
@@ -103,10 +105,13 @@ class SafeTracker(GeneralTracker):
             yield
         except (Exception, SystemExit) as error:  # whatever a tracker raises must not stop the training
             inner, self.inner = self.inner, None
+            failure = f"{self.name} {failing} ({describe(error)}). Training goes on without it"
+            if hasattr(inner, "warn_incomplete"):
+                inner.warn_incomplete(failure)
+            else:
+                warn(f"{failure}; metrics.jsonl has every row.")
             with contextlib.suppress(Exception, SystemExit):
                 in_time(inner.finish, FINISH_TIMEOUT_S)
-            failure = f"{self.name} {failing} ({describe(error)})"
-            warn(f"{failure}. Training goes on without it; metrics.jsonl has every row.")
 
 
 class TensorBoard(TensorBoardTracker):
@@ -120,6 +125,10 @@ class TensorBoard(TensorBoardTracker):
     def store_init_configuration(self, values: dict) -> None:
         if self.is_new:  # TensorBoard makes a run of its own of each configuration it is given
             super().store_init_configuration(values)
+
+    def log(self, values: dict, step: int | None = None, **kwargs) -> None:
+        values = dict(values)
+        super().log(values, step=step, walltime=values.pop(TIME, None), **kwargs)
 
     def log_picture(self, path: Path, step: int, caption: str) -> None:
         self.writer.add_image(SAMPLES, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")

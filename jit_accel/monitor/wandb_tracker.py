@@ -2,37 +2,37 @@
 
 `metrics.jsonl` has every row, so whatever W&B lacks up to the step where a training starts is sent from there, and
 rows that it has are not sent again: its curves have no gap and no step twice, however a training was interrupted.
-W&B keeps a file of records in `output_dir/wandb` for each start of the training: a segment.
 """
 
+import contextlib
+import math
 import os
 import secrets
 import shlex
 import shutil
-import struct
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import wandb
 from accelerate.tracking import GeneralTracker
-from google.protobuf.message import DecodeError
 from wandb.errors import AuthenticationError, UsageError
-from wandb.proto.wandb_internal_pb2 import Record
 
 from jit_accel.base.console import say, warn
-from jit_accel.monitor.log import METRICS_FILE
-from jit_accel.monitor.metric_table import EPOCH, METRICS, SAMPLES
+from jit_accel.monitor.log import METRICS_FILE, URL_FILE
+from jit_accel.monitor.metric_table import EPOCH, METRICS, SAMPLES, SAMPLES_OF_CLASS, TIME
 from jit_accel.monitor.trackers import FINISH_TIMEOUT_S, describe, in_time
+from jit_accel.monitor.wandb_files import Segment, read_segment, read_segments
 
 ID_FILE = "wandb_run_id.txt"
 # The training waits at most this long for a server that does not answer: for the check of the key (wandb's own ten
 # seconds, or WANDB_HTTP_TIMEOUT), for the start, and at the end for what is left to send.
 START_TIMEOUT_S = 20
 TEARDOWN_TIMEOUT_S = 5
+# For an artifact a second more for each of so many bytes.
+UPLOAD_BYTES_PER_S = 1_000_000
 # wandb's service may write the last rows after it has said that it is done.
 FILE_TIMEOUT_S = 20
 
@@ -47,33 +47,10 @@ SETTINGS = {
     "disable_code": True,
     "save_code": False,
     "console": "off",
+    "x_save_requirements": False,
+    "program": "jit_accel.train",  # not where it lies
     "x_transaction_log_flush_interval": 2,  # seconds of rows that a kill costs the local file
 }
-
-
-# A `.wandb` file is a LevelDB log (blocks of 32 KiB, records cut into fragments) behind a header of 7 bytes.
-HEADER, BLOCK, FRAGMENT_HEADER = 7, 32768, 7
-WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The `.wandb` file of one start of a training, and how far it can be read."""
-
-    file: Path
-    project: str = ""
-    entity: str = ""  # empty where the login decides
-    last_step: int = 0  # of its rows
-    end: int = HEADER  # of its last whole record, in bytes
-
-    @property
-    def is_offline(self) -> bool:
-        return self.file.parent.name.startswith("offline-")
-
-    @property
-    def synced_mark(self) -> Path:
-        """The file that says that the server has all of it; `wandb sync` leaves, and looks for, the same."""
-        return self.file.with_name(self.file.name + ".synced")
 
 
 class WandbTracker(GeneralTracker):
@@ -93,6 +70,8 @@ class WandbTracker(GeneralTracker):
         self.id_file = output_dir / ID_FILE
         self.id = self.id_file.read_text().strip() if self.id_file.exists() else ""
         self.last_step, self.newest_step, self.exit_code = 0, 0, 1
+        self.newest_time: float | None = None  # of the newest step
+        self.model: wandb.Artifact | None = None
         self.is_offline = self.is_warned = self.has_given_up = False
         super().__init__()
 
@@ -163,6 +142,7 @@ class WandbTracker(GeneralTracker):
             )
         elif is_unknown:
             old, self.id, earlier = self.id, secrets.token_hex(4), []
+            (self.output_dir / URL_FILE).unlink(missing_ok=True)
             warn(
                 f"nobody can know now how much of the run {old} W&B's server has: this part goes to the new run "
                 f"{self.id}, with all rows from the first step on."
@@ -178,7 +158,7 @@ class WandbTracker(GeneralTracker):
             id=self.id,
             mode=mode,
             resume=self.asked.resume or "allow",
-            settings=wandb.Settings(**SETTINGS),
+            settings=wandb.Settings(**SETTINGS, host=os.environ.get("WANDB_HOST", "")),
         )
         self.id, self.project = self.tracker.id, self.tracker.project
 
@@ -206,6 +186,7 @@ class WandbTracker(GeneralTracker):
             say(f"Wandb is offline: files in {self._file.parent}; upload later with: {command}")
         else:
             say(f"View run at: {self.tracker.url}")
+            (self.output_dir / URL_FILE).write_text(f"{self.tracker.url}\n")
 
     def _define_metrics(self) -> None:
         self.tracker.define_metric("step", hidden=True)
@@ -223,28 +204,67 @@ class WandbTracker(GeneralTracker):
         self.tracker.config.update(values, allow_val_change=True)
 
     def log(self, values: dict, step: int | None = None) -> None:
-        """Send a row under its own true step."""
+        """Send a row under its own true step and time."""
         if step is not None:
-            self.newest_step, values = step, {"step": step, **values}
-        self.tracker.log(values, step=step)
+            values = {"step": step, **values}
+            self.newest_time = values.pop(TIME, self.newest_time if step == self.newest_step else None)
+            self.newest_step = step
+        self._send(values, step)
         self._warn_if_given_up()
+
+    def _send(self, values: dict, step: int | None) -> None:
+        """Send values of a step, which keeps the time of its row whenever they come; wandb would take that of now."""
+        if step == self.newest_step and self.newest_time:
+            values = values | {"_timestamp": self.newest_time}
+        self.tracker.log(values, step=step)
 
     def log_picture(self, path: Path, step: int, caption: str) -> None:
         """Send a picture; W&B takes nothing for a step it has, so that a late one goes with the next."""
-        self.tracker.log({SAMPLES: wandb.Image(str(path), caption=caption)}, step=max(step, self.last_step + 1))
+        self._send({SAMPLES: wandb.Image(str(path), caption=caption)}, max(step, self.last_step + 1))
+
+    def log_class_images(self, images: dict[str, np.ndarray], step: int) -> None:
+        """Send images, uint8 (n, H, W, 3), of each class as a list."""
+        lists = {SAMPLES_OF_CLASS.format(name=name): list(map(wandb.Image, of)) for name, of in images.items()}
+        self._send(lists, max(step, self.last_step + 1))
+
+    def log_histograms(self, found: dict[str, list[float]], step: int) -> None:
+        """Send what `histograms_of` has counted; values that are not finite have no histogram."""
+        histograms = {}
+        for name, (low, high, *counts) in found.items():
+            if math.isfinite(low) and math.isfinite(high) and step > self.last_step:
+                edges = np.linspace(low, max(high, low + 1e-6 * (abs(low) or 1)), len(counts) + 1)
+                histograms[name] = wandb.Histogram(np_histogram=(np.array(counts, int), edges))
+        if histograms:
+            self._send(histograms, step)
+
+    def log_model(self, folder: Path, step: int, aliases: list[str]) -> None:
+        """Send a folder as the run's model; `finish` waits for it."""
+        artifact = wandb.Artifact(f"model-{self.id}", "model", metadata={"step": step})
+        artifact.add_dir(str(folder), policy="immutable", skip_cache=True)  # no copies on this disk
+        self.model = self.tracker.log_artifact(artifact, aliases=aliases)
 
     def alert(self, title: str, text: str) -> None:
         self.tracker.alert(title=title[:63], text=text, level="WARN")
 
     def finish(self) -> None:
         """Send what is left, for a minute at most; with an exit code above 128 W&B calls the run preempted."""
-        if self.exit_code > 128:
-            self.tracker.mark_preempting()
         problem = ""
         try:
+            if self.model and not self.is_offline:
+                self.model.wait(FINISH_TIMEOUT_S + self.model.size // UPLOAD_BYTES_PER_S)
+        except Exception as error:
+            problem = f"W&B's server did not take the pipeline ({describe(error)})"
+        try:
+            if self.exit_code > 128:
+                self.tracker.mark_preempting()
             in_time(lambda: self.tracker.finish(exit_code=self.exit_code), FINISH_TIMEOUT_S + 10)
         except TimeoutError:
             problem = f"W&B's server did not take everything within {FINISH_TIMEOUT_S} s"
+        except Exception as error:
+            self.warn_incomplete(f"wandb failed to finish ({describe(error)})")
+            with contextlib.suppress(Exception):  # a service that is gone would be a traceback at the exit
+                in_time(wandb.teardown, TEARDOWN_TIMEOUT_S)
+            return
         self._warn_if_given_up()
         if self.is_offline:
             # Its file alone shows whether something is missing: wandb itself says nothing about a full disk.
@@ -253,75 +273,22 @@ class WandbTracker(GeneralTracker):
                 time.sleep(0.1)
             problem = f"{self._file} could not be written to its end (is the disk full?)" if is_cut else ""
         if problem:
-            self._warn_incomplete(problem)
+            self.warn_incomplete(problem)
         elif not self.is_offline and not self.is_warned:
             Segment(self._file).synced_mark.touch()
 
     def _warn_if_given_up(self) -> None:
         if self.has_given_up and not self.is_offline:
-            self._warn_incomplete("W&B's server refuses what is sent, and wandb has given up")
+            self.warn_incomplete("W&B's server refuses what is sent, and wandb has given up")
 
-    def _warn_incomplete(self, problem: str) -> None:
+    def warn_incomplete(self, problem: str) -> None:
+        """Say, once, that W&B lacks something, and how it gets it."""
         if not self.is_warned:
             warn(
                 f"{problem}. Nothing is lost: {self.output_dir / METRICS_FILE} has every row. The same command with "
                 "--resume auto, also after the last step, sends what W&B lacks."
             )
         self.is_warned = True
-
-
-def read_segments(folder: Path, run_id: str) -> list[Segment]:
-    """Return the segments in W&B's folder that starts of a run, maybe killed, left: by age, repaired for `wandb sync`.
-
-    `wandb sync` stops at an empty or cut file, sends none of the later ones, and on the next try sends the rows before
-    the cut once more. So what follows the last whole record is cut off, and an offline folder without one is removed.
-    """
-    found = []
-    files = folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb")
-    for file in sorted(files, key=lambda file: file.parent.name.removeprefix("offline-")):  # by their time
-        segment = read_segment(file)
-        if segment.is_offline and not segment.project:
-            shutil.rmtree(file.parent)
-            continue
-        if segment.project:
-            os.truncate(file, segment.end)
-        found.append(segment)
-    return found
-
-
-def read_segment(file: Path) -> Segment:
-    """Read all whole records of a file: a second for 200,000 rows."""
-    project = entity = ""
-    step, end = 0, HEADER
-    for position, data in records(file):
-        try:
-            record = Record.FromString(data)
-        except DecodeError:
-            break
-        end = position
-        if record.HasField("run"):
-            project, entity = record.run.project, record.run.entity
-        elif record.HasField("history"):
-            step = record.history.step.num
-    return Segment(file, project, entity, step, end)
-
-
-def records(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield where each whole record of a file ends, and its bytes."""
-    parts = b""
-    with open(file, "rb") as stream:
-        stream.seek(HEADER)
-        while True:
-            if (rest := BLOCK - stream.tell() % BLOCK) < FRAGMENT_HEADER:  # no fragment begins in a block's last bytes
-                stream.seek(rest, os.SEEK_CUR)
-            header = stream.read(FRAGMENT_HEADER)
-            length, kind = struct.unpack_from("<HB", header.ljust(FRAGMENT_HEADER, b"\0"), 4)
-            fragment = stream.read(length)
-            if len(fragment) < length or not WHOLE <= kind <= LAST:  # a header that is cut has no kind
-                return
-            parts = fragment if kind in (WHOLE, FIRST) else parts + fragment
-            if kind in (WHOLE, LAST):
-                yield stream.tell(), parts
 
 
 def log_in() -> str:

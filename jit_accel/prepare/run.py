@@ -252,7 +252,9 @@ def write_problems(folder: Path, shards: list[dict], source: Source, skipped: li
         used = source.images.dataset.data.column("image").combine_chunks().field("path")
         unused = pc.binary_join_element_wise(root, scan.images, "")
         unused = unused.filter(pc.invert(pc.is_in(unused, value_set=used))).to_pylist()
-        found += [(path.removeprefix(root), "left out: of another split, of no class, or not listed") for path in unused]
+        found += [
+            (path.removeprefix(root), "left out: of another split, of no class, or not listed") for path in unused
+        ]
     if found:
         path = folder / "problems.csv"
         with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:

@@ -79,29 +79,35 @@ const report = (() => {
   function look(chart, series) {
     const names = [...new Set(chart.series.map((other) => other.name))];
     const kind = names.indexOf(series.name);
-    if (isComparison) {
-      const pattern = kind + Math.max(0, Math.floor(series.run / 8)); // more runs than colours
-      return { colour: seriesColour(series.run), dash: DASHES[pattern % 5], symbol: SYMBOLS[kind % 5] };
+    const symbol = SYMBOLS[kind % 5];
+    if (isComparison) { // lines are solid, and kinds told apart by their symbols, unless there are more runs than colours
+      return { colour: seriesColour(series.run), dash: DASHES[Math.floor(series.run / 8) % 5], symbol, isMarked: kind > 0 };
     }
-    if (series.style === "bin") return { colour: binColour(series.t), dash: "solid", symbol: "circle" };
-    return { colour: seriesColour(kind), dash: "solid", symbol: SYMBOLS[kind % 5] };
+    const colour = series.style === "bin" ? binColour(series.t) : seriesColour(kind);
+    return { colour, dash: "solid", symbol, isMarked: false };
   }
 
+  const isLog = (chart) => chart.scale === "log" && state.y === "log"
+    && chart.series.some((series) => series.y.some((y) => y > 0));
+  // A logarithmic axis has no place for 0, to which plotly would draw a line.
+  const onAxis = (chart, values) => (isLog(chart) ? values.map((y) => (y > 0 ? y : null)) : values);
+
   function tracesOf(chart, series) {
-    const { colour, dash, symbol } = look(chart, series);
+    const { colour, dash, symbol, isMarked: hasSymbols } = look(chart, series);
     const visible = visibility(chart, series);
     const legendgroup = isComparison ? series.name : undefined;
     const name = isComparison ? text(page.runs[series.run].label) : text(series.name);
     const isSmoothed = series.style === "smooth" || series.style === "bin";
     const isMarked = series.style === "points" && series.x.length <= MOST_MARKERS;
-    const isAt = (i) => (series.y[i] ?? null) !== null;
+    const memory = SMOOTHING[state.smoothing] * page.runs[series.run].steps;
+    const y = onAxis(chart, isSmoothed ? smooth(series, memory) : series.y);
+    const isAt = (i) => (y[i] ?? null) !== null;
     // A point without neighbours would be a line of no length.
     const isAlone = series.x.map((_, i) => isAt(i) && !isAt(i - 1) && !isAt(i + 1));
-    const memory = SMOOTHING[state.smoothing] * page.runs[series.run].steps;
     const traces = [];
     if (series.raw && state.raw) {
       traces.push({
-        x: series.raw.x, y: series.raw.y, name: `${name}, raw`, mode: "lines", visible, legendgroup, showlegend: false,
+        x: series.raw.x, y: onAxis(chart, series.raw.y), name: `${name}, raw`, mode: "lines", visible, legendgroup, showlegend: false,
         line: { color: faint(colour, isComparison ? 0.2 : 0.32), width: 1 },
         hoverinfo: "skip",
       });
@@ -109,10 +115,13 @@ const report = (() => {
     const epochs = series.x.map((step) => epochAt(series.run, step));
     const isFirst = !chart.series.slice(0, chart.series.indexOf(series)).some((other) => other.run === series.run);
     traces.push({
-      x: series.x, y: isSmoothed ? smooth(series, memory) : series.y, name, visible, legendgroup, showlegend: !isComparison,
-      mode: isMarked || isAlone.includes(true) ? "lines+markers" : "lines",
+      x: series.x, y, name, visible, legendgroup, showlegend: !isComparison,
+      mode: isMarked || hasSymbols || isAlone.includes(true) ? "lines+markers" : "lines",
       line: { color: colour, width: series.style === "bin" ? 1.6 : 2.2, dash },
-      marker: { color: colour, size: isMarked ? 7 : isAlone.map((alone) => alone ? 7 : 0), symbol },
+      marker: {
+        color: colour, symbol, size: isMarked || hasSymbols ? 7 : isAlone.map((alone) => alone ? 7 : 0),
+        maxdisplayed: hasSymbols && !isMarked ? 10 : 0,
+      },
       customdata: epochs,
       hovertemplate: isFirst && epochs[0] !== null
         ? "%{y:.4~g}  (epoch %{customdata:.2f})" : "%{y:.4~g}",
@@ -159,15 +168,15 @@ const report = (() => {
     });
   }
 
-  // In a comparison colours stand for runs, so that the legend explains the lines' patterns in grey.
+  // In a comparison colours stand for runs, so that the legend explains the lines' symbols in grey.
   function patternTraces(chart) {
     const names = [...new Set(chart.series.map((series) => series.name))];
     if (!isComparison || names.length < 2 || chart.series[0].style === "bin") return [];
     return names.map((name) => {
       const series = chart.series.find((other) => other.name === name);
-      const { dash, symbol } = look(chart, { ...series, run: 0 });
+      const { dash, symbol, isMarked } = look(chart, { ...series, run: 0 });
       return {
-        x: [null], y: [null], name: text(name), legendgroup: name, visible: visibility(chart, { name, run: -1 }), mode: series.style === "points" ? "lines+markers" : "lines",
+        x: [null], y: [null], name: text(name), legendgroup: name, visible: visibility(chart, { name, run: -1 }), mode: series.style === "points" || isMarked ? "lines+markers" : "lines",
         line: { color: css("soft"), dash, width: 2 }, marker: { color: css("soft"), symbol, size: 7 }, hoverinfo: "skip",
       };
     });
@@ -182,7 +191,7 @@ const report = (() => {
     if (chart.id === "profile") return chart.series.map(profileTrace);
     const shown = { ...chart, series: shownSeries(chart) };
     return [
-      ...shown.series.flatMap((series) => tracesOf(chart, series)),
+      ...shown.series.flatMap((series) => tracesOf(shown, series)),
       ...thresholdTraces(shown), ...eventTraces(shown), ...patternTraces(shown),
     ];
   }
@@ -203,8 +212,6 @@ const report = (() => {
       gridcolor: css("grid"), linecolor: css("line"), zerolinecolor: css("line"), tickcolor: css("line"),
       automargin: true, ticks: "outside", ticklen: 4,
     };
-    const isLog = chart.scale === "log" && state.y === "log"
-      && chart.series.some((series) => series.y.some((y) => y > 0));
     const xaxis = chart.id === "profile"
       ? { ...axis, range: [0, 1], dtick: 0.2, title: { text: "t (0 noise, 1 image)", standoff: 8 }, fixedrange: true }
       : {
@@ -213,7 +220,7 @@ const report = (() => {
         ...(state.range ? { range: state.range } : { autorange: true }),
         ...(state.x === "log" ? { dtick: 1 } : { nticks: isNarrow.matches ? 5 : 8 }),
       };
-    const yaxis = { ...axis, ...(isLog ? { type: "log", ...logTicks(chart.series) } : { rangemode: "tozero", nticks: 7 }) };
+    const yaxis = { ...axis, ...(isLog(chart) ? { type: "log", ...logTicks(chart.series) } : { rangemode: "tozero", nticks: 7 }) };
     return { xaxis, yaxis };
   }
 

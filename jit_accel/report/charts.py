@@ -118,6 +118,8 @@ def steps_chart(chart: Chart, keys: list[str], runs: list[Run]) -> dict:
                 points["raw"] = curve.extremes(factor)
             else:
                 del points["n"]
+                if chart.scale == "log":  # where an average is the weights themselves, say
+                    points["y"] = [y or None for y in points["y"]]
             series.append({"run": index, "name": name_of(key, metric), "style": style, **points})
             curves.append(curve)
     kinds = {name: kind for name, kind in KINDS.items() if METRICS[kind.metric].chart == chart.id}

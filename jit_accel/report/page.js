@@ -64,6 +64,21 @@
   const sheetSteps = [...new Set(page.sheets.flatMap((of) => of.sheets.map((sheet) => sheet.step)))].sort((a, b) => a - b);
   let position = sheetSteps.length - 1;
 
+  // Twice where it has names, which are black: the one with the names alone is light on a dark page.
+  function framed(sheet, label) {
+    const frame = document.createElement("div");
+    frame.className = "sheet";
+    frame.style.setProperty("--names", `${100 * sheet.names}%`);
+    for (const part of sheet.names ? ["images", "names"] : ["images"]) {
+      const image = new Image(sheet.width, sheet.height);
+      image.src = sheet.src;
+      image.className = part;
+      image.alt = part === "images" ? `Samples of ${label} at step ${sheet.step}` : "";
+      frame.append(image);
+    }
+    return frame;
+  }
+
   function showSheets() {
     const place = one("#sheets");
     if (!place) return;
@@ -83,12 +98,7 @@
         caption.textContent = sheet ? `${label} · step ${sheet.step.toLocaleString("en")}` : `${label} · none yet`;
         figure.append(caption);
       }
-      if (sheet) {
-        const image = new Image(sheet.width, sheet.height);
-        image.src = sheet.src;
-        image.alt = `Samples of ${label} at step ${sheet.step}`;
-        figure.append(image);
-      }
+      if (sheet) figure.append(framed(sheet, label));
       return figure;
     }));
   }

@@ -15,6 +15,7 @@ from PIL import Image
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_file, disk_errors
+from jit_accel.base.image_rows import without_paper
 from jit_accel.config.settings import GROUPS, SETTINGS
 from jit_accel.monitor import metric_table as metrics
 from jit_accel.monitor.health import KINDS
@@ -23,6 +24,7 @@ from jit_accel.report.runs import Curve, Run, find_sheets
 
 FOLDER = Path(__file__).parent
 GROUP_TITLES = {"Optim": "Optimization", "Sample": "Samples", "Sheet": "Samples", "Eval": "Evaluation"}
+NAMES = {"output_dir", "wandb_name", "wandb_notes", "wandb_tags"}
 UNKNOWN_KIND = "Not known to this version of the report."
 WORSE_BELOW = {"grad_vanishing"}  # of other kinds the highest value is the worst
 
@@ -105,10 +107,11 @@ def progress(run: Run) -> list[str]:
     parts = [f"step {run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")]
     if curve := run.curve(metrics.EPOCH):
         parts.append(f"epoch {curve.high:.2f}")
+    if run.elapsed_s is not None:
+        parts.append(f"trained for {duration(run.elapsed_s)}")
     step_time = run.curve(metrics.STEP_TIME)
     if run.state == "running" and run.total_steps and step_time:
-        left = timedelta(seconds=round((run.total_steps - run.step) * step_time.latest))
-        parts.append(f"{left} to go")
+        parts.append(f"{duration((run.total_steps - run.step) * step_time.latest)} to go")
     if run.updated is not None:
         parts.append(f"last row {datetime.fromtimestamp(run.updated, timezone.utc):%Y-%m-%d %H:%M} UTC")
     return parts
@@ -156,7 +159,7 @@ def run_cells(run: Run) -> list[str]:
     latest = map(run.curve, (metrics.VAL_LOSS, metrics.EMA_VAL_LOSS, metrics.IMAGES_PER_SECOND))
     step = f"{run.step:,}" + (f" / {run.total_steps:,}" if run.total_steps else "")
     values = [current_loss(run), best and best.low, *(curve and curve.latest for curve in latest)]
-    return [step, *map(number, values)]
+    return [step, "–" if run.elapsed_s is None else duration(run.elapsed_s), *map(number, values)]
 
 
 def health(runs: list[Run]) -> list[dict[str, str]]:
@@ -190,10 +193,12 @@ def settings(runs: list[Run]) -> dict[str, list[str | None]]:
 def groups(values: dict[str, list[str | None]]) -> list[tuple[str, list[str], str]]:
     """Return title, settings and kind of each group: first those that differ, then by the groups of a configuration.
 
+    Of those that differ, facts and the names of a run, which mostly do, are the last.
     Those that are the same in all runs have the kind "same"; facts, which are no settings, are the first of them.
     """
     partial = [name for name in values if None in values[name]]
     differing = [name for name in values if name not in partial and len(set(values[name])) > 1]
+    differing.sort(key=lambda name: name not in SETTINGS or name in NAMES)
     same = [name for name in values if name not in partial and name not in differing]
     found = [("Differing", differing, "differing"), ("Not recorded by all", partial, "partial")]
     found.append(("Facts", [name for name in same if name not in SETTINGS], "same"))
@@ -213,6 +218,10 @@ def shown(value) -> str:
     if is_count(value) and value >= 10_000:
         return f"{value:,}"
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def is_count(value) -> bool:
@@ -237,8 +246,8 @@ def short(value: float) -> str:
 def load_sheets(folder: Path, num_runs: int = 1) -> list[dict]:
     """Load some sheets of a run, evenly spaced in time, with the first and the newest that can be read.
 
-    Returns the `step`, `src` (a data URI of WebP), `width` and `height` in pixels of each, in order; fewer and smaller
-    ones where several runs share the page.
+    Returns of each, in order, the `step`, `src` (a data URI of WebP), `width` and `height` in pixels, and the share of
+    the width that its `names` take; fewer and smaller ones where several runs share the page.
     """
     count = max(MIN_SHEETS, min(MAX_SHEETS, MAX_SHEETS_ON_PAGE // num_runs))
     max_bytes = BYTES_ON_PAGE // (count * num_runs)
@@ -266,7 +275,7 @@ def encode(path: Path, max_bytes: int) -> dict | None:
     try:
         data = path.read_bytes()
         Image.open(io.BytesIO(data)).verify()  # decoding a PNG looks at no checksum
-        picture = Image.open(io.BytesIO(data)).convert("RGB")
+        picture, names_end = without_paper(Image.open(io.BytesIO(data)).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     for side, quality in SIZES:
@@ -276,4 +285,4 @@ def encode(path: Path, max_bytes: int) -> dict | None:
         if file.tell() <= max_bytes:
             break
     src = "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
-    return {"src": src, "width": small.width, "height": small.height}
+    return {"src": src, "width": small.width, "height": small.height, "names": names_end / picture.width}

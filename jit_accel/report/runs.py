@@ -12,8 +12,8 @@ import numpy as np
 import yaml
 
 from jit_accel.base.errors import UserError
-from jit_accel.monitor.log import FAILED_FILE, INTERRUPTED_FILE, METRICS_FILE, iterate_metrics
-from jit_accel.monitor.metric_table import HEALTH, metric_of, part_of
+from jit_accel.monitor.log import FAILED_FILE, INTERRUPTED_FILE, METRICS_FILE, URL_FILE, iterate_metrics
+from jit_accel.monitor.metric_table import ELAPSED, HEALTH, STEP_TIME, WAIT_FRACTION, metric_of, part_of
 
 RECORD_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
@@ -131,6 +131,17 @@ class Run:
                     places[key] = self._place_of(key)
                 if (place := places[key]) is not None:
                     place.add(row["step"], value)
+        self._judge_waiting()
+
+    def _judge_waiting(self) -> None:
+        """Find the run starving for data where its whole curve, or the end, is beyond the limit; events need longer."""
+        curve, limit = self.curve(WAIT_FRACTION), self.settings.get("health_max_wait")
+        is_judged = "data_starving" in self.events or not isinstance(limit, float | int) or limit <= 0
+        if curve and not is_judged and max(np.nanmean(curve.values), curve.latest) > limit:
+            starving = self.events["data_starving"] = Curve()
+            for step, value in zip(curve.steps, curve.values):
+                if value > limit:
+                    starving.add(step, value)
 
     def _place_of(self, key: str) -> Curve | None:
         """Return where the values of a key go; None for those that no page shows."""
@@ -151,6 +162,21 @@ class Run:
         """Length of the run in optimizer steps, where it is known."""
         totals = (self.settings.get(key) for key in ("total_steps", "max_steps"))
         return next((total for total in totals if type(total) is int and total > 0), None)
+
+    @property
+    def elapsed_s(self) -> float | None:
+        """Seconds of all its starts together; of its steps alone where it is older than that count."""
+        if elapsed := self.curve(ELAPSED):
+            return elapsed.latest
+        step_time = self.curve(STEP_TIME)
+        return step_time and float(np.nansum(np.diff(step_time.steps, prepend=0) * step_time.values))
+
+    @property
+    def url(self) -> str | None:
+        """Its page in W&B."""
+        file = self.folder / URL_FILE
+        text = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
+        return text if re.fullmatch(r"https?://\S+", text) else None
 
     @property
     def state(self) -> str:

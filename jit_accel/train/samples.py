@@ -78,8 +78,11 @@ class SampleSheets(AveragedSamples):
             f"{self.settings.num_inference_steps} Heun steps; rows: {', '.join(self.row_names)}"
         )
 
-    def draw(self, path: Path) -> None:
-        """Make a sheet, and write it as a PNG on the main process; a full disk is warned of."""
+    def draw(self, path: Path) -> dict[str, np.ndarray]:
+        """Make a sheet, and write it as a PNG on the main process; a full disk is warned of.
+
+        Returns the images, uint8 (n, H, W, 3), of each row by its name; on other processes, and without a sheet, {}.
+        """
         accelerator = self.accelerator
         labels = [label for label in self.classes for _ in range(SAMPLES_PER_CLASS)]
         share = -(-len(labels) // accelerator.num_processes)  # padded: every process makes equally many
@@ -95,7 +98,7 @@ class SampleSheets(AveragedSamples):
             )
         images = accelerator.gather(images.to(accelerator.device))[: len(labels)].cpu()
         if not accelerator.is_main_process:
-            return
+            return {}
         pixels = images.permute(0, 2, 3, 1).unflatten(0, (-1, SAMPLES_PER_CLASS)).numpy()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,6 +106,8 @@ class SampleSheets(AveragedSamples):
                 draw_rows(list(zip(self.row_names, pixels))).save(temporary, format="PNG")
         except OSError as error:
             warn(f"{path} cannot be written ({error.strerror or error}): make room.")
+            return {}
+        return dict(zip(self.row_names, pixels))
 
 
 @dataclass

@@ -267,9 +267,11 @@ class Trainer:
         """Draw this step's sheet of samples, all processes together, and report it."""
         self.model.eval()
         with self.monitor.pause():
-            self.sheets.draw(self.sheet_path)
+            images = self.sheets.draw(self.sheet_path)
+        if images and self.step < self.plan.total_steps:  # at the end all results are listed together
+            self.say(f"Drew {self.sheet_path}")
         is_late = self.step == self.first_step  # the trackers may have this step already
-        self.monitor.log_samples(self.sheet_path, self.step, self.sheets.caption(self.step), is_late)
+        self.monitor.log_samples(self.sheet_path, self.step, self.sheets.caption(self.step), images, is_late)
 
     def evaluate(self) -> None:
         """Measure generated images of this step's average against real ones, all processes together.
@@ -333,6 +335,7 @@ class Trainer:
             self.sample()
             results = (self.sheets.pipeline, self.averages, self.tuning, self.record)
             write_results(output_dir, sheet, *results, self.accelerator)
+        self.monitor.log_model(output_dir / PIPELINE_FOLDER, self.step)
         places = {"Samples": sheet, "Loss curve": output_dir / CURVE_FILE, "Pipeline": output_dir / PIPELINE_FOLDER}
         if self.monitor.report.is_wanted:
             places["Report"] = output_dir / REPORT_FILE

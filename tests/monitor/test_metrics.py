@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,11 +83,44 @@ def test_update_ratio_and_distance_of_the_average_are_what_they_say():
     assert row["ema/0.9/distance"] == pytest.approx(trail / size, rel=1e-4)
 
 
+def test_histograms_count_what_numpy_counts():
+    generator = torch.Generator().manual_seed(0)
+    params = {
+        name: torch.nn.Parameter(torch.randn(*shape, generator=generator))
+        for name, shape in (("wide", (30, 40)), ("one", (1,)))
+    }
+    params["zero"] = torch.nn.Parameter(torch.zeros(5))
+    params["wide"].grad = torch.rand(30, 40, generator=generator)
+    found = metrics.histograms_of(params, "all")
+    assert list(found) == ["gradients/wide", "parameters/wide", "parameters/one", "parameters/zero"]
+    for name, tensor in (("parameters/wide", params["wide"].detach()), ("gradients/wide", params["wide"].grad)):
+        low, high, *counts = found[name].tolist()
+        expected, edges = np.histogram(tensor.double().numpy(), metrics.HISTOGRAM_BINS)
+        assert (low, high) == (edges[0], edges[-1])
+        assert sum(counts) == 1200
+        assert np.abs(np.cumsum(counts) - np.cumsum(expected)).max() <= 1  # one that float32 puts beside an edge
+    assert found["parameters/zero"].tolist()[:3] == [0, 0, 5]
+    assert list(metrics.histograms_of(params, "gradients")) == ["gradients/wide"]
+
+
 def epoch_rows(epochs, steps, batch=8):
     rows = [{"step": step, "train/loss": 10.0 / step} for step in steps]
     for row in rows:
         epochs.add(row, 0.5, batch)
     return rows, ["train/epoch_loss" in row for row in rows]
+
+
+def test_the_time_of_all_starts_is_counted_where_it_was_from_the_first_on():
+    first, second, old = EpochMetrics(44), EpochMetrics(44), EpochMetrics(44)
+    epoch_rows(first, range(1, 5))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    epoch_rows(second, range(5, 7))
+    assert (first.elapsed_s, second.elapsed_s) == (2.0, 3.0)
+    state = first.state_dict()
+    del state["elapsed_s"]  # of a version that did not count it
+    old.load_state_dict(state)
+    epoch_rows(old, range(5, 7))
+    assert old.elapsed_s is None
 
 
 def test_an_epoch_ends_with_the_step_that_completes_it():

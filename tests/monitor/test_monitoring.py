@@ -4,6 +4,7 @@ import json
 import math
 import os
 import subprocess
+import time
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from jit_accel.monitor.metrics import T_BINS
 from jit_accel.train import results
 
 EVERY_STEP = {"step", "train/loss", "train/learning_rate", "train/grad_norm", "train/epoch", "train/images_seen"}
+EVERY_STEP |= {"train/time"}
 EVERY_INTERVAL = {
     *("perf/images_per_second", "perf/step_time", "perf/peak_memory_gib", "data/wait_fraction", "data/bad_images"),
-    *("train/update_ratio", "ema/auto/distance", "ema/auto/decay"),
+    *("train/update_ratio", "ema/auto/distance", "ema/auto/decay", "train/elapsed"),
 }
 EVERY_EPOCH = {"train/epoch_loss", "train/epoch_time", "train/samples_per_second", "train/best_loss"}
 
@@ -54,12 +56,16 @@ def test_every_metric_is_in_the_row_it_belongs_to(images, tmp_path):
     assert found[4]["perf/images_per_second"] == pytest.approx(4 / found[4]["perf/step_time"])
     assert 0 < found[4]["train/update_ratio"] < 0.1
     assert found[21]["train/samples_per_second"] == pytest.approx(44 / found[21]["train/epoch_time"])
+    times = [row["train/time"] for row in found]  # each its own, though five are read at once
+    assert times == sorted(set(times))
+    assert time.time() - 600 < times[0] < times[-1] <= time.time()
+    assert found[23]["train/elapsed"] - found[4]["train/elapsed"] == pytest.approx(times[23] - times[4], abs=0.05)
 
 
 def test_metrics_go_on_after_a_resume_as_if_nothing_had_been(images, tmp_path, capfd):
     """Stopped inside an epoch, at a step between two flushes, with rows behind the last checkpoint."""
     flags = ["--data_path", str(images), "--max_steps", "24", "--log_every_steps", "4", "--ema_decays", "auto"]
-    flags += ["--holdout", "0.1", "--val_every_steps", "8"]
+    flags += ["--holdout", "0.1", "--val_every_steps", "8", "--sample_every_steps", "16"]
     assert train_here(*flags, "--output_dir", str(tmp_path / "whole")) == 0
     group = Group(
         [*flags, "--output_dir", str(tmp_path / "cut"), "--save_every_steps", "12"],
@@ -71,7 +77,13 @@ def test_metrics_go_on_after_a_resume_as_if_nothing_had_been(images, tmp_path, c
     assert train_here(*flags, "--output_dir", str(tmp_path / "cut"), "--resume", "auto") == 0
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     assert any("train/best_loss" in row and row["step"] > 16 for row in rows(tmp_path / "cut"))
-    assert "Resumed" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "Resumed" in printed
+    last = rows(tmp_path / "cut")[23]
+    assert f"Step 24: val/loss {last['val/loss']:.4g}, ema/val_loss {last['ema/val_loss']:.4g}\n" in printed
+    assert f"Drew {tmp_path / 'cut' / 'samples' / 'step_00000016.png'}\n" in printed
+    before, after = (row["train/elapsed"] for row in read_metrics(tmp_path / "cut") if row["step"] in (12, 16))
+    assert 0 < before < after
     assert [row["step"] for row in rows(tmp_path / "cut") if "ema/val_loss" in row] == [8, 16, 24]
 
 

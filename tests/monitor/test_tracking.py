@@ -19,7 +19,11 @@ RECORD = {"model": "JiT-Ti/7", "ema_decays": ["auto", "0.9996"], "holdout": None
 
 
 def some_rows(first, last):
-    return [{"step": step, "train/loss": 1 / step, "train/epoch": None} for step in range(first + 1, last + 1)]
+    """Rows of which each took a second."""
+    return [
+        {"step": step, "train/loss": 1 / step, "train/epoch": None, "train/time": 1.7e9 + step}
+        for step in range(first + 1, last + 1)
+    ]
 
 
 def report(output_dir, name, first, last):
@@ -128,6 +132,8 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path):
     accelerator.end_training()
     steps, events = tensorboard_steps(tmp_path, "train/loss")
     assert steps == [(step, 1 / step) for step in range(1, 21)]
+    assert [event.wall_time - 1.7e9 for event in events.Scalars("train/loss")] == list(range(1, 21))
+    assert events.Tags()["scalars"] == ["train/loss"]
     assert [image.step for image in events.Images("samples/grid")] == [20]
     (hparams,) = tmp_path.glob("tensorboard/*/hparams.yml")
     assert "ema_decays: auto 0.9996" in hparams.read_text()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shlex
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -115,9 +117,9 @@ def draw(path: Path) -> None:
 
 def _report(environment: dict, output_dir: Path, first: int, last: int, log: str, options: dict) -> None:
     """Options: `kill_after_s` (-9), `image_at`, `late_image_at` and `alert_at` a step, `ended_with` a code, `settings`,
-    `file_limit` (bytes) of wandb's service, `flush_s` (of its file; 0 = only at the end), `wait_for` a
-    file, `patience_s` with the server, `file_patience_s` with its file; `is_slow`: wandb needs too long to end, and
-    writes even later."""
+    `file_limit` (bytes) of wandb's service, `flush_s` (of its file; 0 = only at the end), `wait_for` a file,
+    `service_killed_at` a step, `patience_s` with the server, `file_patience_s` with its file; `is_slow`: wandb needs
+    too long to end, and writes even later."""
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -160,7 +162,13 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
         log_picture(accelerator, sheet, options["late_image_at"], "step 20", is_late=True)
     slowest_s = 0.0
     for step in range(first + 1, last + 1):
-        row = {"step": step, "train/loss": 1 / step, "train/epoch": step / 10, "from": first}
+        row = {
+            "step": step,
+            "train/loss": 1 / step,
+            "train/epoch": step / 10,
+            "from": first,
+            "train/time": 1.7e9 + step,
+        }
         if step % 10 == 0:
             row |= {"train/epoch_loss": 1 / step, "val/loss": float(step)}
         metrics.write([row])
@@ -170,8 +178,13 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
         if step == options.get("image_at"):
             draw(sheet := output_dir / "sheet.png")
             log_picture(accelerator, sheet, step, "cats and dogs")
+        if step == options.get("service_killed_at"):
+            for service in psutil.Process().children():
+                if "wandb" in service.name():
+                    service.kill()
+                    service.wait()
         if step == options.get("alert_at"):
-            tracker.alert("Loss jump", "Lower the learning rate.")
+            tracker.offer("alert", "Loss jump", "Lower the learning rate.")
     assert slowest_s < 2, "a step waited for the server"
     if "kill_after_s" in options:
         time.sleep(options["kill_after_s"])
@@ -193,6 +206,8 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
     tracker.exit_code = options.get("ended_with", 0)
     accelerator.end_training()
     assert time.monotonic() - begin < options.get("patience_s", 3) + 7
+    if "service_killed_at" in options:
+        atexit._run_exitfuncs()  # as at the exit of a program, and not of a process like this one
 
 
 def assert_whole(run, last: int, changes: dict[int, int]) -> None:
@@ -200,6 +215,7 @@ def assert_whole(run, last: int, changes: dict[int, int]) -> None:
     history = run.history
     assert [row["_step"] for row in history] == list(range(1, last + 1))
     assert [row["step"] for row in history] == list(range(1, last + 1))
+    assert [row["_timestamp"] - 1.7e9 for row in history] == list(range(1, last + 1))  # each its own time
     sources = [row["from"] for row in history]
     assert sources == [max(c for start, c in changes.items() if start <= step) for step in range(1, last + 1)]
     assert run.overwritten == 0
@@ -237,6 +253,10 @@ def test_everything_arrives(server, training):
     assert image["caption"] == "cats and dogs"
     assert run.files[image["path"]] == (training.output_dir / "sheet.png").read_bytes()
     assert [(alert["title"], alert["text"]) for alert in run.alerts] == [("Loss jump", "Lower the learning rate.")]
+    assert (training.output_dir / "wandb_url.txt").read_text() == f"{printed.split()[-1]}\n"
+    for unwanted in (socket.gethostname(), __file__, sys.argv[0], sys.executable):
+        assert unwanted.encode() not in server.received
+    assert not any("requirements" in name for name in run.files)
     axes = definitions(run)
     rooms = {f"{room}/*": "step" for room in ("train", "val", "data", "perf", "ema", "health", "samples", "eval")}
     scores = (
@@ -414,6 +434,29 @@ def test_an_offline_run_that_ends_slowly_but_whole_costs_no_warning(training):
     assert "Warning" not in training.run(OFFLINE, 0, 20, is_slow=True)
 
 
+@pytest.mark.parametrize("how", ["online", "offline"])
+def test_a_service_that_was_killed_costs_a_warning_with_a_remedy(server, training, how):
+    environment = server.environment if how == "online" else OFFLINE
+    printed = training.run(environment, 0, 40, service_killed_at=15)
+    assert printed.count("Warning") == 1, printed
+    assert "Warning: wandb failed to log (" in printed
+    assert "metrics.jsonl has every row. The same command with --resume auto" in printed
+    assert "Traceback" not in printed
+    training.run(environment, 40, 40)
+    if how == "offline":
+        training.sync(server)
+    assert_whole(server.runs[training.id], 40, {1: 0})
+
+
+@pytest.mark.parametrize("how", ["online", "offline"])
+def test_a_service_that_was_killed_at_the_end_is_noticed_there(server, training, how):
+    environment = server.environment if how == "online" else OFFLINE
+    printed = training.run(environment, 0, 20, service_killed_at=20, file_patience_s=1)
+    assert printed.count("Warning") == 1, printed
+    assert "metrics.jsonl has every row. The same command with --resume auto" in printed
+    assert "Traceback" not in printed
+
+
 def test_a_folder_that_cannot_be_made_costs_a_warning(training):
     (training.output_dir / "wandb").write_text("in the way")
     printed = training.run(OFFLINE, 0, 5)
@@ -463,6 +506,7 @@ def test_an_offline_training_has_every_step_and_the_whole_configuration_in_its_f
     out = tmp_path / "out"
     environment = {"WANDB_MODE": "offline", "HOME": str(tmp_path), "WANDB_TAGS": "a,b c", "WANDB_NOTES": "two words"}
     flags = ["--data_path", str(images), "--output_dir", str(out), "--log_every_steps", "4", "--wandb_project", "shop"]
+    flags += ["--wandb_watch", "all", "--wandb_class_images", "--wandb_log_model", "--wandb_aliases", "best"]
     group = Group([*flags, "--report_to", "wandb", "--wandb_name", "clothes-1"], tmp_path / "log", 1, environment)
     assert group.wait() == [0], group.output()
     assert "Wandb initialized: project=shop, name=clothes-1" in group.output()
@@ -485,6 +529,17 @@ def test_an_offline_training_has_every_step_and_the_whole_configuration_in_its_f
     known = {"model": "JiT-XS/7", "global_batch_size": 4, "img_size": 28, "num_parameters": 6_883}
     assert known.items() <= config.items()
     assert any("samples/grid" in name for row in history.values() for name in row)
+    by_class = {key.rpartition(".")[0] for key in history[6] if key.startswith("samples/class/")}
+    assert {name.rpartition("/")[2] for name in by_class} == {folder.name for folder in images.iterdir()}
+    assert all(history[6][f"{name}.count"] == 8 for name in by_class)
+    assert [step for step, row in history.items() if any(key.startswith("gradients/") for key in row)] == [1]
+    for kind in ("gradients", "parameters"):
+        name = f"{kind}/blocks.0.mlp.w12.weight"
+        assert history[1][f"{name}._type"] == "histogram"
+        assert len(history[1][f"{name}.bins"]) == len(history[1][f"{name}.values"]) + 1
+    (artifact,) = (record.artifact for record in offline_records(out) if record.HasField("artifact"))
+    assert (artifact.type, list(artifact.aliases)) == ("model", ["latest", "step_6", "best"])
+    assert "transformer/config.json" in {file.path for file in artifact.manifest.contents}
 
 
 def _smuggle() -> None:
@@ -501,10 +556,17 @@ def test_a_training_reports_online_and_keeps_its_secrets(server, images, tmp_pat
         "SLURM_JOB_ID": "7",
         "TEST_SETUP": "test_wandb:_smuggle",
     }
-    flags = ["--data_path", str(images), "--output_dir", str(out), "--use_wandb"]
+    flags = ["--data_path", str(images), "--output_dir", str(out), "--use_wandb", "--wandb_log_model"]
     group = Group(flags, tmp_path / "log.txt", 1, environment)
     assert group.wait() == [0], group.output()
     (run,) = server.runs.values()
+    (artifact,) = run.artifacts
+    assert (artifact["state"], artifact["artifactTypeName"]) == ("COMMITTED", "model")
+    assert [alias["alias"] for alias in artifact["aliases"]] == ["latest", "step_6"]
+    pipeline = {str(path.relative_to(out / "pipeline")) for path in (out / "pipeline").rglob("*") if path.is_file()}
+    sent = {name.partition("/")[2] for name in run.files if name.startswith(artifact["id"])}
+    assert sent == pipeline | {"wandb_manifest.json"}
+    assert "Warning" not in group.output()
     keys = ("step", "train/loss", "train/learning_rate", "train/grad_norm")
     sent = [tuple(row[key] for key in keys) for row in run.history]
     assert sent == [tuple(row[key] for key in keys) for row in rows(out)]

@@ -10,10 +10,12 @@ import subprocess
 import sys
 from html import unescape
 
+import numpy as np
 import pytest
 from browser import Browser, find_chromium
 from PIL import Image
 
+from jit_accel.base.image_rows import draw_rows, without_paper
 from jit_accel.monitor.health import KINDS
 from jit_accel.report import main
 from jit_accel.report.charts import charts_of
@@ -281,18 +283,56 @@ def test_a_threshold_is_drawn_only_where_it_is_near(tmp_path):
     assert [(line["value"], line["is_drawn"]) for line in chart["thresholds"]] == [(100, True), (0.001, False)]
 
 
+def test_a_zero_has_no_place_on_a_logarithmic_axis(tmp_path):
+    rows = [{"step": step, "ema/auto/distance": max(0, step - 2) / 100} for step in range(1, 6)]
+    (chart,) = charts_of(read_runs([write_run(tmp_path / "run", rows)]))
+    assert chart["series"][0]["y"] == [None, None, 0.01, 0.02, 0.03]
+
+
+@pytest.mark.parametrize(("shares", "marked"), [([0.3], [10]), ([0.02, 0.3, 0.2], [20, 30]), ([0.04, 0.06, 0.01], [])])
+def test_a_run_that_waits_beyond_its_limit_is_not_called_good(tmp_path, shares, marked):
+    rows = [{"step": 10 * i, "train/loss": 1.0, "data/wait_fraction": share} for i, share in enumerate(shares, 1)]
+    page = page_of(write_run(tmp_path / "run", rows, SETTINGS | {"health_max_wait": 0.05}))
+    assert ("✓ good" in words(page)) == (not marked)
+    assert ("Data starving" in words(page)) == bool(marked)
+    events = [event["x"] for chart in data_in(page)["charts"] for event in chart["events"]]
+    assert events == [marked] * bool(marked)
+    for limit in (0, None, "much"):  # never, or not known
+        assert "✓ good" in words(page_of(write_run(tmp_path / str(limit), rows, SETTINGS | {"health_max_wait": limit})))
+
+
+def test_the_head_has_the_time_of_the_training_and_the_page_in_wandb(tmp_path):
+    rows = [{"step": step, "train/loss": 1.0, "perf/step_time": 2.0} for step in (10, 20)]
+    old = write_run(tmp_path / "old", rows)
+    new = write_run(tmp_path / "new", [*rows, {"step": 21, "train/elapsed": 4000.4}])
+    (new / "wandb_url.txt").write_text("https://wandb.ai/team/shop/runs/x1?a=1&b=2\n")
+    (old / "wandb_url.txt").write_text("javascript:alert(1)\n")
+    assert "trained for 0:00:40" in words(page_of(old))  # the steps alone
+    page = own_part(page_of(new))
+    assert "trained for 1:06:40" in words(page_of(new))
+    assert re.findall(r'<a class="wandb" href="(.*?)"', page) == ["https://wandb.ai/team/shop/runs/x1?a=1&amp;b=2"]
+    both = page_of(old, new)
+    assert "0:00:40" in words(both)
+    assert "1:06:40" in words(both)
+    assert "https://wandb.ai" in both
+    assert "javascript:" not in own_part(both)
+
+
 def test_settings_that_differ_stand_first(tmp_path):
-    a = write_run(tmp_path / "a", rows_of_a_run(20), SETTINGS | {"only_here": 1})
-    b = write_run(tmp_path / "b", rows_of_a_run(20, seed=1), SETTINGS | {"learning_rate": 1e-3, "seed": 1})
+    more = {"wandb_name": "b", "device": "cpu", "learning_rate": 1e-3, "seed": 1}
+    a = write_run(tmp_path / "a", rows_of_a_run(20), {"wandb_name": "a"} | SETTINGS | {"only_here": 1})
+    b = write_run(tmp_path / "b", rows_of_a_run(20, seed=1), SETTINGS | more)
     page = own_part(page_of(a, b))
     groups = re.findall(r"<details(.*?)><summary>(.*?) <span>(\d+)</span>(.*?)</details>", page, re.S)
     assert [title for _, title, *_ in groups[:2]] == ["Differing", "Not recorded by all"]
     assert "open" in groups[0][0]
     cells = re.findall(r"<code>(.*?)</code></th><td>(.*?)</td><td>(.*?)</td>", groups[0][3])
-    assert cells == [("learning_rate", "0.0002", "0.001"), ("seed", "0", "1")]
+    differing = [("learning_rate", "0.0002", "0.001"), ("seed", "0", "1"), ("wandb_name", "a", "b")]
+    assert cells == [*differing, ("device", "NVIDIA H100", "cpu")]  # names and facts, which mostly differ, last
+    assert page.index("learning_rate") < page.index("</header>")
     assert "only_here" in groups[1][3]
     names = re.findall(r'<th scope="row"><code>(.*?)</code>', page)
-    assert sorted(names) == sorted({*SETTINGS, "only_here"})  # each setting once
+    assert sorted(names) == sorted({*SETTINGS, "only_here", "wandb_name"})  # each setting once
 
 
 # --- samples
@@ -321,6 +361,29 @@ def test_sheets_that_are_broken_or_half_written_are_left_out(tmp_path):
     flipped[-14] ^= 1  # in the checksum of the pixels
     (samples / "step_00000350.png").write_bytes(flipped)
     assert [sheet["step"] for sheet in load_sheets(folder)] == [100, 300]
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 28), (3, 28), (10, 100)])
+def test_the_paper_of_a_sheet_is_see_through_and_its_images_are_not(rows, size):
+    draw = np.random.default_rng(rows)
+    images = draw.integers(0, 256, (rows, 8, size, size, 3), np.uint8)
+    images[0, 0] = 255  # white, as digits on paper are
+    sheet = draw_rows([(f"class {row}", images[row]) for row in range(rows)])
+    drawn, left = without_paper(sheet)
+    whole, drawn = np.asarray(sheet), np.asarray(drawn)
+    cell = whole.shape[0] // rows
+    assert left == whole.shape[1] - 8 * cell
+    for row, column in itertools.product(range(rows), range(8)):
+        place = np.s_[row * cell : (row + 1) * cell - 2, left + column * cell : left + (column + 1) * cell - 2]
+        assert (drawn[place][..., :3] == whole[place]).all()
+        assert (drawn[place][..., 3] == 255).all()
+    share = drawn[..., 3:] / 255
+    on_white = drawn[..., :3] * share + 255 * (1 - share)
+    assert np.allclose(on_white, whole)
+    assert (drawn[:, left:][..., 3] == 0).sum() == whole.shape[0] * 8 * cell - rows * 8 * (cell - 2) ** 2
+    assert 0 < (drawn[:, :left, 3] > 128).mean() < 0.2  # the letters of the names
+    other = Image.fromarray(draw.integers(0, 256, (rows * 30, 300, 3), np.uint8))
+    assert without_paper(other) == (other, 0)
 
 
 def test_large_sheets_are_made_small_enough_for_a_page(tmp_path):
@@ -510,6 +573,34 @@ def test_the_page_follows_its_reader(browser, pages):
     assert page.ask(rows) == len(SETTINGS) + 1
     page.ask(set_value("#search", "HEALTH_"))
     assert page.ask(rows) == 2
+    assert page.ask(ERRORS) == ""
+
+
+def test_lines_of_a_comparison_are_solid_and_names_of_classes_light_on_a_dark_page(browser, tmp_path):
+    images = np.full((8, 28, 28, 3), 128, np.uint8)
+    for name, first in (("a", 0.0), ("b", 0.1)):
+        rows = rows_of_a_run(40)
+        rows[9]["ema/auto/distance"] = first
+        write_run(tmp_path / name, rows)
+        draw_rows([("cat", images), ("dog", images)]).save(tmp_path / name / "samples" / "step_00000040.png")
+    assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "page.html")]) == 0
+    page = browser.open((tmp_path / "page.html").as_uri(), dark=True)
+    dashes = (
+        "[...new Set([...document.querySelectorAll('.plot')].flatMap(p => p.data.filter(t => t.name.length < 40 && "
+    )
+    dashes += "!/above|below/.test(t.name)).map(t => t.line?.dash)))]"
+    assert set(page.ask(dashes)) <= {"solid", None}
+    kinds = "[...new Set(document.querySelector('[data-chart=ema] .plot').data.map(t => t.marker?.symbol))]"
+    assert {"circle", "diamond"} <= set(page.ask(kinds))  # which tells the averages apart
+    lowest = (
+        "Math.min(...document.querySelector('[data-chart=ema] .plot').data.flatMap(t => t.y.filter(y => y !== null)))"
+    )
+    assert page.ask(lowest) > 0
+    assert page.ask("document.querySelectorAll('#sheets .names').length") == 2
+    names = "getComputedStyle(document.querySelector('#sheets .names')).filter"
+    assert page.ask(names) == "invert(0.9)"
+    page.look(dark=False)
+    assert page.ask(names) == "none"
     assert page.ask(ERRORS) == ""
 
 
