@@ -115,8 +115,8 @@ def histograms_of(params: dict[str, nn.Parameter], watched: str) -> dict[str, Te
     found = {}
     for name, p in params.items():
         for kind, tensor in (("gradients", p.grad), ("parameters", p)):
-            if watched in (kind, "all") and tensor is not None and _local(tensor).numel():
-                values = _local(tensor).float().flatten()
+            if watched in (kind, "all") and tensor is not None and local_part(tensor).numel():
+                values = local_part(tensor).float().flatten()
                 low, high = values.aminmax()
                 places = ((values - low) * (HISTOGRAM_BINS / (high - low))).nan_to_num().long()
                 counts = torch.zeros(HISTOGRAM_BINS, dtype=torch.long, device=values.device)
