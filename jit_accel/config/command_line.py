@@ -220,7 +220,8 @@ def _spelled(name: str, words: Words, kind: Any) -> Words:
     if len(words) == 1 and type(None) in kinds and str not in kinds and words[0].strip().lower() in OPEN:
         words = ["None"]
     elif any(get_origin(each) is tuple for each in kinds):
-        words = [part for word in words for part in _items(name, word)] if words != [""] else []
+        items = [item for word in words for item in _items(name, word)]
+        words = [] if words == [""] else items or words  # a comma alone is not left out: its setting refuses it
         return [f"--{name}={words[0]}", *words[1:]] if words else [f"--{name}"]
     elif len(words) == 1:
         words = [_meant(name, words[0], kinds)]

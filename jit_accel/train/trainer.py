@@ -291,12 +291,8 @@ class Trainer:
             say(message)
 
     def _say_that_nothing_is_left(self) -> None:
-        steps, epochs = self.optim.max_steps, self.optim.epochs
-        longer = (
-            f"--max_steps {2 * self.step}"
-            if steps
-            else f"--epochs {2 * max(epochs, int(self.plan.epoch_of(self.step))):g}"
-        )
+        epochs = 2 * max(self.optim.epochs or 0, int(self.plan.epoch_of(self.step)))
+        longer = f"--max_steps {2 * self.step}" if self.optim.max_steps else f"--epochs {epochs:g}"
         self.say(
             f"Nothing is left to train: {self.output_dir} is at step {self.step:,} of {self.plan.total_steps:,}. "
             f"{longer}, say, would train on."
