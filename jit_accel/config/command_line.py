@@ -221,7 +221,7 @@ def _spelled(name: str, words: Words, kind: Any) -> Words:
         words = ["None"]
     elif any(get_origin(each) is tuple for each in kinds):
         items = [item for word in words for item in _items(name, word)]
-        words = [] if words == [""] else items or words  # a comma alone is not left out: its setting refuses it
+        words = [] if words == [""] and name in SETTINGS else items or words  # others refuse what names nothing
         return [f"--{name}={words[0]}", *words[1:]] if words else [f"--{name}"]
     elif len(words) == 1:
         words = [_meant(name, words[0], kinds)]

@@ -1,5 +1,6 @@
 """What `python -m jit_accel.prepare` writes, and that training reads it."""
 
+import csv
 import io
 import json
 import os
@@ -395,9 +396,10 @@ def test_a_file_lists_what_is_no_image_links_to_nothing_and_is_there_twice(tmp_p
         assert prepare(photos, tmp_path / format, "--format", format)["num_images"] == 4
         said = f"5 files are no images, left out, or copies of others: see {tmp_path / format}"
         assert said in capsys.readouterr().out
-        rows = [line.split(",") for line in (tmp_path / format / "problems.csv").read_text().splitlines()]
-        assert [row[0] for row in rows] == list(expected)
-        assert all(expected[row[0]] in "".join(row) for row in rows)
+        with open(tmp_path / format / "problems.csv", encoding="utf-8", newline="") as file:
+            problems = dict(csv.reader(file))
+        assert list(problems) == list(expected)
+        assert all(reason in problems[name] for name, reason in expected.items())
 
 
 def test_a_store_whose_folders_were_sorted_as_text_is_not_gone_on_with(tmp_path, capsys):
