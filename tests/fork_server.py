@@ -8,7 +8,8 @@ import threading
 from pathlib import Path
 
 import torch
-import wandb  # noqa: F401
+import wandb.cli.cli
+import wandb.sdk.launch  # noqa: F401 - a second, when a run starts
 from helpers import train_here
 from PIL import Image
 from tqdm import tqdm

@@ -135,11 +135,12 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
         "init_timeout": patience_s,
         "finish_timeout": patience_s,
         "x_transaction_log_flush_interval": options.get("flush_s", 0.2),
-        "x_file_stream_transmit_interval": 0.2,
+        # In whole seconds: wandb cuts fractions off, and takes 0 for its own 15 and 2 seconds.
+        "x_file_stream_transmit_interval": 1,
         **{
-            f"x_{what}_retry_wait_{which}_seconds": wait_s
+            f"x_{what}_retry_wait_{which}_seconds": 1
             for what in ("file_stream", "file_transfer", "graphql")
-            for which, wait_s in (("min", 0.1), ("max", 0.5))
+            for which in ("min", "max")
         },
     }
     if "file_limit" in options:
