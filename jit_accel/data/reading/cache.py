@@ -62,7 +62,7 @@ def cached_shard(key: str, name: str, num_bytes: int, fetch: Callable[[BinaryIO]
     path = folder / f"{digest}-{name[-100:]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{digest[:2]}.lock"):
+        with FileLock(folder / f"{digest[:2]}.lock", poll_interval=0.01):
             if not path.is_file():
                 _make_room(folder, num_bytes)
                 with atomic_file(path, durable=False) as temporary, open(temporary, "wb") as file:
