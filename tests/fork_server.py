@@ -7,6 +7,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+import pytest  # noqa: F401
 import torch
 import wandb.cli.cli
 import wandb.sdk.launch  # noqa: F401 - a second, when a run starts
