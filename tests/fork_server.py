@@ -1,6 +1,7 @@
 """The training that the fork server does before it starts processes: each of them would set up as much for itself."""
 
 import contextlib
+import gc
 import io
 import os
 import tempfile
@@ -36,3 +37,4 @@ if not torch.cuda.is_available():  # for which torch keeps threads
     tqdm.monitor_interval = 0  # a thread, too
     train_once()
     assert threading.active_count() == 1, threading.enumerate()
+gc.freeze()  # what each process shares with this one is neither looked through nor copied
