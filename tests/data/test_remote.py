@@ -239,6 +239,12 @@ def test_copies_that_were_not_used_for_longest_give_way(server, cache, monkeypat
         files[1].local()
 
 
+def test_a_copy_that_goes_away_while_room_is_made_does_no_harm(server, cache):
+    (cache / "shards").mkdir()
+    (cache / "shards" / "ab-0.tar").symlink_to(cache / "gone")  # listed, and not there when it is looked at
+    assert Path(shards.describe(f"{server.url}/0.tar").local()).is_file()
+
+
 def test_a_full_disk_is_named(server, monkeypatch):
     def write(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
