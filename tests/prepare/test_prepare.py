@@ -38,7 +38,7 @@ from jit_accel.data.formats.prepared import PixelStore, read_index
 from jit_accel.data.formats.sources import open_images
 from jit_accel.data.reading.content import content_key, file_key
 from jit_accel.data.reading.decode import center_crop, decode_image
-from jit_accel.prepare import output
+from jit_accel.prepare import output, run
 from jit_accel.prepare.output import verify
 from jit_accel.prepare.settings import PrepareConfig
 
@@ -165,11 +165,13 @@ def test_hf_datasets_reads_a_store_as_images_with_classes(stores, format, tmp_pa
     assert (dataset[0]["image"].size, dataset[0]["image"].mode) == ((SIZE, SIZE), "RGB")
 
 
-def test_pictures_to_look_at(stores):
+def test_pictures_to_look_at(stores, sources, tmp_path, monkeypatch):
     with Image.open(stores["uint8"] / "preview.png") as sheet, Image.open(stores["png"] / "preview.png") as same:
         assert sheet.size[0] > 8 * SIZE
         assert sheet.tobytes() == same.tobytes()
-    with Image.open(stores["uint8"] / "classes.png") as chart:
+    monkeypatch.setattr(run, "draw_classes", output.draw_classes)
+    prepare(sources["folder"], tmp_path)
+    with Image.open(tmp_path / "classes.png") as chart:
         chart.verify()
 
 
