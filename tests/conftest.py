@@ -1,7 +1,6 @@
 import gc
 import os
 import shutil
-from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,8 +9,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each program that a test star
 
 import pytest
 import torch
-
-OLD_FOLDERS = Path(__file__).parent / "fixtures" / "fc94876"
+from helpers import OLD_FOLDERS
 
 
 def pytest_collection_modifyitems(items):

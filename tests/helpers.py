@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from jit_accel.config.presets import PRESETS, Preset
 from jit_accel.monitor.log import read_metrics
 
+OLD_FOLDERS = Path(__file__).parent / "fixtures" / "fc94876"  # made by its make.py
+
 # A network of some thousand parameters, for tests where it may be any.
 PRESETS["JiT-XS"] = Preset(2, 8, 2, 4, 1, in_context_len=2)
 
