@@ -276,10 +276,11 @@ def try_here(flags: list[str], photos: Path, tmp_path: Path, monkeypatch) -> Non
     monkeypatch.chdir(REPOSITORY)
     config = parse_args(flags)
     patch = (config.model.model or "JiT-Ti/7").partition("/")[2]
+    model = f"JiT-Ti/{patch}" if config.tune.lora_rank else f"JiT-XS/{patch}"  # too small for the ranks
     if config.tune.init_from:
-        flags = [*flags, "--init_from", str(untrained_pipeline(tmp_path / "source", int(patch)))]
+        flags = [*flags, "--init_from", str(untrained_pipeline(tmp_path / "source", model))]
     small = [
-        *("--dry_run", "--model", f"JiT-Ti/{patch}", "--batch_size", "2", "--gradient_accumulation_steps", "1"),
+        *("--dry_run", "--model", model, "--batch_size", "2", "--gradient_accumulation_steps", "1"),
         *("--num_workers", "0", "--mixed_precision", "no", "--no_compile", "--output_dir", str(tmp_path / "run")),
     ]
     if not config.data.data_path.startswith("builtin:"):
@@ -287,9 +288,9 @@ def try_here(flags: list[str], photos: Path, tmp_path: Path, monkeypatch) -> Non
     assert train_exactly(*flags, *small) == 0
 
 
-def untrained_pipeline(folder: Path, patch: int) -> Path:
+def untrained_pipeline(folder: Path, model: str) -> Path:
     """A small one for the two classes of photos."""
-    network = build_model(f"JiT-Ti/{patch}", img_size=4 * patch, num_classes=2)
+    network = build_model(model, img_size=4 * int(model.partition("/")[2]), num_classes=2)
     JiTPipeline(network, JiTScheduler()).save_pretrained(folder)
     return folder
 
@@ -562,7 +563,7 @@ def make_source(path: Path) -> None:
     """What a documented conversion takes, with a small network: a checkpoint of the paper's code, or a pipeline."""
     checkpoint = path if path.suffix == ".pth" else path.with_suffix(".pth")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    weights = build_model("JiT-Ti/16", img_size=64, num_classes=1000).state_dict()
+    weights = build_model("JiT-XS/16", img_size=64, num_classes=1000).state_dict()
     named = {f"net.{name}": tensor for name, tensor in weights.items()}
     torch.save({"model": named, "model_ema1": named, "model_ema2": named}, checkpoint)
     if path != checkpoint:
@@ -574,7 +575,7 @@ def evaluate_a_little(flags: list[str], photos: Path, tmp_path: Path, monkeypatc
     for name in list(LOADERS):
         monkeypatch.setitem(LOADERS, name, load_toy)
     monkeypatch.chdir(tmp_path)
-    JiTPipeline(build_model("JiT-Ti/7", img_size=28, num_classes=2), JiTScheduler()).save_pretrained("model")
+    JiTPipeline(build_model("JiT-XS/7", img_size=28, num_classes=2), JiTScheduler()).save_pretrained("model")
     places = {"--model": "model", "--reference": str(photos), "--images": str(photos), "--num_images": "2"}
     words = [places.get(before, word) for before, word in itertools.pairwise(["", *flags])]
     words = ["1,2" if re.fullmatch(r"[\d.]+:[\d.]+:[\d.]+", word) else word for word in words]

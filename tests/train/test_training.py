@@ -83,7 +83,7 @@ def test_muon_learns_too(images, tmp_path):
 @pytest.mark.parametrize("space", ["x", "e", "v"])
 def test_every_pair_of_prediction_and_loss_learns(images, tmp_path, prediction, space):
     flags = ["--prediction", prediction, "--loss_space", space, "--max_steps", "12", "--batch_size", "8"]
-    flags += ["--model", "JiT-Ti/14"]
+    flags += ["--learning_rate", "1e-2"]
     assert train_here("--data_path", str(images), "--output_dir", str(tmp_path), *flags) == 0
     assert sum(losses(tmp_path)[-3:]) < sum(losses(tmp_path)[:3])
 
