@@ -203,6 +203,22 @@ def test_who_waited_finds_the_store_finished(prepared, tmp_path, monkeypatch):
     assert contents(output.path) == contents(made)
 
 
+def test_a_work_folder_that_goes_away_while_it_is_looked_at_is_made_again(tmp_path, monkeypatch):
+    output, seen = OutputFolder(str(tmp_path / "out")), []
+    output.work.mkdir(parents=True)
+    real = Path.is_dir
+
+    def is_dir_no_more(path):
+        if path == output.work and not seen:
+            seen.append(path.rmdir())
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_dir", is_dir_no_more)
+    with output.begun({"img_size": SIZE}):
+        assert seen
+        assert (output.work / "plan.json").is_file()
+
+
 def test_a_work_folder_that_goes_away_before_its_lock_is_there_is_made_again(tmp_path, monkeypatch):
     output, opened = OutputFolder(str(tmp_path / "out")), []
     real = os.open
