@@ -156,6 +156,13 @@ def test_it_closes_at_any_moment_and_twice(consumed):
         next(prefetcher)
 
 
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"img_size": 0}, {"lanes": 0}])
+def test_numbers_below_one_are_refused(tmp_path, wrong):
+    source = open_images(parquet(tmp_path / "d.parquet", range(4)))
+    with pytest.raises(UserError, match=f"^{next(iter(wrong))} 0: must be at least 1"):
+        batches(source, **{"img_size": SIZE, "batch_size": 2} | wrong)
+
+
 def test_a_loader_that_hangs_does_not_hold_up_closing(monkeypatch):
     monkeypatch.setattr("jit_accel.data.batches.ready_batches.PATIENCE_S", 0.1)
     loader = Counting(allowed=1)

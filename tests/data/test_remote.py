@@ -271,7 +271,7 @@ def test_a_server_that_stays_away_ends_the_run_with_a_message(server, loaders, m
     loader = loaders(open_images(all_of(server, kind)), num_workers=num_workers)
     monkeypatch.setattr(servers, "PATIENCE_S", 0.3)
     server.go_away()
-    with pytest.raises(UserError, match=rf"{server.url}/\d.{kind}: no progress for 0.3 s .*--resume auto"):
+    with pytest.raises(UserError, match=rf"{server.url}/\d.{kind}: no progress for 0.3 s .*start again"):
         take(loader, N)
 
 
