@@ -24,6 +24,7 @@ from wandb.errors import AuthenticationError, UsageError
 from wandb.proto.wandb_internal_pb2 import Record
 
 from jit_accel.base.console import say, warn
+from jit_accel.base.files import write_text
 from jit_accel.monitor.log import METRICS_FILE
 from jit_accel.monitor.metric_table import EPOCH, METRICS, SAMPLES
 from jit_accel.monitor.trackers import FINISH_TIMEOUT_S, describe, in_time
@@ -111,7 +112,7 @@ class WandbTracker(GeneralTracker):
             self.is_offline = True
         if self.is_offline:
             self._start_offline()
-        self.id_file.write_text(self.id)
+        write_text(self.id_file, self.id)
         self._introduce()
         self._define_metrics()
         return True

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
@@ -33,7 +34,7 @@ from jit_accel.data.batches.order import default_lanes
 from jit_accel.data.formats.sources import Source
 from jit_accel.model import hub
 from jit_accel.model.checkpoints import complete_checkpoints, find_checkpoint, read_run
-from jit_accel.model.loading import build_network, build_pipeline
+from jit_accel.model.loading import PIPELINE_FOLDER, build_network, build_pipeline
 from jit_accel.model.objective import Objective
 from jit_accel.model.transformer import JiTTransformer2DModel
 from jit_accel.monitor.log import METRICS_FILE
@@ -72,7 +73,7 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
                 return trainer.dry_run()
             exit_code = trainer.run()
         if exit_code == 0 and config.hub.push_to_hub and accelerator.is_main_process:
-            hub.share(folder / "pipeline", config.hub)  # last, so that nobody waits for the network
+            hub.share(folder / PIPELINE_FOLDER, config.hub)  # last, so that nobody waits for the network
         return exit_code
 
 
@@ -222,7 +223,7 @@ def check_output_dir(folder: Path, resume: str) -> None:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         held = [
             *(path for path in folder.glob(METRICS_FILE) if path.stat().st_size),
-            *folder.glob("pipeline/model_index.json"),
+            *folder.glob(f"{PIPELINE_FOLDER}/model_index.json"),
             *complete_checkpoints(folder / "checkpoints"),
         ]
         if held and not continues_here:
@@ -242,6 +243,8 @@ def build_accelerator(config: Config) -> Accelerator:
     configured = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or 1)
     accumulation = config.optim.gradient_accumulation_steps or configured
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # of an earlier training in this process
     return Accelerator(
         mixed_precision=precision,
         log_with=build_trackers(config.tracking, Path(run_folder(config))) or None,
@@ -257,7 +260,7 @@ def build_accelerator(config: Config) -> Accelerator:
 
 
 def build_fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
-    """FSDP as accelerate's configuration asks for it, but with sums and outputs in float32.
+    """Return FSDP2 where accelerate's configuration asks for it, with sums and outputs in float32; UserError: FSDP 1.
 
     Accelerate's own policy reduces gradients in bf16 and casts the inputs, and t in bf16 is wrong.
     """
