@@ -26,7 +26,7 @@ SEED = 0
 
 
 def read_idx(file: Path) -> np.ndarray:
-    """An IDX file of unsigned bytes: uint8, of the shape that its header states."""
+    """Read an IDX file of unsigned bytes: uint8, of the shape that its header states."""
     data = gzip.decompress(file.read_bytes())
     dimensions = data[3]
     shape = np.frombuffer(data, ">u4", dimensions, offset=4)
@@ -34,7 +34,7 @@ def read_idx(file: Path) -> np.ndarray:
 
 
 def choose(labels: np.ndarray, images_per_class: int) -> np.ndarray:
-    """So many random indices of each class, shuffled together."""
+    """Return so many random indices of each class, shuffled together."""
     lottery = rng.hash64(SEED, "choose", np.arange(len(labels)))
     by_class = [np.flatnonzero(labels == label) for label in range(len(CLASS_NAMES))]
     chosen = np.concatenate([one[np.argsort(lottery[one])[:images_per_class]] for one in by_class])
@@ -42,7 +42,7 @@ def choose(labels: np.ndarray, images_per_class: int) -> np.ndarray:
 
 
 def as_png(pixels: np.ndarray) -> bytes:
-    """A grey picture (28, 28) as the smallest PNG that Pillow can make."""
+    """Return a grey picture (28, 28) as the smallest PNG that Pillow can make."""
     buffer = io.BytesIO()
     PILImage.fromarray(pixels).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -1,6 +1,7 @@
+import gc
 import os
 import shutil
-from pathlib import Path
+import tempfile
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,14 +10,27 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each program that a test star
 
 import pytest
 import torch
+from helpers import OLD_FOLDERS, offer_fork_server
 
-OLD_FOLDERS = Path(__file__).parent / "fixtures" / "fc94876"
+
+def pytest_configure(config):
+    gc.disable()  # while modules are imported, which leave no garbage
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        os.environ["JIT_ACCEL_CACHE"] = folder.name  # of what the fork server starts, but for `Group`
+        offer_fork_server()
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # a million objects of modules, which each collection would look through
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

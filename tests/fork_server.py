@@ -1,14 +1,17 @@
 """The training that the fork server does before it starts processes: each of them would set up as much for itself."""
 
 import contextlib
+import gc
 import io
 import os
 import tempfile
 import threading
 from pathlib import Path
 
+import pytest  # noqa: F401
 import torch
-import wandb  # noqa: F401
+import wandb.cli.cli
+import wandb.sdk.launch  # noqa: F401 - a second, when a run starts
 from helpers import train_here
 from PIL import Image
 from tqdm import tqdm
@@ -34,3 +37,4 @@ if not torch.cuda.is_available():  # for which torch keeps threads
     tqdm.monitor_interval = 0  # a thread, too
     train_once()
     assert threading.active_count() == 1, threading.enumerate()
+gc.freeze()  # what each process shares with this one is neither looked through nor copied

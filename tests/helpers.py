@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +22,8 @@ from safetensors.torch import load_file
 from jit_accel.config.presets import PRESETS, Preset
 from jit_accel.monitor.log import read_metrics
 
+OLD_FOLDERS = Path(__file__).parent / "fixtures" / "fc94876"  # made by its make.py
+
 # A network of some thousand parameters, for tests where it may be any.
 PRESETS["JiT-XS"] = Preset(2, 8, 2, 4, 1, in_context_len=2)
 
@@ -29,6 +32,24 @@ SPAWNER = multiprocessing.get_context("forkserver")
 SPAWNER.set_forkserver_preload(["fork_server"])
 # Where the server finds that module; it does not get this process's paths.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def offer_fork_server() -> None:
+    """Start the fork server for the workers of pytest-xdist, which would start one each."""
+    forkserver.ensure_running()
+    os.environ["TEST_FORK_SERVER"] = forkserver._forkserver._forkserver_address.removeprefix("\0")
+
+
+def join_fork_server(address: str) -> None:
+    """Let this process use the fork server at this address, which another one has started and ends."""
+    server = forkserver._forkserver
+    server._forkserver_address = address if os.path.exists(address) else f"\0{address}"  # a socket without a file
+    server._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)
+    server.ensure_running = resource_tracker.ensure_running
+
+
+if "TEST_FORK_SERVER" in os.environ:
+    join_fork_server(os.environ["TEST_FORK_SERVER"])
 
 # Metrics that differ from run to run.
 OF_TIME = ("data/", "perf/", "train/time", "train/elapsed", "train/epoch_time", "train/samples_per_second")
@@ -202,6 +223,7 @@ class Group:
     def __init__(self, flags, log: Path, num_processes: int = 1, environment: dict[str, str] | None = None):
         self.log = log
         base = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        base |= {name: os.environ[name] for name in ("JIT_ACCEL_CACHE",) if name in os.environ}
         base |= environment or {}
         self.processes = []
         for rank in range(num_processes):

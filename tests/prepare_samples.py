@@ -67,5 +67,20 @@ def prepare(source, output: Path, *flags: str) -> dict:
     return read_index(output)
 
 
+class Prepared:
+    """Sources that are prepared once each, by three workers, into folders that no test may change."""
+
+    def __init__(self, sources: dict[str, Path], root: Path):
+        self._sources, self._root, self._made = sources, root, {}
+
+    def __call__(self, kind: str, format: str, *flags: str) -> Path:
+        """Return the store of a source, in a folder whose name is the format."""
+        key = (kind, format, *flags)
+        if key not in self._made:
+            self._made[key] = self._root / str(len(self._made)) / format
+            prepare(self._sources[kind], self._made[key], "--format", format, "--num_workers", "3", *flags)
+        return self._made[key]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

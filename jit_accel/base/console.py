@@ -80,7 +80,7 @@ def _hush(file) -> None:
 
 
 def redacted(text: str) -> str:
-    """`text` without the secrets that their looks give away.
+    """Return `text` without the secrets that their looks give away.
 
     `https://user:pw@host/x?token=abc&size=3` becomes `https://***@host/x?***`; URLs without credentials and
     query stay as they are.

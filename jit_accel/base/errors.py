@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import re
 import signal
+import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -162,7 +163,10 @@ class StopRequest:
         self.number = number
 
     def __enter__(self) -> "StopRequest":
-        self._before = {n: signal.signal(n, self._receive) for n in (signal.SIGTERM, signal.SIGINT)}
+        # Only the main thread gets signals, and may say what they do.
+        is_main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *exception) -> None:

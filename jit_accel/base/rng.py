@@ -28,5 +28,5 @@ def hash64(seed: int, purpose: str, positions) -> np.ndarray:
 
 
 def uniform(seed: int, purpose: str, positions) -> np.ndarray:
-    """Uniform float64 in the open interval (0, 1), of the shape of `positions`."""
+    """Draw uniform float64 in the open interval (0, 1), of the shape of `positions`."""
     return ((hash64(seed, purpose, positions) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52

@@ -47,7 +47,7 @@ def swiglu_width(hidden_size: int, mlp_ratio: float) -> int:
 
 
 def forward_macs(preset: Preset, patch_size: int, height: int, width: int) -> int:
-    """Multiply-adds of the matmuls of one image's forward pass; FLOPs are 2x this, with backward 6x.
+    """Return the multiply-adds of the matmuls of one image's forward pass; FLOPs are 2x this, with backward 6x.
 
     Counted: every Linear and patch projection (the modulation and the time embedding once an image, the rest
     once a token) and attention's two products. Elementwise work, norms and softmax are not. The network's `config`

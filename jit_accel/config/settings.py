@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from jit_accel.base.console import redacted
 from jit_accel.base.errors import UserError, lookup
+from jit_accel.base.files import write_text
 
 DEFAULT_MODEL = "JiT-B/16"
 # More is a slip of the finger; it would end in an overflow, or without memory.
@@ -332,7 +333,7 @@ def write_config(recorded: dict[str, Any], path: Path) -> None:
     """Write settings, as `Config.recorded` gives them, as YAML that `--config` reads back."""
     import yaml
 
-    path.write_text(yaml.safe_dump(recorded, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(path, yaml.safe_dump(recorded, sort_keys=False, allow_unicode=True))
 
 
 def _without_secrets(value: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from jit_accel.base.console import warn
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.processes import gather_rows, on_all, on_main
 from jit_accel.data.formats.sources import Source
 from jit_accel.evaluate.features import FeatureNetwork
@@ -87,7 +87,8 @@ class Evaluator:
                         collector.add(share.numbers, self.network(share.images), share.labels)
                     progress.update(len(share.numbers))
 
-        on_all(accelerator, read)
+        with renamed_settings(data_path=about):
+            on_all(accelerator, read)
         statistics = collector.finish(accelerator, images.name, images.img_size)
         num_bad = int(gather_rows(torch.tensor([len(bad_images)]), accelerator).sum())
         if num_bad and accelerator.is_main_process:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from jit_accel.base.console import redacted
 from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.files import atomic_file, disk_errors, parse_json_line
 from jit_accel.data.batches.loader import cores_per_process
@@ -86,7 +87,10 @@ def open_image_set(path: str | Source, about: str, img_size: int | None = None, 
 
 def _first_size(source: Source) -> tuple[int, int] | None:
     images = source.images
-    row = next(images.training_rows(0), None) if source.streaming else getattr(images, "dataset", [None])[0]
+    if source.streaming:  # some units may be empty
+        row = next(images.training_rows(int(images.sizes.argmax())), None)
+    else:
+        row = getattr(images, "dataset", [None])[0]
     if row is not None:
         data, _ = images.columns.image_of(row[images.columns.image])
         file = io.BytesIO(data) if isinstance(data, bytes) else data
@@ -196,7 +200,7 @@ def _array_shares(path: str, about: str, img_size: int, batch_size: int, rank: i
 
 def save_reference(path: Path, reference: ImageStatistics) -> None:
     """Write an `.npz` that `read_reference` and others' evaluators read, atomically; UserError if that fails."""
-    about = {"maker": MAKER, **{name: getattr(reference, name) for name in ABOUT}, "source": reference.name}
+    about = {"maker": MAKER, **{name: getattr(reference, name) for name in ABOUT}, "source": redacted(reference.name)}
     arrays = {"about": np.array(json.dumps(about))}
     for layer, gaussian in reference.gaussians.items():
         arrays |= zip(MOMENTS[layer], (gaussian.mean.cpu().numpy(), gaussian.covariance.cpu().numpy()))

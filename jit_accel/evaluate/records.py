@@ -25,7 +25,7 @@ from jit_accel.evaluate.sweep import Measured, Outcome, noise_of
 from jit_accel.model.card import CARD_FILE, EVALUATION_FILE, refresh_card
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.checkpoints import complete_checkpoints
-from jit_accel.model.loading import averages_of, pipeline_of_checkpoint, write_defaults
+from jit_accel.model.loading import PIPELINE_FOLDER, averages_of, pipeline_of_checkpoint, write_defaults
 from jit_accel.model.scheduler import CALLS_PER_STEP
 
 _SETTINGS = {  # header in the table, and how a value is written
@@ -249,7 +249,7 @@ def pipeline_folder_of(model: str, checkpoint: Path | None) -> Path | None:
     if (folder / INDEX_FILE).is_file():
         return folder
     run = run_folder_of(folder)
-    pipeline = run / "pipeline"
+    pipeline = run / PIPELINE_FOLDER
     if not (run / "checkpoints").is_dir() and not pipeline.is_dir():
         return None
     if checkpoint is None or complete_checkpoints(checkpoint.parent)[-1].name == checkpoint.resolve().name:

@@ -12,7 +12,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-from jit_accel.base.console import say, warn
+from jit_accel.base.console import redacted, say, warn
 from jit_accel.base.devices import chosen_precision
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import disk_errors
@@ -103,7 +103,8 @@ def reference_fingerprint(reference: ImageStatistics) -> str:
     path = Path(reference.name).expanduser()
     if path.suffix == ".npz" and path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return f"{reference.name} ({reference.num_images}, {reference.img_size} px) {reference.fingerprint}".rstrip()
+    size = f"({reference.num_images}, {reference.img_size} px)"
+    return f"{redacted(reference.name)} {size} {reference.fingerprint}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Evaluation:
             **of_model,
             "features": config.features,
             "feature_weights": self.evaluator.network.weights_id,
-            "reference": self.reference.name,
+            "reference": redacted(self.reference.name),
             "reference_images": self.reference.num_images,
             "img_size": self.img_size,
             "num_processes": accelerator.num_processes,
@@ -170,7 +171,7 @@ class Evaluation:
         """Measure images that are there, or the model with guidance and without, and return a record of each."""
         if images is not None:
             statistics = self.evaluator.statistics_of_images(images)
-            of_images = {"images": self.config.images, "num_images": statistics.num_images}
+            of_images = {"images": redacted(self.config.images), "num_images": statistics.num_images}
             return [{**of_images, **self.about, "metrics": self.evaluator.compare(statistics, self.reference)}]
         settings = sorted(self.candidate.settings(), key=lambda setting: setting.is_unguided)
         return [self.record_of(self.measure(setting, self.config.num_images)) for setting in settings]

@@ -52,7 +52,8 @@ class SweepLog:
             if row.get("key") == self.key:
                 place = (Setting(**row["setting"]), row["num_images"])
                 known = found[place].values if place in found else {}  # other metrics were asked for then
-                found[place] = Measured(*place, known | row["values"])
+                values = {name: math.nan if value is None else value for name, value in row["values"].items()}
+                found[place] = Measured(*place, known | values)
         return found
 
     def measured(

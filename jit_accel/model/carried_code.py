@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import diffusers
@@ -66,6 +67,7 @@ def _our_class(module: str | None, name: str) -> type | None:
     return getattr(sys.modules.get(module), name, None) if is_ours else None
 
 
+@cache  # pipelines may be saved often
 def carried_source(cls: type) -> str:
     """Return the text of a file that defines this class and imports nothing of this package."""
     if cls.__module__.partition(".")[0] != PACKAGE:  # it came with a folder, and is such a file already

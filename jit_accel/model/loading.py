@@ -19,6 +19,7 @@ from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import JiTTransformer2DModel, build_model
 
+PIPELINE_FOLDER = "pipeline"  # in a run's
 # What diffusers, safetensors and torch raise for folders that are broken, cut off or of other sizes than they say.
 BROKEN = (OSError, ValueError, SafetensorError, KeyError, TypeError, AttributeError, RuntimeError)
 
@@ -97,7 +98,7 @@ def load_quietly(model: str, ema: str | None, device: torch.device, compile: boo
 
 def find_pipeline_in(folder: Path) -> Path | None:
     """Return the folder itself if it is a pipeline's, else that of the run whose output folder it is."""
-    return next((place for place in (folder, folder / "pipeline") if (place / INDEX_FILE).is_file()), None)
+    return next((place for place in (folder, folder / PIPELINE_FOLDER) if (place / INDEX_FILE).is_file()), None)
 
 
 def _first_line(error: Exception) -> str:

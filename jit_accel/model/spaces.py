@@ -47,6 +47,6 @@ def convert(value: Tensor, z: Tensor, t: Tensor | float, source: str, target: st
 
 
 def noised(x: Tensor, e: Tensor, t: Tensor) -> Tensor:
-    """z = t x + (1 - t) e of clean images x and noise e (B, C, H, W), already scaled, at times t (B,) or ()."""
+    """Return z = t x + (1 - t) e of clean images x and noise e (B, C, H, W), already scaled, at times t (B,) or ()."""
     t = t.reshape(-1, *[1] * (x.ndim - 1))
     return t * x + (1 - t) * e

@@ -169,7 +169,7 @@ class Health:
         if len(self.first_losses) < self.last_losses.maxlen:
             self.first_losses.append(loss)
         self.last_losses.append(loss)
-        if self.steps % patience:
+        if self.steps % patience or self.steps == 1:  # nothing can have fallen yet
             return None
         first = median(self.first_losses)
         level = median(self.last_losses) / first if first > 0 else 0.0

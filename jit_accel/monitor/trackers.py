@@ -170,7 +170,7 @@ def build_trackers(tracking: TrackingConfig, output_dir: Path) -> list[SafeTrack
             return SafeTracker(name, partial(OURS[name], tracking, output_dir))
         kind = imported_class(name) if ":" in name else LOGGER_TYPE_TO_CLASS[name]
         arguments = (tracking.wandb_project, *([str(output_dir)] if kind.requires_logging_directory else ()))
-        return SafeTracker(kind.name, lambda step: kind(*arguments))  # as Accelerate calls its own
+        return SafeTracker(kind.name, lambda step, **kwargs: kind(*arguments, **kwargs))  # as Accelerate calls its own
 
     return list(map(build, tracking.trackers))
 

@@ -21,6 +21,7 @@ from accelerate.tracking import GeneralTracker
 from wandb.errors import AuthenticationError, UsageError
 
 from jit_accel.base.console import say, warn
+from jit_accel.base.files import write_text
 from jit_accel.monitor.log import METRICS_FILE, URL_FILE
 from jit_accel.monitor.metric_table import EPOCH, METRICS, SAMPLES, SAMPLES_OF_CLASS, TIME
 from jit_accel.monitor.trackers import FINISH_TIMEOUT_S, describe, in_time
@@ -93,7 +94,7 @@ class WandbTracker(GeneralTracker):
             self.is_offline = True
         if self.is_offline:
             self._start_offline()
-        self.id_file.write_text(self.id)
+        write_text(self.id_file, self.id)
         self._introduce()
         self._define_metrics()
         return True

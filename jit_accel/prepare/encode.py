@@ -74,7 +74,7 @@ def originals_at(source: Source, indices: np.ndarray) -> Iterator[Original]:
 def originals_of(source: Source, unit: int, start: int, stop: int) -> Iterator[Original]:
     """Yield rows `start` to `stop` of a unit of a stream."""
     for number, row in zip(range(start, stop), source.images.rows(unit, start)):
-        yield _original(source.images.columns, row, f"shard {unit}, image {number}")
+        yield _original(source.images.columns, row, source.images.name_of(unit, number))
 
 
 def _original(columns: Columns, row: dict, number: str) -> Original:

@@ -123,9 +123,12 @@ class OutputFolder:
         lock = FileLock(self.work / "lock", timeout=_LOCK_PATIENCE_S)
         try:
             while not lock.is_locked:
-                self.work.mkdir(parents=True, exist_ok=True)
-                with contextlib.suppress(FileNotFoundError):  # a process that finished has just removed the folder
+                try:
+                    self.work.mkdir(parents=True, exist_ok=True)
                     lock.acquire()
+                except (FileNotFoundError, FileExistsError):  # a process that finished has just removed the folder
+                    if self.work.exists() and not self.work.is_dir():
+                        raise
             yield
         except Timeout:
             rule = "another process is preparing images there: wait for it, or choose another folder."

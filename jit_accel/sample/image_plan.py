@@ -146,7 +146,7 @@ def open_folder(folder: Path, record: dict, resume: bool) -> None:
 
 
 def holds_files(path: Path) -> bool:
-    """Return whether a path is more than empty folders, as a sampling that was stopped leaves them."""
+    """Return whether a path is more than empty folders, as a stopped sampling leaves them; hidden ones do not count."""
     is_empty = path.is_dir() and all(part.is_dir() for part in path.rglob("*"))
     return not is_empty and not path.name.startswith(".")
 

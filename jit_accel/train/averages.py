@@ -20,7 +20,7 @@ AUTO_MAX_DECAY = 0.9999
 
 
 def decay_at(name: str, step: int) -> float:
-    """Decay of the update after the optimizer step that brought the count to `step` (1, 2, ...)."""
+    """Return the decay of the update after the optimizer step that brought the count to `step` (1, 2, ...)."""
     if name != AUTO:
         return float(name)
     # 1/(1-d) = AUTO_SHARE * step, and at least one step: the first ten copy the weights.

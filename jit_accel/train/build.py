@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DynamoBackend,
@@ -34,7 +35,7 @@ from jit_accel.data.batches.order import default_lanes
 from jit_accel.data.formats.sources import Source
 from jit_accel.model import hub
 from jit_accel.model.checkpoints import find_checkpoint, read_run
-from jit_accel.model.loading import build_network, build_pipeline
+from jit_accel.model.loading import PIPELINE_FOLDER, build_network, build_pipeline
 from jit_accel.model.objective import Objective
 from jit_accel.model.transformer import JiTTransformer2DModel
 from jit_accel.monitor.monitor import Monitor
@@ -75,7 +76,7 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
             trainer.look_ahead()
             exit_code = trainer.run()
         if exit_code == 0 and config.hub.push_to_hub and accelerator.is_main_process:
-            hub.share(folder / "pipeline", config.hub)  # last, so that nobody waits for the network
+            hub.share(folder / PIPELINE_FOLDER, config.hub)  # last, so that nobody waits for the network
         return exit_code
 
 
@@ -242,6 +243,8 @@ def build_accelerator(config: Config) -> Accelerator:
     configured = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or 1)
     accumulation = config.optim.gradient_accumulation_steps or configured
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # of an earlier training in this process
     return Accelerator(
         mixed_precision=precision,
         log_with=build_trackers(config.tracking, Path(run_folder(config))) or None,
@@ -278,7 +281,7 @@ def asked_of_dynamo() -> dict[str, object]:
 
 
 def build_fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
-    """FSDP as accelerate's configuration asks for it, but with sums and outputs in float32.
+    """Return FSDP2 where accelerate's configuration asks for it, with sums and outputs in float32; UserError: FSDP 1.
 
     Accelerate's own policy reduces gradients in bf16 and casts the inputs, and t in bf16 is wrong.
     """

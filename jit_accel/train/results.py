@@ -16,12 +16,13 @@ from jit_accel import __version__
 from jit_accel.base.console import redacted, warn
 from jit_accel.base.devices import device_name
 from jit_accel.base.errors import UserError
-from jit_accel.base.files import atomic_folder
+from jit_accel.base.files import atomic_folder, write_json
 from jit_accel.base.processes import on_main, whole_tensors
 from jit_accel.config.completion import Plan
 from jit_accel.data.formats.sources import Source
 from jit_accel.model.call_arguments import DEFAULTS
 from jit_accel.model.card import CARD_FILE, CARD_PICTURE, training_card
+from jit_accel.model.loading import PIPELINE_FOLDER
 from jit_accel.model.lora import merged
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.monitor.log import iterate_metrics
@@ -29,7 +30,7 @@ from jit_accel.monitor.metric_table import TRAIN_LOSS
 from jit_accel.train.averages import Ema
 from jit_accel.train.initial_weights import Tuning
 
-RECORD_FILE, CURVE_FILE, PIPELINE_FOLDER, LORA_FOLDER = "run.json", "loss_curve.png", "pipeline", "lora"
+RECORD_FILE, CURVE_FILE, LORA_FOLDER = "run.json", "loss_curve.png", "lora"
 RECORDED_PACKAGES = ("torch", "accelerate", "diffusers", "datasets", "numpy", "wandb")
 
 
@@ -70,7 +71,7 @@ def read_record(output_dir: Path) -> dict:
 def write_record(record: dict, output_dir: Path) -> None:
     """Leave the record as `run.json`, for the report and for whoever looks at the folder later."""
     try:
-        (output_dir / RECORD_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_json(output_dir / RECORD_FILE, record)
     except OSError as error:
         warn(f"{output_dir / RECORD_FILE} cannot be written ({error.strerror}); the training does not need it.")
 

@@ -102,6 +102,7 @@ class RunFacts:
         return self.facts
 
     def load_state_dict(self, saved: dict) -> None:
+        """Note what is other than in a checkpoint, and warn of another global batch."""
         before, now = saved["global_batch_size"], self.facts["global_batch_size"]
         if before != now and self.is_main:
             warn(

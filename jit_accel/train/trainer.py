@@ -19,6 +19,7 @@ from jit_accel.config.completion import Plan
 from jit_accel.config.settings import OptimConfig, RunConfig, write_config
 from jit_accel.data.batches.batch import Batch
 from jit_accel.model.checkpoints import Checkpointer, find_checkpoint, load_parts, read_run
+from jit_accel.model.loading import PIPELINE_FOLDER
 from jit_accel.model.lora import refuse_other_base
 from jit_accel.model.objective import Objective
 from jit_accel.monitor.log import FAILED_FILE, INTERRUPTED_FILE, REPORT_FILE
@@ -29,15 +30,7 @@ from jit_accel.train.feed import Feed, Validation
 from jit_accel.train.forecast import StepCost, expected_cost, say_outlook, times_due
 from jit_accel.train.initial_weights import Tuning
 from jit_accel.train.optimizers import lr_at, set_lr
-from jit_accel.train.results import (
-    CURVE_FILE,
-    PIPELINE_FOLDER,
-    is_exported,
-    read_record,
-    record_run,
-    write_record,
-    write_results,
-)
+from jit_accel.train.results import CURVE_FILE, is_exported, read_record, record_run, write_record, write_results
 from jit_accel.train.samples import SampleQuality, SampleSheets
 from jit_accel.train.state import NamedTensors, OptimizerState, RunFacts
 

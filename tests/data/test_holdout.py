@@ -136,6 +136,8 @@ def test_a_share_that_leaves_nothing_is_refused_and_one_that_takes_nothing_is_re
 
 
 HOLDOUT = ("--holdout", "0.3", "--val_every_steps", "2")
+ON_PROCESSES = ("--holdout", "0.3", "--val_every_steps", "3")
+FEW_DRAWS = 32  # two or three of each image that is held out
 
 
 @pytest.fixture
@@ -181,15 +183,25 @@ def test_batch_size_and_the_log_interval_do_not_change_it(tmp_path, images, one_
     assert all(math.isclose(found[0][step], found[1][step], rel_tol=1e-4) for step in found[0])
 
 
+@pytest.fixture(scope="module")
+def losses_of_one_process(tmp_path_factory, images):
+    folder = tmp_path_factory.mktemp("one") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feed, "MIN_DRAWS", FEW_DRAWS)
+        assert train_here("--data_path", str(images), "--output_dir", str(folder), *ON_PROCESSES) == 0
+    return val_losses(folder)
+
+
+def draw_few() -> None:
+    feed.MIN_DRAWS = FEW_DRAWS
+
+
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_two_processes_measure_the_same_loss_as_one(tmp_path, images, fsdp):
-    environment = {"TEST_FSDP2_PRECISION": "no"} if fsdp else None
-    flags = ("--data_path", str(images), "--holdout", "0.3", "--val_every_steps", "3")
-    train_group(tmp_path, *flags, "--output_dir", str(tmp_path / "one"))
-    two = ("--output_dir", str(tmp_path / "two"), "--batch_size", "2")
-    train_group(tmp_path, *flags, *two, num_processes=2, environment=environment)
-    one, other = val_losses(tmp_path / "one"), val_losses(tmp_path / "two")
+@pytest.mark.parametrize("sharding", [{}, {"TEST_FSDP2_PRECISION": "no"}], ids=["replicated", "sharded"])
+def test_two_processes_measure_the_same_loss_as_one(tmp_path, images, losses_of_one_process, sharding):
+    flags = ("--data_path", str(images), "--output_dir", str(tmp_path / "two"), "--batch_size", "2", *ON_PROCESSES)
+    train_group(tmp_path, *flags, num_processes=2, environment={"TEST_SETUP": "test_holdout:draw_few", **sharding})
+    one, other = losses_of_one_process, val_losses(tmp_path / "two")
     assert list(one) == list(other) == [3, 6]
     assert all(math.isclose(one[step], other[step], rel_tol=1e-4) for step in one)
 

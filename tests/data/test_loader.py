@@ -11,10 +11,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.utils.data._utils.worker as torch_worker
 from data_samples import SIZE, image_folder, numbers_in, png, take
+from helpers import SPAWNER
 
 from jit_accel.base.errors import UserError
 from jit_accel.data import build_loader, open_images
+from jit_accel.data.batches import loader as loader_module
 from jit_accel.data.batches.batch import ready
 from jit_accel.data.batches.order import flips
 
@@ -218,35 +221,34 @@ def test_workers_survive_the_signals_of_their_group_and_leave_on_close(source, l
     assert not any(alive(pid) for pid in workers)
 
 
-KILLED_PARENT = """
-import os, sys, time, torch.utils.data._utils.worker as worker
-worker.MP_STATUS_CHECK_INTERVAL = 0.3  # torch's watchdog looks for its parent every 5 s
-from jit_accel.data import build_loader, open_images
-from jit_accel.data.batches import loader as workers
-delay_s, start = float(sys.argv[2]), workers._init_worker
-workers._init_worker = lambda parent, number: (time.sleep(delay_s * number), start(parent, number))
-loader = build_loader(open_images(sys.argv[1]), img_size=4, batch_size=2, seed=0, num_workers=2)
-next(loader)
-print("ready", flush=True)
-time.sleep(60)
-"""
+def hold_workers(folder: str, delay_s: float, has_batch) -> None:
+    """In a process: have two workers, the second of which takes longer to start, until it is killed."""
+    torch_worker.MP_STATUS_CHECK_INTERVAL = 0.3  # torch's watchdog looks for its parent every 5 s
+    init_worker = loader_module._init_worker
+    loader_module._init_worker = lambda parent, number: (time.sleep(delay_s * number), init_worker(parent, number))
+    loader = build_loader(open_images(folder), img_size=4, batch_size=2, seed=0, num_workers=2)
+    next(loader)
+    has_batch.set()
+    time.sleep(240)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("delay_s", [0, 0.7])  # with a delay one worker is still starting
 def test_workers_leave_when_their_parent_is_killed(tmp_path, delay_s):
     image_folder(tmp_path, 4)
-    command = [sys.executable, "-c", KILLED_PARENT, str(tmp_path), str(delay_s)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout.readline() == "ready\n"
-        found = subprocess.run(["pgrep", "-P", str(parent.pid)], capture_output=True, text=True, check=True)
-        workers = [int(pid) for pid in found.stdout.split()]
-        parent.send_signal(signal.SIGKILL)
-    assert len(workers) == 2
+    has_batch = SPAWNER.Event()
+    parent = SPAWNER.Process(target=hold_workers, args=(str(tmp_path), delay_s, has_batch))
+    parent.start()
+    assert has_batch.wait(120)
+    found = subprocess.run(["pgrep", "-P", str(parent.pid)], capture_output=True, text=True, check=True)
+    pids = [int(pid) for pid in found.stdout.split()]
+    parent.kill()
+    parent.join()
+    assert len(pids) == 2
     deadline = time.monotonic() + 120
-    while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(alive(pid) for pid in workers)
+    assert not any(alive(pid) for pid in pids)
 
 
 def test_no_warnings_come_from_a_loader(source, loaders):

@@ -180,3 +180,11 @@ def test_empty_row_groups_leave_the_bounds_of_labels_known(tmp_path, serve):
     source = open_images(f"{serve(tmp_path)}/0.parquet")
     assert np.array_equal(source.images.sizes, [4, 0, 2, 0])
     assert source.num_classes == 2
+
+
+def test_a_nested_column_of_the_labels_name_is_another_column(tmp_path):
+    meta = pa.array([{"label": 100 + n} for n in range(N)])
+    folder = write(tmp_path / "d", pa.table({"meta": meta, "image": images(), "label": pa.array([0, 1] * (N // 2))}))
+    source = open_images(folder)
+    assert source.num_classes == 2
+    assert labels_by_number(source) == {n: n % 2 for n in range(N)}

@@ -156,6 +156,13 @@ def test_it_closes_at_any_moment_and_twice(consumed):
         next(prefetcher)
 
 
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"img_size": 0}, {"lanes": 0}])
+def test_numbers_below_one_are_refused(tmp_path, wrong):
+    source = open_images(parquet(tmp_path / "d.parquet", range(4)))
+    with pytest.raises(UserError, match=f"^{next(iter(wrong))} 0: must be at least 1"):
+        batches(source, **{"img_size": SIZE, "batch_size": 2} | wrong)
+
+
 def test_a_loader_that_hangs_does_not_hold_up_closing(monkeypatch):
     monkeypatch.setattr("jit_accel.data.batches.ready_batches.PATIENCE_S", 0.1)
     loader = Counting(allowed=1)
@@ -173,17 +180,19 @@ LEFT_OPEN = """
 import sys
 from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches.ready_batches import ReadyBatches
-loader = build_loader(open_images(sys.argv[1]), img_size=4, batch_size=2, seed=0, num_workers=int(sys.argv[2]))
-prefetcher = ReadyBatches(loader, "cpu", depth=2)
-next(prefetcher)
+source, left_open = open_images(sys.argv[1]), []
+for num_workers in (0, 2):
+    loader = build_loader(source, img_size=4, batch_size=2, seed=0, num_workers=num_workers)
+    left_open.append(ReadyBatches(loader, "cpu", depth=2))
+    next(left_open[-1])
 print("done")
 """
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_program_that_forgets_to_close_it_still_ends(tmp_path, num_workers):
+def test_a_program_that_forgets_to_close_it_still_ends(tmp_path):
+    """With workers and without: one program has both."""
     image_folder(tmp_path, 6)
-    command = [sys.executable, "-c", LEFT_OPEN, str(tmp_path), str(num_workers)]
+    command = [sys.executable, "-c", LEFT_OPEN, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 

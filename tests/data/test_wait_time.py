@@ -1,7 +1,6 @@
 """Time counts as lost while the device has nothing to do for want of data, and only then."""
 
 import multiprocessing
-import time
 from types import SimpleNamespace
 
 import helpers
@@ -13,6 +12,7 @@ from test_ready_batches import Counting
 from jit_accel.data.batches import ready_batches
 from jit_accel.data.batches.loader import worker_memory_gib
 from jit_accel.data.batches.ready_batches import ReadyBatches, WaitTime, waiting_advice
+from jit_accel.data.reading.images import TableImages
 from jit_accel.monitor.log import read_metrics
 
 CPU, ACCELERATOR = torch.device("cpu"), torch.device("meta")
@@ -175,37 +175,40 @@ def test_the_memory_of_the_largest_worker_is_found():
     assert worker_memory_gib() is None
 
 
-def slow_reads(monkeypatch, seconds):
-    from jit_accel.data.reading.images import TableImages
-
-    read = TableImages.read
-    monkeypatch.setattr(TableImages, "read", lambda *args: (time.sleep(seconds), read(*args))[1])
-
-
 def metrics(folder):
     return {row["step"]: row.get("data/wait_fraction") for row in read_metrics(folder)}
 
 
-def test_a_training_that_waits_says_so_once_and_how_to_mend_it(images, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(ready_batches, "_LEAST_S", 0.2)
+@pytest.fixture
+def clock_of_training(monkeypatch):
+    """A clock that only steps move, by 0.1 s: on a busy machine batches may really come too late."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(ready_batches, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("jit_accel.train.trainer.set_lr", lambda *args: setattr(clock, "now", clock.now + 0.1))
+    return clock
+
+
+def test_a_training_that_waits_says_so_once_and_how_to_mend_it(images, tmp_path, monkeypatch, capfd, clock_of_training):
     monkeypatch.setattr("jit_accel.train.feed.cores_per_process", lambda: 6)
-    slow_reads(monkeypatch, 0.15)
+    read = TableImages.read
+
+    def read_slowly(*args):
+        clock_of_training.now += 0.15
+        return read(*args)
+
+    monkeypatch.setattr(TableImages, "read", read_slowly)
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--max_steps", "33"]
     assert helpers.train_here(*flags, "--log_every_steps", "10") == 0
     found = metrics(tmp_path / "out")
     assert [step for step, share in found.items() if share is not None] == [10, 20, 30, 33]
-    assert all(0.1 < found[step] <= 1 for step in (20, 30))
+    assert all(found[step] == pytest.approx(0.15 / (0.15 + 0.1)) for step in (20, 30))
     warnings = [line for line in capfd.readouterr().err.splitlines() if "waits for data" in line]
     assert len(warnings) == 1
     assert "--num_workers 5 (now 0)" in warnings[0]
 
 
-def test_a_training_that_is_fed_well_says_nothing(images, tmp_path, monkeypatch, capfd):
-    """By a clock that only the steps move: on a busy machine a worker's batches may really come too late."""
-    now = [0.0]
+def test_a_training_that_is_fed_well_says_nothing(images, tmp_path, monkeypatch, capfd, clock_of_training):
     monkeypatch.setattr(ready_batches, "_LEAST_S", 0.0)
-    monkeypatch.setattr(ready_batches, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr("jit_accel.train.trainer.set_lr", lambda *args: now.__setitem__(0, now[0] + 0.1))
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--max_steps", "40"]
     assert helpers.train_here(*flags, "--log_every_steps", "20", "--num_workers", "1") == 0
     assert metrics(tmp_path / "out")[40] == 0.0

@@ -3,8 +3,12 @@
 import re
 from pathlib import Path
 
+from helpers import CHEAP
+
 import jit_accel as jit
 from jit_accel.config.presets import PRESETS, Preset
+from jit_accel.monitor.log import ReportProcess
+from jit_accel.train import results
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 
@@ -13,6 +17,10 @@ def test_the_examples_run(images, tmp_path, monkeypatch, capsys):
     (tmp_path / "photos").symlink_to(images)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(PRESETS, "JiT-Ti", Preset(2, 8, 2, 4, 1, in_context_len=2))  # of 7,000 parameters
+    for name, cheap in CHEAP.items():
+        monkeypatch.setattr(results, name, cheap)
+    for name in ("build", "build_last"):
+        monkeypatch.setattr(ReportProcess, name, lambda *args: None)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     namespace = {"__name__": "__main__"}

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from data_samples import tar
 from helpers import Group
+from http_server import FailingServer
 from PIL import Image
 from toy_features import load_toy
 
@@ -372,6 +374,43 @@ def test_every_kind_of_images_is_read_once_by_any_number_of_processes(pixels, fo
             shares = [share for rank in range(world_size) for share in images.shares(5, rank, world_size)]
             assert sorted(image.numpy().tobytes() for share in shares for image in share.images) == wanted, path
             assert sorted(number for share in shares for number in share.numbers.tolist()) == list(range(31))
+
+
+def test_a_reference_that_is_damaged_or_begins_empty_is_read_or_named_by_its_flag(
+    network, accelerator, tmp_path, folder
+):
+    rows = [{"bytes": path.read_bytes(), "path": None} for path in sorted(folder.iterdir())]
+    table = pyarrow.table({"image": rows})
+    with pyarrow.parquet.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
+        for part in (table[:0], table[:20], table[20:]):
+            writer.write_table(part)
+    evaluator = Evaluator(network, accelerator, ALL[:1])
+    assert evaluator.load_reference(str(tmp_path / "a.parquet")).num_images == len(rows)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    half = len(content) // 2
+    content[half : half + 999] = bytes(999)
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        evaluator.load_reference(str(tmp_path / "a.parquet"))
+    assert error.value.in_words("--").startswith(f"--reference {tmp_path}/a.parquet: row group ")
+    assert "data_path" not in str(error.value)
+
+
+def test_records_keep_no_secret_of_an_address(network, alone, hf_cache, monkeypatch, tmp_path, folder):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    rows = [{"bytes": path.read_bytes(), "path": None} for path in sorted(folder.iterdir())]
+    (tmp_path / "served").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"image": rows}), tmp_path / "served" / "a.parquet")
+    server = FailingServer(tmp_path / "served")
+    address = f"{server.url}/a.parquet?sig=TOPSECRET"
+    flags = ("--images", address, "--reference", address, "--metrics", "fid")
+    assert main([*flags, "--output", str(tmp_path / "found.json")]) == 0
+    assert main([*flags[2:], "--make_reference", str(tmp_path / "reference.npz")]) == 0
+    server.go_away()
+    (record,) = json.loads((tmp_path / "found.json").read_text())
+    assert record["images"] == record["reference"] == address.replace("sig=TOPSECRET", "***")
+    with np.load(tmp_path / "reference.npz") as kept:
+        assert "TOPSECRET" not in "".join(str(kept[name]) for name in kept.files)
 
 
 def test_images_are_cropped_as_for_training_and_broken_ones_left_out(network, accelerator, tmp_path, pixels, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from dataclasses import asdict
 
@@ -163,6 +164,17 @@ def test_a_value_that_is_not_a_number_never_wins():
     found = [Measured(setting, 1, {"fid": value}) for setting, value in zip(SETTINGS, values)]
     assert ranked(found, "fid", False)[0].values["fid"] == 3.0
     assert ranked(found, "fid", True)[0].values["fid"] == 3.0
+
+
+def test_a_sweep_with_a_value_that_is_not_a_number_goes_on(tmp_path):
+    def measure(setting, count):
+        return {"fid": float("nan") if setting.guidance_scale == 1.5 else setting.guidance_scale, "is": 1.0}
+
+    _, outcome = run(measure, tmp_path, few=100)
+    calls, again = run(measure, tmp_path, few=100)
+    assert calls == []
+    assert again.best == outcome.best
+    assert math.isnan(again.full[1].values["fid"])
 
 
 @pytest.mark.parametrize("limit", [0, 3, 6, 8])

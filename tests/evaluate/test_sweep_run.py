@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers import SPAWNER, free_port, train_here
 from safetensors.torch import load_file, save_file
 
-from jit_accel.evaluate import main
+from jit_accel.evaluate import main, records
 from jit_accel.evaluate.evaluator import Candidate
 from jit_accel.model.pipeline import JiTPipeline
 
@@ -40,6 +40,13 @@ def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
+@pytest.fixture(autouse=True)
+def no_drawing(request, monkeypatch):
+    """The chart is drawn in the first test alone, and looked at in test_sweep.py."""
+    if "the_winner" not in request.node.name:
+        monkeypatch.setattr(records, "draw_sweep", lambda outcome, file: file.touch())
+
+
 def evaluate_here(*flags: str) -> int:
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
@@ -48,6 +55,17 @@ def evaluate_here(*flags: str) -> int:
         return main(list(flags))
     finally:
         del os.environ["ACCELERATE_USE_CPU"]
+
+
+ODD = (*GRID, "--ema", "0.3", "--num_images", "23", "--sweep_images", "7")
+
+
+@pytest.fixture(scope="module")
+def swept(trained, images, tmp_path_factory):
+    """A copy of the run with a sweep by one process that nothing stopped."""
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("swept") / "run")
+    assert evaluate_here("--model", str(folder), "--reference", str(images), *ODD, "--no_write_best") == 0
+    return folder
 
 
 def best_of(run) -> dict:
@@ -101,12 +119,10 @@ def test_the_winner_is_the_pipelines_default_with_its_weights_and_another_sweep_
     assert "Best fd_tiny over 24 images" in capsys.readouterr().out
 
 
-def test_a_sweep_stopped_anywhere_ends_as_one_that_was_not(run, trained, images, tmp_path, monkeypatch):
+def test_a_sweep_stopped_anywhere_ends_as_one_that_was_not(run, trained, swept, images, monkeypatch):
     from jit_accel.evaluate.evaluator import Evaluator
 
-    command = ("--reference", str(images), *GRID, "--ema", "0.3", "--no_write_best")
-    whole = shutil.copytree(trained, tmp_path / "whole")
-    assert evaluate_here("--model", str(whole), *command) == 0
+    command = ("--reference", str(images), *ODD, "--no_write_best")
     measure, left = Evaluator.measure_pipeline, [3]
 
     def measure_three(self, *args, **kwargs):
@@ -120,8 +136,8 @@ def test_a_sweep_stopped_anywhere_ends_as_one_that_was_not(run, trained, images,
     assert len(lines(run)) == 3
     left[0] = 99
     assert evaluate_here("--model", str(run), *command) == 0
-    assert 99 - left[0] == len(lines(whole)) - 3
-    assert [line["values"] for line in lines(run)] == [line["values"] for line in lines(whole)]
+    assert 99 - left[0] == len(lines(swept)) - 3
+    assert [line["values"] for line in lines(run)] == [line["values"] for line in lines(swept)]
     # --no_write_best
     assert weights_of(run / "pipeline").keys() == weights_of(trained / "pipeline").keys()
     assert (run / "pipeline" / "model_index.json").read_bytes() == (trained / "pipeline/model_index.json").read_bytes()
@@ -179,7 +195,7 @@ def test_the_results_of_a_runs_pipeline_stand_on_its_card_unless_images_are_few(
     assert ("--few_on_card" in capsys.readouterr().out) is not is_shown
 
 
-def sweep_in_process(rank: int, command: list[str], port: int, folder: str) -> None:
+def sweep_in_process(rank: int, command: list[str], port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
@@ -188,25 +204,19 @@ def sweep_in_process(rank: int, command: list[str], port: int, folder: str) -> N
 
 
 @pytest.mark.multiprocess
-def test_two_processes_find_the_same(run, trained, images, tmp_path):
-    port = free_port()
-    command = ["--reference", str(images), *GRID, "--ema", "0.3", "--num_images", "23", "--sweep_images", "7"]
-    one = shutil.copytree(trained, tmp_path / "one")
-    assert evaluate_here("--model", str(one), *command) == 0
-    together = [
-        SPAWNER.Process(target=sweep_in_process, args=(rank, ["--model", str(run), *command], port, str(tmp_path)))
-        for rank in range(2)
-    ]
+def test_two_processes_find_the_same(run, swept, images):
+    port, command = free_port(), ["--model", str(run), "--reference", str(images), *ODD]
+    together = [SPAWNER.Process(target=sweep_in_process, args=(rank, command, port)) for rank in range(2)]
     for process in together:
         process.start()
     for process in together:
         process.join(240)
     assert [process.exitcode for process in together] == [0, 0]
-    records = json.loads((run / "evaluation.json").read_text())
-    assert {record["num_processes"] for record in records} == {2}
-    assert best_of(run)["guidance_scale"] == best_of(one)["guidance_scale"]
-    assert best_of(run)["fd_tiny"] == pytest.approx(best_of(one)["fd_tiny"], rel=1e-3)
-    assert len(lines(run)) == len(lines(one))
+    found = json.loads((run / "evaluation.json").read_text())
+    assert {record["num_processes"] for record in found} == {2}
+    assert best_of(run)["guidance_scale"] == best_of(swept)["guidance_scale"]
+    assert best_of(run)["fd_tiny"] == pytest.approx(best_of(swept)["fd_tiny"], rel=1e-3)
+    assert len(lines(run)) == len(lines(swept))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import patch_environment
 from golden import load_golden
+from helpers import train_group
 from hub_server import stand_in
 from packaging.requirements import Requirement
 from PIL import Image
@@ -281,10 +282,11 @@ def try_here(flags: list[str], photos: Path, tmp_path: Path, monkeypatch) -> Non
     monkeypatch.chdir(REPOSITORY)
     config = parse_args(flags)
     patch = (config.model.model or "JiT-Ti/7").partition("/")[2]
+    model = f"JiT-Ti/{patch}" if config.tune.lora_rank else f"JiT-XS/{patch}"  # too small for the ranks
     if config.tune.init_from:
-        flags = [*flags, "--init_from", str(untrained_pipeline(tmp_path / "source", int(patch)))]
+        flags = [*flags, "--init_from", str(untrained_pipeline(tmp_path / "source", model))]
     small = [
-        *("--dry_run", "--model", f"JiT-Ti/{patch}", "--batch_size", "2", "--gradient_accumulation_steps", "1"),
+        *("--dry_run", "--model", model, "--batch_size", "2", "--gradient_accumulation_steps", "1"),
         *("--num_workers", "0", "--mixed_precision", "no", "--no_compile", "--output_dir", str(tmp_path / "run")),
     ]
     if not config.data.data_path.startswith("builtin:"):
@@ -292,9 +294,9 @@ def try_here(flags: list[str], photos: Path, tmp_path: Path, monkeypatch) -> Non
     assert train_exactly(*flags, *small) == 0
 
 
-def untrained_pipeline(folder: Path, patch: int) -> Path:
+def untrained_pipeline(folder: Path, model: str) -> Path:
     """A small one for the two classes of photos."""
-    network = build_model(f"JiT-Ti/{patch}", img_size=4 * patch, num_classes=2)
+    network = build_model(model, img_size=4 * int(model.partition("/")[2]), num_classes=2)
     JiTPipeline(network, JiTScheduler()).save_pretrained(folder)
     return folder
 
@@ -476,9 +478,12 @@ def test_set_up_is_repeated_only_where_something_changed(tmp_path):
     for name in ("setup.cfg", "constraints.txt", "launch/common.sh"):
         (repository / name).write_text((REPOSITORY / name).read_text())
 
+    path: list[str] = []
+
     def set_up() -> tuple[int, int, str]:
         command = f"set -euo pipefail; source {repository}/launch/common.sh; set_up; command -v accelerate"
         environment = {k: v for k, v in os.environ.items() if k != "JIT_ACCEL_PYTHON"} | {"JIT_ACCEL_VENV": str(venv)}
+        environment["PYTHONPATH"] = os.pathsep.join(path)
         done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
         log = tmp_path / "calls"
         return done.returncode, len(log.read_text().splitlines()) if log.exists() else 0, done.stdout + done.stderr
@@ -491,6 +496,12 @@ def test_set_up_is_repeated_only_where_something_changed(tmp_path):
     assert str(venv / "bin" / "accelerate") in output
 
     assert set_up()[:2] == (0, 2)  # nothing to do
+    # From here on a torch that is quickly imported.
+    (tmp_path / "quick" / "torch").mkdir(parents=True)
+    (tmp_path / "quick" / "torch" / "__init__.py").write_text(
+        "__version__ = '2'\nclass version:\n    cuda = hip = None\n"
+    )
+    path.append(str(tmp_path / "quick"))
     (repository / "constraints.txt").write_text((REPOSITORY / "constraints.txt").read_text() + "# changed\n")
     (tmp_path / "code").write_text("1")
     code, installs, output = set_up()
@@ -631,7 +642,7 @@ def make_source(path: Path) -> None:
     """What a documented conversion takes, with a small network: a checkpoint of the paper's code, or a pipeline."""
     checkpoint = path if path.suffix == ".pth" else path.with_suffix(".pth")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    weights = build_model("JiT-Ti/16", img_size=64, num_classes=1000).state_dict()
+    weights = build_model("JiT-XS/16", img_size=64, num_classes=1000).state_dict()
     named = {f"net.{name}": tensor for name, tensor in weights.items()}
     torch.save({"model": named, "model_ema1": named, "model_ema2": named}, checkpoint)
     if path != checkpoint:
@@ -643,7 +654,7 @@ def evaluate_a_little(flags: list[str], photos: Path, tmp_path: Path, monkeypatc
     for name in list(LOADERS):
         monkeypatch.setitem(LOADERS, name, load_toy)
     monkeypatch.chdir(tmp_path)
-    JiTPipeline(build_model("JiT-Ti/7", img_size=28, num_classes=2), JiTScheduler()).save_pretrained("model")
+    JiTPipeline(build_model("JiT-XS/7", img_size=28, num_classes=2), JiTScheduler()).save_pretrained("model")
     places = {"--model": "model", "--reference": str(photos), "--images": str(photos), "--num_images": "2"}
     words = [places.get(before, word) for before, word in itertools.pairwise(["", *flags])]
     words = ["1,2" if re.fullmatch(r"[\d.]+:[\d.]+:[\d.]+", word) else word for word in words]
@@ -688,7 +699,7 @@ def test_the_python_code_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = REPOSITORY / "launch/recipes/quickstart.yaml"
     short = ["--max_steps", "1", "--warmup_steps", "0", "--batch_size", "2", "--num_inference_steps", "1"]
-    short += ["--num_workers", "0", "--mixed_precision", "no"]
+    short += ["--num_workers", "0", "--mixed_precision", "no", "--no_html_report"]
     assert train_exactly("--config", str(recipe), "--output_dir", "runs/quickstart", *short) == 0
     exec(compile(code, "README.md", "exec"), {})
     assert Image.open(tmp_path / "sample.png").size == (28, 28)
@@ -715,7 +726,8 @@ def run_really(*command: str, **environment: str) -> str:
 @pytest.mark.multiprocess
 def test_quickstart_sh_ends_by_naming_its_files_and_costs_nothing_again(recorder, tmp_path, monkeypatch, capsys):
     short = ["--max_steps", "2", "--warmup_steps", "1", "--batch_size", "4", "--num_inference_steps", "1"]
-    command = ["bash", "launch/quickstart.sh", *short, "--num_workers", "0", "--output_dir", str(tmp_path / "run")]
+    short += ["--num_workers", "0", "--no_html_report"]
+    command = ["bash", "launch/quickstart.sh", *short, "--output_dir", str(tmp_path / "run")]
     output = run_really(*command)
     named = re.findall(r"^(?:Samples|Loss curve|Pipeline): +(.*)$", output, re.MULTILINE)
     assert [Path(path).exists() for path in named] == [True] * 3
@@ -730,14 +742,30 @@ def test_quickstart_sh_ends_by_naming_its_files_and_costs_nothing_again(recorder
 
 
 @pytest.mark.multiprocess
-def test_cpu_2_processes_yaml_starts_two_processes():
-    output = run_really(
+def test_cpu_2_processes_yaml_starts_two_processes(photos, tmp_path):
+    """The launcher's two processes only note what they are told; two of the fork server then train with that."""
+    program = tmp_path / "python"
+    program.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        f"with open('{tmp_path}/rank' + os.environ['RANK'], 'w') as file:\n"
+        "    json.dump([sys.argv[1:], dict(os.environ)], file)\n"
+    )
+    program.chmod(0o755)
+    run_really(
         *(sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"),
         *("--config_file", "accelerate_configs/cpu_2_processes.yaml", "-m", "jit_accel.train", "--dry_run"),
-        *("--data_path", "builtin:fashion_mnist", "--model", "JiT-Ti/7", "--img_size", "28", "--num_workers", "0"),
+        *("--data_path", str(photos)),
+        PYTHON_EXEC=str(program),
     )
-    assert "Device: 2 x cpu" in output
-    assert output.count("Dry run: loss") == 1
+    files = sorted(tmp_path.glob("rank*"))
+    commands, environments = zip(*(json.loads(file.read_text()) for file in files))
+    assert [*commands] == 2 * [["-u", "-m", "jit_accel.train", "--dry_run", "--data_path", str(photos)]]
+    places = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # which Group gives them too
+    assert [[given[name] for name in places] for given in environments] == [["0", "0", "2", "2"], ["1", "1", "2", "2"]]
+    told = {name: value for name, value in environments[0].items() if name.startswith("ACCELERATE_")}
+    printed = train_group(tmp_path, *commands[0][3:], num_processes=2, environment=told)
+    assert "Device: 2 x cpu" in printed
+    assert printed.count("Dry run: loss") == 1
 
 
 @pytest.mark.multiprocess

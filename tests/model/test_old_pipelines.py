@@ -6,10 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import OLD_FOLDERS
 from diffusers import DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
-from helpers import last_checkpoint
+from helpers import OLD_FOLDERS, last_checkpoint
 from safetensors.torch import load_file
 
 from jit_accel import JiTPipeline, JiTScheduler, JiTTransformer2DModel

@@ -129,7 +129,9 @@ def test_the_id_and_the_folder_of_the_environment_count_without_a_sweep(server, 
 
 def test_how_to_resume_is_the_environments_choice(server, tmp_path):
     training = Training(tmp_path)
-    printed = training.run(server.environment | {"WANDB_RUN_ID": "mine", "WANDB_RESUME": "must"}, 0, 5, patience_s=8)
+    printed = training.run(
+        server.environment | {"WANDB_RUN_ID": "mine", "WANDB_RESUME": "must"}, 0, 5, start_patience_s=8
+    )
     assert "Warning: wandb could not start (" in printed
     assert server.runs == {}
     assert (

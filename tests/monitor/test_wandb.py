@@ -68,20 +68,26 @@ class Training:
 
     def start(self, environment: dict[str, str], first: int, last: int, **options):
         """Begin to report the rows behind `first`, up to `last`; see `_report` for the options."""
+        while list(self.output_dir.glob(f"wandb/*run-{time.strftime('%Y%m%d_%H%M%S')}-*")):
+            time.sleep(0.02)  # wandb names a folder by its second
+        return self._start(_report, environment, self.output_dir, first, last, options)
+
+    def _start(self, do, environment: dict[str, str], *arguments):
         environment = {"HOME": str(self.tmp_path), "NETRC": str(self.tmp_path / "netrc"), **environment}
         self.log = self.tmp_path / f"log_{time.monotonic_ns()}.txt"
-        arguments = (environment, self.output_dir, first, last, str(self.log), options)
-        process = SPAWNER.Process(target=_report, args=arguments)
-        process.start()
-        self.process = process
-        return process
+        self.process = SPAWNER.Process(target=_child, args=(do, environment, str(self.log), *arguments))
+        self.process.start()
+        return self.process
 
     def run(self, environment, first: int, last: int, exit_code: int = 0, **options) -> str:
         """The same to the end; returns what was printed."""
-        process = self.start(environment, first, last, **options)
-        process.join(180)
+        self.start(environment, first, last, **options)
+        return self._wait(exit_code)
+
+    def _wait(self, exit_code: int) -> str:
+        self.process.join(180)
         printed = self.log.read_text()
-        assert process.exitcode == exit_code, printed
+        assert self.process.exitcode == exit_code, printed
         return printed
 
     def kill(self) -> None:
@@ -89,8 +95,10 @@ class Training:
         self.process.kill()
         self.process.join()
         of_it = f"--pid {self.process.pid}"
-        services = [p for p in psutil.process_iter(["cmdline"]) if of_it in " ".join(p.info["cmdline"] or ())]
-        psutil.wait_procs(services, timeout=120)
+        deadline = time.monotonic() + 120
+        while any(of_it in " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])):
+            assert time.monotonic() < deadline, "wandb's service runs on"
+            time.sleep(0.02)
 
     @property
     def num_rows(self) -> int:
@@ -102,9 +110,14 @@ class Training:
         return (self.output_dir / "wandb_run_id.txt").read_text()
 
     def sync(self, server: WandbServer) -> str:
-        """Run the command that a run prints."""
-        folder = shlex.quote(str(self.output_dir / "wandb"))
-        command = f"{shlex.quote(sys.executable)} -m wandb sync {folder}/offline-run-*-{self.id}"
+        """Do what the command does that a run prints."""
+        files = sorted(map(str, self.output_dir.glob(f"wandb/offline-run-*-{self.id}")))
+        self._start(_sync, server.environment, self.tmp_path, files)
+        return self._wait(0)
+
+    def run_printed_command(self, server: WandbServer, printed: str) -> str:
+        """The same in a shell."""
+        command = f"{shlex.quote(sys.executable)} -m {printed.rpartition('upload later with: ')[2]}"
         environment = os.environ | {"HOME": str(self.tmp_path)} | server.environment
         return subprocess.run(
             command, shell=True, env=environment, cwd=self.tmp_path, capture_output=True, text=True, timeout=60
@@ -115,33 +128,47 @@ def draw(path: Path) -> None:
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
 
 
-def _report(environment: dict, output_dir: Path, first: int, last: int, log: str, options: dict) -> None:
-    """Options: `kill_after_s` (-9), `image_at`, `late_image_at` and `alert_at` a step, `ended_with` a code, `settings`,
-    `file_limit` (bytes) of wandb's service, `flush_s` (of its file; 0 = only at the end), `wait_for` a file,
-    `service_killed_at` a step, `patience_s` with the server, `file_patience_s` with its file; `is_slow`: wandb needs
-    too long to end, and writes even later."""
+def _child(do, environment: dict, log: str, *arguments) -> None:
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(environment)
+    do(*arguments)
+
+
+def _sync(folder: Path, files: list[str]) -> None:
+    from wandb.cli.cli import cli
+
+    os.chdir(folder)
+    cli(["sync", *files])
+
+
+def _report(output_dir: Path, first: int, last: int, options: dict) -> None:
+    """Options: `kill_after_s` (-9), `image_at`, `late_image_at` and `alert_at` a step, `ended_with` a code, `settings`,
+    `file_limit` (bytes) of wandb's service, `flush_s` (of its file; 0 = only at the end), `wait_for` a file,
+    `service_killed_at` a step, `start_patience_s` and `finish_patience_s` with the server, `file_patience_s` with its
+    file; `is_slow`: wandb needs too long to end, and writes even later."""
     from accelerate import Accelerator
+    from wandb.sdk.lib.service import service_port_file
 
     from jit_accel.config.settings import TrackingConfig
     from jit_accel.monitor.log import MetricsLog
     from jit_accel.monitor.trackers import build_trackers, log_picture, log_row, start_trackers
 
-    patience_s = options.get("patience_s", 40)
-    wandb_tracker.START_TIMEOUT_S = wandb_tracker.FINISH_TIMEOUT_S = patience_s
+    service_port_file._SLEEP = lambda wait_s: time.sleep(0.01)  # each start of the service would take 0.2 s
+    wandb_tracker.FINISH_TIMEOUT_S = options.get("finish_patience_s", 40)
     wandb_tracker.FILE_TIMEOUT_S = options.get("file_patience_s", 60)
     wandb_tracker.SETTINGS |= {
-        "init_timeout": patience_s,
-        "finish_timeout": patience_s,
+        "init_timeout": options.get("start_patience_s", 40),
+        "finish_timeout": wandb_tracker.FINISH_TIMEOUT_S,
+        "x_save_requirements": False,
         "x_transaction_log_flush_interval": options.get("flush_s", 0.2),
-        "x_file_stream_transmit_interval": 0.2,
+        # In whole seconds: wandb cuts fractions off, and takes 0 for its own 15 and 2 seconds.
+        "x_file_stream_transmit_interval": 1,
         **{
-            f"x_{what}_retry_wait_{which}_seconds": wait_s
+            f"x_{what}_retry_wait_{which}_seconds": 1
             for what in ("file_stream", "file_transfer", "graphql")
-            for which, wait_s in (("min", 0.1), ("max", 0.5))
+            for which in ("min", "max")
         },
     }
     if "file_limit" in options:
@@ -205,7 +232,7 @@ def _report(environment: dict, output_dir: Path, first: int, last: int, log: str
     begin = time.monotonic()
     tracker.exit_code = options.get("ended_with", 0)
     accelerator.end_training()
-    assert time.monotonic() - begin < options.get("patience_s", 3) + 7
+    assert time.monotonic() - begin < options.get("finish_patience_s", 3) + 7
     if "service_killed_at" in options:
         atexit._run_exitfuncs()  # as at the exit of a program, and not of a process like this one
 
@@ -307,8 +334,8 @@ def test_a_cut_offline_file_is_mended(server, training):
     (file,) = training.output_dir.glob("wandb/offline-run-*/run-*.wandb")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    training.run(OFFLINE, 40, 60)
-    assert "ERROR" not in training.sync(server)
+    printed = training.run(OFFLINE, 40, 60)
+    assert "ERROR" not in training.run_printed_command(server, printed)
     (run,) = server.runs.values()
     assert [row["_step"] for row in run.history] == list(range(1, 61))
 
@@ -388,7 +415,7 @@ def error(server):
 )
 def test_without_a_server_the_run_is_kept_offline(server, training, break_it, warning):
     environment = server.environment | break_it(server)
-    printed = training.run(environment, 0, 20, patience_s=4 if break_it is no_answer_to_the_start else 40)
+    printed = training.run(environment, 0, 20, start_patience_s=4 if break_it is no_answer_to_the_start else 40)
     assert printed.count("Warning") == 1, printed
     assert warning in printed
     assert f"wandb sync {training.output_dir}/wandb/offline-run-*-{training.id}" in printed
@@ -401,7 +428,7 @@ def test_without_a_server_the_run_is_kept_offline(server, training, break_it, wa
 @pytest.mark.parametrize(("how", "which"), [("403", "file_stream"), ("hang", "file_stream"), ("500", "PUT")])
 def test_what_a_server_did_not_take_is_sent_by_the_same_command_again(server, training, how, which):
     server.fail(how, which)
-    printed = training.run(server.environment, 0, 20, patience_s=4)
+    printed = training.run(server.environment, 0, 20, finish_patience_s=1)
     assert printed.count("Warning") == 1, printed
     assert "metrics.jsonl has every row. The same command with --resume auto" in printed
     server.mend()
@@ -422,7 +449,7 @@ def test_a_server_that_comes_back_gets_everything(server, training, tmp_path):
 
 
 def test_a_disk_that_is_full_costs_a_warning(server, training):
-    printed = training.run(OFFLINE, 0, 500, file_limit=60_000, file_patience_s=3)
+    printed = training.run(OFFLINE, 0, 500, file_limit=60_000, file_patience_s=0.2)
     assert printed.count("Warning") == 1
     assert "could not be written to its end (is the disk full?)" in printed
     training.run(OFFLINE, 500, 500)

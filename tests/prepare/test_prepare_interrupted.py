@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from helpers import SPAWNER
-from prepare_samples import SIZE, contents, make_sources, picture, prepare
+from prepare_samples import SIZE, Prepared, contents, make_sources, picture, prepare
 
 from jit_accel.base.errors import UserError
+from jit_accel.data.formats.prepared import read_index
 from jit_accel.data.formats.sources import open_images
 from jit_accel.data.reading.images import TableImages
 from jit_accel.prepare import main
@@ -25,6 +26,11 @@ from jit_accel.prepare.settings import PrepareConfig
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, Path]:
     return make_sources(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture(scope="module")
+def prepared(sources, tmp_path_factory) -> Prepared:
+    return Prepared(sources, tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture
@@ -93,7 +99,9 @@ def interrupted(flags: list[str], slow: str, output: Path, pattern: str, number:
         ("parquet", "images_at", "shard-*.json", signal.SIGINT, True),
     ],
 )
-def test_after_an_interruption_the_same_command_goes_on(sources, tmp_path, kind, slow, pattern, number, group):
+def test_after_an_interruption_the_same_command_goes_on(
+    sources, prepared, tmp_path, kind, slow, pattern, number, group
+):
     output, format = tmp_path / "out", "uint8" if kind == "folder" else "jpeg"
     flags = ["--data_path", str(sources[kind]), "--output_dir", str(output), "--img_size", str(SIZE)]
     flags += ["--shard_images", "9", "--num_workers", "2", "--format", format]
@@ -113,8 +121,7 @@ def test_after_an_interruption_the_same_command_goes_on(sources, tmp_path, kind,
     with Watched(output / ".unfinished", pattern):
         assert main(flags) == 0
     assert made.items() <= dict(calls).items()
-    prepare(sources[kind], tmp_path / "whole", "--format", format)
-    assert contents(output) == contents(tmp_path / "whole")
+    assert contents(output) == contents(prepared(kind, format))
 
 
 class OutputWatch:
@@ -167,9 +174,11 @@ def test_two_processes_do_not_write_one_folder(refused, sources, tmp_path, monke
     prepare(sources["folder"], tmp_path / "out")
 
 
-def test_who_waited_finds_the_store_finished(sources, tmp_path):
+def test_who_waited_finds_the_store_finished(prepared, tmp_path, monkeypatch):
     """The work folder is gone by the time that it gets the lock: it may be between any two of its steps."""
-    index = prepare(sources["folder"], tmp_path / "made")
+    monkeypatch.setattr("jit_accel.prepare.output._LOCK_PATIENCE_S", 120)
+    made = prepared("folder", "uint8")
+    index = read_index(made)
     recorded = index["settings"]
     output = OutputFolder(str(tmp_path / "out"))
     first = output.begun(recorded)
@@ -186,12 +195,28 @@ def test_who_waited_finds_the_store_finished(sources, tmp_path):
         thread.start()
     assert begun.wait(10)
     time.sleep(0.15)  # it has the lock file open
-    shutil.copytree(tmp_path / "made", output.path, dirs_exist_ok=True)
+    shutil.copytree(made, output.path, dirs_exist_ok=True)
     first.__exit__(None, None, None)
     for thread in waiting:
         thread.join()
     assert found == [index, index]
-    assert contents(output.path) == contents(tmp_path / "made")
+    assert contents(output.path) == contents(made)
+
+
+def test_a_work_folder_that_goes_away_while_it_is_looked_at_is_made_again(tmp_path, monkeypatch):
+    output, seen = OutputFolder(str(tmp_path / "out")), []
+    output.work.mkdir(parents=True)
+    real = Path.is_dir
+
+    def is_dir_no_more(path):
+        if path == output.work and not seen:
+            seen.append(path.rmdir())
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_dir", is_dir_no_more)
+    with output.begun({"img_size": SIZE}):
+        assert seen
+        assert (output.work / "plan.json").is_file()
 
 
 def test_a_work_folder_that_goes_away_before_its_lock_is_there_is_made_again(tmp_path, monkeypatch):
@@ -225,6 +250,10 @@ def test_three_at_once_make_one_store(sources, tmp_path):
 
 
 def _prepare(flags: list[str]) -> None:
+    """In a process that waits for the others however busy the machine is."""
+    import jit_accel.prepare.output as stage
+
+    stage._LOCK_PATIENCE_S = 240
     os._exit(main(flags))
 
 

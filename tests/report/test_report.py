@@ -1,5 +1,6 @@
 """The page of a run: what is read, thinned and shown, and that it holds on to all of it without a network."""
 
+import functools
 import itertools
 import json
 import math
@@ -488,8 +489,24 @@ def pages(tmp_path_factory):
     return (a / "report.html").as_uri(), (folder / "comparison.html").as_uri()
 
 
+@pytest.fixture(scope="module")
+def opened(browser, pages):
+    """Give one of `pages`, opened once at its second sheet (three seconds), in a wide window."""
+    open_once = functools.cache(lambda which: browser.open(pages[which] + "#sheet=1"))
+
+    def wide(which):
+        page = open_once(which)
+        page.call("Page.bringToFront")  # a page behind another one does not draw
+        page.look()
+        page.until(f"{RIGHT_END} > 390")
+        return page
+
+    return wide
+
+
 ERRORS = "document.documentElement.dataset.errors || ''"
 DRAWN = "[...document.querySelectorAll('.chart')].map(c => c.querySelectorAll('.main-svg .trace').length)"
+RIGHT_END = "document.querySelector('.main-svg').getBoundingClientRect().right"
 # Where the page ends, its charts and other parts, in pixels.
 RIGHT_ENDS = (
     "[document.documentElement.scrollWidth, ...[...document.querySelectorAll('.main-svg, h1, figure, .toolbar')]"
@@ -518,11 +535,11 @@ def set_value(selector: str, value) -> str:
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["one run", "two runs"])
-def test_everything_is_drawn_in_light_and_dark_and_on_a_phone(browser, pages, which):
-    page = browser.open(pages[which])
+def test_everything_is_drawn_in_light_and_dark_and_on_a_phone(opened, pages, which):
+    page = opened(which)
     for dark, width in [(False, 1280), (True, 1280), (True, 390), (False, 390)]:
         page.look(dark, width)
-        page.until(f"document.querySelector('.main-svg').getBoundingClientRect().right <= {width}")  # charts follow
+        page.until(f"{RIGHT_END} <= {width}")  # charts follow
         page.ask(REDRAWN)
         drawn = page.ask(DRAWN)
         assert len(drawn) == 13
@@ -534,8 +551,8 @@ def test_everything_is_drawn_in_light_and_dark_and_on_a_phone(browser, pages, wh
     assert [url for url in page.requested if not url.startswith("data:")] == [pages[which]]
 
 
-def test_the_page_follows_its_reader(browser, pages):
-    page = browser.open(pages[0] + "#sheet=1")
+def test_the_page_follows_its_reader(opened):
+    page = opened(0)
     assert page.ask("document.title") == HOSTILE
     assert page.ask(SHEET) == "Samples of a at step 200"
     assert page.ask("document.querySelector('#sheets img').decode().then(() => true)")
@@ -614,8 +631,8 @@ def test_a_point_without_neighbours_is_seen(browser, tmp_path):
     assert page.ask(ERRORS) == ""
 
 
-def test_zooming_into_one_chart_shows_the_same_steps_in_all(browser, pages):
-    page = browser.open(pages[0])
+def test_zooming_into_one_chart_shows_the_same_steps_in_all(opened):
+    page = opened(0)
     ranges = "[...document.querySelectorAll('.plot')].map(plot => plot._fullLayout.xaxis.range.map(Math.round))"
     page.ask(
         "Plotly.relayout(document.querySelector('.plot'), {'xaxis.range[0]': 50, 'xaxis.range[1]': 90}).then(() => 0)"
@@ -625,8 +642,8 @@ def test_zooming_into_one_chart_shows_the_same_steps_in_all(browser, pages):
     assert over_steps == [[50, 90]] * 12
 
 
-def test_a_comparison_hides_runs_and_shows_their_samples_side_by_side(browser, pages):
-    page = browser.open(pages[1] + "#sheet=1")
+def test_a_comparison_hides_runs_and_shows_their_samples_side_by_side(opened):
+    page = opened(1)
     captions = "[...document.querySelectorAll('#sheets figcaption')].map(c => c.textContent.split(' · ').pop())"
     shown = "document.querySelector('[data-chart=grad_norm] .plot').data.filter(t => t.visible !== false).length"
     assert page.ask("document.querySelectorAll('header tbody tr').length") == 2

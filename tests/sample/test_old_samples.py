@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import OLD_FOLDERS
+from helpers import OLD_FOLDERS
 from PIL import Image
 
 from jit_accel.sample import main

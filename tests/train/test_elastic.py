@@ -67,11 +67,5 @@ def test_killed_and_resumed_by_one_two_three_and_one_processes(tmp_path, sources
     epochs = [{seen[p] for p in range(start, start + NUM_IMAGES)} for start in starts]
     assert len(epochs) == 8
     assert all(len(epoch) == NUM_IMAGES for epoch in epochs)
-
-
-@pytest.mark.multiprocess
-def test_the_state_of_a_stream_stays_small(tmp_path, sources):
-    output = tmp_path / "run"
-    train_group(tmp_path, *FLAGS, "--data_path", str(sources["parquet"]), "--output_dir", str(output))
     state = json.loads((last_checkpoint(output) / "state.json").read_text())
-    assert len(json.dumps(state["feed"])) < 300
+    assert len(json.dumps(state["feed"])) < 300  # whatever the history

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from jit_accel.base.errors import check_ranges
 from jit_accel.data.batches.batch import Batch, ready
 from jit_accel.data.batches.loader import build_loader
 from jit_accel.data.formats.source import Source
@@ -32,8 +33,10 @@ def batches(
         seed: of the order and of the mirroring.
         how: further fields of `ReadingTask`, such as `num_workers`, `horizontal_flip`, `rank` and `world_size`.
 
-    UserError if the images were prepared smaller than `img_size`.
+    UserError if a number is below 1, or the images were prepared smaller than `img_size`.
     """
+    counts = {"img_size": img_size, "batch_size": batch_size, "lanes": how.get("lanes")}
+    check_ranges(counts, [(name, lambda count: count >= 1, "at least 1") for name in counts])
     how = {"pin_memory": torch.device(device).type == "cuda", **how}
     return ReadyBatches(build_loader(source, img_size=img_size, batch_size=batch_size, seed=seed, **how), device)
 

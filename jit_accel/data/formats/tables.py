@@ -211,10 +211,10 @@ def _bounds(files: Iterable[TableFile], column: str) -> set | None:
     """Return the least and the largest value of a column, and None if some are missing; None if footers lack them."""
     found = set()
     for file in files:
-        names = file.footer.schema.names
         for group in file.groups:
             if group.num_rows:
-                statistics = group.column(names.index(column)).statistics if column in names else None
+                paths = [group.column(n).path_in_schema for n in range(group.num_columns)]
+                statistics = group.column(paths.index(column)).statistics if column in paths else None
                 if statistics is None or not statistics.has_min_max:
                     return None
                 found |= {statistics.min, statistics.max} | ({None} if statistics.null_count else set())

@@ -62,7 +62,7 @@ def cached_shard(key: str, name: str, num_bytes: int, fetch: Callable[[BinaryIO]
     path = folder / f"{digest}-{name[-100:]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{digest[:2]}.lock"):
+        with FileLock(folder / f"{digest[:2]}.lock", poll_interval=0.01):
             if not path.is_file():
                 _make_room(folder, num_bytes)
                 with atomic_file(path, durable=False) as temporary, open(temporary, "wb") as file:
@@ -79,8 +79,9 @@ def _make_room(folder: Path, num_bytes: int) -> None:
     """Remove the copies that were not used for longest until there is room for another."""
     held = []
     for path in folder.glob("*-*"):
-        info = path.stat()
-        held.append((info.st_mtime, getattr(info, "st_blocks", info.st_size // 512) * 512, path))
+        with contextlib.suppress(FileNotFoundError):  # another process has just finished or removed it
+            info = path.stat()
+            held.append((info.st_mtime, getattr(info, "st_blocks", info.st_size // 512) * 512, path))
     total, named = sum(size for _, size, _ in held), os.environ.get("JIT_ACCEL_SHARD_CACHE_GIB")
     try:
         limit = float(named) * 2**30 if named else (shutil.disk_usage(folder).free + total) / 2

@@ -158,10 +158,11 @@ def describe(url: str) -> RemoteShard:
     def attempt() -> RemoteShard:
         if not is_web(url):
             info = files.info(inside)
-            return RemoteShard(url, info.get("size"), next((str(info[n]) for n in _TAGS if info.get(n)), ""), True)
+            size, tag = info.get("size"), next((str(info[n]) for n in _TAGS if info.get(n)), "")
+            return RemoteShard(url, size, tag, size is not None)
         opened, _, size = open_response(files, url, 0, 1)
         with contextlib.closing(opened):
-            return RemoteShard(url, size, opened.r.headers.get("ETag", ""), opened.r.status == 206)
+            return RemoteShard(url, size, opened.r.headers.get("ETag", ""), opened.r.status == 206 and size is not None)
 
     return servers.patiently(attempt, url, servers.OPENING_PATIENCE_S)
 
