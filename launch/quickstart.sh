@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to pictures: sets everything up, trains a small JiT on Fashion-MNIST (about three minutes on two CPU
+# From nothing to pictures: sets everything up, trains a small JiT on Fashion-MNIST (three to eight minutes on two CPU
 # cores, seconds on a GPU), and ends by naming the sample sheet, the loss curve and the pipeline folder.
 #   bash launch/quickstart.sh
 # The same command again goes on where it was stopped, or names the files of the finished run. Arguments go to

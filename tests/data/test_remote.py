@@ -271,7 +271,7 @@ def test_a_server_that_stays_away_ends_the_run_with_a_message(server, loaders, m
     loader = loaders(open_images(all_of(server, kind)), num_workers=num_workers)
     monkeypatch.setattr(servers, "PATIENCE_S", 0.3)
     server.go_away()
-    with pytest.raises(UserError, match=rf"{server.url}/\d.{kind}: no progress for 0.3 s .*start again"):
+    with pytest.raises(UserError, match=rf"{server.url}/\d.{kind}: no progress for 0.3 s .*--resume auto"):
         take(loader, N)
 
 
@@ -482,3 +482,13 @@ def test_training_goes_on_as_if_nothing_had_happened(server, tmp_path, monkeypat
     one, other = ([row["train/loss"] for row in rows(tmp_path / name)] for name in ("calm", "stormy"))
     assert len(one) == 12
     assert one == other
+
+
+def test_a_file_whose_size_a_server_does_not_tell_is_fetched_whole(monkeypatch):
+    class Files:
+        def info(self, inside):
+            return {"name": inside}
+
+    monkeypatch.setattr(shards, "file_system", lambda url: (Files(), "bucket/a.parquet"))
+    shard = shards.describe("s3://bucket/a.parquet")
+    assert (shard.size, shard.has_ranges) == (None, False)

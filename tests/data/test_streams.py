@@ -211,7 +211,7 @@ def test_a_row_group_that_went_away_is_named(tmp_path, loaders):
     file = parquet(tmp_path / "a.parquet", range(40))
     source = open_images(file)
     file.write_bytes(file.read_bytes()[:300])
-    with pytest.raises(UserError, match=r"a.parquet: .*start again"):
+    with pytest.raises(UserError, match=r"a.parquet: .*--resume auto"):
         next(loaders(source))
 
 

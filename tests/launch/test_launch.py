@@ -29,7 +29,6 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import patch_environment
 from golden import load_golden
-from helpers import train_group
 from hub_server import stand_in
 from packaging.requirements import Requirement
 from PIL import Image
@@ -742,30 +741,14 @@ def test_quickstart_sh_ends_by_naming_its_files_and_costs_nothing_again(recorder
 
 
 @pytest.mark.multiprocess
-def test_cpu_2_processes_yaml_starts_two_processes(photos, tmp_path):
-    """The launcher's two processes only note what they are told; two of the fork server then train with that."""
-    program = tmp_path / "python"
-    program.write_text(
-        f"#!{sys.executable}\nimport json, os, sys\n"
-        f"with open('{tmp_path}/rank' + os.environ['RANK'], 'w') as file:\n"
-        "    json.dump([sys.argv[1:], dict(os.environ)], file)\n"
-    )
-    program.chmod(0o755)
-    run_really(
+def test_cpu_2_processes_yaml_starts_two_processes():
+    output = run_really(
         *(sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"),
         *("--config_file", "accelerate_configs/cpu_2_processes.yaml", "-m", "jit_accel.train", "--dry_run"),
-        *("--data_path", str(photos)),
-        PYTHON_EXEC=str(program),
+        *("--data_path", "builtin:fashion_mnist", "--model", "JiT-Ti/7", "--img_size", "28", "--num_workers", "0"),
     )
-    files = sorted(tmp_path.glob("rank*"))
-    commands, environments = zip(*(json.loads(file.read_text()) for file in files))
-    assert [*commands] == 2 * [["-u", "-m", "jit_accel.train", "--dry_run", "--data_path", str(photos)]]
-    places = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # which Group gives them too
-    assert [[given[name] for name in places] for given in environments] == [["0", "0", "2", "2"], ["1", "1", "2", "2"]]
-    told = {name: value for name, value in environments[0].items() if name.startswith("ACCELERATE_")}
-    printed = train_group(tmp_path, *commands[0][3:], num_processes=2, environment=told)
-    assert "Device: 2 x cpu" in printed
-    assert printed.count("Dry run: loss") == 1
+    assert "Device: 2 x cpu" in output
+    assert output.count("Dry run: loss") == 1
 
 
 @pytest.mark.multiprocess

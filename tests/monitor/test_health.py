@@ -136,3 +136,8 @@ def test_signs_are_the_same_over_an_interruption(interrupted_after):
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     second.examine(cut[interrupted_after:])
     assert cut == rows
+
+
+def test_a_single_step_is_not_flat():
+    assert Health(HealthConfig(health_flat_steps=1)).examine(rows_of([1.0])) == []
+    assert len(Health(HealthConfig(health_flat_steps=1)).examine(rows_of([1.0, 1.0]))) == 1

@@ -227,6 +227,13 @@ class Notebook(GeneralTracker):
             file.write("".join(json.dumps(line) + "\\n" for line in self.lines))
 
 
+class Mine(Notebook):
+    name = "wandb"
+
+    def __init__(self, project, folder, **options):
+        super().__init__(project + " of " + options["name"], folder)
+
+
 class NoTracker:
     name = "none"
 """
@@ -272,6 +279,13 @@ def test_a_wrong_tracker_of_ones_own_is_refused(images, tmp_path, own_tracker, c
     printed = capsys.readouterr().err
     assert f"--report_to {name}: {rule}" in printed
     assert "Traceback" not in printed
+
+
+def test_a_tracker_of_ones_own_for_wandb_gets_its_options(images, tmp_path, own_tracker):
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--wandb_project", "shop"]
+    assert train_here(*flags, "--report_to", "my_trackers:Mine", "--wandb_name", "first", "--max_steps", "2") == 0
+    first = (tmp_path / "out" / "notebook.jsonl").read_text().splitlines()[0]
+    assert json.loads(first)[0] == "shop of first"
 
 
 def test_a_mere_folder_of_its_name_is_no_tracker(tmp_path, monkeypatch):

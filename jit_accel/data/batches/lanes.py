@@ -91,7 +91,8 @@ class LaneReader:
                 row += 1
             if row < stop:
                 rule = f"a shard ended after {row} images where there were {size} when it was opened: it changed or "
-                raise data_error(self._name, rule + "was cut short; restore it, then start again.")
+                rule += "was cut short; restore it and run the same command again; a training goes on with "
+                raise data_error(self._name, rule + "--resume auto.")
 
 
 @dataclass

@@ -217,7 +217,8 @@ class ParquetReader:
                 yield from self._rows(table.slice(start))
                 start = max(0, start - len(table))
         except (OSError, ValueError, IndexError, pa.ArrowException) as error:
-            rule = f"row group {group} cannot be read ({error}): restore the file, then start again."
+            rule = f"row group {group} cannot be read ({error}): restore the file and run the same command "
+            rule += "again; a training goes on with --resume auto."
             raise data_error(path, rule) from error
 
     def _tables(self, path: str, group: int) -> Iterable[pa.Table | pa.RecordBatch]:

@@ -183,7 +183,8 @@ class Outage:
         left_s = self._began_s + self._patience_s - now
         if left_s <= 0:
             rule = f"no progress for {self._patience_s:g} s ({_reason(error)}): check the address, the network and the "
-            raise data_error(self._url, rule + "server, then start again.") from error
+            rule += "server, and run the same command again; a training goes on with --resume auto."
+            raise data_error(self._url, rule) from error
         time.sleep(min(self._wait_s, left_s))
         self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
 
