@@ -3,17 +3,25 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from jit_accel.base.errors import Stopped, StopRequest, UserError, common_error, message_of
 
 T = TypeVar("T")
+
+
+class Sliceable(Protocol):
+    """A tensor, or one that is read only as far as it is asked for."""
+
+    shape: torch.Size
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> Tensor: ...
 
 
 def on_all(accelerator, work: Callable[[], T], in_turn: bool = False, stop: StopRequest | None = None) -> T:
@@ -80,12 +88,22 @@ def whole_tensors(named: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tenso
     return found
 
 
-def sharded_like(value: Tensor, reference: Tensor) -> Tensor:
-    """Return a whole tensor on the device of `reference`, sharded as that is."""
-    value = value.to(reference.device)
-    if isinstance(reference, DTensor):
-        return distribute_tensor(value, reference.device_mesh, reference.placements)
-    return value
+def sharded_like(value: Sliceable, reference: Tensor) -> Tensor:
+    """Return a whole tensor on the device of `reference`, sharded as that is; of `value` no more is read than that."""
+    if not isinstance(reference, DTensor):
+        return value[tuple(slice(0, n) for n in value.shape)].to(reference.device)
+    if value.shape != reference.shape:
+        raise ValueError(f"a tensor has the shape {tuple(value.shape)} in place of {tuple(reference.shape)}")
+    offset, shape = block_of(reference)
+    local = value[tuple(slice(o, o + n) for o, n in zip(offset, shape))].to(reference.device).contiguous()
+    how = {"shape": reference.shape, "stride": reference.stride(), "run_check": False}
+    return DTensor.from_local(local, reference.device_mesh, reference.placements, **how)
+
+
+def block_of(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return where the block that this process holds of a sharded tensor begins, and its shape."""
+    (chunk,) = tensor.__create_chunk_list__()
+    return tuple(chunk.offsets), tuple(chunk.sizes)
 
 
 @contextlib.contextmanager

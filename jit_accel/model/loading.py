@@ -6,22 +6,19 @@ from pathlib import Path
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
 
 from jit_accel.base.errors import UserError, lookup, message_of, nearest
 from jit_accel.base.files import write_text
 from jit_accel.config.settings import UNAVERAGED, Config, ModelConfig, ObjectiveConfig
 from jit_accel.model.call_arguments import DEFAULTS, checked_default
 from jit_accel.model.carried_code import INDEX_FILE, json_text
-from jit_accel.model.checkpoints import find_checkpoint_in, load_tensors, read_run
+from jit_accel.model.checkpoints import BROKEN, find_checkpoint_in, load_tensors, read_run
 from jit_accel.model.lora import merged, refuse_other_base, weights_fingerprint
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import JiTTransformer2DModel, build_model
 
 PIPELINE_FOLDER = "pipeline"  # in a run's
-# What diffusers, safetensors and torch raise for folders that are broken, cut off or of other sizes than they say.
-BROKEN = (OSError, ValueError, SafetensorError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
 def build_network(model: ModelConfig, img_size: int) -> JiTTransformer2DModel:
@@ -122,12 +119,7 @@ def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, about: str 
         raise UserError(f"{checkpoint} has {', '.join(choices)}.{nearest(ema, choices)}", about="ema", value=ema)
     with torch.device("meta"):
         network = build_network(config.model, config.data.img_size)
-    file = checkpoint / f"{UNAVERAGED if ema == UNAVERAGED else f'ema_{ema}'}.safetensors"
-    try:
-        weights = load_tensors(file)
-    except (OSError, SafetensorError) as error:
-        rule = f"cannot be read ({_first_line(error)}): give another checkpoint."
-        raise UserError(rule, about=about, value=file) from None
+    weights = load_tensors(checkpoint, UNAVERAGED if ema == UNAVERAGED else f"ema_{ema}", about)
     if config.tune.lora_rank:
         weights = merged(base_of(checkpoint, run), weights, config.tune.lora_alpha / config.tune.lora_rank)
     network.load_state_dict(weights, strict=True, assign=True)

@@ -34,7 +34,7 @@ from jit_accel.data.batches.loader import cores_per_process
 from jit_accel.data.batches.order import default_lanes
 from jit_accel.data.formats.sources import Source
 from jit_accel.model import hub
-from jit_accel.model.checkpoints import find_checkpoint, read_run
+from jit_accel.model.checkpoints import find_checkpoint, read_run, sound_checkpoint
 from jit_accel.model.loading import PIPELINE_FOLDER, build_network, build_pipeline
 from jit_accel.model.objective import Objective
 from jit_accel.model.transformer import JiTTransformer2DModel
@@ -57,14 +57,15 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
         logging.getLogger("jit_accel").setLevel(logging.ERROR)
     folder, resume = Path(run_folder(config)), os.path.expanduser(config.run.resume)
     check_output_dir(folder, resume, config.data.data_path)
-    found = [str(folder), find_checkpoint(folder, resume)]
+    find_checkpoint(folder, resume)  # one that is not there is found out before all else
     accelerator = build_accelerator(config)
     with process_group(accelerator):
         if config.hub.push_to_hub:  # found out now, not after days of training
             on_main(accelerator, lambda: hub.check_login(config.hub.hub_model_id))
         # The main process chooses, so that all load the same.
-        output_dir, checkpoint = broadcast_object_list(found)
+        (output_dir,) = broadcast_object_list([str(folder)])
         config = in_folder(config, output_dir)
+        checkpoint = sound_checkpoint(accelerator, Path(output_dir), resume)
         trainer = build_trainer(config, accelerator, checkpoint, source, objective or Objective)
         with contextlib.closing(trainer.feed):
             if checkpoint:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jit_accel.base.console import say
 from jit_accel.base.errors import UserError
-from jit_accel.model.checkpoints import complete_checkpoints
+from jit_accel.model.checkpoints import step_folders
 from jit_accel.model.loading import PIPELINE_FOLDER
 from jit_accel.monitor.log import METRICS_FILE
 from jit_accel.train.results import read_record
@@ -42,11 +42,11 @@ def choose_folder(first: Path, resume: str, experiment: str) -> Path:
 
 
 def held(folder: Path) -> list[Path]:
-    """Return what is in a folder of an earlier run: metrics, results, checkpoints."""
+    """Return what is in a folder of an earlier run: metrics, results, checkpoints, broken ones too."""
     return [
         *(path for path in folder.glob(METRICS_FILE) if path.stat().st_size),
         *folder.glob(f"{PIPELINE_FOLDER}/model_index.json"),
-        *complete_checkpoints(folder / "checkpoints"),
+        *step_folders(folder / "checkpoints"),
     ]
 
 

@@ -1,6 +1,6 @@
 """The parts of a run that its checkpoints hold, besides those that keep their own state (feed, monitor, scaler)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from jit_accel.base.console import warn
 from jit_accel.base.errors import UserError, changed_settings
-from jit_accel.base.processes import sharded_like
+from jit_accel.base.processes import Sliceable, sharded_like
 from jit_accel.config.completion import Plan
 from jit_accel.config.identity import NAMES, WITHOUT_EFFECT, tells_apart
 from jit_accel.config.settings import SETTINGS
@@ -33,9 +33,13 @@ class NamedTensors:
         return self.tensors
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copy the whole tensors of a checkpoint into these; sharded ones take their share."""
-        assert state.keys() == self.tensors.keys(), f"{sorted(state.keys() ^ self.tensors.keys())[:5]} on one side only"
+    def load_state_dict(self, state: Mapping[str, Sliceable]) -> None:
+        """Copy the tensors of a checkpoint into these; sharded ones take their share. ValueError: they are others."""
+        if others := sorted(state.keys() ^ self.tensors.keys()):
+            raise ValueError(f"{len(others)} tensors are on one side only, such as {others[0]}")
+        for name, tensor in self.tensors.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(f"{name} has the shape {tuple(state[name].shape)} in place of {tuple(tensor.shape)}")
         for name, tensor in self.tensors.items():
             tensor.copy_(sharded_like(state[name], tensor))
 
@@ -55,7 +59,7 @@ class OptimizerState:
             for key, value in state.items()
         }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Sliceable]) -> None:
         """Put back what `state_dict` gave, into optimizers that have not stepped yet."""
         owner = {p: each for each in self.optimizers for group in each.param_groups for p in group["params"]}
         params = dict(self.network.named_parameters())
@@ -63,7 +67,9 @@ class OptimizerState:
             name, _, key = full_name.rpartition("|")
             p = params[name]
             # Step counts are scalars; they follow the device of their parameter, as fused AdamW wants it.
-            owner[p].state[p][key] = sharded_like(value, p) if value.shape == p.shape else value.to(p.device)
+            owner[p].state[p][key] = sharded_like(
+                value, p if value.shape == p.shape else torch.empty(0, device=p.device)
+            )
 
 
 class RunFacts:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import seal_as_before
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.settings import OptimConfig
@@ -78,6 +79,7 @@ def test_parts_without_names_are_read_as_they_were_written_before(checkpointer):
     path = save(checkpointer, 5)
     old = {"format": 1, "step": 5, "loaders": [3], "bad_images": [[]], "world_size": 1, "global_batch_size": 4}
     (path / STATE).write_text(json.dumps({**old, "scaler": None, "settings": {"seed": 1}, "fingerprint": "a"}))
+    seal_as_before(path)
     feed, monitor = Values(), Values()
     assert load_parts(path, {"feed": feed, "monitor": monitor, "scaler": Values()}) == 5
     assert feed.values == {"loaders": [3], "bad_images": [[]]}
@@ -88,6 +90,7 @@ def test_parts_without_names_are_read_as_they_were_written_before(checkpointer):
 def test_a_newer_format_is_refused(checkpointer):
     path = save(checkpointer, 5)
     (path / STATE).write_text(json.dumps({"format": 99}))
+    seal_as_before(path)
     with pytest.raises(UserError, match=r"was written by a newer jit_accel"):
         read_run(path)
 
@@ -176,7 +179,7 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_the_last_checkpoint(ch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("jit_accel.model.checkpoints.save_file", full)
+        patch.setattr("jit_accel.model.checkpoints.write_tensors", full)
         with pytest.raises(UserError, match=r"output_dir .*step 2 cannot be written .*No space left.*make room"):
             save(checkpointer, 2)
     assert find(checkpointer, "auto") == good
