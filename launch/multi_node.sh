@@ -42,6 +42,8 @@ WANDB_PROJECT="${WANDB_PROJECT:-jit-diffusion}"           # WANDB_ENTITY, WANDB_
 
 # Seconds that a stopped run has for its checkpoint (torchrun's default is 30).
 export PET_SHUTDOWN_TIMEOUT="${PET_SHUTDOWN_TIMEOUT:-240}"
+# What it passes on to the training; schedulers send SIGUSR1 or SIGUSR2 before they end a job.
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}"
 
 # What stands behind the last -- wins over what stands before it.
 exec accelerate launch --config_file "$ACCELERATE_CONFIG" \

@@ -139,8 +139,14 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+# Schedulers send SIGUSR1 or SIGUSR2 some time before they end a job; Windows has neither.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
+
+
 class StopRequest:
-    """Inside its `with` block SIGTERM and Ctrl-C only set `number`, so that a step can end in peace.
+    """Inside its `with` block signals that ask for an end only set `number`, so that a step can end in peace.
 
     A second Ctrl-C interrupts at once. With `at_once` the signals raise `Stopped` where they come, so that whatever was
     begun is tidied up.
@@ -165,7 +171,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         # Only the main thread gets signals, and may say what they do.
         is_main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+        numbers = STOP_SIGNALS if is_main else ()
         self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 

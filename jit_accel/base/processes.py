@@ -1,12 +1,16 @@
 """Work of several processes, where none waits for one that has failed; weights that they share (FSDP2)."""
 
 import contextlib
+import ctypes
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -14,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from jit_accel.base.errors import Stopped, StopRequest, UserError, common_error, message_of
 
 T = TypeVar("T")
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+LAUNCHERS = (b"accelerate", b"torchrun", b"torch.distributed")  # in their command lines
 
 
 class Sliceable(Protocol):
@@ -65,6 +71,67 @@ def _attempt(accelerator, work: Callable[[], T], in_turn: bool, stop: StopReques
     return result
 
 
+class SharedStop:
+    """A request to stop that all processes heed at the same place, whichever of them has got the signal.
+
+    Each look sends what this process knows, over gloo in a group of its own, and reads what was sent at the look
+    before: nobody waits for a device. All processes look equally often.
+    """
+
+    def __init__(self, accelerator, request: StopRequest):
+        self.request, self.number = request, 0
+        is_alone = accelerator.num_processes == 1
+        self._is_sharded = accelerator.distributed_type == DistributedType.FSDP
+        self._group = None if is_alone else torch.distributed.new_group(backend="gloo")
+        self._sent: tuple[torch.distributed.Work, Tensor] | None = None
+
+    def look(self) -> int:
+        """Return the number of a signal that any process had got by its look before this one; 0: none."""
+        self.number = self.number or (self._exchange() if self._group else self.request.number)
+        return self.number
+
+    def look_now(self) -> int:
+        """Return the number of a signal that any process has got by now; they wait for each other."""
+        self.look()
+        return self.look() if self._group else self.number
+
+    @contextlib.contextmanager
+    def looking(self, most: int) -> Iterator[Callable[..., None]]:
+        """Give a function that looks, and raises `Stopped`, to be called at most so many times in the block.
+
+        A process that fails goes on looking for the others; not with shards (FSDP2), where they wait elsewhere.
+        """
+        left = most
+
+        def look(*_) -> None:
+            nonlocal left
+            left -= 1
+            if number := self.look():
+                raise Stopped(number)
+
+        try:
+            yield look
+        finally:
+            while left > 0 and not self.number and not self._is_sharded:
+                left -= 1
+                self.look()
+
+    def close(self) -> None:
+        """Wait for what was sent last."""
+        if self._sent:
+            self._sent[0].wait()
+            self._sent = None
+
+    def _exchange(self) -> int:
+        before, mine = self._sent, torch.tensor(self.request.number)
+        maximum = torch.distributed.ReduceOp.MAX
+        self._sent = torch.distributed.all_reduce(mine, maximum, self._group, async_op=True), mine
+        if before is None:
+            return 0
+        before[0].wait()
+        return int(before[1])
+
+
 def gather_rows(rows: Tensor, accelerator) -> Tensor:
     """Return the rows (n, ...) of all processes, which may have different numbers of them, on the CPU."""
     rows = rows.cpu()
@@ -104,6 +171,30 @@ def block_of(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return where the block that this process holds of a sharded tensor begins, and its shape."""
     (chunk,) = tensor.__create_chunk_list__()
     return tuple(chunk.offsets), tuple(chunk.sizes)
+
+
+def end_with_launcher() -> None:
+    """Let this process get SIGTERM when its launcher is gone, as `accelerate launch` and torchrun leave it else.
+
+    Linux alone can; a parent that is no launcher, such as the shell of `nohup`, may go.
+    """
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+        if any(name in command for name in LAUNCHERS):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # gone meanwhile
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def grace_s() -> float | None:
+    """Return how long a launcher waits after SIGTERM before it kills this process; None: nobody kills it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    try:
+        return float(os.environ.get("PET_SHUTDOWN_TIMEOUT", 30))
+    except ValueError:
+        return 30.0
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,16 +50,19 @@ class Evaluator:
         settings: SamplerSettings,
         seed: int = 0,
         img_size: int | None = None,
+        on_step: Callable | None = None,
     ) -> dict[str, float]:
         """Return `compare` of images 0 to `num_images` - 1 of this seed, of class number % classes; nothing is stored.
 
-        All processes make equally many calls of the network. `img_size` None: the training size.
+        All processes make equally many calls of the network, and of `on_step`, the pipeline's `callback_on_step_end`.
+        `img_size` None: the training size.
         """
         processes, side = self.accelerator.num_processes, img_size or pipeline.transformer.config.img_size
         padded = range(-(-num_images // processes) * processes)  # those from num_images on only fill batches up
         numbers = share_of(padded, self.accelerator.process_index, processes)
         collector = Collector(self.network, num_images, self.metrics, self.max_features)
         how = {"seed": seed, "settings": settings, "batch_size": self.batch_size, "height": side, "width": side}
+        how["on_step"] = on_step
 
         def draw() -> None:
             # In autocast features and sums keep their float32 and float64.

@@ -76,6 +76,7 @@ def generate(
     guidance_interval: tuple[float, float] | None = None,
     method: str | None = None,
     batch_size: int = 64,
+    on_step: Callable | None = None,
 ) -> Tensor:
     """Return images by number, uint8 (len(numbers), 3, H, W) on the pipeline's device.
 
@@ -88,6 +89,7 @@ def generate(
         labels: the class of each image by number or name instead; None among them is "no class".
         num_inference_steps, guidance_scale, guidance_interval, method: as in a call of the pipeline; None: its own.
         batch_size: images at once; it changes memory and speed, not the images.
+        on_step: the pipeline's `callback_on_step_end`.
 
     Raises `ValueError`: no numbers, a label that the network does not know, or a setting that makes no sense.
 
@@ -97,7 +99,8 @@ def generate(
     if len(numbers) == 0:
         raise ValueError("numbers is empty: give the numbers of the images to make, such as range(8)")
     settings = SamplerSettings(num_inference_steps, guidance_scale, guidance_interval, method)
-    parts = generate_batches(pipeline, numbers, seed=seed, labels=labels, settings=settings, batch_size=batch_size)
+    how = {"labels": labels, "settings": settings, "batch_size": batch_size, "on_step": on_step}
+    parts = generate_batches(pipeline, numbers, seed=seed, **how)
     return torch.cat([images for _, images in parts])
 
 

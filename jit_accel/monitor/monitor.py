@@ -50,7 +50,6 @@ class Interval:
     """The steps since the last reading, the same on all processes."""
 
     rows: tuple[dict, ...]  # one a step
-    stop_asked: bool  # by a signal to any process
     bad_images: int  # that could not be decoded since the start of the run
     images_seen: int
     not_finite: NotFinite | None
@@ -155,12 +154,12 @@ class Monitor:
         (row,), _ = self.steps.flush(lambda values: self.accelerator.reduce(values, "mean"), [])
         return row[table.TRAIN_LOSS], self.clock.end_interval()[1]
 
-    def read(self, is_asked_to_stop: bool) -> Interval:
+    def read(self) -> Interval:
         """Read the kept metrics: the only place where the host waits for the device."""
         accelerator, num_processes = self.accelerator, self.accelerator.num_processes
         memory = of_each_process(peak_memory_gib(accelerator.device), accelerator.process_index, num_processes)
-        counters = [float(is_asked_to_stop), *memory, *self.feed.counters()]
-        rows, (stops, *means) = self.steps.flush(lambda values: accelerator.reduce(values, "mean"), counters)
+        counters = [*memory, *self.feed.counters()]
+        rows, means = self.steps.flush(lambda values: accelerator.reduce(values, "mean"), counters)
         durations_s, trained_s = self.clock.end_interval()
         bad_images, measured = self.feed.read_counters(means[num_processes:], len(rows))
         if rows:
@@ -184,7 +183,7 @@ class Monitor:
         # A gradient scaler meets infinite gradients as a matter of course, and skips those steps.
         keys = (table.TRAIN_LOSS,) if accelerator.scaler else (table.TRAIN_LOSS, table.GRAD_NORM)
         bad = (NotFinite(key, row[key], row["step"]) for row in rows for key in keys if not math.isfinite(row[key]))
-        return Interval(tuple(rows), stops > 0, bad_images, self.epochs.images_seen, next(bad, None))
+        return Interval(tuple(rows), bad_images, self.epochs.images_seen, next(bad, None))
 
     def _write(self, rows: list[dict], events: list[Event]) -> None:
         if not self.is_main:

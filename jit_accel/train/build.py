@@ -23,8 +23,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from jit_accel.base.console import say, warn
 from jit_accel.base.devices import DTYPES, chosen_precision, device_name, is_good_at_bf16
-from jit_accel.base.errors import UserError, lookup
-from jit_accel.base.processes import on_all, on_main, process_group
+from jit_accel.base.errors import StopRequest, UserError, lookup
+from jit_accel.base.processes import SharedStop, end_with_launcher, on_all, on_main, process_group
 from jit_accel.config.checks import image_size
 from jit_accel.config.completion import Facts, Plan, complete, rate_in_words, started
 from jit_accel.config.identity import experiment_of, in_folder, is_named, run_folder
@@ -58,6 +58,7 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
     folder, resume = Path(run_folder(config)), os.path.expanduser(config.run.resume)
     check_output_dir(folder, resume, config.data.data_path)
     find_checkpoint(folder, resume)  # one that is not there is found out before all else
+    end_with_launcher()
     accelerator = build_accelerator(config)
     with process_group(accelerator):
         if config.hub.push_to_hub:  # found out now, not after days of training
@@ -161,7 +162,10 @@ def assemble(
     pipeline = build_pipeline(network, config.objective, class_names, config.sample.guidance_scale)
     pipeline.set_progress_bar_config(disable=True)
     how = {"seed": run.seed, "batch_size": config.optim.batch_size}
+    stop = StopRequest()
+    stops = SharedStop(accelerator, stop)
     sampled = {"pipeline": pipeline, "averages": averages, "accelerator": accelerator, "settings": config.sample, **how}
+    sampled["stops"] = stops
     quality = None
     if config.evaluation.eval_every_steps:
         quality = SampleQuality(config.evaluation, source, Path(run.output_dir), **sampled)
@@ -192,6 +196,8 @@ def assemble(
         tuning=tuning,
         feed=feed,
         monitor=monitor,
+        stop=stop,
+        stops=stops,
         sheets=SampleSheets(**sampled),
         validation=Validation(held_out, accelerator, config.optim.batch_size) if held_out else None,
         quality=quality,

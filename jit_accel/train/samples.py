@@ -12,7 +12,7 @@ from jit_accel.base.console import say, warn
 from jit_accel.base.errors import UserError, message_of, renamed_settings
 from jit_accel.base.files import atomic_file
 from jit_accel.base.image_rows import draw_rows, legible
-from jit_accel.base.processes import on_all, on_main
+from jit_accel.base.processes import SharedStop, on_all, on_main
 from jit_accel.config.settings import EvalConfig, SheetConfig
 from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.evaluate.evaluator import Evaluator
@@ -49,13 +49,12 @@ class AveragedSamples:
     settings: SheetConfig
     seed: int  # of the noise
     batch_size: int  # images that a process makes at once
+    stops: SharedStop  # looked at after each ODE step of theirs
 
     def passes_for(self, images: int, steps: int | None, *more_guidance: float) -> float:
         """Return how many images each process passes forward for so many in `steps` of Heun, at each guidance."""
-        guidance, steps = (
-            {self.pipeline.config.guidance_scale, *more_guidance},
-            steps or self.settings.num_inference_steps,
-        )
+        guidance = {self.pipeline.config.guidance_scale, *more_guidance}
+        steps = steps or self.settings.num_inference_steps
         calls = (2 * steps - 1) * sum(1 if scale == 1 else 2 for scale in guidance)
         return images * calls / self.accelerator.num_processes
 
@@ -82,19 +81,22 @@ class SampleSheets(AveragedSamples):
         """Make a sheet, and write it as a PNG on the main process; a full disk is warned of.
 
         Returns the images, uint8 (n, H, W, 3), of each row by its name; on other processes, and without a sheet, {}.
+        Raises `Stopped` on all processes.
         """
-        accelerator = self.accelerator
+        accelerator, steps = self.accelerator, self.settings.num_inference_steps
         labels = [label for label in self.classes for _ in range(SAMPLES_PER_CLASS)]
         share = -(-len(labels) // accelerator.num_processes)  # padded: every process makes equally many
         mine = [(accelerator.process_index * share + i) % len(labels) for i in range(share)]
-        with self.averages.applied():
+        batch_size = max(self.batch_size, SAMPLES_PER_CLASS)
+        with self.averages.applied(), self.stops.looking(steps * -(-share // batch_size)) as look:
             images = generate(
                 self.pipeline,
                 mine,
                 seed=self.seed,
                 labels=[labels[i] for i in mine],
-                num_inference_steps=self.settings.num_inference_steps,
-                batch_size=max(self.batch_size, SAMPLES_PER_CLASS),
+                num_inference_steps=steps,
+                batch_size=batch_size,
+                on_step=look,
             )
         images = accelerator.gather(images.to(accelerator.device))[: len(labels)].cpu()
         if not accelerator.is_main_process:
@@ -154,10 +156,11 @@ class SampleQuality(AveragedSamples):
     def measure(self, step: int) -> dict[str, float]:
         """Return the metrics by their keys in the log: `eval/<metric>` with the samples' guidance, and `..._unguided`.
 
-        Whatever one process raises costs all of them the values of this step, {}, and is warned of.
+        Whatever one process raises costs all of them the values of this step, {}, and is warned of. Raises `Stopped`.
         """
-        scale = self.pipeline.config.guidance_scale
+        scale, images = self.pipeline.config.guidance_scale, self.evaluation.eval_images
         steps = self.evaluation.eval_num_inference_steps or self.settings.num_inference_steps
+        batches = -(-images // (self.accelerator.num_processes * self.evaluator.batch_size))
         found: dict[float, dict[str, float]] = {}
         # With FSDP's shards an error inside the network is one process's alone: it must end, as in a training step.
         survived = UserError if self.evaluator.is_sharded else Exception
@@ -165,9 +168,10 @@ class SampleQuality(AveragedSamples):
             with self.averages.applied():
                 for guidance in dict.fromkeys((1.0, scale)):
                     how = SamplerSettings(steps, guidance), self.seed
-                    found[guidance] = self.evaluator.measure_pipeline(
-                        self.pipeline, self.reference, self.evaluation.eval_images, *how
-                    )
+                    with self.stops.looking(steps * batches) as look:
+                        found[guidance] = self.evaluator.measure_pipeline(
+                            self.pipeline, self.reference, images, *how, on_step=look
+                        )
         except survived as error:  # met by all processes
             if self.accelerator.is_main_process:
                 warn(f"step {step:,} is not evaluated, and training goes on: {message_of(error)}")

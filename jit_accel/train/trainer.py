@@ -1,7 +1,6 @@
 """The training loop. `Trainer.run` is the loop, `Trainer.train_step` the algorithm of the paper."""
 
 import contextlib
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from jit_accel.base import rng
 from jit_accel.base.console import say
-from jit_accel.base.errors import StopRequest, UserError
-from jit_accel.base.processes import on_main
+from jit_accel.base.errors import Stopped, StopRequest, UserError
+from jit_accel.base.processes import SharedStop, on_main
 from jit_accel.config.completion import Plan
 from jit_accel.config.settings import OptimConfig, RunConfig, write_config
 from jit_accel.data.batches.batch import Batch
@@ -44,7 +43,7 @@ class Occasion:
     action: Callable[[], object]
     is_done: Callable[[], bool] | None = None  # by an earlier start; None where a checkpoint of the step proves it
     at_end: bool = True  # it belongs to the last step too, whatever the interval
-    reads_first: bool = True  # the metrics are read before, which may stop the run
+    reads_first: bool = True  # the metrics are read before, which may end the run
 
 
 def due(occasions: Iterable[Occasion], step: int, last_step: int, *, is_new: bool) -> Iterator[Occasion]:
@@ -71,6 +70,8 @@ class Trainer:
     tuning: Tuning
     feed: Feed
     monitor: Monitor
+    stop: StopRequest
+    stops: SharedStop
     sheets: SampleSheets
     validation: Validation | None  # None where nothing is held out, or nothing to be measured
     quality: SampleQuality | None
@@ -82,8 +83,6 @@ class Trainer:
         self.checkpointer = Checkpointer(self.accelerator, self.output_dir, run.keep_checkpoints)
         self.step = self.first_step = 0  # of this start
         self.saved_step: int | None = None  # by this start
-        self.stop = StopRequest()
-        self.is_stopping = False  # unlike the signal itself, known to all processes alike
         self.parts = {
             "model": NamedTensors(averages.params),
             **{f"ema_{decay}": NamedTensors(average) for decay, average in averages.averages.items()},
@@ -109,25 +108,24 @@ class Trainer:
         """Train to the end, or until a signal. Returns the exit code."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         last_step = max(self.plan.total_steps, self.step)
-        is_alone = self.accelerator.num_processes == 1  # several agree to stop when the metrics are read
         if self.quality and (self.step < last_step or not self.quality.has_measured(last_step)):
             self.quality.prepare()
         with self.stop, self.monitor:
             self._open_logs()
             if self.step == last_step:
                 self._say_that_nothing_is_left()
-            while True:
-                for occasion in due(self.occasions, self.step, last_step, is_new=self.step > self.first_step):
-                    if occasion.reads_first:
-                        self.flush()
-                    if self.is_stopping:
-                        break
-                    occasion.action()
-                if self.is_stopping or (self.stop.number and is_alone):
-                    return self._leave()
-                if self.step == last_step:
-                    return self._finish()
-                self.train_step()
+            with contextlib.suppress(Stopped):
+                while not self.stops.look():
+                    for occasion in due(self.occasions, self.step, last_step, is_new=self.step > self.first_step):
+                        if occasion.reads_first:
+                            self.flush()
+                        if number := self.stops.look_now():
+                            raise Stopped(number)
+                        occasion.action()
+                    if self.step == last_step:
+                        return self._finish()
+                    self.train_step()
+            return self._leave()
 
     def train_step(self) -> None:
         """One optimizer step: predict the clean images of noised ones, over all processes and micro-steps."""
@@ -209,8 +207,7 @@ class Trainer:
 
     def flush(self) -> None:
         """Read the kept metrics: here alone the host waits. `UserError`: not finite, or too many broken images."""
-        interval = self.monitor.read(self.stop.number > 0)
-        self.is_stopping = interval.stop_asked
+        interval = self.monitor.read()
         if found := interval.not_finite:
             last = find_checkpoint(self.output_dir, "auto")
             good = f"the last good checkpoint is {last}" if last else "there is none yet"
@@ -315,7 +312,7 @@ class Trainer:
                 note = f"stopped at step {self.step}; go on with --resume auto\n"
                 (self.output_dir / INTERRUPTED_FILE).write_text(note)
         self.say(f"Stopped by a signal at step {self.step:,}. Go on with --resume auto.")
-        return self._close(128 + (self.stop.number or signal.SIGTERM))  # another process may have got it
+        return self._close(128 + self.stops.number)
 
     def _finish(self) -> int:
         # The main process decides: the others may see another state of a shared file system.
@@ -336,5 +333,6 @@ class Trainer:
 
     def _close(self, exit_code: int) -> int:
         self.monitor.close(exit_code)
+        self.stops.close()
         self.accelerator.wait_for_everyone()
         return exit_code

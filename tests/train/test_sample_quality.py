@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 
 import numpy as np
 import pytest
+import tiny_features
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from helpers import assert_same_state, rows, train_group, train_here
+from helpers import Group, assert_same_state, last_checkpoint, rows, train_group, train_here
 
+from jit_accel import JiTPipeline
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import load_features
 from jit_accel.model.generation import SamplerSettings
@@ -104,6 +107,61 @@ def test_a_run_told_to_stop_evaluates_only_when_it_goes_on(run, images, tmp_path
     assert list(measured(tmp_path / "run")) == [3][: step // 6]
     assert train_here(*command, "--resume", "auto") == 0
     assert rows(tmp_path / "run") == rows(run)
+
+
+def test_a_stop_is_heeded_within_a_sheet_and_an_evaluation(run, images, tmp_path, monkeypatch):
+    out, place, told, calls = tmp_path / "run", ["sheet"], [], []
+    predict, measure = JiTPipeline.predict, Evaluator.measure_pipeline
+
+    def predict_and_be_told(self, *args):
+        calls.append(place[0])
+        if place[0] not in told:
+            told.append(place[0])
+            os.kill(os.getpid(), signal.SIGTERM)
+        return predict(self, *args)
+
+    def measure_there(self, *args, **kwargs):
+        place[0] = "evaluation"
+        return measure(self, *args, **kwargs)
+
+    monkeypatch.setattr(JiTPipeline, "predict", predict_and_be_told)
+    monkeypatch.setattr(Evaluator, "measure_pipeline", measure_there)
+    command = ("--data_path", str(images), "--output_dir", str(out), *EVAL, "--sample_every_steps", "3")
+    assert train_here(*command) == 128 + signal.SIGTERM
+    assert (told, calls, last_checkpoint(out).name) == (["sheet"], ["sheet"] * 2, "step_00000003")  # one step of Heun
+    assert not list(out.glob("samples/*"))
+    assert train_here(*command, "--resume", "auto") == 128 + signal.SIGTERM
+    assert (told, calls.count("evaluation"), measured(out)) == (["sheet", "evaluation"], 2, {})
+    assert [path.name for path in out.glob("samples/*")] == ["step_00000003.png"]
+    assert train_here(*command, "--resume", "auto") == 0
+    assert measured(out) == measured(run)
+    assert len(list(out.glob("samples/*"))) == 2
+
+
+@pytest.mark.multiprocess
+def test_two_processes_leave_an_evaluation_together_and_measure_it_later(alone, images, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--data_path", str(images), *EVAL, *SHORT, "--batch_size", "2", "--output_dir", str(out)]
+    group = Group(flags, tmp_path / "log.txt", 2, {"TEST_SETUP": "test_sample_quality:_stop_one_within"})
+    assert group.wait() == [128 + signal.SIGUSR1] * 2, group.output()
+    assert measured(out) == {}
+    output = train_group(
+        tmp_path, *flags, "--resume", "auto", num_processes=2, environment={"TEST_SETUP": "tiny_features:install"}
+    )
+    assert "Resumed from" in output
+    assert np.allclose(list(measured(out).values()), list(measured(alone).values()), rtol=1e-3)
+
+
+def _stop_one_within():
+    tiny_features.install()
+    predict = JiTPipeline.predict
+
+    def predict_and_be_told(self, *args):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return predict(self, *args)
+
+    JiTPipeline.predict = predict_and_be_told
 
 
 def test_a_dry_run_finds_a_wrong_reference(images, tmp_path, capsys):

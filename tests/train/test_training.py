@@ -2,12 +2,25 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline  # noqa: F401 (imported once, before the processes)
-from helpers import Group, assert_same_state, last_checkpoint, rows, seal_as_before, state, train_group, train_here
+from helpers import (
+    TINY,
+    Group,
+    assert_same_state,
+    last_checkpoint,
+    rows,
+    seal_as_before,
+    state,
+    train_group,
+    train_here,
+)
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 
@@ -222,19 +235,67 @@ def test_a_random_access_run_resumes_on_another_number_of_processes(images, tmp_
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_and_leaves_a_note(images, tmp_path, processes):
+@pytest.mark.parametrize(
+    ("processes", "rank", "number"),
+    [(1, 0, signal.SIGTERM), (1, 0, signal.SIGUSR1), (2, 0, signal.SIGTERM), (2, 1, signal.SIGUSR2)],
+)
+def test_a_signal_to_any_process_saves_the_very_step_and_leaves_a_note(images, tmp_path, processes, rank, number):
     out = tmp_path / "run"
     flags = ["--data_path", str(images), "--output_dir", str(out), "--max_steps", "100000", "--resume", "auto"]
-    flags += ["--log_every_steps", "5"]  # the processes agree at a flush, not at the moment of the signal
-    group = Group(flags, tmp_path / "log.txt", processes)
-    while len(rows(out)) < 3:
+    flags += ["--log_every_steps", "100000"]  # the processes agree at each step, not where metrics are read
+    reached = tmp_path / "reached"
+    environment = {"TEST_SETUP": "test_training:_say_when_at_step_5", "TEST_REACHED": str(reached)}
+    group = Group(flags, tmp_path / "log.txt", processes, environment)
+    while not reached.exists():
         time.sleep(0.01)
-    os.kill(group.processes[0].pid, signal.SIGTERM)  # one of them is enough
-    assert group.wait() == [128 + signal.SIGTERM] * processes, group.output()
+    os.kill(group.processes[rank].pid, number)  # one of them is enough
+    assert group.wait() == [128 + number] * processes, group.output()
+    assert f"{processes} x cpu" in group.output()
     step = rows(out)[-1]["step"]
+    assert [row["step"] for row in rows(out)] == [*range(1, step + 1)]
+    assert step >= 5
     assert last_checkpoint(out).name == f"step_{step:08d}"
     assert "go on with --resume auto" in (out / "INTERRUPTED").read_text()
+
+
+def _say_when_at_step_5():
+    step = Trainer.train_step
+
+    def train_step(self):
+        step(self)
+        if self.step == 5 and self.accelerator.is_main_process:
+            Path(os.environ["TEST_REACHED"]).touch()
+
+    Trainer.train_step = train_step
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say that a parent is gone")
+def test_a_training_ends_in_order_when_its_launcher_is_killed(images, tmp_path):
+    out, reached = tmp_path / "run", tmp_path / "reached"
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, test_training\n"
+        "from jit_accel.train import main\n"
+        "test_training._say_when_at_step_5()\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    flags = [*TINY, "--data_path", str(images), "--output_dir", str(out), "--max_steps", "100000"]
+    environment = os.environ | {"TEST_REACHED": str(reached), "ACCELERATE_USE_CPU": "true"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, [Path(__file__).parent, Path(__file__).parents[1], *sys.path]))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    with open(tmp_path / "log.txt", "w") as log:
+        launcher = subprocess.Popen([*launch, str(program), *flags], env=environment, stdout=log, stderr=log)
+    while not reached.exists():
+        assert launcher.poll() is None, (tmp_path / "log.txt").read_text()
+        time.sleep(0.01)
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 120
+    while not (out / "INTERRUPTED").exists():
+        assert time.monotonic() < deadline, (tmp_path / "log.txt").read_text()
+        time.sleep(0.05)
+    assert int(last_checkpoint(out).name.removeprefix("step_")) >= 5
 
 
 def test_a_stop_while_saving_costs_no_sheet(images, tmp_path, monkeypatch):
