@@ -157,7 +157,7 @@ class RunConfig:
     save_every_steps: int = 2000
     """Interval of the checkpoints; the end of the run always makes one. 0 = only there."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints stay; the newest that finite steps have followed stays as well."""
     log_every_steps: int = 10
     """Interval at which metrics leave the device."""
     val_every_steps: int = 1000

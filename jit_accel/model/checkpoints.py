@@ -4,12 +4,14 @@
         model.safetensors  ema_<decay>.safetensors  optimizer.safetensors
         state.json         the step, and all parts that are no tensors: run (settings, data), feed, monitor, scaler
         manifest.json      names, sizes and checksums of the above, written last
+        proven.json        once finite steps have followed
 
 No pickle is written or read. Tensors are saved whole, whatever the sharding, so the number of processes may
 change between saving and loading. A damaged checkpoint is not loaded, and nothing named `step_…` is deleted before
 whole ones stand in its place.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -25,7 +27,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from jit_accel.base.console import warn
 from jit_accel.base.errors import UserError, message_of
-from jit_accel.base.files import move, sync
+from jit_accel.base.files import move, sync, write_json
 from jit_accel.base.processes import on_main, whole_tensors
 from jit_accel.model.manifest import (
     FORMAT_VERSION,
@@ -36,18 +38,27 @@ from jit_accel.model.manifest import (
     is_complete,
     write_manifest,
 )
-from jit_accel.model.tensor_files import Piece, Written, stored_tensors, summed_file, write_tensors
+from jit_accel.model.tensor_files import Piece, Unsound, Written, stored_tensors, summed_file, write_tensors
 
 T = TypeVar("T")
+PROVEN = "proven.json"  # in a checkpoint's folder, and not sealed
+NOT_FINITE = "not_finite"
+DIVERGED = (
+    "Lower --learning_rate, set --max_grad_norm 1, or use --mixed_precision bf16 or no, then go on with --resume auto."
+)
 # What diffusers, safetensors and torch raise for folders that are broken, cut off or of other sizes than they say.
 BROKEN = (OSError, ValueError, SafetensorError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
 class Checkpointer:
-    """Saves the checkpoints of one output folder, of which the newest `keep` stay; the main process writes."""
+    """Saves the checkpoints of one output folder; the main process writes.
+
+    The newest `keep` stay, and the newest that is *proven*: finite steps have followed it.
+    """
 
     def __init__(self, accelerator, output_dir: Path, keep: int):
         self.accelerator, self.folder, self.keep = accelerator, output_dir / "checkpoints", keep
+        self.unproven: int | None = None  # the step of the newest checkpoint, until finite steps have followed
 
     def save(self, step: int, parts: Mapping[str, Stateful | None]) -> Path:
         """Write a checkpoint, all processes together; when this returns, it is on disk under its final name.
@@ -72,17 +83,21 @@ class Checkpointer:
             else:
                 values[name] = state
         self._write(step, partial(self._seal, values, files, temporary, final))
+        self.unproven = step
         return final
 
     def _write(self, step: int, write: Callable[[], T]) -> T:
         """Write something of a checkpoint on the main process. Raises `UserError` on all where that fails."""
 
         def attempt() -> T:
+            found = newest_checkpoint(self.folder)
+            good = f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
             try:
                 return write()
+            except Unsound as error:
+                rule = f"{error} after step {step}: training stopped and no checkpoint was overwritten; {good}."
+                raise UserError(rule, remedy=DIVERGED) from None
             except OSError as error:
-                found = newest_checkpoint(self.folder)
-                good = f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
                 raise UserError(
                     f"the checkpoint of step {step} cannot be written ({error}): make room or choose a smaller "
                     f"--keep_checkpoints, then go on with --resume auto; {good}.",
@@ -109,11 +124,39 @@ class Checkpointer:
             set_aside(final)
         move(temporary, final)
         sync(final.parent)
-        for old in complete_checkpoints(self.folder)[: -self.keep]:
-            # Renamed first: a half-deleted folder must not look like a checkpoint.
-            doomed = old.with_name(f"tmp_old_{old.name}")
-            move(old, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        whole = complete_checkpoints(self.folder)
+        proven = [path for path in whole if is_proven(path)]
+        for old in whole[: -self.keep]:
+            if old not in proven[-1:]:
+                # Renamed first: a half-deleted folder must not look like a checkpoint.
+                doomed = old.with_name(f"tmp_old_{old.name}")
+                move(old, doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def prove(self, step: int) -> None:
+        """Note that all steps to this one were finite, beside the newest checkpoint if it lies before."""
+        if self.unproven is not None and self.unproven < step:
+            path = self.folder / f"step_{self.unproven:08d}"
+            if self.accelerator.is_main_process and path.is_dir():
+                with contextlib.suppress(OSError):  # of a full disk, say; the next reading would note it as well
+                    write_json(path / PROVEN, {"finite_to_step": step})
+            self.unproven = None
+
+    def distrust(self, resumed: int) -> Path | None:
+        """Return the checkpoint to go on from when steps were not finite; the same on all processes.
+
+        The unproven one that this start went on from, at the step `resumed`, is renamed where there is a proven one.
+        """
+
+        def judge() -> Path | None:
+            whole = complete_checkpoints(self.folder)
+            proven = [path for path in whole if is_proven(path)]
+            if whole and proven and step_of(whole[-1]) == self.unproven == resumed and whole[-1] not in proven:
+                with contextlib.suppress(OSError):
+                    set_aside(whole.pop(), NOT_FINITE)
+            return max(whole, default=None)
+
+        return on_main(self.accelerator, judge)
 
     def set_aside_after(self, step: int) -> list[Path]:
         """Rename later checkpoints, which a run that goes on from `step` leaves behind; on the main process."""
@@ -136,7 +179,7 @@ def sound_checkpoint(accelerator, output_dir: Path, resume: str) -> Path | None:
     for path in reversed(found):
         damage = _damage_found_by_all(accelerator, path)
         if damage is None:
-            if damages and accelerator.is_main_process:
+            if accelerator.is_main_process:
                 _pass_over(damages, path, is_renamed=resume == "auto")
             return path
         damages[path] = damage
@@ -174,11 +217,14 @@ def _pass_over(damages: Mapping[Path, str], taken: Path, is_renamed: bool) -> No
     for path, damage in damages.items():
         renamed = f", and is now {set_aside(path).name}" if is_renamed else ""
         warn(f"the checkpoint {path} is damaged{renamed}: {damage}. {taken.name} is taken in its place.")
+    for path in taken.parent.glob(f"step_*.{NOT_FINITE}"):
+        if is_renamed and (step := step_of(path.with_suffix(""))) and step > step_of(taken):
+            warn(f"the steps that followed {path} were not finite: {taken.name} is taken in its place.")
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that nothing takes it for one, and nothing overwrites it; return its new path."""
-    names = (path.with_name(f"{path.name}.damaged{number}") for number in ("", *(f"-{n}" for n in range(2, 1000))))
+def set_aside(path: Path, why: str = "damaged") -> Path:
+    """Rename a checkpoint, so that nothing takes it for one, and nothing overwrites it; return its new path."""
+    names = (path.with_name(f"{path.name}.{why}{number}") for number in ("", *(f"-{n}" for n in range(2, 1000))))
     aside = next(name for name in names if not name.exists())
     move(path, aside)
     return aside
@@ -226,6 +272,11 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def step_folders(folder: Path) -> list[Path]:
     """Return what bears a checkpoint's name in `folder`, whole or not, oldest first."""
     return sorted((path for path in folder.glob("step_*") if step_of(path) is not None), key=step_of)
+
+
+def is_proven(path: Path) -> bool:
+    """Return True where finite steps have followed a checkpoint."""
+    return (path / PROVEN).is_file()
 
 
 def step_of(path: Path) -> int | None:

@@ -28,6 +28,13 @@ _DTYPES = {
 }
 
 
+LARGEST = 1e18  # the square of what is much larger is infinite in float32
+
+
+class Unsound(ValueError):
+    """A tensor holds what no training can go on with."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """The block of a tensor of this `shape` that begins at `offset`: all of it, or what one process holds."""
@@ -98,7 +105,7 @@ def sum_of(chunk: tuple[Path, int]) -> int:
 def write_tensors(path: Path, pieces: Mapping[str, Piece]) -> Written:
     """Write a safetensors file of CPU tensors, to the disk; pieces of tensors say in its metadata where they belong.
 
-    Raises `OSError`.
+    Raises `OSError`, and `Unsound` where a value is not finite, or beyond `LARGEST`.
     """
     # As safetensors itself writes: wide types first, so that each tensor is aligned.
     names = sorted(pieces, key=lambda name: (-pieces[name].values.element_size(), name))
@@ -114,8 +121,17 @@ def write_tensors(path: Path, pieces: Mapping[str, Piece]) -> Written:
     with summed_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
+            check_sound(name, pieces[name].values)
             file.write(_bytes_of(pieces[name].values))
     return file.written
+
+
+def check_sound(name: str, values: Tensor) -> None:
+    """Raise `Unsound` unless all values are finite, and at most `LARGEST` in magnitude."""
+    if values.is_floating_point() and values.numel():
+        low, high = (value.item() for value in values.aminmax())
+        if not -LARGEST <= low <= high <= LARGEST:
+            raise Unsound(f"{name} holds {high if abs(high) >= abs(low) or high != high else low:.3g}")
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -17,7 +17,7 @@ from jit_accel.base.processes import SharedStop, on_main
 from jit_accel.config.completion import Plan
 from jit_accel.config.settings import OptimConfig, RunConfig, write_config
 from jit_accel.data.batches.batch import Batch
-from jit_accel.model.checkpoints import Checkpointer, find_checkpoint, load_parts, read_run
+from jit_accel.model.checkpoints import DIVERGED, Checkpointer, load_parts, read_run
 from jit_accel.model.loading import PIPELINE_FOLDER
 from jit_accel.model.lora import refuse_other_base
 from jit_accel.model.objective import Objective
@@ -209,14 +209,14 @@ class Trainer:
         """Read the kept metrics: here alone the host waits. `UserError`: not finite, or too many broken images."""
         interval = self.monitor.read()
         if found := interval.not_finite:
-            last = find_checkpoint(self.output_dir, "auto")
+            last = self.checkpointer.distrust(self.first_step)
             good = f"the last good checkpoint is {last}" if last else "there is none yet"
             raise UserError(
                 f"{found.key} is {found.value} at step {found.step}: training stopped and no checkpoint was "
                 f"overwritten; {good}.",
-                remedy="Lower --learning_rate, set --max_grad_norm 1, or use --mixed_precision bf16 or no, then go on "
-                "with --resume auto.",
+                remedy=DIVERGED,
             )
+        self.checkpointer.prove(self.step if interval.rows else 0)
         allowed, seen = self.feed.data.max_bad_images, max(interval.images_seen, self.plan.num_images)
         if interval.bad_images > allowed * seen:
             self.save()
@@ -242,7 +242,7 @@ class Trainer:
         self.facts.refuse_other(path, run)
         if adapter := self.tuning.adapter:
             refuse_other_base(path, run, self.tuning.path, adapter.base_identity)
-        self.step = self.first_step = load_parts(path, self.parts)
+        self.step = self.first_step = self.checkpointer.unproven = load_parts(path, self.parts)
         changes = f" with {self.facts.changes}" if self.facts.changes else ""
         self.say(f"Resumed from {path} at step {self.step:,}{changes}")
 

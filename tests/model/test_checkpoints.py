@@ -249,3 +249,50 @@ def test_another_run_is_refused_with_every_difference_named(tmp_path):
     refuse({**settings, "batch_size": 5}, data="cats", fingerprint="a")
     with pytest.raises(UserError, match=r"--img_size is 2, the checkpoint has 1; --data_path is dogs, .* cats \(10"):
         refuse({**settings, "img_size": 2}, data="dogs", fingerprint="b")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e28, -1e28])
+@pytest.mark.parametrize("part", ["model", "ema_auto", "optimizer"])
+def test_values_that_no_training_can_go_on_with_are_not_saved(checkpointer, part, value):
+    good = save(checkpointer, 1)
+    parts = {name: NamedTensors({"w": torch.ones(9, 9), "n": torch.ones(2)}) for name in ("model", "ema_auto")}
+    parts["optimizer"] = NamedTensors({"w|exp_avg": torch.full((9, 9), 1e17), "w|n": torch.ones((), dtype=torch.int64)})
+    parts[part].tensors[next(iter(parts[part].tensors))][4, 5] = value
+    with pytest.raises(UserError, match=r"w\S* holds \S+ after step 2: .*overwritten.*step_0+1\. Lower"):
+        checkpointer.save(2, parts)
+    assert find(checkpointer, "auto") == good
+    parts[part].tensors[next(iter(parts[part].tensors))][4, 5] = 0.0
+    assert checkpointer.save(3, parts) == find(checkpointer, "auto")
+
+
+def kept(checkpointer):
+    return [int(path.name.removeprefix("step_")) for path in complete_checkpoints(checkpointer.folder)]
+
+
+def test_the_newest_that_finite_steps_followed_stays_whatever_is_newer(checkpointer):
+    save(checkpointer, 1)
+    checkpointer.prove(1)  # its own step says nothing of it
+    save(checkpointer, 2)
+    checkpointer.prove(3)
+    save(checkpointer, 4)
+    save(checkpointer, 6)
+    save(checkpointer, 8)
+    assert kept(checkpointer) == [2, 6, 8]
+    checkpointer.prove(9)
+    save(checkpointer, 10)
+    save(checkpointer, 12)
+    save(checkpointer, 14)
+    assert kept(checkpointer) == [8, 12, 14]
+
+
+def test_a_checkpoint_that_a_resume_cannot_go_on_from_gives_way_to_a_proven_one(checkpointer):
+    save(checkpointer, 2)
+    assert checkpointer.distrust(2).name == "step_00000002"  # there is no better one
+    checkpointer.prove(3)
+    assert checkpointer.distrust(2).name == "step_00000002"
+    save(checkpointer, 4)
+    assert checkpointer.distrust(0).name == "step_00000004"  # nobody has tried it
+    assert checkpointer.distrust(4).name == "step_00000002"
+    names = sorted(path.name for path in checkpointer.folder.iterdir())
+    assert names == ["step_00000002", "step_00000004.not_finite"]
+    assert save(checkpointer, 4).is_dir()

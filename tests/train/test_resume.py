@@ -1,9 +1,13 @@
 """Trainings that go on where a checkpoint cannot be trusted."""
 
+import re
 import shutil
+import signal
 
 import pytest
 from helpers import assert_same_state, flip_a_bit, last_checkpoint, rows, train_group, train_here
+
+from jit_accel.train.trainer import Trainer
 
 
 @pytest.mark.multiprocess
@@ -36,3 +40,59 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew_in_its_folder(images
         assert "Traceback" not in printed.err + printed.out
         assert ("manifest.json is missing" in printed.err) == (resume != "none")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def losses_become_infinite_behind(step, patch):
+    loss = Trainer.loss
+    patch.setattr(Trainer, "loss", lambda self, batch: loss(self, batch) * (1 if self.step < step else float("inf")))
+
+
+def test_a_run_that_dies_behind_a_fresh_checkpoint_goes_on_from_the_proven_one(images, tmp_path, monkeypatch, capsys):
+    """The resume that fails says which one it is; the next one takes it, and ends as if nothing had happened."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    flags = ("--data_path", str(images), "--save_every_steps", "2", "--keep_checkpoints", "1", "--resume", "auto")
+    assert train_here(*flags, "--output_dir", str(whole)) == 0
+    save = Trainer.save
+
+    def save_and_be_told(self):
+        save(self)
+        self.stop.number = signal.SIGTERM * (self.step == 4)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", save_and_be_told)
+        assert train_here(*flags, "--output_dir", str(out)) == 128 + signal.SIGTERM
+    assert last_checkpoint(out).name == "step_00000004"
+    with monkeypatch.context() as patch:
+        losses_become_infinite_behind(4, patch)
+        assert train_here(*flags, "--output_dir", str(out)) == 2
+    assert "step_00000002. Lower" in capsys.readouterr().err
+    assert train_here(*flags, "--output_dir", str(out)) == 0
+    printed = capsys.readouterr()
+    assert re.search(r"followed \S+step_00000004.not_finite were not finite: step_00000002 is taken", printed.err)
+    assert "step_00000002 at step 2" in printed.out
+    assert rows(out) == rows(whole)
+    assert train_here(*flags, "--output_dir", str(out), "--max_steps", "7") == 0
+    assert "not_finite" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [1e28, float("nan")])
+def test_weights_that_were_thrown_away_by_a_step_are_not_saved(images, tmp_path, monkeypatch, capsys, value):
+    """The loss and the norm of that step were finite: they are those of the weights before it."""
+    out = tmp_path / "run"
+    flags = ("--data_path", str(images), "--output_dir", str(out), "--save_every_steps", "2", "--resume", "auto")
+    step = Trainer.train_step
+
+    def step_too_far(self):
+        step(self)
+        if self.step == 4:
+            next(self.network.parameters()).data[0] = value
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step_too_far)
+        assert train_here(*flags) == 2
+    printed = capsys.readouterr().err
+    assert f"holds {value:.3g}".replace("+", "") in printed.replace("+", "")
+    assert "the last good checkpoint is" in printed
+    assert (out / "FAILED").exists()
+    assert [path.name for path in (out / "checkpoints").glob("step_*")] == ["step_00000002"]
+    assert train_here(*flags) == 0
