@@ -7,14 +7,35 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
 
 from jit_accel.base.errors import UserError
 
+# Folders that one program alone may write to, and what makes sure that it is this one.
+_guards: dict[str, Callable[[], None]] = {}
 _NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+@contextlib.contextmanager
+def guarded(folder: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Call `check` in the block before anything in this folder is replaced, moved or appended to; it may raise."""
+    key = os.path.join(os.path.abspath(folder), "")
+    _guards[key] = check
+    try:
+        yield
+    finally:
+        _guards.pop(key, None)
+
+
+def check_guard(path: Path) -> None:
+    """Call the check of the guarded folder that this is or lies in, if any."""
+    place = os.path.join(os.path.abspath(path), "")
+    for folder, check in list(_guards.items()):
+        if place.startswith(folder):
+            check()
 
 
 @contextlib.contextmanager
@@ -31,6 +52,7 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
         yield temporary
         if durable:
             sync(temporary)
+        check_guard(path)
         os.replace(temporary, path)
         if durable:
             sync(path.parent)
@@ -53,6 +75,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             sync(path)
+        check_guard(folder)
         if folder.exists():
             os.rename(folder, aside)
         os.rename(temporary, folder)
@@ -88,6 +111,7 @@ def write_json(path: Path, value: object) -> None:
 
 def move(source: Path, target: Path) -> None:
     """Give a file or folder another name on the same disk, in place of a file of that name."""
+    check_guard(source)
     os.replace(source, target)
 
 
@@ -116,6 +140,7 @@ def append_json_lines(path: Path, rows: Iterable[dict], *, durable: bool = False
     NaN and infinity become null. With `durable` the rows are on the disk when this returns. Raises `OSError`.
     """
     data = "".join(map(json_line, rows)).encode()
+    check_guard(path)
     with open(path, "a+b", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
         if before and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":

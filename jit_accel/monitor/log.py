@@ -15,7 +15,7 @@ import psutil
 from tqdm.auto import tqdm
 
 from jit_accel.base.console import say, warn
-from jit_accel.base.files import append_json_lines, json_line, parse_json_line, read_json_lines
+from jit_accel.base.files import append_json_lines, check_guard, json_line, parse_json_line, read_json_lines
 from jit_accel.monitor.metric_table import EPOCH, IMAGES_PER_SECOND, STEP_TIME, TRAIN_LOSS
 
 METRICS_FILE, REPORT_FILE = "metrics.jsonl", "report.html"
@@ -59,6 +59,7 @@ class MetricsLog:
             if self.pending[-1]["step"] == step:
                 self.pending[-1] = {**self.pending[-1], **values}
             return self.write([])
+        check_guard(self.path)
         try:
             start = end_of_rows(self.path, step - 1)
             with open(self.path, "r+b", buffering=0) as file:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from jit_accel.base.console import redacted, say, warn
 from jit_accel.base.devices import device_name, peak_flops
-from jit_accel.base.errors import message_of
+from jit_accel.base.errors import UserError, message_of
+from jit_accel.base.files import check_guard
 from jit_accel.config.completion import Plan
 from jit_accel.config.presets import forward_macs
 from jit_accel.config.settings import HealthConfig, TrackingConfig
@@ -113,7 +114,8 @@ class Monitor:
     def __exit__(self, kind, error, traceback) -> None:
         if kind is not None:
             if self.is_main:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, UserError):  # the folder may be another's by now
+                    check_guard(self.output_dir)
                     (self.output_dir / FAILED_FILE).write_text(redacted(message_of(error)) + "\n", encoding="utf-8")
             self.close(exit_code=1)
 

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from jit_accel.base.console import say, warn
 from jit_accel.base.devices import DTYPES, chosen_precision, device_name, is_good_at_bf16
 from jit_accel.base.errors import StopRequest, UserError, lookup
+from jit_accel.base.folder_lock import FolderLock
 from jit_accel.base.processes import SharedStop, end_with_launcher, on_all, on_main, process_group
 from jit_accel.config.checks import image_size
 from jit_accel.config.completion import Facts, Plan, complete, rate_in_words, started
@@ -60,12 +61,14 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
     find_checkpoint(folder, resume)  # one that is not there is found out before all else
     end_with_launcher()
     accelerator = build_accelerator(config)
-    with process_group(accelerator):
+    with contextlib.ExitStack() as held, process_group(accelerator):
         if config.hub.push_to_hub:  # found out now, not after days of training
             on_main(accelerator, lambda: hub.check_login(config.hub.hub_model_id))
         # The main process chooses, so that all load the same.
         (output_dir,) = broadcast_object_list([str(folder)])
         config = in_folder(config, output_dir)
+        if not config.run.dry_run:
+            on_main(accelerator, lambda: held.enter_context(FolderLock(Path(output_dir)).held()))
         checkpoint = sound_checkpoint(accelerator, Path(output_dir), resume)
         trainer = build_trainer(config, accelerator, checkpoint, source, objective or Objective)
         with contextlib.closing(trainer.feed):

@@ -13,6 +13,7 @@ from torch import Tensor
 from jit_accel.base import rng
 from jit_accel.base.console import say
 from jit_accel.base.errors import Stopped, StopRequest, UserError
+from jit_accel.base.files import check_guard
 from jit_accel.base.processes import SharedStop, on_main
 from jit_accel.config.completion import Plan
 from jit_accel.config.settings import OptimConfig, RunConfig, write_config
@@ -207,6 +208,7 @@ class Trainer:
 
     def flush(self) -> None:
         """Read the kept metrics: here alone the host waits. `UserError`: not finite, or too many broken images."""
+        on_main(self.accelerator, partial(check_guard, self.output_dir))  # whose error would be one process's alone
         interval = self.monitor.read()
         if found := interval.not_finite:
             last = self.checkpointer.distrust(self.first_step)

@@ -1,10 +1,14 @@
 """Another experiment is another run: folders, resumes that change what a run is, runs with nothing left to train."""
 
 import json
+import os
+import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
-from helpers import rows, state, train_here
+from helpers import Group, rows, state, train_here
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.command_line import parse_args
@@ -150,3 +154,25 @@ def test_the_same_command_without_a_folder_trains_anew_and_with_resume_auto_goes
     assert records[0]["experiment"] == records[1]["experiment"]
     run = read_run(Path("runs", name, "checkpoints", "step_00000001"))
     assert run["experiment"] == records[0]["experiment"]
+
+
+@pytest.mark.multiprocess
+def test_a_second_start_in_a_living_runs_folder_is_refused_and_leaves_the_first_alone(images, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--data_path", str(images), "--output_dir", str(out), "--max_steps", "100000", "--save_every_steps", "2"]
+    group = Group([*flags, "--keep_checkpoints", "100000"], tmp_path / "log.txt")
+    while len(rows(out)) < 4:
+        time.sleep(0.01)
+    begun = [row["step"] for row in rows(out)]
+    assert train_here(*flags, "--resume", str(out / "checkpoints" / "step_00000002")) == 2
+    (process,) = group.processes
+    named = rf"--output_dir {out}: another training writes to it: process {process.pid} on .*last heard of \d+ s ago"
+    assert re.search(named, capsys.readouterr().err.replace("\n", " "))
+    assert train_here(*flags, "--resume", "auto", "--dry_run") == 0  # writes nothing
+    os.kill(process.pid, signal.SIGTERM)
+    assert group.wait() == [128 + signal.SIGTERM], group.output()
+    steps = [row["step"] for row in rows(out)]
+    assert steps[: len(begun)] == begun
+    assert steps == [*range(1, len(steps) + 1)]
+    assert not list(out.glob("checkpoints/abandoned_*"))
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]

@@ -1,0 +1,182 @@
+"""A folder that one program at a time writes to, on this machine and on others that share its file system."""
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+from jit_accel.base import files
+from jit_accel.base.console import say
+from jit_accel.base.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: the heartbeat alone
+    fcntl = None
+
+LOCK_FILE, HOLDER_FILE = ".lock", ".holder.json"
+HEARTBEAT_S = 10
+SILENT_S = 60  # a holder on another machine that shows no heartbeat for so long is gone
+_NOT_SUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_ours: set[str] = set()  # tokens that this process holds
+
+
+class FolderLock:
+    """The right to write into a folder, with which it is made; it ends with its holder, however that ends.
+
+    The system's lock on `.lock` (fcntl, also over NFS) goes with its process. `.holder.json` says who holds the folder,
+    and is touched every `HEARTBEAT_S` seconds: it counts where the file system has no locks, or keeps them from other
+    machines. Whoever lost the folder, since it was silent for too long, finds another's token there before it writes.
+    """
+
+    def __init__(self, folder: Path, about: str = "output_dir"):
+        self.folder, self.about, self.token = folder, about, secrets.token_hex(8)
+        self._descriptor: int | None = None
+        self._is_over = threading.Event()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder during the block. Raises `UserError` where another has it, naming it, or it is not writable.
+
+        In the block every replacing, moving and appending of `base.files` in the folder looks first whether the folder
+        is still ours, and raises `UserError` if not.
+        """
+        with files.disk_errors(self.about, self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._take()
+        beat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        try:
+            beat.start()
+            with files.guarded(self.folder, self.check):
+                yield
+        finally:
+            self._release()
+
+    def check(self) -> None:
+        """Raise `UserError` where another has taken the folder over."""
+        holder = self._holder()
+        if holder and holder["token"] != self.token:
+            raise UserError(
+                f"{_in_words(holder)} has taken this folder over, since nothing was heard of this training for more "
+                f"than {SILENT_S} s. It ends here, and leaves the folder as it is.",
+                about=self.about,
+                value=self.folder,
+            )
+
+    def _take(self) -> None:
+        holder = self._holder()
+        if holder and holder["token"] in _ours:  # looked at first: closing a locked file twice would unlock it
+            raise self._refusal(holder)
+        try:
+            is_locked = self._lock()
+            holder = self._holder()
+            if holder and not (is_locked and holder["machine"] == _machine()):
+                self._outwait(holder)
+            self._write_holder()
+        except BaseException:
+            self._unlock()
+            raise
+        _ours.add(self.token)
+
+    def _lock(self) -> bool:
+        """Lock the file. Returns False where the file system has no locks; `UserError` where another process has it."""
+        path = self.folder / LOCK_FILE
+        while fcntl:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(descriptor)
+                if error.errno in _NOT_SUPPORTED:
+                    return False
+                raise self._refusal(self._holder()) from None
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    self._descriptor = descriptor
+                    return True
+            os.close(descriptor)  # its last holder has just removed it
+        return False
+
+    def _outwait(self, holder: dict) -> None:
+        """Wait until a holder that may be gone has been silent for long enough. `UserError`: it is alive."""
+        seen, began, is_said = self._last_beat(), time.monotonic(), False
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".") as file:
+            silent_s = os.stat(file.name).st_mtime - seen  # by the clock of the file system
+        while (left_s := SILENT_S - silent_s - (time.monotonic() - began)) > 0:
+            if not is_said:
+                say(f"{self.folder} was held by {_in_words(holder)}: waits {left_s:.0f} s for a sign of it ...")
+                is_said = True
+            time.sleep(min(1.0, left_s))
+            if (last := self._last_beat()) != seen:
+                if last:
+                    raise self._refusal(self._holder() or holder)
+                return
+
+    def _last_beat(self) -> float:
+        try:
+            return (self.folder / HOLDER_FILE).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def _refusal(self, holder: dict | None) -> UserError:
+        who = f"{_in_words(holder)}, last heard of {time.time() - self._last_beat():.0f} s ago," if holder else "one"
+        return UserError(
+            f"another training writes to it: {who}. Wait for its end, stop it, or give another folder.",
+            about=self.about,
+            value=self.folder,
+        )
+
+    def _holder(self) -> dict | None:
+        try:
+            holder = json.loads((self.folder / HOLDER_FILE).read_text(encoding="utf-8"))
+            return holder if {"token", "machine", "host", "process", "since"} <= holder.keys() else None
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    def _write_holder(self) -> None:
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        holder = {"token": self.token, "machine": _machine(), "host": socket.gethostname()}
+        files.write_json(self.folder / HOLDER_FILE, holder | {"process": os.getpid(), "since": now})
+
+    def _beat(self) -> None:
+        while not self._is_over.wait(HEARTBEAT_S):
+            holder = self._holder()
+            with contextlib.suppress(OSError):
+                if holder and holder["token"] == self.token:
+                    os.utime(self.folder / HOLDER_FILE)
+
+    def _release(self) -> None:
+        self._is_over.set()
+        _ours.discard(self.token)
+        holder = self._holder()
+        with contextlib.suppress(OSError):
+            if holder and holder["token"] == self.token:
+                for name in (HOLDER_FILE, LOCK_FILE):
+                    (self.folder / name).unlink(missing_ok=True)
+                self.folder.rmdir()  # where nothing came of it
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _machine() -> str:
+    """Return what this machine is known by until it starts anew."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _in_words(holder: dict) -> str:
+    return f"process {holder['process']} on {holder['host']} (since {holder['since']})"

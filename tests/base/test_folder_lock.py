@@ -1,0 +1,162 @@
+"""A folder that one program at a time writes to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jit_accel.base import folder_lock
+from jit_accel.base.errors import UserError
+from jit_accel.base.files import append_json_lines, atomic_file, atomic_folder, move, write_text
+from jit_accel.base.folder_lock import HOLDER_FILE, LOCK_FILE, FolderLock
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from jit_accel.base.folder_lock import FolderLock
+with FolderLock(Path(sys.argv[1])).held():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the folder until it is ended."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def without_locks(monkeypatch):
+    """A file system that has no locks."""
+
+    def refuse(*_):
+        raise OSError(folder_lock.errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(folder_lock.fcntl, "lockf", refuse)
+
+
+def seen_from_elsewhere(folder, **changes):
+    """Make the holder one of another machine, whose locks this one does not see."""
+    file = folder / HOLDER_FILE
+    before = file.stat()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"machine": "another", "host": "node7"} | changes))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_another_process_is_refused_and_named_until_the_first_ends(holder, tmp_path):
+    folder = tmp_path / "run"
+    named = rf"another training writes to it: process {holder.pid} on .*last heard of"
+    with pytest.raises(UserError, match=named), FolderLock(folder).held():
+        pass
+    assert holder.poll() is None
+    holder.stdin.close()
+    holder.wait()
+    assert not folder.exists()  # nothing came of it
+    with FolderLock(folder).held():
+        write_text(folder / "a.txt", "ours")
+    assert [path.name for path in folder.iterdir()] == ["a.txt"]
+
+
+def test_a_killed_holder_of_this_machine_is_followed_at_once(holder, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock.time, "sleep", lambda seconds: pytest.fail("waits"))
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / "run" / HOLDER_FILE).exists()
+    with FolderLock(tmp_path / "run").held():
+        assert json.loads((tmp_path / "run" / HOLDER_FILE).read_text())["process"] == os.getpid()
+
+
+def test_the_same_process_holds_a_folder_once_and_again_afterwards(tmp_path):
+    lock = FolderLock(tmp_path)
+    with lock.held():
+        with pytest.raises(UserError, match="another training writes to it"), FolderLock(tmp_path).held():
+            pass
+        lock.check()
+    with FolderLock(tmp_path).held():
+        pass
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_a_holder_of_another_machine_that_lives_is_refused(tmp_path, request, monkeypatch, has_locks):
+    if not has_locks:
+        request.getfixturevalue("without_locks")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / HOLDER_FILE).write_text(
+        json.dumps({"token": "t", "machine": "another", "host": "node7", "process": 12, "since": "2026-01-01"})
+    )
+
+    def beat(seconds):
+        os.utime(folder / HOLDER_FILE, (time.time() + 1, time.time() + 1))
+
+    monkeypatch.setattr(folder_lock.time, "sleep", beat)
+    with pytest.raises(UserError, match="process 12 on node7"), FolderLock(folder).held():
+        pass
+    assert json.loads((folder / HOLDER_FILE).read_text())["token"] == "t"
+
+
+def test_a_holder_of_another_machine_that_is_silent_is_followed_and_ends_before_it_writes(
+    tmp_path, without_locks, monkeypatch
+):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(folder_lock, "SILENT_S", 0.1)
+    first, second = FolderLock(folder), FolderLock(folder)
+    with first.held():
+        write_text(folder / "theirs.txt", "first")
+        seen_from_elsewhere(folder)
+        monkeypatch.setattr(folder_lock, "_ours", set())  # as if the second were another process
+        second._take()
+        for write in (
+            lambda: write_text(folder / "theirs.txt", "lost"),
+            lambda: append_json_lines(folder / "rows.jsonl", [{"step": 1}]),
+            lambda: move(folder / "theirs.txt", folder / "gone.txt"),
+            lambda: _make(folder / "checkpoints"),
+        ):
+            with pytest.raises(UserError, match=f"process {os.getpid()} on .* has taken this folder over"):
+                write()
+    assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) == ["theirs.txt"]
+    assert (folder / "theirs.txt").read_text() == "first"
+    assert json.loads((folder / HOLDER_FILE).read_text())["token"] == second.token  # the first leaves that alone
+    second._release()
+
+
+def _make(folder):
+    with atomic_folder(folder) as temporary:
+        temporary.mkdir()
+
+
+def test_other_folders_are_written_freely(tmp_path):
+    (tmp_path / "run2").mkdir()
+    with FolderLock(tmp_path / "run").held():
+        (tmp_path / "run" / HOLDER_FILE).write_text("{}")  # damaged: nobody's
+        write_text(tmp_path / "run" / "a.txt", "a")
+        with atomic_file(tmp_path / "run2" / "b.txt") as temporary:
+            temporary.write_text("b")
+    assert (tmp_path / "run2" / "b.txt").read_text() == "b"
+
+
+def test_a_holder_gives_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock, "HEARTBEAT_S", 0.01)
+    with FolderLock(tmp_path).held():
+        os.utime(tmp_path / HOLDER_FILE, (0, 0))
+        while not (tmp_path / HOLDER_FILE).stat().st_mtime:
+            time.sleep(0.01)
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"^output_dir .*file/run: cannot be written"),
+        FolderLock(tmp_path / "file" / "run").held(),
+    ):
+        pass
+    assert not (tmp_path / LOCK_FILE).exists()
