@@ -80,6 +80,7 @@ class SharedStop:
 
     def __init__(self, accelerator, request: StopRequest):
         self.request, self.number = request, 0
+        self.on_look: Callable[[], None] = lambda: None
         is_alone = accelerator.num_processes == 1
         self._is_sharded = accelerator.distributed_type == DistributedType.FSDP
         self._group = None if is_alone else torch.distributed.new_group(backend="gloo")
@@ -87,6 +88,7 @@ class SharedStop:
 
     def look(self) -> int:
         """Return the number of a signal that any process had got by its look before this one; 0: none."""
+        self.on_look()
         self.number = self.number or (self._exchange() if self._group else self.request.number)
         return self.number
 

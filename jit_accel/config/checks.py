@@ -45,6 +45,7 @@ RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (lambda v: 0 <= v <= 1, "a probability between 0 and 1", "label_drop_prob"),
     (lambda v: all(0 <= beta < 1 for beta in v), "two numbers in [0, 1)", "adam_betas"),
     (lambda v: v >= 0, "positive, or 0 for no clipping", "max_grad_norm"),
+    (lambda v: 0 <= v < math.inf, "a number of minutes, or 0 for no limit", "max_stall_minutes"),
     (lambda v: 0 <= v < 2**63, "0 or a positive 63-bit number", "seed"),
     (lambda v: v == 0 or 1 < v < math.inf, "more than 1, or 0 for never", "health_loss_jump"),
     (lambda v: 0 <= v < math.inf, "positive, or 0 for never", "health_max_grad_norm health_min_grad_norm"),

@@ -13,7 +13,7 @@ from jit_accel.config.settings import Config, DataConfig, EvalConfig, HealthConf
 WITHOUT_EFFECT = (
     *("output_dir", "resume", "dry_run", "num_workers", "max_bad_images", "compile", "gradient_checkpointing"),
     "init_from",  # the weights have left it behind
-    *("save_every_steps", "keep_checkpoints", "log_every_steps", "val_every_steps", "val_images"),
+    *("save_every_steps", "keep_checkpoints", "log_every_steps", "val_every_steps", "val_images", "max_stall_minutes"),
     *("sample_every_steps", "guidance_scale", "num_inference_steps"),
     *(field.name for group in (EvalConfig, HealthConfig, HubConfig, TrackingConfig) for field in fields(group)),
 )

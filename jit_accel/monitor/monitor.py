@@ -114,10 +114,14 @@ class Monitor:
     def __exit__(self, kind, error, traceback) -> None:
         if kind is not None:
             if self.is_main:
-                with contextlib.suppress(OSError, UserError):  # the folder may be another's by now
-                    check_guard(self.output_dir)
-                    (self.output_dir / FAILED_FILE).write_text(redacted(message_of(error)) + "\n", encoding="utf-8")
+                self.leave_failure(message_of(error))
             self.close(exit_code=1)
+
+    def leave_failure(self, reason: str) -> None:
+        """Leave the reason as a file."""
+        with contextlib.suppress(OSError, UserError):  # the folder may be another's by now
+            check_guard(self.output_dir)
+            (self.output_dir / FAILED_FILE).write_text(redacted(reason) + "\n", encoding="utf-8")
 
     def close(self, exit_code: int) -> None:
         """Build the last report; the trackers end later, with `accelerator.end_training`.

@@ -26,6 +26,7 @@ from jit_accel.base.devices import DTYPES, chosen_precision, device_name, is_goo
 from jit_accel.base.errors import StopRequest, UserError, lookup
 from jit_accel.base.folder_lock import FolderLock
 from jit_accel.base.processes import SharedStop, end_with_launcher, on_all, on_main, process_group
+from jit_accel.base.watchdog import Watchdog
 from jit_accel.config.checks import image_size
 from jit_accel.config.completion import Facts, Plan, complete, rate_in_words, started
 from jit_accel.config.identity import experiment_of, in_folder, is_named, run_folder
@@ -186,6 +187,8 @@ def assemble(
         precision=config.performance.mixed_precision,
         is_untrained=config.tune.init_from is None,
     )
+    watch = Watchdog(accelerator, Path(run.output_dir), 60 * run.max_stall_minutes, monitor.leave_failure)
+    stops.on_look = watch.go_on
     return Trainer(
         accelerator=accelerator,
         plan=plan,
@@ -201,6 +204,7 @@ def assemble(
         monitor=monitor,
         stop=stop,
         stops=stops,
+        watch=watch,
         sheets=SampleSheets(**sampled),
         validation=Validation(held_out, accelerator, config.optim.batch_size) if held_out else None,
         quality=quality,
@@ -264,7 +268,7 @@ def build_accelerator(config: Config) -> Accelerator:
         dynamo_plugin=TorchDynamoPlugin(backend="no"),  # it would wrap the network: see `asked_of_dynamo`
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            # The others wait while the main process writes a checkpoint of many gigabytes.
+            # Before the first step the others wait while one looks at millions of files; then `Watchdog` looks after them.
             InitProcessGroupKwargs(timeout=timedelta(hours=1)),
         ],
     )

@@ -15,6 +15,7 @@ from jit_accel.base.console import say
 from jit_accel.base.errors import Stopped, StopRequest, UserError
 from jit_accel.base.files import check_guard
 from jit_accel.base.processes import SharedStop, on_main
+from jit_accel.base.watchdog import WAITING, Watchdog
 from jit_accel.config.completion import Plan
 from jit_accel.config.settings import OptimConfig, RunConfig, write_config
 from jit_accel.data.batches.batch import Batch
@@ -73,6 +74,7 @@ class Trainer:
     monitor: Monitor
     stop: StopRequest
     stops: SharedStop
+    watch: Watchdog
     sheets: SampleSheets
     validation: Validation | None  # None where nothing is held out, or nothing to be measured
     quality: SampleQuality | None
@@ -111,7 +113,7 @@ class Trainer:
         last_step = max(self.plan.total_steps, self.step)
         if self.quality and (self.step < last_step or not self.quality.has_measured(last_step)):
             self.quality.prepare()
-        with self.stop, self.monitor:
+        with self.stop, self.monitor, self.watch:
             self._open_logs()
             if self.step == last_step:
                 self._say_that_nothing_is_left()
@@ -122,6 +124,7 @@ class Trainer:
                             self.flush()
                         if number := self.stops.look_now():
                             raise Stopped(number)
+                        self.watch.at(f"has to {occasion.name} at step {self.step:,}")
                         occasion.action()
                     if self.step == last_step:
                         return self._finish()
@@ -135,7 +138,10 @@ class Trainer:
         step_loss = torch.zeros((), device=accelerator.device)
         for _ in range(micro_steps):
             with accelerator.accumulate(self.model):  # gradients travel between processes with the last one
-                loss = self.loss(self.feed.next()).mean()
+                self.watch.at(WAITING)
+                batch = self.feed.next()
+                self.watch.at(f"trains step {self.step + 1:,}")
+                loss = self.loss(batch).mean()
                 accelerator.backward(loss)  # divides by the number of micro-steps
             step_loss += loss.detach() / micro_steps
 
@@ -198,6 +204,7 @@ class Trainer:
         """Measure the holdout's loss with the weights of this step and with their average, all processes together."""
 
         def losses_of(batch: Batch) -> Tensor:
+            self.watch.go_on()
             return self._denoising_loss(batch, self.tuning.labels_of(batch), self.validation.seed)[0]
 
         self.model.eval()

@@ -1,0 +1,245 @@
+"""A watch over the processes of a run: it names the one that failed, is gone or lags, and ends what waits for it."""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from torch.distributed import DistError, TCPStore
+
+from jit_accel.base.console import say, warn
+from jit_accel.base.errors import UserError, message_of
+from jit_accel.base.files import write_text
+
+BEAT_S = 2.0
+STORE_TIMEOUT_S = 10
+STACKS_FILE = "stacks.txt"
+REQUEST_FILE = "STACKS"  # whose presence in the run's folder asks for the stacks of all processes
+WAITING = "waits for its data"  # a place where time is no sign of trouble: servers may be down for long
+_OF_CONNECTIONS = ("Connection", "gloo", "NCCL", "nccl", "Socket", "timed out", "Timed out", "Broken pipe")
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What the main process knows of one process: its last sign of life, and when that, and its progress, were new."""
+
+    text: str = ""
+    heard: float = 0.0
+    progress: int = -1
+    moved: float = 0.0
+    place: str = "has not begun"
+    host: str = "an unknown host"
+
+
+class Watchdog:
+    """Signs of life of all processes, in a store of their own that the main process keeps; a thread of each looks.
+
+    In its `with` block each process says by `at` where it is. Where none goes on for `limit_s` seconds (0: no limit)
+    the main process names the one that is silent or behind, leaves `FAILED` by `leave` and the stacks of all, and all
+    end with exit code 1. What a process raises reaches the others, which raise that instead of a broken connection.
+    """
+
+    def __init__(self, accelerator, output_dir: Path, limit_s: float, leave: Callable[[str], None]):
+        self.rank, self.count, self.is_main = (
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.is_main_process,
+        )
+        self.output_dir, self.limit_s, self.leave = output_dir, limit_s, leave
+        self.progress, self.place, self.store = 0, "begins", None
+        self.signs: list[Sign] = []  # which the main process alone sees
+        self._lock, self._is_over, self._thread = threading.Lock(), threading.Event(), None
+        if self.count == 1:
+            return
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        how = {"world_size": None, "timeout": timedelta(seconds=STORE_TIMEOUT_S), "wait_for_workers": False}
+        if self.is_main:
+            self.store = TCPStore(host, 0, is_master=True, **how)
+            for rank in range(self.count):
+                self.store.set(f"sign/{rank}", "")
+        (port,) = broadcast_object_list([self.store.port if self.store else None])
+        self.store = self.store or TCPStore(host, port, is_master=False, **how)
+
+    def at(self, place: str) -> None:
+        """Say what this process does next, which is progress."""
+        self.place = place
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Say that this process goes on with what it does."""
+        self.progress += 1
+
+    def __enter__(self) -> "Watchdog":
+        if self.store:
+            now = time.monotonic()
+            self.signs = [Sign(heard=now, moved=now)] * self.count if self.is_main else []
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind, error, traceback_) -> None:
+        """Raise the reason of another process in place of the `error` that it led to here."""
+        try:
+            cause = self._cause_of(error) if self._thread and isinstance(error, Exception) else None
+        finally:
+            self._is_over.set()
+        if cause:
+            raise cause from error
+
+    def _cause_of(self, error: Exception) -> UserError | None:
+        """Tell the others of an error, or return theirs, if that came first."""
+        if getattr(error, "everywhere", False):
+            return None
+        is_of_connection = any(word in str(error) for word in _OF_CONNECTIONS)
+        try:
+            first = self._other_failure(wait_s=4 * BEAT_S if is_of_connection else 0)
+            if not first:
+                mine = {"rank": self.rank, "reason": f"{self._name()} failed: {message_of(error)}"}
+                with self._lock:
+                    first = json.loads(self.store.compare_set("failure", "", json.dumps(mine)))
+                if self.is_main and first["rank"] == self.rank:
+                    time.sleep(BEAT_S)  # the others read it, as long as there is a store
+        except (DistError, RuntimeError):
+            if is_of_connection:
+                return UserError("the main process is gone, or cannot be reached: it says more, where it can.")
+            return None
+        if first["rank"] == self.rank:
+            return None
+        cause = UserError(f"{first['reason']}. The run ends here; go on with --resume auto.")
+        cause.everywhere = True
+        return cause
+
+    def _other_failure(self, wait_s: float) -> dict | None:
+        """Return what another process has said to fail of, or on the main process, that one is silent."""
+        deadline = time.monotonic() + wait_s
+        while not (found := self._first_failure()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        silent = [rank for rank, sign in enumerate(self.signs) if time.monotonic() - sign.heard > 2 * BEAT_S]
+        if not found and wait_s and silent:
+            found = {"rank": -1, "reason": self._in_words(silent)}
+        return found
+
+    def _first_failure(self) -> dict | None:
+        with self._lock:
+            return json.loads(self.store.get("failure")) if self.store.check(["failure"]) else None
+
+    def _name(self) -> str:
+        return f"process {self.rank} on {socket.gethostname()}"
+
+    def _watch(self) -> None:
+        sign = {"host": socket.gethostname(), "pid": os.getpid()}
+        heard, answered, beats_left = time.monotonic(), 0, 5
+        while not self._is_over.wait(BEAT_S):
+            try:
+                with self._lock:
+                    now = {"beat": time.monotonic(), "progress": self.progress, "place": self.place}
+                    self.store.set(f"sign/{self.rank}", json.dumps(sign | now))
+                    if self.is_main:
+                        self._look_after_all()
+                    answered = self._answer(answered)
+                    beats_left -= self.store.check(["failure"])
+                heard = time.monotonic()
+            except (DistError, RuntimeError) as error:
+                silent_s = time.monotonic() - heard
+                if self.limit_s and silent_s > self.limit_s:
+                    self._end(f"the main process has not been heard of for {silent_s:.0f} s ({message_of(error)})")
+            if not beats_left:  # whoever waits for the one that failed does not get out of it
+                self._end(self._first_failure()["reason"])
+
+    def _end(self, reason: str) -> None:
+        """End this process at once, since its main thread hangs; the main one says and leaves why."""
+        if self._is_over.is_set():
+            return
+        if self.is_main:
+            self.leave(reason)
+            say(f"error: {reason}", sys.stderr)
+            time.sleep(2 * BEAT_S)  # the others read it, as long as there is a store
+        elif "main process" in reason:
+            say(f"error ({self._name()}): {reason}\n{stacks()}", sys.stderr)
+        os._exit(1)
+
+    def _answer(self, answered: int) -> int:
+        """Give the stacks of this process where they were asked for since."""
+        asked = int(self.store.get("asked")) if self.store.check(["asked"]) else 0
+        if asked > answered:
+            self.store.set(f"stacks/{asked}/{self.rank}", stacks())
+        return asked
+
+    def _look_after_all(self) -> None:
+        now = time.monotonic()
+        texts = self.store.multi_get([f"sign/{rank}" for rank in range(self.count)])
+        for rank, (before, text) in enumerate(zip(self.signs, map(bytes.decode, texts))):
+            if text != before.text:
+                found = json.loads(text)
+                moved = now if found["progress"] != before.progress else before.moved
+                place = {name: found[name] for name in ("progress", "place", "host")}
+                self.signs[rank] = replace(before, text=text, heard=now, moved=moved, **place)
+        if (request := self.output_dir / REQUEST_FILE).exists():
+            request.unlink(missing_ok=True)
+            say(f"The stacks of all processes are in {self._write_stacks()}")
+        still_s = now - max(sign.moved for sign in self.signs)
+        if not self.limit_s or still_s < self.limit_s:
+            return
+        behind = self._behind(now)
+        problem = f"no process has gone on for {still_s:.0f} s: {self._in_words(behind)}"
+        if all(self.signs[rank].place == WAITING and now - self.signs[rank].heard < self.limit_s for rank in behind):
+            warn(f"{problem}.")
+            self.signs = [replace(sign, moved=now) for sign in self.signs]
+            return
+        place = self._write_stacks()
+        reason = f"{problem}. Look at that machine and its network, then go on with --resume auto. The limit is "
+        reason += f"--max_stall_minutes {self.limit_s / 60:g}; the stacks of all processes are in {place}."
+        self.store.compare_set("failure", "", json.dumps({"rank": -1, "reason": reason}))
+        self._end(reason)
+
+    def _behind(self, now: float) -> list[int]:
+        """Return the processes that are silent, else those that have got least far."""
+        silent = [rank for rank, sign in enumerate(self.signs) if now - sign.heard > 5 * BEAT_S]
+        least = min(sign.progress for sign in self.signs)
+        return silent or [rank for rank, sign in enumerate(self.signs) if sign.progress == least]
+
+    def _in_words(self, ranks: list[int]) -> str:
+        """Return what is known of some processes; at most four are named."""
+        now, parts = time.monotonic(), []
+        for rank in ranks[:4]:
+            sign = self.signs[rank]
+            silent_s = now - sign.heard
+            state = f"is silent for {silent_s:.0f} s" if silent_s > 2 * BEAT_S else sign.place
+            parts.append(f"process {rank} on {sign.host} {state}")
+        return ", ".join(parts) + f" and {len(ranks) - 4} more" * (len(ranks) > 4)
+
+    def _write_stacks(self) -> Path:
+        """Ask all processes for their stacks, and write what comes within a few seconds."""
+        asked = int(self.store.add("asked", 1))
+        self.store.set(f"stacks/{asked}/{self.rank}", stacks())
+        keys = [f"stacks/{asked}/{rank}" for rank in range(self.count)]
+        deadline = time.monotonic() + 4 * BEAT_S
+        while time.monotonic() < deadline and not self.store.check(keys):
+            time.sleep(0.1)
+        parts = []
+        for rank, key in enumerate(keys):
+            text = self.store.get(key).decode() if self.store.check([key]) else "no answer\n"
+            parts.append(f"=== process {rank} on {self.signs[rank].host}: {self.signs[rank].place}\n{text}")
+        path = self.output_dir / STACKS_FILE
+        with contextlib.suppress(OSError, UserError):
+            write_text(path, "\n".join(parts))
+        return path
+
+
+def stacks() -> str:
+    """Return the stacks of all threads of this process."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    parts = [
+        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+    ]
+    return "\n".join(parts)
