@@ -30,7 +30,7 @@ _OF_CONNECTIONS = ("Connection", "gloo", "NCCL", "nccl", "Socket", "timed out", 
 
 @dataclass(frozen=True)
 class Sign:
-    """What the main process knows of one process: its last sign of life, and when that, and its progress, were new."""
+    """The last sign of life of a process, as the main one knows it, and when that, and its progress, were new."""
 
     text: str = ""
     heard: float = 0.0
@@ -96,7 +96,7 @@ class Watchdog:
             raise cause from error
 
     def _cause_of(self, error: Exception) -> UserError | None:
-        """Tell the others of an error, or return theirs, if that came first."""
+        """Return the error of another process, if that came first; else let the others know of this one."""
         if getattr(error, "everywhere", False):
             return None
         is_of_connection = any(word in str(error) for word in _OF_CONNECTIONS)

@@ -268,7 +268,7 @@ def build_accelerator(config: Config) -> Accelerator:
         dynamo_plugin=TorchDynamoPlugin(backend="no"),  # it would wrap the network: see `asked_of_dynamo`
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            # Before the first step the others wait while one looks at millions of files; then `Watchdog` looks after them.
+            # Others wait while one looks at millions of files; from the first step on `Watchdog` has its own limit.
             InitProcessGroupKwargs(timeout=timedelta(hours=1)),
         ],
     )
