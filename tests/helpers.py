@@ -159,6 +159,7 @@ def _use_fsdp2(precision: str) -> None:
     from accelerate.utils import DistributedType
 
     from jit_accel.train import build as startup
+    from jit_accel.train.accelerator import build_fsdp_plugin
 
     build = startup.build_accelerator
 
@@ -173,7 +174,7 @@ def _use_fsdp2(precision: str) -> None:
         }
         for state in (AcceleratorState, PartialState):
             state._shared_state["distributed_type"] = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = startup.build_fsdp_plugin(precision)
+        accelerator.state.fsdp_plugin = build_fsdp_plugin(precision)
         return accelerator
 
     startup.build_accelerator = build_sharding

@@ -13,8 +13,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast; "no" ha
 
 
 def chosen_precision(mixed_precision: str | None = None) -> str:
-    """Return `--mixed_precision`, accelerate's, or bf16 if the device is good at it; `UserError`: fp16 on a CPU."""
+    """Return `--mixed_precision`, accelerate's, or bf16 if the device is good at it; `UserError`: fp8, CPU's fp16."""
     device, default = chosen_device(), os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if default == "fp8" and not mixed_precision:
+        raise UserError(
+            "of accelerate's configuration is not supported: use bf16.", about="mixed_precision", value="fp8"
+        )
     if default not in ("no", *DTYPES):
         default = "bf16" if is_good_at_bf16(device) else "no"
     precision = mixed_precision or default

@@ -25,6 +25,7 @@ except ImportError:  # Windows: the heartbeat alone
 LOCK_FILE, HOLDER_FILE = ".lock", ".holder.json"
 HEARTBEAT_S = 10
 SILENT_S = 60  # a holder on another machine that shows no heartbeat for so long is gone
+SEEN_WITHIN_S = 30
 _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _ours: set[str] = set()  # tokens that this process holds
 
@@ -70,6 +71,24 @@ class FolderLock:
                 about=self.about,
                 value=self.folder,
             )
+
+    def look_for(self, token: str) -> None:
+        """Make sure that this is the folder in which another process took the lock of this token.
+
+        Raises `UserError`, on a machine that does not share it. A network's file system may show new files late.
+        """
+        deadline = time.monotonic() + SEEN_WITHIN_S
+        while (holder := self._holder()) is None or holder["token"] != token:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"is another folder on {socket.gethostname()} than on the machine of the main process, so that no "
+                    "checkpoint could be loaded there: give a folder on a file system that all machines share.",
+                    about=self.about,
+                    value=self.folder,
+                )
+            time.sleep(0.5)
+            with contextlib.suppress(OSError):
+                os.listdir(self.folder)  # which NFS asks the server for
 
     def _take(self) -> None:
         holder = self._holder()

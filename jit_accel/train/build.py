@@ -3,27 +3,16 @@
 import contextlib
 import logging
 import os
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DynamoBackend,
-    FullyShardedDataParallelPlugin,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    TorchDynamoPlugin,
-    broadcast_object_list,
-)
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from accelerate.utils import broadcast_object_list
 
 from jit_accel.base.console import say, warn
-from jit_accel.base.devices import DTYPES, chosen_precision, device_name, is_good_at_bf16
-from jit_accel.base.errors import StopRequest, UserError, lookup
+from jit_accel.base.devices import device_name, is_good_at_bf16
+from jit_accel.base.errors import StopRequest
 from jit_accel.base.folder_lock import FolderLock
 from jit_accel.base.processes import SharedStop, end_with_launcher, on_all, on_main, process_group
 from jit_accel.base.watchdog import Watchdog
@@ -42,6 +31,7 @@ from jit_accel.model.objective import Objective
 from jit_accel.model.transformer import JiTTransformer2DModel
 from jit_accel.monitor.monitor import Monitor
 from jit_accel.monitor.trackers import build_trackers
+from jit_accel.train.accelerator import asked_of_dynamo, build_accelerator
 from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed, Validation, open_data
 from jit_accel.train.initial_weights import Initial, Tuning, read_initial, tune
@@ -61,7 +51,9 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
     check_output_dir(folder, resume, config.data.data_path)
     find_checkpoint(folder, resume)  # one that is not there is found out before all else
     end_with_launcher()
-    accelerator = build_accelerator(config)
+    trackers = build_trackers(config.tracking, folder)
+    accumulation = config.optim.gradient_accumulation_steps
+    accelerator = build_accelerator(config.performance.mixed_precision, accumulation, trackers)
     with contextlib.ExitStack() as held, process_group(accelerator):
         if config.hub.push_to_hub:  # found out now, not after days of training
             on_main(accelerator, lambda: hub.check_login(config.hub.hub_model_id))
@@ -69,7 +61,10 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
         (output_dir,) = broadcast_object_list([str(folder)])
         config = in_folder(config, output_dir)
         if not config.run.dry_run:
-            on_main(accelerator, lambda: held.enter_context(FolderLock(Path(output_dir)).held()))
+            lock = FolderLock(Path(output_dir))
+            on_main(accelerator, lambda: held.enter_context(lock.held()))
+            (token,) = broadcast_object_list([lock.token])
+            on_all(accelerator, lambda: lock.look_for(token))
         checkpoint = sound_checkpoint(accelerator, Path(output_dir), resume)
         trainer = build_trainer(config, accelerator, checkpoint, source, objective or Objective)
         with contextlib.closing(trainer.feed):
@@ -249,61 +244,3 @@ def introduce(
         f"learning rate {rate} after {plan.warmup_steps:,} steps of warm-up, {config.optim.optimizer}, "
         f"ema {' '.join(config.optim.ema_decays)} → {config.run.output_dir}",
     )
-
-
-def build_accelerator(config: Config) -> Accelerator:
-    """Return the accelerator of these settings, and of accelerate's configuration where they are open."""
-    precision = chosen_precision(config.performance.mixed_precision)
-    configured = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or 1)
-    accumulation = config.optim.gradient_accumulation_steps or configured
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()  # of an earlier training in this process
-    return Accelerator(
-        mixed_precision=precision,
-        log_with=build_trackers(config.tracking, Path(run_folder(config))) or None,
-        # As a plugin: the environment of `accelerate launch` overrides the plain argument.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
-        fsdp_plugin=build_fsdp_plugin(precision),
-        dynamo_plugin=TorchDynamoPlugin(backend="no"),  # it would wrap the network: see `asked_of_dynamo`
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            # Others wait while one looks at millions of files; from the first step on `Watchdog` has its own limit.
-            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
-        ],
-    )
-
-
-def asked_of_dynamo() -> dict[str, object]:
-    """Return the settings of torch.compile in accelerate's configuration (`dynamo_config`), {} where it asks for none.
-
-    The blocks are compiled with them, in place. Accelerate would wrap the network, and begin its weights' names with
-    `_orig_mod.`, so that checkpoints and pipelines would be those of other networks.
-
-    Raises `UserError`: a setting or backend that is not there.
-    """
-    try:
-        plugin = TorchDynamoPlugin()
-    except ValueError as error:
-        raise UserError(f"accelerate's configuration of torch.compile: {error}.") from None
-    if plugin.backend == DynamoBackend.NO or plugin.disable:
-        return {}
-    settings = plugin.to_kwargs()
-    backends = torch.compiler.list_backends(exclude_tags=())
-    lookup(dict.fromkeys(backends), settings["backend"], "dynamo_backend", rule="torch has no such compiler here")
-    return settings
-
-
-def build_fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
-    """Return FSDP2 where accelerate's configuration asks for it, with sums and outputs in float32; UserError: FSDP 1.
-
-    Accelerate's own policy reduces gradients in bf16 and casts the inputs, and t in bf16 is wrong.
-    """
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("1", "true"):
-        return None
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError("fsdp_version 1: accelerate's configuration must say fsdp_version: 2 (FSDP2).")
-    if precision == "no":
-        return FullyShardedDataParallelPlugin()
-    full = {"reduce_dtype": torch.float32, "output_dtype": torch.float32, "cast_forward_inputs": False}
-    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy(DTYPES[precision], **full))

@@ -1,14 +1,19 @@
 """Bad input, as a user meets it: a message with flag, value, rule and remedy, exit code 2, nothing lost."""
 
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import Group, last_checkpoint, rows, state, train_here
 
+from jit_accel.base.devices import chosen_precision
+from jit_accel.base.errors import UserError
 from jit_accel.train.trainer import Trainer
 
 
@@ -201,3 +206,51 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(refu
     assert f"the last good checkpoint is {good}" in message
     assert all(torch.isfinite(tensor).all() for tensor in state(tmp_path / "out").values())
     assert not (tmp_path / "out" / "pipeline").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed, which is not supported: shard .*fsdp2.yaml"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM, which is not supported"),
+        *(
+            (
+                {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", f"PARALLELISM_CONFIG_{short}_SIZE": "2"},
+                rf"asks for {name} parallelism \(parallelism_config_{short.lower()}_size: 2\), which is not supported",
+            )
+            for short, name in (("TP", "tensor"), ("CP", "context"), ("SP", "sequence"))
+        ),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version 1: accelerate's configuration must say fsdp_version: 2"),
+    ],
+)
+def test_what_accelerates_configuration_asks_for_and_is_not_supported(images, tmp_path, capsys, environment, message):
+    assert train_here("--data_path", str(images), "--output_dir", str(tmp_path / "run"), **environment) == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+    assert not (tmp_path / "run").exists()
+
+
+def test_accelerates_fp8_is_refused_and_not_taken_for_another_precision(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(UserError, match=r"mixed_precision fp8: .* is not supported: use bf16"):
+        chosen_precision()
+    assert chosen_precision("no") == "no"  # what is given wins
+
+
+@pytest.mark.multiprocess
+def test_a_folder_that_the_machines_do_not_share_is_found_before_the_first_step(images, tmp_path):
+    (tmp_path / "1").mkdir()
+    flags = ["--data_path", str(images), "--output_dir", "run", "--max_steps", "2"]
+    environment = {"TEST_SETUP": "test_bad_input:_on_a_disk_of_its_own", "TEST_FOLDER": str(tmp_path)}
+    group = Group(flags, tmp_path / "log.txt", 2, environment)
+    assert group.wait() == [2, 2], group.output()
+    said = rf"--output_dir run: is another folder on {re.escape(socket.gethostname())} than on the machine of the main"
+    assert re.search(said, group.output().replace("\n", " "))
+    assert not list(tmp_path.glob("**/metrics.jsonl"))
+    assert not (tmp_path / "1" / "run").exists()
+
+
+def _on_a_disk_of_its_own():
+    from jit_accel.base import folder_lock
+
+    folder_lock.SEEN_WITHIN_S = 1
+    os.chdir(Path(os.environ["TEST_FOLDER"]) / ("1" if os.environ["RANK"] == "1" else "."))

@@ -1,0 +1,108 @@
+"""The accelerator of a run, by its settings and by accelerate's own configuration, of which not all is possible."""
+
+import logging
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DynamoBackend,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    TorchDynamoPlugin,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from jit_accel.base.devices import DTYPES, chosen_precision
+from jit_accel.base.errors import UserError, lookup
+
+# Variables that accelerate's launcher sets for what this training cannot do.
+ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+PARALLELISMS = {"TP": "tensor", "CP": "context", "SP": "sequence"}
+SHARDING = "shard the weights over the processes by FSDP2 instead (accelerate_configs/fsdp2.yaml)"
+
+
+def build_accelerator(
+    mixed_precision: str | None, accumulation: int | None, trackers: list[GeneralTracker]
+) -> Accelerator:
+    """Return the accelerator of these settings, and of accelerate's configuration where they are None.
+
+    Raises `UserError`: accelerate's configuration asks for what is not supported.
+    """
+    refuse_unsupported()
+    precision = chosen_precision(mixed_precision)
+    configured = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or 1)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # of an earlier training in this process
+    return Accelerator(
+        mixed_precision=precision,
+        log_with=trackers or None,
+        # As a plugin: the environment of `accelerate launch` overrides the plain argument.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=accumulation or configured, sync_with_dataloader=False
+        ),
+        fsdp_plugin=build_fsdp_plugin(precision),
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),  # it would wrap the network: see `asked_of_dynamo`
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # Others wait while one looks at millions of files; from the first step on `Watchdog` has its own limit.
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+        ],
+    )
+
+
+def refuse_unsupported() -> None:
+    """Raise `UserError` for what accelerate's configuration asks for, and would be silently or wrongly done."""
+    for variable, engine in ENGINES.items():
+        if _is_on(variable):
+            raise UserError(f"accelerate's configuration asks for {engine}, which is not supported: {SHARDING}.")
+    for short, name in PARALLELISMS.items() if _is_on("ACCELERATE_USE_PARALLELISM_CONFIG") else ():
+        size = os.environ.get(f"PARALLELISM_CONFIG_{short}_SIZE", "1")
+        if size != "1":
+            rule = f"accelerate's configuration asks for {name} parallelism (parallelism_config_{short.lower()}_size: "
+            raise UserError(f"{rule}{size}), which is not supported: images are short sequences; {SHARDING}.")
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
+
+
+def asked_of_dynamo() -> dict[str, object]:
+    """Return the settings of torch.compile in accelerate's configuration (`dynamo_config`), {} where it asks for none.
+
+    The blocks are compiled with them, in place. Accelerate would wrap the network, and begin its weights' names with
+    `_orig_mod.`, so that checkpoints and pipelines would be those of other networks.
+
+    Raises `UserError`: a setting or backend that is not there.
+    """
+    try:
+        plugin = TorchDynamoPlugin()
+    except ValueError as error:
+        raise UserError(f"accelerate's configuration of torch.compile: {error}.") from None
+    if plugin.backend == DynamoBackend.NO or plugin.disable:
+        return {}
+    settings = plugin.to_kwargs()
+    backends = torch.compiler.list_backends(exclude_tags=())
+    lookup(dict.fromkeys(backends), settings["backend"], "dynamo_backend", rule="torch has no such compiler here")
+    return settings
+
+
+def build_fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
+    """Return FSDP2 where accelerate's configuration asks for it, with sums and outputs in float32; UserError: FSDP 1.
+
+    Accelerate's own policy reduces gradients in bf16 and casts the inputs, and t in bf16 is wrong.
+    """
+    if not _is_on("ACCELERATE_USE_FSDP"):
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("fsdp_version 1: accelerate's configuration must say fsdp_version: 2 (FSDP2).")
+    if precision == "no":
+        return FullyShardedDataParallelPlugin()
+    full = {"reduce_dtype": torch.float32, "output_dtype": torch.float32, "cast_forward_inputs": False}
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy(DTYPES[precision], **full))
