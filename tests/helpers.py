@@ -154,8 +154,12 @@ def images_seen(folder: Path, before_step: int) -> dict[int, str]:
     return seen
 
 
-def _use_fsdp2(precision: str) -> None:
-    """Shard the model with FSDP2, which Accelerate ignores on CPUs unless told after it was built."""
+def _use_fsdp2(precision: str, shards: int | None = None) -> None:
+    """Shard the model with FSDP2, which Accelerate ignores on CPUs unless told after it was built.
+
+    With `shards` fewer than processes it is HSDP: so many share a copy of the weights.
+    """
+    from accelerate import ParallelismConfig
     from accelerate.utils import DistributedType
 
     from jit_accel.train import build as startup
@@ -174,6 +178,11 @@ def _use_fsdp2(precision: str) -> None:
         }
         for state in (AcceleratorState, PartialState):
             state._shared_state["distributed_type"] = DistributedType.FSDP
+        if shards:
+            replicas = accelerator.num_processes // shards
+            config = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shards)
+            accelerator.state.parallelism_config = config
+            accelerator.state.device_mesh = config.get_device_mesh("cpu")
         accelerator.state.fsdp_plugin = build_fsdp_plugin(precision)
         return accelerator
 
@@ -208,7 +217,7 @@ def _process(flags, environment, log):
     if "TEST_IMAGES_FOLDER" in environment:
         _record_images(environment["TEST_IMAGES_FOLDER"])
     if "TEST_FSDP2_PRECISION" in environment:
-        _use_fsdp2(environment["TEST_FSDP2_PRECISION"])
+        _use_fsdp2(environment["TEST_FSDP2_PRECISION"], int(environment.get("TEST_SHARDS", 0)))
     if "TEST_SLOW_RANK" in environment:
         _read_slowly(environment["TEST_SLOW_RANK"])
     if "TEST_SETUP" in environment:  # module:function

@@ -83,6 +83,7 @@ WORLDS = {  # distributed type, processes of all nodes together, nodes, precisio
     "multi_gpu": ("MULTI_GPU", 8, 1, "bf16"),
     "multi_node": ("MULTI_GPU", 16, 2, "bf16"),
     "fsdp2": ("FSDP", 8, 1, "bf16"),
+    "hsdp": ("FSDP", 16, 2, "bf16"),
     "cpu_2_processes": ("MULTI_GPU", 2, 1, "no"),
 }
 
@@ -98,14 +99,22 @@ def test_accelerate_reads_each_file_as_the_world_it_describes(path):
     assert arguments.use_fsdp == (WORLDS[path.stem][0] == "FSDP")
 
 
-def test_fsdp2_splits_the_blocks_and_leaves_recomputation_to_the_model():
+@pytest.mark.parametrize("name", ["fsdp2", "hsdp"])
+def test_fsdp2_splits_the_blocks_and_leaves_recomputation_to_the_model(name):
     from jit_accel.model.transformer import JiTTransformer2DModel
 
-    path = REPOSITORY / "accelerate_configs" / "fsdp2.yaml"
+    path = REPOSITORY / "accelerate_configs" / f"{name}.yaml"
     arguments = validated_launch(["--config_file", str(path), "-m", "jit_accel.train"])
     assert arguments.fsdp_version == 2
     assert arguments.fsdp_transformer_layer_cls_to_wrap in JiTTransformer2DModel._no_split_modules
     assert arguments.fsdp_activation_checkpointing is False
+    assert arguments.use_parallelism_config == (name == "hsdp")
+
+
+def test_hsdp_has_a_copy_on_each_machine():
+    arguments = validated_launch(["--config_file", str(REPOSITORY / "accelerate_configs/hsdp.yaml"), "-m", "x"])
+    copies, parts = arguments.parallelism_config_dp_replicate_size, arguments.parallelism_config_dp_shard_size
+    assert (copies, copies * parts) == (arguments.num_machines, arguments.num_processes)
 
 
 def validated_launch(argv: list[str]):

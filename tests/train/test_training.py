@@ -354,6 +354,25 @@ def test_sharded_training_equals_replicated_training_and_their_checkpoints_are_t
 
 
 @pytest.mark.multiprocess
+def test_two_copies_of_two_shards_each_train_as_four_copies(images, tmp_path):
+    """HSDP on four processes = DDP on four, with samples, accumulation and recomputation; it goes on from DDP."""
+    flags = ["--data_path", str(images), "--batch_size", "1", "--gradient_accumulation_steps", "2", "--max_steps", "4"]
+    flags += ["--save_every_steps", "2", "--resume", "auto", "--keep_checkpoints", "9", "--sample_every_steps", "2"]
+    flags += ["--gradient_checkpointing"]
+    replicated, sharded = tmp_path / "ddp", tmp_path / "hsdp"
+    hsdp = {"TEST_FSDP2_PRECISION": "no", "TEST_SHARDS": "2"}
+    train_group(tmp_path, *flags, "--output_dir", str(replicated), num_processes=4)
+    train_group(tmp_path, *flags, "--output_dir", str(sharded), num_processes=4, environment=hsdp)
+    assert losses(sharded) == pytest.approx(losses(replicated), rel=1e-5)
+    one, other = state(replicated), state(sharded)
+    assert all(torch.allclose(tensor, other[name], atol=1e-6) for name, tensor in one.items())
+    out = tmp_path / "on"
+    shutil.copytree(replicated / "checkpoints" / "step_00000002", out / "checkpoints" / "step_00000002")
+    train_group(tmp_path, *flags, "--output_dir", str(out), num_processes=4, environment=hsdp)
+    assert losses(out) == pytest.approx(losses(replicated)[2:], rel=1e-5)
+
+
+@pytest.mark.multiprocess
 def test_muon_is_refused_where_matrices_are_sharded(images, tmp_path):
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--optimizer", "muon"]
     group = Group(flags, tmp_path / "log.txt", 2, {"TEST_FSDP2_PRECISION": "no"})
