@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from jit_accel.config.presets import PRESETS, Preset
@@ -296,12 +298,17 @@ def flip_a_bit(file: Path, place: float = 0.7) -> None:
 
 
 def state(output_dir: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the newest checkpoint."""
-    return {
-        f"{file.stem}/{name}": tensor
-        for file in sorted(last_checkpoint(output_dir).glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
+    """All tensors of the newest checkpoint, put together where several processes wrote them."""
+    found = {}
+    for file in sorted(last_checkpoint(output_dir).glob("*.safetensors")):
+        part = re.sub(r"-\d+-of-\d+", "", file.stem)
+        with safe_open(file, framework="pt") as opened:
+            pieces = json.loads((opened.metadata() or {}).get("pieces", "{}"))
+            for name, tensor in load_file(file).items():
+                offset, shape = pieces.get(name, ([0] * tensor.ndim, tensor.shape))
+                whole = found.setdefault(f"{part}/{name}", torch.full(shape, -1, dtype=tensor.dtype))
+                whole[tuple(slice(o, o + n) for o, n in zip(offset, tensor.shape))] = tensor
+    return found
 
 
 def assert_same_state(a: Path, b: Path) -> None:

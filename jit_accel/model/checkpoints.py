@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, synced to disk, sealed by a manifest, then renamed.
+"""Checkpoints that are whole or not there: found, looked at and loaded. `Checkpointer` writes them.
 
     checkpoints/step_00002000/
         model.safetensors  ema_<decay>.safetensors  optimizer.safetensors
@@ -6,19 +6,16 @@
         manifest.json      names, sizes and checksums of the above, written last
         proven.json        once finite steps have followed
 
-No pickle is written or read. Tensors are saved whole, whatever the sharding, so the number of processes may
-change between saving and loading. A damaged checkpoint is not loaded, and nothing named `step_…` is deleted before
-whole ones stand in its place.
+Of several processes each writes what it holds, in files of its own (`model-00001-of-00008.safetensors`), and reads what
+it needs, whatever the number of processes and the sharding at the time of writing. No pickle is written or read. A
+damaged checkpoint is not loaded, and nothing named `step_…` is deleted before whole ones stand in its place.
 """
 
-import contextlib
 import json
 import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
@@ -27,146 +24,15 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from jit_accel.base.console import warn
 from jit_accel.base.errors import UserError, message_of
-from jit_accel.base.files import move, sync, write_json
-from jit_accel.base.processes import on_main, whole_tensors
-from jit_accel.model.manifest import (
-    FORMAT_VERSION,
-    MANIFEST,
-    STATE,
-    damage_of,
-    files_of,
-    is_complete,
-    write_manifest,
-)
-from jit_accel.model.tensor_files import Piece, Unsound, Written, stored_tensors, summed_file, write_tensors
+from jit_accel.base.files import move
+from jit_accel.base.processes import on_main
+from jit_accel.model.manifest import FORMAT_VERSION, MANIFEST, STATE, damage_of, files_of, is_complete
+from jit_accel.model.tensor_files import stored_tensors
 
-T = TypeVar("T")
 PROVEN = "proven.json"  # in a checkpoint's folder, and not sealed
 NOT_FINITE = "not_finite"
-DIVERGED = (
-    "Lower --learning_rate, set --max_grad_norm 1, or use --mixed_precision bf16 or no, then go on with --resume auto."
-)
 # What diffusers, safetensors and torch raise for folders that are broken, cut off or of other sizes than they say.
 BROKEN = (OSError, ValueError, SafetensorError, KeyError, TypeError, AttributeError, RuntimeError)
-
-
-class Checkpointer:
-    """Saves the checkpoints of one output folder; the main process writes.
-
-    The newest `keep` stay, and the newest that is *proven*: finite steps have followed it.
-    """
-
-    def __init__(self, accelerator, output_dir: Path, keep: int):
-        self.accelerator, self.folder, self.keep = accelerator, output_dir / "checkpoints", keep
-        self.unproven: int | None = None  # the step of the newest checkpoint, until finite steps have followed
-
-    def save(self, step: int, parts: Mapping[str, Stateful | None]) -> Path:
-        """Write a checkpoint, all processes together; when this returns, it is on disk under its final name.
-
-        The state of a part (None where this run has no such part) is tensors by name, which are gathered where they are
-        sharded, or JSON values. Raises `UserError` on every process where the disk does not take it.
-        """
-        final = self.folder / f"step_{step:08d}"
-        temporary = final.with_name(f"tmp_{final.name}")
-        self._write(step, partial(self._make_empty, temporary))
-        values, files = {"format": FORMAT_VERSION, "step": step}, {}
-        for name, part in parts.items():
-            state = part.state_dict() if part else None
-            if state and all(isinstance(value, Tensor) for value in state.values()):
-                is_main = self.accelerator.is_main_process
-                pieces = {
-                    key: Piece.whole(value) for key, value in whole_tensors(state, keep=is_main).items() if is_main
-                }
-                file = f"{name}.safetensors"
-                files[file] = self._write(step, partial(write_tensors, temporary / file, pieces))
-                del pieces
-            else:
-                values[name] = state
-        self._write(step, partial(self._seal, values, files, temporary, final))
-        self.unproven = step
-        return final
-
-    def _write(self, step: int, write: Callable[[], T]) -> T:
-        """Write something of a checkpoint on the main process. Raises `UserError` on all where that fails."""
-
-        def attempt() -> T:
-            found = newest_checkpoint(self.folder)
-            good = f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
-            try:
-                return write()
-            except Unsound as error:
-                rule = f"{error} after step {step}: training stopped and no checkpoint was overwritten; {good}."
-                raise UserError(rule, remedy=DIVERGED) from None
-            except OSError as error:
-                raise UserError(
-                    f"the checkpoint of step {step} cannot be written ({error}): make room or choose a smaller "
-                    f"--keep_checkpoints, then go on with --resume auto; {good}.",
-                    about="output_dir",
-                    value=self.folder.parent,
-                ) from None
-
-        return on_main(self.accelerator, attempt)
-
-    def _make_empty(self, temporary: Path) -> None:
-        for left_over in self.folder.glob("tmp_*"):
-            shutil.rmtree(left_over)
-        temporary.mkdir(parents=True)
-
-    def _seal(self, values: dict, files: dict[str, Written], temporary: Path, final: Path) -> None:
-        with summed_file(temporary / STATE) as file:
-            file.write(json.dumps(values, indent=1).encode())
-        write_manifest(temporary, files | {STATE: file.written})
-        sync(temporary)
-        if is_complete(final):  # of this very step: a whole checkpoint is never touched
-            shutil.rmtree(temporary)
-            return
-        if final.exists():
-            set_aside(final)
-        move(temporary, final)
-        sync(final.parent)
-        whole = complete_checkpoints(self.folder)
-        proven = [path for path in whole if is_proven(path)]
-        for old in whole[: -self.keep]:
-            if old not in proven[-1:]:
-                # Renamed first: a half-deleted folder must not look like a checkpoint.
-                doomed = old.with_name(f"tmp_old_{old.name}")
-                move(old, doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
-
-    def prove(self, step: int) -> None:
-        """Note that all steps to this one were finite, beside the newest checkpoint if it lies before."""
-        if self.unproven is not None and self.unproven < step:
-            path = self.folder / f"step_{self.unproven:08d}"
-            if self.accelerator.is_main_process and path.is_dir():
-                with contextlib.suppress(OSError):  # of a full disk, say; the next reading would note it as well
-                    write_json(path / PROVEN, {"finite_to_step": step})
-            self.unproven = None
-
-    def distrust(self, resumed: int) -> Path | None:
-        """Return the checkpoint to go on from when steps were not finite; the same on all processes.
-
-        The unproven one that this start went on from, at the step `resumed`, is renamed where there is a proven one.
-        """
-
-        def judge() -> Path | None:
-            whole = complete_checkpoints(self.folder)
-            proven = [path for path in whole if is_proven(path)]
-            if whole and proven and step_of(whole[-1]) == self.unproven == resumed and whole[-1] not in proven:
-                with contextlib.suppress(OSError):
-                    set_aside(whole.pop(), NOT_FINITE)
-            return max(whole, default=None)
-
-        return on_main(self.accelerator, judge)
-
-    def set_aside_after(self, step: int) -> list[Path]:
-        """Rename later checkpoints, which a run that goes on from `step` leaves behind; on the main process."""
-        # Otherwise the newest would not be this run's, and rotation would delete what it writes.
-        later = [path for path in complete_checkpoints(self.folder) if step_of(path) > step]
-        for path in later:
-            aside = path.with_name(f"abandoned_{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            move(path, aside)
-        return later
 
 
 def sound_checkpoint(accelerator, output_dir: Path, resume: str) -> Path | None:

@@ -1,6 +1,7 @@
 """The manifest that seals a checkpoint: names, sizes and checksums of its files; and what is wrong with a folder."""
 
 import json
+import re
 import zlib
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +68,7 @@ def files_of(path: Path, part: str) -> list[Path]:
 
 def part_of_file(name: str) -> str:
     """Return the part of a checkpoint that is in a file of this name."""
-    return name.removesuffix(".safetensors")
+    return re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", name)
 
 
 def damage_of(path: Path, parts: Collection[str] | None = None, rank: int = 0, ranks: int = 1) -> str | None:

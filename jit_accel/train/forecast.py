@@ -120,6 +120,18 @@ def cost_of_step(
     return StepCost(seconds, (state + (activations + gradients if stay else max(activations, gradients))) / GIB)
 
 
+def copies_gib(network: nn.Module, optim: OptimConfig, accelerator) -> float:
+    """Return the memory, beside a step's, of the copies that this process writes a checkpoint from; of a GPU's 0."""
+    if accelerator.device.type != "cpu":
+        return 0.0
+    params = trainable(network)
+    moments = sum(
+        p.numel() * (1 if optim.optimizer == "muon" and is_block_matrix(name, p) else 2) for name, p in params
+    )
+    weights = sum(p.numel() for _, p in params)
+    return 4 * (moments + weights * (1 + len(optim.ema_decays))) / accelerator.num_processes / GIB
+
+
 def expected_cost(network: nn.Module, optimizers: Iterable, optim: OptimConfig, accelerator) -> StepCost:
     """Return what a step should cost this process, whose memory holds the weights and their averages already."""
     device, micro_steps = accelerator.device, accelerator.gradient_accumulation_steps
@@ -127,7 +139,8 @@ def expected_cost(network: nn.Module, optimizers: Iterable, optim: OptimConfig, 
     trial = try_block(network.config, optim.batch_size, device, accelerator.autocast, optim)
     how = {"stay": micro_steps * accelerator.num_processes > 1, "has_state": any(each.state for each in optimizers)}
     cost = cost_of_step(trial, network, optim, micro_steps, **how)
-    return StepCost(cost.seconds, used + cost.memory_gib, cost.memory_gib - free)
+    more = cost.memory_gib + copies_gib(network, optim, accelerator)
+    return StepCost(cost.seconds, used + more, more - free)
 
 
 def used_gib(device: torch.device) -> float:

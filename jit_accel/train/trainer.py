@@ -19,7 +19,8 @@ from jit_accel.base.watchdog import WAITING, Watchdog
 from jit_accel.config.completion import Plan
 from jit_accel.config.settings import OptimConfig, RunConfig, write_config
 from jit_accel.data.batches.batch import Batch
-from jit_accel.model.checkpoints import DIVERGED, Checkpointer, load_parts, read_run
+from jit_accel.model.checkpointer import Checkpointer
+from jit_accel.model.checkpoints import load_parts, read_run
 from jit_accel.model.loading import PIPELINE_FOLDER
 from jit_accel.model.lora import refuse_other_base
 from jit_accel.model.objective import Objective
@@ -28,7 +29,7 @@ from jit_accel.monitor.metric_table import EMA_VAL_LOSS, EVAL, VAL_LOSS, part_of
 from jit_accel.monitor.monitor import Monitor, peak_memory_gib
 from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed, Validation
-from jit_accel.train.forecast import StepCost, expected_cost, say_outlook, times_due
+from jit_accel.train.forecast import StepCost, copies_gib, expected_cost, say_outlook, times_due
 from jit_accel.train.initial_weights import Tuning
 from jit_accel.train.optimizers import lr_at, set_lr
 from jit_accel.train.results import CURVE_FILE, is_exported, read_record, record_run, write_record, write_results
@@ -83,7 +84,7 @@ class Trainer:
         run, averages = self.settings, self.averages
         self.seed, self.output_dir = run.seed, Path(run.output_dir)
         self.network = self.accelerator.unwrap_model(self.model)
-        self.checkpointer = Checkpointer(self.accelerator, self.output_dir, run.keep_checkpoints)
+        self.checkpointer = Checkpointer(self.accelerator, self.output_dir, run.keep_checkpoints, self.watch.go_on)
         self.step = self.first_step = 0  # of this start
         self.saved_step: int | None = None  # by this start
         self.parts = {
@@ -113,7 +114,7 @@ class Trainer:
         last_step = max(self.plan.total_steps, self.step)
         if self.quality and (self.step < last_step or not self.quality.has_measured(last_step)):
             self.quality.prepare()
-        with self.stop, self.monitor, self.watch:
+        with self.stop, self.monitor, contextlib.closing(self.checkpointer), self.watch:
             self._open_logs()
             if self.step == last_step:
                 self._say_that_nothing_is_left()
@@ -125,6 +126,7 @@ class Trainer:
                         if number := self.stops.look_now():
                             raise Stopped(number)
                         self.watch.at(f"has to {occasion.name} at step {self.step:,}")
+                        self.checkpointer.wait_for_copies()  # weights and averages may be exchanged
                         occasion.action()
                     if self.step == last_step:
                         return self._finish()
@@ -148,6 +150,7 @@ class Trainer:
         grad_norm = self._clip_gradients()
         learning_rate = lr_at(self.step, self.optim, self.plan)
         set_lr(self.optimizers, learning_rate)
+        self.checkpointer.wait_for_copies()
         self.step += 1
         with self.monitor.watched_step(self.step):
             for optimizer in self.optimizers:
@@ -162,7 +165,8 @@ class Trainer:
         _, seconds = self.monitor.try_step(self.train_step)
         self.step -= 2
         self.say(f"Dry run: loss {loss:.4f} in the first of two steps. Everything is in place.")
-        self.look_ahead(StepCost(seconds, peak_memory_gib(self.accelerator.device)))
+        copies = copies_gib(self.network, self.optim, self.accelerator)
+        self.look_ahead(StepCost(seconds, peak_memory_gib(self.accelerator.device) + copies))
         return 0
 
     def look_ahead(self, cost: StepCost | None = None) -> None:
@@ -217,18 +221,15 @@ class Trainer:
         """Read the kept metrics: here alone the host waits. `UserError`: not finite, or too many broken images."""
         on_main(self.accelerator, partial(check_guard, self.output_dir))  # whose error would be one process's alone
         interval = self.monitor.read()
+        self.checkpointer.finish_if_written()
         if found := interval.not_finite:
-            last = self.checkpointer.distrust(self.first_step)
-            good = f"the last good checkpoint is {last}" if last else "there is none yet"
-            raise UserError(
-                f"{found.key} is {found.value} at step {found.step}: training stopped and no checkpoint was "
-                f"overwritten; {good}.",
-                remedy=DIVERGED,
-            )
-        self.checkpointer.prove(self.step if interval.rows else 0)
+            self.checkpointer.distrust(self.first_step)
+            raise self.checkpointer.diverged(f"{found.key} is {found.value} at step {found.step}")
+        self.checkpointer.prove(self.step)
         allowed, seen = self.feed.data.max_bad_images, max(interval.images_seen, self.plan.num_images)
         if interval.bad_images > allowed * seen:
             self.save()
+            self.checkpointer.finish()
             first = "; ".join(self.feed.all_bad_images()[:3])
             raise UserError(
                 f"{interval.bad_images} images cannot be decoded, more than that share; the first: {first}.",
@@ -238,12 +239,11 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Write a checkpoint of this step, once; the metrics have been read, and are finite."""
+        """Begin a checkpoint of this step, once; the metrics have been read, and are finite."""
         if self.saved_step != self.step:
             with self.monitor.pause():
-                path = self.checkpointer.save(self.step, self.parts)
+                self.checkpointer.begin(self.step, self.parts)
             self.saved_step = self.step
-            self.say(f"Saved {path}")
 
     def resume(self, path: Path) -> None:
         """Continue exactly where a checkpoint was written; `UserError` if it is of another model, data set or seed."""
@@ -316,6 +316,7 @@ class Trainer:
     def _leave(self) -> int:
         self.flush()
         self.save()
+        self.checkpointer.finish()
         if self.accelerator.is_main_process:
             with contextlib.suppress(OSError):
                 note = f"stopped at step {self.step}; go on with --resume auto\n"
@@ -324,6 +325,7 @@ class Trainer:
         return self._close(128 + self.stops.number)
 
     def _finish(self) -> int:
+        self.checkpointer.finish()
         # The main process decides: the others may see another state of a shared file system.
         output_dir, sheet = self.output_dir, self.sheet_path
         if not on_main(self.accelerator, partial(is_exported, output_dir, sheet)):

@@ -9,9 +9,9 @@ from helpers import seal_as_before
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.settings import OptimConfig
+from jit_accel.model.checkpointer import Checkpointer
 from jit_accel.model.checkpoints import (
     STATE,
-    Checkpointer,
     complete_checkpoints,
     find_checkpoint,
     is_complete,
@@ -179,7 +179,7 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_the_last_checkpoint(ch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("jit_accel.model.checkpoints.write_tensors", full)
+        patch.setattr("jit_accel.model.checkpointer.write_tensors", full)
         with pytest.raises(UserError, match=r"output_dir .*step 2 cannot be written .*No space left.*make room"):
             save(checkpointer, 2)
     assert find(checkpointer, "auto") == good
@@ -286,13 +286,19 @@ def test_the_newest_that_finite_steps_followed_stays_whatever_is_newer(checkpoin
 
 
 def test_a_checkpoint_that_a_resume_cannot_go_on_from_gives_way_to_a_proven_one(checkpointer):
+    def left(resumed):
+        checkpointer.distrust(resumed)
+        return kept(checkpointer)
+
     save(checkpointer, 2)
-    assert checkpointer.distrust(2).name == "step_00000002"  # there is no better one
+    assert left(2) == [2]  # there is no better one
     checkpointer.prove(3)
-    assert checkpointer.distrust(2).name == "step_00000002"
+    assert left(2) == [2]
     save(checkpointer, 4)
-    assert checkpointer.distrust(0).name == "step_00000004"  # nobody has tried it
-    assert checkpointer.distrust(4).name == "step_00000002"
+    assert left(0) == [2, 4]  # nobody has tried it
+    assert left(4) == [2]
+    assert str(checkpointer.diverged("w is inf")).startswith("w is inf: training stopped")
+    assert "the last good checkpoint is" in str(checkpointer.diverged("w is inf"))
     names = sorted(path.name for path in checkpointer.folder.iterdir())
     assert names == ["step_00000002", "step_00000004.not_finite"]
     assert save(checkpointer, 4).is_dir()

@@ -12,7 +12,8 @@ from helpers import OLD_FOLDERS, flip_a_bit, seal_as_before
 from safetensors.torch import load_file
 
 from jit_accel.base.errors import UserError
-from jit_accel.model.checkpoints import Checkpointer, find_checkpoint_in, load_parts, load_tensors, sound_checkpoint
+from jit_accel.model.checkpointer import Checkpointer
+from jit_accel.model.checkpoints import find_checkpoint_in, load_parts, load_tensors, sound_checkpoint
 from jit_accel.model.loading import load_pipeline
 from jit_accel.model.manifest import damage_of
 from jit_accel.model.tensor_files import CHUNK_BYTES, Piece, chunks_of, stored_tensors, sum_of, write_tensors

@@ -1,0 +1,138 @@
+"""Checkpoints that nobody waits for, in real trainings."""
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Group, rows, train_here
+from safetensors.torch import load_file
+
+from jit_accel.model import checkpointer as saving
+from jit_accel.model.snapshots import Snapshot
+from jit_accel.train.averages import Ema
+from jit_accel.train.trainer import Trainer
+
+
+def contents(out: Path) -> dict[str, torch.Tensor]:
+    """All tensors of all checkpoints."""
+    return {
+        f"{file.parent.name}/{file.name}/{name}": tensor
+        for file in sorted(out.glob("checkpoints/*/*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def flags(images):
+    return (
+        *("--data_path", str(images), "--save_every_steps", "1", "--keep_checkpoints", "9", "--holdout", "0.2"),
+        *("--sample_every_steps", "2", "--val_every_steps", "1", "--optimizer", "muon", "--ema_decays", "0.5", "auto"),
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(flags, tmp_path_factory):
+    """What a run's checkpoints hold where each is on the disk before the next step."""
+    out = tmp_path_factory.mktemp("plain")
+    begin = saving.Checkpointer.begin
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving.Checkpointer, "begin", lambda self, *args: (begin(self, *args), self.finish()))
+        assert train_here(*flags, "--output_dir", str(out)) == 0
+    return out
+
+
+def assert_same_contents(out: Path, other: Path) -> None:
+    one, two = contents(out), contents(other)
+    assert one.keys() == two.keys()
+    assert len({name.split("/")[0] for name in one}) == 6
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert rows(out) == rows(other)
+
+
+def test_copies_that_are_made_at_the_last_moment_are_those_of_their_step(flags, plain, tmp_path, monkeypatch):
+    """Steps, samples and validation wait for them before they change weights or exchange averages."""
+
+    made = []
+
+    class LateSnapshot(Snapshot):
+        def __init__(self, parts):
+            super().__init__(parts)
+            self.is_asked_for = threading.Event()
+            made.append(self)
+
+        def take(self):
+            assert self.is_asked_for.wait(60)
+            return super().take()
+
+        def wait(self):
+            self.is_asked_for.set()
+            super().wait()
+
+    applied = Ema.applied
+
+    @contextlib.contextmanager
+    def applied_and_copied(self):
+        with applied(self):
+            for snapshot in made:
+                snapshot.is_asked_for.set()
+                snapshot.is_under_way.wait(60)
+            yield
+
+    monkeypatch.setattr(saving, "Snapshot", LateSnapshot)
+    monkeypatch.setattr(Ema, "applied", applied_and_copied)
+    assert train_here(*flags, "--output_dir", str(tmp_path)) == 0
+    assert_same_contents(tmp_path, plain)
+
+
+def test_the_training_goes_on_while_a_checkpoint_is_written(flags, plain, tmp_path, monkeypatch, capsys):
+    """Each is written only when a later step has been done; the last one is waited for."""
+    done, write, step = threading.Condition(), saving.write_tensors, Trainer.train_step
+    reached = [0]
+
+    def step_noted(self):
+        step(self)
+        with done:
+            reached[0] = self.step
+            done.notify_all()
+
+    def write_late(path, pieces):
+        of = int(path.parent.name.removeprefix("tmp_step_"))
+        with done:
+            assert done.wait_for(lambda: reached[0] > of or of == 6, timeout=60)
+        return write(path, pieces)
+
+    monkeypatch.setattr(Trainer, "train_step", step_noted)
+    monkeypatch.setattr(saving, "write_tensors", write_late)
+    assert train_here(*flags, "--output_dir", str(tmp_path)) == 0
+    assert_same_contents(tmp_path, plain)
+    assert capsys.readouterr().out.count("Saved ") == 6
+
+
+def _fill_the_disk_of_rank_1() -> None:
+    write = saving.write_tensors
+
+    def fails(path, pieces):
+        if os.environ.get("RANK", "1") == "1" and path.parent.name == "tmp_step_00000004":
+            raise OSError(28, "No space left on device")
+        return write(path, pieces)
+
+    saving.write_tensors = fails
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_disk_that_is_full_while_the_training_goes_on_ends_it_with_the_last_good_one(images, tmp_path, processes):
+    """Also where it is that of another process than the main one."""
+    out = tmp_path / "run"
+    flags = ["--data_path", str(images), "--output_dir", str(out), "--save_every_steps", "2", "--max_steps", "90"]
+    group = Group(flags, tmp_path / "log", processes, {"TEST_SETUP": "test_saving:_fill_the_disk_of_rank_1"})
+    assert group.wait() == [2] * processes, group.output()
+    assert f"{processes} x cpu" in group.output()
+    assert group.output().count("the checkpoint of step 4 cannot be written ([Errno 28] No space left on device") == 1
+    assert f"the last good checkpoint is {out / 'checkpoints' / 'step_00000002'}" in group.output()
+    assert "Traceback" not in group.output()
+    assert "step 4 cannot be written" in (out / "FAILED").read_text()
+    assert [path.name for path in (out / "checkpoints").glob("step_*")] == ["step_00000002"]
