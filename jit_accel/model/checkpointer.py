@@ -129,9 +129,12 @@ class Checkpointer:
         self.prove(self.finite_to)
         return path
 
-    def close(self) -> None:
-        """Wait a while for what was begun, where something else has failed."""
-        if self.begun:
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """Wait a while for what was begun, where something else has failed; not for whoever cannot wait."""
+        if self.begun and not isinstance(error, KeyboardInterrupt):
             wait([self.begun[1]], LONGEST_CLOSE_S)
 
     def diverged(self, what: str) -> UserError:
@@ -164,10 +167,15 @@ class Checkpointer:
 
     def _write(self, step: int, snapshot: Snapshot, values: bytes, temporary: Path, final: Path) -> Path:
         """Write this process's share, and on the main process, when all have, what makes a checkpoint of it."""
-        shares = self._together(step, partial(self._write_share, snapshot, temporary))
-        files = {name: file for share in shares for name, file in share.items()}
         is_main = self.accelerator.is_main_process
-        self._together(step, partial(self._seal, values, files, temporary, final) if is_main else lambda: None)
+        try:
+            shares = self._together(step, partial(self._write_share, snapshot, temporary))
+            files = {name: file for share in shares for name, file in share.items()}
+            self._together(step, partial(self._seal, values, files, temporary, final) if is_main else lambda: None)
+        except Exception:
+            if is_main:  # the room is needed
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
         return final
 
     def _together(self, step: int, work) -> list:

@@ -11,9 +11,10 @@ it needs, whatever the number of processes and the sharding at the time of writi
 damaged checkpoint is not loaded, and nothing named `step_…` is deleted before whole ones stand in its place.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -151,29 +152,30 @@ def step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+@contextlib.contextmanager
+def named_damage(path: Path, about: str, what: str = "it") -> Iterator[None]:
+    """Raise what a broken checkpoint makes of the block as a `UserError` about the setting that names it."""
+    try:
+        yield
+    except BROKEN as error:
+        rule = f"{what} cannot be loaded ({message_of(error)}): it is damaged, or not of this network; give another."
+        remedy = "Where its folder is renamed, --resume auto takes the one before it."
+        raise UserError(rule, about=about, value=path, remedy=remedy if about == "resume" else None) from None
+
+
 def load_parts(path: Path, parts: Mapping[str, Stateful | None]) -> int:
     """Let each part take its state from a checkpoint. Returns the step it was written at.
 
     A state is JSON values, or `StoredTensor`s by name, of which the part reads what this process holds. Raises
-    `UserError`: the tensors are others than these parts have.
+    `UserError`: it is another one than these parts have.
     """
     state = _read(path)
     for name, part in parts.items():
-        if part is None:
-            continue
-        if name in state:
-            if state[name] is not None:
+        with named_damage(path, "resume", name):
+            if part and name not in state:
+                part.load_state_dict(stored_tensors(files_of(path, name)))
+            elif part and state[name] is not None:
                 part.load_state_dict(state[name])
-            continue
-        try:
-            part.load_state_dict(stored_tensors(files_of(path, name)))
-        except BROKEN as error:
-            raise UserError(
-                f"{name} cannot be loaded ({message_of(error)}): it is damaged, or not of this network.",
-                about="resume",
-                value=path,
-                remedy="Rename its folder, and --resume auto takes the checkpoint before it.",
-            ) from None
     return state["step"]
 
 
@@ -182,32 +184,37 @@ def load_tensors(path: Path, part: str, about: str) -> dict[str, Tensor]:
 
     Raises `UserError` about the setting `about`.
     """
-    damage = damage_of(path, parts=[part])
-    try:
-        if not damage:
-            return {name: tensor.whole() for name, tensor in stored_tensors(files_of(path, part)).items()}
-    except BROKEN as error:
-        damage = f"{part} cannot be read ({message_of(error)})"
-    raise UserError(f"is damaged and cannot be read: {damage}: give another checkpoint.", about=about, value=path)
+    if damage := damage_of(path, parts=[part]):
+        raise UserError(f"is damaged and cannot be read: {damage}: give another.", about=about, value=path)
+    with named_damage(path, about, part):
+        return {name: tensor.whole() for name, tensor in stored_tensors(files_of(path, part)).items()}
 
 
 def read_run(path: Path) -> dict:
     """Read the part `run` of a checkpoint: the run's `settings`, `class_names`, `data` and so on."""
-    return _read(path)["run"]
+    with named_damage(path, "resume", STATE):
+        return _read(path)["run"]
 
 
 def _read(path: Path) -> dict:
     """Read what is no tensors. Raises `UserError`: it is damaged, or of a newer format."""
     if damage := damage_of(path, parts=()):
         raise UserError(f"the checkpoint {path} is damaged: {damage}: give another.")
-    state = json.loads((path / STATE).read_bytes())
-    if state["format"] > FORMAT_VERSION:
-        raise UserError(f"the checkpoint {path} was written by a newer jit_accel: update this one.")
-    if state["format"] == 1:  # its parts run and feed were not named
-        parts = {name: state.pop(name, None) for name in ("format", "step", "monitor", "scaler")}
-        feed = {name: state.pop(name) for name in ("loaders", "bad_images")}
-        if parts["monitor"] is None:
-            images_seen = parts["step"] * state["global_batch_size"]
-            parts["monitor"] = {"epochs": {"images_seen": images_seen}, "health": None}
-        state = {**parts, "feed": feed, "run": state}
-    return state
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        if state["format"] > FORMAT_VERSION:
+            raise UserError(f"the checkpoint {path} was written by a newer jit_accel: update this one.")
+        state = _with_named_parts(state) if state["format"] == 1 else state
+        return state | {"step": int(state["step"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the checkpoint {path} is damaged: {STATE} ({message_of(error)}): give another.") from None
+
+
+def _with_named_parts(state: dict) -> dict:
+    """Return the state of the first format, whose parts run and feed were not named, as that of the second."""
+    parts = {name: state.pop(name, None) for name in ("format", "step", "monitor", "scaler")}
+    feed = {name: state.pop(name) for name in ("loaders", "bad_images")}
+    if parts["monitor"] is None:
+        images_seen = parts["step"] * state["global_batch_size"]
+        parts["monitor"] = {"epochs": {"images_seen": images_seen}, "health": None}
+    return {**parts, "feed": feed, "run": state}

@@ -12,7 +12,7 @@ from jit_accel.base.files import write_text
 from jit_accel.config.settings import UNAVERAGED, Config, ModelConfig, ObjectiveConfig
 from jit_accel.model.call_arguments import DEFAULTS, checked_default
 from jit_accel.model.carried_code import INDEX_FILE, json_text
-from jit_accel.model.checkpoints import BROKEN, find_checkpoint_in, load_tensors, read_run
+from jit_accel.model.checkpoints import BROKEN, find_checkpoint_in, load_tensors, named_damage, read_run
 from jit_accel.model.lora import merged, refuse_other_base, weights_fingerprint
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.scheduler import JiTScheduler
@@ -104,7 +104,8 @@ def _first_line(error: Exception) -> str:
 
 def averages_of(checkpoint: Path) -> list[str]:
     """Return the names of the averaged weights that a checkpoint holds, the run's first one first."""
-    return list(read_run(checkpoint)["settings"]["ema_decays"])
+    with named_damage(checkpoint, "model"):
+        return list(read_run(checkpoint)["settings"]["ema_decays"])
 
 
 def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, about: str = "model") -> JiTPipeline:
@@ -112,18 +113,19 @@ def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, about: str 
 
     Raises `UserError` about the setting `about` where it has no such weights, or they cannot be read.
     """
-    run = read_run(checkpoint)
-    config, choices = Config.of_record(run["settings"]), (*averages_of(checkpoint), UNAVERAGED)
-    ema = choices[0] if ema is None else ema
-    if ema not in choices:
-        raise UserError(f"{checkpoint} has {', '.join(choices)}.{nearest(ema, choices)}", about="ema", value=ema)
-    with torch.device("meta"):
-        network = build_network(config.model, config.data.img_size)
-    weights = load_tensors(checkpoint, UNAVERAGED if ema == UNAVERAGED else f"ema_{ema}", about)
-    if config.tune.lora_rank:
-        weights = merged(base_of(checkpoint, run), weights, config.tune.lora_alpha / config.tune.lora_rank)
-    network.load_state_dict(weights, strict=True, assign=True)
-    return build_pipeline(network.eval(), config.objective, run.get("class_names"), config.sample.guidance_scale)
+    with named_damage(checkpoint, about):
+        run = read_run(checkpoint)
+        config, choices = Config.of_record(run["settings"]), (*averages_of(checkpoint), UNAVERAGED)
+        ema = choices[0] if ema is None else ema
+        if ema not in choices:
+            raise UserError(f"{checkpoint} has {', '.join(choices)}.{nearest(ema, choices)}", about="ema", value=ema)
+        with torch.device("meta"):
+            network = build_network(config.model, config.data.img_size)
+        weights = load_tensors(checkpoint, UNAVERAGED if ema == UNAVERAGED else f"ema_{ema}", about)
+        if config.tune.lora_rank:
+            weights = merged(base_of(checkpoint, run), weights, config.tune.lora_alpha / config.tune.lora_rank)
+        network.load_state_dict(weights, strict=True, assign=True)
+        return build_pipeline(network.eval(), config.objective, run.get("class_names"), config.sample.guidance_scale)
 
 
 def base_of(checkpoint: Path, run: dict) -> dict[str, torch.Tensor]:

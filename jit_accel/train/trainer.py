@@ -20,7 +20,7 @@ from jit_accel.config.completion import Plan
 from jit_accel.config.settings import OptimConfig, RunConfig, write_config
 from jit_accel.data.batches.batch import Batch
 from jit_accel.model.checkpointer import Checkpointer
-from jit_accel.model.checkpoints import load_parts, read_run
+from jit_accel.model.checkpoints import load_parts, named_damage, read_run
 from jit_accel.model.loading import PIPELINE_FOLDER
 from jit_accel.model.lora import refuse_other_base
 from jit_accel.model.objective import Objective
@@ -114,7 +114,7 @@ class Trainer:
         last_step = max(self.plan.total_steps, self.step)
         if self.quality and (self.step < last_step or not self.quality.has_measured(last_step)):
             self.quality.prepare()
-        with self.stop, self.monitor, contextlib.closing(self.checkpointer), self.watch:
+        with self.stop, self.monitor, self.checkpointer, self.watch:
             self._open_logs()
             if self.step == last_step:
                 self._say_that_nothing_is_left()
@@ -248,7 +248,8 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Continue exactly where a checkpoint was written; `UserError` if it is of another model, data set or seed."""
         run = read_run(path)
-        self.facts.refuse_other(path, run)
+        with named_damage(path, "resume"):
+            self.facts.refuse_other(path, run)
         if adapter := self.tuning.adapter:
             refuse_other_base(path, run, self.tuning.path, adapter.base_identity)
         self.step = self.first_step = self.checkpointer.unproven = load_parts(path, self.parts)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -202,7 +203,7 @@ def test_of_a_checkpoint_without_checksums_a_broken_header_is_seen(two, tmp_path
 def test_tensors_of_other_names_or_shapes_are_an_error_with_a_remedy(two):
     _, path = two
     for weights in ({"v": torch.ones(3)}, {"w": torch.ones(3, 40), "b": torch.ones(7)}):
-        with pytest.raises(UserError, match=r"model cannot be loaded .*not of this network.*Rename"):
+        with pytest.raises(UserError, match=r"model cannot be loaded .*not of this network.*renamed"):
             load_parts(path, {"model": NamedTensors(weights)})
 
 
@@ -229,3 +230,27 @@ def test_programs_refuse_the_damaged_checkpoint_that_they_are_given(tmp_path, fi
 def test_checkpoints_of_before_load_and_nothing_is_said(name, capsys):
     assert auto(OLD_FOLDERS / name).parent == OLD_FOLDERS / name / "checkpoints"
     assert capsys.readouterr().err == ""
+
+
+def test_of_a_checkpoint_of_before_no_changed_byte_is_a_bug(tmp_path):
+    """It is loaded, which without checksums cannot be prevented, or refused as the user's to put right."""
+    old = next((OLD_FOLDERS / "run" / "checkpoints").glob("step_*"))
+    path = tmp_path / "checkpoints" / old.name
+    shutil.copytree(old, path)
+    chance, refused = random.Random(0), 0
+    for file in ("ema_0.5.safetensors", "model.safetensors", "state.json", "manifest.json"):
+        data = (path / file).read_bytes()
+        header = 8 + int.from_bytes(data[:8], "little") if file.endswith("s") else len(data)
+        weights = load_file(path / "model.safetensors")
+        for _ in range(25):
+            place = chance.randrange(header)
+            (path / file).write_bytes(
+                data[:place] + bytes([data[place] ^ 1 << chance.randrange(8)]) + data[place + 1 :]
+            )
+            try:
+                load_parts(path, {"model": NamedTensors({name: torch.zeros_like(w) for name, w in weights.items()})})
+                load_pipeline(path, ema="0.5")
+            except UserError:
+                refused += 1
+        (path / file).write_bytes(data)
+    assert refused > 50

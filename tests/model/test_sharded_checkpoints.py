@@ -181,6 +181,14 @@ def test_what_fails_behind_ones_back_is_raised_at_the_next_look(tmp_path, monkey
         with pytest.raises(UserError, match=rf"step 2 cannot be written .*No space left.*make room.*{good}"):
             while time.monotonic() < deadline:
                 checkpointer.finish_if_written()
-    assert complete_checkpoints(tmp_path / "checkpoints") == [good]
+    assert list((tmp_path / "checkpoints").iterdir()) == [good]
     assert checkpointer.save(3, {"model": NamedTensors(weights)}).is_dir()
-    checkpointer.close()
+
+
+def test_what_is_being_written_is_waited_for_where_something_else_fails(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    with pytest.raises(ZeroDivisionError), Checkpointer(ALONE, tmp_path, 2) as checkpointer:
+        checkpointer.begin(7, {"model": NamedTensors({"w": torch.ones(3)})})
+        threading.Timer(0.2, gate.opened.set).start()
+        raise ZeroDivisionError
+    assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["step_00000007"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from jit_accel.config.settings import OptimConfig
 from jit_accel.model.objective import Objective
 from jit_accel.model.transformer import build_model
 from jit_accel.train import forecast
+from jit_accel.train.averages import Ema
 from jit_accel.train.forecast import GIB, BlockTrial, StepCost, cost_of_step, outlook, times_due, try_block
 from jit_accel.train.optimizers import build_optimizers
+from jit_accel.train.state import OptimizerState
 from jit_accel.train.trainer import Occasion, due
 
 CPU = torch.device("cpu")
@@ -57,6 +60,23 @@ def test_the_memory_of_a_step_is_that_of_its_tensors(model, optimizer):
     assert cost_of_step(trial, network, optim, 1, stay=True, has_state=True).memory_gib * GIB == pytest.approx(
         together - state
     )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_copies_that_a_checkpoint_is_written_from_are_counted(optimizer):
+    network = build_model("JiT-Ti/7", img_size=28, num_classes=4)
+    optim = OptimConfig(batch_size=6, optimizer=optimizer, ema_decays=("auto", "0.9"))
+    optimizers, averages = build_optimizers(network, optim), Ema(network, optim.ema_decays)
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for each in optimizers:
+        each.step()
+    saved = [averages.params, *averages.averages.values(), OptimizerState(network, optimizers).state_dict()]
+    size = sum(tensor.nbytes for tensors in saved for tensor in tensors.values() if tensor.ndim)
+    for processes in (1, 4):
+        accelerator = SimpleNamespace(device=CPU, num_processes=processes)
+        assert forecast.copies_gib(network, optim, accelerator) * GIB == pytest.approx(size / processes)
+    assert forecast.copies_gib(network, optim, SimpleNamespace(device=torch.device("cuda"), num_processes=1)) == 0
 
 
 def test_a_trial_draws_nothing_and_leaves_threads_and_modes_alone():
