@@ -153,7 +153,7 @@ def step_of(path: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def named_damage(path: Path, about: str, what: str = "it") -> Iterator[None]:
+def named_damage(path: Path, about: str | None, what: str = "it") -> Iterator[None]:
     """Raise what a broken checkpoint makes of the block as a `UserError` about the setting that names it."""
     try:
         yield
@@ -192,7 +192,7 @@ def load_tensors(path: Path, part: str, about: str) -> dict[str, Tensor]:
 
 def read_run(path: Path) -> dict:
     """Read the part `run` of a checkpoint: the run's `settings`, `class_names`, `data` and so on."""
-    with named_damage(path, "resume", STATE):
+    with named_damage(path, None, f"{STATE} of {path}"):
         return _read(path)["run"]
 
 

@@ -192,3 +192,15 @@ def test_what_is_being_written_is_waited_for_where_something_else_fails(tmp_path
         threading.Timer(0.2, gate.opened.set).start()
         raise ZeroDivisionError
     assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["step_00000007"]
+
+
+@pytest.mark.gpu
+def test_copies_of_a_gpu_are_those_of_their_moment_though_nobody_waits(tmp_path):
+    weights = {"w": torch.full((4096, 4096), 3.0, device="cuda"), "n": torch.ones((), device="cuda")}
+    checkpointer = Checkpointer(ALONE, tmp_path, 2)
+    for step in (1, 2):
+        checkpointer.begin(step, {"model": NamedTensors(weights)})
+        checkpointer.wait_for_copies()
+        weights["w"] += 1
+        found = load_tensors(checkpointer.finish(), "model", "model")
+        assert torch.equal(found["w"], torch.full((4096, 4096), 2.0 + step))
