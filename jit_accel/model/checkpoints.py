@@ -13,6 +13,7 @@ damaged checkpoint is not loaded, and nothing named `step_…` is deleted before
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -36,18 +37,18 @@ NOT_FINITE = "not_finite"
 BROKEN = (OSError, ValueError, SafetensorError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
-def sound_checkpoint(accelerator, output_dir: Path, resume: str) -> Path | None:
+def sound_checkpoint(accelerator, output_dir: Path, resume: str, *, may_rename: bool = True) -> Path | None:
     """Return the checkpoint that `--resume` means, its content verified by all processes together.
 
     Damaged ones are passed over, each with a warning, where `resume` does not name one itself; with `auto` they are
-    renamed too, once a sound one is found. Raises `UserError`: none is sound.
+    renamed too, once a sound one is found, if that is allowed. Raises `UserError`: none is sound.
     """
     found, damages = on_main(accelerator, partial(_candidates, output_dir, resume)), {}
     for path in reversed(found):
         damage = _damage_found_by_all(accelerator, path)
         if damage is None:
             if accelerator.is_main_process:
-                _pass_over(damages, path, is_renamed=resume == "auto")
+                _pass_over(damages, path, is_renamed=may_rename and resume == "auto")
             return path
         damages[path] = damage
     if not damages:
@@ -82,10 +83,12 @@ def _damage_found_by_all(accelerator, path: Path) -> str | None:
 
 def _pass_over(damages: Mapping[Path, str], taken: Path, is_renamed: bool) -> None:
     for path, damage in damages.items():
-        renamed = f", and is now {set_aside(path).name}" if is_renamed else ""
+        renamed = ""
+        with contextlib.suppress(OSError):  # a folder that cannot be written to
+            renamed = f", and is now {set_aside(path).name}" if is_renamed else ""
         warn(f"the checkpoint {path} is damaged{renamed}: {damage}. {taken.name} is taken in its place.")
     for path in taken.parent.glob(f"step_*.{NOT_FINITE}"):
-        if is_renamed and (step := step_of(path.with_suffix(""))) and step > step_of(taken):
+        if (step_of(path.with_suffix("")) or 0) > (step_of(taken) or math.inf):
             warn(f"the steps that followed {path} were not finite: {taken.name} is taken in its place.")
 
 

@@ -65,7 +65,7 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
             on_main(accelerator, lambda: held.enter_context(lock.held()))
             (token,) = broadcast_object_list([lock.token])
             on_all(accelerator, lambda: lock.look_for(token))
-        checkpoint = sound_checkpoint(accelerator, Path(output_dir), resume)
+        checkpoint = sound_checkpoint(accelerator, Path(output_dir), resume, may_rename=not config.run.dry_run)
         trainer = build_trainer(config, accelerator, checkpoint, source, objective or Objective)
         with contextlib.closing(trainer.feed):
             if checkpoint:

@@ -13,6 +13,7 @@ from helpers import OLD_FOLDERS, flip_a_bit, seal_as_before
 from safetensors.torch import load_file
 
 from jit_accel.base.errors import UserError
+from jit_accel.model import checkpoints
 from jit_accel.model.checkpointer import Checkpointer
 from jit_accel.model.checkpoints import find_checkpoint_in, load_parts, load_tensors, sound_checkpoint
 from jit_accel.model.loading import load_pipeline
@@ -162,6 +163,26 @@ def test_the_folder_of_another_run_is_left_as_it_is(two, tmp_path, capsys):
     assert sound_checkpoint(ALONE, tmp_path / "other", str(tmp_path)) == good
     assert "step_00000002 is damaged:" in capsys.readouterr().err
     assert names(tmp_path / "checkpoints") == ["step_00000001", "step_00000002"]
+
+
+def test_a_checkpoint_of_any_name_beside_one_that_was_given_up_is_taken_as_it_is(two, tmp_path, capsys):
+    good, bad = two
+    bad.rename(bad.with_name("step_00000002.not_finite"))
+    named = good.rename(good.with_name("best"))
+    assert sound_checkpoint(ALONE, tmp_path, str(named)) == named
+    assert capsys.readouterr().err == ""
+
+
+def test_a_damaged_checkpoint_is_passed_over_where_nothing_can_be_renamed(two, tmp_path, capsys, monkeypatch):
+    good, bad = two
+    flip_a_bit(bad / "state.json")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoints, "move", refuse)
+    assert auto(tmp_path) == good
+    assert "step_00000002 is damaged: state.json" in capsys.readouterr().err
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_begun_and_nothing_changed(two, tmp_path):

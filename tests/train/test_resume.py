@@ -47,6 +47,19 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew_in_its_folder(images
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+def test_a_dry_run_passes_over_a_damaged_checkpoint_and_leaves_it(images, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ("--data_path", str(images), "--output_dir", str(out), "--save_every_steps", "3", "--resume", "auto")
+    assert train_here(*flags) == 0
+    flip_a_bit(last_checkpoint(out) / "model.safetensors")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert train_here(*flags, "--dry_run") == 0
+    printed = capsys.readouterr()
+    assert "step_00000006 is damaged: model.safetensors" in printed.err
+    assert "step_00000003 at step 3" in printed.out
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
 def losses_become_infinite_behind(step, patch):
     loss = Trainer.loss
     patch.setattr(Trainer, "loss", lambda self, batch: loss(self, batch) * (1 if self.step < step else float("inf")))
