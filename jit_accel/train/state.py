@@ -13,6 +13,7 @@ from jit_accel.config.completion import Plan
 from jit_accel.config.identity import NAMES, WITHOUT_EFFECT, tells_apart
 from jit_accel.config.settings import SETTINGS
 from jit_accel.data.formats.source import Source
+from jit_accel.model.checkpoints import named_damage
 from jit_accel.model.lora import Adapter
 from jit_accel.train.results import describe_data
 
@@ -140,14 +141,15 @@ class RunFacts:
     def refuse_other(self, path: Path, saved: dict) -> None:
         """Raise `UserError` where this run cannot continue the checkpoint at `path`, naming each difference."""
         settings = self.facts["settings"]
-        fixed = {name: SETTINGS[name].default for name in FIXED_SETTINGS} | saved["settings"]
-        differences = [
-            f"--{name} is {settings[name]}, the checkpoint has {fixed[name]}"
-            for name in FIXED_SETTINGS
-            if settings[name] != fixed[name]
-        ]
-        if saved["fingerprint"] != self.facts["fingerprint"]:
-            differences.append(f"--data_path is {self.facts['data']}, the checkpoint has {saved['data']}")
+        with named_damage(path, "resume", "run"):
+            fixed = {name: SETTINGS[name].default for name in FIXED_SETTINGS} | saved["settings"]
+            differences = [
+                f"--{name} is {settings[name]}, the checkpoint has {fixed[name]}"
+                for name in FIXED_SETTINGS
+                if settings[name] != fixed[name]
+            ]
+            if saved["fingerprint"] != self.facts["fingerprint"]:
+                differences.append(f"--data_path is {self.facts['data']}, the checkpoint has {saved['data']}")
         if differences:
             raise UserError(
                 f"belongs to another run: {'; '.join(differences)}.",

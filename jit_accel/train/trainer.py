@@ -20,7 +20,7 @@ from jit_accel.config.completion import Plan
 from jit_accel.config.settings import OptimConfig, RunConfig, write_config
 from jit_accel.data.batches.batch import Batch
 from jit_accel.model.checkpointer import Checkpointer
-from jit_accel.model.checkpoints import load_parts, named_damage, read_run
+from jit_accel.model.checkpoints import load_parts, read_run
 from jit_accel.model.loading import PIPELINE_FOLDER
 from jit_accel.model.lora import refuse_other_base
 from jit_accel.model.objective import Objective
@@ -99,7 +99,7 @@ class Trainer:
         self.occasions = [
             Occasion("log", run.log_every_steps, self.flush, at_end=False, reads_first=False),
             Occasion("save", run.save_every_steps, self.save),
-            # After the checkpoint, so that whatever happens to them costs no step.
+            # After the checkpoint is begun, so that whatever happens to them costs no step.
             Occasion("sample", self.sheets.settings.sample_every_steps, self.sample, self._has_sheet, at_end=False),
         ]
         if self.validation:  # before the metrics of the step are read, since it adds to them
@@ -248,8 +248,7 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Continue exactly where a checkpoint was written; `UserError` if it is of another model, data set or seed."""
         run = read_run(path)
-        with named_damage(path, "resume"):
-            self.facts.refuse_other(path, run)
+        self.facts.refuse_other(path, run)
         if adapter := self.tuning.adapter:
             refuse_other_base(path, run, self.tuning.path, adapter.base_identity)
         self.step = self.first_step = self.checkpointer.unproven = load_parts(path, self.parts)
@@ -270,8 +269,8 @@ class Trainer:
             images = self.sheets.draw(self.sheet_path)
         if images and self.step < self.plan.total_steps:  # at the end all results are listed together
             self.say(f"Drew {self.sheet_path}")
-        is_late = self.step == self.first_step  # the trackers may have this step already
-        self.monitor.log_samples(self.sheet_path, self.step, self.sheets.caption(self.step), images, is_late)
+        caption, is_late = self.sheets.caption(self.step), self.step == self.first_step  # which trackers may have
+        self.monitor.log_samples(self.sheet_path, self.step, caption, images, is_late)
 
     def evaluate(self) -> None:
         """Measure generated images of this step's average against real ones, all processes together.
@@ -280,6 +279,7 @@ class Trainer:
         """
         self.model.eval()
         with self.monitor.pause():
+            self.checkpointer.finish()  # before anything can happen
             found = self.quality.measure(self.step)
         if found:
             self.monitor.amend(self.step, found)
