@@ -594,7 +594,8 @@ def test_a_training_reports_online_and_keeps_its_secrets(server, images, tmp_pat
     sent = {name.partition("/")[2] for name in run.files if name.startswith(artifact["id"])}
     assert sent == pipeline | {"wandb_manifest.json"}
     warnings = [line for line in group.output().splitlines() if line.startswith("Warning")]
-    assert all("hardly move the weights" in line for line in warnings), warnings
+    known = ("hardly move the weights", "OMP_NUM_THREADS=")  # a short training with the threads of this test
+    assert not [line for line in warnings if not any(words in line for words in known)], warnings
     keys = ("step", "train/loss", "train/learning_rate", "train/grad_norm")
     sent = [tuple(row[key] for key in keys) for row in run.history]
     assert sent == [tuple(row[key] for key in keys) for row in rows(out)]
