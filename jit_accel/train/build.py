@@ -103,8 +103,7 @@ def build_trainer(
     saved = run.get("settings", {})
     weights = initial.start if initial else None
     how = {"img_size": image_size(started(config, saved, weights)), "val_images": config.run.val_images}
-    how["class_names"] = run.get("class_names") or ()
-    source, held_out = open_data(config.data, accelerator=accelerator, given=source, **how)
+    source, held_out = open_data(config.data, accelerator=accelerator, given=source, begun=run, **how)
     if initial and tuning.lora_rank:
         initial.labels_for(source)  # of other classes it says so better than `complete` would
     num_units = int(np.count_nonzero(source.images.sizes)) if source.streaming else 0

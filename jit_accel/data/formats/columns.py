@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 IMAGE_NAMES = ("image", "img", "png", "jpg", "jpeg", "webp", "picture", "photo", "pixel_values", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label", "category", "class_label", "target")
+FOLDER = "/"  # in place of a label column: the label is the folder in a tar file that a sample is in
 MAX_CLASSES = 1_000_000  # more distinct numbers than this are ids, not classes
 _NO_CLASS = (
     "--data_path %s: the column %r is %s, which is no class: the images train unlabelled. Write it as whole numbers or "
@@ -36,6 +37,7 @@ class Columns:
     key: str | None = None  # where `content_key` was stored
     name: str | None = None  # where names are not stored with the images
     any_image: bool = False  # a sample of a tar file without `image` may have one of another ending
+    left_out: frozenset[str] = frozenset()  # folders in tar files with samples of other splits
     joined: frozenset[str] | None = None  # endings like "seg.png" of pictures that are no samples; None: all with dots
 
     @property

@@ -28,6 +28,7 @@ from jit_accel.data.formats.scan import (
 from jit_accel.data.formats.source import Request, Source, source_of
 from jit_accel.data.reading.images import TableImages
 from jit_accel.data.reading.shards import missing_path
+from jit_accel.data.reading.splits import TRAIN, choose_splits
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +67,14 @@ def open_folder(request: Request) -> Source:
     _report_unreadable(root, scan)
     if not len(scan.images):
         raise data_error(root, _emptiness(scan))
-    scan, inner, left_out = scan_of_splits(scan, request.split, root)
-    if scan.metadata:
-        images, ids, names = labels_from_metadata(root, scan, request.label_column, left_out, request.renumber_labels)
+    chosen = scan_of_splits(scan, request.split, root)
+    if (scan := chosen.scan).metadata:
+        images, ids, names = labels_from_metadata(root, chosen, request.label_column, request.renumber_labels)
     else:
+        choose_splits({TRAIN: len(scan.images)}, chosen.split, root)
         reason = "has no columns, without metadata.csv or metadata.jsonl"
         request.refuse("label_column", "renumber_labels", reason=reason)
-        images, ids, names = _classify(root, scan.images, inner)
+        images, ids, names = _classify(root, scan.images, chosen.inner)
     identity = hash_strings(images, ["folder", str(len(images))])
     if scan.metadata and ids is not None:  # which class folders show in the paths
         identity = hash_strings(pa.chunked_array([pa.array(ids).cast(pa.string())]), ["metadata", identity])

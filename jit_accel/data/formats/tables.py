@@ -57,7 +57,9 @@ def open_tables(
     `named`: their columns, where more is known of them than the files say. UserError if they are not Parquet, have
     wrong columns or labels, or store images as paths only.
     """
-    shards = shards or find_shards(request.path, ".parquet", request.split)
+    if not shards:
+        shards, split = find_shards(request.path, ".parquet", request.split)
+        choose_splits({TRAIN: len(shards)}, split, request.path)
     files = at_once(open_file, shards)
     schema = files[0].schema
     for file in files:
