@@ -17,6 +17,7 @@ from jit_accel.model.loading import load_pipeline
 from jit_accel.model.transformer import JiTTransformer2DModel
 from jit_accel.monitor.log import MetricsLog, read_metrics
 from jit_accel.monitor.metrics import StepMetrics
+from jit_accel.train import forecast
 from jit_accel.train.trainer import Trainer
 
 
@@ -91,6 +92,16 @@ def test_every_pair_of_prediction_and_loss_learns(images, tmp_path, prediction, 
     flags += ["--learning_rate", "1e-2"]
     assert train_here("--data_path", str(images), "--output_dir", str(tmp_path), *flags) == 0
     assert sum(losses(tmp_path)[-3:]) < sum(losses(tmp_path)[:3])
+
+
+def test_a_dry_run_that_memory_may_end_says_so_before_its_steps(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(forecast, "free_gib", lambda device: 0.0)
+    monkeypatch.delattr(Trainer, "train_step")
+    with pytest.raises(AttributeError):
+        train_here("--data_path", str(images), "--output_dir", str(tmp_path / "run"), "--dry_run")
+    said = capsys.readouterr()
+    assert "Ahead:" in said.out
+    assert "more than are free: halve --batch_size" in said.err
 
 
 def test_a_dry_run_writes_nothing(images, tmp_path, capsys):
