@@ -14,8 +14,9 @@ from jit_accel.config.settings import UNAVERAGED, Config, ModelConfig, Objective
 from jit_accel.model.call_arguments import DEFAULTS, checked_default
 from jit_accel.model.carried_code import INDEX_FILE, json_text
 from jit_accel.model.checkpoints import find_checkpoint_in, load_tensors, read_run
-from jit_accel.model.lora import merged, refuse_other_base, weights_fingerprint
+from jit_accel.model.lora import merged, refuse_other_base
 from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.model.saved_weights import only_variant, weights_fingerprint
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import JiTTransformer2DModel, build_model
 
@@ -70,7 +71,8 @@ def load_pipeline(
         raise UserError(f"{rule}run, or owner/name of the Hub.", about=about, value=path)
     else:
         try:
-            pipeline = JiTPipeline.from_pretrained(exported or path)
+            variant = only_variant(exported / "transformer") if exported else None
+            pipeline = JiTPipeline.from_pretrained(exported or path, variant=variant)
             missing = [name for name, tensor in pipeline.transformer.state_dict().items() if tensor.is_meta]
             if missing:  # diffusers only warns of them
                 raise KeyError(f"{len(missing)} weights are missing, such as {missing[0]}")
