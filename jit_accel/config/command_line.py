@@ -4,6 +4,7 @@ A setting is given as words: behind its flag, or as the text that stands in a fi
 """
 
 import ast
+import contextlib
 import inspect
 import itertools
 import os
@@ -142,10 +143,10 @@ def over(lower: Mapping[str, Words], upper: Mapping[str, Words]) -> dict[str, Wo
 
 def _number(words: Words) -> float:
     """Return the number that they are; NaN, which is neither above nor below any other, for anything else."""
-    try:
-        return float(*words)
-    except (TypeError, ValueError):
-        return float("nan")
+    for number in (float, lambda word: int(word, 0)):  # 0x10 is one of the latter alone
+        with contextlib.suppress(TypeError, ValueError):
+            return float(number(*words))
+    return float("nan")
 
 
 def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Words]:
@@ -169,8 +170,9 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Words]:
     for name, value in values.items():
         if name not in SETTINGS:
             raise wrong(f"{name} is no setting.{nearest(str(name), SETTINGS)}")
-        found[name] = [str(part) for part in value] if isinstance(value, list) else [str(value)]
-        if isinstance(value, dict) or any(isinstance(part, dict | list) for part in value or ()):
+        parts = value if isinstance(value, list) else [value]
+        found[name] = list(map(str, parts))
+        if any(isinstance(part, dict | list) for part in parts):
             raise wrong(f"{name} must be a plain value or a list, not a mapping.")
         if SETTINGS[name].type is bool and str(value).lower() not in SWITCH:
             raise wrong(f"{name}: {value} must be true or false.")
@@ -208,8 +210,14 @@ def _parsed(
         for group in filter(is_dataclass, (settings, *(field.type for field in fields(settings)))):
             _put_defaults_in_words(group)
     else:
-        arguments = [argument for name, words in values.items() for argument in _spelled(name, words, known[name].type)]
+        kinds = {name: known[name].type for name in values if not _is_taken_back(values[name], known[name].type)}
+        arguments = [argument for name, kind in kinds.items() for argument in _spelled(name, values[name], kind)]
     return tyro.cli(settings, args=arguments, prog=prog, description=description, console_outputs=is_main, **names)
+
+
+def _is_taken_back(words: Words, kind: Any) -> bool:
+    """Return whether they leave open, as a file's null does, what cannot be: then its default counts."""
+    return words == ["None"] and kind is not bool and type(None) not in alternatives(kind)
 
 
 def _spelled(name: str, words: Words, kind: Any) -> Words:
@@ -221,7 +229,8 @@ def _spelled(name: str, words: Words, kind: Any) -> Words:
         words = ["None"]
     elif any(get_origin(each) is tuple for each in kinds):
         items = [item for word in words for item in _items(name, word)]
-        words = [] if words == [""] and name in SETTINGS else items or words  # others refuse what names nothing
+        is_empty = words == [""] or (words == ["none"] and name not in SEPARATORS)
+        words = [] if is_empty and name in SETTINGS else items or words  # others refuse what names nothing
         return [f"--{name}={words[0]}", *words[1:]] if words else [f"--{name}"]
     elif len(words) == 1:
         words = [_meant(name, words[0], kinds)]
@@ -256,10 +265,11 @@ def _items(name: str, word: str) -> Words:
 def _meant(name: str, word: str, kinds: tuple) -> str:
     """Return the word that tyro takes for a type: 32 for 32.0, the choice that a word for true or false means."""
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    choices = choices or {"resume": ["auto", "none"]}.get(name, [])
+    choices += ["None"] if choices and type(None) in kinds else []
+    choices = choices or {"resume": ["auto", "none"], "holdout": ["0"]}.get(name, [])
     switch = SWITCH.get(word.lower())
     if word not in choices and switch is not None:
-        meant = ("true", "auto") if switch else ("false", "no", "none")
+        meant = ("true", "auto") if switch else ("false", "no", "none", "None", "0")
         return next((choice for choice in meant if choice in choices), word)
     number = _number([word])
     if int in kinds and not re.fullmatch(r"\s*[+-]?\d[\d_]*\s*", word) and number == number // 1:

@@ -44,7 +44,7 @@ from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed, Validation, open_data
 from jit_accel.train.initial_weights import Initial, Tuning, read_initial, tune
 from jit_accel.train.optimizers import build_optimizers
-from jit_accel.train.output_folder import check_output_dir, choose_folder
+from jit_accel.train.output_folder import check_output_dir, choose_folder, claim_or_refuse, release
 from jit_accel.train.results import describe_data
 from jit_accel.train.samples import SampleQuality, SampleSheets
 from jit_accel.train.state import RunFacts
@@ -59,7 +59,10 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
     check_output_dir(folder, resume, config.data.data_path)
     found = [str(folder), find_checkpoint(folder, resume)]
     accelerator = build_accelerator(config)
-    with process_group(accelerator):
+    with process_group(accelerator), contextlib.ExitStack() as stack:
+        stack.callback(release, folder)
+        if not config.run.dry_run:
+            on_main(accelerator, lambda: claim_or_refuse(folder))
         if config.hub.push_to_hub:  # found out now, not after days of training
             on_main(accelerator, lambda: hub.check_login(config.hub.hub_model_id))
         # The main process chooses, so that all load the same.

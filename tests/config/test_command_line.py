@@ -61,6 +61,17 @@ VALUES = [
     ("streaming off", "false"),
     ("resume true", "auto"),
     ("resume no", "none"),
+    ("resume None", "none"),
+    ("holdout off", 0.0),
+    ("holdout None", 0.0),
+    ("wandb_watch False", None),
+    ("report_to none", []),
+    ("wandb_tags None", []),
+    ("wandb_tags none", ["none"]),
+    ("wandb_project None", "jit-diffusion"),
+    ("batch_size None", 32),
+    ("adam_betas None", [0.9, 0.95]),
+    ("seed 0x10", 16),
     ("resume runs/a", "runs/a"),
     ("wandb_name no", "no"),
     ("wandb_name 1e-4", "1e-4"),
@@ -162,6 +173,7 @@ def recipe(tmp_path):
         ("wandb_name: 2026-01-02", "2026-01-02"),
         ("wandb_name: 1.10", "1.10"),
         ("wandb_name: 0x1F", "0x1F"),
+        ("wandb_name: !!int 5", "5"),
         ("wandb_name: null", None),
         ("wandb_name: ~", None),
         ("wandb_name:", None),
@@ -231,6 +243,8 @@ def test_a_flag_wins_over_what_says_the_same_in_a_file(recipe):
     ]
     with pytest.raises(UserError, match="give only one"):  # of two flags neither is meant less
         parse_args(["--config", file, "--epochs=3", "--max_steps=5"])
+    taken_back = recipe("base: run.yaml\nseed: ~\nwandb_tags: null\n", "taken_back.yaml")
+    assert parse_args(["--config", taken_back]).flat() == parse_args(["--config", file]).flat() | {"seed": 0}
     open_again = recipe("base: run.yaml\nmax_steps: null\nepochs: null\n", "open.yaml")
     assert (parse_args(["--config", open_again]).optim.max_steps, parse_args(["--config", open_again]).run.seed) == (
         None,

@@ -68,8 +68,6 @@ class Training:
 
     def start(self, environment: dict[str, str], first: int, last: int, **options):
         """Begin to report the rows behind `first`, up to `last`; see `_report` for the options."""
-        while list(self.output_dir.glob(f"wandb/*run-{time.strftime('%Y%m%d_%H%M%S')}-*")):
-            time.sleep(0.02)  # wandb names a folder by its second
         return self._start(_report, environment, self.output_dir, first, last, options)
 
     def _start(self, do, environment: dict[str, str], *arguments):
@@ -482,6 +480,35 @@ def test_a_service_that_was_killed_at_the_end_is_noticed_there(server, training,
     assert printed.count("Warning") == 1, printed
     assert "metrics.jsonl has every row. The same command with --resume auto" in printed
     assert "Traceback" not in printed
+
+
+def _start_without_a_service(folder: Path) -> None:
+    from wandb.sdk.lib.service import service_process
+
+    service_process.get_core_path = lambda: "/bin/false"
+    _report(folder, 0, 5, {})
+
+
+def test_a_service_that_does_not_start_costs_a_warning_with_a_remedy(server, training):
+    """wandb alone waits for itself for ever."""
+    training._start(_start_without_a_service, server.environment, training.output_dir)
+    printed = training._wait(0)
+    assert printed.count("Warning") == 1, printed
+    assert "Warning: wandb could not start (" in printed
+    assert "The same command with --resume auto" in printed
+    training.run(server.environment, 5, 5)
+    assert_whole(server.runs[training.id], 5, {1: 0})
+
+
+def test_a_folder_of_the_same_second_is_not_given_a_name_that_no_command_finds(server, training):
+    training.run(OFFLINE, 0, 5)
+    begin = time.time()
+    for second in range(3):
+        name = time.strftime("%Y%m%d_%H%M%S", time.localtime(begin + second))
+        (training.output_dir / "wandb" / f"offline-run-{name}-{training.id}").mkdir(exist_ok=True)
+    training.run(OFFLINE, 5, 10)
+    training.sync(server)
+    assert_whole(server.runs[training.id], 10, {1: 0, 6: 5})
 
 
 def test_a_folder_that_cannot_be_made_costs_a_warning(training):

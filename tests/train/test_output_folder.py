@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import rows, state, train_here
+from helpers import SPAWNER, rows, state, train_here
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.command_line import parse_args
 from jit_accel.config.identity import experiment_of
 from jit_accel.model.checkpoints import read_run
 from jit_accel.train.build import placed
-from jit_accel.train.output_folder import check_output_dir
+from jit_accel.train.output_folder import check_output_dir, claim, claim_or_refuse
 
 FIRST = "runs/x-JiT-B-16-256px-seed0"
 
@@ -76,6 +76,45 @@ def test_a_folder_or_a_name_that_is_given_is_taken(capsys):
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match=r"output_dir runs/mine: holds another run .*--resume auto .*--wandb_name"):
         check_output_dir(Path("runs/mine"), "none", "photos")
+
+
+@pytest.mark.parametrize(
+    ("data_path", "name"),
+    [
+        *((path, "pictures") for path in (".", "./", "../pictures/.", "~", "cats/..")),
+        ("*.tar", "tar"),
+        ("https://me:secret@host/x.tar?token=secret", "x.tar"),
+    ],
+)
+def test_a_default_folder_is_named_after_the_data_and_keeps_no_secret(tmp_path, monkeypatch, data_path, name):
+    (tmp_path / "pictures" / "cats").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "pictures")
+    monkeypatch.setenv("HOME", str(tmp_path / "pictures"))
+    folder = folder_of("--data_path", data_path)
+    assert folder.startswith(f"runs/{name}-")
+    assert "secret" not in folder
+
+
+def _claim(folders, claimed, done) -> None:
+    assert all(map(claim, folders))
+    claimed.set()
+    done.wait()
+
+
+def test_runs_that_begin_at_the_same_time_get_a_folder_each(tmp_path):
+    claimed, done = SPAWNER.Event(), SPAWNER.Event()
+    folders = [tmp_path / "named", tmp_path / FIRST]
+    other = SPAWNER.Process(target=_claim, args=(folders, claimed, done))
+    other.start()
+    assert claimed.wait(120)
+    assert folder_of() == folder_of("--learning_rate=1e-4") == f"{FIRST}-2"
+    with pytest.raises(UserError, match=r"^output_dir named: another process is training into it: wait .*another fol"):
+        claim_or_refuse(Path("named"))
+    assert list(Path().iterdir()) == []
+    done.set()
+    other.join(120)
+    claim_or_refuse(Path("named"))
+    assert folder_of() == FIRST
 
 
 @pytest.fixture(scope="module")
