@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from jit_accel.base.console import say
-from jit_accel.base.errors import UserError, message_of, nearest
+from jit_accel.base.errors import UserError, check_places, message_of, nearest
 from jit_accel.config.checks import alternatives, check
 from jit_accel.config.settings import SETTINGS, Config
 
@@ -203,6 +203,7 @@ def _parsed(
 ) -> T:
     import tyro
 
+    check_places(values)
     names = {"config": (tyro.conf.OmitArgPrefixes,), "use_underscores": True}
     is_main = os.environ.get("RANK", "0") == "0"
     if values.pop("help", None) is not None:

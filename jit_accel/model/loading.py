@@ -8,7 +8,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
-from jit_accel.base.errors import UserError, lookup, message_of, nearest
+from jit_accel.base.errors import UserError, check_places, lookup, message_of, nearest
 from jit_accel.base.files import write_text
 from jit_accel.config.settings import UNAVERAGED, Config, ModelConfig, ObjectiveConfig
 from jit_accel.model.call_arguments import DEFAULTS, checked_default
@@ -58,6 +58,7 @@ def load_pipeline(
         >>> pipe = load_pipeline("runs/flowers", ema="0.9999").to("cuda")
         >>> pipe("daisy").images[0].save("daisy.png")
     """
+    check_places({about: str(model)})
     path, folder = str(model), Path(model).expanduser()
     exported = find_pipeline_in(folder) if ema is None else None
     checkpoint = None if exported else find_checkpoint_in(folder)

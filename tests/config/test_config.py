@@ -430,3 +430,38 @@ def test_a_slow_use_of_the_device_is_said():
     assert "only emulates bf16" in warnings(precision="bf16")
     assert "uses 1 of 4 cores: set OMP_NUM_THREADS=4" in warnings(cores=4, threads=1)
     assert warnings(cores=4, threads=4) == warnings(cores=4) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("epochs", 1e308), ("warmup_epochs", 1e308), ("max_steps", 10**18), ("learning_rate", 1e308)),
+        *(("guidance_scale", 10**400), ("seed", 10**5000), ("adam_betas", (10**400, 0.9)), ("holdout", 10**400)),
+        *(("num_classes", 10**9), ("num_workers", 2**63), ("lanes", 10**18), ("val_images", -(10**5000))),
+        *(("model", "JiT-B/" + 5000 * "9"), ("model", "JiT-B/9999")),
+    ],
+    ids=lambda part: part[:20] if isinstance(part, str) else type(part).__name__,  # Python writes no such numbers
+)
+def test_numbers_of_which_no_machine_has_so_many_are_refused(name, value):
+    with pytest.raises(UserError) as refused:
+        Config.of(**{"data_path": "photos", name: value})
+    assert refused.value.about == name
+    assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("data_path", ""), ("data_path", "a\0b"), ("output_dir", 256 * "x"), ("init_from", 2000 * "x/y/")),
+        *(("resume", "~no-such-user/home"), ("eval_reference", "\ud800"), ("wandb_tags", ("a\0",))),
+    ],
+)
+def test_places_that_no_system_can_have_are_refused(name, value):
+    with pytest.raises(UserError) as refused:
+        Config.of(**{"data_path": "photos", name: value})
+    assert refused.value.about == name
+
+
+@pytest.mark.parametrize("place", ["\udcff", "https://host/" + 300 * "x", "{" + 100 * "abc," + "d}", 255 * "x"])
+def test_odd_places_that_may_be_there_are_taken(place):
+    assert Config.of(data_path=place).data.data_path == place

@@ -299,6 +299,8 @@ def test_wrong_flags(refused, sources, tmp_path):
     assert "--quality 90: --format png has none" in refused(*folder, "--format", "png", "--quality", "90")
     assert "--quality 101: must be from 1 to 100" in refused(*folder, "--format", "jpeg", "--quality", "101")
     assert "--seed -1: must be 0 or more" in refused(*folder, "--seed=-1")
+    assert "--seed 1" in refused(*folder, f"--seed={10**30}")
+    assert "--num_workers 9999: must be at least 1 and at most 1,024" in refused(*folder, "--num_workers=9999")
     assert "--verify: " in refused("--verify", tmp_path, *folder)
     assert f"--data_path {tmp_path}/none: no such file" in refused("--data_path", f"{tmp_path}/none", *folder[2:])
     assert "--label_column x: " in refused(*folder, "--label_column", "x")
