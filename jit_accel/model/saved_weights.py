@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import inspect
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +51,7 @@ class SavedWeightsMixin:
             variant = f".{call.arguments['variant']}" if call.arguments["variant"] else ""
             for end in (f"{variant}.safetensors", f".safetensors.index{variant}.json"):  # of parts that go
                 (Path(save_directory) / f"diffusion_pytorch_model{end}").unlink(missing_ok=True)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
 
     @functools.wraps(ModelMixin.enable_group_offload, assigned=())
     def enable_group_offload(self, *args, **kwargs) -> None:
