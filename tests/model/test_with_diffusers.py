@@ -1,5 +1,6 @@
 """The pipeline is used as diffusers' own are: offloaded, quantised, saved in parts, with other solvers."""
 
+import copy
 import itertools
 import json
 
@@ -282,8 +283,14 @@ def test_the_components_of_a_pipeline_make_its_like():
     assert again.config.class_names == NAMES
     assert JiTPipeline(**pipe.components, guidance_scale=1.0).config.guidance_scale == 1
     assert set(pipe.components) == {"transformer", "scheduler"}
+    pipe.scheduler = JiTScheduler(noise_scale=2.0)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     assert torch.equal(draw(quiet(JiTPipeline(**pipe.components))), draw(pipe))
+    pipe.transformer = copy.deepcopy(pipe.transformer).requires_grad_(False)
+    pipe.transformer.pipeline_settings = {}  # as of a network that was in no pipeline
+    pipe.register_to_config(guidance_scale=4.0)
+    again = JiTPipeline(**pipe.components)
+    assert (again.config.class_names, again.config.guidance_scale) == (NAMES, 4.0)
 
 
 # ---- a call, seen by callbacks
