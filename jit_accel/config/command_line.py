@@ -149,23 +149,24 @@ def _number(words: Words) -> float:
     return float("nan")
 
 
-def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Words]:
+def read_recipe(path: Path, above: tuple[str, ...] = ()) -> dict[str, Words]:
     """Return the settings of a YAML file, over those of the file that it names as its `base`, if any.
 
     `UserError`: a file that cannot be read, is no YAML, or is its own base; an unknown setting.
     """
     import yaml
 
+    check_places({"config": str(path)})
     wrong = partial(UserError, about="config", value=path)
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise wrong(f"cannot be read ({error}); give the path of a YAML file.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # of a tag's own reader
         raise wrong(f"not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise wrong("must hold `setting: value` lines, such as `batch_size: 32`.")
-    base, files = values.pop("base", None), (*above, path.resolve())
+    base, files = values.pop("base", None), (*above, os.path.realpath(path))
     found = {}
     for name, value in values.items():
         if name not in SETTINGS:
@@ -179,7 +180,8 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Words]:
     if base is None:
         return found
     file = path.parent / str(base)
-    if file.resolve() in files:
+    check_places({"config": str(file)})
+    if os.path.realpath(file) in files:
         raise wrong(f"its base {base} has it as a base: leave one of them out.")
     return over(read_recipe(file, files), found)
 

@@ -104,7 +104,7 @@ def check_output_dir(folder: Path, resume: str, data_path: str) -> None:
     Raises `UserError`: not writable, the folder of the images, or it holds another run.
     """
     refused = partial(UserError, about="output_dir", value=folder)
-    if folder.resolve() == Path(data_path).expanduser().resolve():
+    if os.path.realpath(folder) == os.path.realpath(os.path.expanduser(data_path)):
         raise refused("is the folder of the images, among which the run's own would come: give another, as runs/first.")
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -369,6 +369,9 @@ def test_bases_that_cannot_be_are_refused(tmp_path):
         parse("--config", loop)
     with pytest.raises(UserError, match=r"^config .*gone.yaml: cannot be read"):
         parse("--config", write(tmp_path / "d.yaml", "base: gone.yaml\n"))
+    for text in ('base: "a\\0b"', f"base: {300 * 'x'}", "base: ~no-such-user/a.yaml"):
+        with pytest.raises(UserError, match=r"^config "):
+            parse("--config", write(tmp_path / "f.yaml", text))
     write(tmp_path / "wrong.yaml", "batchsize: 3\n")
     with pytest.raises(UserError, match=r"^config .*wrong.yaml: batchsize is no setting. Did you mean 'batch_size'"):
         parse("--config", write(tmp_path / "e.yaml", "base: wrong.yaml\n"))
@@ -465,3 +468,15 @@ def test_places_that_no_system_can_have_are_refused(name, value):
 @pytest.mark.parametrize("place", ["\udcff", "https://host/" + 300 * "x", "{" + 100 * "abc," + "d}", 255 * "x"])
 def test_odd_places_that_may_be_there_are_taken(place):
     assert Config.of(data_path=place).data.data_path == place
+
+
+@pytest.mark.parametrize("value", ["!!int x", "!!float x", "!!bool x", "!!timestamp x", 5000 * "[", 5000 * "{b: "])
+def test_recipes_that_yaml_cannot_read_are_refused(tmp_path, value):
+    with pytest.raises(UserError, match=r"^config .*: not valid YAML: "):
+        parse("--config", write(tmp_path / "a.yaml", f"batch_size: {value}\n"))
+
+
+@pytest.mark.parametrize("file", ["a\0b", 300 * "x", "~no-such-user/a.yaml"])
+def test_recipes_whose_names_no_file_can_have_are_refused(file):
+    with pytest.raises(UserError, match=r"^config "):
+        parse("--config", file)

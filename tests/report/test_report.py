@@ -654,3 +654,8 @@ def test_a_comparison_hides_runs_and_shows_their_samples_side_by_side(opened):
     assert page.ask(captions) == ["step 100"]
     assert page.ask(shown) == both / 2
     assert page.ask(ERRORS) == ""
+
+
+def test_a_folder_whose_name_is_too_long_is_no_folder(capsys):
+    assert main([5000 * "x"]) == 2
+    assert "not a folder; check the path." in capsys.readouterr().err
