@@ -48,8 +48,8 @@ class Columns:
     def image_of(self, value: Any) -> tuple[bytes | str | None, str]:
         """Take the undecoded value of the image column apart into (bytes or path, name to report)."""
         if isinstance(value, dict):
-            path = value.get("path") or ""
-            return value.get("bytes") or path or None, path
+            data, path = value.get("bytes"), value.get("path") or ""
+            return (path or None) if data is None else data, path
         return value, value if isinstance(value, str) else ""
 
     def label_of(self, value: Any) -> int:
@@ -82,6 +82,11 @@ def find_columns(
     UserError if a named column does not exist, or no image column can be recognised.
     """
     names = ", ".join(features)
+    spelled = {unicodedata.normalize("NFC", name): name for name in features}
+    image_column, label_column = (
+        name if name is None or name in features else spelled.get(unicodedata.normalize("NFC", name), name)
+        for name in (image_column, label_column)
+    )
     for about, wanted in (("image_column", image_column), ("label_column", label_column)):
         if wanted is not None and wanted not in features:
             rule = f"{where} has no such column; choose from {names}.{nearest(wanted, features)}"
@@ -179,7 +184,7 @@ def named_classes(spellings: Iterable[str], where: str) -> tuple[dict[str, int],
     A name is one class in whatever form of Unicode it is spelled.
     """
     spellings = list(spellings)
-    are_numbers = all(re.fullmatch("-?[0-9]{1,18}", text) for text in spellings)
+    are_numbers = all(re.fullmatch(r"-?\d{1,99}", text) for text in spellings)
     spellings.sort(key=lambda text: (int(text) if are_numbers else 0, text))
     names = tuple(dict.fromkeys(unicodedata.normalize("NFC", text) for text in spellings))
     ids = {name: i for i, name in enumerate(names)}

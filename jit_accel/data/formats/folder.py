@@ -38,7 +38,8 @@ UNDECODABLE_EXTENSIONS = frozenset(
 )
 # Files that say what is in images, to people, or to other programs.
 _LABEL_FILE = re.compile(
-    r"(^|/)(metadata|labels?|annotations?|captions?|classes)\.\w+$|[.](csv|tsv|xlsx?|ods|jsonl)$", re.IGNORECASE
+    r"(^|/)(metadata|labels?|annotations?|captions?|classes)\.\w+$|[.](csv|tsv|xlsx?|ods|jsonl?|xml)([.](gz|bz2|xz|zst|zip))?$",
+    re.IGNORECASE,
 )
 
 
@@ -150,4 +151,5 @@ def _report_unreadable(root: str, scan: FolderScan) -> None:
     tables = [name for name in scan.others if _LABEL_FILE.search(name)]
     if tables and len(scan.images) and not scan.metadata:
         rule = "--data_path %s: %s is not read: labels come from metadata.csv (file_name,label) or names of folders"
-        log.warning(rule, root, ", ".join(tables[:3]))
+        more = f", ... ({len(tables)} such files)" if len(tables) > 3 else ""
+        log.warning(rule, root, ", ".join(tables[:3]) + more)

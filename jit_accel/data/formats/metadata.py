@@ -1,11 +1,13 @@
 """Labels of a folder's images from metadata.csv, .tsv, .jsonl and .parquet, as HF's `imagefolder` reads them."""
 
+import codecs
 import json
 import logging
 import os
 import posixpath
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -83,7 +85,8 @@ def _read(file: str, label_column: str | None) -> pa.Table:
         table = READERS[os.path.splitext(file)[1].lower()](file)
         counts = Counter(table.column_names)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise data_error(file, f"cannot be read ({error}): repair it, save it as UTF-8, or remove it.") from error
+        reason = _foreign_encoding(file) or error
+        raise data_error(file, f"cannot be read ({reason}): repair it, save it as UTF-8, or remove it.") from error
     if FILE_NAME not in counts:
         found = ", ".join(table.column_names) or "nothing"
         rule = f"it has no column {FILE_NAME!r} that says which image a row is about, only {found}: rename the column, "
@@ -99,13 +102,36 @@ def _read(file: str, label_column: str | None) -> pa.Table:
     return table.select([number for number, name in enumerate(table.column_names) if counts[name] == 1])
 
 
+def _foreign_encoding(file: str) -> str | None:
+    """Return what is wrong with the encoding of a text file, if anything is."""
+    data = Path(file).read_bytes() if os.path.isfile(file) else b""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "it is in UTF-16"
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return (
+            None if file.lower().endswith(".parquet") else "it is not in UTF-8 but in another encoding, such as Latin-1"
+        )
+    return None
+
+
+def _delimiter(file: str) -> str:
+    """Return what stands between the columns of a table of this ending; ValueError where the first line differs."""
+    usual = "\t" if file.lower().endswith(".tsv") else ","
+    with open(file, encoding="utf-8-sig", errors="replace") as opened:
+        head = opened.readline(2**16).strip()
+    for mark in ",;\t|":
+        if mark in head and usual not in head and FILE_NAME in [name.strip('" ') for name in head.split(mark)]:
+            raise ValueError(f"its columns are separated by {mark!r} and not by {usual!r}, so it has only {head}")
+    return usual
+
+
 def _read_csv(file: str) -> pa.Table:
     return pyarrow.csv.read_csv(
         file,
         read_options=pyarrow.csv.ReadOptions(use_threads=False),  # errors then tell the row
-        parse_options=pyarrow.csv.ParseOptions(
-            delimiter="\t" if file.lower().endswith(".tsv") else ",", newlines_in_values=True
-        ),
+        parse_options=pyarrow.csv.ParseOptions(delimiter=_delimiter(file), newlines_in_values=True),
         convert_options=pyarrow.csv.ConvertOptions(
             column_types={FILE_NAME: pa.string()}, null_values=[""], strings_can_be_null=True
         ),
@@ -129,10 +155,14 @@ def _read_jsonl(file: str) -> pa.Table:
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {}
     for name in names:
+        values = [row.get(name) for row in rows]
         try:
-            columns[name] = pa.array([row.get(name) for row in rows])
-        except (pa.ArrowException, OverflowError):  # mixed types: no labels
-            columns[name] = pa.nulls(len(rows))
+            columns[name] = pa.array(values)
+        except (pa.ArrowException, OverflowError):  # numbers and text are text, other mixtures no labels
+            if all(value is None or isinstance(value, str | int | float) for value in values):
+                columns[name] = pa.array([value if value is None else str(value) for value in values])
+            else:
+                columns[name] = pa.nulls(len(rows))
     return pa.table(columns)
 
 

@@ -151,12 +151,12 @@ def _list(folder: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[s
                 folders.append(name)
             elif kind == "file" and name.lower() in METADATA_NAMES:
                 scan.metadata.append(prefix + name)
-            elif kind != "folder" and ending not in IMAGE_EXTENSIONS:
+            elif kind != "folder" and ending not in IMAGE_EXTENSIONS and (ending or kind == "file"):
                 scan.other_endings[ending or "no ending"] += 1
                 if len(scan.others) < MOST_OTHERS and is_utf8(name):
                     scan.others.append(prefix + name)
             elif not is_utf8(name):
-                scan.unreadable.append(f"{entry.path!a} (its name is not UTF-8)")
+                scan.unreadable.append(f"{ascii(entry.path)[1:-1]} (its name is not UTF-8)")
             elif kind != "file":
                 scan.unreadable.append(f"{entry.path} ({kind})")
             else:

@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import tarfile
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
@@ -73,7 +74,7 @@ def _members(file: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo, str,
             for member in tar:
                 match = _STEM_AND_KEY.match(member.name)
                 if member.isfile() and match and not os.path.basename(member.name).startswith((".", "__")):
-                    yield tar, member, match[1], match[2]
+                    yield tar, member, unicodedata.normalize("NFC", match[1]), match[2]
             yield tar, None, "", ""  # so that the file is open while the last members are read
             # Python takes the end of a file, and a header that it cannot read, for the end of the archive.
             with open(file, "rb") as opened:

@@ -46,9 +46,7 @@ def open_tars(request: Request, format: str = "webdataset", shards: Sequence[Sha
     joined = None if asked and "." in asked else joined_endings(shards[0])
     stem, sample = _first_sample(shards[0], joined)
     columns = replace(_find_columns(sample, request), joined=joined)
-    if unread := ", ".join(f".{key}" for key in sorted((joined or set()) - {columns.image})):
-        rule = "--data_path %s: samples have several pictures; .%s is read and %s is not: --image_column chooses"
-        log.warning(rule, request.path, columns.image, unread)
+    _report_unread(sample, columns, request.path)
     if columns.image.rsplit(".", 1)[-1].lower() not in IMAGE_EXTENSIONS:
         rule = f"the members .{columns.image} of {request.path} are no images: choose another ending."
         raise UserError(rule, about="image_column", value=columns.image)
@@ -70,6 +68,21 @@ def open_tars(request: Request, format: str = "webdataset", shards: Sequence[Sha
     else:
         images = Stream(tuple(shards), partial(_rows, columns), columns, np.array(counts, np.int64))
     return source_of(request.path, format, images, names, identity)
+
+
+def _report_unread(sample: dict[str, bytes], columns: Columns, where: str) -> None:
+    """Say which members of the samples are not read, by those of the first one."""
+    if pictures := ", ".join(f".{key}" for key in sorted((columns.joined or set()) - {columns.image})):
+        rule = "--data_path %s: samples have several pictures; .%s is read and %s is not: --image_column chooses"
+        log.warning(rule, where, columns.image, pictures)
+    used = {columns.image, columns.label}
+    others = [key for key in sample if key not in used and not is_image(key)]
+    if others and columns.label == FOLDER:
+        table = next((key for key in others if key.lower() == "json"), None)
+        found = f" (.{table} has {', '.join(_load_json(sample[table])) or 'no entries'})" if table else ""
+        rule = "--data_path %s: %s%s is not read: labels come from .cls files, from one of %s in .json files, or from "
+        rule += "folders; --label_column names another entry"
+        log.warning(rule, where, ", ".join(f".{key}" for key in others), found, ", ".join(JSON_LABELS))
 
 
 def _first_sample(shard: Shard, joined: frozenset[str] | None) -> tuple[str, dict[str, bytes]]:
