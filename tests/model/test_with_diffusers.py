@@ -339,6 +339,31 @@ def test_guidance_that_a_callback_changes_acts_from_the_next_step(pipe, method, 
     assert make_pipe(guidance_scale=2.5).guidance_scale == 2.5
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "calls"),
+    [
+        ("heun", 2),
+        ("euler", 1),
+        (FlowMatchEulerDiscreteScheduler(), 1),
+        (FlowMatchHeunDiscreteScheduler(), 2),
+        (UniPCMultistepScheduler(use_flow_sigmas=True), 1),
+        (DPMSolverSinglestepScheduler(use_flow_sigmas=True), 1),
+    ],
+)
+def test_a_callback_ends_guidance_and_the_call_between_two_steps(pipe, scheduler, calls):
+    batches, method = [], scheduler
+    if not isinstance(scheduler, str):
+        pipe.scheduler, method = scheduler, None
+    pipe.transformer.register_forward_pre_hook(lambda network, given: batches.append(len(given[0])))
+
+    def change(pipe, step, t, given):
+        pipe.guidance_scale = 2.0 if step < 1 else 1.0
+        pipe._interrupt = step == 2
+
+    draw(pipe, 6, method=method, guidance_interval=(0.0, 1.0), callback_on_step_end=change)
+    assert batches == [4] * 2 * calls + [2] * calls
+
+
 # ---- other schedulers
 
 
