@@ -75,7 +75,7 @@ class SamplePlan:
         plain = unicodedata.normalize("NFC", self.class_names[label] if self.class_names else "")
         # Letters with their accents, numbers; a file system's 255 bytes hold 40 of any
         words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in plain).split()
-        name = "-".join(words)[:40].strip("-")
+        name = "-".join(word for word in words if any(map(str.isalnum, word)))[:40].strip("-")
         return f"{number}_{name}" if name else number
 
     def classes(self) -> list[dict]:
