@@ -61,6 +61,7 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
     accelerator = build_accelerator(config)
     with process_group(accelerator), contextlib.ExitStack() as stack:
         stack.callback(release, folder)
+        check_world(accelerator.num_processes)
         if not config.run.dry_run:
             on_main(accelerator, lambda: claim_or_refuse(folder))
         if config.hub.push_to_hub:  # found out now, not after days of training
@@ -81,6 +82,16 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
         if exit_code == 0 and config.hub.push_to_hub and accelerator.is_main_process:
             hub.share(folder / PIPELINE_FOLDER, config.hub)  # last, so that nobody waits for the network
         return exit_code
+
+
+def check_world(num_processes: int) -> None:
+    """Raise `UserError` where a launcher started several processes, and Accelerate takes each for a run of its own."""
+    world = os.environ.get("WORLD_SIZE", "1") if "LOCAL_RANK" in os.environ else "1"
+    if num_processes == 1 and world != "1":
+        raise UserError(
+            f"{world} processes were started, which know nothing of each other and would write into one folder: "
+            "without a GPU for each set ACCELERATE_USE_CPU=true, or start one process."
+        )
 
 
 def placed(config: Config) -> Config:

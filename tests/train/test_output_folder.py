@@ -10,7 +10,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.config.command_line import parse_args
 from jit_accel.config.identity import experiment_of
 from jit_accel.model.checkpoints import read_run
-from jit_accel.train.build import placed
+from jit_accel.train.build import check_world, placed
 from jit_accel.train.output_folder import check_output_dir, claim, claim_or_refuse
 
 FIRST = "runs/x-JiT-B-16-256px-seed0"
@@ -115,6 +115,16 @@ def test_runs_that_begin_at_the_same_time_get_a_folder_each(tmp_path):
     other.join(120)
     claim_or_refuse(Path("named"))
     assert folder_of() == FIRST
+
+
+def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch):
+    check_world(1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_world(1)  # a cluster's own variable
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    check_world(2)
+    with pytest.raises(UserError, match=r"^2 processes were started, .* set ACCELERATE_USE_CPU=true"):
+        check_world(1)
 
 
 @pytest.fixture(scope="module")
