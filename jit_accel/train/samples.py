@@ -52,10 +52,8 @@ class AveragedSamples:
 
     def passes_for(self, images: int, steps: int | None, *more_guidance: float) -> float:
         """Return how many images each process passes forward for so many in `steps` of Heun, at each guidance."""
-        guidance, steps = (
-            {self.pipeline.config.guidance_scale, *more_guidance},
-            steps or self.settings.num_inference_steps,
-        )
+        guidance = {self.pipeline.config.guidance_scale, *more_guidance}
+        steps = steps or self.settings.num_inference_steps
         calls = (2 * steps - 1) * sum(1 if scale == 1 else 2 for scale in guidance)
         return images * calls / self.accelerator.num_processes
 

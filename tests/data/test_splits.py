@@ -235,6 +235,19 @@ def test_a_column_says_of_what_split_an_image_is(tmp_path, caplog):
     assert "choose from train" in refusal(tmp_path, split="test")
 
 
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_column_of_a_table_that_says_so_is_warned_of(tmp_path, caplog, kind):
+    texts = {"mixed": ["train", "train", "val", "test"], "one": ["train"] * 4, "other": ["a", "b", "a", "b"]}
+    for name, splits in texts.items():
+        table = datasets.Dataset.from_dict({"image": [png(n) for n in range(4)], "split": splits})
+        place = tmp_path / (f"{name}.parquet" if kind == "parquet" else name)
+        table.to_parquet(place) if kind == "parquet" else table.save_to_disk(place)
+        caplog.clear()
+        assert numbers(place) == [0, 1, 2, 3]
+        warned = "by the column 'split' its images are of several splits" in caplog.text
+        assert warned == (name == "mixed"), caplog.text
+
+
 def test_what_is_listed_of_other_splits_is_not_missing(tmp_path, caplog):
     pictures(tmp_path, "train/a.png", f"test/{unicodedata.normalize('NFD', 'é')}.png")
     (tmp_path / "metadata.csv").write_text("file_name,label\ntrain/a.png,a\ntest/é.png,b\ntest/gone.png,b\n")

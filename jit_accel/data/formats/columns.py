@@ -12,11 +12,13 @@ from datasets import ClassLabel, Features, Image, Value
 
 from jit_accel.base.errors import UserError, nearest
 from jit_accel.data import data_error
+from jit_accel.data.reading.splits import TEST, VALIDATION, split_of
 
 log = logging.getLogger(__name__)
 
 IMAGE_NAMES = ("image", "img", "png", "jpg", "jpeg", "webp", "picture", "photo", "pixel_values", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label", "category", "class_label", "target")
+SPLIT_NAMES = ("split", "subset", "partition")  # of columns that may say of what split an image is
 FOLDER = "/"  # in place of a label column: the label is the folder in a tar file that a sample is in
 MAX_CLASSES = 1_000_000  # more distinct numbers than this are ids, not classes
 _NO_CLASS = (
@@ -114,6 +116,21 @@ def find_columns(
     if label is None and named:
         log.warning(_NO_CLASS, where, named[0], features[named[0]])
     return Columns(image, label)
+
+
+def split_column(features: Mapping[str, Any]) -> str | None:
+    """Return the column that may say of what split an image is; None where there is none."""
+    return next((name for name in SPLIT_NAMES if label_kind(features.get(name)) == "text"), None)
+
+
+def warn_of_splits(column: str, values: Iterable, where: str) -> None:
+    """Warn of a table whose column has words for several splits: all its rows are read."""
+    splits = {split_of(value.strip()) for value in values if isinstance(value, str)}
+    if len(splits) > 1 and splits.intersection((VALIDATION, TEST)):
+        rule = (
+            "--data_path %s: by the column %r its images are of several splits (%s), and all of them are taken: write "
+        )
+        log.warning(rule + "each split to a file of its own, such as train.parquet", where, column, ", ".join(splits))
 
 
 def label_kind(feature: Any) -> str | None:

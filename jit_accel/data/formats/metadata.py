@@ -17,14 +17,13 @@ import pyarrow.parquet
 
 from jit_accel.base.errors import UserError
 from jit_accel.data import data_error
-from jit_accel.data.formats.columns import LABEL_NAMES, Columns, features_of, find_columns, label_kind, read_labels
+from jit_accel.data.formats.columns import LABEL_NAMES, Columns, features_of, find_columns, read_labels, split_column
 from jit_accel.data.formats.scan import FolderScan, OfSplits
 from jit_accel.data.reading.splits import OTHERS, TEST, TRAIN, VALIDATION, choose_splits, split_of
 
 log = logging.getLogger(__name__)
 
 FILE_NAME = "file_name"
-SPLIT_NAMES = ("split", "subset", "partition")  # of columns that may say of what split an image is
 
 
 def labels_from_metadata(
@@ -194,7 +193,7 @@ def _are_of_split(tables: list[pa.Table], wanted: str | None, root: str) -> list
     All rows are, where there is no such column with a word for a split in it; see `choose_splits`.
     """
     kinds = features_of(tables[0].select(_shared(tables)).schema)
-    name = next((name for name in SPLIT_NAMES if label_kind(kinds.get(name)) == "text"), None)
+    name = split_column(kinds)
     found = [table.column(name).cast(pa.string()).fill_null(OTHERS) for table in tables] if name else []
     splits = {text: split_of(text.strip()) for column in found for text in pc.unique(column).to_pylist()}
     if not {TRAIN, VALIDATION, TEST}.intersection(splits.values()):

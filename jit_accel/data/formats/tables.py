@@ -14,7 +14,16 @@ from datasets import Dataset, DatasetDict, Features, Image, Value, concatenate_d
 
 from jit_accel.base.errors import UserError, lookup
 from jit_accel.data import data_error
-from jit_accel.data.formats.columns import MAX_CLASSES, Columns, features_of, find_columns, label_kind, read_labels
+from jit_accel.data.formats.columns import (
+    MAX_CLASSES,
+    Columns,
+    features_of,
+    find_columns,
+    label_kind,
+    read_labels,
+    split_column,
+    warn_of_splits,
+)
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
 from jit_accel.data.reading.images import ParquetReader, Stream
 from jit_accel.data.reading.servers import at_once
@@ -73,6 +82,8 @@ def open_tables(
     if twice is not None:
         rule = f"two columns are named {twice!r}: rename one, or choose others with --image_column and --label_column."
         raise data_error(request.path, rule)
+    if (split := split_column(features)) and request.split is None:
+        warn_of_splits(split, _bounds(files, split) or (), request.path)
     feature = features.get(columns.label)
     values = _values_of_labels(files, columns, feature, request.renumber_labels)
     columns, names = read_labels(feature, values, columns, request.path, request.label_column, request.renumber_labels)
@@ -125,6 +136,8 @@ def split_of(dataset: Dataset | DatasetDict, request: Request) -> Dataset:
 def open_table(request: Request, format: str, dataset: Dataset, identity: str) -> Source:
     """Open a table for random access; UserError for wrong columns or labels."""
     columns = find_columns(dataset.features, request.image_column, request.label_column, request.path)
+    if (split := split_column(dataset.features)) and request.split is None:
+        warn_of_splits(split, dataset.unique(split), request.path)
     values = () if columns.label is None else dataset.unique(columns.label)
     feature, asked = dataset.features.get(columns.label), request.label_column
     columns, names = read_labels(feature, values, columns, request.path, asked, request.renumber_labels)
