@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import math
 import os
 import re
@@ -142,8 +143,18 @@ def check_places(values: Mapping[str, object]) -> None:
                 raise UserError("holds characters that no path can have.", about=name, value=repr(text)) from None
             if len(encoded) > 4096 or max(map(len, encoded.split(b"/"))) > 255:
                 raise UserError("is longer than a path can be.", about=name, value=text)
+            if _is_loop(text):
+                raise UserError("is a link that leads back to itself.", about=name, value=text)
             if text.startswith("~") and os.path.expanduser(text) == text:
                 raise UserError("there is no such home: write the whole path.", about=name, value=text)
+
+
+def _is_loop(path: str) -> bool:
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def within(low: int, high: int, *names: str) -> list[tuple[str, Callable[..., bool], str]]:

@@ -118,7 +118,7 @@ def label_of(name: str, num_classes: int, class_names: Sequence[str] | None) -> 
         return num_classes
     if num_classes == 0:
         raise UserError("the model knows no classes: leave the flag out.", about="classes", value=name)
-    if re.fullmatch(r"\d+", name, re.ASCII) and int(name) < num_classes:
+    if re.fullmatch(r"\d{1,9}", name, re.ASCII) and int(name) < num_classes:
         return int(name)
     rule = f"use 0 to {num_classes - 1}" if num_classes > 1 else "use 0"
     if names:

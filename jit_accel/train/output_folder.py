@@ -53,7 +53,7 @@ def claim(folder: Path) -> bool:
 
     Returns False where another process has claimed it. Only the main process of a run claims.
     """
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))
     if folder in _claims or os.environ.get("RANK", "0") != "0":
         return True
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
@@ -79,7 +79,7 @@ def claim_or_refuse(folder: Path) -> None:
 
 def release(folder: Path) -> None:
     """End this process's claim of a folder, if it has one."""
-    if file := _claims.pop(folder.resolve(), None):
+    if file := _claims.pop(Path(os.path.realpath(folder)), None):
         file.close()
 
 
@@ -95,7 +95,7 @@ def held(folder: Path) -> list[Path]:
 def continues(folder: Path, resume: str) -> bool:
     """Return True where `--resume` goes on with the run in this folder."""
     resumed = Path(resume).resolve()
-    return resume == "auto" or (resume != "none" and folder.resolve() in (resumed, *resumed.parents))
+    return resume == "auto" or (resume != "none" and Path(os.path.realpath(folder)) in (resumed, *resumed.parents))
 
 
 def check_output_dir(folder: Path, resume: str, data_path: str) -> None:

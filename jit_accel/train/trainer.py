@@ -14,6 +14,7 @@ from torch import Tensor
 from jit_accel.base import rng
 from jit_accel.base.console import say
 from jit_accel.base.errors import StopRequest, UserError
+from jit_accel.base.files import disk_errors
 from jit_accel.base.processes import on_main
 from jit_accel.config.completion import Plan
 from jit_accel.config.settings import OptimConfig, RunConfig, write_config
@@ -107,7 +108,8 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end, or until a signal. Returns the exit code."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with disk_errors("output_dir", self.output_dir):
+            self.output_dir.mkdir(parents=True, exist_ok=True)
         last_step = max(self.plan.total_steps, self.step)
         is_alone = self.accelerator.num_processes == 1  # several agree to stop when the metrics are read
         if self.quality and (self.step < last_step or not self.quality.has_measured(last_step)):

@@ -465,6 +465,13 @@ def test_places_that_no_system_can_have_are_refused(name, value):
     assert refused.value.about == name
 
 
+def test_a_link_that_leads_back_to_itself_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("data_path", "output_dir", "init_from"):
+        with pytest.raises(UserError, match="leads back to itself"):
+            Config.of(**{"data_path": "photos", name: str(tmp_path / "loop" / "x")})
+
+
 @pytest.mark.parametrize("place", ["\udcff", "https://host/" + 300 * "x", "{" + 100 * "abc," + "d}", 255 * "x"])
 def test_odd_places_that_may_be_there_are_taken(place):
     assert Config.of(data_path=place).data.data_path == place
