@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -67,6 +67,7 @@ def parse_flags(settings: type[T], argv: list[str] | None, prog: str) -> T:
     return _parsed(settings, reduce(over, read_flags(argv, known)), known, prog)
 
 
+@cache
 def _put_defaults_in_words(group: type) -> None:
     """Let tyro show the docstrings of these settings as one text, which says itself what an open one comes to."""
     import tyro
@@ -208,10 +209,10 @@ def _parsed(
     check_places(values)
     names = {"config": (tyro.conf.OmitArgPrefixes,), "use_underscores": True}
     is_main = os.environ.get("RANK", "0") == "0"
+    for group in filter(is_dataclass, (settings, *(field.type for field in fields(settings)))):
+        _put_defaults_in_words(group)
     if values.pop("help", None) is not None:
         arguments = ["--help"]
-        for group in filter(is_dataclass, (settings, *(field.type for field in fields(settings)))):
-            _put_defaults_in_words(group)
     else:
         kinds = {name: known[name].type for name in values if not _is_taken_back(values[name], known[name].type)}
         arguments = [argument for name, kind in kinds.items() for argument in _spelled(name, values[name], kind)]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -44,8 +45,10 @@ def run_folder(config: Config) -> str:
     folder, name = os.path.expanduser(config.run.output_dir or ""), run_name(config.tracking)
     sweep, trial = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
     if sweep and trial:
-        is_its_own = trial in folder
-        return folder if is_its_own else os.path.join(folder or f"runs/sweep-{_as_folder(sweep)}", _as_folder(trial))
+        own = _as_folder(trial)
+        if re.search(rf"(?<!\w){re.escape(own)}(?!\w)", os.path.basename(folder.rstrip("/"))):
+            return folder
+        return os.path.join(folder or f"runs/sweep-{_as_folder(sweep)}", own)
     if folder or name:
         return folder or f"runs/{_as_folder(name)}"
     return default_folder(config)

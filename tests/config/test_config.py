@@ -311,7 +311,11 @@ def test_each_trial_of_a_sweep_has_a_folder_of_its_own(monkeypatch):
     assert run_folder(parse()) == run_folder(parse("--wandb_name", "same")) == "runs/sweep-s1/r1"
     assert run_folder(parse("--output_dir", "runs/mine")) == "runs/mine/r1"
     assert run_folder(parse("--output_dir", "runs/of-r1")) == "runs/of-r1"
-    assert run_folder(resolved(parse("--output_dir", "runs/mine"))[0]) == "runs/mine/r1"
+    assert run_folder(parse("--output_dir", "runs/or10/of-r10")) == "runs/or10/of-r10/r1"  # those of other trials
+    monkeypatch.setenv("WANDB_RUN_ID", "odd id")
+    for folder in (("runs/mine", "runs/mine/odd-id"), ("runs/mine/odd-id/", "runs/mine/odd-id/")):
+        assert run_folder(parse("--output_dir", folder[0])) == folder[1]
+    assert run_folder(resolved(parse("--output_dir", "runs/mine"))[0]) == "runs/mine/odd-id"
 
 
 def test_settings_from_python_are_those_of_the_command_line():
