@@ -306,5 +306,24 @@ def test_pictures_beside_a_photo_are_no_samples_and_are_said_to_be_passed_over(t
     assert sorted(opened(tmp_path, members)[1]) == [0, 1, 2]
     assert ".jpg is read and .seg.png is not" in caplog.text
     assert sorted(opened(tmp_path, members, image_column="seg.png")[1]) == [100, 101, 102]
-    pairs = {f"{n}.{key}": png(n) for n in range(3) for key in ("rgb.png", "depth.png")}
-    assert "name the ending of the images" in refusal(tar(tmp_path / "b.tar", pairs))
+    caplog.clear()
+    assert sorted(opened(tmp_path, {"0.png": png(0), "1.png": png(1), "1.jpg": png(2)})[1]) == [0, 1]
+    assert ".png is read and .jpg is not" in caplog.text
+
+
+def test_pictures_of_one_name_are_samples_and_are_said_to_be(tmp_path, caplog):
+    pairs = {f"{n}.{key}": png(n + plus) for n in range(3) for key, plus in (("rgb.png", 0), ("depth.png", 100))}
+    assert sorted(opened(tmp_path, pairs)[1]) == [0, 1, 2, 100, 101, 102]
+    assert "pictures of one name, .depth.png and .rgb.png, are samples of their own" in caplog.text
+    assert sorted(opened(tmp_path, pairs, image_column="rgb.png")[1]) == [0, 1, 2]
+    labelled = pairs | {f"{n}.cls": b"%d" % n for n in range(3)}
+    members = {name: labelled[name] for name in sorted(labelled)}
+    assert "name the ending of the images" in refusal(tar(tmp_path / "b.tar", members))
+
+
+@pytest.mark.parametrize("label", ["cls", "json", "meta.json"])
+def test_a_label_is_of_the_only_picture_beside_it(tmp_path, label):
+    members = {}
+    for n in range(2):
+        members |= {f"{n}.{label}": b"%d" % n if label == "cls" else b'{"label": %d}' % n, f"{n}.rgb.png": png(n)}
+    assert opened(tmp_path, members)[1] == {0: 0, 1: 1 if label != "meta.json" else 0}

@@ -80,6 +80,10 @@ FOLDERS = {  # of images: the inner paths of those that are trained on, and the 
     "several folders of one split": ({"trainA/": "A/", "trainB/": "B/"}, ["testA/", "testB/"]),
     "years of one split": ({"train2014/": "", "train2017/": ""}, ["val2017/"]),
     "train alone with files beside": ({"train/cat/": "cat/", "train/dog/": "dog/"}, [""]),
+    "as archives are unpacked": (
+        {"seg_train/seg_train/a/": "a/", "seg_train/seg_train/b/": "b/"},
+        ["seg_test/seg_test/a/"],
+    ),
     "train alone": ({"train/cat/": "cat/", "train/dog/": "dog/"}, []),
     "a class named train beside a test folder": ({"bus/": "bus/", "train/": "train/"}, ["test/"]),
     "splits beside other folders": ({"train/a/": "a/", "train/b/": "b/"}, ["test/a/", "annotated/"]),
@@ -230,6 +234,9 @@ def test_a_column_says_of_what_split_an_image_is(tmp_path, caplog):
     assert numbers(tmp_path, split="train+test") == [0, 1, 3, 4]
     assert numbers(tmp_path, split="all") == list(range(6))
     assert "choose from" in refusal(tmp_path, split="tset")
+    for name in ("Split", "SET", "data_set"):
+        (tmp_path / "metadata.csv").write_text(f"file_name,label,{name}\n" + rows)
+        assert numbers(tmp_path) == [0, 1]
     (tmp_path / "metadata.csv").write_text("file_name,split\n0.png,left\n1.png,right\n")
     assert numbers(tmp_path) == [0, 1]
     assert "choose from train" in refusal(tmp_path, split="test")
@@ -313,7 +320,7 @@ def test_splits_of_the_hub(tmp_path, monkeypatch, streaming):
 
 def test_embedded_data_has_a_test_split():
     split, other = open_images("builtin:fashion_mnist", split="test"), open_images("builtin:fashion_mnist_test")
-    assert split.fingerprint == other.fingerprint
+    assert split.fingerprint == other.fingerprint == open_images("builtin:fashion_mnist", split="Testing").fingerprint
 
 
 def test_a_loss_is_measured_on_another_split(tmp_path):

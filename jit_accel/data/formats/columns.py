@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 IMAGE_NAMES = ("image", "img", "png", "jpg", "jpeg", "webp", "picture", "photo", "pixel_values", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label", "category", "class_label", "target")
-SPLIT_NAMES = ("split", "subset", "partition")  # of columns that may say of what split an image is
+SPLIT_NAMES = ("split", "subset", "partition", "set", "dataset", "data set")  # of columns of splits, in any case
 FOLDER = "/"  # in place of a label column: the label is the folder in a tar file that a sample is in
 MAX_CLASSES = 1_000_000  # more distinct numbers than this are ids, not classes
 _NO_CLASS = (
@@ -120,7 +120,8 @@ def find_columns(
 
 def split_column(features: Mapping[str, Any]) -> str | None:
     """Return the column that may say of what split an image is; None where there is none."""
-    return next((name for name in SPLIT_NAMES if label_kind(features.get(name)) == "text"), None)
+    spelled = {name.lower().replace("_", " "): name for name in features if label_kind(features[name]) == "text"}
+    return next((spelled[name] for name in SPLIT_NAMES if name in spelled), None)
 
 
 def warn_of_splits(column: str, values: Iterable, where: str) -> None:

@@ -28,7 +28,7 @@ from jit_accel.data.formats.source import Request, Source, fingerprint_of, sourc
 from jit_accel.data.reading.images import ParquetReader, Stream
 from jit_accel.data.reading.servers import at_once
 from jit_accel.data.reading.shards import LocalShard, Shard, Span, at_hand, find_shards, missing_path, remembered
-from jit_accel.data.reading.splits import TRAIN, choose_splits
+from jit_accel.data.reading.splits import TRAIN, canonical, choose_splits
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
 _ROWS_AT_ONCE = 64
@@ -103,7 +103,8 @@ def open_builtin(request: Request) -> Source:
     paths = sorted(BUILTIN.glob("*/*.parquet"), key=lambda path: (path.parent.name, path.stem != "train", path.stem))
     names = (path.parent.name + ("" if path.stem == "train" else f"_{path.stem}") for path in paths)
     files = {f"builtin:{name}": str(path) for name, path in zip(names, paths)}
-    name = request.path if request.split in (None, TRAIN) else f"{request.path}_{request.split}"
+    split = canonical(request.split)
+    name = request.path if split == TRAIN else f"{request.path}_{split}"
     file = LocalShard(lookup(files, name, "data_path"))
     request.refuse("streaming", reason="is small and held in memory")
     table = pq.read_table(file.path, use_threads=False)

@@ -1,6 +1,7 @@
 """The samples in a tar file: neighbouring members with one stem, told apart from pictures with dots in their names."""
 
 import itertools
+import logging
 import os
 import re
 import tarfile
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from jit_accel.data import data_error
 from jit_accel.data.reading.shards import Shard, at_hand
 
+log = logging.getLogger(__name__)
+
 IMAGE_KEYS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2")
 _HF_KEYS = ("__key__", "__url__")  # which HF datasets adds to each sample
 _STEM_AND_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as HF datasets and webdataset split names
@@ -18,17 +21,32 @@ _MOST_MEMBERS = 10_000  # that are looked at to find which endings with dots the
 
 
 def joined_endings(shard: Shard) -> frozenset[str]:
-    """Return the endings of pictures, such as seg.png, that several samples have beside another.
+    """Return the endings of pictures, such as seg.png, that are parts of samples: beside one of a plain ending.
 
-    Dots in front of others, and of numbers, belong to a name: "Screenshot at 10.15.30.png".
+    It is that of several samples, as of a photo and its mask, or of the only picture beside a label. Else dots in front
+    of an ending belong to a name, as in "Screenshot at 10.15.30.png"; those that several names have are said.
     """
-    keys: dict[str, list[str]] = {}
+    rows: dict[str, list[str]] = {}
     with at_hand(shard) as path:
         for _, _, stem, key in itertools.islice(_members(path), _MOST_MEMBERS):
-            if is_image(key):
-                keys.setdefault(stem, []).append(key)
-    beside = Counter(key for of_stem in keys.values() if len(of_stem) > 1 for key in of_stem)
-    return frozenset(key for key, count in beside.items() if count > 1 and not key.partition(".")[0].isdigit())
+            rows.setdefault(stem, []).append(key)
+    lone, joined, apart = set(), Counter(), Counter()
+    for keys in rows.values():
+        pictures = [key for key in keys if is_image(key)]
+        if len(pictures) != 1:
+            (joined if any("." not in key for key in keys) else apart).update(pictures)
+        elif not all(key.startswith(pictures[0][: pictures[0].rfind(".") + 1]) for key in keys):
+            lone.add(pictures[0])
+    kept = lone.union(filter(lambda key: "." not in key or _are_alike(key, joined[key]), joined))
+    if named := sorted(key for key, count in apart.items() if key not in kept and _are_alike(key, count)):
+        rule = "--data_path %s: pictures of one name, .%s, are samples of their own: --image_column %s takes one"
+        log.warning(rule, shard, " and .".join(named[:3]), named[0])
+    return frozenset(kept)
+
+
+def _are_alike(key: str, count: int) -> bool:
+    """Return True for an ending of several names, unless it begins with a number, as that of a copy does."""
+    return count > 1 and not key.partition(".")[0].isdigit()
 
 
 def samples_in(

@@ -102,6 +102,8 @@ def _find_columns(sample: dict[str, bytes], request: Request) -> Columns:
     keys = ", ".join(f".{key}" for key in sample) or "nothing"
     asked = request.image_column
     image = next(filter(None, map(spelled, [asked] if asked else IMAGE_KEYS)), None)
+    if asked is None and len(pictures := [key for key in sample if is_image(key)]) == 1:
+        (image,) = pictures
     if image is None:
         rule = f"the first sample of {request.path} consists of {keys}: name the ending of the images."
         raise UserError(rule + nearest(asked or "", sample), about="image_column", value=asked or "(not given)")

@@ -106,11 +106,14 @@ def find_splits(paths: Iterable[str], are_classes: bool = False) -> dict[str, tu
             inner_of_child = inner if is_removed else inner + child
             if is_removed and kinds[named[child]] > 1 and rests[child][1]:
                 inner_of_child += rests[child][1] + "/"
+            start = place + child
+            if is_removed and all(path.startswith(start + child) for path in of_child):
+                start += child  # seg_train/seg_train/, as archives are unpacked
             split = named.get(child, OTHERS if named and TRAIN in splits else TRAIN)
             for path in of_child if named else ():
-                found[path] = split, inner_of_child + path[len(place + child) :]
+                found[path] = split, inner_of_child + path[len(start) :]
             if child.endswith("/") and (is_alone or (split == TRAIN and child not in named)):
-                levels.append((place + child, inner_of_child, of_child))
+                levels.append((start, inner_of_child, of_child))
     return found
 
 
