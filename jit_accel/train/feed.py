@@ -84,6 +84,12 @@ def open_data(
         if accelerator.is_main_process:
             warn("no image of the holdout can be read, or none was found: there is no val/loss.")
         held_out = None
+    refuse_other_images(data, source)
+    return source, held_out
+
+
+def refuse_other_images(data: DataConfig, source: Source) -> None:
+    """Raise `UserError` where the processes do not find the same images; all together."""
     found = gather_object([(source.num_images, source.fingerprint)])
     if other := next((rank for rank, finding in enumerate(found) if finding != found[0]), None):
         trained = ", ".join(f"process {n} trains on {found[n][0]:,} ({found[n][1][:8]})" for n in (0, other))
@@ -94,7 +100,6 @@ def open_data(
             about=about,
             value=value,
         )
-    return source, held_out
 
 
 class Feed:

@@ -123,8 +123,12 @@ def test_gradient_checkpointing_changes_nothing_but_memory_even_with_dropout(ima
 def test_accelerates_compiler_compiles_the_blocks_in_place(images, tmp_path, monkeypatch):
     """So the weights keep their names; checkpoints whose names begin with a wrapper's are read."""
     asked, compiled = [], JiTTransformer2DModel.compile_repeated_blocks
-    patched = lambda network, **how: asked.append(how) or compiled(network, **how)  # noqa: E731
-    monkeypatch.setattr(JiTTransformer2DModel, "compile_repeated_blocks", patched)
+
+    def compile_here(network, **how):
+        asked.append(how)
+        compiled(network, **how)
+
+    monkeypatch.setattr(JiTTransformer2DModel, "compile_repeated_blocks", compile_here)
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path)]
     assert train_here(*flags, "--max_steps", "2", ACCELERATE_DYNAMO_BACKEND="EAGER") == 0
     assert asked == [{"backend": "eager"}]
