@@ -400,3 +400,12 @@ def test_an_index_of_something_else_does_not_make_a_folder_a_store(sources, tmp_
     (tmp_path / "index.json").write_text('{"photos": 1}')
     (tmp_path / "a.png").write_bytes(picture(1))
     assert isinstance(open_images(tmp_path).images, TableImages)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs Linux")
+@pytest.mark.parametrize("place", ["/proc/shards", "dangling"])
+def test_a_place_where_no_folder_can_be_made_is_refused(place, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink("nowhere/there", "dangling")
+    said = refused("--data_path", "builtin:fashion_mnist", "--output_dir", place)
+    assert f"--output_dir {place}: cannot be written" in said
