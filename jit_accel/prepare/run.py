@@ -299,8 +299,10 @@ def _copies(folder: Path, shards: list[dict]) -> Iterator[tuple[str, str]]:
     _, which, counts = np.unique(keys, return_inverse=True, return_counts=True)
     is_repeated = counts[which] > 1
     for name, key in sorted(zip(names.filter(pa.array(is_repeated)).to_pylist(), keys[is_repeated].tolist())):
-        if first.setdefault(key, name) != name:
-            yield name, f"a copy of {first[key]} (the same size, beginning and end); both are stored"
+        if key in first:
+            other = "another image of this name" if first[key] == name else first[key]
+            yield name, f"a copy of {other} (the same size, beginning and end); both are stored"
+        first.setdefault(key, name)
 
 
 def _index(work: Work, entries: list[dict], skipped: list[dict], recorded: dict) -> dict:

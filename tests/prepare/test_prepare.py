@@ -430,6 +430,15 @@ def test_a_file_lists_what_is_left_out_with_the_reason(tmp_path):
     assert set(found.values()) == {"problem", "of another split"}
 
 
+def test_copies_of_the_same_name_are_listed(tmp_path):
+    (tmp_path / "d").mkdir()
+    for name in ("a.tar", "b.tar"):
+        tar(tmp_path / "d" / name, {"0.png": picture(0), f"{name}.png": picture(ord(name[0]))})
+    assert prepare(tmp_path / "d", tmp_path / "out")["num_images"] == 4
+    _, row = (tmp_path / "out" / "problems.csv").read_text(encoding="utf-8").splitlines()
+    assert row.startswith('0.png,"a copy of another image of this name ')
+
+
 def test_an_empty_member_of_a_tar_is_listed_as_empty(tmp_path):
     members = {"0.png": picture(0), "1.png": b""}
     index = prepare(tar(tmp_path / "a.tar", members), tmp_path / "out")
