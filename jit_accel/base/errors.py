@@ -142,7 +142,9 @@ def check_places(values: Mapping[str, object]) -> None:
             except UnicodeEncodeError:
                 raise UserError("holds characters that no path can have.", about=name, value=repr(text)) from None
             if len(encoded) > 4096 or max(map(len, encoded.split(b"/"))) > 255:
-                raise UserError("is longer than a path can be.", about=name, value=text)
+                is_written = name in ("output_dir", "output")
+                rule = "cannot be written to (File name too long): give another." if is_written else "too long a path."
+                raise UserError(rule, about=name, value=text)
             if _is_loop(text):
                 raise UserError("is a link that leads back to itself.", about=name, value=text)
             if text.startswith("~") and os.path.expanduser(text) == text:

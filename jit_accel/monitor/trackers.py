@@ -169,8 +169,12 @@ def build_trackers(tracking: TrackingConfig, output_dir: Path) -> list[SafeTrack
         if name in OURS:
             return SafeTracker(name, partial(OURS[name], tracking, output_dir))
         kind = imported_class(name) if ":" in name else LOGGER_TYPE_TO_CLASS[name]
-        arguments = (tracking.wandb_project, *([str(output_dir)] if kind.requires_logging_directory else ()))
-        return SafeTracker(kind.name, lambda step, **kwargs: kind(*arguments, **kwargs))  # as Accelerate calls its own
+        folder = [str(output_dir)] if kind.requires_logging_directory else []
+
+        def make(step: int, project: str = tracking.wandb_project, **kwargs) -> GeneralTracker:
+            return kind(project, *folder, **kwargs)  # as Accelerate calls its own
+
+        return SafeTracker(kind.name, make)
 
     return list(map(build, tracking.trackers))
 

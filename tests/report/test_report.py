@@ -670,4 +670,4 @@ def test_a_folder_whose_name_is_too_long_is_no_folder(capsys):
     assert main([5000 * "x"]) == 2
     assert "not a folder; check the path." in capsys.readouterr().err
     assert main(["--output", 5000 * "x", "here"]) == 2
-    assert "is longer than a path can be" in capsys.readouterr().err
+    assert "cannot be written to (File name too long): give another" in capsys.readouterr().err
