@@ -584,7 +584,8 @@ def test_an_offline_training_has_every_step_and_the_whole_configuration_in_its_f
     assert known.items() <= config.items()
     assert any("samples/grid" in name for row in history.values() for name in row)
     by_class = {key.rpartition(".")[0] for key in history[6] if key.startswith("samples/class/")}
-    assert {name.rpartition("/")[2] for name in by_class} == {folder.name for folder in images.iterdir()}
+    classes = {name.rpartition("/")[2] for name in by_class}
+    assert classes == {folder.name for folder in images.iterdir()}, group.output()
     assert all(history[6][f"{name}.count"] == 8 for name in by_class)
     assert [step for step, row in history.items() if any(key.startswith("gradients/") for key in row)] == [1]
     for kind in ("gradients", "parameters"):
