@@ -76,6 +76,8 @@ FOLDERS = {  # of images: the inner paths of those that are trained on, and the 
     "with years": ({"train2017/a/": "a/"}, ["val2017/a/"]),
     "with words": ({"train_images/a/": "a/"}, ["test_images/a/"]),
     "with humps": ({"TrainImages/a/": "a/"}, ["TestImages/a/"]),
+    "words for sets": ({"train/a/": "a/", "train/b/": "b/"}, ["validation_set/a/", "Test images/a/", "testset/a/"]),
+    "sets beside classes": ({"cat/": "cat/", "dog/": "dog/"}, ["TestSet/cat/", "val-data/dog/"]),
     "short words": ({"trn/a/": "a/", "trn/b/": "b/"}, ["tst/a/"]),
     "several folders of one split": ({"trainA/": "A/", "trainB/": "B/"}, ["testA/", "testB/"]),
     "years of one split": ({"train2014/": "", "train2017/": ""}, ["val2017/"]),
@@ -367,6 +369,7 @@ def test_what_we_wrote_inside_the_data_is_no_data(tmp_path, caplog, marks):
     after = open_images(tmp_path)
     assert (after.fingerprint, after.class_names) == (before.fingerprint, before.class_names)
     assert "runs/x" in caplog.text
+    assert "is not read" not in caplog.text
     assert open_images(tmp_path / "runs" / "x").num_images > 0  # where it is named
     for mark in marks.split():
         (tmp_path / "runs" / "x" / mark).unlink()

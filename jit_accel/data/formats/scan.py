@@ -137,7 +137,7 @@ def _walk(root: str, scan: FolderScan) -> Iterator[str]:
 
 def _list(folder: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[str]]:
     """Return the names of the images and of the folders in a folder."""
-    files, folders, marks = [], [], set()
+    files, folders, marks, found = [], [], set(), FolderScan()
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
@@ -146,24 +146,28 @@ def _list(folder: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[s
             marks |= _MARKS & {name}
             kind, ending = _kind(entry), os.path.splitext(name)[1].lower()
             if kind in _BROKEN_LINK:
-                scan.doubtful.append(prefix + name)
+                found.doubtful.append(prefix + name)
             if kind == "folder" and is_utf8(name):
                 folders.append(name)
             elif kind == "file" and name.lower() in METADATA_NAMES:
-                scan.metadata.append(prefix + name)
+                found.metadata.append(prefix + name)
             elif kind != "folder" and ending not in IMAGE_EXTENSIONS and (ending or kind == "file"):
-                scan.other_endings[ending or "no ending"] += 1
-                if len(scan.others) < MOST_OTHERS and is_utf8(name):
-                    scan.others.append(prefix + name)
+                found.other_endings[ending or "no ending"] += 1
+                if len(scan.others) + len(found.others) < MOST_OTHERS and is_utf8(name):
+                    found.others.append(prefix + name)
             elif not is_utf8(name):
-                scan.unreadable.append(f"{ascii(entry.path)[1:-1]} (its name is not UTF-8)")
+                found.unreadable.append(f"{ascii(entry.path)[1:-1]} (its name is not UTF-8)")
             elif kind != "file":
-                scan.unreadable.append(f"{entry.path} ({kind})")
+                found.unreadable.append(f"{entry.path} ({kind})")
             else:
                 files.append(name)
     if prefix and any(marks.issuperset(files_of_one) for files_of_one in _OWN_FILES):
         scan.own.append(prefix)
         return [], []
+    for kept, new in ((scan.metadata, found.metadata), (scan.others, found.others), (scan.doubtful, found.doubtful)):
+        kept += new
+    scan.unreadable += found.unreadable
+    scan.other_endings += found.other_endings
     if SAMPLES_RECORD in marks:
         files = [name for name in files if name not in SAMPLES_PICTURES]
     return files, folders

@@ -16,10 +16,13 @@ from jit_accel.base.errors import UserError, lookup
 log = logging.getLogger(__name__)
 
 TRAIN, VALIDATION, TEST, ALL, OTHERS = "train", "validation", "test", "all", "others"
+_OF_IMAGES = ("set", "data", "images")  # which may stand behind such a word: test_set, testset
 _SPLIT_OF = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words} | {
     "trn": TRAIN,
     "tst": TEST,
 }
+_SPLIT_OF |= {word + end: split for word, split in _SPLIT_OF.items() for end in _OF_IMAGES}
+_ONLY_OF_IMAGES = re.compile(rf"([-_. ]*({'|'.join(_OF_IMAGES)}))?/", re.IGNORECASE)
 _HUMP = re.compile("(?<=[a-z])(?=[A-Z])")  # between the words of testImages
 _LETTER = re.compile(r"[^\W\d_]")
 
@@ -144,8 +147,8 @@ def has_split_word(path: str) -> bool:
 def _named(children: Iterable[str], are_classes: bool) -> dict[str, tuple[str, str]]:
     """Return the splits of those names that have a word for one: the last word, with digits or others around it.
 
-    Of classes the word must be the name, or train2017 stand beside val2017, train_images beside test_images. With each
-    is what else the name says, "" where that has no letter.
+    Of classes the word must be the name, as of test and test_set, or train2017 stand beside val2017, or train_photos
+    beside test_photos. With each is what else the name says, "" where that has no letter.
     """
     found = {}
     for child in children:
@@ -160,7 +163,7 @@ def _named(children: Iterable[str], are_classes: bool) -> dict[str, tuple[str, s
         found = {
             child: (split, rest)
             for child, (split, rest) in found.items()
-            if rest == "/" or (is_likely and (alike[rest.lower()] > 1 or not _LETTER.search(rest)))
+            if _ONLY_OF_IMAGES.fullmatch(rest) or (is_likely and (alike[rest.lower()] > 1 or not _LETTER.search(rest)))
         }
     return {
         child: (split, rest.strip("-_. /") if _LETTER.search(rest) else "") for child, (split, rest) in found.items()
