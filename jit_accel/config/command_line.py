@@ -26,7 +26,8 @@ T = TypeVar("T")
 Words = list[str]
 
 SWITCH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
-OPEN = ("none", "null", "~", "")  # for a setting that may be left open and is no text
+OFF = ("false", "no", "off")
+OPEN = ("none", "null", "~", "")  # for a setting that may be left open and is no text; of a single value also OFF
 # Two names for one thing: the one that is given last counts.
 SAME = (("epochs", "max_steps"), ("warmup_epochs", "warmup_steps"))
 # What a list's one word may be cut at, where its items may have spaces, or spaces and commas.
@@ -229,11 +230,14 @@ def _spelled(name: str, words: Words, kind: Any) -> Words:
     if kind is bool:
         return [f"--{name}" if _is_on(name, words) else f"--no_{name}"]
     kinds = alternatives(kind)
-    if len(words) == 1 and type(None) in kinds and str not in kinds and words[0].strip().lower() in OPEN:
+    is_list, has_choices = (any(get_origin(each) is origin for each in kinds) for origin in (tuple, Literal))
+    word = words[0].strip().lower() if len(words) == 1 else None
+    is_open = word in OPEN or (word in OFF and not is_list and not has_choices)
+    if is_open and type(None) in kinds and str not in kinds:
         words = ["None"]
-    elif any(get_origin(each) is tuple for each in kinds):
+    elif is_list:
         items = [item for word in words for item in _items(name, word)]
-        is_empty = words == [""] or (words == ["none"] and name not in SEPARATORS)
+        is_empty = words == [""] or (name == "report_to" and word in (*OPEN, *OFF))
         words = [] if is_empty and name in SETTINGS else items or words  # others refuse what names nothing
         return [f"--{name}={words[0]}", *words[1:]] if words else [f"--{name}"]
     elif len(words) == 1:
@@ -270,7 +274,8 @@ def _meant(name: str, word: str, kinds: tuple) -> str:
     """Return the word that tyro takes for a type: 32 for 32.0, the choice that a word for true or false means."""
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     choices += ["None"] if choices and type(None) in kinds else []
-    choices = choices or {"resume": ["auto", "none"], "holdout": ["0"]}.get(name, [])
+    is_number = (int in kinds or float in kinds) and (str not in kinds or name == "holdout")
+    choices = choices or {"resume": ["auto", "none"]}.get(name, ["0"] if is_number and word.lower() in OFF else [])
     switch = SWITCH.get(word.lower())
     if word not in choices and switch is not None:
         meant = ("true", "auto") if switch else ("false", "no", "none", "None", "0")
