@@ -189,6 +189,7 @@ def test_metadata_of_every_kind_is_read(tmp_path, name):
     "name",
     [
         "labels.csv",
+        "labels.parquet",
         "train.tsv",
         "annotations.json",
         "classes.txt",

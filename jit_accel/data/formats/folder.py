@@ -37,10 +37,13 @@ UNDECODABLE_EXTENSIONS = frozenset(
     [".heic", ".heif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"]
 )
 # Files that say what is in images, to people, or to other programs.
-_LABEL_FILE = re.compile(
-    r"(^|/)(metadata|labels?|annotations?|captions?|classes)\.\w+$|[.](csv|tsv|xlsx?|ods|jsonl?|xml)([.](gz|bz2|xz|zst|zip))?$",
-    re.IGNORECASE,
-)
+_LABELS_NAME = r"(^|/)(metadata|labels?|annotations?|captions?|classes)\.\w+$"
+_LABEL_FILE = re.compile(rf"{_LABELS_NAME}|[.](csv|tsv|xlsx?|ods|jsonl?|xml)([.](gz|bz2|xz|zst|zip))?$", re.IGNORECASE)
+
+
+def is_about_images(file: str) -> bool:
+    """Return True for a file that by its name says what is in images, whatever its ending."""
+    return re.search(_LABELS_NAME, file, re.IGNORECASE) is not None
 
 
 def is_known_image_folder(folder: str) -> bool:
