@@ -88,7 +88,8 @@ class SafeTracker(GeneralTracker):
             except ConnectionError:
                 pass  # its service is gone, as the next row or the end says
             except Exception as error:
-                warn(f"{self.name} did not take {values[0]} ({describe(error)}).")
+                what = values[0] if isinstance(values[0], str | Path) else method.removeprefix("log_").replace("_", " ")
+                warn(f"{self.name} did not take {what} ({describe(error)}).")
 
     def finish(self) -> None:
         inner, self.inner = self.inner, None

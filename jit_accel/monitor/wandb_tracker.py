@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import wandb
 from accelerate.tracking import GeneralTracker
 from wandb.errors import AuthenticationError, UsageError
@@ -237,8 +238,15 @@ class WandbTracker(GeneralTracker):
 
     def log_class_images(self, images: dict[str, np.ndarray], step: int) -> None:
         """Send images, uint8 (n, H, W, 3), of each class as a list."""
-        lists = {SAMPLES_OF_CLASS.format(name=name): list(map(wandb.Image, of)) for name, of in images.items()}
-        self._send(lists, max(step, self.last_step + 1))
+        # As files: wandb would put arrays into a folder of its own, which is cleaned away in long trainings.
+        with tempfile.TemporaryDirectory() as folder:
+            lists = {}
+            for number, (name, of) in enumerate(images.items()):
+                files = [Path(folder, f"{number}_{i}.png") for i in range(len(of))]
+                for file, pixels in zip(files, of):
+                    PIL.Image.fromarray(pixels).save(file)
+                lists[SAMPLES_OF_CLASS.format(name=name)] = [wandb.Image(str(file)) for file in files]
+            self._send(lists, max(step, self.last_step + 1))
 
     def log_histograms(self, found: dict[str, list[float]], step: int) -> None:
         """Send what `histograms_of` has counted; values that are not finite have no histogram."""

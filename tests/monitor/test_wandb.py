@@ -6,6 +6,7 @@ import atexit
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -559,6 +560,7 @@ def test_how_a_training_ended_is_told(server, training):
 def test_an_offline_training_has_every_step_and_the_whole_configuration_in_its_file(images, tmp_path):
     out = tmp_path / "out"
     environment = {"WANDB_MODE": "offline", "HOME": str(tmp_path), "WANDB_TAGS": "a,b c", "WANDB_NOTES": "two words"}
+    environment["TEST_SETUP"] = "test_wandb:_clean_up_wandbs_temporary_files"
     flags = ["--data_path", str(images), "--output_dir", str(out), "--log_every_steps", "4", "--wandb_project", "shop"]
     flags += ["--wandb_watch", "all", "--wandb_class_images", "--wandb_log_model", "--wandb_aliases", "best"]
     group = Group([*flags, "--report_to", "wandb", "--wandb_name", "clothes-1"], tmp_path / "log", 1, environment)
@@ -595,6 +597,13 @@ def test_an_offline_training_has_every_step_and_the_whole_configuration_in_its_f
     (artifact,) = (record.artifact for record in offline_records(out) if record.HasField("artifact"))
     assert (artifact.type, sorted(artifact.aliases)) == ("model", ["best", "latest", "step_6"])
     assert "transformer/config.json" in {file.path for file in artifact.manifest.contents}
+
+
+def _clean_up_wandbs_temporary_files() -> None:
+    """Do what a system does to files in /tmp that are some days old."""
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
+    shutil.rmtree(MEDIA_TMP.name, ignore_errors=True)
 
 
 def _smuggle() -> None:
