@@ -2,6 +2,9 @@
 
 import contextlib
 import difflib
+import errno
+import math
+import os
 import re
 import signal
 import threading
@@ -10,6 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+
+MOST = 10**12  # of whatever is counted or measured; a float holds it exactly
+# Settings, of any program, that may name a file or folder.
+PLACES = (
+    *("data_path", "output_dir", "init_from", "resume", "eval_reference", "eval_feature_weights", "model", "images"),
+    *("reference", "feature_weights", "make_reference", "output", "input", "verify", "class_names", "config"),
+)
+LONGEST_VALUE = 200  # characters of a value that a message repeats
 
 
 class UserError(Exception):
@@ -33,6 +44,7 @@ class UserError(Exception):
     def in_words(self, prefix: str = "") -> str:
         """Return the message, with `prefix` before the name of the setting: programs give "--"."""
         given = "" if self.value is None else f" {self.value}"
+        given = given if len(given) <= LONGEST_VALUE else f"{given[:LONGEST_VALUE]}..."
         subject = f"{prefix}{self.about}{given}: " if self.about else ""
         return subject + self.rule + (f" {self.remedy}" if self.remedy else "")
 
@@ -104,12 +116,47 @@ def lookup(table: Mapping[str, T], name: str, about: str, *, value: object = Non
 
 
 def check_ranges(values: Mapping[str, object], ranges: Iterable[tuple[str, Callable[..., bool], str]]) -> None:
-    """Raise `UserError` for the first setting out of its range (name, predicate, in words); None passes."""
+    """Raise `UserError` for the first setting out of its range (name, predicate, in words), or finite and above `MOST`.
+
+    None passes; seeds may be larger.
+    """
     for name, holds, rule in ranges:
         value = values.get(name)
+        if isinstance(value, int | float) and MOST < abs(value) < math.inf and name != "seed" and holds(value):
+            holds, rule = (lambda _: False), f"at most {MOST:,}"
         if value is not None and not holds(value):
             text = f"{value:g}" if isinstance(value, float) else shown(value)
             raise UserError(f"must be {rule}.", about=name, value=text)
+
+
+def check_places(values: Mapping[str, object]) -> None:
+    """Raise `UserError` for a text that no system takes, and for a path that no file system can have."""
+    for name, value in values.items():
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str) and "\0" in text:
+                raise UserError("holds a character of the code 0: leave it out.", about=name, value=repr(text))
+            if name not in PLACES or not isinstance(text, str) or "://" in text or "{" in text:
+                continue
+            try:
+                encoded = os.fsencode(text)
+            except UnicodeEncodeError:
+                raise UserError("holds characters that no path can have.", about=name, value=repr(text)) from None
+            if len(encoded) > 4096 or max(map(len, encoded.split(b"/"))) > 255:
+                is_written = name in ("output_dir", "output")
+                rule = "cannot be written to (File name too long): give another." if is_written else "too long a path."
+                raise UserError(rule, about=name, value=text)
+            if _is_loop(text):
+                raise UserError("is a link that leads back to itself.", about=name, value=text)
+            if text.startswith("~") and os.path.expanduser(text) == text:
+                raise UserError("there is no such home: write the whole path.", about=name, value=text)
+
+
+def _is_loop(path: str) -> bool:
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def within(low: int, high: int, *names: str) -> list[tuple[str, Callable[..., bool], str]]:

@@ -64,9 +64,9 @@ def without_paper(sheet: Image.Image) -> tuple[Image.Image, int]:
 
 
 def legible(name: str, label: int) -> str:
-    """Return the name of a class where this system has a font with all its letters, else its number."""
-    name = unicodedata.normalize("NFC", name)
-    return name if font_file(name) is not None else str(label)
+    """Return the name of a class, in one line, where this system has a font with all its letters, else its number."""
+    name = " ".join(unicodedata.normalize("NFC", name).split())
+    return name if name.isprintable() and font_file(name) is not None else str(label)
 
 
 def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:

@@ -7,13 +7,15 @@ from inspect import formatannotation
 from types import SimpleNamespace, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from jit_accel.base.errors import UserError, check_ranges, lookup, shown
+from jit_accel.base.errors import MOST, UserError, check_places, check_ranges, lookup, shown
 from jit_accel.config.presets import parse_model_name
 from jit_accel.config.settings import (
     DEFAULT_MODEL,
+    MOST_CLASSES,
     MOST_IMAGES,
     MOST_PIXELS,
     MOST_STEPS,
+    MOST_WORKERS,
     SETTINGS,
     TRACKERS,
     Config,
@@ -28,11 +30,13 @@ RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (lambda v: 1 <= v <= MOST_STEPS, f"at least 1 and at most {MOST_STEPS:,}", "num_inference_steps"),
     (lambda v: 1 <= v <= MOST_STEPS, f"at least 1 and at most {MOST_STEPS:,}", "eval_num_inference_steps"),
     (lambda v: 2 <= v <= MOST_IMAGES, f"at least 2 and at most {MOST_IMAGES:,}", "eval_images"),
-    (lambda v: v >= 1, "at least 1", "shuffle_buffer num_classes batch_size gradient_accumulation_steps max_steps"),
+    (lambda v: 1 <= v <= MOST_CLASSES, f"at least 1 and at most {MOST_CLASSES:,}", "num_classes"),
+    (lambda v: v >= 1, "at least 1", "shuffle_buffer batch_size gradient_accumulation_steps max_steps"),
     (lambda v: v >= 1, "at least 1", "lanes keep_checkpoints log_every_steps val_images"),
     (lambda v: v >= 1, "at least 1; leave it out to train all weights", "lora_rank"),
     (lambda v: v == 3, "3: grey and transparent images are converted to RGB, so leave it out", "in_channels"),
-    (lambda v: v >= 0, "0 or more", "num_workers warmup_steps save_every_steps sample_every_steps val_every_steps"),
+    (lambda v: 0 <= v <= MOST_WORKERS, f"0 or more and at most {MOST_WORKERS:,}", "num_workers"),
+    (lambda v: v >= 0, "0 or more", "warmup_steps save_every_steps sample_every_steps val_every_steps"),
     (lambda v: v >= 0, "0 or more", "eval_every_steps"),
     (lambda v: 0 <= v < math.inf, "0 or more", "warmup_epochs min_learning_rate weight_decay"),
     (lambda v: 0 <= v < math.inf, "0 or more (1 = no guidance)", "guidance_scale"),
@@ -57,8 +61,12 @@ RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
 def check(config: Config) -> None:
     """Raise `UserError` for every wrong setting that can be found without the data or a device."""
     values, name = config.flat(), model_name(config)
+    check_places(values)
     check_ranges(values, ((name, holds, rule) for holds, rule, names in RANGES for name in names.split()))
     patch, size = parse_model_name(name)[1] if name else 1, image_size(config)
+    if size > MOST_PIXELS:
+        rule = f"16 patches a side are {size:,} pixels, and images may have {MOST_PIXELS:,}: choose a smaller patch."
+        raise UserError(rule, about="model", value=name)
     if size % patch:
         below, above = size // patch * patch, (size // patch + 1) * patch
         raise UserError(
@@ -81,6 +89,8 @@ def check_hub(hub: HubConfig) -> None:
 
 def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
     """Yield the setting to blame, and the rule with the remedy, for each way in which settings do not fit together."""
+    if not s.data_path.strip():
+        yield "data_path", "is empty: give a folder of images, or what else --help lists."
     if s.init_from is not None and not s.init_from.strip():
         yield "init_from", "is empty: give a pipeline folder, a run, a checkpoint or a Hub id."
     for name in ("lora_alpha", "lora_dropout", "lora_targets"):
@@ -166,6 +176,9 @@ def alternatives(hint: Any) -> tuple:
 def as_type(name: str, value: Any) -> Any:
     """Return a value as the setting `name` wants it, int as float and list as tuple; `UserError` for other types."""
     hint = SETTINGS[name].type
+    for part in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(part, int) and part.bit_length() > 64:  # of many more it could not even be said
+            raise UserError(f"must be at most {MOST:,}.", about=name, value=f"a number of {part.bit_length()} bits")
     for choice in alternatives(hint):
         parts, kind = get_args(choice), get_origin(choice) or choice
         if kind is tuple:

@@ -4,6 +4,7 @@ A setting is given as words: behind its flag, or as the text that stands in a fi
 """
 
 import ast
+import contextlib
 import inspect
 import itertools
 import os
@@ -12,12 +13,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from jit_accel.base.console import say
-from jit_accel.base.errors import UserError, message_of, nearest
+from jit_accel.base.errors import UserError, check_places, message_of, nearest
 from jit_accel.config.checks import alternatives, check
 from jit_accel.config.settings import SETTINGS, Config
 
@@ -25,7 +26,8 @@ T = TypeVar("T")
 Words = list[str]
 
 SWITCH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
-OPEN = ("none", "null", "~", "")  # for a setting that may be left open and is no text
+OFF = ("false", "no", "off")
+OPEN = ("none", "null", "~", "")  # for a setting that may be left open and is no text; of a single value also OFF
 # Two names for one thing: the one that is given last counts.
 SAME = (("epochs", "max_steps"), ("warmup_epochs", "warmup_steps"))
 # What a list's one word may be cut at, where its items may have spaces, or spaces and commas.
@@ -66,6 +68,7 @@ def parse_flags(settings: type[T], argv: list[str] | None, prog: str) -> T:
     return _parsed(settings, reduce(over, read_flags(argv, known)), known, prog)
 
 
+@cache
 def _put_defaults_in_words(group: type) -> None:
     """Let tyro show the docstrings of these settings as one text, which says itself what an open one comes to."""
     import tyro
@@ -142,42 +145,45 @@ def over(lower: Mapping[str, Words], upper: Mapping[str, Words]) -> dict[str, Wo
 
 def _number(words: Words) -> float:
     """Return the number that they are; NaN, which is neither above nor below any other, for anything else."""
-    try:
-        return float(*words)
-    except (TypeError, ValueError):
-        return float("nan")
+    for number in (float, lambda word: int(word, 0)):  # 0x10 is one of the latter alone
+        with contextlib.suppress(TypeError, ValueError):
+            return float(number(*words))
+    return float("nan")
 
 
-def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Words]:
+def read_recipe(path: Path, above: tuple[str, ...] = ()) -> dict[str, Words]:
     """Return the settings of a YAML file, over those of the file that it names as its `base`, if any.
 
     `UserError`: a file that cannot be read, is no YAML, or is its own base; an unknown setting.
     """
     import yaml
 
+    check_places({"config": str(path)})
     wrong = partial(UserError, about="config", value=path)
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise wrong(f"cannot be read ({error}); give the path of a YAML file.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # of a tag's own reader
         raise wrong(f"not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise wrong("must hold `setting: value` lines, such as `batch_size: 32`.")
-    base, files = values.pop("base", None), (*above, path.resolve())
+    base, files = values.pop("base", None), (*above, os.path.realpath(path))
     found = {}
     for name, value in values.items():
         if name not in SETTINGS:
             raise wrong(f"{name} is no setting.{nearest(str(name), SETTINGS)}")
-        found[name] = [str(part) for part in value] if isinstance(value, list) else [str(value)]
-        if isinstance(value, dict) or any(isinstance(part, dict | list) for part in value or ()):
+        parts = value if isinstance(value, list) else [value]
+        found[name] = list(map(str, parts))
+        if any(isinstance(part, dict | list) for part in parts):
             raise wrong(f"{name} must be a plain value or a list, not a mapping.")
         if SETTINGS[name].type is bool and str(value).lower() not in SWITCH:
             raise wrong(f"{name}: {value} must be true or false.")
     if base is None:
         return found
     file = path.parent / str(base)
-    if file.resolve() in files:
+    check_places({"config": str(file)})
+    if os.path.realpath(file) in files:
         raise wrong(f"its base {base} has it as a base: leave one of them out.")
     return over(read_recipe(file, files), found)
 
@@ -201,15 +207,22 @@ def _parsed(
 ) -> T:
     import tyro
 
+    check_places(values)
     names = {"config": (tyro.conf.OmitArgPrefixes,), "use_underscores": True}
     is_main = os.environ.get("RANK", "0") == "0"
+    for group in filter(is_dataclass, (settings, *(field.type for field in fields(settings)))):
+        _put_defaults_in_words(group)
     if values.pop("help", None) is not None:
         arguments = ["--help"]
-        for group in filter(is_dataclass, (settings, *(field.type for field in fields(settings)))):
-            _put_defaults_in_words(group)
     else:
-        arguments = [argument for name, words in values.items() for argument in _spelled(name, words, known[name].type)]
+        kinds = {name: known[name].type for name in values if not _is_taken_back(values[name], known[name].type)}
+        arguments = [argument for name, kind in kinds.items() for argument in _spelled(name, values[name], kind)]
     return tyro.cli(settings, args=arguments, prog=prog, description=description, console_outputs=is_main, **names)
+
+
+def _is_taken_back(words: Words, kind: Any) -> bool:
+    """Return whether they leave open, as a file's null does, what cannot be: then its default counts."""
+    return words == ["None"] and kind is not bool and type(None) not in alternatives(kind)
 
 
 def _spelled(name: str, words: Words, kind: Any) -> Words:
@@ -217,11 +230,15 @@ def _spelled(name: str, words: Words, kind: Any) -> Words:
     if kind is bool:
         return [f"--{name}" if _is_on(name, words) else f"--no_{name}"]
     kinds = alternatives(kind)
-    if len(words) == 1 and type(None) in kinds and str not in kinds and words[0].strip().lower() in OPEN:
+    is_list, has_choices = (any(get_origin(each) is origin for each in kinds) for origin in (tuple, Literal))
+    word = words[0].strip().lower() if len(words) == 1 else None
+    is_open = word in OPEN or (word in OFF and not is_list and not has_choices)
+    if is_open and type(None) in kinds and str not in kinds:
         words = ["None"]
-    elif any(get_origin(each) is tuple for each in kinds):
+    elif is_list:
         items = [item for word in words for item in _items(name, word)]
-        words = [] if words == [""] and name in SETTINGS else items or words  # others refuse what names nothing
+        is_empty = words == [""] or (name == "report_to" and word in (*OPEN, *OFF))
+        words = [] if is_empty and name in SETTINGS else items or words  # others refuse what names nothing
         return [f"--{name}={words[0]}", *words[1:]] if words else [f"--{name}"]
     elif len(words) == 1:
         words = [_meant(name, words[0], kinds)]
@@ -256,10 +273,12 @@ def _items(name: str, word: str) -> Words:
 def _meant(name: str, word: str, kinds: tuple) -> str:
     """Return the word that tyro takes for a type: 32 for 32.0, the choice that a word for true or false means."""
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    choices = choices or {"resume": ["auto", "none"]}.get(name, [])
+    choices += ["None"] if choices and type(None) in kinds else []
+    is_number = (int in kinds or float in kinds) and (str not in kinds or name == "holdout")
+    choices = choices or {"resume": ["auto", "none"]}.get(name, ["0"] if is_number and word.lower() in OFF else [])
     switch = SWITCH.get(word.lower())
     if word not in choices and switch is not None:
-        meant = ("true", "auto") if switch else ("false", "no", "none")
+        meant = ("true", "auto") if switch else ("false", "no", "none", "None", "0")
         return next((choice for choice in meant if choice in choices), word)
     number = _number([word])
     if int in kinds and not re.fullmatch(r"\s*[+-]?\d[\d_]*\s*", word) and number == number // 1:

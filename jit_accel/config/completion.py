@@ -23,7 +23,7 @@ EMA_SHARE_OF_RUN = 0.1
 SHORT_RUN_IMAGES = 50_000_000
 SHORT_RUN_RATES = {"adamw": 3e-4, "muon": 1e-3}
 TUNING_RATE = 1e-4  # what diffusers' LoRA training scripts start from
-MOST_WORKERS = 8  # more decoding processes rarely help; one core is left to the training itself
+USUAL_WORKERS = 8  # more decoding processes rarely help; one core is left to the training itself
 # The sizes that all of a network hangs on; others may differ from those of weights to start from.
 SIZES = ("depth", "hidden_size", "num_heads", "mlp_ratio")
 # What a checkpoint knows of the weights that its run started from, which need not be there any more.
@@ -88,7 +88,7 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
     defaults: dict[str, Any] = {
         "img_size": size,
         "lanes": None if facts.saved else facts.lanes,
-        "num_workers": max(0, min(MOST_WORKERS, facts.cores - 1)) if facts.is_encoded else 0,
+        "num_workers": max(0, min(USUAL_WORKERS, facts.cores - 1)) if facts.is_encoded else 0,
         "num_classes": _num_classes(config.model.num_classes, facts.num_classes),
         "proj_dropout": preset.proj_dropout,
         "noise_scale": max(1.0, size / 256),

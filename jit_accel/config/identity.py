@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 
+from jit_accel.base.console import redacted
 from jit_accel.config.checks import image_size, model_name
 from jit_accel.config.settings import Config, DataConfig, EvalConfig, HealthConfig, HubConfig, TrackingConfig
 
@@ -43,8 +45,10 @@ def run_folder(config: Config) -> str:
     folder, name = os.path.expanduser(config.run.output_dir or ""), run_name(config.tracking)
     sweep, trial = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
     if sweep and trial:
-        is_its_own = trial in folder
-        return folder if is_its_own else os.path.join(folder or f"runs/sweep-{_as_folder(sweep)}", _as_folder(trial))
+        own = _as_folder(trial)
+        if re.search(rf"(?<!\w){re.escape(own)}(?!\w)", os.path.basename(folder.rstrip("/"))):
+            return folder
+        return os.path.join(folder or f"runs/sweep-{_as_folder(sweep)}", own)
     if folder or name:
         return folder or f"runs/{_as_folder(name)}"
     return default_folder(config)
@@ -57,13 +61,16 @@ def run_name(tracking: TrackingConfig) -> str | None:
 
 def default_folder(config: Config) -> str:
     """Return the folder of a run without a name: made of data, model, size and seed."""
-    data = config.data.data_path.rstrip("/").rpartition("/")[2].removeprefix("builtin:")
+    data = redacted(config.data.data_path).rstrip("/").rpartition("/")[2].removeprefix("builtin:")
+    if data in ("", ".", "..", "~"):
+        data = Path(config.data.data_path).expanduser().resolve().name or "data"
     if model := model_name(config):
         trained = f"{model}-{image_size(config)}px"
     else:
         source = config.tune.init_from.rstrip("/").removesuffix("/pipeline").rpartition("/")[2]
         trained = f"from-{source}" + (f"-lora{config.tune.lora_rank}" if config.tune.lora_rank else "")
-    return f"runs/{_as_folder(f'{data}-{trained}-seed{config.run.seed}')}"
+    name = _as_folder(f"{data}-{trained}-seed{config.run.seed}")
+    return f"runs/{name.lstrip('-.')}"
 
 
 def _as_folder(name: str) -> str:

@@ -35,7 +35,7 @@ def parse_model_name(name: str) -> tuple[Preset, int]:
     """Split `JiT-B/16` into its preset and patch size; `UserError` if the size is unknown, or no patch size follows."""
     size, _, patch = name.partition("/")
     preset = lookup(PRESETS, size, "model")
-    if not re.fullmatch(r"[1-9]\d*", patch):
+    if not re.fullmatch(r"[1-9]\d{0,4}", patch):
         raise UserError(
             f"the name is SIZE/PATCH, as in {size}/4: add the patch size in pixels.", about="model", value=name
         )

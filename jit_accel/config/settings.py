@@ -15,6 +15,7 @@ from jit_accel.base.files import write_text
 DEFAULT_MODEL = "JiT-B/16"
 # More is a slip of the finger; it would end in an overflow, or without memory.
 MOST_STEPS, MOST_IMAGES, MOST_PIXELS = 10_000, 10_000_000, 16_384
+MOST_CLASSES, MOST_WORKERS = 1_000_000, 1024  # processes that decode
 UNAVERAGED = "model"  # in place of a decay: the weights themselves
 STREAMING = {"auto": None, "true": True, "false": False}
 # Accelerate's own for --report_to; a package has the tracker's name, with - for _.

@@ -14,6 +14,7 @@ from torch import Tensor
 from jit_accel.base.errors import UserError
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.functional import NORM_EPS
+from jit_accel.model.saved_weights import WEIGHT_FILE, variant_of
 
 CONFIG_FILE = "config.json"
 # Its names, as patterns, and the reference's.
@@ -37,9 +38,6 @@ WORDS = {
     "model_type": "model",
     "prediction_type": "prediction",  # of this package's own schedulers
 }
-_WEIGHTS = re.compile(
-    r"diffusion_pytorch_model(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?(?:\.(?P<last>[\w-]+))?\.(?:safetensors|bin)"
-)
 
 
 def reference_name(name: str) -> str:
@@ -81,8 +79,8 @@ def weight_files(folder: Path) -> list[Path]:
     for ending in ("safetensors", "bin"):
         variants: dict[str | None, list[Path]] = {}
         for file in sorted(folder.glob(f"*.{ending}")):
-            if match := _WEIGHTS.fullmatch(file.name):
-                variants.setdefault(match["variant"] or match["last"], []).append(file)
+            if WEIGHT_FILE.fullmatch(file.name):
+                variants.setdefault(variant_of(file.name), []).append(file)
         if None in variants or len(variants) == 1:
             return variants.get(None) or next(iter(variants.values()))
         if variants:

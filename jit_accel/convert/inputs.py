@@ -115,8 +115,11 @@ def _refusal(place: str | Path, rule: str, about: str = "input") -> UserError:
 
 def open_checkpoint(path: Path, wanted: str | None) -> Input:
     """Open a `.pth` of the reference, any plain state dict of its names, or a `.safetensors` file."""
-    with path.open("rb") as file:
-        start = file.read(23)
+    try:
+        with path.open("rb") as file:
+            start = file.read(23)
+    except OSError as error:
+        raise _refusal(path, f"cannot be read ({error.strerror}): check the file and its disk.") from None
     if start == b"version https://git-lfs":
         raise _refusal(path, "is only a Git LFS pointer: fetch the file itself with `git lfs pull`.")
     # Safetensors begin with eight bytes of length, then JSON.

@@ -22,8 +22,8 @@ from jit_accel.evaluate.statistics import Collector, ImageStatistics, hindrance,
 from jit_accel.model.checkpoints import MANIFEST, STATE
 from jit_accel.model.generation import SamplerSettings, generate_batches, share_of
 from jit_accel.model.loading import averages_of, find_checkpoint_in, find_pipeline_in, load_quietly
-from jit_accel.model.lora import weights_fingerprint
 from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.model.saved_weights import weights_fingerprint
 
 
 @dataclass

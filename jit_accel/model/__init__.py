@@ -17,7 +17,7 @@ def set_aside_broken_torchvision() -> None:
     if "torchvision" in sys.modules or find_spec("torchvision") is None:
         return
     try:
-        importlib.import_module("torchvision")
+        importlib.import_module("torchvision.transforms")  # also no folder that an uninstall left behind
     except Exception as error:  # what torch raises of operators that are not there depends on its release
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]

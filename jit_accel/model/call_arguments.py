@@ -3,7 +3,7 @@
 import math
 import operator
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -62,6 +62,16 @@ def _label_id(label: Label, num_classes: int, names: list[str] | None) -> int:
     if found is None:
         raise ValueError(f"class {label!r}: {rule}")
     return found
+
+
+def checked_names(names: Sequence[str] | Mapping[str, str] | None, num_classes: int) -> list[str] | None:
+    """Return the classes' names in the order of the labels, also of a table by number. Raises `ValueError`."""
+    if isinstance(names, Mapping):  # as in model_index.json
+        names = [names[number] for number in sorted(names, key=int)]
+    if names is not None and len(names) != num_classes:
+        rule = f"has {len(names)} names, but the network has {num_classes} classes"
+        raise ValueError(f"class_names {rule}: give one name for each, in the order of the labels")
+    return None if names is None else [str(name) for name in names]
 
 
 def find_name(name: str, names: Sequence[str]) -> int | None:

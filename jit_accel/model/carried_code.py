@@ -123,7 +123,7 @@ class KeptCardMixin:
         place = next((place for place in places if (place / "README.md").is_file()), None)
         files = [place / name for name in ("README.md", "samples.png")] if place else []
         self._own_card = {file.name: file.read_bytes() for file in files if file.is_file()}
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(os.fspath(save_directory), *args, **kwargs)  # diffusers splits it when it pushes
         self._put_own_card(save_directory)
 
     def _upload_folder(self, working_dir: str | os.PathLike, *args, **kwargs):

@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging as diffusers_logging
 
-from jit_accel.base.errors import UserError, lookup, message_of, nearest
+from jit_accel.base.errors import UserError, check_places, lookup, message_of, nearest
 from jit_accel.base.files import write_text
 from jit_accel.config.settings import UNAVERAGED, Config, ModelConfig, ObjectiveConfig
 from jit_accel.model.call_arguments import DEFAULTS, checked_default
 from jit_accel.model.carried_code import INDEX_FILE, json_text
 from jit_accel.model.checkpoints import BROKEN, find_checkpoint_in, load_tensors, named_damage, read_run
-from jit_accel.model.lora import merged, refuse_other_base, weights_fingerprint
+from jit_accel.model.lora import merged, refuse_other_base
 from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.model.saved_weights import only_variant, weights_fingerprint
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import JiTTransformer2DModel, build_model
 
@@ -54,6 +55,7 @@ def load_pipeline(
         >>> pipe = load_pipeline("runs/flowers", ema="0.9999").to("cuda")
         >>> pipe("daisy").images[0].save("daisy.png")
     """
+    check_places({about: str(model)})
     path, folder = str(model), Path(model).expanduser()
     exported = find_pipeline_in(folder) if ema is None else None
     checkpoint = None if exported else find_checkpoint_in(folder)
@@ -67,7 +69,8 @@ def load_pipeline(
         raise UserError(f"{rule}run, or owner/name of the Hub.", about=about, value=path)
     else:
         try:
-            pipeline = JiTPipeline.from_pretrained(exported or path)
+            variant = only_variant(exported / "transformer") if exported else None
+            pipeline = JiTPipeline.from_pretrained(exported or path, variant=variant)
             missing = [name for name, tensor in pipeline.transformer.state_dict().items() if tensor.is_meta]
             if missing:  # diffusers only warns of them
                 raise KeyError(f"{len(missing)} weights are missing, such as {missing[0]}")

@@ -1,15 +1,14 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) through peft: trained, merged, and kept the way diffusers does it."""
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from jit_accel.base.errors import UserError, nearest
 from jit_accel.base.files import atomic_folder
 from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.model.saved_weights import weights_fingerprint
 
 ADAPTER = "default"
 
@@ -58,15 +57,6 @@ def merged(tensors: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: 
             up = adapter[f"{stem}.lora_B.{ADAPTER}.weight"]
             plain[f"{stem}.weight"] = plain[f"{stem}.weight"] + scale * (up @ down)
     return plain
-
-
-def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of names, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def refuse_other_base(checkpoint: Path, run: dict, path: str, fingerprint: str) -> None:

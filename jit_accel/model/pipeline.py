@@ -15,11 +15,13 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from jit_accel.model.call_arguments import (
+    DEFAULTS,
     Label,
     Picture,
     checked_count,
     checked_default,
     checked_interval,
+    checked_names,
     checked_scale,
     guidance_weight,
     label_ids,
@@ -35,6 +37,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 COMPONENTS = {"transformer": JiTTransformer2DModel, "scheduler": JiTScheduler}
 OBJECTIVE = ("prediction_type", "t_eps", "noise_scale")  # of a `JiTScheduler`
+SETTINGS = ("class_names", "objective", *DEFAULTS)
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 STEPS = 50  # where neither the call nor the pipeline says
 DOWNLOAD_SETTINGS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
@@ -81,25 +84,24 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         own |= {"num_inference_steps": num_inference_steps, "class_names": class_names, "objective": objective}
         before = getattr(transformer, "pipeline_settings", {})
         own = {name: before.get(name) if value is None else value for name, value in own.items()}
-        class_names, objective = own.pop("class_names"), own.pop("objective")
-        num_classes = transformer.config.num_classes
-        if isinstance(class_names, Mapping):  # as in model_index.json
-            class_names = [class_names[number] for number in sorted(class_names, key=int)]
-        if class_names is not None and len(class_names) != num_classes:
-            rule = f"has {len(class_names)} names, but the network has {num_classes} classes"
-            raise ValueError(f"class_names {rule}: give one name for each, in the order of the labels")
-        names = None if class_names is None else [str(name) for name in class_names]
+        names = checked_names(own.pop("class_names"), transformer.config.num_classes)
+        objective = JiTScheduler(**(own.pop("objective") or {})).config
         own = {name: checked_default(name, value) for name, value in own.items()}
-        objective = JiTScheduler(**(objective or {})).config
         self.register_to_config(objective={name: objective[name] for name in OBJECTIVE}, class_names=names, **own)
         self.register_modules(transformer=transformer, scheduler=scheduler)
-        transformer.pipeline_settings = {**own, "class_names": names, "objective": self.config.objective}
+        _ = self.components  # so that the network knows them
         self._interrupt, self._num_timesteps, self._guidance_scale = False, 0, own["guidance_scale"]
 
     def __setattr__(self, name: str, value) -> None:
         if name == "scheduler" and is_own(value):  # others do not know what the network predicts
             self.register_to_config(objective={name: value.config[name] for name in OBJECTIVE})
         super().__setattr__(name, value)
+
+    @property
+    def components(self) -> dict:
+        """Network and scheduler: the network takes the pipeline's settings along."""
+        self.transformer.pipeline_settings = {name: self.config[name] for name in SETTINGS}
+        return super().components
 
     @classmethod
     def load_config(cls, *args, **kwargs):
@@ -234,8 +236,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         steps = self.config.num_inference_steps or STEPS if num_inference_steps is None else num_inference_steps
         steps = checked_count("num_inference_steps", steps)
         skipped = skipped_steps(steps, image, strength, mask_image)
-        # diffusers' callback objects name their inputs themselves
-        asked = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        asked = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)  # diffusers' own
         if unknown := set(asked) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)}: there is only 'latents'")
         copies, device = checked_count("num_images_per_label", num_images_per_label), self._execution_device
@@ -243,9 +244,8 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         self.guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         field = self._field(ids, guidance_interval)
         z = self.prepare_latents(len(ids), generator, latents, height, width).to(device)
-        scheduler = self.scheduler
-        if not is_own(scheduler):
-            scheduler = FlowMatchDriver(scheduler, self.config.objective, generator)
+        scheduler, objective = self.scheduler, self.config.objective
+        scheduler = scheduler if is_own(scheduler) else FlowMatchDriver(scheduler, objective, generator)
         scheduler.set_timesteps(steps, device=device, method=self.solver_name(method), skip_steps=skipped)
         z, keep_known = self._start(scheduler, z, image, mask_image)
         z = self._solve(scheduler, z, field, keep_known, callback_on_step_end, asked)

@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from jit_accel.model.call_arguments import Label, Picture
 from jit_accel.model.carried_code import KeptCardMixin
@@ -41,6 +41,7 @@ class Options(TypedDict, total=False):
     mask_image: Picture | Sequence[Picture] | None
 
 class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
+    config: Any  # type: ignore[assignment]
     transformer: JiTTransformer2DModel
     def __init__(
         self,
@@ -54,9 +55,13 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         objective: dict[str, Any] | None = None,
     ) -> None: ...
     @property
+    def components(self) -> dict[str, Any]: ...
+    @property
     def scheduler(self) -> JiTScheduler: ...
     @scheduler.setter
     def scheduler(self, value: SchedulerMixin) -> None: ...
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self: ...  # type: ignore[override]
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any: ...
     @classmethod

@@ -1,5 +1,6 @@
 """The sampler's ODE as a diffusers scheduler: Euler and Heun from noise (t = 0) to a clean image (t = 1)."""
 
+import copy
 import inspect
 import math
 from collections.abc import Collection, Mapping
@@ -156,9 +157,7 @@ class FlowMatchDriver(JiTScheduler):
 
     def __init__(self, scheduler: SchedulerMixin, objective: Mapping, generator=None):
         super().__init__(**objective)
-        self.driven, self.name = scheduler, type(scheduler).__name__
-        draws = "generator" in inspect.signature(scheduler.step).parameters
-        self._extra = {"generator": generator} if draws else {}
+        self.driven, self.name, self._generator = scheduler, type(scheduler).__name__, generator
 
     @property
     def mid_step(self) -> bool:
@@ -176,17 +175,31 @@ class FlowMatchDriver(JiTScheduler):
                 scheduler.register_to_config(prediction_type="flow_prediction")
             scheduler.set_timesteps(num_inference_steps, device=device)
             sigmas = scheduler.sigmas.tolist()
-        if not sigmas or sigmas != sorted(sigmas, reverse=True) or sigmas[0] > 1:
+        if not sigmas or sigmas != sorted(sigmas, reverse=True) or sigmas[0] > 1 or not self._arrives(sigmas):
             choices = "FlowMatchEulerDiscreteScheduler, or UniPC or DPM++ with use_flow_sigmas=True"
             rule = "does not lead from noise to image by t x + (1 - t) e with its settings: take JiTScheduler, "
             raise ValueError(f"scheduler {self.name} {rule}{choices} (no dynamic shifting, no other sigmas)")
         self._forget(self.config.solver)
+        self._extra = self._draws(self._generator)
         first = skip_steps * scheduler.order
         scheduler.set_begin_index(first)
         self.call_times = [1 - sigma for sigma in sigmas[first:-1]]
         self._calls = list(zip(self.call_times, scheduler.timesteps[first:]))
         self.num_steps = math.ceil(len(self._calls) / scheduler.order)
         self.timesteps = torch.tensor(self.call_times, dtype=torch.float32, device=device)
+
+    def _draws(self, generator) -> dict:
+        return {"generator": generator} if "generator" in inspect.signature(self.driven.step).parameters else {}
+
+    def _arrives(self, sigmas: list[float]) -> bool:
+        """Return True where the steps end at the image, black, if the network knows it: some settings give NaN."""
+        scheduler = copy.deepcopy(self.driven)
+        sample = torch.ones(1, 1, 1, 1, device=scheduler.timesteps.device)
+        scheduler.set_begin_index(0)
+        extra = self._draws(torch.Generator().manual_seed(0))
+        for sigma, timestep in zip(sigmas, scheduler.timesteps):
+            sample = scheduler.step(sample / sigma, timestep, sample, return_dict=False, **extra)[0]
+        return abs(sample.item()) <= max(2 * sigmas[-1], 0.05)
 
     def step(self, model_output: Tensor, timestep, sample: Tensor, return_dict: bool = True):
         """Return the sample of the next model call, as `JiTScheduler.step` does."""

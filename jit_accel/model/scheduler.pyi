@@ -16,6 +16,7 @@ CALLS_PER_STEP: dict[str, int]
 def checked_choice(setting: str, name: str, choices: Collection[str]) -> str: ...
 
 class JiTScheduler(SchedulerMixin, ConfigMixin):
+    config: Any  # type: ignore[assignment]
     num_inference_steps: int | None
     timesteps: Tensor
     method: str

@@ -4,13 +4,12 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -26,6 +25,7 @@ from jit_accel.model.functional import (
     rope_table,
     time_frequencies,
 )
+from jit_accel.model.saved_weights import SavedWeightsMixin
 
 
 class RMSNorm(nn.Module):
@@ -49,8 +49,16 @@ class RotatedRMSNorm(RMSNorm):
         return normalised_and_rotated(x, self.weight, rope)
 
 
-class PatchProjection(nn.Conv2d):
-    """A convolution whose stride is its kernel, applied to cut patches (..., in): one matmul."""
+class PatchProjection(nn.Module):
+    """A convolution whose stride is its kernel, applied to cut patches (..., in): one matmul.
+
+    It is no `nn.Conv2d`: quantisers and adapters put convolutions of their own in the place of those.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True):
+        super().__init__()
+        convolution = nn.Conv2d(in_channels, out_channels, kernel_size, bias=bias)
+        self.weight, self.bias = convolution.weight, convolution.bias
 
     def forward(self, patches: Tensor) -> Tensor:
         return F.linear(patches, self.weight.flatten(1), self.bias)
@@ -61,11 +69,12 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, patch_size: int, in_channels: int, bottleneck_dim: int, hidden_size: int):
         super().__init__()
-        self.proj1 = PatchProjection(in_channels, bottleneck_dim, patch_size, patch_size, bias=False)
+        self.patch_size = patch_size
+        self.proj1 = PatchProjection(in_channels, bottleneck_dim, patch_size, bias=False)
         self.proj2 = PatchProjection(bottleneck_dim, hidden_size, 1)
 
     def forward(self, sample: Tensor) -> Tensor:
-        p = self.proj1.kernel_size[0]
+        p = self.patch_size
         patches = sample.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
         return self.proj2(self.proj1(patches.flatten(3).flatten(1, 2)))
 
@@ -168,7 +177,7 @@ class FinalLayer(nn.Module):
         return self.linear(self.norm_final(x, shift, scale))
 
 
-class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     """JiT: predicts the clean image from a noised one, its time t and its class.
 
     Parameter names are the reference's (without `net.`). The residual stream is float32 also where the
@@ -231,24 +240,11 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         kwargs.setdefault("dynamic", False)
         super().compile_repeated_blocks(*args, **kwargs)
 
-    @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines hand on what they find in the signature
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """Save as diffusers does. Raises `ValueError` for a pickle, and with an adapter, which would be lost."""
-        if not kwargs.get("safe_serialization", True):
-            raise ValueError("safe_serialization False would write a pickle, which nothing here reads: leave it out")
-        if getattr(self, "peft_config", None):
-            remedy = "fuse_lora() and unload_lora_weights() first to save the weights with it, or save it alone with "
-            raise ValueError(f"a LoRA adapter is attached: {remedy}save_lora_weights()")
-        variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
-        for end in (f"{variant}.safetensors", f".safetensors.index{variant}.json"):  # of parts that go
-            (Path(save_directory) / f"diffusion_pytorch_model{end}").unlink(missing_ok=True)
-        super().save_pretrained(save_directory, *args, **kwargs)
-
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the initial weights (as the reference does): the network starts as the zero function."""
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | PatchProjection):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

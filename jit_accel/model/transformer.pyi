@@ -4,16 +4,22 @@ import os
 from contextlib import AbstractContextManager
 from typing import Any, Literal, overload
 
+import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 from torch import Tensor, nn
+from typing_extensions import Self
+
+from jit_accel.model.saved_weights import SavedWeightsMixin
 
 class NetworkOutput(Transformer2DModelOutput):
     sample: Tensor
 
-class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+    config: Any  # type: ignore[assignment]
     blocks: nn.ModuleList
     def __init__(
         self,
@@ -32,9 +38,17 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         in_channels: int = 3,
     ) -> None: ...
     @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> Self: ...
+    @classmethod
+    def from_config(cls, config: Any = None, **kwargs: Any) -> Self: ...  # type: ignore[override]
+    def to(self, *args: torch.device | str | torch.dtype | Tensor | bool, **kwargs: Any) -> Self: ...
+    @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any: ...
-    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None: ...
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None: ...
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None: ...
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None: ...
     def reset_parameters(self) -> None: ...
     def forward(
         self,
@@ -60,6 +74,14 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         *,
         return_dict: Literal[False],
     ) -> tuple[Tensor]: ...
+    @overload
+    def __call__(
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None, return_dict: Literal[False]
+    ) -> tuple[Tensor]: ...
+    @overload
+    def __call__(
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
+    ) -> NetworkOutput | tuple[Tensor]: ...
 
 def build_model(
     name: str, img_size: int, num_classes: int, proj_dropout: float | None = None, attn_dropout: float | None = None

@@ -88,7 +88,8 @@ class SafeTracker(GeneralTracker):
             except ConnectionError:
                 pass  # its service is gone, as the next row or the end says
             except Exception as error:
-                warn(f"{self.name} did not take {values[0]} ({describe(error)}).")
+                what = values[0] if isinstance(values[0], str | Path) else method.removeprefix("log_").replace("_", " ")
+                warn(f"{self.name} did not take {what} ({describe(error)}).")
 
     def finish(self) -> None:
         inner, self.inner = self.inner, None
@@ -169,8 +170,12 @@ def build_trackers(tracking: TrackingConfig, output_dir: Path) -> list[SafeTrack
         if name in OURS:
             return SafeTracker(name, partial(OURS[name], tracking, output_dir))
         kind = imported_class(name) if ":" in name else LOGGER_TYPE_TO_CLASS[name]
-        arguments = (tracking.wandb_project, *([str(output_dir)] if kind.requires_logging_directory else ()))
-        return SafeTracker(kind.name, lambda step, **kwargs: kind(*arguments, **kwargs))  # as Accelerate calls its own
+        folder = [str(output_dir)] if kind.requires_logging_directory else []
+
+        def make(step: int, project: str = tracking.wandb_project, **kwargs) -> GeneralTracker:
+            return kind(project, *folder, **kwargs)  # as Accelerate calls its own
+
+        return SafeTracker(kind.name, make)
 
     return list(map(build, tracking.trackers))
 

@@ -5,6 +5,7 @@ rows that it has are not sent again: its curves have no gap and no step twice, h
 """
 
 import contextlib
+import importlib
 import math
 import os
 import secrets
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import wandb
 from accelerate.tracking import GeneralTracker
 from wandb.errors import AuthenticationError, UsageError
@@ -67,7 +69,7 @@ class WandbTracker(GeneralTracker):
 
     def __init__(self, project: str, output_dir: Path, **init_kwargs):
         self.project, self.output_dir, self.init_kwargs, self.tracker = project, output_dir, init_kwargs, None
-        self.folder = Path(os.environ.get("WANDB_DIR") or output_dir, "wandb")
+        self.folder = Path(os.environ.get("WANDB_DIR") or output_dir, "wandb").absolute()
         self.id_file = output_dir / ID_FILE
         self.id = self.id_file.read_text().strip() if self.id_file.exists() else ""
         self.last_step, self.newest_step, self.exit_code = 0, 0, 1
@@ -84,7 +86,7 @@ class WandbTracker(GeneralTracker):
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.folder) as file:
             file.write(b"0" * 4096)  # wandb would turn to the system's temporary folder silently
-        self.id = asked.run_id or self.id or secrets.token_hex(4)
+        own, self.id = self.id, asked.run_id or self.id or secrets.token_hex(4)
         if asked.sweep_id:  # wandb takes project, entity and id from the agent alone
             self.project = asked.project or self.project
         self.earlier = read_segments(self.folder, self.id)
@@ -94,6 +96,12 @@ class WandbTracker(GeneralTracker):
             self.is_offline = True
         if self.is_offline:
             self._start_offline()
+        if self.last_step and self.id == asked.run_id != own:
+            warn(
+                f"WANDB_RUN_ID={self.id} is a run that has steps up to {self.last_step:,} already, of which this "
+                f"folder knows nothing: they stay, and the new ones up to there are in {METRICS_FILE} alone. For a "
+                "curve of its own give another id, or none."
+            )
         write_text(self.id_file, self.id)
         self._introduce()
         self._define_metrics()
@@ -101,6 +109,9 @@ class WandbTracker(GeneralTracker):
 
     def _set_up(self) -> wandb.Settings:
         """Quieten wandb. Returns what the environment and wandb's own files ask for."""
+        with contextlib.suppress(ImportError, AttributeError):  # of a later wandb
+            # It would send tracebacks, and wait for itself for ever where the service does not start.
+            importlib.import_module("wandb.analytics.opentelemetry.opentelemetry_proxy").disable()
         session = wandb.setup(settings=wandb.Settings(silent=True))
         listener = SimpleNamespace(info=lambda line: None, warning=self._look_for_end, error=self._look_for_end)
         wandb.termsetup(wandb.Settings(silent=True), listener)  # what it would print goes there
@@ -152,6 +163,8 @@ class WandbTracker(GeneralTracker):
         self.last_step = max((segment.last_step for segment in earlier), default=0)
 
     def _init(self, mode: str) -> None:
+        while list(self.folder.glob(f"*run-{time.strftime('%Y%m%d_%H%M%S')}-{self.id}")):
+            time.sleep(0.05)  # wandb would put -1 behind a second folder of this second, which no command then finds
         self.tracker = wandb.init(
             project=self.project,
             **self.init_kwargs,
@@ -225,8 +238,15 @@ class WandbTracker(GeneralTracker):
 
     def log_class_images(self, images: dict[str, np.ndarray], step: int) -> None:
         """Send images, uint8 (n, H, W, 3), of each class as a list."""
-        lists = {SAMPLES_OF_CLASS.format(name=name): list(map(wandb.Image, of)) for name, of in images.items()}
-        self._send(lists, max(step, self.last_step + 1))
+        # As files: wandb would put arrays into a folder of its own, which is cleaned away in long trainings.
+        with tempfile.TemporaryDirectory() as folder:
+            lists = {}
+            for number, (name, of) in enumerate(images.items()):
+                files = [Path(folder, f"{number}_{i}.png") for i in range(len(of))]
+                for file, pixels in zip(files, of):
+                    PIL.Image.fromarray(pixels).save(file)
+                lists[SAMPLES_OF_CLASS.format(name=name)] = [wandb.Image(str(file)) for file in files]
+            self._send(lists, max(step, self.last_step + 1))
 
     def log_histograms(self, found: dict[str, list[float]], step: int) -> None:
         """Send what `histograms_of` has counted; values that are not finite have no histogram."""

@@ -1,6 +1,7 @@
 """The output folder of a preparation (begun, continued, finished, verified) and its files: shards and two pictures."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ SHEET_SIDE = 8  # images
 _MIN_CELL_PIXELS, _MAX_CELL_PIXELS = 96, 256
 _MOST_NAMED_CLASSES = 60
 _LOCK_PATIENCE_S = 5  # workers of a killed run leave within a second
+_MOST_TRIES = 100  # where no folder can be made, as below /proc, each fails
 
 
 class OutputFolder:
@@ -122,12 +124,13 @@ class OutputFolder:
     def _lock(self) -> Iterator[None]:
         lock = FileLock(self.work / "lock", timeout=_LOCK_PATIENCE_S)
         try:
-            while not lock.is_locked:
+            for tries in itertools.count(1):
                 try:
                     self.work.mkdir(parents=True, exist_ok=True)
                     lock.acquire()
+                    break
                 except (FileNotFoundError, FileExistsError):  # a process that finished has just removed the folder
-                    if self.work.exists() and not self.work.is_dir():
+                    if tries == _MOST_TRIES or (self.work.exists() and not self.work.is_dir()):
                         raise
             yield
         except Timeout:

@@ -6,6 +6,7 @@ order: it is decoded, cropped and encoded into a spool first, from which the sha
 
 import csv
 import hashlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -33,9 +34,10 @@ from jit_accel.base.files import atomic_file, write_json
 from jit_accel.data.batches.loader import num_cores
 from jit_accel.data.formats.columns import numbered_classes
 from jit_accel.data.formats.prepared import INDEX, STORE_FORMAT, STORE_VERSION, files_of
-from jit_accel.data.formats.scan import scan_folder
+from jit_accel.data.formats.scan import scan_folder, scan_of_splits
 from jit_accel.data.formats.source import Source
 from jit_accel.data.formats.sources import open_images
+from jit_accel.data.reading.splits import ALL
 from jit_accel.prepare.encode import Encoded, Spool, encode_all, originals_at, originals_of, parts_of, write_part
 from jit_accel.prepare.output import Layout, OutputFolder, draw_classes, draw_sheet, verify, write_shard
 from jit_accel.prepare.settings import PrepareConfig
@@ -61,9 +63,7 @@ def prepare(config: PrepareConfig) -> int:
         return verify(config.verify)
     output = OutputFolder(config.output_dir)
     output.check_place(os.path.expanduser(config.data_path))
-    names = ("data_format", "image_column", "label_column", "renumber_labels", "split")
-    how = {name: getattr(config, name) for name in names}
-    source = open_images(config.data_path, **how)
+    source = _open(config)
     recorded = config.recorded(_fingerprint(source))
     if source.format == "folder" and list(source.class_names) != sorted(source.class_names):
         recorded["class_names"] = list(source.class_names)  # which earlier versions sorted as text
@@ -236,30 +236,55 @@ def _finish(work: Work, output: OutputFolder, num_shards: int, recorded: dict) -
     draw_classes(output.path, index["class_counts"])
     if layout.encoding != "uint8":
         (output.path / "README.md").write_text(_card(index), encoding="utf-8")
-    write_problems(output.path, shards, work.source, skipped)
+    write_problems(output.path, shards, work, skipped)
     write_json(output.path / INDEX, index)
     return index
 
 
-def write_problems(folder: Path, shards: list[dict], source: Source, skipped: list[dict]) -> None:
+def write_problems(folder: Path, shards: list[dict], work: Work, skipped: list[dict]) -> None:
     """Write `problems.csv`: files that are no images, that are left out, or copies of others."""
     found = [(image["name"], image["reason"]) for image in skipped] + list(_copies(folder, shards))
-    if source.format == "folder":
-        scan, root = scan_folder(source.name), os.path.join(os.path.abspath(source.name), "")
-        found += [(name, "no image, by its ending") for name in scan.others]
-        parts = (text.rpartition(" (") for text in scan.unreadable)
-        found += [(path.removeprefix(os.path.join(source.name, "")), reason[:-1]) for path, _, reason in parts]
-        used = source.images.dataset.data.column("image").combine_chunks().field("path")
-        unused = pc.binary_join_element_wise(root, scan.images, "")
-        unused = unused.filter(pc.invert(pc.is_in(unused, value_set=used))).to_pylist()
-        found += [
-            (path.removeprefix(root), "left out: of another split, of no class, or not listed") for path in unused
-        ]
+    if work.source.format == "folder":
+        found += _left_out(work)
     if found:
         path = folder / "problems.csv"
         with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("file", "problem"), *sorted(found)])
         print(f"{len(found):,} files are no images, left out, or copies of others: see {path}.")
+
+
+def _left_out(work: Work) -> Iterator[tuple[str, str]]:
+    """Yield the files of a folder that are not prepared, each with the reason."""
+    scan, root = scan_folder(work.source.name), os.path.join(os.path.abspath(work.source.name), "")
+    yield from ((name, "no image, by its ending") for name in scan.others)
+    for text in scan.unreadable:
+        path, _, reason = text.rpartition(" (")
+        yield path.removeprefix(os.path.join(work.source.name, "")), reason[:-1]
+    used = _paths_of(work.source)
+    if len(used) < len(scan.images):
+        logging.disable(logging.WARNING)  # which were said before
+        try:
+            others = set(scan_of_splits(scan, work.config.split, work.source.name).left_out)
+            listed = set(_paths_of(_open(replace(work.config, split=ALL))).to_pylist()) if scan.metadata else ()
+        except UserError:  # in metadata of another split
+            listed = ()
+        finally:
+            logging.disable(logging.NOTSET)
+        unused = pc.binary_join_element_wise(root, scan.images, "")
+        for path in unused.filter(pc.invert(pc.is_in(unused, value_set=used))).to_pylist():
+            name = path.removeprefix(root)
+            is_of_another = path in listed or os.path.join(os.path.dirname(name), "") in others
+            missing = "not listed in the metadata" if scan.metadata else "in no class folder, as others are"
+            yield name, "of another split" if is_of_another else missing
+
+
+def _paths_of(source: Source) -> pa.Array:
+    return source.images.dataset.data.column("image").combine_chunks().field("path")
+
+
+def _open(config: PrepareConfig) -> Source:
+    names = ("data_format", "image_column", "label_column", "renumber_labels", "split")
+    return open_images(config.data_path, **{name: getattr(config, name) for name in names})
 
 
 def _copies(folder: Path, shards: list[dict]) -> Iterator[tuple[str, str]]:
@@ -274,8 +299,10 @@ def _copies(folder: Path, shards: list[dict]) -> Iterator[tuple[str, str]]:
     _, which, counts = np.unique(keys, return_inverse=True, return_counts=True)
     is_repeated = counts[which] > 1
     for name, key in sorted(zip(names.filter(pa.array(is_repeated)).to_pylist(), keys[is_repeated].tolist())):
-        if first.setdefault(key, name) != name:
-            yield name, f"a copy of {first[key]} (the same size, beginning and end); both are stored"
+        if key in first:
+            other = "another image of this name" if first[key] == name else first[key]
+            yield name, f"a copy of {other} (the same size, beginning and end); both are stored"
+        first.setdefault(key, name)
 
 
 def _index(work: Work, entries: list[dict], skipped: list[dict], recorded: dict) -> dict:

@@ -3,9 +3,11 @@
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from jit_accel.base.errors import UserError, check_ranges
+from jit_accel.base.errors import UserError, check_ranges, within
+from jit_accel.config.settings import MOST_WORKERS
 
 SHARD_BYTES = 2**28
+MOST_PIXELS_TO_STORE = 1_000_000  # a side, whose bytes are then held against the room on the disk
 FEWEST_SHARDS = 16  # for streams to shuffle and for workers to share, where there are images enough
 FEWEST_IMAGES_A_SHARD = 128
 LOSSY = ("jpeg", "webp")
@@ -79,9 +81,11 @@ class PrepareConfig:
 
 
 RANGES = [
-    *((name, lambda v: v >= 1, "at least 1") for name in ("img_size", "shard_images", "num_workers")),
+    *within(1, MOST_PIXELS_TO_STORE, "img_size"),
+    *within(1, MOST_WORKERS, "num_workers"),
+    ("shard_images", lambda v: v >= 1, "at least 1"),
     ("quality", lambda v: 1 <= v <= 100, "from 1 to 100"),
-    ("seed", lambda v: v >= 0, "0 or more"),
+    ("seed", lambda v: 0 <= v < 2**63, "0 or more and at most a 63-bit number"),
 ]
 
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from jit_accel.base.errors import check_places
 from jit_accel.config.command_line import exit_code_of
 from jit_accel.monitor.log import REPORT_FILE
 
@@ -14,6 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
     def run() -> int:
+        check_places({"output": args.output and str(args.output)})
         # Only now, so that --help and wrong flags answer at once.
         from jit_accel.report.page import build_page, write_page
         from jit_accel.report.runs import read_runs

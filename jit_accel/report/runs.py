@@ -1,6 +1,7 @@
 """A run's folder: its settings, how far it is, and what it measured, thinned to what a page shows."""
 
 import json
+import os
 import re
 import time
 from array import array
@@ -203,8 +204,8 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 
 def check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        hint = f"give its folder, {folder.parent}" if folder.is_file() else "check the path"
+    if not os.path.isdir(folder):  # Path's own raises where a path is too long
+        hint = f"give its folder, {folder.parent}" if os.path.isfile(folder) else "check the path"
         raise UserError(f"{folder}: not a folder; {hint}.")
     if not holds_run(folder):
         raise UserError(f"{folder}: no run in this folder ({METRICS_FILE} or {RECORD_FILE}); {other_folders(folder)}")

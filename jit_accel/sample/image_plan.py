@@ -75,7 +75,7 @@ class SamplePlan:
         plain = unicodedata.normalize("NFC", self.class_names[label] if self.class_names else "")
         # Letters with their accents, numbers; a file system's 255 bytes hold 40 of any
         words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in plain).split()
-        name = "-".join(words)[:40].strip("-")
+        name = "-".join(word for word in words if any(map(str.isalnum, word)))[:40].strip("-")
         return f"{number}_{name}" if name else number
 
     def classes(self) -> list[dict]:
@@ -118,7 +118,7 @@ def label_of(name: str, num_classes: int, class_names: Sequence[str] | None) -> 
         return num_classes
     if num_classes == 0:
         raise UserError("the model knows no classes: leave the flag out.", about="classes", value=name)
-    if re.fullmatch(r"\d+", name, re.ASCII) and int(name) < num_classes:
+    if re.fullmatch(r"\d{1,9}", name, re.ASCII) and int(name) < num_classes:
         return int(name)
     rule = f"use 0 to {num_classes - 1}" if num_classes > 1 else "use 0"
     if names:

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from jit_accel.base.console import say, warn
 from jit_accel.base.devices import device_name, is_good_at_bf16
-from jit_accel.base.errors import StopRequest
+from jit_accel.base.errors import StopRequest, UserError
 from jit_accel.base.folder_lock import FolderLock
 from jit_accel.base.processes import SharedStop, end_with_launcher, on_all, on_main, process_group
 from jit_accel.base.watchdog import Watchdog
@@ -36,7 +36,7 @@ from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed, Validation, open_data
 from jit_accel.train.initial_weights import Initial, Tuning, read_initial, tune
 from jit_accel.train.optimizers import build_optimizers
-from jit_accel.train.output_folder import check_output_dir, choose_folder
+from jit_accel.train.output_folder import check_output_dir, choose_folder, release
 from jit_accel.train.results import describe_data
 from jit_accel.train.samples import SampleQuality, SampleSheets
 from jit_accel.train.state import RunFacts
@@ -55,6 +55,8 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
     accumulation = config.optim.gradient_accumulation_steps
     accelerator = build_accelerator(config.performance.mixed_precision, accumulation, trackers)
     with contextlib.ExitStack() as held, process_group(accelerator):
+        held.callback(release, folder)
+        check_world(accelerator.num_processes)
         if config.hub.push_to_hub:  # found out now, not after days of training
             on_main(accelerator, lambda: hub.check_login(config.hub.hub_model_id))
         # The main process chooses, so that all load the same.
@@ -81,6 +83,16 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
         return exit_code
 
 
+def check_world(num_processes: int) -> None:
+    """Raise `UserError` where a launcher started several processes, and Accelerate takes each for a run of its own."""
+    world = os.environ.get("WORLD_SIZE", "1") if "LOCAL_RANK" in os.environ else "1"
+    if num_processes == 1 and world != "1":
+        raise UserError(
+            f"{world} processes were started, which know nothing of each other and would write into one folder: "
+            "without a GPU for each set ACCELERATE_USE_CPU=true, or start one process."
+        )
+
+
 def placed(config: Config) -> Config:
     """Return the settings with the run's folder, which for a run without a name depends on those that are there."""
     folder = Path(run_folder(config))
@@ -104,8 +116,7 @@ def build_trainer(
     saved = run.get("settings", {})
     weights = initial.start if initial else None
     how = {"img_size": image_size(started(config, saved, weights)), "val_images": config.run.val_images}
-    how["class_names"] = run.get("class_names") or ()
-    source, held_out = open_data(config.data, accelerator=accelerator, given=source, **how)
+    source, held_out = open_data(config.data, accelerator=accelerator, given=source, begun=run, **how)
     if initial and tuning.lora_rank:
         initial.labels_for(source)  # of other classes it says so better than `complete` would
     num_units = int(np.count_nonzero(source.images.sizes)) if source.streaming else 0

@@ -1,7 +1,11 @@
 """The data of a run: opened, fed to its steps, and held out for a loss that it is not trained on."""
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +23,11 @@ from jit_accel.data.batches.loader import cores_per_process, worker_memory_gib
 from jit_accel.data.batches.ready_batches import WaitTime, batches, waiting_advice
 from jit_accel.data.formats.source import in_class_order
 from jit_accel.data.formats.sources import Source, open_images
-from jit_accel.data.reading.splits import have_common
+from jit_accel.data.reading.splits import ALL, have_common
 from jit_accel.monitor.metric_table import WAIT_FRACTION, WORKER_MEMORY
 from jit_accel.monitor.metrics import of_each_process
+
+log = logging.getLogger(__name__)
 
 SETTINGS_OF_BATCHES = ("img_size", "num_workers", "horizontal_flip", "shuffle_buffer", "lanes")
 MIN_DRAWS = 256  # of the validation: one time and noise an image say little when there are few
@@ -34,18 +40,29 @@ def open_data(
     val_images: int,
     accelerator: Accelerator,
     given: Source | None = None,
-    class_names: Sequence[str] = (),
+    begun: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Source, HeldOut | None]:
     """Open the images to train on, unless given, and those held out; all processes get the same, or a `UserError`.
 
-    class_names: the order of the classes in the checkpoint that the run goes on from.
+    begun: the checkpoint that the run goes on from, with the order of its classes, `class_names`, and the `fingerprint`
+    of its images, which are all splits where they are not those of `data`: earlier versions knew fewer splits.
     """
+    names = ("data_format", "image_column", "label_column", "renumber_labels")
+    how = {name: getattr(data, name) for name in names}
+    open_split = partial(open_images, data.data_path, streaming=STREAMING[data.streaming], **how)
 
-    def open_and_split() -> tuple[Source, HeldOut | None]:
-        names = ("data_format", "image_column", "label_column", "renumber_labels")
-        how = {name: getattr(data, name) for name in names}
-        open_split = partial(open_images, data.data_path, streaming=STREAMING[data.streaming], **how)
-        source = in_class_order(given or open_split(split=data.split), class_names)
+    def open_as_begun() -> tuple[Source, HeldOut | None]:
+        found = open_and_hold(data.split)
+        if begun and found[0].fingerprint != begun["fingerprint"] and not (given or data.split):
+            with contextlib.suppress(UserError):
+                whole = open_and_hold(ALL)
+                if whole[0].fingerprint == begun["fingerprint"]:
+                    log.warning("--data_path %s: all splits are taken, with which the run began", data.data_path)
+                    return whole
+        return found
+
+    def open_and_hold(split: str | None) -> tuple[Source, HeldOut | None]:
+        source = in_class_order(given or open_split(split=split), begun.get("class_names") or ())
         if not data.holdout:
             return source, None
         part = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
@@ -61,12 +78,18 @@ def open_data(
         with renamed_settings(split="holdout"):
             return source, held_by_split(source, open_split(split=data.holdout), **part)
 
-    source, held_out = on_all(accelerator, open_and_split, in_turn=True)
+    source, held_out = on_all(accelerator, open_as_begun, in_turn=True)
     counts = gather_object([len(held_out.keys) if held_out else 0])
     if held_out and not sum(counts):
         if accelerator.is_main_process:
             warn("no image of the holdout can be read, or none was found: there is no val/loss.")
         held_out = None
+    refuse_other_images(data, source)
+    return source, held_out
+
+
+def refuse_other_images(data: DataConfig, source: Source) -> None:
+    """Raise `UserError` where the processes do not find the same images; all together."""
     found = gather_object([(source.num_images, source.fingerprint)])
     if other := next((rank for rank, finding in enumerate(found) if finding != found[0]), None):
         trained = ", ".join(f"process {n} trains on {found[n][0]:,} ({found[n][1][:8]})" for n in (0, other))
@@ -77,7 +100,6 @@ def open_data(
             about=about,
             value=value,
         )
-    return source, held_out
 
 
 class Feed:

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -45,6 +45,7 @@ class StepCost:
     """The cost of a step to a process."""
 
     seconds: float
+    forward_s: float  # of one image, as samples and measurements need it
     memory_gib: float  # at the peak
     missing_gib: float = 0.0  # of it, where that much is not free
 
@@ -115,9 +116,11 @@ def cost_of_step(
     activations = (sizes.depth + 1) * one_block
     if network.gradient_checkpointing:
         passes, activations = passes + 1, one_block + sizes.depth * batch * length * sizes.hidden_size * 4
-    seconds = micro_steps * batch * trial.image_s * blocks * passes / 3 + trial.update_s * trained / trial.num_params
+    forward_s = trial.image_s * blocks / 3
+    seconds = micro_steps * batch * forward_s * passes + trial.update_s * trained / trial.num_params
     gradients, state = 4 * trained, 0 if has_state else sum(count * (4 if is_muon else 8) for count, is_muon in counts)
-    return StepCost(seconds, (state + (activations + gradients if stay else max(activations, gradients))) / GIB)
+    at_peak = state + (activations + gradients if stay else max(activations, gradients))
+    return StepCost(seconds, forward_s, at_peak / GIB)
 
 
 def copies_gib(network: nn.Module, optim: OptimConfig, accelerator) -> float:
@@ -133,14 +136,19 @@ def copies_gib(network: nn.Module, optim: OptimConfig, accelerator) -> float:
 
 
 def expected_cost(network: nn.Module, optimizers: Iterable, optim: OptimConfig, accelerator) -> StepCost:
-    """Return what a step should cost this process, whose memory holds the weights and their averages already."""
+    """Return what a step should cost the process that it costs most; all together, with weights and averages there."""
     device, micro_steps = accelerator.device, accelerator.gradient_accumulation_steps
     used, free = used_gib(device), free_gib(device)
     trial = try_block(network.config, optim.batch_size, device, accelerator.autocast, optim)
     how = {"stay": micro_steps * accelerator.num_processes > 1, "has_state": any(each.state for each in optimizers)}
     cost = cost_of_step(trial, network, optim, micro_steps, **how)
     more = cost.memory_gib + copies_gib(network, optim, accelerator)
-    return StepCost(cost.seconds, used + more, more - free)
+    return highest(replace(cost, memory_gib=used + more, missing_gib=more - free))
+
+
+def highest(cost: StepCost) -> StepCost:
+    """Return the most that a step costs any process; all together."""
+    return StepCost(*map(max, zip(*gather_object([astuple(cost)]))))
 
 
 def used_gib(device: torch.device) -> float:
@@ -167,45 +175,48 @@ def times_due(every: int, step: int, last_step: int) -> int:
 def in_words(seconds: float) -> str:
     """Return a duration such as `about 70 hours`."""
     unit, size = next((unit, size) for unit, (size, least) in UNITS.items() if seconds >= least * size)
-    return f"about {float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"about {two_digits(seconds / size)} {unit}"
+
+
+def two_digits(value: float) -> str:
+    """Return 0.123 as 0.12, and 123 as 120."""
+    return f"{float(f'{value:.2g}'):.10g}"
 
 
 def outlook(
-    cost: StepCost, steps: int, forwards: float, images: int, model: str, device: torch.device, processes: int
+    cost: StepCost, steps: int, forwards: float, model: str, device: torch.device, processes: int
 ) -> tuple[str, list[str]]:
     """Return a line on the `steps` ahead, and warnings, each with its remedy.
 
-    images: that a process trains on in a step; forwards: that it passes forward besides, to sample and to measure.
+    forwards: images that a process passes forward besides, to sample and to measure.
     """
-    beside_s = forwards * cost.seconds / images / 3
+    beside_s = forwards * cost.forward_s
     total_s = steps * cost.seconds + beside_s
     beside = f", {in_words(beside_s)} of it to sample and measure" if beside_s > 0.05 * total_s else ""
+    memory = f"about {two_digits(cost.memory_gib)} GiB of memory" + " in each process" * (processes > 1)
     warnings = []
     if total_s > LONG_S.get(device.type, LONG_ELSEWHERE_S):
         is_cpu = device.type == "cpu"
         count = processes * (torch.get_num_threads() if is_cpu else 1)
         name = "core" if is_cpu else device_name(device)
         where = f"this {name}" if count == 1 else f"these {count} {name}s"
+        rarer = "a larger --sample_every_steps, fewer --num_inference_steps, " if beside_s > total_s / 2 else ""
+        recipe = "; launch/recipes/my_images_cpu.yaml is made for a CPU" if is_cpu else ""
         warnings.append(
-            f"{steps:,} steps of {model} on {where}: {in_words(total_s)}{beside}. Choose fewer --max_steps, a smaller "
-            "--model, or larger patches; launch/recipes/my_images_cpu.yaml is made for a CPU."
+            f"{steps:,} steps of {model} on {where}: {in_words(total_s)}{beside}. Choose {rarer}fewer --max_steps, a "
+            f"smaller --model, or larger patches{recipe}."
         )
     if cost.missing_gib > 0:
         warnings.append(
-            f"about {cost.memory_gib:.2g} GiB of memory are needed, {cost.missing_gib:.2g} GiB more than are free: "
-            "halve --batch_size and double --gradient_accumulation_steps, add --gradient_checkpointing, or choose a "
-            "smaller --model."
+            f"{memory} are needed, {two_digits(cost.missing_gib)} GiB more than are free: halve --batch_size and "
+            "double --gradient_accumulation_steps, add --gradient_checkpointing, or choose a smaller --model."
         )
-    pace = f"{steps:,} steps of {cost.seconds:.2g} s"
-    return f"{in_words(total_s)}: {pace}{beside}; about {cost.memory_gib:.2g} GiB of memory", warnings
+    return f"{in_words(total_s)}: {steps:,} steps of {two_digits(cost.seconds)} s{beside}; {memory}", warnings
 
 
-def say_outlook(cost: StepCost, accelerator, steps: int, forwards: float, batch_size: int, model: str) -> None:
-    """Say the outlook of the process that has the highest cost, on the main one; all processes together."""
-    costs = gather_object([(cost.seconds, cost.memory_gib, cost.missing_gib)])
-    images = accelerator.gradient_accumulation_steps * batch_size
-    where = (accelerator.device, accelerator.num_processes)
-    line, warnings = outlook(StepCost(*map(max, zip(*costs))), steps, forwards, images, model, *where)
+def say_outlook(cost: StepCost, accelerator, steps: int, forwards: float, model: str) -> None:
+    """Say the outlook on the main process."""
+    line, warnings = outlook(cost, steps, forwards, model, accelerator.device, accelerator.num_processes)
     if accelerator.is_main_process:
         say(f"Ahead:  {line}")
         for warning in warnings:

@@ -1,10 +1,14 @@
 """The folder of a run: which one it is, and that it holds nobody else's work."""
 
+import contextlib
+import hashlib
+import itertools
 import os
 import re
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from jit_accel.base.console import say
 from jit_accel.base.errors import UserError
@@ -13,11 +17,14 @@ from jit_accel.model.loading import PIPELINE_FOLDER
 from jit_accel.monitor.log import METRICS_FILE
 from jit_accel.train.results import read_record
 
+_claims: dict[Path, IO] = {}  # locked files, by the folder that this process trains into
+
 
 def choose_folder(first: Path, resume: str, experiment: str) -> Path:
     """Return the folder of a run without a name: `first`, or the same with -2 and so on behind it.
 
-    With `--resume auto` that is the newest of the same experiment, else the first that holds no run. Writes nothing.
+    With `--resume auto` that is the newest of the same experiment, else the first that holds no run and that no other
+    process has claimed. Writes nothing there.
     """
     numbered = {1: first}
     for path in first.parent.glob(f"{first.name}-*"):
@@ -30,15 +37,43 @@ def choose_folder(first: Path, resume: str, experiment: str) -> Path:
         ours = [path for path in taken.values() if continues(path, resume)]
     if ours:
         return ours[-1]
-    free = next(number for number in range(1, len(taken) + 2) if number not in taken)
-    folder = first if free == 1 else first.with_name(f"{first.name}-{free}")
-    if taken and os.environ.get("RANK", "0") == "0":
-        other = list(taken.values())[-1]
+    named = ((n, first if n == 1 else first.with_name(f"{first.name}-{n}")) for n in itertools.count(1))
+    number, folder = next((n, path) for n, path in named if n not in taken and claim(path))
+    if number > 1 and os.environ.get("RANK", "0") == "0":
+        other = list(taken.values() or [first])[-1]
         say(
             f"{other} holds another run, so this one goes to {folder} (--output_dir {other} --resume auto would go on "
             "with that one)."
         )
     return folder
+
+
+def claim(folder: Path) -> bool:
+    """Let no other run of this machine choose a folder, until `release` or the end of this process.
+
+    Returns False where another process has claimed it. Only the main process of a run claims.
+    """
+    folder = Path(os.path.realpath(folder))
+    if folder in _claims or os.environ.get("RANK", "0") != "0":
+        return True
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    with contextlib.ExitStack() as stack, contextlib.suppress(ImportError, OSError):  # where there are no locks
+        import fcntl
+
+        file = stack.enter_context(open(Path(tempfile.gettempdir(), f"jit_accel-{name}.lock"), "a"))
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the processes that decode
+        except BlockingIOError:
+            return False
+        stack.pop_all()
+        _claims[folder] = file
+    return True
+
+
+def release(folder: Path) -> None:
+    """End this process's claim of a folder, if it has one."""
+    if file := _claims.pop(Path(os.path.realpath(folder)), None):
+        file.close()
 
 
 def held(folder: Path) -> list[Path]:
@@ -53,7 +88,7 @@ def held(folder: Path) -> list[Path]:
 def continues(folder: Path, resume: str) -> bool:
     """Return True where `--resume` goes on with the run in this folder."""
     resumed = Path(resume).resolve()
-    return resume == "auto" or (resume != "none" and folder.resolve() in (resumed, *resumed.parents))
+    return resume == "auto" or (resume != "none" and Path(os.path.realpath(folder)) in (resumed, *resumed.parents))
 
 
 def check_output_dir(folder: Path, resume: str, data_path: str) -> None:
@@ -62,7 +97,7 @@ def check_output_dir(folder: Path, resume: str, data_path: str) -> None:
     Raises `UserError`: not writable, the folder of the images, or it holds another run.
     """
     refused = partial(UserError, about="output_dir", value=folder)
-    if folder.resolve() == Path(data_path).expanduser().resolve():
+    if os.path.realpath(folder) == os.path.realpath(os.path.expanduser(data_path)):
         raise refused("is the folder of the images, among which the run's own would come: give another, as runs/first.")
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -134,8 +134,8 @@ class RunFacts:
         differences = changed_settings(then, {name: now[name] for name in changed if name not in same})
         if differences and self.is_main:
             warn(
-                f"this resume changes what the run is: {'; '.join(differences)}. Its folder, its curves and its W&B "
-                "run go on under the new settings. For a run of its own give another --output_dir or --wandb_name."
+                f"this resume changes what the run is: {'; '.join(differences)}. What is trained from here on goes "
+                "into the same folder and curves. For a run of its own give another --output_dir or --wandb_name."
             )
 
     def refuse_other(self, path: Path, saved: dict) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from jit_accel.base import rng
 from jit_accel.base.console import say
 from jit_accel.base.errors import Stopped, StopRequest, UserError
-from jit_accel.base.files import check_guard
+from jit_accel.base.files import check_guard, disk_errors
 from jit_accel.base.processes import SharedStop, on_main
 from jit_accel.base.watchdog import WAITING, Watchdog
 from jit_accel.config.completion import Plan
@@ -29,7 +29,7 @@ from jit_accel.monitor.metric_table import EMA_VAL_LOSS, EVAL, VAL_LOSS, part_of
 from jit_accel.monitor.monitor import Monitor, peak_memory_gib
 from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed, Validation
-from jit_accel.train.forecast import StepCost, copies_gib, expected_cost, say_outlook, times_due
+from jit_accel.train.forecast import StepCost, copies_gib, expected_cost, highest, say_outlook, times_due
 from jit_accel.train.initial_weights import Tuning
 from jit_accel.train.optimizers import lr_at, set_lr
 from jit_accel.train.results import CURVE_FILE, is_exported, read_record, record_run, write_record, write_results
@@ -110,7 +110,8 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end, or until a signal. Returns the exit code."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with disk_errors("output_dir", self.output_dir):
+            self.output_dir.mkdir(parents=True, exist_ok=True)
         last_step = max(self.plan.total_steps, self.step)
         if self.quality and (self.step < last_step or not self.quality.has_measured(last_step)):
             self.quality.prepare()
@@ -161,13 +162,19 @@ class Trainer:
 
     def dry_run(self) -> int:
         """Do two steps, of which nothing is written, and say what the run will take. Returns the exit code."""
+        expected = self.expected_cost()
+        if expected.missing_gib > 0:  # said now, since the system may kill what asks for it
+            self.look_ahead(expected)
         loss, _ = self.monitor.try_step(self.train_step)  # which starts workers, compiles, and makes the state
         _, seconds = self.monitor.try_step(self.train_step)
         self.step -= 2
         self.say(f"Dry run: loss {loss:.4f} in the first of two steps. Everything is in place.")
-        copies = copies_gib(self.network, self.optim, self.accelerator)
-        self.look_ahead(StepCost(seconds, peak_memory_gib(self.accelerator.device) + copies))
+        peak_gib = peak_memory_gib(self.accelerator.device) + copies_gib(self.network, self.optim, self.accelerator)
+        self.look_ahead(highest(StepCost(seconds, expected.forward_s, peak_gib)))
         return 0
+
+    def expected_cost(self) -> StepCost:
+        return expected_cost(self.network, self.optimizers, self.optim, self.accelerator)
 
     def look_ahead(self, cost: StepCost | None = None) -> None:
         """Say what time and memory the steps ahead take, by this `cost`, or that of a block; all processes together."""
@@ -176,8 +183,7 @@ class Trainer:
         forwards = sum(counts[name] * part.passes for name, part in parts.items() if part)
         model, steps = self.facts.facts["settings"]["model"], self.plan.total_steps - self.step
         if steps > 0:
-            cost = cost or expected_cost(self.network, self.optimizers, self.optim, self.accelerator)
-            say_outlook(cost, self.accelerator, steps, forwards, self.optim.batch_size, model)
+            say_outlook(cost or self.expected_cost(), self.accelerator, steps, forwards, model)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the losses (B,) of a batch, all randomness following from its images' positions in the run."""

@@ -41,6 +41,11 @@ def test_a_class_that_no_font_can_write_is_drawn_as_its_number(monkeypatch):
     font_file.cache_clear()
 
 
+def test_a_name_is_drawn_in_one_line_of_what_can_be_printed():
+    assert legible("a\tb\n c", 3) == "a b c"
+    assert legible("a\x07b", 3) == "3"
+
+
 def test_fonts_of_the_system_are_asked_for_other_letters(monkeypatch):
     monkeypatch.setattr(image_rows, "_fonts", lambda: ["a.ttf", "b.ttf"])
     monkeypatch.setattr(image_rows, "_letters_of", {"a.ttf": set("ab"), "b.ttf": {ord("猫")}}.get)

@@ -311,7 +311,11 @@ def test_each_trial_of_a_sweep_has_a_folder_of_its_own(monkeypatch):
     assert run_folder(parse()) == run_folder(parse("--wandb_name", "same")) == "runs/sweep-s1/r1"
     assert run_folder(parse("--output_dir", "runs/mine")) == "runs/mine/r1"
     assert run_folder(parse("--output_dir", "runs/of-r1")) == "runs/of-r1"
-    assert run_folder(resolved(parse("--output_dir", "runs/mine"))[0]) == "runs/mine/r1"
+    assert run_folder(parse("--output_dir", "runs/or10/of-r10")) == "runs/or10/of-r10/r1"  # those of other trials
+    monkeypatch.setenv("WANDB_RUN_ID", "odd id")
+    for folder in (("runs/mine", "runs/mine/odd-id"), ("runs/mine/odd-id/", "runs/mine/odd-id/")):
+        assert run_folder(parse("--output_dir", folder[0])) == folder[1]
+    assert run_folder(resolved(parse("--output_dir", "runs/mine"))[0]) == "runs/mine/odd-id"
 
 
 def test_settings_from_python_are_those_of_the_command_line():
@@ -369,6 +373,9 @@ def test_bases_that_cannot_be_are_refused(tmp_path):
         parse("--config", loop)
     with pytest.raises(UserError, match=r"^config .*gone.yaml: cannot be read"):
         parse("--config", write(tmp_path / "d.yaml", "base: gone.yaml\n"))
+    for text in ('base: "a\\0b"', f"base: {300 * 'x'}", "base: ~no-such-user/a.yaml"):
+        with pytest.raises(UserError, match=r"^config "):
+            parse("--config", write(tmp_path / "f.yaml", text))
     write(tmp_path / "wrong.yaml", "batchsize: 3\n")
     with pytest.raises(UserError, match=r"^config .*wrong.yaml: batchsize is no setting. Did you mean 'batch_size'"):
         parse("--config", write(tmp_path / "e.yaml", "base: wrong.yaml\n"))
@@ -430,3 +437,57 @@ def test_a_slow_use_of_the_device_is_said():
     assert "only emulates bf16" in warnings(precision="bf16")
     assert "uses 1 of 4 cores: set OMP_NUM_THREADS=4" in warnings(cores=4, threads=1)
     assert warnings(cores=4, threads=4) == warnings(cores=4) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("epochs", 1e308), ("warmup_epochs", 1e308), ("max_steps", 10**18), ("learning_rate", 1e308)),
+        *(("guidance_scale", 10**400), ("seed", 10**5000), ("adam_betas", (10**400, 0.9)), ("holdout", 10**400)),
+        *(("num_classes", 10**9), ("num_workers", 2**63), ("lanes", 10**18), ("val_images", -(10**5000))),
+        *(("model", "JiT-B/" + 5000 * "9"), ("model", "JiT-B/9999")),
+    ],
+    ids=lambda part: part[:20] if isinstance(part, str) else type(part).__name__,  # Python writes no such numbers
+)
+def test_numbers_of_which_no_machine_has_so_many_are_refused(name, value):
+    with pytest.raises(UserError) as refused:
+        Config.of(**{"data_path": "photos", name: value})
+    assert refused.value.about == name
+    assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("data_path", ""), ("data_path", "a\0b"), ("output_dir", 256 * "x"), ("init_from", 2000 * "x/y/")),
+        *(("resume", "~no-such-user/home"), ("eval_reference", "\ud800"), ("wandb_tags", ("a\0",))),
+    ],
+)
+def test_places_that_no_system_can_have_are_refused(name, value):
+    with pytest.raises(UserError) as refused:
+        Config.of(**{"data_path": "photos", name: value})
+    assert refused.value.about == name
+
+
+def test_a_link_that_leads_back_to_itself_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("data_path", "output_dir", "init_from"):
+        with pytest.raises(UserError, match="leads back to itself"):
+            Config.of(**{"data_path": "photos", name: str(tmp_path / "loop" / "x")})
+
+
+@pytest.mark.parametrize("place", ["\udcff", "https://host/" + 300 * "x", "{" + 100 * "abc," + "d}", 255 * "x"])
+def test_odd_places_that_may_be_there_are_taken(place):
+    assert Config.of(data_path=place).data.data_path == place
+
+
+@pytest.mark.parametrize("value", ["!!int x", "!!float x", "!!bool x", "!!timestamp x", 5000 * "[", 5000 * "{b: "])
+def test_recipes_that_yaml_cannot_read_are_refused(tmp_path, value):
+    with pytest.raises(UserError, match=r"^config .*: not valid YAML: "):
+        parse("--config", write(tmp_path / "a.yaml", f"batch_size: {value}\n"))
+
+
+@pytest.mark.parametrize("file", ["a\0b", 300 * "x", "~no-such-user/a.yaml"])
+def test_recipes_whose_names_no_file_can_have_are_refused(file):
+    with pytest.raises(UserError, match=r"^config "):
+        parse("--config", file)

@@ -73,6 +73,11 @@ def test_labels_of_text_that_are_numbers_are_sorted_as_numbers(tmp_path, kind):
     assert labels_by_number(source) == {0: 3, 1: 2, 2: 1, 3: 0}
 
 
+@pytest.mark.parametrize("names", ["٠ ١ ٢ ١٠", "０ １ ２ １０", "7 11 " + "1" * 30])
+def test_digits_of_all_scripts_and_lengths_are_sorted_as_numbers(tmp_path, names):
+    assert open_images(folders(tmp_path, *names.split())).class_names == tuple(names.split())
+
+
 def test_a_run_keeps_the_order_of_its_classes(tmp_path, caplog):
     new = open_images(folders(tmp_path / "a", *(str(n) for n in range(12))))
     old = in_class_order(new, sorted(new.class_names))
@@ -94,6 +99,13 @@ def test_names_are_one_in_all_forms_of_unicode(tmp_path):
     labels = [NFD, "tea", NFC, "tea"]
     source = open_images(parquet(tmp_path / "a.parquet", range(4), labels, feature=Value("string")))
     assert (source.class_names, labels_by_number(source)) == ((NFC, "tea"), {0: 0, 1: 1, 2: 0, 3: 1})
+
+
+def test_columns_and_members_are_found_in_all_forms_of_unicode(tmp_path):
+    folder = csv_folder(tmp_path / "a", f"file_name,{NFD}\n0.png,x\n1.png,y\n2.png,x\n3.png,y\n")
+    assert labels_by_number(open_images(folder, label_column=NFC)) == {0: 0, 1: 1, 2: 0, 3: 1}
+    members = {f"{NFD}.png": png(0), f"{NFC}.cls": b"1", "tea.png": png(1), "tea.cls": b"0"}
+    assert labels_by_number(open_images(tar(tmp_path / "a.tar", members))) == {0: 1, 1: 0}
 
 
 def test_metadata_finds_images_in_all_forms_of_unicode(tmp_path, caplog):
@@ -140,7 +152,22 @@ def test_text_that_is_not_utf8_is_refused_for_that(tmp_path, text):
     message = refusal(csv_folder(tmp_path, text.encode("latin-1")))
     assert "metadata.csv" in message
     assert "UTF-8" in message
-    assert "UTF-8" in refusal(csv_folder(tmp_path, text.encode("utf-16")))
+    assert "it is in UTF-16" in refusal(csv_folder(tmp_path, text.encode("utf-16")))
+
+
+@pytest.mark.parametrize(("name", "mark"), [("metadata.csv", mark) for mark in ";\t|"] + [("metadata.tsv", ",")])
+def test_tables_of_other_separators_are_refused_for_that(tmp_path, name, mark):
+    rows = "\r\n".join(mark.join(row) for row in (("file_name", "label"), ("0.png", "1,0"), ("1.png", "0,0")))
+    message = refusal(csv_folder(tmp_path, b"\xef\xbb\xbf" + rows.encode(), name=name))
+    assert f"separated by {mark!r}" in message
+    assert name in message
+
+
+def test_numbers_and_text_in_json_are_text(tmp_path):
+    labels = [1, "x", 10, "1"]
+    rows = "\n".join(json.dumps({"file_name": f"{n}.png", "label": label}) for n, label in enumerate(labels))
+    source = open_images(csv_folder(tmp_path, rows, name="metadata.jsonl"))
+    assert (source.class_names, labels_by_number(source)) == (("1", "10", "x"), {0: 0, 1: 2, 2: 1, 3: 0})
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "Metadata.CSV", "metadata.tsv", "METADATA.jsonl", "metadata.parquet"])
@@ -158,7 +185,20 @@ def test_metadata_of_every_kind_is_read(tmp_path, name):
     assert (source.format, labels_by_number(source)) == ("folder", {0: 1, 1: 0, 2: 1, 3: 0})
 
 
-@pytest.mark.parametrize("name", ["labels.csv", "train.tsv", "annotations.json", "classes.txt", "list.xlsx"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "labels.csv",
+        "labels.parquet",
+        "train.tsv",
+        "annotations.json",
+        "classes.txt",
+        "list.xlsx",
+        "instances_train.json",
+        "0.xml",
+        "metadata.csv.gz",
+    ],
+)
 def test_other_files_of_labels_are_said_to_be_passed_over(tmp_path, caplog, name):
     csv_folder(tmp_path, "file,label\n0.png,a\n", name=name)
     assert not open_images(tmp_path).is_labelled
@@ -213,6 +253,17 @@ def test_folders_in_tars_are_classes_as_on_disk(tmp_path, around, streaming, cap
     assert (source.class_names, labels_by_number(source)) == (("cat", "dog", "eel"), {0: 1, 1: 0, 2: 0, 3: 2})
 
 
+def test_what_is_not_read_beside_unlabelled_pictures_is_said(tmp_path, caplog):
+    rows = {f"{n}.{key}": data for n in range(3) for key, data in (("jpg", png(n)), ("json", b'{"kind": "a", "w": 4}'))}
+    assert not open_images(tar(tmp_path / "a.tar", rows)).is_labelled
+    assert ".json (.json has kind, w) is not read" in caplog.text
+    caplog.clear()
+    assert open_images(tar(tmp_path / "b.tar", rows), label_column="kind").class_names == ("a",)
+    assert "not read" not in caplog.text
+    open_images(tar(tmp_path / "c.tar", {"0.jpg": png(0), "0.txt": b"a cat"}))
+    assert ".txt is not read" in caplog.text
+
+
 def test_one_folder_or_images_beside_folders_are_no_classes(tmp_path, caplog):
     assert opened(tmp_path, {"a/0.png": png(0), "a/b/1.png": png(1)}) == (("image",), {0: 0, 1: 0})
     assert not caplog.records
@@ -256,5 +307,24 @@ def test_pictures_beside_a_photo_are_no_samples_and_are_said_to_be_passed_over(t
     assert sorted(opened(tmp_path, members)[1]) == [0, 1, 2]
     assert ".jpg is read and .seg.png is not" in caplog.text
     assert sorted(opened(tmp_path, members, image_column="seg.png")[1]) == [100, 101, 102]
-    pairs = {f"{n}.{key}": png(n) for n in range(3) for key in ("rgb.png", "depth.png")}
-    assert "name the ending of the images" in refusal(tar(tmp_path / "b.tar", pairs))
+    caplog.clear()
+    assert sorted(opened(tmp_path, {"0.png": png(0), "1.png": png(1), "1.jpg": png(2)})[1]) == [0, 1]
+    assert ".png is read and .jpg is not" in caplog.text
+
+
+def test_pictures_of_one_name_are_samples_and_are_said_to_be(tmp_path, caplog):
+    pairs = {f"{n}.{key}": png(n + plus) for n in range(3) for key, plus in (("rgb.png", 0), ("depth.png", 100))}
+    assert sorted(opened(tmp_path, pairs)[1]) == [0, 1, 2, 100, 101, 102]
+    assert "pictures of one name, .depth.png and .rgb.png, are samples of their own" in caplog.text
+    assert sorted(opened(tmp_path, pairs, image_column="rgb.png")[1]) == [0, 1, 2]
+    labelled = pairs | {f"{n}.cls": b"%d" % n for n in range(3)}
+    members = {name: labelled[name] for name in sorted(labelled)}
+    assert "name the ending of the images" in refusal(tar(tmp_path / "b.tar", members))
+
+
+@pytest.mark.parametrize("label", ["cls", "json", "meta.json"])
+def test_a_label_is_of_the_only_picture_beside_it(tmp_path, label):
+    members = {}
+    for n in range(2):
+        members |= {f"{n}.{label}": b"%d" % n if label == "cls" else b'{"label": %d}' % n, f"{n}.rgb.png": png(n)}
+    assert opened(tmp_path, members)[1] == {0: 0, 1: 1 if label != "meta.json" else 0}

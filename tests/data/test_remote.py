@@ -492,3 +492,15 @@ def test_a_file_whose_size_a_server_does_not_tell_is_fetched_whole(monkeypatch):
     monkeypatch.setattr(shards, "file_system", lambda url: (Files(), "bucket/a.parquet"))
     shard = shards.describe("s3://bucket/a.parquet")
     assert (shard.size, shard.has_ranges) == (None, False)
+
+
+def test_a_copy_that_is_removed_in_the_very_moment_is_fetched_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("JIT_ACCEL_CACHE", str(tmp_path))
+    path, real = shard_cache.cached_shard("key", "a.tar", 1, lambda file: file.write(b"1")), os.utime
+
+    def evicted(place):
+        path.unlink(missing_ok=True)  # as another process does that makes room
+        real(place)
+
+    monkeypatch.setattr(shard_cache.os, "utime", evicted)
+    assert shard_cache.cached_shard("key", "a.tar", 1, lambda file: file.write(b"2")).read_bytes() == b"2"

@@ -1,5 +1,7 @@
 """Splits: trained on is train, whatever the layout; the rest is left out, said, and can be chosen."""
 
+import unicodedata
+
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
@@ -44,6 +46,8 @@ FILES = {  # layouts of Parquet and tar files, of which the first line is traine
     "a split beside the rest": ("a-0 a-1 b-0", "test-0"),
     "train beside others": ("train/0", "extra/0"),
     "folders go before files": ("train/test_0 train/1", "test/0"),
+    "humps": ("imagesTrain0 imagesTrain1", "imagesTest0"),
+    "short words": ("trn/0", "tst/0"),
     "no splits": ("a/0 b/1 contest/2 latest-3 trainval/4", ""),
     "a single one": ("test/0 test/1", ""),
 }
@@ -71,7 +75,17 @@ FOLDERS = {  # of images: the inner paths of those that are trained on, and the 
     "a test folder within a class": ({"cat/": "cat/", "dog/": "dog/"}, ["dog/test/"]),
     "with years": ({"train2017/a/": "a/"}, ["val2017/a/"]),
     "with words": ({"train_images/a/": "a/"}, ["test_images/a/"]),
+    "with humps": ({"TrainImages/a/": "a/"}, ["TestImages/a/"]),
+    "words for sets": ({"train/a/": "a/", "train/b/": "b/"}, ["validation_set/a/", "Test images/a/", "testset/a/"]),
+    "sets beside classes": ({"cat/": "cat/", "dog/": "dog/"}, ["TestSet/cat/", "val-data/dog/"]),
+    "short words": ({"trn/a/": "a/", "trn/b/": "b/"}, ["tst/a/"]),
+    "several folders of one split": ({"trainA/": "A/", "trainB/": "B/"}, ["testA/", "testB/"]),
+    "years of one split": ({"train2014/": "", "train2017/": ""}, ["val2017/"]),
     "train alone with files beside": ({"train/cat/": "cat/", "train/dog/": "dog/"}, [""]),
+    "as archives are unpacked": (
+        {"seg_train/seg_train/a/": "a/", "seg_train/seg_train/b/": "b/"},
+        ["seg_test/seg_test/a/"],
+    ),
     "train alone": ({"train/cat/": "cat/", "train/dog/": "dog/"}, []),
     "a class named train beside a test folder": ({"bus/": "bus/", "train/": "train/"}, ["test/"]),
     "splits beside other folders": ({"train/a/": "a/", "train/b/": "b/"}, ["test/a/", "annotated/"]),
@@ -158,6 +172,30 @@ def test_only_splits_that_are_not_for_training_are_asked_about(tmp_path):
     assert numbers(tmp_path, split="val") == [0]
 
 
+def test_all_splits_by_name_are_all_splits(tmp_path):
+    pictures(tmp_path, "cat/0.png", "dog/0.png", "test/0.png")
+    assert open_images(tmp_path, split="train+eval").class_names == ("cat", "dog", "test")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_a_folder_with_one_split_says_which(tmp_path, kind):
+    for n in range(2):
+        file = tmp_path / "test" / f"{n}.{kind}"
+        parquet(file, [n]) if kind == "parquet" else tar(file, {f"{n}.png": png(n)})
+    for path in (tmp_path, tmp_path / "test" / f"*.{kind}"):
+        assert numbers(path) == [0, 1]
+    assert numbers(tmp_path, split="test") == [0, 1]
+    assert "choose from test" in refusal(tmp_path, split="train")
+    assert "choose from train" in refusal(tmp_path / "test", split="test")
+
+
+def test_spellings_of_a_split_are_one_data_set(tmp_path):
+    for n, split in enumerate(("train", "dev", "eval")):
+        parquet(tmp_path / f"{split}.parquet", [n])
+    for some in (("dev", "val", "VALID"), ("dev+test", "eval+validation")):
+        assert len({open_images(tmp_path, split=split).fingerprint for split in some}) == 1
+
+
 def test_a_split_of_data_without_splits_is_refused(tmp_path):
     pictures(tmp_path, "cat/0.png", "dog/0.png")
     assert "no such split; choose from train" in refusal(tmp_path, split="test")
@@ -183,6 +221,66 @@ def test_one_metadata_file_lists_both(tmp_path, caplog):
     assert "not listed" not in caplog.text
     assert open_images(tmp_path, split="test").class_names == ("bee",)
     assert open_images(tmp_path, split="all").num_images == 3
+
+
+def test_a_column_says_of_what_split_an_image_is(tmp_path, caplog):
+    pictures(tmp_path, *[f"{n}.png" for n in range(6)])
+    words = ("train", "Train", "val", "test", "testing", "")
+    rows = "".join(f"{n}.png,{'ab'[n % 2]},{word}\n" for n, word in enumerate(words))
+    (tmp_path / "metadata.csv").write_text("file_name,label,split\n" + rows)
+    source = open_images(tmp_path)
+    assert (source.class_names, labels_by_number(source)) == (("a", "b"), {0: 0, 1: 1})
+    assert "left out: validation (1 images), test (2 images), others (1 images)" in caplog.text
+    assert "not listed" not in caplog.text
+    assert numbers(tmp_path, split="dev") == [2]
+    assert numbers(tmp_path, split="train+test") == [0, 1, 3, 4]
+    assert numbers(tmp_path, split="all") == list(range(6))
+    assert "choose from" in refusal(tmp_path, split="tset")
+    for name in ("Split", "SET", "data_set"):
+        (tmp_path / "metadata.csv").write_text(f"file_name,label,{name}\n" + rows)
+        assert numbers(tmp_path) == [0, 1]
+    (tmp_path / "metadata.csv").write_text("file_name,split\n0.png,left\n1.png,right\n")
+    assert numbers(tmp_path) == [0, 1]
+    assert "choose from train" in refusal(tmp_path, split="test")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_column_of_a_table_that_says_so_is_warned_of(tmp_path, caplog, kind):
+    texts = {"mixed": ["train", "train", "val", "test"], "one": ["train"] * 4, "other": ["a", "b", "a", "b"]}
+    for name, splits in texts.items():
+        table = datasets.Dataset.from_dict({"image": [png(n) for n in range(4)], "split": splits})
+        place = tmp_path / (f"{name}.parquet" if kind == "parquet" else name)
+        table.to_parquet(place) if kind == "parquet" else table.save_to_disk(place)
+        caplog.clear()
+        assert numbers(place) == [0, 1, 2, 3]
+        warned = "by the column 'split' its images are of several splits" in caplog.text
+        assert warned == (name == "mixed"), caplog.text
+
+
+def test_what_is_listed_of_other_splits_is_not_missing(tmp_path, caplog):
+    pictures(tmp_path, "train/a.png", f"test/{unicodedata.normalize('NFD', 'é')}.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\ntrain/a.png,a\ntest/é.png,b\ntest/gone.png,b\n")
+    assert numbers(tmp_path) == [0]
+    assert "missing" not in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [None, False])
+@pytest.mark.parametrize("around", ["", "./x/"])
+def test_splits_within_a_tar(tmp_path, streaming, around, caplog):
+    parts = {"train": (0, 1, 2), "val": (3, 4), "test": (5, 6)}
+    members = [(f"{around}{part}/{'ab'[n % 2]}/{n}", n) for part, some in parts.items() for n in some]
+    folders = tar(tmp_path / "a" / "0.tar", {f"{stem}.png": png(n) for stem, n in members})
+    labels = {f"{stem}.{key}": data for stem, n in members for key, data in (("png", png(n)), ("cls", b"%d" % n))}
+    tar(tmp_path / "b" / "0.tar", labels)
+    tar(tmp_path / "b" / "1.tar", {f"{around}train/7.png": png(7), f"{around}train/7.cls": b"0"})
+    source = open_images(folders, streaming=streaming)
+    assert (source.class_names, labels_by_number(source)) == (("a", "b"), {0: 0, 1: 1, 2: 0})
+    assert "left out: validation (2 images), test (2 images)" in caplog.text
+    assert labels_by_number(open_images(folders, split="test", streaming=streaming)) == {5: 1, 6: 0}
+    assert labels_by_number(open_images(tmp_path / "b", streaming=streaming)) == {0: 0, 1: 1, 2: 2, 7: 0}
+    assert numbers(tmp_path / "b", split="all", streaming=streaming) == list(range(8))
+    assert "choose from" in refusal(folders, split="tset")
+    assert len({open_images(folders, split=split).fingerprint for split in (None, "val", "test", "all")}) == 4
 
 
 def test_urls_of_splits(tmp_path, caplog):
@@ -224,7 +322,7 @@ def test_splits_of_the_hub(tmp_path, monkeypatch, streaming):
 
 def test_embedded_data_has_a_test_split():
     split, other = open_images("builtin:fashion_mnist", split="test"), open_images("builtin:fashion_mnist_test")
-    assert split.fingerprint == other.fingerprint
+    assert split.fingerprint == other.fingerprint == open_images("builtin:fashion_mnist", split="Testing").fingerprint
 
 
 def test_a_loss_is_measured_on_another_split(tmp_path):
@@ -238,6 +336,9 @@ def test_a_loss_is_measured_on_another_split(tmp_path):
     assert sorted(np.concatenate([part.keys for part in parts])) == sorted(held.keys)[:5]
     with pytest.raises(UserError, match="of the class ant, which no image to train on has"):
         held_by_split(other, train, max_images=5, img_size=SIZE)
+    pictures(tmp_path, *[f"test/{n}.png" for n in range(3)])
+    with pytest.raises(UserError, match="has no labels"):
+        held_by_split(train, open_images(tmp_path, split="test"), max_images=5, img_size=SIZE)
 
 
 def test_a_training_measures_val_loss_on_a_split_and_goes_on_beside_its_own_output(tmp_path, monkeypatch, capsys):
@@ -268,6 +369,7 @@ def test_what_we_wrote_inside_the_data_is_no_data(tmp_path, caplog, marks):
     after = open_images(tmp_path)
     assert (after.fingerprint, after.class_names) == (before.fingerprint, before.class_names)
     assert "runs/x" in caplog.text
+    assert "is not read" not in caplog.text
     assert open_images(tmp_path / "runs" / "x").num_images > 0  # where it is named
     for mark in marks.split():
         (tmp_path / "runs" / "x" / mark).unlink()

@@ -132,6 +132,8 @@ NOT_IN_RECIPES = {
     *(
         "data_path",
         "data_format",
+        "split",
+        "renumber_labels",
         "image_column",
         "label_column",
         "streaming",

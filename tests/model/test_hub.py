@@ -242,7 +242,7 @@ def test_diffusers_own_ways_to_push_keep_the_card(server, folder, tmp_path):
     card = (folder / "README.md").read_text()
     assert server.files["alice/by-method"]["README.md"].decode() == card
     copy = tmp_path / "copy"
-    pipeline.save_pretrained(str(copy), push_to_hub=True, repo_id="alice/by-saving")
+    pipeline.save_pretrained(copy, push_to_hub=True, repo_id="alice/by-saving")
     assert server.files["alice/by-saving"]["README.md"].decode() == card
     pipeline.save_pretrained(str(copy))
     assert (copy / "README.md").read_text() == card

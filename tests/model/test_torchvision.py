@@ -29,11 +29,33 @@ def broken(tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_broken_torchvision_is_named_once_and_set_aside(broken, monkeypatch, capsys):
+@pytest.fixture
+def not_imported(monkeypatch):
+    """As in a program that has just started; afterwards the modules are as they were."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    del sys.modules["torchvision"]  # so that it is put back as it was
+    del sys.modules["torchvision"]
+
+
+def test_a_torchvision_that_works_is_left_alone(not_imported, tmp_path, monkeypatch, capsys):
+    (tmp_path / "torchvision" / "transforms").mkdir(parents=True)
+    (tmp_path / "torchvision" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    model.set_aside_broken_torchvision()
+    assert capsys.readouterr().err == ""
+    assert sys.modules["torchvision"].__file__ == str(tmp_path / "torchvision" / "__init__.py")
+
+
+def test_a_folder_that_an_uninstall_left_behind_is_set_aside(not_imported, tmp_path, monkeypatch, capsys):
+    (tmp_path / "torchvision" / "__pycache__").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    model.set_aside_broken_torchvision()
+    assert "torchvision" in capsys.readouterr().err
+    assert find_spec("torchvision") is None
+
+
+def test_a_broken_torchvision_is_named_once_and_set_aside(not_imported, broken, monkeypatch, capsys):
     monkeypatch.syspath_prepend(broken)
     model.set_aside_broken_torchvision()
     model.set_aside_broken_torchvision()

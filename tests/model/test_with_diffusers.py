@@ -1,8 +1,10 @@
 """The pipeline is used as diffusers' own are: offloaded, quantised, saved in parts, with other solvers."""
 
+import copy
 import itertools
 import json
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    ScoreSdeVeScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.hooks import apply_layerwise_casting
@@ -25,7 +28,8 @@ from safetensors.torch import save_file
 from test_pipeline import NAMES, make_pipe, seeded
 from torch import nn
 
-from jit_accel import JiTPipeline, JiTScheduler, JiTTransformer2DModel
+from jit_accel import JiTPipeline, JiTScheduler, JiTTransformer2DModel, UserError
+from jit_accel.model.loading import load_pipeline
 
 CPU = torch.device("cpu")
 
@@ -52,6 +56,42 @@ def test_weights_come_by_groups_and_from_the_disk(pipe, tmp_path, kind, to_disk)
     for _ in range(2):
         assert torch.equal(draw(pipe), expected)
     assert to_disk == any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_a_folder_of_offloaded_weights_serves_one_network(pipe, tmp_path, blocks):
+    """diffusers takes the files that it finds there for its own."""
+    how = {"offload_type": "block_level", "num_blocks_per_group": blocks, "offload_to_disk_path": str(tmp_path / "new")}
+    expected, other = draw(pipe), make_pipe()
+    with torch.no_grad():
+        other.transformer.final_layer.linear.weight.mul_(2)
+    pipe.transformer.enable_group_offload(CPU, CPU, **how)
+    with pytest.raises(ValueError, match="another network's weights"):
+        other.transformer.enable_group_offload(CPU, CPU, **how)
+    again = make_pipe()  # in a later process
+    again.enable_group_offload(CPU, CPU, **how)
+    assert torch.equal(draw(again), expected)
+    assert torch.equal(draw(pipe), expected)
+
+
+@pytest.mark.parametrize("is_on_disk", [False, True])
+def test_weights_that_are_elsewhere_are_not_saved(pipe, tmp_path, is_on_disk):
+    pipe.save_pretrained(tmp_path / "pipeline")
+    before = {file: file.read_bytes() for file in (tmp_path / "pipeline").rglob("*.*")}
+    if is_on_disk:
+        pipe.transformer.enable_group_offload(CPU, CPU, "leaf_level", offload_to_disk_path=str(tmp_path / "disk"))
+    else:
+        accelerate.cpu_offload(pipe.transformer, CPU)
+    with pytest.raises(ValueError, match="offloaded"):
+        pipe.save_pretrained(tmp_path / "pipeline")
+    assert {file: file.read_bytes() for file in (tmp_path / "pipeline").rglob("*.*")} == before
+
+
+def test_weights_offloaded_to_memory_are_saved(pipe, tmp_path):
+    expected = draw(pipe)
+    pipe.enable_group_offload(CPU, CPU, "leaf_level")
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(draw(quiet(JiTPipeline.from_pretrained(tmp_path))), expected)
 
 
 def test_no_module_hands_out_a_weight(pipe):
@@ -97,6 +137,16 @@ def test_what_is_computed_in_does_not_follow_from_what_weights_are_stored_in(pip
     assert (found - expected).square().mean().sqrt() <= (0.05 if low else 1e-6) * expected.std()
 
 
+def test_layers_are_what_their_classes_say(pipe):
+    """Quantisers put layers of their own in the place of torch's, also of classes made from these."""
+    expected = draw(pipe)
+    for module in list(pipe.transformer.modules()):
+        for plain in (nn.Linear, nn.Conv2d, nn.Embedding):
+            if isinstance(module, plain):
+                module.__class__ = type("Plain", (plain,), {"forward": plain.forward})
+    assert torch.equal(draw(pipe), expected)
+
+
 def test_layers_may_be_cast_for_each_call(pipe):
     expected = draw(pipe)
     apply_layerwise_casting(pipe.transformer, torch.bfloat16, torch.float32, skip_modules_pattern=("norm",))
@@ -121,6 +171,16 @@ def test_the_attention_backend_acts_or_is_refused(pipe, monkeypatch):
         pipe.enable_xformers_memory_efficient_attention()
 
 
+def test_processors_of_attention_are_listed_and_set(pipe):
+    network, expected = pipe.transformer, draw(pipe)
+    assert len(network.attn_processors) == len(network.blocks)
+    (first, *_) = network.attn_processors.values()
+    network.set_attn_processor(first)
+    assert set(network.attn_processors.values()) == {first}
+    network.fuse_qkv_projections()
+    assert torch.equal(draw(pipe), expected)
+
+
 # ---- what is saved
 
 
@@ -137,6 +197,27 @@ def test_a_pipeline_is_saved_in_parts_and_as_a_variant(pipe, tmp_path):
     assert torch.equal(draw(quiet(JiTPipeline.from_pretrained(tmp_path, variant="ema"))), expected)
 
 
+def test_a_variant_that_was_saved_in_parts_is_saved_whole_by_position(pipe, tmp_path):
+    network = pipe.transformer
+    network.save_pretrained(tmp_path, True, None, True, "fp16", "20KB")
+    network.save_pretrained(tmp_path, False, None, True, "fp16")  # not the main process: nothing is removed
+    assert list(tmp_path.glob("*.index.fp16.json"))
+    network.save_pretrained(tmp_path, True, None, True, "fp16")
+    again = JiTTransformer2DModel.from_pretrained(tmp_path, variant="fp16")
+    assert torch.equal(again.final_layer.linear.weight, network.final_layer.linear.weight)
+
+
+@pytest.mark.parametrize("size", ["10GB", "20KB"])
+def test_the_only_variant_of_a_folder_is_loaded(pipe, tmp_path, size):
+    pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+    assert torch.equal(draw(quiet(load_pipeline(tmp_path))), draw(pipe))
+    pipe.save_pretrained(tmp_path, variant="ema")
+    with pytest.raises(UserError, match="no file named"):
+        load_pipeline(tmp_path)
+    pipe.save_pretrained(tmp_path)
+    load_pipeline(tmp_path)
+
+
 def quiet(pipe) -> JiTPipeline:
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -146,7 +227,18 @@ def test_pickles_are_neither_written_nor_read(pipe, tmp_path):
     for save in (pipe.save_pretrained, pipe.transformer.save_pretrained):
         with pytest.raises(ValueError, match="pickle"):
             save(tmp_path / "new", safe_serialization=False)
+    with pytest.raises(ValueError, match="pickle"):
+        pipe.transformer.save_pretrained(tmp_path / "new", True, None, False)
     assert not (tmp_path / "new").exists()
+    pipe.save_pretrained(tmp_path / "old")
+    network = tmp_path / "old" / "transformer"
+    (network / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(pipe.transformer.state_dict(), network / "diffusion_pytorch_model.bin")
+    for cls, place in ((JiTPipeline, network.parent), (JiTTransformer2DModel, network)):
+        with pytest.raises(OSError, match=r"no file named diffusion_pytorch_model\.safetensors"):
+            cls.from_pretrained(place)
+        with pytest.raises(ValueError, match="pickle"):
+            cls.from_pretrained(place, use_safetensors=False)
     torch.save({"transformer.blocks.0.attn.qkv.lora_A.weight": torch.ones(1, 1)}, tmp_path / "lora.bin")
     for source, name in ((tmp_path, "lora.bin"), (tmp_path / "lora.bin", None)):
         with pytest.raises(ValueError, match="pickles are not read"):
@@ -191,8 +283,14 @@ def test_the_components_of_a_pipeline_make_its_like():
     assert again.config.class_names == NAMES
     assert JiTPipeline(**pipe.components, guidance_scale=1.0).config.guidance_scale == 1
     assert set(pipe.components) == {"transformer", "scheduler"}
+    pipe.scheduler = JiTScheduler(noise_scale=2.0)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     assert torch.equal(draw(quiet(JiTPipeline(**pipe.components))), draw(pipe))
+    pipe.transformer = copy.deepcopy(pipe.transformer).requires_grad_(False)
+    pipe.transformer.pipeline_settings = {}  # as of a network that was in no pipeline
+    pipe.register_to_config(guidance_scale=4.0)
+    again = JiTPipeline(**pipe.components)
+    assert (again.config.class_names, again.config.guidance_scale) == (NAMES, 4.0)
 
 
 # ---- a call, seen by callbacks
@@ -241,6 +339,31 @@ def test_guidance_that_a_callback_changes_acts_from_the_next_step(pipe, method, 
     assert make_pipe(guidance_scale=2.5).guidance_scale == 2.5
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "calls"),
+    [
+        ("heun", 2),
+        ("euler", 1),
+        (FlowMatchEulerDiscreteScheduler(), 1),
+        (FlowMatchHeunDiscreteScheduler(), 2),
+        (UniPCMultistepScheduler(use_flow_sigmas=True), 1),
+        (DPMSolverSinglestepScheduler(use_flow_sigmas=True), 1),
+    ],
+)
+def test_a_callback_ends_guidance_and_the_call_between_two_steps(pipe, scheduler, calls):
+    batches, method = [], scheduler
+    if not isinstance(scheduler, str):
+        pipe.scheduler, method = scheduler, None
+    pipe.transformer.register_forward_pre_hook(lambda network, given: batches.append(len(given[0])))
+
+    def change(pipe, step, t, given):
+        pipe.guidance_scale = 2.0 if step < 1 else 1.0
+        pipe._interrupt = step == 2
+
+    draw(pipe, 6, method=method, guidance_interval=(0.0, 1.0), callback_on_step_end=change)
+    assert batches == [4] * 2 * calls + [2] * calls
+
+
 # ---- other schedulers
 
 
@@ -270,6 +393,9 @@ def flow(cls, **settings):
         (flow(UniPCMultistepScheduler), 0.1),
         (flow(UniPCMultistepScheduler, prediction_type="flow_prediction"), 0.1),
         (lambda config: UniPCMultistepScheduler.from_config(config, use_flow_sigmas=True), 0.1),
+        (flow(UniPCMultistepScheduler, use_karras_sigmas=True), 0.1),
+        (lambda config: FlowMatchEulerDiscreteScheduler(use_exponential_sigmas=True), 0.1),
+        (lambda config: FlowMatchEulerDiscreteScheduler(shift_terminal=0.02), 0.1),
         (flow(DPMSolverMultistepScheduler), 0.1),
         (flow(DPMSolverSinglestepScheduler), 0.1),
         (flow(DEISMultistepScheduler), 0.1),
@@ -303,12 +429,22 @@ def test_stochastic_ones_draw_from_the_calls_generator(pipe):
         DPMSolverMultistepScheduler(use_flow_sigmas=True, use_karras_sigmas=True),
         FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        UniPCMultistepScheduler(use_flow_sigmas=True, solver_type="bh1"),  # NaN, since its first sigma is 1
+        ScoreSdeVeScheduler(),  # it has other methods
     ],
 )
 def test_other_schedulers_are_answered_with_those_that_work(pipe, scheduler):
     pipe.scheduler = scheduler
     with pytest.raises(ValueError, match=r"JiTScheduler, FlowMatchEulerDiscreteScheduler"):
         draw(pipe)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_grid_that_is_not_there_is_refused(pipe):
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=0.1)
+    with pytest.raises(ValueError, match="does not lead from noise to image"):
+        draw(pipe, 1)
+    assert draw(pipe, 2).isfinite().all()
 
 
 def test_a_scheduler_of_diffusers_is_its_own_method(pipe):

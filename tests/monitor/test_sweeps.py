@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import rows
-from test_wandb import OFFLINE, Training, assert_whole
+from test_wandb import OFFLINE, Training, assert_whole, wandb_tracker
 from wandb_server import WandbServer
 
 from jit_accel.config.settings import SETTINGS
@@ -125,6 +125,23 @@ def test_the_id_and_the_folder_of_the_environment_count_without_a_sweep(server, 
     assert not (tmp_path / "out" / "wandb").exists()
     training.run(environment, 10, 30, settings={"wandb_project": "shop"})
     assert_whole(server.runs["mine"], 30, {1: 0, 11: 10})
+
+
+def test_an_id_that_another_training_has_is_said(server, tmp_path):
+    environment = server.environment | {"WANDB_RUN_ID": "mine"}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first = Training(tmp_path / "a")
+    assert "Warning" not in first.run(environment, 0, 20) + first.run(environment, 10, 30)
+    printed = Training(tmp_path / "b").run(environment, 0, 40)
+    assert printed.count("Warning") == 1
+    assert "WANDB_RUN_ID=mine is a run that has steps up to 30 already" in printed
+
+
+def test_the_printed_command_works_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_DIR", "of wandb")
+    assert wandb_tracker.WandbTracker("shop", Path("out")).folder == tmp_path / "of wandb" / "wandb"
 
 
 def test_how_to_resume_is_the_environments_choice(server, tmp_path):

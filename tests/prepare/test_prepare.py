@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data_samples import tar
 from helpers import train_here
 from PIL import Image
 from prepare_samples import (
@@ -394,6 +395,54 @@ def test_a_file_lists_what_is_no_image_links_to_nothing_and_is_there_twice(tmp_p
             problems = dict(csv.reader(file))
         assert list(problems) == list(expected)
         assert all(reason in problems[name] for name, reason in expected.items())
+
+
+def test_a_file_lists_what_is_left_out_with_the_reason(tmp_path):
+    def problems(name, content, *flags):
+        for file, data in content.items():
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_bytes(data)
+        prepare(tmp_path / name, tmp_path / f"{name}-out", *flags)
+        with open(tmp_path / f"{name}-out" / "problems.csv", encoding="utf-8", newline="") as file:
+            return dict(csv.reader(file))
+
+    pictures = {f"{n}.png": picture(n) for n in range(4)}
+    rows = b"file_name,label,split\n0.png,a,train\n1.png,b,train\n2.png,a,test\n"
+    found = problems("listed", {**pictures, "metadata.csv": rows})
+    assert found == {"file": "problem", "2.png": "of another split", "3.png": "not listed in the metadata"}
+    (tmp_path / "folders").mkdir()
+    (tmp_path / "folders" / "gone").symlink_to(tmp_path / "nowhere")
+    broken = {"test/metadata.csv": b"file_name,label\n0.png,\xff\n"}
+    content = {f"{part}/{name}": data for part in ("train/a", "train/b", "test") for name, data in pictures.items()}
+    assert problems("folders", content | {"train/s.png": picture(9)}) == {
+        "file": "problem",
+        "gone": "a link to nothing",
+        "train/s.png": "in no class folder, as others are",
+        **{f"test/{name}": "of another split" for name in pictures},
+        **{
+            f"train/b/{n}.png": f"a copy of train/a/{n}.png (the same size, beginning and end); both are stored"
+            for n in range(4)
+        },
+    }
+    rows = b"file_name,label\n0.png,a\n1.png,b\n2.png,a\n3.png,b\n"
+    content = {f"{part}/{name}": data for part in ("train", "test") for name, data in pictures.items()}
+    found = problems("broken", content | broken | {"train/metadata.csv": rows})
+    assert set(found.values()) == {"problem", "of another split"}
+
+
+def test_copies_of_the_same_name_are_listed(tmp_path):
+    (tmp_path / "d").mkdir()
+    for name in ("a.tar", "b.tar"):
+        tar(tmp_path / "d" / name, {"0.png": picture(0), f"{name}.png": picture(ord(name[0]))})
+    assert prepare(tmp_path / "d", tmp_path / "out")["num_images"] == 4
+    _, row = (tmp_path / "out" / "problems.csv").read_text(encoding="utf-8").splitlines()
+    assert row.startswith('0.png,"a copy of another image of this name ')
+
+
+def test_an_empty_member_of_a_tar_is_listed_as_empty(tmp_path):
+    members = {"0.png": picture(0), "1.png": b""}
+    index = prepare(tar(tmp_path / "a.tar", members), tmp_path / "out")
+    assert index["skipped"] == [{"name": "1.png", "reason": "empty"}]
 
 
 def test_a_store_whose_folders_were_sorted_as_text_is_not_gone_on_with(tmp_path, capsys):

@@ -299,6 +299,8 @@ def test_wrong_flags(refused, sources, tmp_path):
     assert "--quality 90: --format png has none" in refused(*folder, "--format", "png", "--quality", "90")
     assert "--quality 101: must be from 1 to 100" in refused(*folder, "--format", "jpeg", "--quality", "101")
     assert "--seed -1: must be 0 or more" in refused(*folder, "--seed=-1")
+    assert "--seed 1" in refused(*folder, f"--seed={10**30}")
+    assert "--num_workers 9999: must be at least 1 and at most 1,024" in refused(*folder, "--num_workers=9999")
     assert "--verify: " in refused("--verify", tmp_path, *folder)
     assert f"--data_path {tmp_path}/none: no such file" in refused("--data_path", f"{tmp_path}/none", *folder[2:])
     assert "--label_column x: " in refused(*folder, "--label_column", "x")
@@ -398,3 +400,12 @@ def test_an_index_of_something_else_does_not_make_a_folder_a_store(sources, tmp_
     (tmp_path / "index.json").write_text('{"photos": 1}')
     (tmp_path / "a.png").write_bytes(picture(1))
     assert isinstance(open_images(tmp_path).images, TableImages)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs Linux")
+@pytest.mark.parametrize("place", ["/proc/shards", "dangling"])
+def test_a_place_where_no_folder_can_be_made_is_refused(place, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink("nowhere/there", "dangling")
+    said = refused("--data_path", "builtin:fashion_mnist", "--output_dir", place)
+    assert f"--output_dir {place}: cannot be written" in said

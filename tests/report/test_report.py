@@ -621,6 +621,16 @@ def test_lines_of_a_comparison_are_solid_and_names_of_classes_light_on_a_dark_pa
     assert page.ask(ERRORS) == ""
 
 
+def test_names_of_settings_that_differ_are_whole_whatever_their_values(browser, tmp_path):
+    runs = [tmp_path / str(i) for i in range(5)]
+    for i, run in enumerate(runs):
+        write_run(run, rows_of_a_run(2), SETTINGS | {"learning_rate": 0.1 * i, "git_commit": 40 * str(i)})
+    assert main([*map(str, runs), "--output", str(tmp_path / "page.html")]) == 0
+    page = browser.open((tmp_path / "page.html").as_uri())
+    lines = "[...document.querySelectorAll('.differing tbody code')].map(code => code.getClientRects().length)"
+    assert page.ask(lines) == [1, 1]
+
+
 def test_a_point_without_neighbours_is_seen(browser, tmp_path):
     values = [2.0, None, None, 0.5, 0.4, None, 0.3]
     write_run(tmp_path / "run", [{"step": i + 1, "train/loss": value} for i, value in enumerate(values)])
@@ -654,3 +664,10 @@ def test_a_comparison_hides_runs_and_shows_their_samples_side_by_side(opened):
     assert page.ask(captions) == ["step 100"]
     assert page.ask(shown) == both / 2
     assert page.ask(ERRORS) == ""
+
+
+def test_a_folder_whose_name_is_too_long_is_no_folder(capsys):
+    assert main([5000 * "x"]) == 2
+    assert "not a folder; check the path." in capsys.readouterr().err
+    assert main(["--output", 5000 * "x", "here"]) == 2
+    assert "cannot be written to (File name too long): give another" in capsys.readouterr().err

@@ -143,6 +143,8 @@ def test_folders_of_classes_are_safe_and_distinct_and_in_the_order_of_the_labels
     assert folders[:4] == ["000_T-shirt-top", "001_up", "002_crème-brûlée", "003_猫"]
     wide = SamplePlan(tuple(range(1001)), (1,) * 1001, 1000)
     assert [wide.folder(label) for label in (0, 999, 1000)] == ["000", "999", "none"]
+    marks = SamplePlan((0, 1), (1, 1), 2, ("🏳\ufe0f\u200d🌈", "🐱 cat\ufe0f 🎉 \ufe0f"))
+    assert [marks.folder(label) for label in (0, 1)] == ["000", "001_cat\ufe0f"]
 
 
 # --- files

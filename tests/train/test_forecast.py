@@ -1,6 +1,7 @@
 """A run's time and memory are said before it: arithmetic from what one block of the network costs here."""
 
 import contextlib
+import dataclasses
 import random
 from types import SimpleNamespace
 
@@ -96,6 +97,10 @@ def test_a_step_takes_its_images_and_one_update():
     trial = BlockTrial(image_s=1.0, update_s=0.0, image_bytes=1e6, fixed_bytes=0.0, num_params=100)
     one, four = (cost_of_step(trial, network, ADAMW, micro_steps, stay=True) for micro_steps in (1, 4))
     assert four.seconds == pytest.approx(4 * one.seconds)
+    assert one.seconds == pytest.approx(3 * 6 * one.forward_s)
+    slow = cost_of_step(dataclasses.replace(trial, update_s=5.0), network, ADAMW, 1, stay=True)
+    assert slow.seconds > one.seconds
+    assert slow.forward_s == one.forward_s  # an update is no part of a sample
     assert four.memory_gib == one.memory_gib
     assert 6 * 3.5 < one.seconds < 6 * 4.5  # images, and four blocks with what lies around them
     network.enable_gradient_checkpointing()
@@ -131,24 +136,41 @@ def test_durations_are_said_in_two_digits(seconds, words):
 
 
 def looked_ahead(cost, device=CPU, **given):
-    what = {"steps": 30_000, "forwards": 0.0, "images": 8, "model": "JiT-B/4", "device": device, "processes": 1}
+    what = {"steps": 30_000, "forwards": 0.0, "model": "JiT-B/4", "device": device, "processes": 1}
     return outlook(cost, **what | given)
 
 
 def test_a_run_of_days_on_a_cpu_is_warned_of_with_a_remedy(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    line, (warning,) = looked_ahead(StepCost(8.4, 5.2))
+    line, (warning,) = looked_ahead(StepCost(8.4, 0.3, 5.2))
     assert line == "about 70 hours: 30,000 steps of 8.4 s; about 5.2 GiB of memory"
     assert warning.startswith("30,000 steps of JiT-B/4 on these 2 cores: about 70 hours. ")
     assert "launch/recipes/my_images_cpu.yaml" in warning
-    assert looked_ahead(StepCost(1.0, 5.2))[1] == []
+    assert looked_ahead(StepCost(1.0, 0.1, 5.2))[1] == []
+
+
+def test_other_devices_are_no_cpu_and_are_used_for_a_month():
+    meta = torch.device("meta")
+    assert looked_ahead(StepCost(8.4, 0.3, 5.2), meta)[1] == []
+    _, (warning,) = looked_ahead(StepCost(120.0, 0.3, 5.2), meta, processes=8)
+    assert warning.startswith("30,000 steps of JiT-B/4 on these 8 metas: about 42 days. Choose fewer --max_steps")
+    assert "CPU" not in warning
+
+
+def test_large_numbers_are_said_without_powers_of_ten():
+    line, (_, warning) = looked_ahead(StepCost(123.0, 0.3, 234.0, 123.0), processes=2)
+    assert line == "about 43 days: 30,000 steps of 120 s; about 230 GiB of memory in each process"
+    assert warning.startswith("about 230 GiB of memory in each process are needed, 120 GiB more than are free")
+    assert forecast.in_words(1e7 * 86400) == "about 10000000 days"
 
 
 def test_samples_count_and_are_named_where_they_take_long():
-    line, _ = looked_ahead(StepCost(0.1, 1.0), forwards=8 * 3 * 30_000)
+    line, _ = looked_ahead(StepCost(0.1, 0.1, 1.0), forwards=30_000)
     assert line.startswith("about 1.7 hours: 30,000 steps of 0.1 s, about 50 minutes of it to sample and measure;")
+    _, (warning,) = looked_ahead(StepCost(0.1, 1.0, 1.0), forwards=100_000)
+    assert "Choose a larger --sample_every_steps, fewer --num_inference_steps, fewer --max_steps" in warning
 
 
 def test_memory_that_is_not_there_is_warned_of():
-    _, (warning,) = looked_ahead(StepCost(0.1, 40.0, 9.0))
+    _, (warning,) = looked_ahead(StepCost(0.1, 0.1, 40.0, 9.0))
     assert warning.startswith("about 40 GiB of memory are needed, 9 GiB more than are free: halve --batch_size")

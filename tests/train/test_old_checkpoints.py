@@ -5,10 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
-from data_samples import png
+from data_samples import png, tar
 from helpers import read_metrics, state, train_here
 
-from jit_accel.data.formats import folder
+from jit_accel.data.formats import folder, scan, tars
 
 FLAGS = [
     *("--model", "JiT-XS/2", "--img_size", "8", "--learning_rate", "1e-2", "--num_inference_steps", "3"),
@@ -71,3 +71,38 @@ def test_a_run_whose_folders_were_sorted_as_text_keeps_its_classes(tmp_path, mon
     assert "classes stay in the order in which the run began" in caplog.text
     names = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())["class_names"]
     assert tuple(names[str(i)] for i in range(11)) == as_text
+
+
+@pytest.mark.parametrize("holdout", ["0", "0.3"])
+def test_a_run_that_began_with_all_splits_keeps_them(tmp_path, monkeypatch, caplog, holdout):
+    for n, name in enumerate(f"{part}/{n}.png" for n in range(4) for part in ("cat", "dog", "test")):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).write_bytes(png(n))
+    flags = ("--data_path", str(tmp_path / "d"), "--output_dir", str(tmp_path / "run"), "--warmup_steps", "0")
+    flags = (*flags, "--holdout", holdout)
+    with monkeypatch.context() as patch:
+        patch.setattr(scan, "has_split_word", lambda path: False)
+        assert train_here(*flags, "--max_steps", "1") == 0
+    assert "left out" not in caplog.text
+    assert train_here(*flags, "--max_steps", "2", "--resume", "auto") == 0
+    assert "all splits are taken, with which the run began" in caplog.text
+    caplog.clear()
+    assert train_here(*flags, "--max_steps", "3", "--resume", "auto", "--split", "train") == 2
+
+
+def test_a_run_on_tars_of_folders_that_began_without_classes_has_none(tmp_path, monkeypatch, caplog):
+    tar(tmp_path / "d" / "a.tar", {f"{'ab'[n % 2]}/{n}.png": png(n) for n in range(6)})
+    flags = (
+        "--data_path",
+        str(tmp_path / "d"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--warmup_steps",
+        "0",
+        "--max_steps",
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(tars, "named_classes", lambda names, _: ({}, ()))
+        assert train_here(*flags, "1") == 0
+    assert train_here(*flags, "2", "--resume", "auto") == 0
+    assert "began without the classes" in caplog.text

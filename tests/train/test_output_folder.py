@@ -8,14 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import Group, rows, state, train_here
+from helpers import SPAWNER, Group, rows, state, train_here
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.command_line import parse_args
 from jit_accel.config.identity import experiment_of
 from jit_accel.model.checkpoints import read_run
-from jit_accel.train.build import placed
-from jit_accel.train.output_folder import check_output_dir
+from jit_accel.train.build import check_world, placed
+from jit_accel.train.output_folder import check_output_dir, claim
 
 FIRST = "runs/x-JiT-B-16-256px-seed0"
 
@@ -80,6 +80,51 @@ def test_a_folder_or_a_name_that_is_given_is_taken(capsys):
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match=r"output_dir runs/mine: holds another run .*--resume auto .*--wandb_name"):
         check_output_dir(Path("runs/mine"), "none", "photos")
+
+
+@pytest.mark.parametrize(
+    ("data_path", "name"),
+    [
+        *((path, "pictures") for path in (".", "./", "../pictures/.", "~", "cats/..")),
+        ("*.tar", "tar"),
+        ("https://me:secret@host/x.tar?token=secret", "x.tar"),
+    ],
+)
+def test_a_default_folder_is_named_after_the_data_and_keeps_no_secret(tmp_path, monkeypatch, data_path, name):
+    (tmp_path / "pictures" / "cats").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "pictures")
+    monkeypatch.setenv("HOME", str(tmp_path / "pictures"))
+    folder = folder_of("--data_path", data_path)
+    assert folder.startswith(f"runs/{name}-")
+    assert "secret" not in folder
+
+
+def _claim(folders, claimed, done) -> None:
+    assert all(map(claim, folders))
+    claimed.set()
+    done.wait()
+
+
+def test_runs_that_begin_at_the_same_time_get_a_folder_each(tmp_path):
+    claimed, done = SPAWNER.Event(), SPAWNER.Event()
+    other = SPAWNER.Process(target=_claim, args=([tmp_path / FIRST], claimed, done))
+    other.start()
+    assert claimed.wait(120)
+    assert folder_of() == folder_of("--learning_rate=1e-4") == f"{FIRST}-2"
+    assert list(Path().iterdir()) == []
+    done.set()
+    other.join(120)
+    assert folder_of() == FIRST
+
+
+def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch):
+    check_world(1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_world(1)  # a cluster's own variable
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    check_world(2)
+    with pytest.raises(UserError, match=r"^2 processes were started, .* set ACCELERATE_USE_CPU=true"):
+        check_world(1)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from jit_accel.model.loading import load_pipeline
 from jit_accel.model.transformer import JiTTransformer2DModel
 from jit_accel.monitor.log import MetricsLog, read_metrics
 from jit_accel.monitor.metrics import StepMetrics
+from jit_accel.train import forecast
 from jit_accel.train.trainer import Trainer
 
 
@@ -105,6 +106,16 @@ def test_every_pair_of_prediction_and_loss_learns(images, tmp_path, prediction, 
     assert sum(losses(tmp_path)[-3:]) < sum(losses(tmp_path)[:3])
 
 
+def test_a_dry_run_that_memory_may_end_says_so_before_its_steps(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(forecast, "free_gib", lambda device: 0.0)
+    monkeypatch.delattr(Trainer, "train_step")
+    with pytest.raises(AttributeError):
+        train_here("--data_path", str(images), "--output_dir", str(tmp_path / "run"), "--dry_run")
+    said = capsys.readouterr()
+    assert "Ahead:" in said.out
+    assert "more than are free: halve --batch_size" in said.err
+
+
 def test_a_dry_run_writes_nothing(images, tmp_path, capsys):
     out = tmp_path / "run"
     assert train_here("--data_path", str(images), "--output_dir", str(out), "--dry_run") == 0
@@ -124,8 +135,12 @@ def test_gradient_checkpointing_changes_nothing_but_memory_even_with_dropout(ima
 def test_accelerates_compiler_compiles_the_blocks_in_place(images, tmp_path, monkeypatch):
     """So the weights keep their names; checkpoints whose names begin with a wrapper's are read."""
     asked, compiled = [], JiTTransformer2DModel.compile_repeated_blocks
-    patched = lambda network, **how: asked.append(how) or compiled(network, **how)  # noqa: E731
-    monkeypatch.setattr(JiTTransformer2DModel, "compile_repeated_blocks", patched)
+
+    def compile_here(network, **how):
+        asked.append(how)
+        compiled(network, **how)
+
+    monkeypatch.setattr(JiTTransformer2DModel, "compile_repeated_blocks", compile_here)
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path)]
     assert train_here(*flags, "--max_steps", "2", ACCELERATE_DYNAMO_BACKEND="EAGER") == 0
     assert asked == [{"backend": "eager"}]

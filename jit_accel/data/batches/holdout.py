@@ -80,9 +80,11 @@ def held_by_split(
     if not source.is_labelled:
         return replace(held, labels=torch.zeros_like(held.labels))
     number_of = {name: number for number, name in enumerate(source.class_names)}
+    if not other.is_labelled and other.class_names[0] not in number_of:
+        raise UserError("that split has no labels, and the images to train on have: label it.", about="split")
     if unknown := [name for name in other.class_names if source.class_names and name not in number_of]:
-        rule = f"is of the class {unknown[0]}, which no image to train on has: choose another split."
-        raise UserError(rule, about="split", value=other.name)
+        rule = f"that split has images of the class {unknown[0]}, which no image to train on has: choose another split."
+        raise UserError(rule, about="split")
     numbers = [number_of.get(name, number) for number, name in enumerate(other.class_names)]
     return replace(held, labels=torch.tensor(numbers)[held.labels]) if numbers else held
 

@@ -12,11 +12,14 @@ from datasets import ClassLabel, Features, Image, Value
 
 from jit_accel.base.errors import UserError, nearest
 from jit_accel.data import data_error
+from jit_accel.data.reading.splits import TEST, VALIDATION, split_of
 
 log = logging.getLogger(__name__)
 
 IMAGE_NAMES = ("image", "img", "png", "jpg", "jpeg", "webp", "picture", "photo", "pixel_values", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label", "category", "class_label", "target")
+SPLIT_NAMES = ("split", "subset", "partition", "set", "dataset", "data set")  # of columns of splits, in any case
+FOLDER = "/"  # in place of a label column: the label is the folder in a tar file that a sample is in
 MAX_CLASSES = 1_000_000  # more distinct numbers than this are ids, not classes
 _NO_CLASS = (
     "--data_path %s: the column %r is %s, which is no class: the images train unlabelled. Write it as whole numbers or "
@@ -36,6 +39,7 @@ class Columns:
     key: str | None = None  # where `content_key` was stored
     name: str | None = None  # where names are not stored with the images
     any_image: bool = False  # a sample of a tar file without `image` may have one of another ending
+    left_out: frozenset[str] = frozenset()  # folders in tar files with samples of other splits
     joined: frozenset[str] | None = None  # endings like "seg.png" of pictures that are no samples; None: all with dots
 
     @property
@@ -46,8 +50,8 @@ class Columns:
     def image_of(self, value: Any) -> tuple[bytes | str | None, str]:
         """Take the undecoded value of the image column apart into (bytes or path, name to report)."""
         if isinstance(value, dict):
-            path = value.get("path") or ""
-            return value.get("bytes") or path or None, path
+            data, path = value.get("bytes"), value.get("path") or ""
+            return (path or None) if data is None else data, path
         return value, value if isinstance(value, str) else ""
 
     def label_of(self, value: Any) -> int:
@@ -80,6 +84,11 @@ def find_columns(
     UserError if a named column does not exist, or no image column can be recognised.
     """
     names = ", ".join(features)
+    spelled = {unicodedata.normalize("NFC", name): name for name in features}
+    image_column, label_column = (
+        name if name is None or name in features else spelled.get(unicodedata.normalize("NFC", name), name)
+        for name in (image_column, label_column)
+    )
     for about, wanted in (("image_column", image_column), ("label_column", label_column)):
         if wanted is not None and wanted not in features:
             rule = f"{where} has no such column; choose from {names}.{nearest(wanted, features)}"
@@ -107,6 +116,22 @@ def find_columns(
     if label is None and named:
         log.warning(_NO_CLASS, where, named[0], features[named[0]])
     return Columns(image, label)
+
+
+def split_column(features: Mapping[str, Any]) -> str | None:
+    """Return the column that may say of what split an image is; None where there is none."""
+    spelled = {name.lower().replace("_", " "): name for name in features if label_kind(features[name]) == "text"}
+    return next((spelled[name] for name in SPLIT_NAMES if name in spelled), None)
+
+
+def warn_of_splits(column: str, values: Iterable, where: str) -> None:
+    """Warn of a table whose column has words for several splits: all its rows are read."""
+    splits = {split_of(value.strip()) for value in values if isinstance(value, str)}
+    if len(splits) > 1 and splits.intersection((VALIDATION, TEST)):
+        rule = (
+            "--data_path %s: by the column %r its images are of several splits (%s), and all of them are taken: write "
+        )
+        log.warning(rule + "each split to a file of its own, such as train.parquet", where, column, ", ".join(splits))
 
 
 def label_kind(feature: Any) -> str | None:
@@ -177,7 +202,7 @@ def named_classes(spellings: Iterable[str], where: str) -> tuple[dict[str, int],
     A name is one class in whatever form of Unicode it is spelled.
     """
     spellings = list(spellings)
-    are_numbers = all(re.fullmatch("-?[0-9]{1,18}", text) for text in spellings)
+    are_numbers = all(re.fullmatch(r"-?\d{1,99}", text) for text in spellings)
     spellings.sort(key=lambda text: (int(text) if are_numbers else 0, text))
     names = tuple(dict.fromkeys(unicodedata.normalize("NFC", text) for text in spellings))
     ids = {name: i for i, name in enumerate(names)}

@@ -28,6 +28,7 @@ from jit_accel.data.formats.scan import (
 from jit_accel.data.formats.source import Request, Source, source_of
 from jit_accel.data.reading.images import TableImages
 from jit_accel.data.reading.shards import missing_path
+from jit_accel.data.reading.splits import TRAIN, choose_splits
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +37,13 @@ UNDECODABLE_EXTENSIONS = frozenset(
     [".heic", ".heif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"]
 )
 # Files that say what is in images, to people, or to other programs.
-_LABEL_FILE = re.compile(
-    r"(^|/)(metadata|labels?|annotations?|captions?|classes)\.\w+$|[.](csv|tsv|xlsx?|ods|jsonl)$", re.IGNORECASE
-)
+_LABELS_NAME = r"(^|/)(metadata|labels?|annotations?|captions?|classes)\.\w+$"
+_LABEL_FILE = re.compile(rf"{_LABELS_NAME}|[.](csv|tsv|xlsx?|ods|jsonl?|xml)([.](gz|bz2|xz|zst|zip))?$", re.IGNORECASE)
+
+
+def is_about_images(file: str) -> bool:
+    """Return True for a file that by its name says what is in images, whatever its ending."""
+    return re.search(_LABELS_NAME, file, re.IGNORECASE) is not None
 
 
 def is_known_image_folder(folder: str) -> bool:
@@ -66,13 +71,14 @@ def open_folder(request: Request) -> Source:
     _report_unreadable(root, scan)
     if not len(scan.images):
         raise data_error(root, _emptiness(scan))
-    scan, inner, left_out = scan_of_splits(scan, request.split, root)
-    if scan.metadata:
-        images, ids, names = labels_from_metadata(root, scan, request.label_column, left_out, request.renumber_labels)
+    chosen = scan_of_splits(scan, request.split, root)
+    if (scan := chosen.scan).metadata:
+        images, ids, names = labels_from_metadata(root, chosen, request.label_column, request.renumber_labels)
     else:
+        choose_splits({TRAIN: len(scan.images)}, chosen.split, root)
         reason = "has no columns, without metadata.csv or metadata.jsonl"
         request.refuse("label_column", "renumber_labels", reason=reason)
-        images, ids, names = _classify(root, scan.images, inner)
+        images, ids, names = _classify(root, scan.images, chosen.inner)
     identity = hash_strings(images, ["folder", str(len(images))])
     if scan.metadata and ids is not None:  # which class folders show in the paths
         identity = hash_strings(pa.chunked_array([pa.array(ids).cast(pa.string())]), ["metadata", identity])
@@ -148,4 +154,5 @@ def _report_unreadable(root: str, scan: FolderScan) -> None:
     tables = [name for name in scan.others if _LABEL_FILE.search(name)]
     if tables and len(scan.images) and not scan.metadata:
         rule = "--data_path %s: %s is not read: labels come from metadata.csv (file_name,label) or names of folders"
-        log.warning(rule, root, ", ".join(tables[:3]))
+        more = f", ... ({len(tables)} such files)" if len(tables) > 3 else ""
+        log.warning(rule, root, ", ".join(tables[:3]) + more)

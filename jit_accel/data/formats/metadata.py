@@ -1,10 +1,13 @@
 """Labels of a folder's images from metadata.csv, .tsv, .jsonl and .parquet, as HF's `imagefolder` reads them."""
 
+import codecs
 import json
 import logging
 import os
 import posixpath
 from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +17,9 @@ import pyarrow.parquet
 
 from jit_accel.base.errors import UserError
 from jit_accel.data import data_error
-from jit_accel.data.formats.columns import LABEL_NAMES, Columns, features_of, find_columns, read_labels
-from jit_accel.data.formats.scan import FolderScan
+from jit_accel.data.formats.columns import LABEL_NAMES, Columns, features_of, find_columns, read_labels, split_column
+from jit_accel.data.formats.scan import FolderScan, OfSplits
+from jit_accel.data.reading.splits import OTHERS, TEST, TRAIN, VALIDATION, choose_splits, split_of
 
 log = logging.getLogger(__name__)
 
@@ -23,30 +27,32 @@ FILE_NAME = "file_name"
 
 
 def labels_from_metadata(
-    root: str, scan: FolderScan, label_column: str | None, left_out: pa.ChunkedArray, renumber: bool = False
+    root: str, chosen: OfSplits, label_column: str | None, renumber: bool = False
 ) -> tuple[pa.ChunkedArray, np.ndarray | None, tuple[str, ...]]:
-    """Return the images that the metadata files under `root` list, and their labels.
+    """Return the `chosen` images that the metadata files under `root` list, and their labels.
 
     A metadata file speaks for its own folder and those below: its column `file_name` holds paths relative to it. The
     labels come from `label_column`, or from the first column named label, class, ...: whole numbers as they are, text
     by its place among the sorted texts. Without such a column the images are unlabelled, whatever folders they are in.
     Listed files that are no images here are skipped, images that are not listed left out; both are counted and said.
-    Not so the images `left_out`, which are of other splits.
+    Not so images of other splits, by the names of folders, or by a column named split.
 
     Returns relative paths, sorted; labels, int64 (N,), and the names of the classes, or None and () for unlabelled
     images. UserError if a file cannot be read, lacks columns, gives one image two labels, or fits no image at all.
     """
+    scan, first_file = chosen.scan, os.path.join(root, chosen.scan.metadata[0])
     tables = [_read(os.path.join(root, name), label_column) for name in scan.metadata]
-    columns = _find_columns(tables, scan.metadata, label_column)
-    paths = [_paths(table, name) for table, name in zip(tables, scan.metadata)]
-    are_wanted = [pc.invert(pc.is_in(listed, value_set=left_out)) for listed in paths]
-    tables = [table.filter(is_wanted) for table, is_wanted in zip(tables, are_wanted)]
-    paths = pa.chunked_array([listed.filter(is_wanted) for listed, is_wanted in zip(paths, are_wanted)], pa.string())
-    places = pc.index_in(paths, value_set=scan.images)
-    if places.null_count:  # disks and files spell accents in different forms of Unicode
-        images, listed = (pc.utf8_normalize(some, form="NFC") for some in (scan.images, paths))
-        places = pc.coalesce(places, pc.index_in(listed, value_set=images))
-    _report(root, scan, paths, places)
+    columns = _find_columns(tables, first_file, label_column)
+    listed = [_paths(table, name) for table, name in zip(tables, scan.metadata)]
+    are_wanted = [pc.invert(_are_in(chosen.left_out, paths)) for paths in listed]
+    tables, listed = _filtered(tables, are_wanted), _filtered(listed, are_wanted)
+    are_wanted = _are_of_split(tables, chosen.split, root)
+    unwanted = _filtered(listed, map(pc.invert, are_wanted))
+    tables, listed = _filtered(tables, are_wanted), _filtered(listed, are_wanted)
+    paths = pa.chunked_array(listed, pa.string())
+    places = _places(paths, scan.images)
+    others = pc.unique(_places(pa.chunked_array(unwanted, pa.string()), scan.images).drop_null())
+    _report(root, scan, paths, places, len(others))
     if columns.label is None:
         return scan.images.take(np.unique(places.drop_null().to_numpy())), None, ()
     parts = [table.column(columns.label) for table in tables]
@@ -56,7 +62,7 @@ def labels_from_metadata(
     values = pa.chunked_array([chunk for of_file in parts for chunk in of_file.chunks], parts[0].type).filter(is_there)
     feature = features_of(pa.schema([(columns.label, values.type)]))[columns.label]
     found = pc.unique(values).to_pylist()
-    columns, names = read_labels(feature, found, columns, scan.metadata[0], label_column, renumber)
+    columns, names = read_labels(feature, found, columns, first_file, label_column, renumber)
     if columns.label is None:
         return scan.images.take(np.unique(places.drop_null().to_numpy())), None, ()
     if columns.label_ids is not None:
@@ -66,7 +72,7 @@ def labels_from_metadata(
     kept, first, which = np.unique(places, return_index=True, return_inverse=True)
     differing = np.unique(places[ids != ids[first][which]])
     if len(differing):
-        rule = f"{scan.metadata[0]} lists {scan.images[int(differing[0])]} with two different labels"
+        rule = f"{first_file} lists {scan.images[int(differing[0])]} with two different labels"
         rule += f" ({len(differing)} such images): remove one of the rows."
         raise UserError(rule, about="label_column", value=columns.label)
     return scan.images.take(kept), ids[first], names
@@ -78,7 +84,8 @@ def _read(file: str, label_column: str | None) -> pa.Table:
         table = READERS[os.path.splitext(file)[1].lower()](file)
         counts = Counter(table.column_names)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise data_error(file, f"cannot be read ({error}): repair it, save it as UTF-8, or remove it.") from error
+        reason = _foreign_encoding(file) or error
+        raise data_error(file, f"cannot be read ({reason}): repair it, save it as UTF-8, or remove it.") from error
     if FILE_NAME not in counts:
         found = ", ".join(table.column_names) or "nothing"
         rule = f"it has no column {FILE_NAME!r} that says which image a row is about, only {found}: rename the column, "
@@ -94,13 +101,36 @@ def _read(file: str, label_column: str | None) -> pa.Table:
     return table.select([number for number, name in enumerate(table.column_names) if counts[name] == 1])
 
 
+def _foreign_encoding(file: str) -> str | None:
+    """Return what is wrong with the encoding of a text file, if anything is."""
+    data = Path(file).read_bytes() if os.path.isfile(file) else b""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "it is in UTF-16"
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return (
+            None if file.lower().endswith(".parquet") else "it is not in UTF-8 but in another encoding, such as Latin-1"
+        )
+    return None
+
+
+def _delimiter(file: str) -> str:
+    """Return what stands between the columns of a table of this ending; ValueError where the first line differs."""
+    usual = "\t" if file.lower().endswith(".tsv") else ","
+    with open(file, encoding="utf-8-sig", errors="replace") as opened:
+        head = opened.readline(2**16).strip()
+    for mark in ",;\t|":
+        if mark in head and usual not in head and FILE_NAME in [name.strip('" ') for name in head.split(mark)]:
+            raise ValueError(f"its columns are separated by {mark!r} and not by {usual!r}, so it has only {head}")
+    return usual
+
+
 def _read_csv(file: str) -> pa.Table:
     return pyarrow.csv.read_csv(
         file,
         read_options=pyarrow.csv.ReadOptions(use_threads=False),  # errors then tell the row
-        parse_options=pyarrow.csv.ParseOptions(
-            delimiter="\t" if file.lower().endswith(".tsv") else ",", newlines_in_values=True
-        ),
+        parse_options=pyarrow.csv.ParseOptions(delimiter=_delimiter(file), newlines_in_values=True),
         convert_options=pyarrow.csv.ConvertOptions(
             column_types={FILE_NAME: pa.string()}, null_values=[""], strings_can_be_null=True
         ),
@@ -124,10 +154,14 @@ def _read_jsonl(file: str) -> pa.Table:
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {}
     for name in names:
+        values = [row.get(name) for row in rows]
         try:
-            columns[name] = pa.array([row.get(name) for row in rows])
-        except (pa.ArrowException, OverflowError):  # mixed types: no labels
-            columns[name] = pa.nulls(len(rows))
+            columns[name] = pa.array(values)
+        except (pa.ArrowException, OverflowError):  # numbers and text are text, other mixtures no labels
+            if all(value is None or isinstance(value, str | int | float) for value in values):
+                columns[name] = pa.array([value if value is None else str(value) for value in values])
+            else:
+                columns[name] = pa.nulls(len(rows))
     return pa.table(columns)
 
 
@@ -139,13 +173,56 @@ READERS = {
 }
 
 
-def _find_columns(tables: list[pa.Table], names: list[str], wanted: str | None) -> Columns:
-    shared = [name for name in tables[0].column_names if all(name in table.column_names for table in tables)]
-    columns = find_columns(features_of(tables[0].select(shared).schema), FILE_NAME, wanted, names[0])
+def _shared(tables: list[pa.Table]) -> list[str]:
+    return [name for name in tables[0].column_names if all(name in table.column_names for table in tables)]
+
+
+def _filtered(some: Iterable, masks: Iterable) -> list:
+    return [one.filter(mask) for one, mask in zip(some, masks)]
+
+
+def _are_in(folders: list[str], paths: pa.Array) -> pa.Array:
+    """Return whether each path is in one of the folders, in whatever form of Unicode."""
+    of_path = pc.utf8_normalize(pc.replace_substring_regex(paths, "[^/]*$", ""), form="NFC")
+    return pc.is_in(of_path, value_set=pc.utf8_normalize(pa.array(folders, pa.string()), form="NFC"))
+
+
+def _are_of_split(tables: list[pa.Table], wanted: str | None, root: str) -> list[pa.Array]:
+    """Return whether each row is of the splits that `wanted` means, by the column that says of what split an image is.
+
+    All rows are, where there is no such column with a word for a split in it; see `choose_splits`.
+    """
+    kinds = features_of(tables[0].select(_shared(tables)).schema)
+    name = split_column(kinds)
+    found = [table.column(name).cast(pa.string()).fill_null(OTHERS) for table in tables] if name else []
+    splits = {text: split_of(text.strip()) for column in found for text in pc.unique(column).to_pylist()}
+    if not {TRAIN, VALIDATION, TEST}.intersection(splits.values()):
+        choose_splits({TRAIN: sum(map(len, tables))}, wanted, root)
+        return [np.ones(len(table), bool) for table in tables]
+    sizes: Counter = Counter()
+    for item in pc.value_counts(pa.chunked_array([part for column in found for part in column.chunks])).to_pylist():
+        sizes[splits[item["values"]]] += item["counts"]
+    chosen = choose_splits(sizes, wanted, root)
+    kept = pa.array([text for text, split in splits.items() if split in chosen])
+    return [pc.is_in(column, value_set=kept) for column in found]
+
+
+def _places(paths: pa.ChunkedArray, images: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the number of each path among the images, null where it is none of them."""
+    places = pc.index_in(paths, value_set=images)
+    if places.null_count:  # disks and files spell accents in different forms of Unicode
+        images, paths = (pc.utf8_normalize(some, form="NFC") for some in (images, paths))
+        places = pc.coalesce(places, pc.index_in(paths, value_set=images))
+    return places
+
+
+def _find_columns(tables: list[pa.Table], where: str, wanted: str | None) -> Columns:
+    shared = _shared(tables)
+    columns = find_columns(features_of(tables[0].select(shared).schema), FILE_NAME, wanted, where)
     if columns.label is None and not set(shared).intersection(LABEL_NAMES):
         others = ", ".join(name for name in shared if name != FILE_NAME) or "no column but file_name"
         rule = "%s has no column of labels (%s): the images train unlabelled; name one with --label_column."
-        log.warning(rule, names[0], others)
+        log.warning(rule, where, others)
     return columns
 
 
@@ -156,7 +233,9 @@ def _paths(table: pa.Table, metadata: str) -> pa.Array:
     return pa.array([path and posixpath.normpath(folder + path) for path in listed], pa.string())
 
 
-def _report(root: str, scan: FolderScan, paths: pa.ChunkedArray, places: pa.ChunkedArray) -> None:
+def _report(
+    root: str, scan: FolderScan, paths: pa.ChunkedArray, places: pa.ChunkedArray, num_of_other_splits: int
+) -> None:
     where, missing = ", ".join(scan.metadata[:3]), places.null_count
     examples = ", ".join(str(path) for path in paths.filter(places.is_null()).slice(0, 3))
     if missing == len(paths):
@@ -164,6 +243,6 @@ def _report(root: str, scan: FolderScan, paths: pa.ChunkedArray, places: pa.Chun
         raise data_error(root, f"{rule}{FILE_NAME} must be relative to the folder of the metadata file.")
     if missing:
         log.warning("--data_path %s: %d images listed in %s are missing: %s ...", root, missing, where, examples)
-    left_out = len(scan.images) - len(pc.unique(places.drop_null()))
+    left_out = len(scan.images) - len(pc.unique(places.drop_null())) - num_of_other_splits
     if left_out:
         log.warning("--data_path %s: %d images not listed in %s are left out", root, left_out, where)

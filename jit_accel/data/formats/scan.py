@@ -9,12 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from jit_accel.data.reading.cache import RACY_NS, findings_file, read_findings, write_findings
-from jit_accel.data.reading.splits import ALL, TRAIN, choose_splits, find_splits, has_split_word
+from jit_accel.data.reading.splits import choose_folders, has_split_word
 
 IMAGE_EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 IMAGE_EXTENSIONS |= {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"}
@@ -136,7 +137,7 @@ def _walk(root: str, scan: FolderScan) -> Iterator[str]:
 
 def _list(folder: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[str]]:
     """Return the names of the images and of the folders in a folder."""
-    files, folders, marks = [], [], set()
+    files, folders, marks, found = [], [], set(), FolderScan()
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
@@ -145,60 +146,60 @@ def _list(folder: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[s
             marks |= _MARKS & {name}
             kind, ending = _kind(entry), os.path.splitext(name)[1].lower()
             if kind in _BROKEN_LINK:
-                scan.doubtful.append(prefix + name)
+                found.doubtful.append(prefix + name)
             if kind == "folder" and is_utf8(name):
                 folders.append(name)
             elif kind == "file" and name.lower() in METADATA_NAMES:
-                scan.metadata.append(prefix + name)
-            elif kind != "folder" and ending not in IMAGE_EXTENSIONS:
-                scan.other_endings[ending or "no ending"] += 1
-                if len(scan.others) < MOST_OTHERS and is_utf8(name):
-                    scan.others.append(prefix + name)
+                found.metadata.append(prefix + name)
+            elif kind != "folder" and ending not in IMAGE_EXTENSIONS and (ending or kind == "file"):
+                found.other_endings[ending or "no ending"] += 1
+                if len(scan.others) + len(found.others) < MOST_OTHERS and is_utf8(name):
+                    found.others.append(prefix + name)
             elif not is_utf8(name):
-                scan.unreadable.append(f"{entry.path!a} (its name is not UTF-8)")
+                found.unreadable.append(f"{ascii(entry.path)[1:-1]} (its name is not UTF-8)")
             elif kind != "file":
-                scan.unreadable.append(f"{entry.path} ({kind})")
+                found.unreadable.append(f"{entry.path} ({kind})")
             else:
                 files.append(name)
     if prefix and any(marks.issuperset(files_of_one) for files_of_one in _OWN_FILES):
         scan.own.append(prefix)
         return [], []
+    for kept, new in ((scan.metadata, found.metadata), (scan.others, found.others), (scan.doubtful, found.doubtful)):
+        kept += new
+    scan.unreadable += found.unreadable
+    scan.other_endings += found.other_endings
     if SAMPLES_RECORD in marks:
         files = [name for name in files if name not in SAMPLES_PICTURES]
     return files, folders
 
 
-def scan_of_splits(
-    scan: FolderScan, wanted: str | None, root: str
-) -> tuple[FolderScan, pa.ChunkedArray, pa.ChunkedArray]:
-    """Return what of `root` is in the splits that `--split` means, and more; see `choose_splits`.
+class OfSplits(NamedTuple):
+    """The part of a folder that is in the chosen splits."""
 
-    That is the paths of these images without the folders that name the splits, and all other images.
-    """
+    scan: FolderScan  # with the images of these splits alone
+    inner: pa.ChunkedArray  # their paths without the folders that name the splits
+    left_out: list[str]  # the folders of other images, each with a / at its end
+    split: str | None  # what is still to be chosen from by other means; see `choose_folders`
+
+
+def scan_of_splits(scan: FolderScan, wanted: str | None, root: str) -> OfSplits:
+    """Return what of `root` is in the splits that `--split` means."""
     if not any(map(has_split_word, scan.directories)):
-        choose_splits({TRAIN: len(scan.images)}, wanted, root)
-        return scan, scan.images, scan.images[:0]
+        return OfSplits(scan, scan.images, [], wanted)
     folders = pc.replace_substring_regex(scan.images, "[^/]*$", "")
-    counts, sizes = {item["values"]: item["counts"] for item in pc.value_counts(folders).to_pylist()}, Counter()
-    found = find_splits(counts, are_classes=True)
-    for folder, (split, _) in found.items():
-        sizes[split] += counts[folder]
-    chosen = choose_splits(sizes, wanted, root)
-    kept = {folder: inner for folder, (split, inner) in found.items() if split in chosen}
-    alike = Counter(inner for _, inner in set(found.values()))
-    if wanted == ALL and len(sizes) > 1 and not any(inner and alike[inner] > 1 for inner in alike):
-        kept = {folder: folder for folder in kept}  # splits of the same classes are one, others are classes themselves
+    counts = {item["values"]: item["counts"] for item in pc.value_counts(folders).to_pylist()}
+    kept, split = choose_folders(counts, wanted, root)
     is_kept = pc.is_in(folders, value_set=pa.array(list(kept)))
-    images, left_out = scan.images.filter(is_kept), scan.images.filter(pc.invert(is_kept))
+    images = scan.images.filter(is_kept)
     inner = pa.array(list(kept.values())).take(pc.index_in(folders.filter(is_kept), value_set=pa.array(list(kept))))
     inner = pc.binary_join_element_wise(inner, pc.replace_substring_regex(images, "^.*/", ""), "")
+    left_out = [folder for folder in counts if folder not in kept]
     above, above_lost = (
-        {folder[: match.end()] for folder in some for match in re.finditer("^|/", folder)}
-        for some in (kept, counts.keys() - kept.keys())
+        {folder[: match.end()] for folder in some for match in re.finditer("^|/", folder)} for some in (kept, left_out)
     )
     places = {name: posixpath.join(posixpath.dirname(name), "") for name in scan.metadata}
     metadata = [name for name, place in places.items() if place in above or place not in above_lost]
-    return replace(scan, images=images, metadata=metadata), inner, left_out
+    return OfSplits(replace(scan, images=images, metadata=metadata), inner, left_out, split)
 
 
 def _kind(entry: os.DirEntry) -> str:

@@ -10,10 +10,10 @@ from datasets import Dataset, Image
 
 from jit_accel.base.errors import UserError
 from jit_accel.data import data_error
-from jit_accel.data.formats.columns import Columns
+from jit_accel.data.formats.columns import FOLDER, Columns
 from jit_accel.data.reading.images import Images, Stream, TableImages
 from jit_accel.data.reading.shards import Shard
-from jit_accel.data.reading.splits import ALL, TRAIN
+from jit_accel.data.reading.splits import ALL, TRAIN, canonical
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Request:
     @property
     def other_split(self) -> list[str]:
         """Return what tells a split from that of other runs, in a fingerprint, where files may be alike."""
-        return [self.split] if self.split not in (None, TRAIN, ALL) else []
+        return [split] if (split := canonical(self.split)) not in (TRAIN, ALL) else []
 
     def refuse(self, *settings: str, reason: str) -> None:
         """Raise UserError if one of these settings, which make no sense for what is at the path, is given."""
@@ -86,13 +86,17 @@ def source_of(
 def in_class_order(source: Source, names: Sequence[str]) -> Source:
     """Return the data set with its classes in the order of `names`, in which a run began; as it is if they differ.
 
-    Earlier versions sorted folders that are numbers as text.
+    Earlier versions sorted folders that are numbers as text, and took no folders in tar files for classes.
     """
     then, now = (
         [unicodedata.normalize("NFC", name) for name in some]
         for some in (names[: len(source.class_names)], source.class_names)
     )
     columns = getattr(source.images, "columns", None)
+    if columns is not None and columns.label == FOLDER and then == ["image"]:
+        log.warning("--data_path %s: the run began without the classes that folders in tar files are now", source.name)
+        images = replace(source.images, columns=replace(columns, label=None, label_ids=None))
+        return replace(source, images=images, class_names=("image",), max_label=0, is_labelled=False)
     if columns is None or then == now or sorted(then) != sorted(set(now)):
         return source
     log.warning("--data_path %s: the classes stay in the order in which the run began: %s ...", source.name, then[:12])

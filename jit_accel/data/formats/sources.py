@@ -12,9 +12,9 @@ import datasets
 
 from jit_accel.base.errors import lookup
 from jit_accel.data import data_error
-from jit_accel.data.formats.folder import is_known_image_folder, open_folder
+from jit_accel.data.formats.folder import is_about_images, is_known_image_folder, open_folder
 from jit_accel.data.formats.prepared import is_prepared, open_prepared
-from jit_accel.data.formats.scan import METADATA_NAMES, has_images
+from jit_accel.data.formats.scan import has_images
 from jit_accel.data.formats.source import Request, Source, fingerprint_of
 from jit_accel.data.formats.tables import open_builtin, open_saved, open_table, open_tables, split_of
 from jit_accel.data.formats.tars import open_tars
@@ -95,8 +95,8 @@ def _detect_in_folder(folder: str) -> str:
         return "folder"
     for pattern in ("*", "**/*"):  # shards at the top, then images anywhere, then shards anywhere
         for ending, format in _BY_ENDING.items():
-            found = glob.iglob(os.path.join(glob.escape(folder), pattern + ending), recursive=True)
-            if any(os.path.basename(file).lower() not in METADATA_NAMES for file in found):
+            found = set(glob.iglob(os.path.join(glob.escape(folder), pattern + ending), recursive=True))
+            if found and not (all(map(is_about_images, found)) and has_images(folder)):
                 return format
         if pattern == "*" and has_images(folder):
             return "folder"

@@ -14,12 +14,21 @@ from datasets import Dataset, DatasetDict, Features, Image, Value, concatenate_d
 
 from jit_accel.base.errors import UserError, lookup
 from jit_accel.data import data_error
-from jit_accel.data.formats.columns import MAX_CLASSES, Columns, features_of, find_columns, label_kind, read_labels
+from jit_accel.data.formats.columns import (
+    MAX_CLASSES,
+    Columns,
+    features_of,
+    find_columns,
+    label_kind,
+    read_labels,
+    split_column,
+    warn_of_splits,
+)
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
 from jit_accel.data.reading.images import ParquetReader, Stream
 from jit_accel.data.reading.servers import at_once
 from jit_accel.data.reading.shards import LocalShard, Shard, Span, at_hand, find_shards, missing_path, remembered
-from jit_accel.data.reading.splits import TRAIN, choose_splits
+from jit_accel.data.reading.splits import TRAIN, canonical, choose_splits
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
 _ROWS_AT_ONCE = 64
@@ -57,7 +66,9 @@ def open_tables(
     `named`: their columns, where more is known of them than the files say. UserError if they are not Parquet, have
     wrong columns or labels, or store images as paths only.
     """
-    shards = shards or find_shards(request.path, ".parquet", request.split)
+    if not shards:
+        shards, split = find_shards(request.path, ".parquet", request.split)
+        choose_splits({TRAIN: len(shards)}, split, request.path)
     files = at_once(open_file, shards)
     schema = files[0].schema
     for file in files:
@@ -71,6 +82,8 @@ def open_tables(
     if twice is not None:
         rule = f"two columns are named {twice!r}: rename one, or choose others with --image_column and --label_column."
         raise data_error(request.path, rule)
+    if (split := split_column(features)) and request.split is None:
+        warn_of_splits(split, _bounds(files, split) or (), request.path)
     feature = features.get(columns.label)
     values = _values_of_labels(files, columns, feature, request.renumber_labels)
     columns, names = read_labels(feature, values, columns, request.path, request.label_column, request.renumber_labels)
@@ -90,7 +103,8 @@ def open_builtin(request: Request) -> Source:
     paths = sorted(BUILTIN.glob("*/*.parquet"), key=lambda path: (path.parent.name, path.stem != "train", path.stem))
     names = (path.parent.name + ("" if path.stem == "train" else f"_{path.stem}") for path in paths)
     files = {f"builtin:{name}": str(path) for name, path in zip(names, paths)}
-    name = request.path if request.split in (None, TRAIN) else f"{request.path}_{request.split}"
+    split = canonical(request.split)
+    name = request.path if split == TRAIN else f"{request.path}_{split}"
     file = LocalShard(lookup(files, name, "data_path"))
     request.refuse("streaming", reason="is small and held in memory")
     table = pq.read_table(file.path, use_threads=False)
@@ -123,6 +137,8 @@ def split_of(dataset: Dataset | DatasetDict, request: Request) -> Dataset:
 def open_table(request: Request, format: str, dataset: Dataset, identity: str) -> Source:
     """Open a table for random access; UserError for wrong columns or labels."""
     columns = find_columns(dataset.features, request.image_column, request.label_column, request.path)
+    if (split := split_column(dataset.features)) and request.split is None:
+        warn_of_splits(split, dataset.unique(split), request.path)
     values = () if columns.label is None else dataset.unique(columns.label)
     feature, asked = dataset.features.get(columns.label), request.label_column
     columns, names = read_labels(feature, values, columns, request.path, asked, request.renumber_labels)

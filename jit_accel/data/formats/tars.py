@@ -7,12 +7,9 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 import posixpath
-import re
-import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -22,21 +19,18 @@ from datasets.packaged_modules.webdataset.webdataset import IMAGE_EXTENSIONS
 
 from jit_accel.base.errors import UserError, nearest
 from jit_accel.data import data_error
-from jit_accel.data.formats.columns import Columns, named_classes, read_labels
+from jit_accel.data.formats.columns import FOLDER, Columns, named_classes, read_labels
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
+from jit_accel.data.formats.tar_samples import IMAGE_KEYS, is_image, joined_endings, samples_in
 from jit_accel.data.reading import servers
 from jit_accel.data.reading.images import Stream
 from jit_accel.data.reading.shards import Shard, at_hand, find_shards, remembered
+from jit_accel.data.reading.splits import ALL, TRAIN, choose_folders, choose_splits, has_split_word
 
 log = logging.getLogger(__name__)
 
 JSON_LABELS = ("label", "class", "cls", "class_id")
-IMAGE_KEYS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2")
-_HF_KEYS = ("__key__", "__url__")  # which HF datasets adds to each sample
-_STEM_AND_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as HF datasets and webdataset split names
 _MOST_SAMPLES = 20  # that are looked at to find the endings
-_MOST_MEMBERS = 10_000  # that are looked at to find which endings with dots there are
-FOLDER = "/"  # in place of an ending: the label is the folder that a sample is in
 
 
 def open_tars(request: Request, format: str = "webdataset", shards: Sequence[Shard] = ()) -> Source:
@@ -45,24 +39,26 @@ def open_tars(request: Request, format: str = "webdataset", shards: Sequence[Sha
     `--label_column` is the ending of the labels (cls, by default), or their name in .json files (label or class).
     UserError for no images in them, and labels that are not whole numbers from 0.
     """
-    shards = shards or find_shards(request.path, ".tar", request.split)
+    split = ALL
+    if not shards:
+        shards, split = find_shards(request.path, ".tar", request.split)
     asked = request.image_column
-    joined = None if asked and "." in asked else _joined_endings(shards[0])
+    joined = None if asked and "." in asked else joined_endings(shards[0])
     stem, sample = _first_sample(shards[0], joined)
     columns = replace(_find_columns(sample, request), joined=joined)
-    if unread := ", ".join(f".{key}" for key in sorted((joined or set()) - {columns.image})):
-        rule = "--data_path %s: samples have several pictures; .%s is read and %s is not: --image_column chooses"
-        log.warning(rule, request.path, columns.image, unread)
+    _report_unread(sample, columns, request.path)
     if columns.image.rsplit(".", 1)[-1].lower() not in IMAGE_EXTENSIONS:
         rule = f"the members .{columns.image} of {request.path} are no images: choose another ending."
         raise UserError(rule, about="image_column", value=columns.image)
-    counts, values, kind = _listed_counts(shards, columns, stem, sample), set(), Value("int64")
+    counts, values, kind, folders = _listed_counts(shards, columns, stem, sample), set(), Value("int64"), {}
     if counts is None:
-        counts, values = _scan(shards, columns)
+        columns, counts, values, folders = _scan(shards, columns, split, request.path)
         if any(value is not None and (isinstance(value, str) or not float(value).is_integer()) for value in values):
             kind, values = Value("string"), {value if value is None else str(value) for value in values}
+    else:
+        choose_splits({TRAIN: sum(counts)}, split, request.path)
     if columns.label == FOLDER:
-        columns, names = _classes_of_folders(values, columns, request.path)
+        columns, names = _classes_of_folders(folders, columns, request.path)
     else:
         asked, renumber = request.label_column, request.renumber_labels
         columns, names = read_labels(kind, values, columns, request.path, asked, renumber)
@@ -74,26 +70,27 @@ def open_tars(request: Request, format: str = "webdataset", shards: Sequence[Sha
     return source_of(request.path, format, images, names, identity)
 
 
-def _joined_endings(shard: Shard) -> frozenset[str]:
-    """Return the endings of pictures, such as seg.png, that several samples have beside another.
-
-    Dots in front of others, and of numbers, belong to a name: "Screenshot at 10.15.30.png".
-    """
-    keys: dict[str, list[str]] = {}
-    with at_hand(shard) as path:
-        for _, _, stem, key in itertools.islice(_members(path), _MOST_MEMBERS):
-            if _is_image(key):
-                keys.setdefault(stem, []).append(key)
-    beside = Counter(key for of_stem in keys.values() if len(of_stem) > 1 for key in of_stem)
-    return frozenset(key for key, count in beside.items() if count > 1 and not key.partition(".")[0].isdigit())
+def _report_unread(sample: dict[str, bytes], columns: Columns, where: str) -> None:
+    """Say which members of the samples are not read, by those of the first one."""
+    if pictures := ", ".join(f".{key}" for key in sorted((columns.joined or set()) - {columns.image})):
+        rule = "--data_path %s: samples have several pictures; .%s is read and %s is not: --image_column chooses"
+        log.warning(rule, where, columns.image, pictures)
+    used = {columns.image, columns.label}
+    others = [key for key in sample if key not in used and not is_image(key)]
+    if others and columns.label == FOLDER:
+        table = next((key for key in others if key.lower() == "json"), None)
+        found = f" (.{table} has {', '.join(_load_json(sample[table])) or 'no entries'})" if table else ""
+        rule = "--data_path %s: %s%s is not read: labels come from .cls files, from one of %s in .json files, or from "
+        rule += "folders; --label_column names another entry"
+        log.warning(rule, where, ", ".join(f".{key}" for key in others), found, ", ".join(JSON_LABELS))
 
 
 def _first_sample(shard: Shard, joined: frozenset[str] | None) -> tuple[str, dict[str, bytes]]:
     """Return the stem of the first sample with an image, or of the very first, and its members by their endings."""
     with at_hand(shard) as path:
-        samples = itertools.islice(_samples(path, joined), _MOST_SAMPLES)
+        samples = itertools.islice(samples_in(path, joined), _MOST_SAMPLES)
         first = next(samples, ("", {}))
-        return next((s for s in itertools.chain([first], samples) if any(map(_is_image, s[1]))), first)
+        return next((s for s in itertools.chain([first], samples) if any(map(is_image, s[1]))), first)
 
 
 def _find_columns(sample: dict[str, bytes], request: Request) -> Columns:
@@ -105,6 +102,8 @@ def _find_columns(sample: dict[str, bytes], request: Request) -> Columns:
     keys = ", ".join(f".{key}" for key in sample) or "nothing"
     asked = request.image_column
     image = next(filter(None, map(spelled, [asked] if asked else IMAGE_KEYS)), None)
+    if asked is None and len(pictures := [key for key in sample if is_image(key)]) == 1:
+        (image,) = pictures
     if image is None:
         rule = f"the first sample of {request.path} consists of {keys}: name the ending of the images."
         raise UserError(rule + nearest(asked or "", sample), about="image_column", value=asked or "(not given)")
@@ -124,10 +123,13 @@ def _find_columns(sample: dict[str, bytes], request: Request) -> Columns:
     return Columns(image, label or FOLDER, label_key, any_image=any_image)
 
 
-def _classes_of_folders(folders: set[str], columns: Columns, where: str) -> tuple[Columns, tuple[str, ...]]:
-    """Return the columns with the classes of folders, as of a folder on disk that is the one around all images."""
-    around = posixpath.commonpath(folders or [""])
-    below = {folder: folder[len(around) :].strip("/").partition("/")[0] for folder in folders}
+def _classes_of_folders(folders: dict[str, str], columns: Columns, where: str) -> tuple[Columns, tuple[str, ...]]:
+    """Return the columns with the classes of folders, as of a folder on disk that is the one around all images.
+
+    `folders`: each as it is without those that name splits.
+    """
+    around = posixpath.commonpath(folders.values() or [""])
+    below = {folder: inner[len(around) :].strip("/").partition("/")[0] for folder, inner in folders.items()}
     names = {folder: name for folder, name in below.items() if name}
     classes, found = named_classes(set(names.values()), where) if len(set(names.values())) > 1 else ({}, ())
     if not found or len(names) < len(below):
@@ -144,7 +146,11 @@ def _listed_counts(shards: Sequence[Shard], columns: Columns, stem: str, sample:
     `sizes.json` maps file names to numbers; `index.json` of wids is {"shardlist": [{"url": ..., "nsamples": ...}]}.
     """
     data = sample.get(columns.label)
-    is_text = "/" in stem if data is None else isinstance(_label_in(data, columns, str(shards[0])), str)
+    is_text = (
+        "/" in stem
+        if data is None or has_split_word(stem)
+        else isinstance(_label_in(data, columns, str(shards[0])), str)
+    )
     if is_text or not shards[0].is_remote:
         return None
     folders, query = {shard.url.partition("?")[0].rpartition("/")[0] for shard in shards}, shards[0].url.partition("?")
@@ -173,30 +179,60 @@ def _read_counts(url: str) -> dict[str, int] | None:
     return entries if isinstance(entries, dict) else None
 
 
-def _scan(shards: Sequence[Shard], columns: Columns) -> tuple[list[int], set]:
-    """Return the samples of each file by the tars' headers, as counted now or before, and the different labels."""
+def _scan(
+    shards: Sequence[Shard], columns: Columns, split: str | None, where: str
+) -> tuple[Columns, list[int], set, dict[str, str]]:
+    """Read the tars' headers, now or before: what is in the splits that `split` means, by the folders in the tars.
+
+    Returns the columns, which know of folders that are left out; the samples of each file; the different labels; and
+    the folders with images, as `choose_folders` does.
+    """
     joined = columns.joined if columns.joined is None else sorted(columns.joined)
-    kind = f"tar samples {columns.image} {columns.any_image} {columns.label} {columns.label_key} {joined}"
+    kind = f"tar folders {columns.image} {columns.any_image} {columns.label} {columns.label_key} {joined}"
     found = remembered(kind, shards, lambda shard: _scan_one(shard, columns))
-    counts, lacking = ([facts[n] for facts in found] for n in (0, 2))
-    if sum(lacking):
-        shard, example = next((shard, facts[3]) for shard, facts in zip(shards, found) if facts[2])
-        rule = "--data_path: %d of %d samples have no image and count as bad ones, as %s in %s"
-        log.warning(rule, sum(lacking), sum(counts), example, shard)
-    return counts, {value for facts in found for value in facts[1]}
+    sizes: Counter = Counter()
+    for facts in found:
+        sizes.update({folder: count for folder, (count, *_) in facts.items()})
+    kept, rest = choose_folders({folder + "/" if folder else "": n for folder, n in sizes.items()}, split, where)
+    choose_splits({TRAIN: len(sizes)}, rest, where)
+    kept = {folder.removesuffix("/"): inner.removesuffix("/") for folder, inner in kept.items()}
+    if left_out := sizes.keys() - kept.keys():
+        columns = replace(columns, left_out=frozenset(left_out))
+    found = [{folder: of_folder for folder, of_folder in facts.items() if folder in kept} for facts in found]
+    _report_lacking(shards, found)
+    values = {value for facts in found for _, labels, _, _ in facts.values() for value in labels}
+    pictured = {folder for facts in found for folder, (count, _, lacking, _) in facts.items() if count > lacking}
+    counts = [sum(count for count, *_ in facts.values()) for facts in found]
+    return columns, counts, values, {folder: inner for folder, inner in kept.items() if folder in pictured}
 
 
-def _scan_one(shard: Shard, columns: Columns) -> tuple[int, list, int, str]:
-    """Return how many samples there are, the labels of those with images, how many have none, and the stem of one."""
-    count, values, lacking, example = 0, set(), 0, ""
+def _report_lacking(shards: Sequence[Shard], found: Sequence[dict]) -> None:
+    lacking = sum(lacking for facts in found for _, _, lacking, _ in facts.values())
+    if lacking:
+        samples = ((shard, example) for shard, facts in zip(shards, found) for *_, example in facts.values() if example)
+        rule, count = "--data_path: %d of %d samples have no image and count as bad ones, as %s in %s", 0
+        count = sum(count for facts in found for count, *_ in facts.values())
+        shard, example = next(samples)
+        log.warning(rule, lacking, count, example, shard)
+
+
+def _scan_one(shard: Shard, columns: Columns) -> dict[str, list]:
+    """Return of each folder how many samples it has, the labels of those with images, how many lack one, and which."""
+    found: dict[str, tuple] = {}
     with at_hand(shard) as path:
         for stem, image, label in _read(columns, path, has_bytes=False):
-            count += 1
+            folder = _folder_of(stem)
+            count, labels, lacking, example = found.get(folder, (0, {}, 0, ""))
             if image is None:
                 lacking, example = lacking + 1, example or stem
             if label is not None or (columns.label is not None and image is not None):
-                values.add(label)
-    return count, list(values), lacking, example
+                labels[label] = None
+            found[folder] = count + 1, labels, lacking, example
+    return {folder: [count, list(labels), *rest] for folder, (count, labels, *rest) in found.items()}
+
+
+def _folder_of(stem: str) -> str:
+    return posixpath.dirname(posixpath.normpath(stem)).lstrip("/")
 
 
 def _load(shards: Sequence[Shard], columns: Columns, kind: Value, version: str) -> Dataset:
@@ -232,78 +268,21 @@ def _read(
     """Yield (stem, image, label) of each sample from number `start` on."""
 
     def is_wanted(number: int, key: str) -> bool:
-        return number >= start and (key == columns.label or (has_bytes and _is_image(key)))
+        return number >= start and (key == columns.label or (has_bytes and is_image(key)))
 
-    for stem, sample in itertools.islice(_samples(file, columns.joined, is_wanted), start, None):
+    samples = samples_in(file, columns.joined, is_wanted)
+    if columns.left_out:
+        samples = ((stem, sample) for stem, sample in samples if _folder_of(stem) not in columns.left_out)
+    for stem, sample in itertools.islice(samples, start, None):
         image = columns.image if columns.image in sample else None
         if image is None and columns.any_image:
             image = next((key for key in sample if key.lower() in IMAGE_KEYS), None)
         data, label = sample.get(columns.label), None
         if columns.label == FOLDER:
-            label = posixpath.dirname(posixpath.normpath(stem)).lstrip("/") if image else None
+            label = _folder_of(stem) if image else None
         elif data is not None:
             label = _label_in(data, columns, f"{file}, {stem}.{columns.label}")
         yield stem, None if image is None else {"bytes": sample[image], "path": f"{stem}.{image}"}, label
-
-
-def _samples(
-    file: str, joined: frozenset[str] | None, is_wanted: Callable[[int, str], bool] = lambda number, key: True
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield (stem, the members by their endings) of each row that HF datasets makes of a tar file.
-
-    It is several rows where pictures with dots in their names are not `joined`. Members for which `is_wanted(number of
-    the sample, ending)` does not hold are b"". UserError if it is damaged.
-    """
-    rows = itertools.groupby(_members(file), key=lambda found: found[2])
-    parts = (part for stem, row in rows if stem for part in _parts(list(row), joined))
-    for number, (stem, of_stem) in enumerate(parts):
-        sample = {}
-        for tar, member, key in of_stem:
-            if key in sample or key in _HF_KEYS:
-                rule = f"the sample {stem} has a second member {member.name}, or one of a name that HF datasets does "
-                raise data_error(file, rule + "not allow: write the file again without it.")
-            sample[key] = tar.extractfile(member).read() if is_wanted(number, key) else b""
-        yield stem, sample
-
-
-def _parts(row: list[tuple], joined: frozenset[str] | None) -> Iterable[tuple[str, list[tuple]]]:
-    """Return the samples (stem, [(tar, member, ending), ...]) in members that have one stem up to its first dot."""
-
-    def is_picture_of_its_own(key: str) -> bool:
-        return "." in key and joined is not None and key not in joined and _is_image(key)
-
-    stems = {f"{stem}.{key.rpartition('.')[0]}" for *_, stem, key in row if is_picture_of_its_own(key)}
-    parts: dict[str, list[tuple]] = {}
-    for tar, member, stem, key in row:
-        words = key.split(".") if stems else ()
-        longer = (f"{stem}.{'.'.join(words[:n])}" for n in range(len(words) - 1, 0, -1))
-        whole = next((name for name in longer if name in stems), stem)
-        parts.setdefault(whole, []).append((tar, member, f"{stem}.{key}"[len(whole) + 1 :]))
-    return parts.items()
-
-
-def _members(file: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo, str, str]]:
-    """Yield (tar, member, stem, key) of the members that HF datasets sees too, and one without a stem."""
-    try:
-        with tarfile.open(file, "r:") as tar:
-            for member in tar:
-                match = _STEM_AND_KEY.match(member.name)
-                if member.isfile() and match and not os.path.basename(member.name).startswith((".", "__")):
-                    yield tar, member, match[1], match[2]
-            yield tar, None, "", ""  # so that the file is open while the last members are read
-            # Python takes the end of a file, and a header that it cannot read, for the end of the archive.
-            with open(file, "rb") as opened:
-                opened.seek(tar.offset)
-                is_complete = opened.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except (tarfile.TarError, OSError) as error:
-        raise data_error(file, f"not a readable tar file ({error}): remove or replace it.") from error
-    if not is_complete:
-        rule = f"the tar file was cut short or is damaged: at byte {tar.offset:,} there is neither another member nor "
-        raise data_error(file, rule + "the block of zeros that ends it: restore it.")
-
-
-def _is_image(key: str) -> bool:
-    return key.rsplit(".", 1)[-1].lower() in IMAGE_KEYS
 
 
 def _label_in(data: bytes, columns: Columns, where: str) -> float | str | None:

@@ -63,11 +63,12 @@ def cached_shard(key: str, name: str, num_bytes: int, fetch: Callable[[BinaryIO]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{digest[:2]}.lock", poll_interval=0.01):
-            if not path.is_file():
+            try:
+                os.utime(path)
+            except FileNotFoundError:  # or just removed, by a process that makes room
                 _make_room(folder, num_bytes)
                 with atomic_file(path, durable=False) as temporary, open(temporary, "wb") as file:
                     fetch(file)
-            os.utime(path)
     except OSError as error:
         rule = f"{folder} cannot be written to ({error.strerror or error}): copies of remote files are kept there; "
         rule += "free some space, or name another folder by the environment variable JIT_ACCEL_CACHE."

@@ -167,10 +167,14 @@ def describe(url: str) -> RemoteShard:
     return servers.patiently(attempt, url, servers.OPENING_PATIENCE_S)
 
 
-def find_shards(path: str, ending: str, split: str | None = None) -> list[Shard]:
-    """Return the files of a split behind URLs, a file name, a glob or a folder, sorted; UserError if there are none."""
+def find_shards(path: str, ending: str, split: str | None = None) -> tuple[list[Shard], str | None]:
+    """Return the files of a split behind URLs, a file name, a glob or a folder, sorted; UserError if there are none.
+
+    And what is still to be chosen from by other means; see `choose_folders`.
+    """
     if is_url(path):
-        return at_once(describe, files_of_splits(servers.find_urls(path), split, path))
+        files, split = files_of_splits(servers.find_urls(path), split, path)
+        return at_once(describe, files), split
     problem = "the pattern matches no file"
     if os.path.isfile(path):
         files = [path]
@@ -183,7 +187,8 @@ def find_shards(path: str, ending: str, split: str | None = None) -> list[Shard]
         raise missing_path(path)
     if not files:
         raise data_error(path, f"{problem}: correct the path.")
-    return [LocalShard(file) for file in files_of_splits(sorted(files), split, path)]
+    files, split = files_of_splits(sorted(files), split, path, path if os.path.isdir(path) else None)
+    return [LocalShard(file) for file in files], split
 
 
 def missing_path(path: str, remedy: str = "correct the path.") -> UserError:
