@@ -27,7 +27,7 @@ from jit_accel.config.presets import forward_macs, parse_model_name
 from jit_accel.config.settings import STREAMING, OptimConfig
 from jit_accel.data import Source, open_images
 from jit_accel.data.batches.loader import num_cores, worker_memory_gib
-from jit_accel.data.batches.order import image_indices
+from jit_accel.data.batches.order import default_kind, image_indices
 from jit_accel.data.batches.ready_batches import batches, waiting_advice
 from jit_accel.data.reading.decode import center_crop, plain_jpeg, to_rgb
 from jit_accel.data.reading.images import Stream
@@ -345,7 +345,7 @@ def _each(action: Callable, items: list, stages: Stages) -> Iterator:
 def _indices(n: int, batch_size: int) -> Iterator[np.ndarray]:
     """Batches of indices in the order of a training."""
     for start in itertools.count(0, batch_size):
-        yield image_indices(0, np.arange(start, start + batch_size), n)
+        yield image_indices(0, np.arange(start, start + batch_size), n, default_kind(n))
 
 
 def _encoded(source: Source, batch_size: int) -> Iterator[bytes]:

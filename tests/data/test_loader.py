@@ -18,8 +18,9 @@ from helpers import SPAWNER
 from jit_accel.base.errors import UserError
 from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches import loader as loader_module
+from jit_accel.data.batches import order
 from jit_accel.data.batches.batch import ready
-from jit_accel.data.batches.order import flips
+from jit_accel.data.batches.order import FEISTEL, KINDS, SORTED, flips
 
 N = 22
 
@@ -62,8 +63,9 @@ def test_a_batch_is_what_it_promises(source, loaders):
 @pytest.mark.parametrize(
     ("world_size", "num_workers", "batch_size"), [(1, 0, 3), (1, 2, 5), (2, 0, 4), (3, 0, 1), (2, 1, 3)]
 )
-def test_every_image_comes_once_an_epoch(source, loaders, world_size, num_workers, batch_size):
-    settings = {"world_size": world_size, "num_workers": num_workers, "batch_size": batch_size}
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_image_comes_once_an_epoch(source, loaders, world_size, num_workers, batch_size, kind):
+    settings = {"world_size": world_size, "num_workers": num_workers, "batch_size": batch_size, "order_kind": kind}
     ranks = [loaders(source, rank=rank, **settings) for rank in range(world_size)]
     seen = [n for _ in range(3 * N // (world_size * batch_size) + 1) for loader in ranks for n in take(loader, 1)]
     epochs = [seen[start : start + N] for start in range(0, 3 * N - N + 1, N)]
@@ -71,9 +73,11 @@ def test_every_image_comes_once_an_epoch(source, loaders, world_size, num_worker
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_steps_are_equal_for_any_processes_and_accumulation(source, loaders):
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_equal_for_any_processes_and_accumulation(source, loaders, kind):
     def steps(world_size, accumulation):
-        ranks = [loaders(source, rank=rank, world_size=world_size) for rank in range(world_size)]
+        how = {"world_size": world_size, "order_kind": kind}
+        ranks = [loaders(source, rank=rank, **how) for rank in range(world_size)]
         return [[n for _ in range(accumulation) for one in ranks for n in take(one, 1)] for _ in range(6)]
 
     assert steps(1, 4) == steps(2, 2) == steps(4, 1)
@@ -100,8 +104,10 @@ def test_workers_change_nothing(source, loaders):
     assert take(loaders(source), 20) == take(loaders(source, num_workers=2), 20)
 
 
-def test_another_number_of_processes_continues_without_loss(source, loaders):
-    uninterrupted = take(loaders(source, batch_size=1), 40)
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_number_of_processes_continues_without_loss(source, loaders, kind, monkeypatch):
+    uninterrupted = take(loaders(source, batch_size=1, order_kind=kind), 40)
+    monkeypatch.setattr(order, "default_kind", lambda n: kind)
     seen, state = [], None
     for world_size, batch_size, batches in [(1, 2, 3), (2, 3, 2), (3, 1, 4), (1, 5, 2)]:
         ranks = [loaders(source, rank=r, world_size=world_size, batch_size=batch_size) for r in range(world_size)]
@@ -120,6 +126,45 @@ def test_a_state_of_another_seed_or_kind_is_refused(source, loaders):
         loader.load_state_dict(loader.state_dict() | {"seed": 12})
     with pytest.raises(UserError, match="the kind stream, and it is random_access now"):
         loader.load_state_dict({"kind": "stream"})
+
+
+def test_many_images_are_not_sorted_and_few_are(source, loaders, monkeypatch):
+    assert loaders(source).state_dict()["order"] == SORTED
+    monkeypatch.setattr(order, "MOST_SORTED", N - 1)
+    many = loaders(source)
+    assert many.state_dict()["order"] == FEISTEL
+    monkeypatch.setattr(order, "epoch_permutation", None)  # it is not even asked
+    assert sorted(take(many, 8)[:N]) == list(range(N))
+    monkeypatch.undo()
+    assert (order.default_kind(2**20), order.default_kind(2**20 + 1)) == (SORTED, FEISTEL)
+
+
+@pytest.mark.parametrize("now", [0, N])
+@pytest.mark.parametrize("kind", [SORTED, FEISTEL, None])
+def test_a_run_keeps_the_order_in_which_it_began(source, loaders, monkeypatch, kind, now):
+    """Whatever a new run would take now; states of earlier versions name none, and were of sorted images."""
+    whole = loaders(source, order_kind=kind or SORTED)
+    for _ in range(3):
+        next(whole)
+    state = states_roundtrip(whole)
+    if kind is None:
+        assert state.pop("order") == SORTED
+    monkeypatch.setattr(order, "MOST_SORTED", now)
+    resumed = loaders(source, batch_size=1)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict()["order"] == (kind or SORTED)
+    found = take(resumed, 36)
+    assert found == take(whole, 12)
+    if kind is None:
+        orders = np.concatenate([order.epoch_permutation(11, epoch, N) for epoch in range(3)])
+        assert found == orders[9:45].tolist()
+
+
+def test_the_order_of_a_later_version_is_refused(source, loaders):
+    state = loaders(source).state_dict() | {"order": "of tomorrow"}
+    with pytest.raises(UserError, match=r"an order \(of tomorrow\) that this version does not know") as raised:
+        loaders(source).load_state_dict(state)
+    assert raised.value.about == "resume"
 
 
 def test_the_epoch_is_that_of_the_next_image(source, loaders):

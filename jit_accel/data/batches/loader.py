@@ -43,6 +43,7 @@ class ReadingTask:
     shuffle_buffer: int = 1024  # images of a lane of a stream that are shuffled together; fewer where they are large
     lanes: int | None = None  # of a stream; None for about eight a process
     num_classes: int | None = None  # labels from here on are refused with a `UserError` when they are met
+    order_kind: str | None = None  # of random access; None for the one that suits the number of images
     pin_memory: bool = False  # merge what workers decode of a stream in page-locked memory
 
     @property
@@ -77,7 +78,8 @@ class Loader:
     kind = "random_access"
 
     def __init__(self, task: ReadingTask):
-        self._task, self._position = task, 0
+        kind = task.order_kind or order.default_kind(task.source.num_images)
+        self._task, self._position = replace(task, order_kind=kind), 0
         self._batches: Iterator[PixelBatch | UserError] | None = None
 
     @property
@@ -128,10 +130,15 @@ class Loader:
 
     def _circumstances(self) -> dict:
         """Return what the order depends on besides the seed."""
-        return {}
+        return {"order": self._task.order_kind}
 
     def _resumed(self, state: dict) -> int:
-        """Return the position to go on from."""
+        """Return the position to go on from, in the order in which the run began."""
+        kind = state.get("order", order.SORTED)
+        if kind not in order.KINDS:
+            rule = f"the checkpoint reads its images in an order ({kind}) that this version does not know: use the "
+            raise UserError(rule + "version that saved it, or a newer one.", about="resume")
+        self._task = replace(self._task, order_kind=kind)
         return state["position"]
 
     def _read(self, position: int) -> Iterator[PixelBatch | UserError]:
@@ -152,7 +159,8 @@ class RandomAccessBatches(torch.utils.data.Dataset):
         positions = order.batch_positions(base, task.rank, task.batch_size)
         pixels = empty_batch((task.batch_size, 3, task.img_size, task.img_size))
         images = pixels.numpy()
-        labels, bad = self._images.read(order.image_indices(task.seed, positions, self._num_images), images)
+        indices = order.image_indices(task.seed, positions, self._num_images, task.order_kind)
+        labels, bad = self._images.read(indices, images)
         for place, reason in bad.items():
             label = self._substitute(int(positions[place]), images[place : place + 1])
             if label is None:

@@ -2,7 +2,8 @@
 
 The run's images are numbered 0, 1, 2, ...; the number of an image is its *position*. Epoch k consists of the positions
 [k n, (k + 1) n), in which every image comes exactly once; batches roll over its end. Random access: position p is image
-`epoch_permutation(seed, p // n, n)[p % n]`. Sources in units, which are read front to back: see `StreamOrder`.
+`epoch_permutation(seed, p // n, n)[p % n]`, or of so many images that sorting them would cost each process seconds and
+memory, `rng.permuted`. Sources in units, which are read front to back: see `StreamOrder`.
 """
 
 import itertools
@@ -15,6 +16,10 @@ import numpy as np
 from jit_accel.base import rng
 
 LANES_EACH = 8  # of a process, where there are units enough
+# Kinds of random access, which a run keeps: checkpoints name theirs, and those that name none were of SORTED.
+SORTED, FEISTEL = "sorted", "feistel"
+KINDS = (SORTED, FEISTEL)
+MOST_SORTED = 2**20  # images: 0.1 s and 8 MiB an epoch in each worker (benchmarks/scale.py)
 
 
 @lru_cache(maxsize=2)  # a batch at the end of an epoch needs two
@@ -31,13 +36,21 @@ def batch_positions(base: int, rank: int, batch_size: int) -> np.ndarray:
     return base + rank * batch_size + np.arange(batch_size, dtype=np.int64)
 
 
-def image_indices(seed: int, positions: np.ndarray, n: int) -> np.ndarray:
+def default_kind(n: int) -> str:
+    """Return the kind of random access to `n` images for a new run."""
+    return SORTED if n <= MOST_SORTED else FEISTEL
+
+
+def image_indices(seed: int, positions: np.ndarray, n: int, kind: str = SORTED) -> np.ndarray:
     """Return indices into a data set of `n` images, int64, of the shape of `positions`."""
     epochs, places = np.divmod(positions, n)
     indices = np.empty_like(positions)
-    for epoch in np.unique(epochs):
+    for epoch in np.unique(epochs).tolist():
         here = epochs == epoch
-        indices[here] = epoch_permutation(seed, int(epoch), n)[places[here]]
+        if kind == FEISTEL:
+            indices[here] = rng.permuted(seed, f"order/{epoch}", places[here], n)
+        else:
+            indices[here] = epoch_permutation(seed, epoch, n)[places[here]]
     return indices
 
 
