@@ -1,7 +1,7 @@
 """The training loop. `Trainer.run` is the loop, `Trainer.train_step` the algorithm of the paper."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,30 +31,11 @@ from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed, Validation
 from jit_accel.train.forecast import StepCost, copies_gib, expected_cost, highest, say_outlook, times_due
 from jit_accel.train.initial_weights import Tuning
+from jit_accel.train.occasions import Occasion, due
 from jit_accel.train.optimizers import lr_at, set_lr
 from jit_accel.train.results import CURVE_FILE, is_exported, read_record, record_run, write_record, write_results
 from jit_accel.train.samples import SampleQuality, SampleSheets
 from jit_accel.train.state import NamedTensors, OptimizerState, RunFacts
-
-
-@dataclass(frozen=True)
-class Occasion:
-    """A thing that happens every so many steps of a run. All processes act, and ask whether it is done, together."""
-
-    name: str
-    every: int  # interval in steps; 0 = never, or at the end alone
-    action: Callable[[], object]
-    is_done: Callable[[], bool] | None = None  # by an earlier start; None where a checkpoint of the step proves it
-    at_end: bool = True  # it belongs to the last step too, whatever the interval
-    reads_first: bool = True  # the metrics are read before, which may end the run
-
-
-def due(occasions: Iterable[Occasion], step: int, last_step: int, *, is_new: bool) -> Iterator[Occasion]:
-    """Yield what is due, in order; where a start begins with the step (not `is_new`), what earlier ones left undone."""
-    for occasion in occasions:
-        is_now = occasion.at_end if step == last_step else step and occasion.every and step % occasion.every == 0
-        if is_now and (is_new or (occasion.is_done and not occasion.is_done())):
-            yield occasion
 
 
 @dataclass(eq=False, kw_only=True)

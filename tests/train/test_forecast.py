@@ -15,9 +15,9 @@ from jit_accel.model.transformer import build_model
 from jit_accel.train import forecast
 from jit_accel.train.averages import Ema
 from jit_accel.train.forecast import GIB, BlockTrial, StepCost, cost_of_step, outlook, times_due, try_block
+from jit_accel.train.occasions import Occasion, due
 from jit_accel.train.optimizers import build_optimizers
 from jit_accel.train.state import OptimizerState
-from jit_accel.train.trainer import Occasion, due
 
 CPU = torch.device("cpu")
 ADAMW = OptimConfig(batch_size=6, ema_decays=("auto",))
