@@ -52,7 +52,6 @@ class Facts:
     processes: int = 1  # of the run, on all machines
     accumulation: int = 1  # and precision: what the accelerator was built with
     precision: str = "no"
-    is_sharded: bool = False  # the processes split the weights (FSDP)
     is_good_at_bf16: bool = False  # products in bf16 are faster than in float32 on this device
     lanes: int | None = None  # for a new run, where its data is a stream
     cores: int = 1  # of this process
@@ -112,12 +111,9 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
     if plan.refused_warmup_steps:
         config = config.updated(warmup_steps=plan.warmup_steps, warmup_epochs=None)
     check(config)
-    if config.optim.optimizer == "muon":
-        refused = partial(UserError, about="optimizer", value="muon")
-        if facts.is_sharded:
-            raise refused("needs whole matrices, which FSDP splits: use --optimizer adamw.")
-        if facts.precision == "fp16":
-            raise refused("does not go with --mixed_precision fp16: use bf16 or no, or adamw.")
+    if config.optim.optimizer == "muon" and facts.precision == "fp16":
+        rule = "does not go with --mixed_precision fp16: use bf16 or no, or adamw."
+        raise UserError(rule, about="optimizer", value="muon")
     return config, plan, [*_warnings_of_length(config, plan), *_warnings_of_device(facts)]
 
 

@@ -129,7 +129,6 @@ def build_trainer(
         processes=accelerator.num_processes,
         accumulation=accelerator.gradient_accumulation_steps,
         precision=accelerator.mixed_precision,
-        is_sharded=accelerator.distributed_type.value == "FSDP",
         is_good_at_bf16=is_good_at_bf16(accelerator.device),
         lanes=default_lanes(num_units, accelerator.num_processes, config.optim.batch_size) if num_units else None,
         cores=cores_per_process(),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from jit_accel.base.errors import lookup
 from jit_accel.config.completion import Plan
 from jit_accel.config.settings import OptimConfig
+from jit_accel.train.muon import Muon
 
 
 def lr_at(step: int, optim: OptimConfig, plan: Plan) -> float:
@@ -64,63 +65,3 @@ def _muon_and_adamw(params: list[tuple[str, Tensor]], optim: OptimConfig) -> lis
 
 
 OPTIMIZERS = {"adamw": _adamw, "muon": _muon_and_adamw}
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix updates are orthogonalised by a Newton-Schulz iteration (Jordan et al., 2024).
-
-    Differs from `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` in two ways: all matrices of one shape
-    go through the iteration as a single batch, and a matrix that stacks several square or wide maps (the fused
-    qkv, the two halves of SwiGLU) is orthogonalised map by map. The iteration runs in bf16 on a GPU only, since
-    a CPU without bf16 units takes a hundred times longer with it.
-    """
-
-    def __init__(self, params, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.95, ns_steps: int = 5):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": ns_steps})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else closure()
-        for group in self.param_groups:
-            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum_buffer"]
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                nesterov = p.grad.lerp(momentum, group["momentum"])
-                for target, update in zip(split_stacked(p), split_stacked(nesterov)):
-                    by_shape.setdefault(update.shape, []).append((target, update))
-            for shape, pairs in by_shape.items():
-                updates = orthogonalise(torch.stack([update for _, update in pairs]), group["ns_steps"])
-                # RMS of an AdamW step is about 0.2 (Liu et al., arXiv 2502.16982).
-                rate = group["lr"] * 0.2 * math.sqrt(max(shape))
-                targets = [target for target, _ in pairs]
-                if group["weight_decay"]:
-                    torch._foreach_mul_(targets, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(targets, list(updates.to(targets[0].dtype).unbind()), alpha=-rate)
-        return loss
-
-
-def split_stacked(matrix: Tensor) -> list[Tensor]:
-    """Return the maps that a tall (out, in) weight stacks: qkv's three, SwiGLU's two; else the matrix itself."""
-    rows, columns = matrix.shape
-    if rows == 3 * columns:
-        return list(matrix.chunk(3))
-    return list(matrix.chunk(2)) if rows > 3 * columns and rows % 2 == 0 else [matrix]
-
-
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Replace the singular values of (N, rows, columns) by about 1 (between 0.7 and 1.2)."""
-    # Coefficients of the quintic by Jordan et al., which trades exactness for slope at 0.
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x

@@ -1,0 +1,183 @@
+"""Muon: momentum whose updates are orthogonalised, matrix by matrix, also where processes share the rows (FSDP2)."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, all_to_all_single
+from torch.distributed.tensor import DTensor, Shard
+
+from jit_accel.monitor.metrics import local_part
+
+BUCKET_BYTES = 2**25  # of the matrices that a process gathers at once; three buckets are under way
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix updates are orthogonalised by a Newton-Schulz iteration (Jordan et al., 2024).
+
+    Differs from `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` in two ways: matrices of one shape go
+    through the iteration as a single batch, and a matrix that stacks several square or wide maps (the fused
+    qkv, the two halves of SwiGLU) is orthogonalised map by map. The iteration runs in bf16 on a GPU only, since
+    a CPU without bf16 units takes a hundred times longer with it.
+
+    Of sharded matrices the maps are dealt out to the processes that share them: each gets its maps whole, bucket by
+    bucket, iterates, and sends the rows back to those who hold them. Momentum and decay need no other process.
+    """
+
+    def __init__(self, params, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.95, ns_steps: int = 5):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": ns_steps})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            by_kind: dict[tuple, list[Map]] = {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                momentum, gradient = local_part(self.state[p]["momentum_buffer"]), local_part(p.grad)
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                nesterov = gradient.lerp(momentum, group["momentum"])
+                for each in maps_of(p, nesterov):
+                    by_kind.setdefault((each.shape, each.processes), []).append(each)
+            for bucket in iterated(buckets_of(by_kind.values()), group["ns_steps"]):
+                targets = [each.target for each in bucket.maps]
+                # RMS of an AdamW step is about 0.2 (Liu et al., arXiv 2502.16982).
+                rate = group["lr"] * 0.2 * math.sqrt(max(bucket.shape))
+                if group["weight_decay"]:
+                    torch._foreach_mul_(targets, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(targets, bucket.updates(targets[0].dtype), alpha=-rate)
+        return loss
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Replace the singular values of (N, rows, columns) by about 1 (between 0.7 and 1.2)."""
+    # Coefficients of the quintic by Jordan et al., which trades exactness for slope at 0.
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.to(iteration_dtype(matrices))
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def iteration_dtype(matrices: Tensor) -> torch.dtype:
+    return torch.bfloat16 if matrices.is_cuda else torch.float32
+
+
+def stacked_maps(rows: int, columns: int) -> int:
+    """Return how many maps a tall (out, in) weight stacks: 3 of qkv, 2 of SwiGLU; else 1."""
+    if rows == 3 * columns:
+        return 3
+    return 2 if rows > 3 * columns and rows % 2 == 0 else 1
+
+
+@dataclass(frozen=True)
+class Map:
+    """A map that a weight holds, or one of those it stacks: this process's rows of it, and of its update."""
+
+    target: Tensor  # (held rows, columns), a view of the weight
+    update: Tensor  # as the target
+    shape: tuple[int, int]  # of all rows
+    held: tuple[int, ...]  # rows that each process holds, from the top
+    processes: ProcessGroup | None  # that hold the rows; None: this one alone
+
+
+def maps_of(weight: Tensor, update: Tensor) -> Iterator[Map]:
+    """Yield the maps of a weight (rows, columns), and what this process has of their update, as of the weight."""
+    rows, columns = weight.shape
+    processes, rank, ranges = holders_of(weight)
+    height, target = rows // stacked_maps(rows, columns), local_part(weight)
+    for top in range(0, rows, height):
+        held = [range(max(top, each.start), min(top + height, each.stop)) for each in ranges]
+        mine = slice(held[rank].start - ranges[rank].start, held[rank].start - ranges[rank].start + len(held[rank]))
+        yield Map(target[mine], update[mine], (height, columns), tuple(map(len, held)), processes)
+
+
+def holders_of(weight: Tensor) -> tuple[ProcessGroup | None, int, list[range]]:
+    """Return the processes that share the rows of a weight, the number of this one, and the rows of each."""
+    if not isinstance(weight, DTensor):
+        return None, 0, [range(weight.shape[0])]
+    mesh, (dim,) = weight.device_mesh, [i for i, each in enumerate(weight.placements) if each.is_shard(0)]
+    blocks = [Shard.local_shard_size_and_offset(weight.shape[0], mesh.size(dim), i) for i in range(mesh.size(dim))]
+    return mesh.get_group(dim), mesh.get_local_rank(dim), [range(first, first + size) for size, first in blocks]
+
+
+class Bucket:
+    """Maps of one shape that the processes that hold them iterate together, each those that it owns."""
+
+    def __init__(self, maps: Sequence[Map], owners: Sequence[int]):
+        by_owner = sorted(zip(owners, maps), key=lambda pair: pair[0])
+        self.maps, self.shape, self.processes = [each for _, each in by_owner], maps[0].shape, maps[0].processes
+        ranks = range(len(maps[0].held))
+        rank = self.processes.rank() if self.processes else 0
+        self.mine = [each for owner, each in by_owner if owner == rank]
+        # Numbers that this process sends to each one before the iteration, and gets from each; afterwards vice versa.
+        self.given = [sum(each.update.numel() for owner, each in by_owner if owner == to) for to in ranks]
+        self.taken = [sum(each.held[of] for each in self.mine) * self.shape[1] for of in ranks]
+
+    def gather(self) -> None:
+        """Begin to send this process's rows to the owners of their maps."""
+        if self.processes:
+            rows = torch.cat([each.update.flatten() for each in self.maps])
+            self._send(rows.to(iteration_dtype(rows)), self.given, self.taken)
+
+    def iterate(self, steps: int) -> None:
+        """Orthogonalise the maps of this process, and begin to send the rows to those who hold them."""
+        if not self.processes:
+            self.rows = orthogonalise(torch.stack([each.update for each in self.maps]), steps).flatten()
+            return
+        self.work.wait()
+        pieces = [of_one.split(self._sizes(rank)) for rank, of_one in enumerate(self.rows.split(self.taken))]
+        whole = [piece for of_map in zip(*pieces) for piece in of_map]
+        matrices = torch.cat(whole).view(-1, *self.shape) if whole else self.rows.new_empty(0, *self.shape)
+        results = [each.split(each_map.held) for each, each_map in zip(orthogonalise(matrices, steps), self.mine)]
+        rows = [piece.flatten() for of_rank in zip(*results) for piece in of_rank]
+        self._send(torch.cat(rows) if rows else self.rows.new_empty(0), self.taken, self.given)
+
+    def updates(self, dtype: torch.dtype) -> list[Tensor]:
+        """Return what the iteration made of this process's rows, map by map."""
+        if self.processes:
+            self.work.wait()
+        rows, self.rows, self.sent = self.rows.to(dtype), None, None
+        sizes = [each.update.numel() for each in self.maps]
+        return [update.view_as(each.update) for update, each in zip(rows.split(sizes), self.maps)]
+
+    def _sizes(self, rank: int) -> list[int]:
+        return [each.held[rank] * self.shape[1] for each in self.mine]
+
+    def _send(self, rows: Tensor, given: list[int], taken: list[int]) -> None:
+        self.rows, self.sent = rows.new_empty(sum(taken)), rows  # which must live until it has arrived
+        self.work = all_to_all_single(self.rows, rows, taken, given, self.processes, async_op=True)
+
+
+def buckets_of(maps_by_kind: Iterable[Sequence[Map]]) -> list[Bucket]:
+    """Return the maps in buckets, where each process owns as many as any other, or one more."""
+    buckets, dealt = [], 0
+    for maps in maps_by_kind:
+        ranks, size = len(maps[0].held), len(maps)
+        if ranks > 1:
+            size = ranks * max(1, BUCKET_BYTES // (4 * math.prod(maps[0].shape)))
+        for begin in range(0, len(maps), size):
+            part = maps[begin : begin + size]
+            buckets.append(Bucket(part, [(dealt + i) % ranks for i in range(len(part))]))
+            dealt += len(part)
+    return buckets
+
+
+def iterated(buckets: Sequence[Bucket], steps: int) -> Iterator[Bucket]:
+    """Yield each bucket after its iteration, while which the rows of its neighbours travel."""
+    for following, bucket, done in zip([*buckets, None, None], [None, *buckets, None], [None, None, *buckets]):
+        if following:
+            following.gather()
+        if bucket:
+            bucket.iterate(steps)
+        if done:
+            yield done
