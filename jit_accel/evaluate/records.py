@@ -4,9 +4,9 @@ import csv
 import io
 import json
 import math
-import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from datetime import datetime, timezone
@@ -50,12 +50,13 @@ def read_records(file: Path | None) -> list[dict]:
     with disk_errors("output", file):
         file.parent.mkdir(parents=True, exist_ok=True)
         text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else "[]"
+        tempfile.TemporaryFile(dir=file.parent).close()
     try:
         records = json.loads(text)
     except ValueError:
         records = None
     is_ours = isinstance(records, list) and all(isinstance(record, dict) for record in records)
-    if not is_ours or not os.access(file.parent, os.W_OK):
+    if not is_ours:
         raise UserError("results cannot be added to it: give another file.", about="output", value=file)
     return records
 

@@ -116,7 +116,9 @@ class RunFacts:
                 f"the global batch was {before} images and is now {now}: "
                 "--epochs and the learning rate's schedule count as if the whole run had the new one."
             )
-        then, settings = saved["settings"], self.facts["settings"]
+        settings = self.facts["settings"]
+        # Settings that there were not then had their defaults.
+        then = {name: _recorded(SETTINGS[name].default) for name in settings} | saved["settings"]
         changed = [name for name, value in settings.items() if then.get(name) != value]
         self._warn_of_another(then, [name for name in changed if tells_apart(name)])
         shown = [name for name in changed if name not in ("resume", "output_dir")]
@@ -130,7 +132,6 @@ class RunFacts:
         same = {"data_path", "mixed_precision", "batch_size", "gradient_accumulation_steps"}
         if not (now["use_wandb"] or now["report_to"]):
             same |= set(NAMES)
-        then = {name: SETTINGS[name].default for name in changed} | then
         differences = changed_settings(then, {name: now[name] for name in changed if name not in same})
         if differences and self.is_main:
             warn(
@@ -157,3 +158,8 @@ class RunFacts:
                 value=path,
                 remedy="Give the settings it was made with, or another --output_dir to start anew.",
             )
+
+
+def _recorded(default: object) -> object:
+    """Return a default as JSON gives it back."""
+    return list(default) if isinstance(default, tuple) else default

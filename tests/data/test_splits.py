@@ -244,17 +244,53 @@ def test_a_column_says_of_what_split_an_image_is(tmp_path, caplog):
     assert "choose from train" in refusal(tmp_path, split="test")
 
 
+@pytest.mark.parametrize("kind", ["stream", "table", "saved", "dict", "url"])
+def test_a_column_of_a_table_says_of_what_split_a_row_is(tmp_path, caplog, kind):
+    """With row groups of 2 images, of which one has none to train on."""
+    splits = ["test", "Test", "train", "val", "train", "train", None, "train"]
+    labels = ["x", "y", "a", "a", "b", "a", "z", "b"]
+    table = datasets.Dataset.from_dict({"image": [png(n) for n in range(8)], "label": labels, "split": splits})
+    place = tmp_path / ("a.parquet" if kind in ("stream", "table", "url") else "saved")
+    how = {"streaming": False} if kind == "table" else {}
+    if kind == "dict":
+        datasets.DatasetDict({"train": table}).save_to_disk(place)
+    elif kind == "saved":
+        table.save_to_disk(place)
+    else:
+        table.to_parquet(place, batch_size=2)
+    if kind == "url":
+        place = f"{FailingServer(tmp_path).url}/a.parquet"
+    source = open_images(place, **how)
+    assert (source.num_images, source.class_names) == (4, ("a", "b"))
+    assert labels_by_number(source) == {2: 0, 4: 1, 5: 0, 7: 1}
+    assert "the split train is taken, and other splits are left out: test (2 images), " in caplog.text
+    assert numbers(place, split="test", **how) == [0, 1]
+    assert numbers(place, split="train+validation", **how) == [2, 3, 4, 5, 7]
+    assert numbers(place, split="all", **how) == [*range(8)]
+    fingerprints = {open_images(place, split=split, **how).fingerprint for split in (None, "test", "val", "all")}
+    assert len(fingerprints) == 4
+
+
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
-def test_a_column_of_a_table_that_says_so_is_warned_of(tmp_path, caplog, kind):
-    texts = {"mixed": ["train", "train", "val", "test"], "one": ["train"] * 4, "other": ["a", "b", "a", "b"]}
-    for name, splits in texts.items():
+def test_a_column_without_words_for_splits_says_nothing(tmp_path, caplog, kind):
+    for name, splits in {"one": ["train"] * 4, "other": ["a", "b", "a", "b"]}.items():
         table = datasets.Dataset.from_dict({"image": [png(n) for n in range(4)], "split": splits})
-        place = tmp_path / (f"{name}.parquet" if kind == "parquet" else name)
-        table.to_parquet(place) if kind == "parquet" else table.save_to_disk(place)
-        caplog.clear()
-        assert numbers(place) == [0, 1, 2, 3]
-        warned = "by the column 'split' its images are of several splits" in caplog.text
-        assert warned == (name == "mixed"), caplog.text
+        plain = table.remove_columns("split")
+        places = [tmp_path / f"{name}{end}" for end in ((".parquet", "_.parquet") if kind == "parquet" else ("", "_"))]
+        for place, some in zip(places, (table, plain)):
+            some.to_parquet(place) if kind == "parquet" else some.save_to_disk(place)
+        assert [numbers(place) for place in places] == [[0, 1, 2, 3]] * 2
+    assert "split" not in caplog.text
+
+
+def test_a_holdout_of_another_split_by_a_column(tmp_path):
+    splits = ["train", "val", "train", "val", "train", "train"]
+    table = datasets.Dataset.from_dict({"image": [png(n) for n in range(6)], "label": [*"abbaab"], "split": splits})
+    table.to_parquet(tmp_path / "a.parquet", batch_size=2)
+    train, other = (open_images(tmp_path / "a.parquet", split=split) for split in (None, "validation"))
+    held = held_by_split(train, other, max_images=9, img_size=SIZE)
+    assert sorted(held.labels.tolist()) == [0, 1]
+    assert len(held.images) == 2
 
 
 def test_what_is_listed_of_other_splits_is_not_missing(tmp_path, caplog):

@@ -670,6 +670,15 @@ def test_results_are_added_to_those_in_the_models_folder(alone, network, saved, 
         assert main(["--images", str(folder), "--reference", reference, "--output", f"{tmp_path}/a.json"]) == 2
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no folder in which nobody can make a file")
+def test_a_place_where_no_file_can_be_made_is_refused_before_anything_is_measured(
+    alone, network, folder, monkeypatch, capsys
+):
+    monkeypatch.setattr(Evaluator, "load_reference", lambda *_: pytest.fail("measures"))
+    assert main(["--images", str(folder), "--reference", str(folder), "--output", "/proc/a.json"]) == 2
+    assert "--output /proc/a.json: cannot be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -8,6 +8,7 @@ import pytest
 from data_samples import png, tar
 from helpers import read_metrics, state, train_here
 
+from jit_accel.config.settings import SETTINGS
 from jit_accel.data.formats import folder, scan, tars
 
 FLAGS = [
@@ -34,9 +35,13 @@ def resume(name, tmp_path) -> dict[int, dict]:
 
 
 @pytest.mark.parametrize("name", ["run", "muon", "adapter"])
-def test_a_run_goes_on_with_the_same_losses(old_folders, tmp_path, name):
+def test_a_run_goes_on_with_the_same_losses(old_folders, tmp_path, name, capsys):
     before = {row["step"]: row for row in read_metrics(old_folders / name)}
     rows = resume(name, tmp_path)
+    (resumed,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Resumed from"))
+    new_ones = {*SETTINGS} - {*json.loads((old_folders / name / "run.json").read_text())}
+    assert new_ones
+    assert not any(f"{setting} " in resumed for setting in new_ones)  # which have their defaults
     assert list(rows) == list(range(1, 16))
     assert {step: rows[step] for step in before} == before
     for expected in json.loads((old_folders / "expected.json").read_text())["rows"][name]:

@@ -3,6 +3,7 @@
 import logging
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from datasets import ClassLabel, Features, Image, Value
 
 from jit_accel.base.errors import UserError, nearest
 from jit_accel.data import data_error
-from jit_accel.data.reading.splits import TEST, VALIDATION, split_of
+from jit_accel.data.reading.splits import OTHERS, TEST, TRAIN, VALIDATION, choose_splits, split_of
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +41,14 @@ class Columns:
     name: str | None = None  # where names are not stored with the images
     any_image: bool = False  # a sample of a tar file without `image` may have one of another ending
     left_out: frozenset[str] = frozenset()  # folders in tar files with samples of other splits
+    split: tuple[str, tuple[str | None, ...]] | None = None  # a column, and its values in the rows that are read
     joined: frozenset[str] | None = None  # endings like "seg.png" of pictures that are no samples; None: all with dots
 
     @property
     def all(self) -> list[str]:
         """Return the names of the columns that are read."""
-        return [column for column in (self.image, self.label, self.key, self.name) if column is not None]
+        split = self.split and self.split[0]
+        return [column for column in (self.image, self.label, self.key, self.name, split) if column is not None]
 
     def image_of(self, value: Any) -> tuple[bytes | str | None, str]:
         """Take the undecoded value of the image column apart into (bytes or path, name to report)."""
@@ -124,14 +127,22 @@ def split_column(features: Mapping[str, Any]) -> str | None:
     return next((spelled[name] for name in SPLIT_NAMES if name in spelled), None)
 
 
-def warn_of_splits(column: str, values: Iterable, where: str) -> None:
-    """Warn of a table whose column has words for several splits: all its rows are read."""
-    splits = {split_of(value.strip()) for value in values if isinstance(value, str)}
-    if len(splits) > 1 and splits.intersection((VALIDATION, TEST)):
-        rule = (
-            "--data_path %s: by the column %r its images are of several splits (%s), and all of them are taken: write "
-        )
-        log.warning(rule + "each split to a file of its own, such as train.parquet", where, column, ", ".join(splits))
+def choose_values(counts: Mapping[str | None, int], wanted: str | None, where: str) -> tuple[str | None, ...] | None:
+    """Return the values of a `split_column` in rows of the splits that `--split` means; None where that is all rows.
+
+    `counts`: the rows of each value, {} without such a column. Without a word for a split it says nothing of that; see
+    `choose_splits`.
+    """
+    splits = {value: split_of(value.strip()) if value else OTHERS for value in counts}
+    sizes: Counter = Counter()
+    for value, split in splits.items():
+        sizes[split] += counts[value]
+    if not sizes.keys() & {TRAIN, VALIDATION, TEST}:
+        sizes = Counter({TRAIN: sum(counts.values())})
+        splits = dict.fromkeys(counts, TRAIN)
+    chosen = choose_splits(sizes, wanted, where)
+    kept = tuple(value for value, split in splits.items() if split in chosen)
+    return kept if len(kept) < len(counts) else None
 
 
 def label_kind(feature: Any) -> str | None:

@@ -17,9 +17,16 @@ import pyarrow.parquet
 
 from jit_accel.base.errors import UserError
 from jit_accel.data import data_error
-from jit_accel.data.formats.columns import LABEL_NAMES, Columns, features_of, find_columns, read_labels, split_column
+from jit_accel.data.formats.columns import (
+    LABEL_NAMES,
+    Columns,
+    choose_values,
+    features_of,
+    find_columns,
+    read_labels,
+    split_column,
+)
 from jit_accel.data.formats.scan import FolderScan, OfSplits
-from jit_accel.data.reading.splits import OTHERS, TEST, TRAIN, VALIDATION, choose_splits, split_of
 
 log = logging.getLogger(__name__)
 
@@ -192,19 +199,15 @@ def _are_of_split(tables: list[pa.Table], wanted: str | None, root: str) -> list
 
     All rows are, where there is no such column with a word for a split in it; see `choose_splits`.
     """
-    kinds = features_of(tables[0].select(_shared(tables)).schema)
-    name = split_column(kinds)
-    found = [table.column(name).cast(pa.string()).fill_null(OTHERS) for table in tables] if name else []
-    splits = {text: split_of(text.strip()) for column in found for text in pc.unique(column).to_pylist()}
-    if not {TRAIN, VALIDATION, TEST}.intersection(splits.values()):
-        choose_splits({TRAIN: sum(map(len, tables))}, wanted, root)
+    name = split_column(features_of(tables[0].select(_shared(tables)).schema))
+    found = [table.column(name).cast(pa.string()) for table in tables] if name else []
+    counts: Counter = Counter()
+    for column in found:
+        counts.update({item["values"]: item["counts"] for item in pc.value_counts(column).to_pylist()})
+    kept = choose_values(counts or {None: sum(map(len, tables))}, wanted, root)
+    if kept is None:
         return [np.ones(len(table), bool) for table in tables]
-    sizes: Counter = Counter()
-    for item in pc.value_counts(pa.chunked_array([part for column in found for part in column.chunks])).to_pylist():
-        sizes[splits[item["values"]]] += item["counts"]
-    chosen = choose_splits(sizes, wanted, root)
-    kept = pa.array([text for text, split in splits.items() if split in chosen])
-    return [pc.is_in(column, value_set=kept) for column in found]
+    return [pc.is_in(column, value_set=pa.array(kept, pa.string())) for column in found]
 
 
 def _places(paths: pa.ChunkedArray, images: pa.ChunkedArray) -> pa.ChunkedArray:

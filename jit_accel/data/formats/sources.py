@@ -20,7 +20,7 @@ from jit_accel.data.formats.tables import open_builtin, open_saved, open_table, 
 from jit_accel.data.formats.tars import open_tars
 from jit_accel.data.reading.servers import at_once, ending_of, is_url
 from jit_accel.data.reading.shards import LocalShard, describe, missing_path
-from jit_accel.data.reading.splits import TRAIN, choose_splits
+from jit_accel.data.reading.splits import ALL, TRAIN, choose_splits
 
 __all__ = ["FORMATS", "Source", "detect_format", "open_images"]
 
@@ -115,18 +115,19 @@ def open_hub(request: Request) -> Source:
         splits = builder.config.data_files or {TRAIN: []}
         sizes = {name: len(files) for name, files in splits.items()}
         chosen = choose_splits(sizes, request.split, request.path, "files")
+        by_column = request.split if sizes.keys() == {TRAIN} else ALL
         request = replace(request, split="+".join(chosen))
         files = [str(file) for name in chosen for file in splits[name]]
         shards = at_once(lambda file: describe(file) if is_url(file) else LocalShard(file), files)
         endings = {os.path.splitext(file)[1] for file in files}
         if endings == {".parquet"}:
-            return open_tables(request, "hub", shards, builder.info.features)
+            return open_tables(request, "hub", shards, builder.info.features, by_column)
         if endings == {".tar"}:
             return open_tars(request, "hub", shards)
         request.refuse("streaming", reason="has files other than Parquet and tar, and is downloaded for random access")
-    dataset = split_of(_ask(request.path, lambda: datasets.load_dataset(**how)), request)
+    dataset, split = split_of(_ask(request.path, lambda: datasets.load_dataset(**how)), request)
     identity = fingerprint_of(["hub", request.path, str(len(dataset)), *request.other_split])
-    return open_table(request, "hub", dataset, identity)
+    return open_table(request, "hub", dataset, identity, split)
 
 
 def _ask(path: str, ask: Callable):

@@ -1,7 +1,10 @@
 """Tables of images by HF datasets: Parquet anywhere, a saved data set, and those that come with the package."""
 
+import itertools
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,18 +20,18 @@ from jit_accel.data import data_error
 from jit_accel.data.formats.columns import (
     MAX_CLASSES,
     Columns,
+    choose_values,
     features_of,
     find_columns,
     label_kind,
     read_labels,
     split_column,
-    warn_of_splits,
 )
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
 from jit_accel.data.reading.images import ParquetReader, Stream
 from jit_accel.data.reading.servers import at_once
 from jit_accel.data.reading.shards import LocalShard, Shard, Span, at_hand, find_shards, missing_path, remembered
-from jit_accel.data.reading.splits import TRAIN, canonical, choose_splits
+from jit_accel.data.reading.splits import ALL, TRAIN, canonical, choose_splits
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
 _ROWS_AT_ONCE = 64
@@ -59,16 +62,19 @@ class TableFile(NamedTuple):
 
 
 def open_tables(
-    request: Request, format: str = "parquet", shards: Sequence[Shard] = (), named: Features | None = None
+    request: Request,
+    format: str = "parquet",
+    shards: Sequence[Shard] = (),
+    named: Features | None = None,
+    split: str | None = ALL,
 ) -> Source:
     """Open Parquet files (a file, a glob, a folder, URLs; or `shards`), as a stream unless `streaming` is False.
 
-    `named`: their columns, where more is known of them than the files say. UserError if they are not Parquet, have
-    wrong columns or labels, or store images as paths only.
+    `split`: of the rows of `shards`; `named`: their columns, where more is known of them than the files say. UserError
+    if they are not Parquet, have wrong columns or labels, or store images as paths only.
     """
     if not shards:
         shards, split = find_shards(request.path, ".parquet", request.split)
-        choose_splits({TRAIN: len(shards)}, split, request.path)
     files = at_once(open_file, shards)
     schema = files[0].schema
     for file in files:
@@ -82,19 +88,20 @@ def open_tables(
     if twice is not None:
         rule = f"two columns are named {twice!r}: rename one, or choose others with --image_column and --label_column."
         raise data_error(request.path, rule)
-    if (split := split_column(features)) and request.split is None:
-        warn_of_splits(split, _bounds(files, split) or (), request.path)
+    columns, sizes = _of_splits(files, features, columns, split, request.path)
     feature = features.get(columns.label)
     values = _values_of_labels(files, columns, feature, request.renumber_labels)
     columns, names = read_labels(feature, values, columns, request.path, request.label_column, request.renumber_labels)
-    rows = sum(file.footer.num_rows for file in files)
+    rows = int(sizes.sum())
     head, sized = (["hub", request.path], ()) if format == "hub" else (["parquet"], shards)
-    identity = fingerprint_of([*head, str(rows), *request.other_split], sized)
+    of_column = ["split", *sorted(map(str, columns.split[1]))] if columns.split else []
+    identity = fingerprint_of([*head, str(rows), *request.other_split, *of_column], sized)
     if request.streaming is False and rows:  # HF refuses to load none
         features = Features({name: features[name] for name in columns.all})
-        images = table_images(_load([str(getattr(s, "url", s)) for s in shards], features, request.path), columns)
+        table = _load([str(getattr(s, "url", s)) for s in shards], features, request.path)
+        images = table_images(*_rows_of_splits(table, columns))
     else:
-        images = parquet_stream(files, columns, features)
+        images = parquet_stream(files, columns, features, sizes)
     return _check_embedded(source_of(request.path, format, images, names, identity))
 
 
@@ -121,24 +128,34 @@ def open_saved(request: Request) -> Source:
         dataset = datasets.load_from_disk(request.path)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise data_error(request.path, f"not a folder made by Dataset.save_to_disk: {error}") from error
-    dataset = split_of(dataset, request)
+    dataset, split = split_of(dataset, request)
     files = [LocalShard(file["filename"]) for file in dataset.cache_files]
     identity = fingerprint_of(["saved", str(len(dataset)), *request.other_split], files)
-    return open_table(request, "saved", dataset, identity)
+    return open_table(request, "saved", dataset, identity, split)
 
 
-def split_of(dataset: Dataset | DatasetDict, request: Request) -> Dataset:
-    """Return the table of the chosen splits, one after the other; UserError if there is no such split."""
-    parts = dataset if isinstance(dataset, DatasetDict) else {TRAIN: dataset}
-    chosen = choose_splits({name: len(part) for name, part in parts.items()}, request.split, request.path)
-    return parts[chosen[0]] if len(chosen) == 1 else concatenate_datasets([parts[name] for name in chosen])
+def split_of(dataset: Dataset | DatasetDict, request: Request) -> tuple[Dataset, str | None]:
+    """Return the table of the chosen splits, one after the other, and what is still to be chosen from by a column.
+
+    UserError if there is no such split.
+    """
+    if isinstance(dataset, Dataset):
+        return dataset, request.split
+    if dataset.keys() == {TRAIN}:
+        return dataset[TRAIN], request.split
+    chosen = choose_splits({name: len(part) for name, part in dataset.items()}, request.split, request.path)
+    parts = [dataset[name] for name in chosen]
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts), ALL
 
 
-def open_table(request: Request, format: str, dataset: Dataset, identity: str) -> Source:
-    """Open a table for random access; UserError for wrong columns or labels."""
+def open_table(request: Request, format: str, dataset: Dataset, identity: str, split: str | None = ALL) -> Source:
+    """Open a table for random access, and of it the rows of a `split`; UserError for wrong columns or labels."""
     columns = find_columns(dataset.features, request.image_column, request.label_column, request.path)
-    if (split := split_column(dataset.features)) and request.split is None:
-        warn_of_splits(split, dataset.unique(split), request.path)
+    name = split_column(dataset.features)
+    counts = Counter(dataset.with_format(None)[name]) if name not in (None, *columns.all) else {None: len(dataset)}
+    if (values := choose_values(counts, split, request.path)) is not None:
+        columns, identity = replace(columns, split=(name, values)), fingerprint_of([identity, *map(str, values)])
+        dataset, columns = _rows_of_splits(dataset, columns)
     values = () if columns.label is None else dataset.unique(columns.label)
     feature, asked = dataset.features.get(columns.label), request.label_column
     columns, names = read_labels(feature, values, columns, request.path, asked, request.renumber_labels)
@@ -166,8 +183,10 @@ def _check_embedded(source: Source) -> Source:
     return source
 
 
-def parquet_stream(files: Sequence[TableFile], columns: Columns, features: dict[str, Any]) -> Stream:
-    """Return the stream of the row groups of Parquet files."""
+def parquet_stream(
+    files: Sequence[TableFile], columns: Columns, features: dict[str, Any], sizes: np.ndarray | None = None
+) -> Stream:
+    """Return the stream of the row groups of Parquet files, of which so many rows are read (None: all)."""
     wanted = {name: features[name] for name in columns.all}
     if isinstance(wanted[columns.image], Image):
         wanted[columns.image] = Image(decode=False)
@@ -182,7 +201,7 @@ def parquet_stream(files: Sequence[TableFile], columns: Columns, features: dict[
         tuple(file.shard for file in files),
         ParquetReader(columns, Features(wanted)),
         columns,
-        np.array([group.num_rows for _, group in groups], np.int64),
+        np.array([group.num_rows for _, group in groups], np.int64) if sizes is None else sizes,
         np.array([number for number, _ in groups], np.int64),
         spans,
     )
@@ -205,6 +224,46 @@ def open_file(shard: Shard) -> TableFile:
         raise data_error(shard, f"not a readable Parquet file ({error}): remove or replace it.") from error
 
 
+def _of_splits(
+    files: Sequence[TableFile], features: dict[str, Any], columns: Columns, wanted: str | None, where: str
+) -> tuple[Columns, np.ndarray]:
+    """Return the columns with the one that chooses rows of the splits that `wanted` means, and so many of each group.
+
+    The rows of each value are counted by reading that column alone.
+    """
+    name, sizes = split_column(features), [[group.num_rows for group in file.groups] for file in files]
+    if name in (None, *columns.all):
+        choose_splits({TRAIN: sum(map(sum, sizes))}, wanted, where)
+        return columns, np.array(list(itertools.chain(*sizes)), np.int64)
+    file_of = {file.shard: file for file in files}
+    counts = remembered(f"parquet splits {name}", list(file_of), lambda shard: _counts(shard, name, file_of[shard]))
+    total: Counter = Counter()
+    for value, count in itertools.chain(*itertools.chain(*counts)):
+        total[value] += count
+    values = choose_values(total, wanted, where)
+    if values is not None:
+        columns = replace(columns, split=(name, values))
+        sizes = [[sum(n for value, n in group if value in values) for group in of_file] for of_file in counts]
+    return columns, np.array(list(itertools.chain(*sizes)), np.int64)
+
+
+def _counts(shard: Shard, column: str, file: TableFile) -> list[list]:
+    """Return of each row group the different values of a column, each with the number of its rows."""
+    spans = file.spans((group for group in file.groups if group.num_rows), [column]) if shard.is_remote else ()
+    with at_hand(shard, spans) as path, pq.ParquetFile(path) as parquet:
+        groups = (parquet.read_row_group(n, columns=[column], use_threads=False)[0] for n in range(len(file.groups)))
+        return [[[item["values"], item["counts"]] for item in pc.value_counts(group).to_pylist()] for group in groups]
+
+
+def _rows_of_splits(dataset: Dataset, columns: Columns) -> tuple[Dataset, Columns]:
+    """Return the rows that the columns choose, and the columns without that choice."""
+    if columns.split is None:
+        return dataset, columns
+    name, values = columns.split
+    kept = [n for n, value in enumerate(dataset.with_format(None)[name]) if value in values]
+    return dataset.select(kept), replace(columns, split=None)
+
+
 def _values_of_labels(files: Sequence[TableFile], columns: Columns, feature: Any, are_all: bool) -> set:
     """Return the labels that differ by reading their column alone; of remote numbers those within the bounds of footers
     unless `are_all` are wanted.
@@ -217,9 +276,8 @@ def _values_of_labels(files: Sequence[TableFile], columns: Columns, feature: Any
         if values is not None:
             numbers = [value for value in values if isinstance(value, int)] or [0]
             return values | set(range(min(numbers), min(max(numbers), MAX_CLASSES)))
-    found = remembered(
-        f"parquet {column}", list(file_of), lambda shard: _different_values(shard, column, file_of[shard])
-    )
+    kind = " ".join(["parquet", column, *map(str, columns.split[1] if columns.split else ())])
+    found = remembered(kind, list(file_of), lambda shard: _different_values(shard, columns, file_of[shard]))
     return set().union(*found)
 
 
@@ -237,10 +295,15 @@ def _bounds(files: Iterable[TableFile], column: str) -> set | None:
     return found
 
 
-def _different_values(shard: Shard, column: str, file: TableFile) -> list:
-    spans = file.spans((group for group in file.groups if group.num_rows), [column]) if shard.is_remote else ()
+def _different_values(shard: Shard, columns: Columns, file: TableFile) -> list:
+    name, values = columns.split or (None, ())
+    wanted = [columns.label, *([name] if name else [])]
+    spans = file.spans((group for group in file.groups if group.num_rows), wanted) if shard.is_remote else ()
     with at_hand(shard, spans) as path:
-        return pc.unique(pq.read_table(path, columns=[column], use_threads=False)[0]).to_pylist()
+        table = pq.read_table(path, columns=wanted, use_threads=False)
+    if name:
+        table = table.filter(pc.is_in(table[name], value_set=pa.array(values, pa.string())))
+    return pc.unique(table[columns.label]).to_pylist()
 
 
 def _load(addresses: list[str], features: Features, where: str) -> Dataset:
