@@ -80,7 +80,7 @@ def plan(settings: PlanConfig, training: Sequence[str]) -> int:
     work = Workload(*of_work, precision, model.proj_dropout)
     machines = machines_of(settings, precision)
     asked_batch = config.optim.batch_size if share == config.optim.batch_size * accumulation else share
-    shardings = shardings_of(machines, is_split=_is_accepted(completed, facts))
+    shardings = shardings_of(machines)
     say_asked(work, machines, model.model, global_batch, lengths.total_steps)
     asked = list(cases_of(work, machines, shardings, share, (asked_batch,)))
     say_memory(asked, machines)
@@ -102,15 +102,6 @@ def _path_of(data_path: str) -> list[str]:
     return ["--data_path", NO_PATH] if data_path == NO_PATH else []
 
 
-def _is_accepted(completed, facts: Facts) -> bool:
-    """Return whether these settings go with split weights."""
-    try:
-        complete(completed, replace(facts, is_sharded=True))
-    except UserError:
-        return False
-    return True
-
-
 def machines_of(settings: PlanConfig, precision: str) -> Machines:
     """Return the GPUs that the settings name; products in float32 are counted at a sixteenth of those in bf16."""
     gpu, peak = GPUS[settings.gpu], peak_flops(settings.gpu.removesuffix(" 40GB"), "bf16")
@@ -120,13 +111,13 @@ def machines_of(settings: PlanConfig, precision: str) -> Machines:
     return Machines(gpu, settings.gpu, settings.num_gpus, settings.nodes, flops, settings.disk_gb_per_s * GB)
 
 
-def shardings_of(machines: Machines, *, is_split: bool) -> dict[str, int]:
+def shardings_of(machines: Machines) -> dict[str, int]:
     """Return the ways to hold the weights that these machines have, each with the parts of a copy."""
     per_node = machines.count // machines.nodes
     parts = {"ddp": 1}
-    if is_split and machines.nodes > 1 and per_node > 1:
+    if machines.nodes > 1 and per_node > 1:
         parts["hsdp"] = per_node
-    if is_split and machines.count > 1:
+    if machines.count > 1:
         parts["fsdp2"] = machines.count
     return parts
 
