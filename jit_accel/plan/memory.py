@@ -20,7 +20,8 @@ from jit_accel.config.presets import Preset, swiglu_width
 KEPT_BYTES = {("cuda", "bf16"): (52, 8), ("cuda", "no"): (64, 16), ("cpu", "bf16"): (42, 6), ("cpu", "no"): (56, 12)}
 # Of a sharded block: two gathered in bf16, a gradient in bf16, and two in float32 on their way, for each weight.
 GATHERED_BYTES = 2 * 2 + 2 + 2 * 4
-MUON_BYTES = 12  # copies of the update while it is orthogonalised, for each weight of a matrix
+# While Muon steps: a copy of each update, and the buckets that are gathered, iterated and sent back.
+MUON_BYTES, MUON_BUCKETS = 4, 2**29
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def memory_of(work: Workload, layout: Division, device: str = "cuda") -> Memory:
         activations += dropout_bytes(work, layout.batch_size, device)
     stay = layout.accumulation * layout.processes > 1
     at_peak = bytes_at_peak(gathered, activations, gradients, stay=stay)
-    at_update = gradients + MUON_BYTES * work.muon_params
+    at_update = gradients + (MUON_BYTES * work.muon_params / layout.shards + MUON_BUCKETS if work.muon_params else 0)
     return Memory(share, moments, averages, gradients, activations, max(at_peak, at_update))
 
 
