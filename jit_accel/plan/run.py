@@ -1,5 +1,6 @@
 """The answer: what fits, what it takes, what is recommended, and the command that starts it."""
 
+import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +11,10 @@ from jit_accel.base.errors import UserError
 from jit_accel.config.checks import model_name
 from jit_accel.config.command_line import parse_args
 from jit_accel.config.completion import Facts, complete
-from jit_accel.config.costs import GIB
+from jit_accel.config.costs import FLOAT32, GIB
 from jit_accel.config.presets import forward_macs, parse_model_name
 from jit_accel.plan.gpus import GPUS, Gpu
-from jit_accel.plan.memory import Division, Memory, Workload, bytes_of_checkpoint, in_gib, memory_of
+from jit_accel.plan.memory import Division, Memory, Workload, bytes_of_block, bytes_of_checkpoint, in_gib, memory_of
 from jit_accel.plan.settings import PlanConfig
 from jit_accel.plan.speed import GB, LINK_SHARE, step_seconds
 
@@ -84,8 +85,8 @@ def plan(settings: PlanConfig, training: Sequence[str]) -> int:
     say_asked(work, machines, model.model, global_batch, lengths.total_steps)
     asked = list(cases_of(work, machines, shardings, share, (asked_batch,)))
     say_memory(asked, machines)
-    batches = [size for size in range(share, 0, -1) if share % size == 0]
-    fitting = [case for case in cases_of(work, machines, shardings, share, batches) if machines.fits(case)]
+    say_arithmetic(work)
+    fitting = [case for case in cases_of(work, machines, shardings, share, divisors(share)) if machines.fits(case)]
     if not fitting:
         say("\nNothing fits, not with one image at a time: more GPUs (--num_gpus), a kind with more memory, fewer")
         say("averages (--ema_decays), larger patches, or a smaller model.")
@@ -134,6 +135,12 @@ def cases_of(
                 yield Case(layout, memory_of(work, layout), *times)
 
 
+def divisors(number: int) -> list[int]:
+    """Return the numbers that divide this one, the largest first."""
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)}, reverse=True)
+
+
 def say_asked(work: Workload, machines: Machines, model: str, global_batch: int, steps: int) -> None:
     macs = forward_macs(work.sizes, work.patch_size, work.img_size, work.img_size)
     where = f"{machines.count} x {machines.name}" + (f" on {machines.nodes} machines" if machines.nodes > 1 else "")
@@ -151,6 +158,16 @@ def say_memory(cases: Iterable[Case], machines: Machines) -> None:
         name = case.layout.sharding + (", recomputed" if case.layout.recompute else "")
         parts = "".join(f"{value:12.2f}" for value in in_gib(case.memory))
         say(f"  {name:22s}{case.layout.batch_size:6d}{parts}  {'fits' if machines.fits(case) else 'does not fit'}")
+
+
+def say_arithmetic(work: Workload) -> None:
+    """Say what the parts of the memory are the products of."""
+    block, residual = (size / work.length for size in bytes_of_block(work, 1))
+    moments = f"{FLOAT32 * work.num_moments / work.num_params:.3g}"
+    say(f"  bytes a weight: {FLOAT32}, moments {moments}, averages {work.averages} x {FLOAT32}, gradients {FLOAT32};")
+    say("  weights, moments, averages and gradients by the number of parts that hold a copy")
+    say(f"  activations: images x {work.length} tokens x {block:,.0f} bytes x ({work.sizes.depth} + 1) blocks;")
+    say(f"  recomputed: {residual:,.0f} bytes a block, and one block whole; then weights in bf16, or gathered blocks")
 
 
 def say_recommended(best: Case, machines: Machines) -> None:

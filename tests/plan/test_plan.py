@@ -15,6 +15,7 @@ from jit_accel.config.presets import PRESETS, parse_model_name
 from jit_accel.plan import main
 from jit_accel.plan.gpus import GPUS
 from jit_accel.plan.memory import Division, Workload, bytes_of_block, bytes_of_checkpoint, memory_of
+from jit_accel.plan.run import divisors
 from jit_accel.plan.speed import exchange_seconds, gather_seconds
 from jit_accel.train.optimizers import is_block_matrix
 
@@ -95,6 +96,11 @@ def test_more_shards_recomputation_and_smaller_batches_never_need_more(model, re
     assert peak(recompute=True) <= peak(recompute=False)
     if model == "JiT-H/16":  # a small network's gathered blocks are more than its shards save
         assert peak(shards=16) < peak(shards=8) < peak()
+
+
+@pytest.mark.parametrize("number", [1, 2, 36, 97, 1024, 3000])
+def test_a_share_is_divided_in_all_ways(number):
+    assert divisors(number) == [size for size in range(number, 0, -1) if number % size == 0]
 
 
 def test_every_gpu_has_a_peak_rate():
