@@ -212,6 +212,25 @@ def test_a_slurm_job_that_is_cancelled_is_not_requeued(cluster):
     assert not any("requeue" in call for call in calls)
 
 
+def test_a_slurm_job_goes_on_over_its_time_limit_and_a_lost_process(cluster, monkeypatch):
+    """The step is launch/multi_node.sh as it is; what it launches is told of the limit, is lost, and is done."""
+    launcher = f"""n=$(cat {cluster}/starts 2>/dev/null | wc -l); echo start >>{cluster}/starts
+    case $n in
+    0) trap "touch {cluster}/saved; exit 1" TERM; touch {cluster}/up; sleep 60 & wait ;;
+    1) kill -9 $$ ;;
+    *) [ -e {cluster}/saved ] ;;
+    esac"""
+    for name, body in {"accelerate": launcher, "python": f'exec {sys.executable} "$@"'}.items():
+        (cluster / "programs" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (cluster / "programs" / name).chmod(0o755)
+    monkeypatch.setenv("JIT_ACCEL_PYTHON", str(cluster / "programs" / "python"))
+    limit = f"while [ ! -e {cluster}/up ]; do sleep 0.01; done; kill -USR1 $!"
+    code, calls = sbatch(cluster, f'shift; "$@" & {limit}; wait $!; exit $?')
+    assert (code, calls[-1]) == (128 + signal.SIGUSR1, "scontrol requeue 77")
+    assert sbatch(cluster, 'shift; "$@"')[0] == 0
+    assert starts(cluster) == 3
+
+
 def test_the_slurm_script_asks_for_what_it_needs():
     lines = (REPOSITORY / "launch/slurm.sbatch").read_text().splitlines()
     asked = dict(line[8:].lstrip("-").partition("=")[::2] for line in lines if line.startswith("#SBATCH "))
