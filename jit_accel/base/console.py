@@ -10,6 +10,8 @@ from tqdm.auto import tqdm
 
 _LINE_EVERY_S = 60.0
 HIDDEN = "***"
+# Of durations, each in seconds, and from how many of it on it is said.
+_UNITS = {"days": (86400, 4.0), "hours": (3600, 1.5), "minutes": (60, 1.5), "seconds": (1, 0.0)}
 # One slash is left of two where a URL was taken for a path.
 _SCHEME = r"\b[a-z][a-z0-9+.-]+:/{1,2}"
 _NAME = r"\w*(?:api[_-]?key|token|password|passwd|secret|access[_-]?key|credentials?)"
@@ -77,6 +79,17 @@ def _hush(file) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, file.fileno())
         os.close(nowhere)
+
+
+def in_words(seconds: float) -> str:
+    """Return a duration such as `about 70 hours`."""
+    unit, size = next((unit, size) for unit, (size, least) in _UNITS.items() if seconds >= least * size)
+    return f"about {two_digits(seconds / size)} {unit}"
+
+
+def two_digits(value: float) -> str:
+    """Return 0.123 as 0.12, and 123 as 120."""
+    return f"{float(f'{value:.2g}'):.10g}"
 
 
 def redacted(text: str) -> str:

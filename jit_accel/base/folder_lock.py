@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
+import psutil
+
 from jit_accel.base import files
 from jit_accel.base.console import say
 from jit_accel.base.errors import UserError
@@ -187,6 +189,16 @@ class FolderLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def living_holder(folder: Path) -> str | None:
+    """Return in words who holds a folder, None where nobody does, or its holder is gone, or silent for `SILENT_S`."""
+    lock = FolderLock(folder)
+    if (holder := lock._holder()) is None:
+        return None
+    is_here = holder["machine"] == _machine()
+    lives = psutil.pid_exists(holder["process"]) if is_here else time.time() - lock._last_beat() < SILENT_S
+    return _in_words(holder) if lives else None
 
 
 def _machine() -> str:

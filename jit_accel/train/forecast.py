@@ -12,8 +12,17 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from jit_accel.base.console import say, warn
+from jit_accel.base.console import in_words, say, two_digits, warn
 from jit_accel.base.devices import device_name
+from jit_accel.config.costs import (
+    FLOAT32,
+    GIB,
+    activation_bytes,
+    bytes_at_peak,
+    checkpoint_bytes,
+    moments_of,
+    passes_of_step,
+)
 from jit_accel.config.presets import block_macs, forward_macs
 from jit_accel.config.settings import OptimConfig
 from jit_accel.model.functional import rope_table
@@ -25,8 +34,6 @@ from jit_accel.train.optimizers import build_optimizers, is_block_matrix, traina
 TRIAL_S = 0.2  # of a block, to be believed
 # What is longer is warned of: on a CPU more than a night, elsewhere more than a month, since long runs are meant there.
 LONG_S, LONG_ELSEWHERE_S = {"cpu": 12 * 3600.0}, 30 * 86400.0
-GIB = 2**30
-UNITS = {"days": (86400, 4.0), "hours": (3600, 1.5), "minutes": (60, 1.5), "seconds": (1, 0.0)}  # and from how many on
 
 
 @dataclass(frozen=True)
@@ -111,15 +118,15 @@ def cost_of_step(
     trained = sum(count for count, _ in counts)
     length = (sizes.img_size // sizes.patch_size) ** 2 + sizes.in_context_len
     blocks = forward_macs(sizes, sizes.patch_size, sizes.img_size, sizes.img_size) / block_macs(sizes, length)
-    passes = 3 if len(params) == len(list(network.parameters())) else 2  # frozen weights have no gradient
+    recompute, is_all_trained = network.gradient_checkpointing, len(params) == len(list(network.parameters()))
+    passes = passes_of_step(is_all_trained=is_all_trained, recompute=recompute)
+    residual = FLOAT32 * batch * length * sizes.hidden_size
     one_block = trial.fixed_bytes + batch * trial.image_bytes
-    activations = (sizes.depth + 1) * one_block
-    if network.gradient_checkpointing:
-        passes, activations = passes + 1, one_block + sizes.depth * batch * length * sizes.hidden_size * 4
+    activations = activation_bytes(sizes.depth, one_block, residual, recompute=recompute)
     forward_s = trial.image_s * blocks / 3
     seconds = micro_steps * batch * forward_s * passes + trial.update_s * trained / trial.num_params
-    gradients, state = 4 * trained, 0 if has_state else sum(count * (4 if is_muon else 8) for count, is_muon in counts)
-    at_peak = state + (activations + gradients if stay else max(activations, gradients))
+    moments = 0 if has_state else sum(moments_of(count, is_muon=is_muon) for count, is_muon in counts)
+    at_peak = bytes_at_peak(FLOAT32 * moments, activations, FLOAT32 * trained, stay=stay)
     return StepCost(seconds, forward_s, at_peak / GIB)
 
 
@@ -129,10 +136,10 @@ def copies_gib(network: nn.Module, optim: OptimConfig, accelerator) -> float:
         return 0.0
     params = trainable(network)
     moments = sum(
-        p.numel() * (1 if optim.optimizer == "muon" and is_block_matrix(name, p) else 2) for name, p in params
+        moments_of(p.numel(), is_muon=optim.optimizer == "muon" and is_block_matrix(name, p)) for name, p in params
     )
     weights = sum(p.numel() for _, p in params)
-    return 4 * (moments + weights * (1 + len(optim.ema_decays))) / accelerator.num_processes / GIB
+    return checkpoint_bytes(weights, moments, len(optim.ema_decays)) / accelerator.num_processes / GIB
 
 
 def expected_cost(network: nn.Module, optimizers: Iterable, optim: OptimConfig, accelerator) -> StepCost:
@@ -170,17 +177,6 @@ def free_gib(device: torch.device) -> float:
 def times_due(every: int, step: int, last_step: int) -> int:
     """Return how often something happens from here on that is due every so many steps (0: never), and at the end."""
     return (last_step // every - step // every + (last_step % every > 0)) if every else 1
-
-
-def in_words(seconds: float) -> str:
-    """Return a duration such as `about 70 hours`."""
-    unit, size = next((unit, size) for unit, (size, least) in UNITS.items() if seconds >= least * size)
-    return f"about {two_digits(seconds / size)} {unit}"
-
-
-def two_digits(value: float) -> str:
-    """Return 0.123 as 0.12, and 123 as 120."""
-    return f"{float(f'{value:.2g}'):.10g}"
 
 
 def outlook(

@@ -150,7 +150,7 @@ def test_help_needs_no_torch_and_shows_every_setting():
     assert [name for name in SETTINGS if f"--{name}" not in shown] == []
 
 
-PROGRAMS = ("train", "sample", "evaluate", "prepare", "convert", "report")
+PROGRAMS = ("train", "sample", "evaluate", "prepare", "convert", "report", "plan")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

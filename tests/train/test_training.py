@@ -361,11 +361,13 @@ def test_sharded_training_equals_replicated_training_and_their_checkpoints_are_t
     assert losses(sharded) == pytest.approx(losses(replicated), rel=1e-5)
     one, other = state(replicated), state(sharded)
     assert {name: tensor.shape for name, tensor in one.items()} == {n: t.shape for n, t in other.items()}
+    assert all(torch.allclose(tensor, other[name], atol=1e-6) for name, tensor in one.items())
     for half, continued, environment in ((sharded, "a", None), (replicated, "b", fsdp2)):
         out = mixed / continued
         shutil.copytree(half / "checkpoints" / "step_00000003", out / "checkpoints" / "step_00000003")
         train_group(tmp_path, *flags, "--output_dir", str(out), num_processes=2, environment=environment)
         assert losses(out) == pytest.approx(losses(replicated)[3:], rel=1e-5)
+        assert all(torch.allclose(tensor, one[name], atol=1e-6) for name, tensor in state(out).items())
     assert JiTPipeline.from_pretrained(sharded / "pipeline").transformer.num_parameters() > 0
 
 

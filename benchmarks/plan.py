@@ -1,0 +1,72 @@
+"""The planner's memory against that of trainings on this machine.
+
+    python benchmarks/plan.py            JiT-Ti, S and B on the CPU, some minutes, up to 7 GB of memory
+    python benchmarks/plan.py Ti S
+
+A training of a few steps, with a checkpoint amid them, runs in a process of its own. Its peak resident set, less what
+was resident when all was imported and no network was there yet, stands against weights, moments, averages, gradients,
+activations and the copies that the checkpoint is written from.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+
+from jit_accel.config.presets import parse_model_name
+from jit_accel.plan.memory import Division, Workload, bytes_of_checkpoint, memory_of
+
+CASES = {"Ti": ("JiT-Ti/4", 128), "S": ("JiT-S/4", 24), "B": ("JiT-B/4", 4)}  # and images a step
+SIDE, CLASSES, GIB = 64, 10, 2**30
+
+
+def measured(name: str) -> float:
+    """Return the GiB that a training takes beside the program, in this process."""
+    import psutil
+
+    import jit_accel.train.build  # noqa: F401 (all that a training imports)
+    from jit_accel.train import main
+    from jit_accel.train.samples import SampleSheets
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    SampleSheets.draw = stop  # the last checkpoint is on the disk by then
+    model, batch = CASES[name]
+    before = psutil.Process().memory_info().rss
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--model {model} --img_size {SIDE} --batch_size {batch} --max_steps 3 --save_every_steps 2 --seed 1"
+        quiet = "--sample_every_steps 0 --num_inference_steps 1 --num_workers 0 --no_html_report --ema_decays auto"
+        where = ["--data_path", "builtin:fashion_mnist", "--output_dir", f"{folder}/run", "--mixed_precision", "no"]
+        code = main([*where, *flags.split(), *quiet.split()])
+    assert code == 130, f"the training ended with {code}"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (peak - before) / GIB
+
+
+def planned(name: str) -> float:
+    """Return the same by the planner."""
+    model, batch = CASES[name]
+    work = Workload(*parse_model_name(model), SIDE, CLASSES, precision="no")
+    memory = memory_of(work, Division("ddp", recompute=False, batch_size=batch, accumulation=1), "cpu")
+    return (memory.peak + bytes_of_checkpoint(work)) / GIB
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(measured(sys.argv[2])))
+        return
+    print("| model | images a step | planned GiB | measured GiB | ratio |")
+    print("| --- | --- | --- | --- | --- |")
+    for name in sys.argv[1:] or CASES:
+        child = [sys.executable, __file__, "--measure", name]
+        found = json.loads(subprocess.run(child, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()[-1])
+        model, batch = CASES[name]
+        print(f"| {model} | {batch} | {planned(name):.2f} | {found:.2f} | {planned(name) / found:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+import sys
+
+from jit_accel.plan import main
+
+sys.exit(main())

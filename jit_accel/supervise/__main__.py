@@ -1,0 +1,5 @@
+import sys
+
+from jit_accel.supervise import main
+
+sys.exit(main())

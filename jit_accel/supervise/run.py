@@ -1,0 +1,135 @@
+"""A training that is started again when something of it is lost, as long as it makes progress."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from jit_accel.base.console import say, warn
+from jit_accel.base.errors import StopRequest, UserError
+from jit_accel.base.folder_lock import living_holder
+from jit_accel.monitor.log import FAILED_FILE
+
+RESTARTS = 2  # in a row, without a newer checkpoint
+PAUSE_S = 2.0  # before a restart: processes on other machines find out that one is gone, and end
+GRACE_S = 240.0  # for processes that have lost their launcher, and save a checkpoint
+LOOK_S = 0.2
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
+
+
+class Supervisor:
+    """The parent of a launcher, one on each machine; they know of each other by the run's folder alone.
+
+    Each start is from the newest checkpoint (`--resume auto`). What a lost launcher leaves behind is waited for, so
+    that there is one training at a time. `restarts` in a row that bring no newer checkpoint are the end.
+
+    Args:
+        command: the launcher's.
+        folder: the run's, on a file system that all machines share.
+        restarts: how many; 0 for a training that is not started again.
+        limit_s: how long the processes of a lost training may take to end, on whatever machine.
+    """
+
+    def __init__(self, command: list[str], folder: Path, restarts: int, limit_s: float):
+        self.command, self.folder, self.restarts, self.limit_s = command, folder, restarts, limit_s
+        self.stop = StopRequest()
+
+    def run(self) -> int:
+        """Train until that is done, a signal asks for an end, or nothing comes of it. Returns the exit code."""
+        _prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans become children of this process
+        reached, fruitless, is_restart = self.newest_step(), 0, False
+        failure = self.folder / FAILED_FILE
+        with self.stop:
+            while not self.stop.number:
+                if self.restarts:
+                    self._wait_for_the_folder()
+                before = _state_of(failure)
+                if not self.stop.number and (code := self._train()) == 0:
+                    return 0
+                if self.stop.number:
+                    break
+                if not self.restarts:
+                    return code if code > 0 else 128 - code
+                step = self.newest_step()
+                fruitless = 0 if step > reached else fruitless + is_restart
+                reached, is_restart = max(step, reached), True
+                reason = _in_words(code)
+                if _state_of(failure) not in (None, before):
+                    reason = failure.read_text(encoding="utf-8", errors="replace").strip()
+                if fruitless == self.restarts:
+                    rule = f"{fruitless} restarts in a row brought no checkpoint after step {reached:,}. The last one: "
+                    say(f"error: {rule}{reason}", sys.stderr)
+                    return 1
+                warn(f"the training ended: {reason} It is started again, from step {step:,}.")
+                self._sleep(PAUSE_S)
+        return 128 + self.stop.number
+
+    def newest_step(self) -> int:
+        """Return the step of the newest checkpoint that has a manifest; 0 without any."""
+        found = (self.folder / "checkpoints").glob("step_*/manifest.json")
+        return max((int(path.parent.name[5:]) for path in found if path.parent.name[5:].isdigit()), default=0)
+
+    def _train(self) -> int:
+        """Run the launcher to its end, and wait for the processes that it leaves. Returns its exit code."""
+        try:
+            process = subprocess.Popen(self.command, start_new_session=True, preexec_fn=_end_with_parent)
+        except OSError as error:
+            raise UserError(f"{self.command[0]} cannot be started ({error.strerror}).") from None
+        is_told = False
+        while (code := process.poll()) is None:
+            if self.stop.number and not is_told:
+                process.send_signal(signal.SIGTERM)
+                is_told = True
+            time.sleep(LOOK_S)
+        for orphan in psutil.Process().children():  # one that was just starting does not know that it is one
+            with contextlib.suppress(psutil.Error):
+                orphan.terminate()
+        deadline = time.monotonic() + float(os.environ.get("PET_SHUTDOWN_TIMEOUT") or GRACE_S)
+        while left := psutil.Process().children(recursive=True):
+            for orphan in left if time.monotonic() > deadline else ():
+                with contextlib.suppress(psutil.Error):
+                    orphan.kill()
+            psutil.wait_procs(left, timeout=LOOK_S)
+        return code
+
+    def _wait_for_the_folder(self) -> None:
+        """Wait until no process, here or on another machine, trains in the folder any more; at most the limit."""
+        deadline, is_said = time.monotonic() + self.limit_s, False
+        while (holder := living_holder(self.folder)) and time.monotonic() < deadline and not self.stop.number:
+            if not is_said:
+                say(f"{holder} trains in {self.folder}: its end is waited for ...")
+                is_said = True
+            time.sleep(LOOK_S)
+
+    def _sleep(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.stop.number:
+            time.sleep(LOOK_S)
+
+
+def _state_of(file: Path) -> tuple[int, int] | None:
+    try:
+        return file.stat().st_mtime_ns, file.stat().st_ino
+    except OSError:
+        return None
+
+
+def _in_words(code: int) -> str:
+    if code < 0:
+        return f"the launcher was ended by {signal.Signals(-code).name}."
+    return f"the launcher ended with {code}, and says above why."
+
+
+def _prctl(option: int, value: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(option, value)
+
+
+def _end_with_parent() -> None:
+    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,173 @@
+"""The planner's arithmetic is that of the network, its gradients and its optimizer; its answer is a command."""
+
+import contextlib
+import shlex
+
+import pytest
+import torch
+
+import jit_accel.model.functional as functional
+import jit_accel.model.transformer as transformer
+from jit_accel.base.devices import peak_flops
+from jit_accel.config.command_line import parse_args
+from jit_accel.config.costs import block_matrices, block_params, num_params
+from jit_accel.config.presets import PRESETS, parse_model_name
+from jit_accel.plan import main
+from jit_accel.plan.gpus import GPUS
+from jit_accel.plan.memory import Division, Workload, bytes_of_block, bytes_of_checkpoint, memory_of
+from jit_accel.plan.run import divisors
+from jit_accel.plan.speed import exchange_seconds, gather_seconds
+from jit_accel.train.optimizers import is_block_matrix
+
+CPU = torch.device("cpu")
+H16 = ["--config", "launch/recipes/imagenet256_h16.yaml", "--gpu", "H100"]
+
+
+@pytest.mark.parametrize("size", PRESETS)
+@pytest.mark.parametrize(("patch", "classes"), [(4, 10), (16, 1000)])
+def test_weights_are_counted_as_the_network_has_them(size, patch, classes):
+    with torch.device("meta"):
+        network = transformer.build_model(f"{size}/{patch}", 16 * patch, classes)
+    sizes, _ = parse_model_name(f"{size}/{patch}")
+    assert num_params(sizes, patch, classes) == sum(p.numel() for p in network.parameters())
+    assert block_params(sizes) == sum(p.numel() for p in network.blocks[0].parameters())
+    matrices = [p.numel() for name, p in network.named_parameters() if is_block_matrix(name, p)]
+    assert block_matrices(sizes) * sizes.depth == sum(matrices)
+
+
+class GpuProcessor(transformer.AttentionProcessor):
+    """Attention as it is computed on a GPU."""
+
+    def __call__(self, attn, x, rope):
+        q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
+        q, k = attn.q_norm(q, rope), attn.k_norm(k, rope)
+        out = transformer.dispatch_attention_fn(q.to(v.dtype), k.to(v.dtype), v)
+        return attn.proj_dropout(attn.proj(out.flatten(2).to(x.dtype)))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_block_keeps_what_autograd_keeps(monkeypatch, device, precision):
+    """A GPU's formulas run on the CPU here: what is kept is theirs."""
+    sizes, images = PRESETS["JiT-S"], 4
+    work = Workload(sizes, 4, 64, 10, precision=precision)
+    block = transformer.JiTBlock(sizes.hidden_size, sizes.num_heads, sizes.mlp_ratio, 0.0, 0.0)
+    if device == "cuda":
+        monkeypatch.setattr(functional, "_by_hand", lambda x: False)
+        block.attn.set_processor(GpuProcessor())
+    kept, held = {}, []
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        held.append(tensor)
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    rope = functional.rope_table(sizes.hidden_size // sizes.num_heads, (16, 16), 16, sizes.in_context_len, CPU)
+    x = torch.ones(images, work.length, sizes.hidden_size, requires_grad=True)
+    c = torch.ones(images, sizes.hidden_size, requires_grad=True)
+    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(x, c, rope)
+    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    casts = 2 * sum(p.numel() for p in block.parameters() if p.ndim == 2) if precision == "bf16" else 0
+    total = sum(size for place, size in kept.items() if place not in own) - casts
+    assert bytes_of_block(work, images, device)[0] == pytest.approx(total, rel=0.01)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_states_are_those_of_the_optimizer_and_a_checkpoint_holds_them(optimizer):
+    work = Workload(*parse_model_name("JiT-Ti/4"), 32, 10, optimizer, averages=3)
+    one = memory_of(work, Division("ddp", False, 2, 1))
+    assert one.averages == 3 * one.weights
+    assert one.moments < 2 * one.weights if optimizer == "muon" else one.moments == 2 * one.weights
+    assert bytes_of_checkpoint(work) == one.weights + one.moments + one.averages
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("model", ["JiT-Ti/4", "JiT-H/16"])
+def test_more_shards_recomputation_and_smaller_batches_never_need_more(model, recompute):
+    work = Workload(*parse_model_name(model), 256, 1000)
+
+    def peak(recompute=recompute, batch=8, shards=1, processes=16):
+        return memory_of(work, Division("x", recompute, batch, 1, processes, shards)).peak
+
+    assert peak(batch=4) < peak()
+    assert peak(recompute=True) <= peak(recompute=False)
+    if model == "JiT-H/16":  # a small network's gathered blocks are more than its shards save
+        assert peak(shards=16) < peak(shards=8) < peak()
+
+
+@pytest.mark.parametrize("number", [1, 2, 36, 97, 1024, 3000])
+def test_a_share_is_divided_in_all_ways(number):
+    assert divisors(number) == [size for size in range(number, 0, -1) if number % size == 0]
+
+
+def test_every_gpu_has_a_peak_rate():
+    assert [name for name in GPUS if not peak_flops(name.removesuffix(" 40GB"), "bf16")] == []
+
+
+def test_nothing_travels_in_a_run_of_one_process_and_all_of_it_at_the_slower_link():
+    work, gpu = Workload(*parse_model_name("JiT-B/16"), 256, 1000), GPUS["H100"]
+    assert exchange_seconds(work, Division("ddp", False, 8, 1), gpu, 1) == 0
+    assert gather_seconds(7e9, gpu, 8, 1) == pytest.approx(7e9 * 7 / 8 / (0.7 * 450e9))
+    assert gather_seconds(7e9, gpu, 1, 4) == pytest.approx(7e9 * 3 / 4 / (0.7 * 50e9))
+    ddp, hsdp, fsdp2 = (
+        exchange_seconds(work, Division(name, False, 8, 1, 16, shards), gpu, 2)
+        for name, shards in (("ddp", 1), ("hsdp", 8), ("fsdp2", 16))
+    )
+    assert min(ddp, hsdp, fsdp2) > 0
+
+
+def planned(capsys, *flags):
+    code = main(list(flags))
+    out = capsys.readouterr().out
+    return code, out, out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*H16, "--num_gpus", "16", "--nodes", "2", "--global_batch_size", "1024"],
+        [*H16, "--num_gpus", "8"],
+        [*H16, "--num_gpus=8", "--gradient_checkpointing", "--data_path", "a folder"],
+        ["--model", "JiT-G/16", "--batch_size", "64", "--gpu", "L40S", "--num_gpus", "64", "--nodes", "8"],
+        ["--gpu", "RTX 4090", "--num_gpus", "1", "--batch_size", "256", "--model", "JiT-L/16"],
+        ["--gpu", "A100 40GB", "--optimizer", "muon", "--mixed_precision", "no"],
+    ],
+)
+def test_the_recommended_command_is_the_asked_training_divided_otherwise(capsys, flags):
+    code, out, command = planned(capsys, *flags)
+    assert code == 0, out
+    words = shlex.split(command)
+    config = parse_args(words[words.index("jit_accel.train") + 1 :])
+    processes = int(words[words.index("--num_processes") + 1])
+    images = config.optim.batch_size * config.optim.gradient_accumulation_steps * processes
+    assert f"steps of {images:,} images" in out
+    recommended = next(line for line in out.splitlines() if line.startswith("Recommended"))
+    assert ("no recomputation" in recommended) is not config.performance.gradient_checkpointing
+    assert "a folder" not in flags or config.data.data_path == "a folder"
+    if ", hsdp" in recommended.replace(":", ","):
+        assert "--parallelism_config_dp_replicate_size" in words
+
+
+def test_what_fits_nowhere_is_said_with_a_remedy(capsys):
+    code, out, _ = planned(capsys, "--model", "JiT-G/8", "--img_size", "512", "--gpu", "L4", "--num_gpus", "1")
+    assert code == 1
+    assert "Nothing fits" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--gpu", "H10"], "Did you mean 'H100'?"),
+        (["--gpu", "H100", "--num_gpus", "7", "--nodes", "2"], "--num_gpus 7: must be"),
+        (["--gpu", "H100", "--global_batch_size", "100", "--num_gpus", "8"], "--global_batch_size 100: must be"),
+        (["--gpu", "H100", "--batch_sice", "3"], "Did you mean '--batch_size'?"),
+        (["--gpu", "H100", "--peak_share", "2"], "--peak_share 2: must be"),
+        (["--gpu", "H100", "--init_from", "x", "--lora_rank", "4"], "--init_from x: all weights"),
+    ],
+)
+def test_wrong_questions_are_answered_with_a_remedy(capsys, flags, words):
+    assert main(flags) == 2
+    assert words in capsys.readouterr().err
