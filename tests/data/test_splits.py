@@ -4,6 +4,7 @@ import unicodedata
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_samples import SIZE, labels_by_number, numbers_in, parquet, png, refusal, tar
@@ -281,6 +282,36 @@ def test_a_column_without_words_for_splits_says_nothing(tmp_path, caplog, kind):
             some.to_parquet(place) if kind == "parquet" else some.save_to_disk(place)
         assert [numbers(place) for place in places] == [[0, 1, 2, 3]] * 2
     assert "split" not in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [None, False])
+@pytest.mark.parametrize(
+    "kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=["large", "dictionary"]
+)
+def test_a_column_of_splits_may_be_text_of_any_kind(tmp_path, kind, streaming):
+    """As other programs than HF datasets write it."""
+    column = pa.array(["train", "test", "train", "val"]).cast(kind)
+    images = pa.array([{"bytes": png(n), "path": None} for n in range(4)])
+    pq.write_table(pa.table({"image": images, "label": [*"abca"], "split": column}), tmp_path / "a.parquet")
+    source = open_images(tmp_path / "a.parquet", streaming=streaming)
+    assert source.class_names == ("a", "c")
+    assert labels_by_number(source) == {0: 0, 2: 1}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "metadata"])
+def test_a_column_with_as_many_values_as_images_says_of_no_split(tmp_path, kind):
+    count = 120
+    texts = ["test", "train", *(f"photo {n}" for n in range(count - 2))]
+    table = datasets.Dataset.from_dict({"image": [png(n) for n in range(count)], "set": texts})
+    place = tmp_path / kind
+    if kind == "metadata":
+        pictures(place, *(f"{n}.png" for n in range(count)))
+        (place / "metadata.csv").write_text("file_name,set\n" + "".join(f"{n}.png,{t}\n" for n, t in enumerate(texts)))
+    elif kind == "parquet":
+        table.to_parquet(place / "a.parquet")
+    else:
+        table.save_to_disk(place)
+    assert open_images(place).num_images == count
 
 
 def test_a_holdout_of_another_split_by_a_column(tmp_path):

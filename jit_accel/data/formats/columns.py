@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import ClassLabel, Features, Image, Value
 
 from jit_accel.base.errors import UserError, nearest
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 IMAGE_NAMES = ("image", "img", "png", "jpg", "jpeg", "webp", "picture", "photo", "pixel_values", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label", "category", "class_label", "target")
 SPLIT_NAMES = ("split", "subset", "partition", "set", "dataset", "data set")  # of columns of splits, in any case
+MOST_SPLITS = 100  # a column with more values, of a file or row group, says something else
 FOLDER = "/"  # in place of a label column: the label is the folder in a tar file that a sample is in
 MAX_CLASSES = 1_000_000  # more distinct numbers than this are ids, not classes
 _NO_CLASS = (
@@ -49,6 +51,13 @@ class Columns:
         """Return the names of the columns that are read."""
         split = self.split and self.split[0]
         return [column for column in (self.image, self.label, self.key, self.name, split) if column is not None]
+
+    def chosen(self, table: pa.Table | pa.RecordBatch) -> pa.Table | pa.RecordBatch:
+        """Return the rows of the splits that are read."""
+        if self.split is None:
+            return table
+        name, values = self.split
+        return table.filter(pc.is_in(table[name].cast(pa.string()), value_set=pa.array(values, pa.string())))
 
     def image_of(self, value: Any) -> tuple[bytes | str | None, str]:
         """Take the undecoded value of the image column apart into (bytes or path, name to report)."""
@@ -125,6 +134,12 @@ def split_column(features: Mapping[str, Any]) -> str | None:
     """Return the column that may say of what split an image is; None where there is none."""
     spelled = {name.lower().replace("_", " "): name for name in features if label_kind(features[name]) == "text"}
     return next((spelled[name] for name in SPLIT_NAMES if name in spelled), None)
+
+
+def counts_of(column: pa.ChunkedArray) -> dict[str | None, int]:
+    """Return the rows of each value of a `split_column`; {} for more values than there are splits."""
+    counts = pc.value_counts(column.cast(pa.string()))
+    return {item["values"]: item["counts"] for item in counts.to_pylist()} if len(counts) <= MOST_SPLITS else {}
 
 
 def choose_values(counts: Mapping[str | None, int], wanted: str | None, where: str) -> tuple[str | None, ...] | None:

@@ -21,6 +21,7 @@ from jit_accel.data.formats.columns import (
     LABEL_NAMES,
     Columns,
     choose_values,
+    counts_of,
     features_of,
     find_columns,
     read_labels,
@@ -201,9 +202,7 @@ def _are_of_split(tables: list[pa.Table], wanted: str | None, root: str) -> list
     """
     name = split_column(features_of(tables[0].select(_shared(tables)).schema))
     found = [table.column(name).cast(pa.string()) for table in tables] if name else []
-    counts: Counter = Counter()
-    for column in found:
-        counts.update({item["values"]: item["counts"] for item in pc.value_counts(column).to_pylist()})
+    counts = counts_of(pa.chunked_array([chunk for column in found for chunk in column.chunks], pa.string()))
     kept = choose_values(counts or {None: sum(map(len, tables))}, wanted, root)
     if kept is None:
         return [np.ones(len(table), bool) for table in tables]

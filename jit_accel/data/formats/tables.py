@@ -21,6 +21,7 @@ from jit_accel.data.formats.columns import (
     MAX_CLASSES,
     Columns,
     choose_values,
+    counts_of,
     features_of,
     find_columns,
     label_kind,
@@ -152,8 +153,8 @@ def open_table(request: Request, format: str, dataset: Dataset, identity: str, s
     """Open a table for random access, and of it the rows of a `split`; UserError for wrong columns or labels."""
     columns = find_columns(dataset.features, request.image_column, request.label_column, request.path)
     name = split_column(dataset.features)
-    counts = Counter(dataset.with_format(None)[name]) if name not in (None, *columns.all) else {None: len(dataset)}
-    if (values := choose_values(counts, split, request.path)) is not None:
+    counts = counts_of(dataset.with_format("arrow")[name][:]) if name not in (None, *columns.all) else {}
+    if (values := choose_values(counts or {None: len(dataset)}, split, request.path)) is not None:
         columns, identity = replace(columns, split=(name, values)), fingerprint_of([identity, *map(str, values)])
         dataset, columns = _rows_of_splits(dataset, columns)
     values = () if columns.label is None else dataset.unique(columns.label)
@@ -240,6 +241,7 @@ def _of_splits(
     total: Counter = Counter()
     for value, count in itertools.chain(*itertools.chain(*counts)):
         total[value] += count
+    total = total if sum(total.values()) == sum(map(sum, sizes)) else {None: sum(map(sum, sizes))}
     values = choose_values(total, wanted, where)
     if values is not None:
         columns = replace(columns, split=(name, values))
@@ -252,16 +254,15 @@ def _counts(shard: Shard, column: str, file: TableFile) -> list[list]:
     spans = file.spans((group for group in file.groups if group.num_rows), [column]) if shard.is_remote else ()
     with at_hand(shard, spans) as path, pq.ParquetFile(path) as parquet:
         groups = (parquet.read_row_group(n, columns=[column], use_threads=False)[0] for n in range(len(file.groups)))
-        return [[[item["values"], item["counts"]] for item in pc.value_counts(group).to_pylist()] for group in groups]
+        return [list(counts_of(group).items()) for group in groups]
 
 
 def _rows_of_splits(dataset: Dataset, columns: Columns) -> tuple[Dataset, Columns]:
     """Return the rows that the columns choose, and the columns without that choice."""
     if columns.split is None:
         return dataset, columns
-    name, values = columns.split
-    kept = [n for n, value in enumerate(dataset.with_format(None)[name]) if value in values]
-    return dataset.select(kept), replace(columns, split=None)
+    table = pa.table({columns.split[0]: dataset.with_format("arrow")[columns.split[0]][:], "row": range(len(dataset))})
+    return dataset.select(columns.chosen(table)["row"].to_numpy()), replace(columns, split=None)
 
 
 def _values_of_labels(files: Sequence[TableFile], columns: Columns, feature: Any, are_all: bool) -> set:
@@ -296,13 +297,10 @@ def _bounds(files: Iterable[TableFile], column: str) -> set | None:
 
 
 def _different_values(shard: Shard, columns: Columns, file: TableFile) -> list:
-    name, values = columns.split or (None, ())
-    wanted = [columns.label, *([name] if name else [])]
+    wanted = [columns.label, *([columns.split[0]] if columns.split else [])]
     spans = file.spans((group for group in file.groups if group.num_rows), wanted) if shard.is_remote else ()
     with at_hand(shard, spans) as path:
-        table = pq.read_table(path, columns=wanted, use_threads=False)
-    if name:
-        table = table.filter(pc.is_in(table[name], value_set=pa.array(values, pa.string())))
+        table = columns.chosen(pq.read_table(path, columns=wanted, use_threads=False))
     return pc.unique(table[columns.label]).to_pylist()
 
 

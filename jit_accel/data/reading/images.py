@@ -10,7 +10,6 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, IterableDataset
 from pyarrow.dataset import ParquetFragmentScanOptions
@@ -215,20 +214,13 @@ class ParquetReader:
     def __call__(self, path: str, group: int, start: int = 0) -> Iterator[dict]:
         """Yield the rows of a row group from number `start` on, pixels as memory of Arrow; UserError if damaged."""
         try:
-            for table in map(self._chosen, self._tables(path, group)):
+            for table in map(self.columns.chosen, self._tables(path, group)):
                 yield from self._rows(table.slice(start))
                 start = max(0, start - len(table))
         except (OSError, ValueError, IndexError, pa.ArrowException) as error:
             rule = f"row group {group} cannot be read ({error}): restore the file and run the same command "
             rule += "again; a training goes on with --resume auto."
             raise data_error(path, rule) from error
-
-    def _chosen(self, table: pa.Table | pa.RecordBatch) -> pa.Table | pa.RecordBatch:
-        """Return the rows of the splits that are read."""
-        if self.columns.split is None:
-            return table
-        name, values = self.columns.split
-        return table.filter(pc.is_in(table[name], value_set=pa.array(values, pa.string())))
 
     def _tables(self, path: str, group: int) -> Iterable[pa.Table | pa.RecordBatch]:
         if self.columns.raw_size is not None:  # HF takes longer than all else that is done to bare pixels
