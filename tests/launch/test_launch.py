@@ -45,6 +45,7 @@ from jit_accel.evaluate import main as evaluate
 from jit_accel.evaluate.features import LOADERS
 from jit_accel.model.transformer import build_model
 from jit_accel.monitor.health import KINDS
+from jit_accel.plan import main as plan
 from jit_accel.prepare import main as prepare
 from jit_accel.report import main as report
 from jit_accel.report import parse_args as report_arguments
@@ -605,6 +606,8 @@ def test_each_documented_command_runs(command, recorder, photos, tmp_path, monke
         sample_a_little(words[3:], tmp_path)
     elif words[:3] == ["python", "-m", "jit_accel.evaluate"]:
         evaluate_a_little(words[3:], photos, tmp_path, monkeypatch)
+    elif words[:3] == ["python", "-m", "jit_accel.plan"]:
+        assert plan(words[3:]) == 0
     elif words[:3] == ["python", "-m", "jit_accel.report"]:
         monkeypatch.chdir(tmp_path)
         for folder in report_arguments(words[3:]).folders:
