@@ -25,8 +25,8 @@ except ImportError:  # Windows: the heartbeat alone
     fcntl = None
 
 LOCK_FILE, HOLDER_FILE = ".lock", ".holder.json"
-HEARTBEAT_S = 10
-SILENT_S = 60  # a holder on another machine that shows no heartbeat for so long is gone
+HEARTBEAT_S = 5
+SILENT_S = 30  # a holder on another machine that shows no heartbeat for so long is gone
 SEEN_WITHIN_S = 30
 _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _ours: set[str] = set()  # tokens that this process holds
@@ -129,8 +129,7 @@ class FolderLock:
     def _outwait(self, holder: dict) -> None:
         """Wait until a holder that may be gone has been silent for long enough. `UserError`: it is alive."""
         seen, began, is_said = self._last_beat(), time.monotonic(), False
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".") as file:
-            silent_s = os.stat(file.name).st_mtime - seen  # by the clock of the file system
+        silent_s = self._silent_s()
         while (left_s := SILENT_S - silent_s - (time.monotonic() - began)) > 0:
             if not is_said:
                 say(f"{self.folder} was held by {_in_words(holder)}: waits {left_s:.0f} s for a sign of it ...")
@@ -140,6 +139,11 @@ class FolderLock:
                 if last:
                     raise self._refusal(self._holder() or holder)
                 return
+
+    def _silent_s(self) -> float:
+        """Return for how long the holder has shown no heartbeat, by the clock of the file system."""
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".") as file:
+            return os.stat(file.name).st_mtime - self._last_beat()
 
     def _last_beat(self) -> float:
         try:
@@ -191,20 +195,36 @@ class FolderLock:
             self._descriptor = None
 
 
-def living_holder(folder: Path) -> str | None:
-    """Return in words who holds a folder, None where nobody does, or its holder is gone, or silent for `SILENT_S`."""
+def living_holder(folder: Path, silent_s: float = SILENT_S) -> str | None:
+    """Return in words who holds a folder, None where nobody does, or its holder is gone, or silent for so long."""
     lock = FolderLock(folder)
     if (holder := lock._holder()) is None:
         return None
-    is_here = holder["machine"] == _machine()
-    lives = psutil.pid_exists(holder["process"]) if is_here else time.time() - lock._last_beat() < SILENT_S
+    try:
+        is_here = holder["machine"] == _machine()
+        lives = psutil.pid_exists(holder["process"]) if is_here else lock._silent_s() < silent_s
+    except OSError:  # whoever starts there says why
+        return None
     return _in_words(holder) if lives else None
 
 
+def drop_lost_holder(folder: Path) -> None:
+    """Remove the sign of a holder that was a process of this machine and is gone; else others wait for its silence."""
+    lock = FolderLock(folder)
+    holder = lock._holder()
+    if holder and holder["machine"] == _machine() and not psutil.pid_exists(holder["process"]):
+        with contextlib.suppress(OSError, UserError):
+            lock._lock()  # nobody takes the folder meanwhile
+            if lock._holder() == holder:
+                (folder / HOLDER_FILE).unlink(missing_ok=True)
+        lock._unlock()
+
+
 def _machine() -> str:
-    """Return what this machine is known by until it starts anew."""
+    """Return what this machine is known by until it starts anew; a container that numbers its processes is another."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return socket.gethostname()
 

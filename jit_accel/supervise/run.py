@@ -3,22 +3,28 @@
 import contextlib
 import ctypes
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 
 from jit_accel.base.console import say, warn
 from jit_accel.base.errors import StopRequest, UserError
-from jit_accel.base.folder_lock import living_holder
+from jit_accel.base.files import write_text
+from jit_accel.base.folder_lock import drop_lost_holder, living_holder
 from jit_accel.monitor.log import FAILED_FILE
 
 RESTARTS = 2  # in a row, without a newer checkpoint
 PAUSE_S = 2.0  # before a restart: processes on other machines find out that one is gone, and end
 GRACE_S = 240.0  # for processes that have lost their launcher, and save a checkpoint
+LOST_GRACE_S = 15.0  # in which a training finds out itself, and says, that a part of it on another machine is gone
+SILENT_S = 15.0  # three heartbeats: the training itself, when it has started, waits for more
+LOST_FILE = ".lost"  # another text each time that a part of the training is lost, on whatever machine
 LOOK_S = 0.2
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
 
@@ -27,7 +33,8 @@ class Supervisor:
     """The parent of a launcher, one on each machine; they know of each other by the run's folder alone.
 
     Each start is from the newest checkpoint (`--resume auto`). What a lost launcher leaves behind is waited for, so
-    that there is one training at a time. `restarts` in a row that bring no newer checkpoint are the end.
+    that there is one training at a time; then the others are told, since their processes may wait for those in vain.
+    `restarts` in a row that bring no newer checkpoint are the end.
 
     Args:
         command: the launcher's.
@@ -81,27 +88,42 @@ class Supervisor:
             process = subprocess.Popen(self.command, start_new_session=True, preexec_fn=_end_with_parent)
         except OSError as error:
             raise UserError(f"{self.command[0]} cannot be started ({error.strerror}).") from None
-        is_told = False
+        mark, is_told, elsewhere = self._lost_mark(), False, 0.0
         while (code := process.poll()) is None:
             if self.stop.number and not is_told:
                 process.send_signal(signal.SIGTERM)
                 is_told = True
+            elsewhere = elsewhere or (time.monotonic() if self._lost_mark() != mark else 0.0)
+            if elsewhere and not is_told and time.monotonic() > elsewhere + LOST_GRACE_S:
+                _signal(psutil.Process().children(recursive=True), signal.SIGKILL)
             time.sleep(LOOK_S)
-        for orphan in psutil.Process().children():  # one that was just starting does not know that it is one
-            with contextlib.suppress(psutil.Error):
-                orphan.terminate()
+        _signal(psutil.Process().children(), signal.SIGTERM)  # one that was just starting knows of no lost launcher
         deadline = time.monotonic() + float(os.environ.get("PET_SHUTDOWN_TIMEOUT") or GRACE_S)
         while left := psutil.Process().children(recursive=True):
-            for orphan in left if time.monotonic() > deadline else ():
-                with contextlib.suppress(psutil.Error):
-                    orphan.kill()
+            if time.monotonic() > deadline:
+                _signal(left, signal.SIGKILL)
             psutil.wait_procs(left, timeout=LOOK_S)
+        if self.restarts and code != 0 and not (self.stop.number or elsewhere or self._lost_mark() != mark):
+            self._say_that_it_is_lost()
         return code
+
+    def _lost_mark(self) -> str:
+        """Return what stands for the last loss on any machine; read, since NFS asks the server only then."""
+        try:
+            return (self.folder / LOST_FILE).read_text()
+        except (OSError, ValueError):
+            return ""
+
+    def _say_that_it_is_lost(self) -> None:
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / LOST_FILE, secrets.token_hex(8))
 
     def _wait_for_the_folder(self) -> None:
         """Wait until no process, here or on another machine, trains in the folder any more; at most the limit."""
         deadline, is_said = time.monotonic() + self.limit_s, False
-        while (holder := living_holder(self.folder)) and time.monotonic() < deadline and not self.stop.number:
+        drop_lost_holder(self.folder)  # which other machines may wait for
+        while (holder := living_holder(self.folder, SILENT_S)) and time.monotonic() < deadline and not self.stop.number:
             if not is_said:
                 say(f"{holder} trains in {self.folder}: its end is waited for ...")
                 is_said = True
@@ -124,6 +146,12 @@ def _in_words(code: int) -> str:
     if code < 0:
         return f"the launcher was ended by {signal.Signals(-code).name}."
     return f"the launcher ended with {code}, and says above why."
+
+
+def _signal(processes: Iterable[psutil.Process], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(number)
 
 
 def _prctl(option: int, value: int) -> None:

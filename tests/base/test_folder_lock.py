@@ -12,7 +12,7 @@ import pytest
 from jit_accel.base import folder_lock
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import append_json_lines, atomic_file, atomic_folder, move, write_text
-from jit_accel.base.folder_lock import HOLDER_FILE, LOCK_FILE, FolderLock
+from jit_accel.base.folder_lock import HOLDER_FILE, LOCK_FILE, FolderLock, drop_lost_holder, living_holder
 
 HOLDER = """
 import sys, time
@@ -73,6 +73,38 @@ def test_a_killed_holder_of_this_machine_is_followed_at_once(holder, tmp_path, m
     assert (tmp_path / "run" / HOLDER_FILE).exists()
     with FolderLock(tmp_path / "run").held():
         assert json.loads((tmp_path / "run" / HOLDER_FILE).read_text())["process"] == os.getpid()
+
+
+def test_the_sign_of_a_killed_holder_is_dropped_by_its_machine_alone(holder, tmp_path):
+    """Others would wait for its silence."""
+    folder = tmp_path / "run"
+    drop_lost_holder(folder)
+    assert living_holder(folder)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    before = (folder / HOLDER_FILE).read_text()
+    seen_from_elsewhere(folder)
+    drop_lost_holder(folder)
+    assert living_holder(folder)
+    (folder / HOLDER_FILE).write_text(before)
+    drop_lost_holder(folder)
+    assert not (folder / HOLDER_FILE).exists()
+    assert living_holder(folder) is None
+    with FolderLock(folder).held():
+        pass
+
+
+def test_a_container_that_numbers_its_processes_is_another_machine(holder, tmp_path, monkeypatch):
+    """There a holder's number stands for no process, or for one that is not the holder."""
+    stat = os.stat
+
+    def elsewhere(path, **how):
+        return os.stat_result([0, 1, *[0] * 8]) if path == "/proc/self/ns/pid" else stat(path, **how)
+
+    monkeypatch.setattr(folder_lock.os, "stat", elsewhere)
+    monkeypatch.setattr(folder_lock.psutil, "pid_exists", lambda number: False)
+    drop_lost_holder(tmp_path / "run")
+    assert living_holder(tmp_path / "run")
 
 
 def test_the_same_process_holds_a_folder_once_and_again_afterwards(tmp_path):

@@ -136,6 +136,23 @@ def test_a_signal_ends_the_training_in_order_and_for_good(launcher, tmp_path, nu
     assert starts(tmp_path) == 1
 
 
+def test_a_loss_on_another_machine_ends_what_waits_for_it_in_vain(launcher, tmp_path, monkeypatch, capfd):
+    """Whoever ends for it says of no loss itself: the others would start again and again."""
+    monkeypatch.setattr(supervision, "LOST_GRACE_S", 0.1)
+    lost = tmp_path / "run" / supervision.LOST_FILE
+    told = f"(trap '' TERM; sleep 60) & echo elsewhere >{lost}; wait"
+    assert main(launcher(told, f'[ "$(cat {lost})" = elsewhere ]')) == 0
+    assert starts(tmp_path) == 2
+    assert "the launcher was ended by SIGKILL. It is started again" in capfd.readouterr().err
+
+
+def test_the_others_are_told_of_each_loss(launcher, tmp_path):
+    lost = f'cat "$RUN/{supervision.LOST_FILE}" >>{tmp_path}/told'
+    assert main(launcher(FAIL, f"{lost}; echo >>{tmp_path}/told; {KILL}", f"{lost}; {DONE}")) == 0
+    first, second = (tmp_path / "told").read_text().split()
+    assert first != second
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="orphans go to init elsewhere")
 def test_what_a_lost_launcher_leaves_behind_ends_before_the_next_start(launcher, tmp_path):
     orphan = f"(trap 'sleep 0.5; touch {tmp_path}/saved; exit' TERM; touch {tmp_path}/up; while :; do sleep 0.1; done)"
@@ -172,7 +189,7 @@ def cluster(tmp_path, monkeypatch) -> Path:
     programs = tmp_path / "programs"
     programs.mkdir()
     bodies = {
-        "scontrol": f'[ "$1" = show ] && printf "node0\\nnode1\\n"; echo "scontrol $*" >>{tmp_path}/calls',
+        "scontrol": f'[ "$1" = show ] && echo node0 && sleep 0.1 && echo node1; echo "scontrol $*" >>{tmp_path}/calls',
         "srun": f'echo "srun $* $MAIN_PROCESS_IP" >>{tmp_path}/calls; eval "$TASK"',
     }
     for name, body in bodies.items():
@@ -239,77 +256,30 @@ def test_the_slurm_script_asks_for_what_it_needs():
     assert {"requeue", "open-mode"} <= set(asked)
 
 
-# The part of JobSet v1alpha2, and of what of Kubernetes is below it, that launch/jobset.yaml may use: a mapping's keys
-# with what stands under them, a list's one item, or the type of a value. SkyPilot's likewise.
-NAMED = {"name": str}
-CONTAINER = {
-    "name": str,
-    "image": str,
-    "workingDir": str,
-    "command": [str],
-    "args": [str],
-    "env": [{"name": str, "value": str}],
-    "volumeMounts": [{"name": str, "mountPath": str}],
-    "resources": {"limits": {"nvidia.com/gpu": int}},
-}
-VOLUME = {"name": str, "persistentVolumeClaim": {"claimName": str}, "emptyDir": {"medium": str}}
-POD = {"restartPolicy": str, "terminationGracePeriodSeconds": int, "containers": [CONTAINER], "volumes": [VOLUME]}
-RULE = {
-    "action": str,
-    "onPodConditions": [{"type": str}],
-    "onExitCodes": {"containerName": str, "operator": str, "values": [int]},
-}
-JOB = {
-    "completionMode": str,
-    "parallelism": int,
-    "completions": int,
-    "backoffLimit": int,
-    "podFailurePolicy": {"rules": [RULE]},
-    "template": {"spec": POD},
-}
-JOBSET = {
-    "apiVersion": str,
-    "kind": str,
-    "metadata": NAMED,
-    "spec": {
-        "network": {"enableDNSHostnames": bool},
-        "failurePolicy": {"maxRestarts": int},
-        "replicatedJobs": [{"name": str, "replicas": int, "template": {"spec": JOB}}],
-    },
-}
-SKYPILOT = {
-    "name": str,
-    "num_nodes": int,
-    "workdir": str,
-    "setup": str,
-    "run": str,
-    "envs": {"DATA_PATH": str, "OUTPUT_DIR": str},
-    "volumes": {"/shared": str},
-    "resources": {
-        "accelerators": str,
-        "use_spot": bool,
-        "job_recovery": {"strategy": str, "max_restarts_on_errors": int},
-    },
-}
+SCHEMAS = yaml.safe_load((Path(__file__).parent / "schemas.yaml").read_text())
+KINDS = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array"}
 
 
 def check(value: object, schema: object, place: str = "") -> None:
+    """Hold a value to a schema of schemas.yaml."""
     if isinstance(schema, dict):
         assert isinstance(value, dict), place
-        assert set(value) <= set(schema), place
-        for key, part in value.items():
-            check(part, schema[key], f"{place}/{key}")
+        fields = {name.rstrip("!"): part for name, part in schema.items()}
+        assert {name[:-1] for name in schema if name.endswith("!")} <= set(value), place
+        for name, part in value.items():
+            assert name in fields or "*" in fields, f"{place}/{name}"
+            check(part, fields.get(name, fields.get("*")), f"{place}/{name}")
     elif isinstance(schema, list):
         assert isinstance(value, list), place
         for item in value:
             check(item, schema[0], place)
     else:
-        assert type(value) is schema, place
+        assert KINDS[type(value)] in schema.split("|"), f"{place}: {value!r} is no {schema}"
 
 
 def test_the_jobset_is_valid_and_agrees_with_itself():
     jobset = yaml.safe_load((REPOSITORY / "launch/jobset.yaml").read_text())
-    check(jobset, JOBSET)
+    check(jobset, SCHEMAS["jobset"])
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (replicated,) = jobset["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
@@ -326,9 +296,24 @@ def test_the_jobset_is_valid_and_agrees_with_itself():
     assert job["podFailurePolicy"]["rules"][1]["onExitCodes"]["containerName"] == container["name"]
 
 
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda spec: spec.update(failurePolicies={}), "/spec/failurePolicies"),
+        (lambda spec: spec["replicatedJobs"][0].pop("name"), "/spec/replicatedJobs"),
+        (lambda spec: spec["failurePolicy"].update(maxRestarts="0"), "/spec/failurePolicy/maxRestarts: '0' is no"),
+    ],
+)
+def test_an_invalid_jobset_is_found(change, place):
+    jobset = yaml.safe_load((REPOSITORY / "launch/jobset.yaml").read_text())
+    change(jobset["spec"])
+    with pytest.raises(AssertionError, match=place):
+        check(jobset, SCHEMAS["jobset"])
+
+
 def test_the_skypilot_task_is_valid():
     task = yaml.safe_load((REPOSITORY / "launch/skypilot.yaml").read_text())
-    check(task, SKYPILOT)
+    check(task, SCHEMAS["skypilot"])
     subprocess.run(["bash", "-n"], input=task["setup"] + task["run"], text=True, check=True)
 
 
