@@ -1,5 +1,6 @@
 """The memory of a process, of any training and any division of it, by arithmetic."""
 
+import math
 from dataclasses import astuple, dataclass
 
 from jit_accel.config.costs import (
@@ -20,8 +21,7 @@ from jit_accel.config.presets import Preset, swiglu_width
 KEPT_BYTES = {("cuda", "bf16"): (52, 8), ("cuda", "no"): (64, 16), ("cpu", "bf16"): (42, 6), ("cpu", "no"): (56, 12)}
 # Of a sharded block: two gathered in bf16, a gradient in bf16, and two in float32 on their way, for each weight.
 GATHERED_BYTES = 2 * 2 + 2 + 2 * 4
-# While Muon steps: a copy of each update, and the buckets that are gathered, iterated and sent back.
-MUON_BYTES, MUON_BUCKETS = 4, 2**29
+MUON_BUCKET_BYTES = 2**25  # of float32, in train/muon.py, for each process that shares the matrices
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def memory_of(work: Workload, layout: Division, device: str = "cuda") -> Memory:
         activations += dropout_bytes(work, layout.batch_size, device)
     stay = layout.accumulation * layout.processes > 1
     at_peak = bytes_at_peak(gathered, activations, gradients, stay=stay)
-    at_update = gradients + (MUON_BYTES * work.muon_params / layout.shards + MUON_BUCKETS if work.muon_params else 0)
+    at_update = gradients + muon_bytes(work, layout, device)
     return Memory(share, moments, averages, gradients, activations, max(at_peak, at_update))
 
 
@@ -114,6 +114,31 @@ def bytes_of_block(work: Workload, images: int, device: str = "cuda") -> tuple[f
     inner = swiglu_width(dim, work.sizes.mlp_ratio)
     of_norms = FLOAT32 * (3 * work.sizes.num_heads + 2)  # of two norms, of those of q and k, and attention's sums
     return tokens * (of_stream * dim + of_inner * inner + of_norms), FLOAT32 * tokens * dim
+
+
+def muon_bytes(work: Workload, layout: Division, device: str = "cuda") -> float:
+    """Return the bytes that a step of Muon works with: all updates, and the maps that are iterated at once.
+
+    Maps of one shape are a bucket, or, of shared ones, as many as fit in; while one is iterated, the next is gathered
+    and the one before has its results. The iteration holds its maps and their Gram matrices twice, in bf16 on a GPU.
+    """
+    if not work.muon_params:
+        return 0.0
+    dim, inner = work.sizes.hidden_size, swiglu_width(work.sizes.hidden_size, work.sizes.mlp_ratio)
+    size = 2 if device == "cuda" else FLOAT32
+    at_once = results = 0.0
+    for rows, columns, maps in ((dim, dim, 4), (inner, dim, 2), (dim, inner, 1)):  # of a block
+        count, one = maps * work.sizes.depth, rows * columns
+        if layout.shards > 1:
+            count = min(max(1, MUON_BUCKET_BYTES // (FLOAT32 * one)), math.ceil(count / layout.shards))
+        grams = 2 * size * count * min(rows, columns) ** 2
+        if layout.shards > 1:  # gathered rows, maps of them, two states; rows of the next, and of the one before
+            travelling = 2 * (2 * size + FLOAT32)
+            at_once = max(at_once, count * one * (4 * size + travelling) + grams)
+        else:
+            at_once = max(at_once, results + count * one * (FLOAT32 + 2 * size) + grams)
+            results = size * count * one
+    return FLOAT32 * work.muon_params / layout.shards + at_once
 
 
 def dropout_bytes(work: Workload, images: int, device: str = "cuda") -> float:

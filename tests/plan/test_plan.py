@@ -1,10 +1,12 @@
 """The planner's arithmetic is that of the network, its gradients and its optimizer; its answer is a command."""
 
 import contextlib
+import itertools
 import shlex
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import jit_accel.model.functional as functional
 import jit_accel.model.transformer as transformer
@@ -14,9 +16,18 @@ from jit_accel.config.costs import block_matrices, block_params, num_params
 from jit_accel.config.presets import PRESETS, parse_model_name
 from jit_accel.plan import main
 from jit_accel.plan.gpus import GPUS
-from jit_accel.plan.memory import Division, Workload, bytes_of_block, bytes_of_checkpoint, memory_of
+from jit_accel.plan.memory import (
+    MUON_BUCKET_BYTES,
+    Division,
+    Workload,
+    bytes_of_block,
+    bytes_of_checkpoint,
+    memory_of,
+    muon_bytes,
+)
 from jit_accel.plan.run import divisors
 from jit_accel.plan.speed import exchange_seconds, gather_seconds
+from jit_accel.train.muon import BUCKET_BYTES, Muon
 from jit_accel.train.optimizers import is_block_matrix
 
 CPU = torch.device("cpu")
@@ -73,6 +84,37 @@ def test_a_block_keeps_what_autograd_keeps(monkeypatch, device, precision):
     casts = 2 * sum(p.numel() for p in block.parameters() if p.ndim == 2) if precision == "bf16" else 0
     total = sum(size for place, size in kept.items() if place not in own) - casts
     assert bytes_of_block(work, images, device)[0] == pytest.approx(total, rel=0.01)
+
+
+def test_what_a_step_of_muon_works_with_is_counted():
+    """The most that is allocated in a step on this CPU, beside weights, gradients and momentum."""
+    work = Workload(*parse_model_name("JiT-S/16"), 64, 10, "muon")
+    with torch.device("meta"):
+        network = transformer.build_model("JiT-S/16", 64, 10)
+    matrices = [torch.zeros(p.shape) for name, p in network.named_parameters() if is_block_matrix(name, p)]
+    for matrix in matrices:
+        matrix.grad = torch.ones_like(matrix)
+    optimizer = Muon(matrices, ns_steps=1)
+    optimizer.step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        optimizer.step()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    layout = Division("ddp", False, 8, 1)
+    assert muon_bytes(work, layout, "cpu") == pytest.approx(max(itertools.accumulate(sizes)), rel=0.1)
+
+
+def test_planner_and_muon_agree_on_the_size_of_a_bucket():
+    assert MUON_BUCKET_BYTES == BUCKET_BYTES
+
+
+def test_muon_of_shared_matrices_works_with_less():
+    """A bucket of each process holds whole maps, at least one; none holds more than its share of all."""
+    for model in ("JiT-B/16", "JiT-G/16"):
+        work = Workload(*parse_model_name(model), 256, 1000, "muon")
+        needs = [muon_bytes(work, Division("fsdp2", False, 8, 1, 64, shards)) for shards in (1, 8, 64)]
+        assert needs == sorted(needs, reverse=True)
+    assert muon_bytes(Workload(*parse_model_name("JiT-G/16"), 256, 1000), Division("ddp", False, 8, 1)) == 0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
