@@ -62,8 +62,8 @@ def full_float32() -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
-# Dense peak of bf16 and fp16 matrix products with float32 sums, FLOP/s, of what torch shows as one device, by the
-# vendors' datasheets.
+# Dense peak of bf16 and fp16 matrix products with float32 sums, FLOP/s, of what torch shows as one device. What they
+# were held against stands in `plan/gpus.py`; V100, T4 and MI250X are from memory.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,

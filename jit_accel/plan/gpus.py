@@ -1,4 +1,14 @@
-"""Kinds of GPU, by the vendors' datasheets. Their peak rates stand in `base.devices`. A new kind is a row here."""
+"""Kinds of GPU. Their peak rates stand in `base.devices`. A new kind is a row here.
+
+What the numbers, and the rates, were held against in November 2026; but one, no vendor's page itself could be opened:
+    B200: NVIDIA's DGX B200 user guide (docs.nvidia.com/dgx/dgxb200-user-guide: of eight 1,440 GB and 14.4 TB/s of
+        NVLink, a ConnectX-7 of 400 Gbit/s each); its rate, and all of A100: glennklockwood.com/garden/processors,
+        which cites NVIDIA's briefs and datasheet
+    H100, H100 PCIe, H200, H20, GH200, A40, L40, L40S, RTX 4090, RTX 3090, MI300X, MI325X: copies of datasheets at
+        resellers, and tables of others
+From memory, and not confirmed: the rates of H100 NVL, A10, A10G, L4 (one table has 125), RTX A6000 and RTX 5090,
+A30's memory, A800's NVLink, GH200's link and network, and the networks of Instinct machines.
+"""
 
 from dataclasses import dataclass
 
@@ -16,7 +26,7 @@ class Gpu:
     host: float  # to the memory of its machine, GB/s
 
 
-# Datasheets say both directions of NVLink together: 300 (V100), 600 (A100), 900 (Hopper), 1,800 GB/s (Blackwell).
+# Datasheets say both directions of NVLink together: 600 (A100), 900 (Hopper), 1,800 GB/s (Blackwell).
 # Networks are those of the vendors' machines of eight: a ConnectX-6 of 200 Gbit/s for each GPU of a DGX A100, one of
 # 400 Gbit/s in a DGX H100, H200 and B200; the Instinct platforms are sold with the same.
 GPUS = {

@@ -205,6 +205,7 @@ def command(layout: Division, machines: Machines, training: Sequence[str], *, wa
     launch += ["--num_processes", str(machines.count)]
     if machines.nodes > 1:
         launch += ["--num_machines", str(machines.nodes), "--machine_rank", "RANK", "--main_process_ip", "ADDRESS"]
+        launch += ["--main_process_port", "29500", "--same_network"]  # files of one machine leave the port to chance
     if layout.sharding == "hsdp":
         launch += ["--parallelism_config_dp_replicate_size", str(machines.nodes)]
         launch += ["--parallelism_config_dp_shard_size", str(layout.shards)]

@@ -176,6 +176,7 @@ def planned(capsys, *flags):
         ["--model", "JiT-G/16", "--batch_size", "64", "--gpu", "L40S", "--num_gpus", "64", "--nodes", "8"],
         ["--gpu", "RTX 4090", "--num_gpus", "1", "--batch_size", "256", "--model", "JiT-L/16"],
         ["--gpu", "A100 40GB", "--optimizer", "muon", "--mixed_precision", "no"],
+        ["--gpu", "A100", "--num_gpus", "2", "--nodes", "2", "--model", "JiT-G/16"],
     ],
 )
 def test_the_recommended_command_is_the_asked_training_divided_otherwise(capsys, flags):
@@ -189,6 +190,8 @@ def test_the_recommended_command_is_the_asked_training_divided_otherwise(capsys,
     recommended = next(line for line in out.splitlines() if line.startswith("Recommended"))
     assert ("no recomputation" in recommended) is not config.performance.gradient_checkpointing
     assert "a folder" not in flags or config.data.data_path == "a folder"
+    if "--nodes" in flags:  # 0, as in fsdp2.yaml, is another port on each machine
+        assert words[words.index("--main_process_port") + 1] != "0"
     if ", hsdp" in recommended.replace(":", ","):
         assert "--parallelism_config_dp_replicate_size" in words
 
