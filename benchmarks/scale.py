@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -35,13 +36,23 @@ IMAGES = (1_281_167, 14_197_122, 10**9)
 GPUS_A_NODE = 8
 MIB, GIB = 2**20, 2**30
 COPIES = 4  # weights, two moments, an average
+READERS = 2  # processes that open a folder together
 OPENING = """
 import sys, time, psutil
+from accelerate import Accelerator
+from jit_accel.base.processes import on_all
 from jit_accel.data import open_images
-private = lambda: (info := psutil.Process().memory_info()).rss - info.shared
-before, began = private(), time.process_time()
-source = open_images(sys.argv[1])
-print(time.process_time() - began, private() - before)
+from jit_accel.data.batches.holdout import split_holdout
+accelerator, began = Accelerator(), time.process_time()
+def private():
+    info = psutil.Process().memory_info()
+    return info.rss - info.shared
+before = private()
+source = on_all(accelerator, lambda: open_images(sys.argv[1]), in_turn=True)
+opened_s, opened = time.process_time() - began, private() - before
+how = {"max_images": 0, "img_size": 8}
+held = on_all(accelerator, lambda: split_holdout(source, 0.01, **how), in_turn=True)
+print(opened_s, opened, time.process_time() - began - opened_s, private() - before - opened)
 """
 
 
@@ -136,7 +147,7 @@ def sharding(models: list[str]) -> None:
 
 
 def folder(files: int, where: str | None) -> None:
-    print("| files | opened | s | private MiB | bytes an image |\n" + "| --- " * 5 + "|")
+    print("| files | process | opened, s | private bytes an image | --holdout, s | bytes |\n" + "| --- " * 6 + "|")
     with tempfile.TemporaryDirectory(dir=where) as root:
         for number in range(1000):
             place = Path(root, "images", f"class_{number:04}")
@@ -144,11 +155,17 @@ def folder(files: int, where: str | None) -> None:
             for name in range(number, files, 1000):
                 (place / f"image_{name:08}.jpg").touch()
         time.sleep(2.1)  # a folder that has just changed is not kept
-        for what in ("by the first process of a node", "by each other"):
-            command = ["env", f"JIT_ACCEL_CACHE={root}/cache", sys.executable, "-c", OPENING, str(Path(root, "images"))]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            took_s, private = map(float, out.split())
-            print(f"| {files:,} | {what} | {took_s:.1f} | {private / MIB:,.0f} | {private / files:.0f} |", flush=True)
+        shared = {"JIT_ACCEL_CACHE": f"{root}/cache", "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}
+        shared |= {"MASTER_PORT": "29555", "WORLD_SIZE": str(READERS), "LOCAL_WORLD_SIZE": str(READERS)}
+        processes = []
+        for rank in range(READERS):
+            environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, "-c", OPENING, str(Path(root, "images"))]
+            processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        for what, process in zip(("first of a machine", "each other"), processes):
+            opened_s, opened, held_s, held = map(float, process.communicate()[0].split())
+            bytes_each = f"{opened / files:.0f} | {held_s:.1f} | {held / files:.0f}"
+            print(f"| {files:,} | {what} | {opened_s:.1f} | {bytes_each} |", flush=True)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from jit_accel.base.errors import Stopped, StopRequest, UserError, common_error, message_of
+from jit_accel.base.shared_tables import tables_shared
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -33,8 +34,8 @@ class Sliceable(Protocol):
 def on_all(accelerator, work: Callable[[], T], in_turn: bool = False, stop: StopRequest | None = None) -> T:
     """Do the work on each process, and raise its `UserError` or `Stopped` on all; it must not wait for the others.
 
-    With `in_turn` one process a machine goes first, and the others find what it found out in the caches. `stop` is
-    looked at afterwards.
+    With `in_turn` one process a machine goes first, and the others find what it found out in the caches and in
+    `shared_table`s. `stop` is looked at afterwards.
     """
     return _attempt(accelerator, work, in_turn, stop, common_error)
 
@@ -49,18 +50,20 @@ def on_main(accelerator, work: Callable[[], T], stop: StopRequest | None = None)
 def _attempt(accelerator, work: Callable[[], T], in_turn: bool, stop: StopRequest | None, judge: Callable) -> T:
     """Return the result; raise what `judge` makes of the `UserError` or None of each process, a bug, or `Stopped`."""
     result, problem, bug, number = None, None, None, 0
-    with accelerator.local_main_process_first() if in_turn else contextlib.nullcontext():
-        try:
-            result = work()
-        except Stopped as stopped:
-            number = stopped.number
-        except UserError as error:
-            problem = error
-        except Exception as error:  # the others must not wait for this process
-            problem, bug = UserError(message_of(error)), error
     # One that works alone, such as `measure`, waits for nobody, whatever else is launched.
-    ours = [(problem, number or (stop.number if stop else 0))]
-    problems, numbers = zip(*(gather_object(ours) if accelerator.num_processes > 1 else ours))
+    is_alone, nothing = accelerator.num_processes == 1, contextlib.nullcontext()
+    with tables_shared(accelerator) if in_turn and not is_alone else nothing:
+        with accelerator.local_main_process_first() if in_turn else nothing:
+            try:
+                result = work()
+            except Stopped as stopped:
+                number = stopped.number
+            except UserError as error:
+                problem = error
+            except Exception as error:  # the others must not wait for this process
+                problem, bug = UserError(message_of(error)), error
+        ours = [(problem, number or (stop.number if stop else 0))]
+        problems, numbers = zip(*(ours if is_alone else gather_object(ours)))
     if bug:
         raise bug
     if max(numbers) and not any(problems):

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from jit_accel.base.errors import UserError
+from jit_accel.base.shared_tables import shared_arrays
 from jit_accel.data.formats.source import Source, fingerprint_of
 from jit_accel.data.reading.content import announce_keys
 from jit_accel.data.reading.decode import BadImage, decode_row
@@ -44,27 +46,41 @@ def split_holdout(
     the rest follows from which images these are. Raises `UserError` where no image is left.
     """
     limit = int(share * 2**64)
-    by_unit = _keys_by_unit(source)
-    keys = np.concatenate(by_unit)
-    is_held = keys < np.uint64(limit)
-    held = np.flatnonzero(is_held)
-    if len(held) == len(keys):
+    name = f"holdout {source.name} {source.fingerprint} {share} {max_images}"
+    found = shared_arrays(name, lambda: _divided(source, np.uint64(limit), max_images))
+    (num_held,) = found["num_held"].tolist()
+    if num_held == source.num_images:
         rule = f"holds out all {source.num_images} images of {source.name} (by a hash of their content): use a smaller "
         raise UserError(rule + "share, or more images.", about="holdout", value=f"{share:g}")
-    if not len(held):
+    if not num_held:
         rule = "--holdout %g: holds out none of the %d images of %s (by a hash of their content), so there is no "
         log.warning(rule + "val/loss: use a larger share, or more images", share, source.num_images, source.name)
         return source, None
     if source.streaming:
+        images = replace(source.images, min_key=limit, sizes=found["sizes"])
+    else:
+        images = SomeImages(source.images, found["trained"])
+    identity = fingerprint_of([source.fingerprint, found["digest"].tobytes().hex()])
+    rest = replace(source, images=images, num_images=source.num_images - num_held, fingerprint=identity)
+    return rest, _read(source, found, img_size, slice(rank, None, world_size))
+
+
+def _divided(source: Source, limit: np.uint64, max_images: int) -> dict[str, np.ndarray]:
+    """Return which images are held out, with keys below `limit`, by a digest, and what of them and of the rest is used.
+
+    trained: of random access the numbers of the rest. sizes: of a stream so many of the rest in each unit. `_smallest`.
+    """
+    by_unit = _keys_by_unit(source)
+    is_held = np.concatenate(by_unit) < limit
+    held, trained, sizes = np.flatnonzero(is_held), np.empty(0, np.int64), np.empty(0, np.int64)
+    if source.streaming:
         ends = np.cumsum([len(of_unit) for of_unit in by_unit])
         sizes = np.array([(~part).sum() for part in np.split(is_held, ends[:-1])], np.int64)
-        images = replace(source.images, min_key=limit, sizes=sizes)
     else:
-        images = SomeImages(source.images, np.flatnonzero(~is_held))
-    kept = hashlib.sha256(np.packbits(is_held)).hexdigest()
-    identity = fingerprint_of([source.fingerprint, kept])
-    rest = replace(source, images=images, num_images=len(keys) - len(held), fingerprint=identity)
-    return rest, _read_smallest(source, by_unit, held, img_size, slice(rank, max_images, world_size))
+        trained = np.flatnonzero(~is_held)
+    digest = np.frombuffer(hashlib.sha256(np.packbits(is_held)).digest(), np.uint8)
+    counted = {"num_held": np.array([len(held)]), "trained": trained, "sizes": sizes, "digest": digest}
+    return counted | _smallest(by_unit, held, max_images)
 
 
 def held_by_split(
@@ -74,9 +90,9 @@ def held_by_split(
 
     UserError for classes that are not trained.
     """
-    by_unit = _keys_by_unit(other)
-    part = slice(rank, max_images, world_size)
-    held = _read_smallest(other, by_unit, np.arange(other.num_images), img_size, part)
+    name = f"split {other.name} {other.fingerprint} {max_images}"
+    found = shared_arrays(name, lambda: _smallest(_keys_by_unit(other), np.arange(other.num_images), max_images))
+    held = _read(other, found, img_size, slice(rank, None, world_size))
     if not source.is_labelled:
         return replace(held, labels=torch.zeros_like(held.labels))
     number_of = {name: number for number, name in enumerate(source.class_names)}
@@ -89,19 +105,25 @@ def held_by_split(
     return replace(held, labels=torch.tensor(numbers)[held.labels]) if numbers else held
 
 
-def _read_smallest(source: Source, by_unit: list[np.ndarray], held: np.ndarray, img_size: int, part: slice) -> HeldOut:
-    """Read, out of the images with the numbers `held` in the order of their content keys, those of `part`."""
+def _smallest(by_unit: list[np.ndarray], held: np.ndarray, count: int) -> dict[str, np.ndarray]:
+    """Return, of images of these numbers, those with the smallest content keys, smallest first, and the keys."""
     keys = np.concatenate(by_unit)
-    chosen = held[np.argsort(keys[held], kind="stable")][part]
+    chosen = held[np.argsort(keys[held], kind="stable")][:count]
+    ends = np.cumsum([len(of_unit) for of_unit in by_unit])
+    return {"chosen": chosen, "keys": keys[chosen], "ends": ends}
+
+
+def _read(source: Source, found: dict[str, np.ndarray], img_size: int, part: slice) -> HeldOut:
+    """Read `part` of the images that `_smallest` has found."""
+    chosen, key_of = found["chosen"][part], dict(zip(found["chosen"].tolist(), found["keys"]))
     if source.streaming:
-        ends = np.cumsum([len(of_unit) for of_unit in by_unit])
-        found = list(_read_stream(source.images, np.sort(chosen), ends, img_size))
+        images = list(_read_stream(source.images, np.sort(chosen), found["ends"], img_size))
     else:
-        found = list(_read_images(source.images, chosen, img_size))
-    pixels = np.stack([one for _, one, _ in found]) if found else np.empty((0, 3, img_size, img_size), np.uint8)
-    labels = torch.tensor([label for *_, label in found], dtype=torch.int64)
-    indices = np.array([index for index, *_ in found], np.int64)
-    return HeldOut(torch.from_numpy(pixels), labels, (keys[indices] >> np.uint64(1)).astype(np.int64))
+        images = list(_read_images(source.images, chosen, img_size))
+    pixels = np.stack([one for _, one, _ in images]) if images else np.empty((0, 3, img_size, img_size), np.uint8)
+    labels = torch.tensor([label for *_, label in images], dtype=torch.int64)
+    keys = np.array([key_of[index] for index, *_ in images], np.uint64)
+    return HeldOut(torch.from_numpy(pixels), labels, (keys >> np.uint64(1)).astype(np.int64))
 
 
 def _read_images(images: Images, chosen: np.ndarray, img_size: int) -> Iterator[Decoded]:
@@ -129,7 +151,7 @@ def _keys_by_unit(source: Source) -> list[np.ndarray]:
     """The content keys of each unit, read once and then kept, unless they were stored with the images."""
     stream: Stream = source.images
     if not source.streaming:
-        return [stream.keys()]
+        return [copy(stream).keys()]  # a copy, as it may keep them
     if not stream.columns.key:
         first = next(stream.rows(int(stream.sizes.argmax())), {}).get(stream.columns.image)
         if not isinstance(stream.columns.image_of(first)[0], str):  # as files of their own are, which change alone

@@ -4,6 +4,7 @@ Our own walk, because HF's `imagefolder` takes folders named train or test for s
 """
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, Image
 
+from jit_accel.base.shared_tables import shared_table
 from jit_accel.data import data_error
 from jit_accel.data.formats.columns import Columns, named_classes
 from jit_accel.data.formats.metadata import labels_from_metadata
@@ -31,6 +33,8 @@ from jit_accel.data.reading.shards import missing_path
 from jit_accel.data.reading.splits import TRAIN, choose_splits
 
 log = logging.getLogger(__name__)
+
+_FACTS = b"jit_accel"  # in the metadata of a table of images
 
 # Pictures that Pillow cannot read: a folder full of them should not look empty.
 UNDECODABLE_EXTENSIONS = frozenset(
@@ -67,6 +71,17 @@ def open_folder(request: Request) -> Source:
     where = os.path.abspath(root)
     if not is_utf8(where):
         raise data_error(f"{root!a}", "the name of the folder is not UTF-8: rename it.")
+    table = shared_table(f"folder {where} {request}", lambda: _table_of_images(request, where))
+    facts = json.loads(table.schema.metadata[_FACTS])
+    # HF would hash the whole table for a fingerprint
+    dataset = Dataset(table, fingerprint=facts["identity"])
+    columns = Columns("image", "label" if "label" in table.column_names else None)
+    return source_of(root, "folder", TableImages(dataset, columns), tuple(facts["names"]), facts["identity"])
+
+
+def _table_of_images(request: Request, where: str) -> pa.Table:
+    """Return the paths and labels of the images, and in the metadata the names of the classes and the fingerprint."""
+    root = request.path
     scan = scan_folder(root)
     _report_unreadable(root, scan)
     if not len(scan.images):
@@ -89,10 +104,9 @@ def open_folder(request: Request) -> Source:
     table = {"image": pc.make_struct(pa.scalar(None, pa.binary()), paths, field_names=["bytes", "path"])}
     if ids is not None:
         features["label"], table["label"] = ClassLabel(names=list(names)), pa.array(ids)
-    # HF would hash the whole table for a fingerprint
-    dataset = Dataset(pa.table(table).cast(features.arrow_schema), fingerprint=identity)
-    columns = Columns("image", None if ids is None else "label")
-    return source_of(root, "folder", TableImages(dataset, columns), names, identity)
+    schema = features.arrow_schema
+    facts = json.dumps({"names": names, "identity": identity})
+    return pa.table(table).cast(schema.with_metadata(schema.metadata | {_FACTS: facts}))
 
 
 def _classify(

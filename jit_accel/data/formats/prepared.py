@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from jit_accel.base.errors import UserError
+from jit_accel.base.shared_tables import shared_arrays
 from jit_accel.data.formats.columns import Columns, features_of
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
 from jit_accel.data.formats.tables import open_file, parquet_stream
@@ -60,6 +61,7 @@ def open_prepared(request: Request) -> Source:
         request.refuse("streaming", reason="holds memory-mapped pixels, which are read by random access")
         shards = tuple((shard["file"], shard["table"]["file"], shard["images"]) for shard in index["shards"])
         images = PixelStore(os.path.abspath(folder), index["img_size"], shards, index["is_labelled"])
+        images.labels()  # now, when processes share them
     else:
         raw = {"raw_size": index["img_size"], "name": "name"} if index["encoding"] == "raw" else {}
         columns = Columns("image", "label" if index["is_labelled"] else None, key="key", **raw)
@@ -129,8 +131,12 @@ class PixelStore:
         return cache(self._read_column)
 
     def _read_column(self, name: str) -> np.ndarray:
-        if name == "label" and not self.is_labelled:
-            return np.zeros(len(self), np.int64)
+        if name == "label":
+            how = f"labels of {self.folder}", lambda: {name: self._read_parts(name)}
+            return shared_arrays(*how)[name] if self.is_labelled else np.zeros(len(self), np.int64)
+        return self._read_parts(name)
+
+    def _read_parts(self, name: str) -> np.ndarray:
         parts = []
         for _, table, _ in self.shards:
             with pq.ParquetFile(Path(self.folder) / table) as parquet:  # `read_table` takes eight times as long

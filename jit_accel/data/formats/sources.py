@@ -9,8 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import datasets
+import pyarrow as pa
 
 from jit_accel.base.errors import lookup
+from jit_accel.base.shared_tables import shared_table
 from jit_accel.data import data_error
 from jit_accel.data.formats.folder import is_about_images, is_known_image_folder, open_folder
 from jit_accel.data.formats.prepared import is_prepared, open_prepared
@@ -91,6 +93,15 @@ def _detect_in_folder(folder: str) -> str:
         return "prepared"
     if any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json")):
         return "saved"
+    return shared_table(f"format of {os.path.abspath(folder)}", lambda: _table_of_format(folder)).column_names[0]
+
+
+def _table_of_format(folder: str) -> pa.Table:
+    """Return a table with the format of the files in a folder as its only column, to be shared."""
+    return pa.table({_format_of_files(folder): [True]})
+
+
+def _format_of_files(folder: str) -> str:
     if is_known_image_folder(folder):  # a pattern takes seconds where there are a million files
         return "folder"
     for pattern in ("*", "**/*"):  # shards at the top, then images anywhere, then shards anywhere
