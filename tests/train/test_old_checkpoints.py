@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from data_samples import png, tar
-from helpers import read_metrics, state, train_here
+from helpers import last_checkpoint, read_metrics, rows, seal_as_before, state, train_here
 
 from jit_accel.config.settings import SETTINGS
+from jit_accel.data.batches import order
 from jit_accel.data.formats import folder, scan, tars
 
 FLAGS = [
@@ -111,3 +114,35 @@ def test_a_run_on_tars_of_folders_that_began_without_classes_has_none(tmp_path, 
         assert train_here(*flags, "1") == 0
     assert train_here(*flags, "2", "--resume", "auto") == 0
     assert "began without the classes" in caplog.text
+
+
+def forget_the_order(out: Path) -> None:
+    """Make a checkpoint one of a time when there was one order only."""
+    path = last_checkpoint(out)
+    state = json.loads((path / "state.json").read_text())
+    for loader in state["feed"]["loaders"]:
+        assert loader.pop("order") == order.SORTED
+    (path / "state.json").write_text(json.dumps(state | {"format": 2}))
+    seal_as_before(path)
+
+
+@pytest.mark.parametrize("begun", order.KINDS)
+def test_a_run_keeps_the_order_that_it_began_with_whatever_a_new_one_has(images, tmp_path, monkeypatch, begun):
+    """Bit for bit, into its second epoch, as a run that nobody stopped."""
+    most, out = {order.SORTED: order.MOST_SORTED, order.FEISTEL: 10}, tmp_path / "run"
+    flags = ("--data_path", str(images), "--max_steps", "16", "--save_every_steps", "5", "--keep_checkpoints", "9")
+    monkeypatch.setattr(order, "MOST_SORTED", most.pop(begun))
+    assert train_here(*flags, "--output_dir", str(out)) == 0
+    whole, before = state(out), rows(out)
+    for path in sorted((out / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(path)
+    if begun == order.SORTED:
+        forget_the_order(out)
+    monkeypatch.setattr(order, "MOST_SORTED", *most.values())
+    assert train_here(*flags, "--output_dir", str(out), "--resume", "auto") == 0
+    now = state(out)
+    assert now.keys() == whole.keys()
+    assert [name for name in now if not torch.equal(now[name], whole[name])] == []
+    assert rows(out) == before
+    assert train_here(*flags, "--output_dir", str(tmp_path / "new")) == 0
+    assert [row["train/loss"] for row in rows(tmp_path / "new")] != [row["train/loss"] for row in before]
