@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -217,7 +218,7 @@ class Checkpointer:
         if is_complete(final):  # of this very step: a whole checkpoint is never touched
             shutil.rmtree(temporary)
             return
-        if final.exists():
+        if os.path.lexists(final):
             set_aside(final)
         move(temporary, final)
         sync(final.parent)

@@ -14,6 +14,7 @@ damaged checkpoint is not loaded, and nothing named `step_…` is deleted before
 import contextlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -95,7 +96,7 @@ def _pass_over(damages: Mapping[Path, str], taken: Path, is_renamed: bool) -> No
 def set_aside(path: Path, why: str = "damaged") -> Path:
     """Rename a checkpoint, so that nothing takes it for one, and nothing overwrites it; return its new path."""
     names = (path.with_name(f"{path.name}.{why}{number}") for number in ("", *(f"-{n}" for n in range(2, 1000))))
-    aside = next(name for name in names if not name.exists())
+    aside = next(name for name in names if not os.path.lexists(name))
     move(path, aside)
     return aside
 
@@ -140,8 +141,17 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Return what bears a checkpoint's name in `folder`, whole or not, oldest first."""
-    return sorted((path for path in folder.glob("step_*") if step_of(path) is not None), key=step_of)
+    """Return what bears a checkpoint's name in `folder`, whole or not, oldest first.
+
+    Raises `UserError` where the folder is there and cannot be read: it may hold some.
+    """
+    try:
+        found = [folder / name for name in os.listdir(folder)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"the checkpoints in {folder} cannot be read ({error.strerror}): make them readable.") from None
+    return sorted((path for path in found if step_of(path) is not None), key=step_of)
 
 
 def is_proven(path: Path) -> bool:

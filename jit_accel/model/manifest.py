@@ -97,7 +97,7 @@ def damage_of(path: Path, parts: Collection[str] | None = None, rank: int = 0, r
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
-        return f"it cannot be read ({error.strerror})"
+        return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
 
 
 def _other_content(path: Path, sums: Mapping[str, str], sizes: Mapping[str, int], rank: int, ranks: int) -> str | None:

@@ -71,7 +71,7 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
         trainer = build_trainer(config, accelerator, checkpoint, source, objective or Objective)
         with contextlib.closing(trainer.feed):
             if checkpoint:
-                trainer.resume(checkpoint)
+                on_all(accelerator, lambda: trainer.resume(checkpoint))
             elif resume == "auto":
                 trainer.say(f"--resume auto: no checkpoint in {folder} yet, starting anew.")
             if config.run.dry_run:

@@ -1,5 +1,6 @@
 """A damaged checkpoint is named, set aside and never loaded."""
 
+import errno
 import json
 import os
 import random
@@ -197,6 +198,30 @@ def test_where_no_checkpoint_is_whole_nothing_is_begun_and_nothing_changed(two, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_checkpoints_that_cannot_be_listed_are_no_reason_to_begin_anew(two, tmp_path, monkeypatch):
+    listed = os.listdir
+
+    def refuse(path):
+        if Path(path).name == "checkpoints":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    for find in (auto, find_checkpoint_in, lambda folder: check_output_dir(folder, "none", "images")):
+        with pytest.raises(UserError, match=r"cannot be read \(Stale file handle"):
+            find(tmp_path)
+
+
+def test_a_link_in_a_circle_in_the_place_of_a_checkpoint_is_passed_over_and_set_aside(two, tmp_path, capsys):
+    good, bad = two
+    shutil.rmtree(bad)
+    bad.symlink_to(bad.name)
+    assert find_checkpoint_in(tmp_path) == good
+    assert save(Checkpointer(ALONE, tmp_path, keep=9), 2) == bad
+    assert auto(tmp_path) == bad
+    assert (bad.parent / "step_00000002.damaged").is_symlink()
+
+
 def test_a_folder_of_a_steps_name_is_set_aside_when_that_step_is_saved(two, tmp_path):
     _, bad = two
     checkpointer = Checkpointer(ALONE, tmp_path, keep=9)
@@ -207,6 +232,14 @@ def test_a_folder_of_a_steps_name_is_set_aside_when_that_step_is_saved(two, tmp_
         *("step_00000001", "step_00000002", "step_00000002.damaged", "step_00000002.damaged-2")
     ]
     assert auto(tmp_path) == bad
+
+
+def test_a_file_that_cannot_be_read_is_named(two, tmp_path, capsys):
+    good, bad = two
+    (bad / "optimizer.safetensors").unlink()
+    (bad / "optimizer.safetensors").symlink_to("optimizer.safetensors")
+    assert auto(tmp_path) == good
+    assert "optimizer.safetensors cannot be read (Too many levels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["model", "optimizer"])

@@ -1,13 +1,15 @@
 """Trainings that go on where a checkpoint cannot be trusted."""
 
+import os
 import re
 import shutil
 
 import pytest
 import torch
-from helpers import assert_same_state, flip_a_bit, last_checkpoint, rows, train_group, train_here
+from helpers import Group, assert_same_state, flip_a_bit, last_checkpoint, rows, train_group, train_here
 
 from jit_accel.model.loading import load_pipeline
+from jit_accel.model.tensor_files import StoredTensor
 from jit_accel.train.trainer import Trainer
 
 
@@ -30,6 +32,28 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(images, tmp_path
     (out / "checkpoints" / "step_00000006.damaged").rename(tmp_path / "aside")
     assert_same_state(out, whole)
     assert rows(out) == rows(whole)
+
+
+def _fail_to_read_on_rank_1() -> None:
+    read = StoredTensor.__getitem__
+
+    def fail(self, slices):
+        if os.environ["RANK"] == "1":
+            raise OSError(5, "Input/output error")
+        return read(self, slices)
+
+    StoredTensor.__getitem__ = fail
+
+
+@pytest.mark.multiprocess
+def test_a_checkpoint_that_one_process_cannot_read_ends_all_of_them(images, tmp_path):
+    flags = ("--data_path", str(images), "--output_dir", str(tmp_path / "run"), "--resume", "auto")
+    train_group(tmp_path, *flags, num_processes=2)
+    environment = {"TEST_SETUP": "test_resume:_fail_to_read_on_rank_1"}
+    group = Group([*flags, "--max_steps", "9"], tmp_path / "log", 2, environment)
+    assert group.wait() == [2, 2], group.output()
+    assert group.output().count("model cannot be loaded (OSError: [Errno 5] Input/output error)") == 1
+    assert "Traceback" not in group.output()
 
 
 def test_a_run_without_a_whole_checkpoint_is_not_begun_anew_in_its_folder(images, tmp_path, capsys):
