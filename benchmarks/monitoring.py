@@ -79,6 +79,7 @@ def main() -> None:
     import torch
 
     from jit_accel.base.devices import chosen_precision, device_name
+    from jit_accel.base.watchdog import Watchdog
     from jit_accel.config.command_line import parse_args
     from jit_accel.train.build import build_accelerator, build_trainer
     from jit_accel.train.results import record_run
@@ -87,8 +88,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = ("--data_path", "builtin:fashion_mnist", "--output_dir", folder, "--log_every_steps", str(args.steps))
         config = parse_args([*CASE, *data, "--max_steps", "100000", *flags])
-        accelerator = build_accelerator(config)
-        trainer = build_trainer(config, accelerator)
+        accelerator = build_accelerator(None, None, [])
+        trainer = build_trainer(config, accelerator, Watchdog(accelerator, 0))
         trainer.monitor.open(0, record_run(config.recorded(), trainer.plan, trainer.network, accelerator))
         device, on, off = accelerator.device, Timed(trainer.monitor), Silence()
 

@@ -58,6 +58,7 @@ def measure(case: Case) -> dict:
     """Run one case in this process."""
 
     from jit_accel.base.devices import chosen_precision, device_name, peak_flops
+    from jit_accel.base.watchdog import Watchdog
     from jit_accel.config.command_line import parse_args
     from jit_accel.config.presets import forward_macs, parse_model_name
     from jit_accel.monitor.monitor import TRAIN_FLOPS_PER_FORWARD_MAC, peak_memory_gib
@@ -67,8 +68,8 @@ def measure(case: Case) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         argv = [*case.flags, "--data_path", "builtin:fashion_mnist", "--output_dir", folder, "--num_workers", "0"]
         config = parse_args(argv)
-        accelerator = build_accelerator(config)
-        trainer = build_trainer(config, accelerator)
+        accelerator = build_accelerator(None, None, [])
+        trainer = build_trainer(config, accelerator, Watchdog(accelerator, 0))
         device = accelerator.device
         trainer.monitor.open(0, {})
         bare = BareStep(trainer, config.optim.batch_size)

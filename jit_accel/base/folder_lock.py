@@ -63,16 +63,29 @@ class FolderLock:
         finally:
             self._release()
 
+    @contextlib.contextmanager
+    def shared(self, token: str) -> Iterator[None]:
+        """Write in the block on behalf of the process that holds the folder by this token, maybe of another machine.
+
+        As in `held` what writes looks first whether the folder is still that one's. Errors as of `look_for`.
+        """
+        self.look_for(token)
+        self.token = token
+        with files.guarded(self.folder, self.check):
+            yield
+
     def check(self) -> None:
-        """Raise `UserError` where another has taken the folder over."""
+        """Raise `UserError`, on this process alone, where another has taken the folder over."""
         holder = self._holder()
         if holder and holder["token"] != self.token:
-            raise UserError(
+            error = UserError(
                 f"{_in_words(holder)} has taken this folder over, since nothing was heard of this training for more "
                 f"than {SILENT_S} s. It ends here, and leaves the folder as it is.",
                 about=self.about,
                 value=self.folder,
             )
+            error.everywhere = False
+            raise error
 
     def look_for(self, token: str) -> None:
         """Make sure that this is the folder in which another process took the lock of this token.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed import DistError, TCPStore
 
 from jit_accel.base.console import say, warn
@@ -24,7 +24,8 @@ BEAT_S = 2.0
 STORE_TIMEOUT_S = 10
 STACKS_FILE = "stacks.txt"
 REQUEST_FILE = "STACKS"  # whose presence in the run's folder asks for the stacks of all processes
-WAITING = "waits for its data"  # a place where time is no sign of trouble: servers may be down for long
+MAIN_IS_GONE = -2  # so that the others say why the run ends
+_COMPILERS = ("torch/_dynamo/convert_frame.py", "torch/_inductor/compile_fx.py", "torch/_inductor/async_compile.py")
 _OF_CONNECTIONS = ("Connection", "gloo", "NCCL", "nccl", "Socket", "timed out", "Timed out", "Broken pipe")
 
 
@@ -37,25 +38,28 @@ class Sign:
     progress: int = -1
     moved: float = 0.0
     place: str = "has not begun"
-    host: str = "an unknown host"
+    may_last: bool = True
+    host: str = ""
 
 
 class Watchdog:
     """Signs of life of all processes, in a store of their own that the main process keeps; a thread of each looks.
 
     In its `with` block each process says by `at` where it is. Where none goes on for `limit_s` seconds (0: no limit)
-    the main process names the one that is silent or behind, leaves `FAILED` by `leave` and the stacks of all, and all
-    end with exit code 1. What a process raises reaches the others, which raise that instead of a broken connection.
+    the main process names the one that is silent or behind, leaves the reason by `leave` and the stacks of all in
+    `output_dir`, and all end with exit code 1. What a process raises reaches the others, which raise that instead of a
+    broken connection. Blocks may be nested: the inner one ends the watch.
     """
 
-    def __init__(self, accelerator, output_dir: Path, limit_s: float, leave: Callable[[str], None]):
+    def __init__(self, accelerator, limit_s: float):
         self.rank, self.count, self.is_main = (
             accelerator.process_index,
             accelerator.num_processes,
             accelerator.is_main_process,
         )
-        self.output_dir, self.limit_s, self.leave = output_dir, limit_s, leave
-        self.progress, self.place, self.store = 0, "begins", None
+        self.limit_s, self.output_dir = limit_s, None  # until the run has its folder
+        self.leave: Callable[[str], None] = lambda reason: None
+        self.progress, self.place, self.may_last, self.store = 0, "starts", True, None
         self.signs: list[Sign] = []  # which the main process alone sees
         self._lock, self._is_over, self._thread = threading.Lock(), threading.Event(), None
         if self.count == 1:
@@ -67,11 +71,12 @@ class Watchdog:
             for rank in range(self.count):
                 self.store.set(f"sign/{rank}", "")
         (port,) = broadcast_object_list([self.store.port if self.store else None])
+        self.hosts = gather_object([socket.gethostname()])
         self.store = self.store or TCPStore(host, port, is_master=False, **how)
 
-    def at(self, place: str) -> None:
-        """Say what this process does next, which is progress."""
-        self.place = place
+    def at(self, place: str, may_last: bool = False) -> None:
+        """Say what this process does next, which is progress; time alone is no sign of trouble where it `may_last`."""
+        self.place, self.may_last = place, may_last
         self.go_on()
 
     def go_on(self) -> None:
@@ -79,15 +84,17 @@ class Watchdog:
         self.progress += 1
 
     def __enter__(self) -> "Watchdog":
-        if self.store:
+        if self.store and not self._thread:
             now = time.monotonic()
-            self.signs = [Sign(heard=now, moved=now)] * self.count if self.is_main else []
+            self.signs = [Sign(heard=now, moved=now, host=host) for host in self.hosts] if self.is_main else []
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, kind, error, traceback_) -> None:
         """Raise the reason of another process in place of the `error` that it led to here."""
+        if self._is_over.is_set():
+            return
         try:
             cause = self._cause_of(error) if self._thread and isinstance(error, Exception) else None
         finally:
@@ -107,15 +114,20 @@ class Watchdog:
                 with self._lock:
                     first = json.loads(self.store.compare_set("failure", "", json.dumps(mine)))
                 if self.is_main and first["rank"] == self.rank:
+                    self.leave(message_of(error))
                     time.sleep(BEAT_S)  # the others read it, as long as there is a store
         except (DistError, RuntimeError):
-            if is_of_connection:
-                return UserError("the main process is gone, or cannot be reached: it says more, where it can.")
-            return None
+            if not is_of_connection:
+                return None
+            gone = f"{self._main()} is gone, or cannot be reached: it says more, where it can"
+            first = {"rank": MAIN_IS_GONE, "reason": gone}
+            self.leave(first["reason"])
         if first["rank"] == self.rank:
             return None
         cause = UserError(f"{first['reason']}. The run ends here; go on with --resume auto.")
-        cause.everywhere = True
+        cause.everywhere = first["rank"] != MAIN_IS_GONE
+        if self.is_main:
+            self.leave(message_of(cause))
         return cause
 
     def _other_failure(self, wait_s: float) -> dict | None:
@@ -135,14 +147,21 @@ class Watchdog:
     def _name(self) -> str:
         return f"process {self.rank} on {socket.gethostname()}"
 
+    def _main(self) -> str:
+        return f"process 0 on {self.hosts[0]}, the main one,"
+
     def _watch(self) -> None:
-        sign = {"host": socket.gethostname(), "pid": os.getpid()}
-        heard, answered, beats_left = time.monotonic(), 0, 5
+        heard, answered, beats_left, before = time.monotonic(), 0, 5, time.monotonic()
         while not self._is_over.wait(BEAT_S):
+            if (now := time.monotonic()) - before > 3 * BEAT_S:  # all were stopped, or asleep, or this one alone
+                heard = now
+                self.signs = [replace(sign, heard=now, moved=now) for sign in self.signs]
+            if compiles():
+                self.go_on()
             try:
                 with self._lock:
-                    now = {"beat": time.monotonic(), "progress": self.progress, "place": self.place}
-                    self.store.set(f"sign/{self.rank}", json.dumps(sign | now))
+                    now = {"beat": now, "progress": self.progress, "place": self.place, "may_last": self.may_last}
+                    self.store.set(f"sign/{self.rank}", json.dumps(now))
                     if self.is_main:
                         self._look_after_all()
                     answered = self._answer(answered)
@@ -151,9 +170,10 @@ class Watchdog:
             except (DistError, RuntimeError) as error:
                 silent_s = time.monotonic() - heard
                 if self.limit_s and silent_s > self.limit_s:
-                    self._end(f"the main process has not been heard of for {silent_s:.0f} s ({message_of(error)})")
+                    self._end(f"{self._main()} has not been heard of for {silent_s:.0f} s ({message_of(error)})")
             if not beats_left:  # whoever waits for the one that failed does not get out of it
                 self._end(self._first_failure()["reason"])
+            before = time.monotonic()
 
     def _end(self, reason: str) -> None:
         """End this process at once, since its main thread hangs; the main one says and leaves why."""
@@ -163,7 +183,8 @@ class Watchdog:
             self.leave(reason)
             say(f"error: {reason}", sys.stderr)
             time.sleep(2 * BEAT_S)  # the others read it, as long as there is a store
-        elif "main process" in reason:
+        elif reason.startswith(self._main()):
+            self.leave(reason)
             say(f"error ({self._name()}): {reason}\n{stacks()}", sys.stderr)
         os._exit(1)
 
@@ -181,9 +202,9 @@ class Watchdog:
             if text != before.text:
                 found = json.loads(text)
                 moved = now if found["progress"] != before.progress else before.moved
-                place = {name: found[name] for name in ("progress", "place", "host")}
+                place = {name: found[name] for name in ("progress", "place", "may_last")}
                 self.signs[rank] = replace(before, text=text, heard=now, moved=moved, **place)
-        if (request := self.output_dir / REQUEST_FILE).exists():
+        if self.output_dir and (request := self.output_dir / REQUEST_FILE).exists():
             request.unlink(missing_ok=True)
             say(f"The stacks of all processes are in {self._write_stacks()}")
         still_s = now - max(sign.moved for sign in self.signs)
@@ -191,7 +212,7 @@ class Watchdog:
             return
         behind = self._behind(now)
         problem = f"no process has gone on for {still_s:.0f} s: {self._in_words(behind)}"
-        if all(self.signs[rank].place == WAITING and now - self.signs[rank].heard < self.limit_s for rank in behind):
+        if all(self.signs[rank].may_last and now - self.signs[rank].heard < self.limit_s for rank in behind):
             warn(f"{problem}.")
             self.signs = [replace(sign, moved=now) for sign in self.signs]
             return
@@ -217,7 +238,7 @@ class Watchdog:
             parts.append(f"process {rank} on {sign.host} {state}")
         return ", ".join(parts) + f" and {len(ranks) - 4} more" * (len(ranks) > 4)
 
-    def _write_stacks(self) -> Path:
+    def _write_stacks(self) -> Path | str:
         """Ask all processes for their stacks, and write what comes within a few seconds."""
         asked = int(self.store.add("asked", 1))
         self.store.set(f"stacks/{asked}/{self.rank}", stacks())
@@ -229,6 +250,9 @@ class Watchdog:
         for rank, key in enumerate(keys):
             text = self.store.get(key).decode() if self.store.check([key]) else "no answer\n"
             parts.append(f"=== process {rank} on {self.signs[rank].host}: {self.signs[rank].place}\n{text}")
+        if self.output_dir is None:
+            say("\n".join(parts), sys.stderr)
+            return "the output above"
         path = self.output_dir / STACKS_FILE
         with contextlib.suppress(OSError, UserError):
             write_text(path, "\n".join(parts))
@@ -243,3 +267,15 @@ def stacks() -> str:
         for ident, frame in sys._current_frames().items()
     ]
     return "\n".join(parts)
+
+
+def compiles() -> bool:
+    """Return True while torch compiles in a thread of this process, which may take long and is no lack of progress."""
+    frames = list(sys._current_frames().values())
+    while frames:
+        frames = [frame for frame in frames if frame]
+        codes = [frame.f_code for frame in frames]
+        if any(code.co_filename.endswith(_COMPILERS) and code.co_name != "run" for code in codes):  # of a CUDA graph
+            return True
+        frames = [frame.f_back for frame in frames]
+    return False

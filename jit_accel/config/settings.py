@@ -166,7 +166,8 @@ class RunConfig:
     val_images: int = 1024
     """How many images of the holdout val/loss is measured on."""
     max_stall_minutes: float = 10.0
-    """End a run of several processes in which none goes on for so long, and name the one that lags (0: never)."""
+    """End a run of several processes in which none goes on for so long, and name the one that lags (0: never). So long
+    they also wait for each other to come."""
     dry_run: bool = False
     """Two steps, what time and memory the run will take, then exit; writes nothing."""
 

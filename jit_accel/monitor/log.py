@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 from tqdm.auto import tqdm
 
-from jit_accel.base.console import say, warn
+from jit_accel.base.console import redacted, say, warn
+from jit_accel.base.errors import UserError
 from jit_accel.base.files import append_json_lines, check_guard, json_line, parse_json_line, read_json_lines
 from jit_accel.monitor.metric_table import EPOCH, IMAGES_PER_SECOND, STEP_TIME, TRAIN_LOSS
 
@@ -111,6 +112,21 @@ def _has_step(row: dict | None) -> bool:
 
 def read_metrics(output_dir: Path) -> list[dict]:
     return list(iterate_metrics(output_dir))
+
+
+def leave_failure(output_dir: Path, reason: str) -> None:
+    """Leave the reason for which a run failed as a file, unless the folder is another's by now."""
+    with contextlib.suppress(OSError, UserError):
+        check_guard(output_dir)
+        (output_dir / FAILED_FILE).write_text(redacted(reason) + "\n", encoding="utf-8")
+
+
+def read_failure(output_dir: Path) -> str | None:
+    """Return the reason that `leave_failure` has left; None where there is none."""
+    try:
+        return (output_dir / FAILED_FILE).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
 
 
 class Progress:

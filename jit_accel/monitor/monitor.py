@@ -1,6 +1,5 @@
 """The monitor of a run: its steps are measured, judged, logged and shown here."""
 
-import contextlib
 import math
 import sys
 import time
@@ -15,14 +14,13 @@ from torch import Tensor
 
 from jit_accel.base.console import redacted, say, warn
 from jit_accel.base.devices import device_name, peak_flops
-from jit_accel.base.errors import UserError, message_of
-from jit_accel.base.files import check_guard
+from jit_accel.base.errors import message_of
 from jit_accel.config.completion import Plan
 from jit_accel.config.presets import forward_macs
 from jit_accel.config.settings import HealthConfig, TrackingConfig
 from jit_accel.monitor import metric_table as table
 from jit_accel.monitor.health import Event, Health
-from jit_accel.monitor.log import FAILED_FILE, MetricsLog, Progress, ReportProcess
+from jit_accel.monitor.log import MetricsLog, Progress, ReportProcess, leave_failure
 from jit_accel.monitor.metrics import (
     EpochMetrics,
     StepClock,
@@ -114,14 +112,8 @@ class Monitor:
     def __exit__(self, kind, error, traceback) -> None:
         if kind is not None:
             if self.is_main:
-                self.leave_failure(message_of(error))
+                leave_failure(self.output_dir, message_of(error))
             self.close(exit_code=1)
-
-    def leave_failure(self, reason: str) -> None:
-        """Leave the reason as a file."""
-        with contextlib.suppress(OSError, UserError):  # the folder may be another's by now
-            check_guard(self.output_dir)
-            (self.output_dir / FAILED_FILE).write_text(redacted(reason) + "\n", encoding="utf-8")
 
     def close(self, exit_code: int) -> None:
         """Build the last report; the trackers end later, with `accelerator.end_training`.

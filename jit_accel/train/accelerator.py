@@ -1,7 +1,9 @@
 """The accelerator of a run, by its settings and by accelerate's own configuration, of which not all is possible."""
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -16,6 +18,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     TorchDynamoPlugin,
 )
+from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from jit_accel.base.devices import DTYPES, chosen_precision
@@ -24,15 +27,17 @@ from jit_accel.base.errors import UserError, lookup
 # Variables that accelerate's launcher sets for what this training cannot do.
 ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 PARALLELISMS = {"TP": "tensor", "CP": "context", "SP": "sequence"}
+LONGEST_WAIT = timedelta(hours=1)  # of a process for another, once all are there
 SHARDING = "shard the weights over the processes by FSDP2 instead (accelerate_configs/fsdp2.yaml)"
 
 
 def build_accelerator(
-    mixed_precision: str | None, accumulation: int | None, trackers: list[GeneralTracker]
+    mixed_precision: str | None, accumulation: int | None, trackers: list[GeneralTracker], limit_s: float = 0
 ) -> Accelerator:
     """Return the accelerator of these settings, and of accelerate's configuration where they are None.
 
-    Raises `UserError`: accelerate's configuration asks for what is not supported.
+    Raises `UserError`: accelerate's configuration asks for what is not supported, or not all processes come within
+    `limit_s` (0: an hour).
     """
     refuse_unsupported()
     precision = chosen_precision(mixed_precision)
@@ -40,21 +45,42 @@ def build_accelerator(
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # of an earlier training in this process
-    return Accelerator(
-        mixed_precision=precision,
-        log_with=trackers or None,
-        # As a plugin: the environment of `accelerate launch` overrides the plain argument.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=accumulation or configured, sync_with_dataloader=False
-        ),
-        fsdp_plugin=build_fsdp_plugin(precision),
-        dynamo_plugin=TorchDynamoPlugin(backend="no"),  # it would wrap the network: see `asked_of_dynamo`
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            # Others wait while one looks at millions of files; from the first step on `Watchdog` has its own limit.
-            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
-        ],
-    )
+    limit = timedelta(seconds=limit_s) if limit_s else LONGEST_WAIT
+    with _all_come(limit):
+        return Accelerator(
+            mixed_precision=precision,
+            log_with=trackers or None,
+            # As a plugin: the environment of `accelerate launch` overrides the plain argument.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=accumulation or configured, sync_with_dataloader=False
+            ),
+            fsdp_plugin=build_fsdp_plugin(precision),
+            dynamo_plugin=TorchDynamoPlugin(backend="no"),  # it would wrap the network: see `asked_of_dynamo`
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=limit),
+            ],
+        )
+
+
+@contextlib.contextmanager
+def _all_come(limit: timedelta) -> Iterator[None]:
+    """Begin the group of processes in the block. Raises `UserError`: some did not come within the limit."""
+    try:
+        yield
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            if torch.distributed.get_backend() != "gloo":  # NCCL's group waits for nobody before it is used
+                torch.distributed.new_group(backend="gloo", timeout=limit)
+            # Later others wait while one looks at millions of files, and `Watchdog` looks after them.
+            distributed_c10d._set_pg_timeout(LONGEST_WAIT)
+    except torch.distributed.DistError as error:
+        world, master = (os.environ.get(name, "?") for name in ("WORLD_SIZE", "MASTER_ADDR"))
+        problem = UserError(
+            f"the {world} processes of this run could not all meet at {master} within {limit.total_seconds() / 60:g} "
+            f"minutes (--max_stall_minutes): {error}. Look at what the others print, at their machines and the network."
+        )
+        problem.everywhere = False
+        raise problem from error
 
 
 def refuse_unsupported() -> None:

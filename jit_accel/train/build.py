@@ -29,6 +29,7 @@ from jit_accel.model.checkpoints import find_checkpoint, read_run, sound_checkpo
 from jit_accel.model.loading import PIPELINE_FOLDER, build_network, build_pipeline
 from jit_accel.model.objective import Objective
 from jit_accel.model.transformer import JiTTransformer2DModel
+from jit_accel.monitor.log import leave_failure, read_failure
 from jit_accel.monitor.monitor import Monitor
 from jit_accel.monitor.trackers import build_trackers
 from jit_accel.train.accelerator import asked_of_dynamo, build_accelerator
@@ -53,34 +54,57 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
     end_with_launcher()
     trackers = build_trackers(config.tracking, folder)
     accumulation = config.optim.gradient_accumulation_steps
-    accelerator = build_accelerator(config.performance.mixed_precision, accumulation, trackers)
+    limit_s = 60 * config.run.max_stall_minutes
+    accelerator = build_accelerator(config.performance.mixed_precision, accumulation, trackers, limit_s)
     with contextlib.ExitStack() as held, process_group(accelerator):
         held.callback(release, folder)
         check_world(accelerator.num_processes)
-        if config.hub.push_to_hub:  # found out now, not after days of training
-            on_main(accelerator, lambda: hub.check_login(config.hub.hub_model_id))
         # The main process chooses, so that all load the same.
         (output_dir,) = broadcast_object_list([str(folder)])
         config = in_folder(config, output_dir)
-        if not config.run.dry_run:
-            lock = FolderLock(Path(output_dir))
-            on_main(accelerator, lambda: held.enter_context(lock.held()))
-            (token,) = broadcast_object_list([lock.token])
-            on_all(accelerator, lambda: lock.look_for(token))
-        checkpoint = sound_checkpoint(accelerator, Path(output_dir), resume, may_rename=not config.run.dry_run)
-        trainer = build_trainer(config, accelerator, checkpoint, source, objective or Objective)
-        with contextlib.closing(trainer.feed):
-            if checkpoint:
-                on_all(accelerator, lambda: trainer.resume(checkpoint))
-            elif resume == "auto":
-                trainer.say(f"--resume auto: no checkpoint in {folder} yet, starting anew.")
-            if config.run.dry_run:
-                return trainer.dry_run()
-            trainer.look_ahead()
-            exit_code = trainer.run()
+        with Watchdog(accelerator, limit_s) as watch:
+            if config.hub.push_to_hub:  # found out now, not after days of training
+                on_main(accelerator, lambda: hub.check_login(config.hub.hub_model_id))
+            if not config.run.dry_run:
+                hold(Path(output_dir), accelerator, held, watch)
+            exit_code = _train(config, accelerator, watch, source, objective or Objective)
         if exit_code == 0 and config.hub.push_to_hub and accelerator.is_main_process:
             hub.share(folder / PIPELINE_FOLDER, config.hub)  # last, so that nobody waits for the network
         return exit_code
+
+
+def hold(output_dir: Path, accelerator: Accelerator, held: contextlib.ExitStack, watch: Watchdog) -> None:
+    """Hold the run's folder for all processes until `held` is closed. `UserError`: it is another's, or not shared."""
+    lock = FolderLock(output_dir)
+    on_main(accelerator, lambda: held.enter_context(lock.held()))
+    (token,) = broadcast_object_list([lock.token])
+    on_all(accelerator, lambda: held.enter_context(lock.shared(token)))
+    earlier = read_failure(output_dir)
+
+    def leave(reason: str) -> None:
+        if accelerator.is_main_process or read_failure(output_dir) in (None, earlier):  # the main one knows more
+            leave_failure(output_dir, reason)
+
+    watch.output_dir, watch.leave = output_dir, leave
+
+
+def _train(
+    config: Config, accelerator: Accelerator, watch: Watchdog, source: Source | None, objective: type[Objective]
+) -> int:
+    """Build the run and train, or try two steps. Returns the exit code."""
+    folder, is_dry = Path(config.run.output_dir), config.run.dry_run
+    resume = os.path.expanduser(config.run.resume)
+    checkpoint = sound_checkpoint(accelerator, folder, resume, may_rename=not is_dry)
+    trainer = build_trainer(config, accelerator, watch, checkpoint, source, objective)
+    with contextlib.closing(trainer.feed):
+        if checkpoint:
+            on_all(accelerator, lambda: trainer.resume(checkpoint))
+        elif resume == "auto":
+            trainer.say(f"--resume auto: no checkpoint in {folder} yet, starting anew.")
+        if is_dry:
+            return trainer.dry_run()
+        trainer.look_ahead()
+        return trainer.run()
 
 
 def check_world(num_processes: int) -> None:
@@ -104,6 +128,7 @@ def placed(config: Config) -> Config:
 def build_trainer(
     config: Config,
     accelerator: Accelerator,
+    watch: Watchdog,
     checkpoint: Path | None = None,
     source: Source | None = None,
     objective: type[Objective] = Objective,
@@ -138,7 +163,7 @@ def build_trainer(
     )
     given = config
     config, plan, warnings = complete(given, facts)
-    trainer = assemble(config, plan, source, accelerator, held_out, initial, objective, experiment_of(given))
+    trainer = assemble(config, plan, source, accelerator, watch, held_out, initial, objective, experiment_of(given))
     if accelerator.is_main_process:
         if trainer.tuning.notes:
             say(trainer.tuning.notes)
@@ -155,6 +180,7 @@ def assemble(
     plan: Plan,
     source: Source,
     accelerator: Accelerator,
+    watch: Watchdog,
     held_out: HeldOut | None,
     initial: Initial | None,
     objective: type[Objective],
@@ -192,7 +218,6 @@ def assemble(
         precision=config.performance.mixed_precision,
         is_untrained=config.tune.init_from is None,
     )
-    watch = Watchdog(accelerator, Path(run.output_dir), 60 * run.max_stall_minutes, monitor.leave_failure)
     stops.on_look = watch.go_on
     return Trainer(
         accelerator=accelerator,

@@ -15,7 +15,7 @@ from jit_accel.base.console import say
 from jit_accel.base.errors import Stopped, StopRequest, UserError
 from jit_accel.base.files import check_guard, disk_errors
 from jit_accel.base.processes import SharedStop, on_main
-from jit_accel.base.watchdog import WAITING, Watchdog
+from jit_accel.base.watchdog import Watchdog
 from jit_accel.config.completion import Plan
 from jit_accel.config.settings import OptimConfig, RunConfig, write_config
 from jit_accel.data.batches.batch import Batch
@@ -95,8 +95,10 @@ class Trainer:
             self.output_dir.mkdir(parents=True, exist_ok=True)
         last_step = max(self.plan.total_steps, self.step)
         if self.quality and (self.step < last_step or not self.quality.has_measured(last_step)):
+            self.watch.at("looks at the real images", may_last=True)
             self.quality.prepare()
         with self.stop, self.monitor, self.checkpointer, self.watch:
+            self.watch.at("opens its logs", may_last=True)  # a tracker may get many rows that it lacks
             self._open_logs()
             if self.step == last_step:
                 self._say_that_nothing_is_left()
@@ -122,7 +124,7 @@ class Trainer:
         step_loss = torch.zeros((), device=accelerator.device)
         for _ in range(micro_steps):
             with accelerator.accumulate(self.model):  # gradients travel between processes with the last one
-                self.watch.at(WAITING)
+                self.watch.at("waits for its data", may_last=True)  # servers may be down for long
                 batch = self.feed.next()
                 self.watch.at(f"trains step {self.step + 1:,}")
                 loss = self.loss(batch).mean()
@@ -314,6 +316,7 @@ class Trainer:
 
     def _finish(self) -> int:
         self.checkpointer.finish()
+        self.watch.at("writes the results", may_last=True)
         # The main process decides: the others may see another state of a shared file system.
         output_dir, sheet = self.output_dir, self.sheet_path
         if not on_main(self.accelerator, partial(is_exported, output_dir, sheet)):
@@ -331,6 +334,7 @@ class Trainer:
         return self._close(0)
 
     def _close(self, exit_code: int) -> int:
+        self.watch.at("ends", may_last=True)
         self.monitor.close(exit_code)
         self.stops.close()
         self.accelerator.wait_for_everyone()

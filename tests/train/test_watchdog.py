@@ -7,11 +7,14 @@ import socket
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 from helpers import Group
 
 from jit_accel.base import watchdog
 from jit_accel.monitor.log import read_metrics
+from jit_accel.train import build
 from jit_accel.train.feed import Feed
 from jit_accel.train.trainer import Trainer
 
@@ -32,7 +35,7 @@ def trouble():
             if kind == "request" and self.accelerator.is_main_process:
                 (self.output_dir / watchdog.REQUEST_FILE).touch()
                 wait_for(self.output_dir / watchdog.STACKS_FILE)
-            if os.environ["RANK"] == rank:
+            if os.environ["RANK"] == rank or rank == "both":
                 sick(kind)
 
     def sick(kind):
@@ -44,6 +47,10 @@ def trouble():
             os.kill(os.getpid(), signal.SIGSTOP)
         if kind == "sleep":
             time.sleep(1000)
+        if kind == "memory":
+            raise MemoryError("of the whole machine")
+        if kind == "worker":
+            os.kill(psutil.Process().children()[-1].pid, signal.SIGKILL)
 
     def next_batch(self):
         if kind == "data" and os.environ["RANK"] == rank:
@@ -64,9 +71,9 @@ def trouble():
 
 @pytest.fixture
 def run(images, tmp_path):
-    def start(kind: str, rank: int, codes: list[int] | None) -> str:
-        environment = {"TEST_SETUP": "test_watchdog:trouble", "TEST_TROUBLE": f"{kind}:{rank}:{tmp_path}"}
-        flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "run"), "--max_steps", "20"]
+    def start(kind: str, rank: int | str, codes: list[int] | None, *more: str, setup: str = "trouble") -> str:
+        environment = {"TEST_SETUP": f"test_watchdog:{setup}", "TEST_TROUBLE": f"{kind}:{rank}:{tmp_path}"}
+        flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "run"), "--max_steps", "20", *more]
         group = Group(flags, tmp_path / "log.txt", 2, environment)
         if kind == "freeze":  # nothing else ends it
             for process in group.processes[:1]:
@@ -74,10 +81,31 @@ def run(images, tmp_path):
             group.kill()
         found = group.wait()
         assert codes is None or found == codes, group.output()
-        assert "2 x cpu" in group.output()
+        assert "2 x cpu" in group.output() or setup == "early_trouble"
         return group.output()
 
     return start
+
+
+def early_trouble():
+    """Let something happen to one process before the first step, with a short limit."""
+    kind, rank, _ = os.environ["TEST_TROUBLE"].split(":")
+    watchdog.BEAT_S = 0.2
+    build_model = build.build_model
+
+    def build_model_late(*args):
+        if os.environ["RANK"] == rank:
+            if kind == "raise":
+                raise ValueError("no such driver")
+            if kind in ("kill", "freeze"):
+                os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+            time.sleep(2.5)
+        return build_model(*args)
+
+    build.build_model = build_model_late
+
+
+LIMIT = ("--max_stall_minutes", f"{1 / 60}")
 
 
 def failed(tmp_path) -> str:
@@ -130,3 +158,80 @@ def test_the_stacks_of_all_processes_are_had_for_the_asking(run, tmp_path):
     stacks = (tmp_path / "run" / "stacks.txt").read_text()
     assert stacks.count("thread MainThread:") == 2
     assert not (tmp_path / "run" / "STACKS").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_a_process_raises_before_the_first_step_is_the_reason_that_is_left(run, tmp_path, rank):
+    output = run("raise", rank, None, setup="early_trouble")
+    assert "ValueError: no such driver" in failed(tmp_path)
+    assert rank == 0 or re.match(rf"process 1 on {HOST} failed", failed(tmp_path))
+    assert output.count("Traceback (most recent call last)") == 1  # that of the process itself
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_before_the_first_step_is_named(run, tmp_path, rank):
+    run("kill", rank, None, setup="early_trouble")
+    assert re.match(rf"process {rank} on {HOST}.* is (silent|gone)", failed(tmp_path))
+
+
+def test_a_process_that_is_silent_before_the_first_step_ends_the_run_in_time(run, tmp_path):
+    output = run("freeze", 1, [1, -signal.SIGKILL], *LIMIT, setup="early_trouble")
+    assert re.match(rf"no process has gone on for \d+ s: process 1 on {HOST} is silent for", failed(tmp_path)), output
+
+
+def test_a_process_that_takes_long_to_start_is_waited_for(run, tmp_path):
+    output = run("late", 1, [0, 0], *LIMIT, setup="early_trouble")
+    assert re.search("Warning: no process has gone on for .* starts", output)
+    assert not (tmp_path / "run" / "FAILED").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_do_not_come_are_not_waited_for_long(images, tmp_path, rank):
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "run"), *LIMIT]
+    group = Group(flags, tmp_path / "log.txt", 1, {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
+    assert group.wait() == [2], group.output()
+    assert "the 2 processes of this run could not all meet at 127.0.0.1 within" in group.output()
+    assert "Traceback" not in group.output()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_main_process_that_is_killed_is_named_by_the_others(run, tmp_path):
+    output = run("kill", 0, [-signal.SIGKILL, 2])
+    assert re.match(rf"process 0 on {HOST}, the main one, is gone", failed(tmp_path))
+    assert failed(tmp_path).strip() in output
+
+
+@pytest.mark.parametrize("kind", ["raise", "memory", "worker"])
+def test_one_reason_is_left_where_several_processes_fail(run, tmp_path, kind):
+    workers = ("--num_workers", "1") if kind == "worker" else ()
+    run(kind, "both" if kind == "raise" else 1, None, *workers)
+    reasons = {"raise": "ValueError: the disk has gone", "memory": "MemoryError: of the whole machine"}
+    named = "" if kind == "raise" else rf"process 1 on {HOST} failed: "
+    assert re.match(rf"({named}|process \d on {HOST} failed: )?{reasons.get(kind, '.*worker')}", failed(tmp_path))
+
+
+def test_a_process_that_compiles_goes_on():
+    found = []
+
+    def backend(module, inputs):
+        found.append(watchdog.compiles())
+        return lambda *args: (found.append(watchdog.compiles()), module(*args))[1]
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    assert found == [True, False]
+    assert not watchdog.compiles()
+
+
+def test_a_run_that_was_stopped_whole_goes_on_afterwards(images, tmp_path):
+    """By a debugger, or on a machine that slept, for longer than the limit."""
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "run"), "--max_steps", "400", *LIMIT]
+    environment = {"TEST_SETUP": "test_watchdog:trouble", "TEST_TROUBLE": f"none:none:{tmp_path}"}
+    group = Group(flags, tmp_path / "log.txt", 2, environment)
+    while len(read_metrics(tmp_path / "run")) < 5 and group.processes[0].is_alive():
+        time.sleep(0.05)
+    for sent in (signal.SIGSTOP, signal.SIGCONT):
+        for process in group.processes:
+            os.kill(process.pid, sent)
+        time.sleep(3)
+    assert group.wait() == [0, 0], group.output()
+    assert len(read_metrics(tmp_path / "run")) == 400
