@@ -19,6 +19,9 @@ def chosen_precision(mixed_precision: str | None = None) -> str:
         raise UserError(
             "of accelerate's configuration is not supported: use bf16.", about="mixed_precision", value="fp8"
         )
+    if default not in (None, "", "no", *DTYPES) and not mixed_precision:
+        rule = "of accelerate's configuration is none: give bf16, fp16 or no."
+        raise UserError(rule, about="mixed_precision", value=default)
     if default not in ("no", *DTYPES):
         default = "bf16" if is_good_at_bf16(device) else "no"
     precision = mixed_precision or default

@@ -21,12 +21,18 @@ from accelerate.utils import (
 from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from jit_accel.base.devices import DTYPES, chosen_precision
-from jit_accel.base.errors import UserError, lookup
+from jit_accel.base.devices import DTYPES, chosen_device, chosen_precision
+from jit_accel.base.errors import UserError, lookup, message_of
+from jit_accel.model.transformer import JiTBlock
 
 # Variables that accelerate's launcher sets for what this training cannot do.
 ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 PARALLELISMS = {"TP": "tensor", "CP": "context", "SP": "sequence"}
+# What accelerate's `fsdp_config` may switch on, and would go wrong or was never tried, with the remedy.
+UNTRIED_OF_FSDP = {
+    "activation_checkpointing": "gives dropout wrong gradients: leave it out, and add --gradient_checkpointing",
+    "offload_params": "is not supported: leave it out, and add --gradient_checkpointing, or processes",
+}
 LONGEST_WAIT = timedelta(hours=1)  # of a process for another, once all are there
 SHARDING = "shard the weights over the processes by FSDP2 instead (accelerate_configs/fsdp2.yaml)"
 
@@ -46,7 +52,7 @@ def build_accelerator(
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # of an earlier training in this process
     limit = timedelta(seconds=limit_s) if limit_s else LONGEST_WAIT
-    with _all_come(limit):
+    with _configuration_errors(), _all_come(limit):
         return Accelerator(
             mixed_precision=precision,
             log_with=trackers or None,
@@ -83,16 +89,55 @@ def _all_come(limit: timedelta) -> Iterator[None]:
         raise problem from error
 
 
+@contextlib.contextmanager
+def _configuration_errors(*more: type[Exception]) -> Iterator[None]:
+    """Raise what accelerate or torch says of a configuration in the block as a `UserError`."""
+    try:
+        yield
+    except (ValueError, KeyError, ImportError, NotImplementedError, *more) as error:
+        raise UserError(f"accelerate's configuration cannot be used ({message_of(error)}).") from error
+
+
 def refuse_unsupported() -> None:
     """Raise `UserError` for what accelerate's configuration asks for, and would be silently or wrongly done."""
     for variable, engine in ENGINES.items():
         if _is_on(variable):
             raise UserError(f"accelerate's configuration asks for {engine}, which is not supported: {SHARDING}.")
-    for short, name in PARALLELISMS.items() if _is_on("ACCELERATE_USE_PARALLELISM_CONFIG") else ():
-        size = os.environ.get(f"PARALLELISM_CONFIG_{short}_SIZE", "1")
-        if size != "1":
-            rule = f"accelerate's configuration asks for {name} parallelism (parallelism_config_{short.lower()}_size: "
+    if _is_on("ACCELERATE_USE_SAGEMAKER") and os.environ.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE", "NO") != "NO":
+        raise UserError(
+            f"accelerate's configuration asks for SageMaker's parallelism, which is not supported: {SHARDING}."
+        )
+    if _is_on("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        _refuse_parallelism()
+    device = os.environ.get("ACCELERATE_TORCH_DEVICE", "")
+    if device and device.partition(":")[0] != chosen_device().type:
+        raise UserError(f"ACCELERATE_TORCH_DEVICE {device}: the device here is {chosen_device().type}: leave it out.")
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or "1"
+    if not steps.isdecimal() or int(steps) < 1:
+        raise UserError(f"accelerate's configuration: gradient_accumulation_steps {steps}: must be a number from 1 on.")
+    asked_of_dynamo()
+
+
+def _refuse_parallelism() -> None:
+    """Raise `UserError` for sizes in accelerate's `parallelism_config` that are not those of FSDP2 or HSDP."""
+    names = {**PARALLELISMS, "DP_REPLICATE": "", "DP_SHARD": ""}
+    sizes = {short: os.environ.get(f"PARALLELISM_CONFIG_{short}_SIZE", "1") for short in names}
+    for short, size in sizes.items():
+        rule = (
+            f"accelerate's configuration asks for {names[short]} parallelism (parallelism_config_{short.lower()}_size: "
+        )
+        if names[short] and size != "1":
             raise UserError(f"{rule}{size}), which is not supported: images are short sequences; {SHARDING}.")
+    copies, shards, world = sizes["DP_REPLICATE"], sizes["DP_SHARD"], os.environ.get("WORLD_SIZE", "1")
+    asked = (
+        f"accelerate's configuration asks for {copies} copies of the model of {shards} parts each (parallelism_config)"
+    )
+    if not (copies.isdecimal() and shards.isdecimal() and int(copies) * int(shards) in (1, int(world))):
+        raise UserError(f"{asked}, and there are {world} processes: their product must be that number.")
+    if int(shards) > 1 and not _is_on("ACCELERATE_USE_FSDP"):
+        raise UserError(f"{asked}, which FSDP2 alone can: set distributed_type: FSDP (accelerate_configs/hsdp.yaml).")
+    if int(copies) > 1 and shards == "1" and _is_on("ACCELERATE_USE_FSDP"):
+        raise UserError(f"{asked}, which leaves FSDP2 nothing to do: leave parallelism_config out.")
 
 
 def _is_on(variable: str) -> bool:
@@ -107,28 +152,41 @@ def asked_of_dynamo() -> dict[str, object]:
 
     Raises `UserError`: a setting or backend that is not there.
     """
-    try:
+    with _configuration_errors():
         plugin = TorchDynamoPlugin()
-    except ValueError as error:
-        raise UserError(f"accelerate's configuration of torch.compile: {error}.") from None
     if plugin.backend == DynamoBackend.NO or plugin.disable:
         return {}
     settings = plugin.to_kwargs()
     backends = torch.compiler.list_backends(exclude_tags=())
     lookup(dict.fromkeys(backends), settings["backend"], "dynamo_backend", rule="torch has no such compiler here")
+    with _configuration_errors(RuntimeError):
+        torch.compile(lambda: None, **settings)  # which compiles nothing before it is called
     return settings
 
 
 def build_fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
-    """Return FSDP2 where accelerate's configuration asks for it, with sums and outputs in float32; UserError: FSDP 1.
+    """Return FSDP2 where accelerate's configuration asks for it, with sums and outputs in float32.
 
-    Accelerate's own policy reduces gradients in bf16 and casts the inputs, and t in bf16 is wrong.
+    Accelerate's own policy reduces gradients in bf16 and casts the inputs, and t in bf16 is wrong. Raises `UserError`:
+    FSDP 1, or a setting of it that would go wrong.
     """
     if not _is_on("ACCELERATE_USE_FSDP"):
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("fsdp_version 1: accelerate's configuration must say fsdp_version: 2 (FSDP2).")
-    if precision == "no":
-        return FullyShardedDataParallelPlugin()
-    full = {"reduce_dtype": torch.float32, "output_dtype": torch.float32, "cast_forward_inputs": False}
-    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy(DTYPES[precision], **full))
+    for name, why in UNTRIED_OF_FSDP.items():
+        if _is_on(f"FSDP_{name.upper()}"):
+            raise UserError(f"accelerate's configuration: fsdp_{name} {why}.")
+    if os.environ.get("FSDP_IGNORED_MODULES"):
+        raise UserError("accelerate's configuration: fsdp_ignored_modules is not supported: they would drift apart.")
+    wrapped = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP") or JiTBlock.__name__
+    if wrapped != JiTBlock.__name__:
+        rule = f"fsdp_transformer_layer_cls_to_wrap: {wrapped}: the layers here are called {JiTBlock.__name__}."
+        raise UserError(f"accelerate's configuration: {rule}")
+    # Every process begins with the same weights, and accelerate's launcher would send them around unless told not to.
+    policy = {"cpu_ram_efficient_loading": False}
+    if precision != "no":
+        full = {"reduce_dtype": torch.float32, "output_dtype": torch.float32, "cast_forward_inputs": False}
+        policy["mixed_precision_policy"] = MixedPrecisionPolicy(DTYPES[precision], **full)
+    with _configuration_errors():
+        return FullyShardedDataParallelPlugin(**policy)

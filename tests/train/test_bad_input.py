@@ -221,10 +221,55 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(refu
             for short, name in (("TP", "tensor"), ("CP", "context"), ("SP", "sequence"))
         ),
         ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version 1: accelerate's configuration must say fsdp_version: 2"),
+        *(
+            ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"} | sizes, message)
+            for sizes, message in (
+                ({"PARALLELISM_CONFIG_TP_SIZE": "two"}, "tensor parallelism .*: two"),
+                ({"PARALLELISM_CONFIG_DP_SHARD_SIZE": "two"}, "1 copies of the model of two parts each"),
+                ({"PARALLELISM_CONFIG_DP_SHARD_SIZE": "-1"}, "1 copies of the model of -1 parts each"),
+                ({"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "3"}, "there are 1 processes: their product must be"),
+                ({"PARALLELISM_CONFIG_DP_SHARD_SIZE": "2", "WORLD_SIZE": "2"}, "which FSDP2 alone can: .*hsdp.yaml"),
+                (
+                    {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"},
+                    "leaves FSDP2 nothing to do",
+                ),
+            )
+        ),
+        *(
+            ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} | settings, message)
+            for settings, message in (
+                (
+                    {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+                    "fsdp_activation_checkpointing gives dropout wrong",
+                ),
+                ({"FSDP_OFFLOAD_PARAMS": "True"}, "fsdp_offload_params is not supported: leave it out"),
+                ({"FSDP_IGNORED_MODULES": "blocks.*"}, "fsdp_ignored_modules is not supported"),
+                ({"FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer"}, "BertLayer: the layers here are called JiTBlock"),
+                ({"FSDP_AUTO_WRAP_POLICY": "NOPE"}, "cannot be used .*Invalid auto wrap policy: NOPE"),
+                ({"FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, "cannot be used .*full_shard"),
+                ({"FSDP_STATE_DICT_TYPE": "NOPE"}, "cannot be used .*NOPE"),
+                ({"FSDP_VERSION": "2.0"}, "fsdp_version: 2"),
+            )
+        ),
+        ({"ACCELERATE_USE_SAGEMAKER": "true", "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": "DATA_PARALLEL"}, "SageMaker"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"}, "gradient_accumulation_steps auto: must be a number"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "-1"}, "gradient_accumulation_steps -1: must be a number"),
+        ({"ACCELERATE_MIXED_PRECISION": "int8"}, "mixed_precision int8: .* is none: give bf16, fp16 or no"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision fp8: .* is not supported: use bf16"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "nope"}, "accelerate's configuration cannot be used .*NOPE"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "inductor", "ACCELERATE_DYNAMO_MODE": "fastest"}, "cannot be used .*fastest"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "eager", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "maybe"}, "cannot be used .*maybe"),
+        ({"ACCELERATE_DEBUG_MODE": "maybe"}, "cannot be used .*maybe"),
+        ({"ACCELERATE_TORCH_DEVICE": "cuda:0"}, "ACCELERATE_TORCH_DEVICE cuda:0: "),
     ],
 )
-def test_what_accelerates_configuration_asks_for_and_is_not_supported(images, tmp_path, capsys, environment, message):
-    assert train_here("--data_path", str(images), "--output_dir", str(tmp_path / "run"), **environment) == 2
+def test_what_accelerates_configuration_asks_for_and_is_not_supported(
+    images, tmp_path, capsys, monkeypatch, environment, message
+):
+    """Found before the data are looked at."""
+    monkeypatch.setattr("jit_accel.train.build.open_data", lambda *_, **__: pytest.fail("reads the data"))
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "run"), "--mixed_precision", "none"]
+    assert train_here(*flags, **environment) == 2
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
     assert not (tmp_path / "run").exists()
 
