@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 def fit(config: Config, *, source: Source | None = None, objective: type[Objective] | None = None) -> Path:
     """Train in this process, and return the run's folder, which `jit_accel.load` takes.
 
-    SIGTERM and Ctrl-C save a checkpoint and end the training; `resume="auto"` goes on from there.
+    Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 save a checkpoint and end the training; `resume="auto"` goes on from there.
 
     Args:
         config: as `Config.of` returns it.
