@@ -31,6 +31,7 @@ from jit_accel.model.loading import (
     find_pipeline_in,
     load_pipeline,
 )
+from jit_accel.model.manifest import MANIFEST
 from jit_accel.model.pipeline import JiTPipeline
 
 # The reference's keys, and what they are called here; its decays.
@@ -122,6 +123,8 @@ def open_checkpoint(path: Path, wanted: str | None) -> Input:
         raise _refusal(path, f"cannot be read ({error.strerror}): check the file and its disk.") from None
     if start == b"version https://git-lfs":
         raise _refusal(path, "is only a Git LFS pointer: fetch the file itself with `git lfs pull`.")
+    if (path.parent / MANIFEST).is_file() and re.search(r"-\d+-of-\d+\.safetensors$", path.name):
+        raise _refusal(path, f"is what one of several processes wrote of a checkpoint: give its folder, {path.parent}.")
     # Safetensors begin with eight bytes of length, then JSON.
     is_safe = path.suffix.lower() == ".safetensors" or start[8:9] == b"{"
     content = read_safetensors(path) if is_safe else read_pickle(path)

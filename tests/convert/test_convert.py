@@ -401,6 +401,15 @@ def test_what_is_no_checkpoint_is_told(tmp_path, capsys, make, message):
     assert message in refusal(capsys, tmp_path / "source.pth", tmp_path / "out", *CONTEXT)
 
 
+def test_what_one_of_several_processes_wrote_of_a_checkpoint_is_told_from_a_network(tmp_path, capsys):
+    file = tmp_path / "model-00001-of-00002.safetensors"
+    save_file(golden_weights(""), file)
+    assert convert(file, tmp_path / "out", *CONTEXT) == 0  # as others divide a network
+    (tmp_path / "manifest.json").touch()
+    told = refusal(capsys, file, tmp_path / "other", *CONTEXT)
+    assert f"is what one of several processes wrote of a checkpoint: give its folder, {tmp_path}." in told
+
+
 def test_a_compressed_archive_is_read_as_it_was_meant(tmp_path):
     torch.save(golden_weights(), tmp_path / "w.pth")
     with zipfile.ZipFile(tmp_path / "w.pth") as a, zipfile.ZipFile(tmp_path / "z.pth", "w", zipfile.ZIP_DEFLATED) as b:
