@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from jit_accel.base.console import say
 from jit_accel.base.errors import UserError, message_of
-from jit_accel.base.files import move, sync, write_json
+from jit_accel.base.files import check_guard, move, sync, write_json
 from jit_accel.base.processes import on_main
 from jit_accel.model.checkpoints import (
     NOT_FINITE,
@@ -159,6 +159,7 @@ class Checkpointer:
 
     def _prepare(self, step: int, temporary: Path) -> None:
         """Make the folder to write to, an empty one."""
+        check_guard(temporary)
         try:
             for left_over in self.folder.glob("tmp_*"):
                 shutil.rmtree(left_over)
@@ -174,8 +175,10 @@ class Checkpointer:
             files = {name: file for share in shares for name, file in share.items()}
             self._together(step, partial(self._seal, values, files, temporary, final) if is_main else lambda: None)
         except Exception:
-            if is_main:  # the room is needed
-                shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(UserError):  # it may be another's by now
+                check_guard(temporary)
+                if is_main:  # the room is needed
+                    shutil.rmtree(temporary, ignore_errors=True)
             raise
         return final
 
@@ -205,12 +208,14 @@ class Checkpointer:
         copies, files = snapshot.take(), {}
         for part in list(copies):
             if pieces := copies.pop(part):
+                check_guard(temporary)
                 name = f"{part}{ending}.safetensors"
                 files[name] = write_tensors(temporary / name, pieces)
             self.on_progress()  # of all processes alike
         return files
 
     def _seal(self, values: bytes, files: dict[str, Written], temporary: Path, final: Path) -> None:
+        check_guard(temporary)
         with summed_file(temporary / STATE) as file:
             file.write(values)
         write_manifest(temporary, files | {STATE: file.written})

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from jit_accel.base.errors import UserError
+from jit_accel.base.files import guarded
 from jit_accel.model import checkpointer as saving
 from jit_accel.model.checkpointer import Checkpointer
 from jit_accel.model.checkpoints import complete_checkpoints, load_parts, load_tensors, sound_checkpoint
@@ -183,6 +184,36 @@ def test_what_fails_behind_ones_back_is_raised_at_the_next_look(tmp_path, monkey
                 checkpointer.finish_if_written()
     assert list((tmp_path / "checkpoints").iterdir()) == [good]
     assert checkpointer.save(3, {"model": NamedTensors(weights)}).is_dir()
+
+
+def test_nothing_is_written_where_another_has_taken_the_folder_over(tmp_path, monkeypatch):
+    """Be that before a checkpoint, or while it is being written; what the other one writes stays as it is."""
+    weights, checkpointer = {"w": torch.ones(3)}, Checkpointer(ALONE, tmp_path, 2)
+    parts = {"model": NamedTensors(weights), "ema_auto": NamedTensors(weights)}
+    theirs, is_lost, write = tmp_path / "checkpoints" / "tmp_step_00000002", [], saving.write_tensors
+
+    def check():
+        if is_lost:
+            raise UserError("has taken this folder over")
+
+    def write_and_lose(path, pieces):
+        written = write(path, pieces)
+        lose()
+        return written
+
+    def lose():
+        is_lost.append(True)
+        shutil.rmtree(theirs, ignore_errors=True)
+        theirs.mkdir(parents=True)
+        (theirs / "state.json").write_text("theirs")
+
+    monkeypatch.setattr(saving, "write_tensors", write_and_lose)
+    with guarded(tmp_path, check):
+        for _ in range(2):
+            with pytest.raises(UserError, match="has taken this folder over"):
+                checkpointer.save(2, parts)
+            assert [path.name for path in theirs.iterdir()] == ["state.json"]
+            assert (theirs / "state.json").read_text() == "theirs"
 
 
 def test_what_is_being_written_is_waited_for_where_something_else_fails(tmp_path, monkeypatch):
