@@ -20,7 +20,8 @@ from jit_accel.base.shared_tables import tables_shared
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-LAUNCHERS = (b"accelerate", b"torchrun", b"torch.distributed")  # in their command lines
+LAUNCHERS = (b"accelerate", b"accelerate-launch", b"torchrun")  # programs
+LAUNCHER_MODULES = (b"accelerate.", b"torch.distributed.")
 
 
 class Sliceable(Protocol):
@@ -185,11 +186,16 @@ def end_with_launcher() -> None:
     """
     parent = os.getppid()
     with contextlib.suppress(OSError, AttributeError):
-        command = Path(f"/proc/{parent}/cmdline").read_bytes()
-        if any(name in command for name in LAUNCHERS):
+        if is_launcher(Path(f"/proc/{parent}/cmdline").read_bytes()):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
             if os.getppid() != parent:  # gone meanwhile
                 os.kill(os.getpid(), signal.SIGTERM)
+
+
+def is_launcher(command: bytes) -> bool:
+    """Return True for the command line, as in /proc, of a program that starts trainings."""
+    words = command.split(b"\0")
+    return any(os.path.basename(word) in LAUNCHERS or word.startswith(LAUNCHER_MODULES) for word in words)
 
 
 def grace_s() -> float | None:
