@@ -84,8 +84,9 @@ class Supervisor:
 
     def _train(self) -> int:
         """Run the launcher to its end, and wait for the processes that it leaves. Returns its exit code."""
+        before = _end_with_parent if os.name == "posix" else None
         try:
-            process = subprocess.Popen(self.command, start_new_session=True, preexec_fn=_end_with_parent)
+            process = subprocess.Popen(self.command, start_new_session=True, preexec_fn=before)
         except OSError as error:
             raise UserError(f"{self.command[0]} cannot be started ({error.strerror}).") from None
         mark, is_told, elsewhere = self._lost_mark(), False, 0.0
@@ -155,7 +156,7 @@ def _signal(processes: Iterable[psutil.Process], number: int) -> None:
 
 
 def _prctl(option: int, value: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # of systems that have none
         ctypes.CDLL(None).prctl(option, value)
 
 

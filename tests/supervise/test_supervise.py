@@ -90,6 +90,15 @@ def test_the_checkpoint_that_was_there_before_is_no_progress(launcher, tmp_path)
     assert starts(tmp_path) == 3
 
 
+def test_a_system_without_prctl_will_do(launcher, tmp_path, monkeypatch):
+    def refuse(name):
+        raise TypeError("argument of type 'NoneType' is not iterable")  # as on Windows
+
+    monkeypatch.setattr(supervision.ctypes, "CDLL", refuse)
+    assert main(launcher(FAIL, DONE)) == 0
+    assert starts(tmp_path) == 2
+
+
 @pytest.mark.parametrize("flags", [["--dry_run"], ["--resume", "none"]])
 def test_what_does_not_go_on_is_started_once_and_its_exit_code_kept(launcher, tmp_path, flags):
     assert main([*launcher(FAIL), "--", *flags]) == 7
