@@ -23,7 +23,7 @@ pytestmark = pytest.mark.multiprocess
 
 
 def trouble():
-    """Let something happen to one process after step 5; the limit of the watch is short from there on."""
+    """Let something happen to one process after step 5; where that is to lag, the limit is short until it is named."""
     kind, rank, folder = os.environ["TEST_TROUBLE"].split(":")
     watchdog.BEAT_S = 0.2
     step, next_ = Trainer.train_step, Feed.next
@@ -31,7 +31,9 @@ def trouble():
     def train_step(self):
         step(self)
         if self.step == 5:
-            self.watch.limit_s = 1.0 if kind != "request" else 0
+            watches.append(self.watch)
+            if kind in ("freeze", "sleep", "data"):
+                self.watch.limit_s = 1.0
             if kind == "request" and self.accelerator.is_main_process:
                 (self.output_dir / watchdog.REQUEST_FILE).touch()
                 wait_for(self.output_dir / watchdog.STACKS_FILE)
@@ -63,9 +65,14 @@ def trouble():
         while not path.exists():
             time.sleep(0.01)
 
-    trainer_has_begun = []
-    warn = watchdog.warn
-    watchdog.warn = lambda text: (warn(text), (Path(folder) / "warned").touch())
+    def warn_and_wait(text):
+        warn(text)
+        for watch in watches:
+            watch.limit_s = 600.0
+        (Path(folder) / "warned").touch()
+
+    trainer_has_begun, watches = [], []
+    warn, watchdog.warn = watchdog.warn, warn_and_wait
     Trainer.train_step, Feed.next = train_step, next_batch
 
 
