@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,24 +51,23 @@ class Evaluator:
         settings: SamplerSettings,
         seed: int = 0,
         img_size: int | None = None,
-        on_step: Callable | None = None,
+        looking: Callable[[], AbstractContextManager[Callable | None]] = nullcontext,
     ) -> dict[str, float]:
         """Return `compare` of images 0 to `num_images` - 1 of this seed, of class number % classes; nothing is stored.
 
-        All processes make equally many calls of the network, and of `on_step`, the pipeline's `callback_on_step_end`.
-        `img_size` None: the training size.
+        All processes make equally many calls of the network. `img_size` None: the training size. `looking` gives the
+        pipeline's `callback_on_step_end`, and is left as soon as this process has made its images, or failed.
         """
         processes, side = self.accelerator.num_processes, img_size or pipeline.transformer.config.img_size
         padded = range(-(-num_images // processes) * processes)  # those from num_images on only fill batches up
         numbers = share_of(padded, self.accelerator.process_index, processes)
         collector = Collector(self.network, num_images, self.metrics, self.max_features)
         how = {"seed": seed, "settings": settings, "batch_size": self.batch_size, "height": side, "width": side}
-        how["on_step"] = on_step
 
         def draw() -> None:
             # In autocast features and sums keep their float32 and float64.
-            with self.accelerator.autocast(), self._progress(len(numbers)) as progress:
-                for part, images in generate_batches(pipeline, numbers, **how):
+            with self.accelerator.autocast(), self._progress(len(numbers)) as progress, looking() as on_step:
+                for part, images in generate_batches(pipeline, numbers, on_step=on_step, **how):
                     collector.add(torch.tensor(part), self.network(images))
                     progress.update(len(part))
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -168,10 +169,10 @@ class SampleQuality(AveragedSamples):
             with self.averages.applied():
                 for guidance in dict.fromkeys((1.0, scale)):
                     how = SamplerSettings(steps, guidance), self.seed
-                    with self.stops.looking(steps * batches) as look:
-                        found[guidance] = self.evaluator.measure_pipeline(
-                            self.pipeline, self.reference, images, *how, on_step=look
-                        )
+                    looking = partial(self.stops.looking, steps * batches)
+                    found[guidance] = self.evaluator.measure_pipeline(
+                        self.pipeline, self.reference, images, *how, looking=looking
+                    )
         except survived as error:  # met by all processes
             if self.accelerator.is_main_process:
                 warn(f"step {step:,} is not evaluated, and training goes on: {message_of(error)}")

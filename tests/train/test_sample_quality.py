@@ -164,6 +164,36 @@ def _stop_one_within():
     JiTPipeline.predict = predict_and_be_told
 
 
+@pytest.mark.multiprocess
+def test_an_evaluation_that_fails_on_one_process_costs_its_values_alone(images, tmp_path):
+    """However far the others have got by then: they look for a stop meanwhile."""
+    out = tmp_path / "run"
+    flags = ["--data_path", str(images), *EVAL, "--eval_num_inference_steps", "6", "--output_dir", str(out)]
+    group = Group(flags, tmp_path / "log.txt", 2, {"TEST_SETUP": "test_sample_quality:_fail_on_one"})
+    assert group.wait() == [0, 0], group.output()
+    assert (
+        group.output().count("step 3 is not evaluated, and training goes on: process 1: OutOfMemoryError: no memory")
+        == 1
+    )
+    assert list(measured(out)) == [6]
+
+
+def _fail_on_one():
+    tiny_features.install()
+    predict, measure, calls = JiTPipeline.predict, Evaluator.measure_pipeline, []
+
+    def measure_noted(self, *args, **kwargs):
+        calls.append("evaluation")
+        return measure(self, *args, **kwargs)
+
+    def predict_once_not(self, *args):
+        if os.environ["RANK"] == "1" and calls == ["evaluation"]:
+            raise torch.OutOfMemoryError("no memory")
+        return predict(self, *args)
+
+    Evaluator.measure_pipeline, JiTPipeline.predict = measure_noted, predict_once_not
+
+
 def test_a_dry_run_finds_a_wrong_reference(images, tmp_path, capsys):
     command = ("--data_path", str(images), "--output_dir", str(tmp_path / "run"), *EVAL, "--dry_run")
     for wrong in ("nowhere", "nowhere.npz"):
