@@ -10,7 +10,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each program that a test star
 
 import pytest
 import torch
-from helpers import OLD_FOLDERS, offer_fork_server
+from helpers import OLD_FOLDERS, clothes, offer_fork_server
 
 
 def pytest_configure(config):
@@ -71,21 +71,7 @@ def tiny():
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A folder of 44 Fashion-MNIST images in four class folders."""
-    from jit_accel.data.formats.sources import open_images
-
-    source = open_images("builtin:fashion_mnist")
-    folder = tmp_path_factory.mktemp("data") / "clothes"
-    counts = dict.fromkeys((0, 1, 5, 8), 0)
-    for row in source.images.dataset:
-        label = row["label"]
-        if counts.get(label, 11) < 11:
-            path = folder / source.class_names[label].replace("/", "-") / f"{counts[label]:02d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(row["image"]["bytes"])
-            counts[label] += 1
-        if all(count == 11 for count in counts.values()):
-            return folder
-    raise AssertionError("the embedded data set ended early")
+    return clothes(tmp_path_factory.mktemp("data") / "clothes")
 
 
 @pytest.fixture(scope="module")

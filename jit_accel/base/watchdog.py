@@ -108,14 +108,18 @@ class Watchdog:
             return None
         is_of_connection = any(word in str(error) for word in _OF_CONNECTIONS)
         try:
-            first = self._other_failure(wait_s=4 * BEAT_S if is_of_connection else 0)
+            if is_of_connection:  # which the main process alone can say the reason of
+                with self._lock:
+                    self.store.set("cut_off", self._name())
+            first = self._other_failure(wait_s=10 * BEAT_S if is_of_connection else 0)
             if not first:
                 mine = {"rank": self.rank, "reason": f"{self._name()} failed: {message_of(error)}"}
                 with self._lock:
                     first = json.loads(self.store.compare_set("failure", "", json.dumps(mine)))
                 if self.is_main and first["rank"] == self.rank:
                     self.leave(message_of(error))
-                    time.sleep(BEAT_S)  # the others read it, as long as there is a store
+            if self.is_main:
+                time.sleep(BEAT_S)  # the others read it, as long as there is a store
         except (DistError, RuntimeError):
             if not is_of_connection:
                 return None
@@ -131,13 +135,10 @@ class Watchdog:
         return cause
 
     def _other_failure(self, wait_s: float) -> dict | None:
-        """Return what another process has said to fail of, or on the main process, that one is silent."""
+        """Return what another process has said to fail of, or the main one, that it is silent."""
         deadline = time.monotonic() + wait_s
         while not (found := self._first_failure()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        silent = [rank for rank, sign in enumerate(self.signs) if time.monotonic() - sign.heard > 2 * BEAT_S]
-        if not found and wait_s and silent:
-            found = {"rank": -1, "reason": self._in_words(silent)}
         return found
 
     def _first_failure(self) -> dict | None:
@@ -207,6 +208,9 @@ class Watchdog:
         if self.output_dir and (request := self.output_dir / REQUEST_FILE).exists():
             request.unlink(missing_ok=True)
             say(f"The stacks of all processes are in {self._write_stacks()}")
+        silent = [rank for rank, sign in enumerate(self.signs) if now - sign.heard > 2 * BEAT_S]
+        if silent and self.store.check(["cut_off"]):
+            self.store.compare_set("failure", "", json.dumps({"rank": -1, "reason": self._in_words(silent)}))
         still_s = now - max(sign.moved for sign in self.signs)
         if not self.limit_s or still_s < self.limit_s:
             return

@@ -88,16 +88,17 @@ class MetricsLog:
 
 
 def end_of_rows(path: Path, step: int) -> int:
-    """Return the place in the file, in bytes, where the last whole row up to `step` ends."""
-    end = position = 0
+    """Return the place in the file, in bytes, where the last whole row up to `step` ends.
+
+    A damaged row, whose step is out of order, costs no other one.
+    """
+    end, position, newest = 0, 0, -1
     with open(path, "rb") as file:
         for line in file:
             position += len(line)
             row = parse_json_line(line)
-            if _has_step(row) and line.endswith(b"\n"):
-                if row["step"] > step:
-                    break
-                end = position
+            if _has_step(row) and line.endswith(b"\n") and newest < row["step"] <= step:
+                end, newest = position, row["step"]
     return end
 
 

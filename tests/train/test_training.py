@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline  # noqa: F401 (imported once, before the
 from helpers import (
     TINY,
     Group,
+    as_parquet,
     assert_same_state,
     last_checkpoint,
     rows,
@@ -348,6 +349,18 @@ def test_the_log_of_a_resumed_run_has_no_doubled_and_no_missing_step(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("damaged", [1, 4, 9])
+@pytest.mark.parametrize("number", [2, 7, 900])
+def test_a_flipped_bit_in_the_log_costs_a_resumed_run_no_other_row(tmp_path, damaged, number):
+    """Whatever step the damaged row seems to be of, before and behind the one that is gone on from."""
+    log = MetricsLog(tmp_path, step=0)
+    log.write([{"step": number if step == damaged else step} for step in range(1, 11)])
+    log = MetricsLog(tmp_path, step=6)
+    log.write([{"step": step} for step in (7, 8)])
+    steps = [row["step"] for row in read_metrics(tmp_path)]
+    assert steps == [number if step == damaged else step for step in range(1, 9)]
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_sharded_training_equals_replicated_training_and_their_checkpoints_are_the_same(images, tmp_path, optimizer):
@@ -420,22 +433,6 @@ def test_a_killed_stream_resumes_exactly(shards, uninterrupted, tmp_path, worker
     assert "Resumed from" in train_group(tmp_path, *flags, "--output_dir", str(broken), num_processes=2)
     assert rows(broken) == rows(whole)
     assert_same_state(whole, broken)
-
-
-def as_parquet(images, folder, num_shards):
-    from datasets import Dataset, Features, Image, Value
-
-    folder.mkdir()
-    files = sorted(images.glob("*/*.png"))
-    names = sorted({file.parent.name for file in files})
-    table = {
-        "image": [{"bytes": file.read_bytes(), "path": None} for file in files],
-        "label": [names.index(file.parent.name) for file in files],
-    }
-    data = Dataset.from_dict(table, features=Features({"image": Image(), "label": Value("int64")})).shuffle(seed=0)
-    for i in range(num_shards):
-        data.shard(num_shards, i).to_parquet(folder / f"train-{i:05d}.parquet")
-    return folder
 
 
 def test_the_default_averages_of_a_resumed_run_are_those_it_began_with(images, tmp_path, monkeypatch):

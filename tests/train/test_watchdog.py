@@ -43,7 +43,7 @@ def trouble():
     def sick(kind):
         if kind == "raise":
             raise ValueError("the disk has gone")
-        if kind == "kill":
+        if kind.startswith("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "freeze":
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -74,21 +74,24 @@ def trouble():
     trainer_has_begun, watches = [], []
     warn, watchdog.warn = watchdog.warn, warn_and_wait
     Trainer.train_step, Feed.next = train_step, next_batch
+    if kind == "kill-late" and os.environ["RANK"] == "0":
+        cause = watchdog.Watchdog._cause_of
+        watchdog.Watchdog._cause_of = lambda *args: (time.sleep(6 * watchdog.BEAT_S), cause(*args))[1]
 
 
 @pytest.fixture
 def run(images, tmp_path):
-    def start(kind: str, rank: int | str, codes: list[int] | None, *more: str, setup: str = "trouble") -> str:
+    def start(kind: str, rank: int | str, codes: list[int] | None, *more: str, setup="trouble", processes=2) -> str:
         environment = {"TEST_SETUP": f"test_watchdog:{setup}", "TEST_TROUBLE": f"{kind}:{rank}:{tmp_path}"}
         flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "run"), "--max_steps", "20", *more]
-        group = Group(flags, tmp_path / "log.txt", 2, environment)
+        group = Group(flags, tmp_path / "log.txt", processes, environment)
         if kind == "freeze":  # nothing else ends it
             for process in group.processes[:1]:
                 process.join(300)
             group.kill()
         found = group.wait()
         assert codes is None or found == codes, group.output()
-        assert "2 x cpu" in group.output() or setup == "early_trouble"
+        assert f"{processes} x cpu" in group.output() or setup == "early_trouble"
         return group.output()
 
     return start
@@ -132,6 +135,13 @@ def test_what_a_process_raises_is_the_reason_that_is_left(run, tmp_path, rank):
 def test_a_killed_process_is_named(run, tmp_path):
     run("kill", 1, None)
     assert re.match(rf"process 1 on {HOST} is silent for \d+ s", failed(tmp_path))
+
+
+def test_all_that_are_left_name_the_killed_process_not_what_they_felt(run, tmp_path):
+    """Also where the main process, which alone knows who is silent, does not notice as long as the others wait."""
+    output = run("kill-late", 1, None, processes=3)
+    assert re.match(rf"process 1 on {HOST} is silent for \d+ s", failed(tmp_path))
+    assert "Traceback" not in output
 
 
 def test_a_process_that_is_silent_ends_the_run_in_time(run, tmp_path):
@@ -233,7 +243,7 @@ def test_a_run_that_was_stopped_whole_goes_on_afterwards(images, tmp_path):
     """By a debugger, or on a machine that slept, for longer than the limit."""
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "run"), "--max_steps", "400", *LIMIT]
     environment = {"TEST_SETUP": "test_watchdog:trouble", "TEST_TROUBLE": f"none:none:{tmp_path}"}
-    group = Group(flags, tmp_path / "log.txt", 2, environment)
+    group = Group(flags, tmp_path / "log.txt", processes, environment)
     while len(read_metrics(tmp_path / "run")) < 5 and group.processes[0].is_alive():
         time.sleep(0.05)
     for sent in (signal.SIGSTOP, signal.SIGCONT):
