@@ -107,6 +107,11 @@ def iterate_metrics(output_dir: Path) -> Iterator[dict]:
     return filter(_has_step, read_json_lines(output_dir / METRICS_FILE))
 
 
+def is_measured(output_dir: Path, step: int, keys: set[str]) -> bool:
+    """Return False where a run's log has a row of this step without any of these values."""
+    return not any(row["step"] == step and keys.isdisjoint(row) for row in iterate_metrics(output_dir))
+
+
 def _has_step(row: dict | None) -> bool:
     return row is not None and type(row.get("step")) is int and 0 <= row["step"] < 2**63
 

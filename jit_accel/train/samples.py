@@ -23,7 +23,7 @@ from jit_accel.evaluate.settings import metric_names
 from jit_accel.evaluate.statistics import ImageStatistics
 from jit_accel.model.generation import SamplerSettings, generate
 from jit_accel.model.pipeline import JiTPipeline
-from jit_accel.monitor.log import iterate_metrics
+from jit_accel.monitor.log import is_measured
 from jit_accel.monitor.metric_table import EVAL, UNGUIDED
 from jit_accel.train.averages import Ema
 
@@ -144,8 +144,7 @@ class SampleQuality(AveragedSamples):
     def has_measured(self, step: int) -> bool:
         """Return False where the log has this step without the values; the main process looks."""
         keys = {EVAL.format(name=name) for name in self.evaluator.metrics}
-        rows = (row for row in iterate_metrics(self.output_dir) if row["step"] == step)
-        return on_main(self.accelerator, lambda: not any(map(keys.isdisjoint, rows)))
+        return on_main(self.accelerator, lambda: is_measured(self.output_dir, step, keys))
 
     def prepare(self) -> None:
         """Get the statistics of the reference, a file or images that are read once; `UserError` if it is unreadable."""

@@ -24,7 +24,7 @@ from jit_accel.model.checkpoints import load_parts, read_run
 from jit_accel.model.loading import PIPELINE_FOLDER
 from jit_accel.model.lora import refuse_other_base
 from jit_accel.model.objective import Objective
-from jit_accel.monitor.log import FAILED_FILE, INTERRUPTED_FILE, REPORT_FILE
+from jit_accel.monitor.log import FAILED_FILE, INTERRUPTED_FILE, REPORT_FILE, is_measured
 from jit_accel.monitor.metric_table import EMA_VAL_LOSS, EVAL, VAL_LOSS, part_of
 from jit_accel.monitor.monitor import Monitor, peak_memory_gib
 from jit_accel.train.averages import Ema
@@ -84,7 +84,8 @@ class Trainer:
             Occasion("sample", self.sheets.settings.sample_every_steps, self.sample, self._has_sheet, at_end=False),
         ]
         if self.validation:  # before the metrics of the step are read, since it adds to them
-            self.occasions.insert(0, Occasion("validate", run.val_every_steps, self.validate, reads_first=False))
+            every = run.val_every_steps
+            self.occasions.insert(0, Occasion("validate", every, self.validate, self._has_validated, reads_first=False))
         if quality := self.quality:
             every = quality.evaluation.eval_every_steps
             self.occasions.append(Occasion("evaluate", every, self.evaluate, lambda: quality.has_measured(self.step)))
@@ -201,10 +202,17 @@ class Trainer:
             return self._denoising_loss(batch, self.tuning.labels_of(batch), self.validation.seed)[0]
 
         self.model.eval()
+        found = {}
         for name, weights in ((VAL_LOSS, contextlib.nullcontext()), (EMA_VAL_LOSS, self.averages.applied())):
             with self.monitor.pause(), weights:
-                loss = self.validation.loss(losses_of)
+                found[name] = self.validation.loss(losses_of)
+        if self.step == self.first_step:  # a stop prevented it; the row is written already
+            return self.monitor.amend(self.step, {name: loss.item() for name, loss in found.items()})
+        for name, loss in found.items():
             self.monitor.record_occasional(name, loss)
+
+    def _has_validated(self) -> bool:
+        return on_main(self.accelerator, lambda: is_measured(self.output_dir, self.step, {VAL_LOSS, EMA_VAL_LOSS}))
 
     def flush(self) -> None:
         """Read the kept metrics: here alone the host waits. `UserError`: not finite, or too many broken images."""

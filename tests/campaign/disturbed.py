@@ -111,8 +111,9 @@ class Campaign:
             self.seen = {place: image for place, image in self.seen.items() if place < first} | taken
         judge.check_folder(self.output, self.flipped)
         check(judge.newest_sound(self.output) >= newest, "a checkpoint was lost")
-        is_of_worker = strike and strike.what == faults.KILL_ONE and "DataLoader worker" in printed
-        check("Traceback" not in printed or is_of_worker, f"a traceback:\n{printed}")
+        # Torch's own, of those that wait for a process that never came; and of a worker that decodes no more.
+        may_trace = strike and (strike.moment == faults.AT_START or "DataLoader worker" in printed)
+        check("Traceback" not in printed or may_trace, f"a traceback:\n{printed}")
         what = strike.what if strike else None
         if what in faults.KILLS:
             check(-signal.SIGKILL in codes or set(codes) == {0} or what == faults.KILL_ONE, f"codes {codes}")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import time
 
@@ -15,6 +16,7 @@ from jit_accel.monitor import monitor
 from jit_accel.monitor.log import read_metrics
 from jit_accel.monitor.metrics import T_BINS
 from jit_accel.train import results
+from jit_accel.train.trainer import Trainer
 
 EVERY_STEP = {"step", "train/loss", "train/learning_rate", "train/grad_norm", "train/epoch", "train/images_seen"}
 EVERY_STEP |= {"train/time"}
@@ -85,6 +87,28 @@ def test_metrics_go_on_after_a_resume_as_if_nothing_had_been(images, tmp_path, c
     before, after = (row["train/elapsed"] for row in read_metrics(tmp_path / "cut") if row["step"] in (12, 16))
     assert 0 < before < after
     assert [row["step"] for row in rows(tmp_path / "cut") if "ema/val_loss" in row] == [8, 16, 24]
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_validation_that_a_stop_prevented_is_made_up_for(images, tmp_path, monkeypatch, step):
+    """Also that of the last step."""
+    flags = ["--data_path", str(images), "--holdout", "0.2", "--val_every_steps", "4", "--resume", "auto"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train_here(*flags, "--output_dir", str(whole)) == 0
+    train_step = Trainer.train_step
+
+    def train_step_and_stop(self):
+        train_step(self)
+        if self.step == step:
+            self.stop.number = signal.SIGTERM
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", train_step_and_stop)
+        assert train_here(*flags, "--output_dir", str(cut)) == 128 + signal.SIGTERM
+    assert "val/loss" not in rows(cut)[-1]
+    for _ in range(2):
+        assert train_here(*flags, "--output_dir", str(cut)) == 0
+        assert rows(cut) == rows(whole)
 
 
 def stop_at_19():

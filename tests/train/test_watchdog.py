@@ -243,7 +243,7 @@ def test_a_run_that_was_stopped_whole_goes_on_afterwards(images, tmp_path):
     """By a debugger, or on a machine that slept, for longer than the limit."""
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "run"), "--max_steps", "400", *LIMIT]
     environment = {"TEST_SETUP": "test_watchdog:trouble", "TEST_TROUBLE": f"none:none:{tmp_path}"}
-    group = Group(flags, tmp_path / "log.txt", processes, environment)
+    group = Group(flags, tmp_path / "log.txt", 2, environment)
     while len(read_metrics(tmp_path / "run")) < 5 and group.processes[0].is_alive():
         time.sleep(0.05)
     for sent in (signal.SIGSTOP, signal.SIGCONT):
