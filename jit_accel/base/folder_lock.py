@@ -77,10 +77,12 @@ class FolderLock:
     def check(self) -> None:
         """Raise `UserError`, on this process alone, where another has taken the folder over."""
         holder = self._holder()
-        if holder and holder["token"] != self.token:
+        is_gone = not holder and not os.path.lexists(self.folder / HOLDER_FILE)
+        if is_gone or (holder and holder["token"] != self.token):
+            who = f"another training (that has ended since, or someone who removed {HOLDER_FILE})"
             error = UserError(
-                f"{_in_words(holder)} has taken this folder over, since nothing was heard of this training for more "
-                f"than {SILENT_S} s. It ends here, and leaves the folder as it is.",
+                f"{_in_words(holder) if holder else who} has taken this folder over, since nothing was heard of this "
+                f"training for more than {SILENT_S} s. It ends here, and leaves the folder as it is.",
                 about=self.about,
                 value=self.folder,
             )

@@ -161,6 +161,21 @@ def test_a_holder_of_another_machine_that_is_silent_is_followed_and_ends_before_
     second._release()
 
 
+def test_a_holder_that_wakes_when_its_successor_has_ended_writes_nothing(tmp_path, without_locks, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(folder_lock, "SILENT_S", 0.1)
+    with FolderLock(folder).held():
+        write_text(folder / "theirs.txt", "first")
+        seen_from_elsewhere(folder)
+        monkeypatch.setattr(folder_lock, "_ours", set())
+        second = FolderLock(folder)
+        second._take()
+        second._release()
+        with pytest.raises(UserError, match=r"another training \(that has ended since.* has taken this folder over"):
+            write_text(folder / "theirs.txt", "lost")
+    assert (folder / "theirs.txt").read_text() == "first"
+
+
 def _make(folder):
     with atomic_folder(folder) as temporary:
         temporary.mkdir()
