@@ -81,7 +81,8 @@ def main() -> None:
     from jit_accel.base.devices import chosen_precision, device_name
     from jit_accel.base.watchdog import Watchdog
     from jit_accel.config.command_line import parse_args
-    from jit_accel.train.build import build_accelerator, build_trainer
+    from jit_accel.train.accelerator import build_accelerator
+    from jit_accel.train.build import build_trainer
     from jit_accel.train.results import record_run
 
     precision = chosen_precision()

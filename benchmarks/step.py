@@ -10,12 +10,14 @@ products alternate inside it and only their ratios are worth comparing: machines
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,29 +56,36 @@ for _size, _batch in (("B", 128), ("L", 64), ("H", 32)):
         )
 
 
-def measure(case: Case) -> dict:
-    """Run one case in this process."""
-
-    from jit_accel.base.devices import chosen_precision, device_name, peak_flops
+@contextlib.contextmanager
+def training(*flags: str, source=None) -> Iterator:
+    """Give a trainer that is warm; nothing is kept of what it does."""
     from jit_accel.base.watchdog import Watchdog
     from jit_accel.config.command_line import parse_args
-    from jit_accel.config.presets import forward_macs, parse_model_name
-    from jit_accel.monitor.monitor import TRAIN_FLOPS_PER_FORWARD_MAC, peak_memory_gib
-    from jit_accel.train.build import build_accelerator, build_trainer
+    from jit_accel.train.accelerator import build_accelerator
+    from jit_accel.train.build import build_trainer
 
-    precision = chosen_precision()
     with tempfile.TemporaryDirectory() as folder:
-        argv = [*case.flags, "--data_path", "builtin:fashion_mnist", "--output_dir", folder, "--num_workers", "0"]
-        config = parse_args(argv)
-        accelerator = build_accelerator(None, None, [])
-        trainer = build_trainer(config, accelerator, Watchdog(accelerator, 0))
-        device = accelerator.device
-        trainer.monitor.open(0, {})
-        bare = BareStep(trainer, config.optim.batch_size)
-        for _ in range(3):
-            trainer.train_step()
-            trainer.flush()
-        memory = peak_memory_gib(device)
+        data = source.name if source else "builtin:fashion_mnist"
+        config = parse_args([*flags, "--data_path", data, "--output_dir", folder, "--num_workers", "0"])
+        accelerator = build_accelerator(config.performance.mixed_precision, None, [])
+        trainer = build_trainer(config, accelerator, Watchdog(accelerator, 0), source=source)
+        with contextlib.closing(trainer.feed):
+            trainer.monitor.open(0, {})
+            for _ in range(3):
+                trainer.train_step()
+                trainer.flush()
+            yield trainer
+
+
+def measure(case: Case) -> dict:
+    """Run one case in this process."""
+    from jit_accel.base.devices import device_name
+    from jit_accel.monitor.monitor import peak_memory_gib
+
+    with training(*case.flags) as trainer:
+        device, batch, monitor = trainer.accelerator.device, trainer.plan.global_batch_size, trainer.monitor
+        memory, precision = peak_memory_gib(device), trainer.accelerator.mixed_precision
+        bare = BareStep(trainer, batch)
         bare()
         times: dict[str, list[float]] = {"trainer": [], "bare": [], "matrix": []}
         for _ in range(case.rounds):
@@ -84,24 +93,18 @@ def measure(case: Case) -> dict:
             times["trainer"].append(timed(trainer.train_step, device, case.steps))
             trainer.flush()
             times["bare"].append(timed(bare, device, case.steps))
-        flops = (
-            TRAIN_FLOPS_PER_FORWARD_MAC
-            * forward_macs(*parse_model_name(config.model.model), *(trainer.network.config.img_size,) * 2)
-            * config.optim.batch_size
-        )
     step, rate = statistics.median(times["trainer"]), 2 * MATRIX_SIDE**3 / statistics.median(times["matrix"])
     overheads = [a / b - 1 for a, b in zip(times["trainer"], times["bare"])]
-    name = device_name(device)
-    peak = peak_flops(name, precision)
+    flops = monitor.flops_per_image * batch
     return {
-        "device": name,
+        "device": device_name(device),
         "precision": precision,
         "step_s": step,
-        "images_per_s": config.optim.batch_size / step,
+        "images_per_s": batch / step,
         "overhead": statistics.median(overheads),
         "of_matrix_rate": flops / step / rate,
         "matrix_gflops": rate / 1e9,
-        "mfu": flops / step / peak if peak else None,
+        "mfu": flops / step / monitor.peak_flops if monitor.peak_flops else None,
         "memory_gib": memory,
     }
 

@@ -16,6 +16,7 @@ from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors import safe_open
@@ -25,6 +26,9 @@ from jit_accel.config.presets import PRESETS, Preset
 from jit_accel.monitor.log import read_metrics
 
 OLD_FOLDERS = Path(__file__).parent / "fixtures" / "fc94876"  # made by its make.py
+
+# For laws whose body takes the device: what is wrong there is seen without a GPU, too.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 # A network of some thousand parameters, for tests where it may be any.
 PRESETS["JiT-XS"] = Preset(2, 8, 2, 4, 1, in_context_len=2)
@@ -79,11 +83,11 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def in_fresh_accelerate(**environment: str):
-    """Train in this process, alone and on the CPU, inside the block, with more of accelerate's environment."""
+    """Train in this process, alone, on the CPU unless `environment` says otherwise, inside the block."""
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
     _reset_accelerate()
-    environment |= {"ACCELERATE_USE_CPU": "true"}
+    environment = {"ACCELERATE_USE_CPU": "true"} | environment
     os.environ.update(environment)
     try:
         yield
@@ -156,6 +160,15 @@ def images_seen(folder: Path, before_step: int) -> dict[int, str]:
     return seen
 
 
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "JiTBlock",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
 def _use_fsdp2(precision: str, shards: int | None = None) -> None:
     """Shard the model with FSDP2, which Accelerate ignores on CPUs unless told after it was built.
 
@@ -171,13 +184,7 @@ def _use_fsdp2(precision: str, shards: int | None = None) -> None:
 
     def build_sharding(*args):
         accelerator = build(*args)
-        os.environ |= {
-            "ACCELERATE_USE_FSDP": "true",
-            "FSDP_VERSION": "2",
-            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_TRANSFORMER_CLS_TO_WRAP": "JiTBlock",
-            "FSDP_RESHARD_AFTER_FORWARD": "true",
-        }
+        os.environ |= FSDP2
         for state in (AcceleratorState, PartialState):
             state._shared_state["distributed_type"] = DistributedType.FSDP
         if shards:
@@ -198,6 +205,12 @@ def _read_slowly(rank: str) -> None:
     read = TableImages.read
     if os.environ["RANK"] == rank:
         TableImages.read = lambda *args: (time.sleep(0.3), read(*args))[1]
+
+
+def on_device(device: str, fsdp2: bool = False) -> dict[str, str]:
+    """The environment of a training there, whose weights processes share if that is asked for."""
+    found = {"ACCELERATE_USE_CPU": str(device == "cpu").lower()}
+    return found | ({} if not fsdp2 else {"TEST_FSDP2_PRECISION": "no"} if device == "cpu" else FSDP2)
 
 
 def _process(flags, environment, log):
@@ -271,7 +284,8 @@ def train_group(tmp_path: Path, *flags: str, num_processes: int = 1, environment
     group = Group(flags, tmp_path / f"log_{time.monotonic_ns()}.txt", num_processes, environment)
     codes = group.wait()
     assert codes == [0] * num_processes, group.output()
-    assert f"{num_processes} x cpu" in group.output()
+    is_on_cpu = (environment or {}).get("ACCELERATE_USE_CPU", "true") == "true"
+    assert f"{num_processes} x {'cpu' if is_on_cpu else torch.cuda.get_device_name()}" in group.output()
     return group.output()
 
 

@@ -238,6 +238,8 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         The blocks see two lengths, without and with the in-context tokens; one kernel for both is slower.
         """
         kwargs.setdefault("dynamic", False)
+        # Each batch size has graphs of its own: beyond torch's limit, 8, what comes next would not be compiled.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         super().compile_repeated_blocks(*args, **kwargs)
 
     @torch.no_grad()
