@@ -15,8 +15,8 @@ HELP = f"""usage: python -m jit_accel.supervise COMMAND ... -m {PROGRAM} ...
 Runs the command, which trains, and starts it again when a process, the launcher or another machine is lost: it goes on
 from the newest checkpoint. {RESTARTS} restarts in a row without a newer checkpoint end it with the reason.
 
-SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 to this program end the training in order. Exit codes: 0 done, 1 given up, 2 an
-error of the user, 128 + the signal's number after a stop that was asked for."""
+SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 to this program end the training in order. Exit codes: 0 done, 1 given up, 2 a
+wrong command or flag, 128 + the signal's number after a stop that was asked for."""
 
 
 def main(argv: list[str] | None = None) -> int:
