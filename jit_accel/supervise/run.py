@@ -95,7 +95,9 @@ class Supervisor:
                 process.send_signal(signal.SIGTERM)
                 is_told = True
             elsewhere = elsewhere or (time.monotonic() if self._lost_mark() != mark else 0.0)
-            if elsewhere and not is_told and time.monotonic() > elsewhere + LOST_GRACE_S:
+            is_late = elsewhere and time.monotonic() > elsewhere + LOST_GRACE_S
+            # A start is ended at once: the next one of another machine must not meet this one.
+            if elsewhere and not is_told and (is_late or not living_holder(self.folder)):
                 _signal(psutil.Process().children(recursive=True), signal.SIGKILL)
             time.sleep(LOOK_S)
         _signal(psutil.Process().children(), signal.SIGTERM)  # one that was just starting knows of no lost launcher

@@ -26,6 +26,7 @@ from jit_accel.supervise.run import Supervisor
 REPOSITORY = Path(__file__).parents[2]
 # What launchers do at their n-th start, by names.
 SAVE = 'mkdir -p "$RUN/checkpoints/step_0000000$n" && touch "$RUN/checkpoints/step_0000000$n/manifest.json"'
+HOLDER = {"token": "a", "machine": "another", "host": "node0", "process": 1, "since": "now"}
 FAIL, KILL, DONE = "exit 7", "kill -9 $$", "exit 0"
 
 
@@ -145,14 +146,25 @@ def test_a_signal_ends_the_training_in_order_and_for_good(launcher, tmp_path, nu
     assert starts(tmp_path) == 1
 
 
-def test_a_loss_on_another_machine_ends_what_waits_for_it_in_vain(launcher, tmp_path, monkeypatch, capfd):
-    """Whoever ends for it says of no loss itself: the others would start again and again."""
-    monkeypatch.setattr(supervision, "LOST_GRACE_S", 0.1)
+def test_a_start_ends_at_once_when_a_part_of_it_is_lost_on_another_machine(launcher, tmp_path, capfd):
+    """Else it would wait in vain, or meet the next start there. It says of no loss itself, or both would go on so."""
     lost = tmp_path / "run" / supervision.LOST_FILE
     told = f"(trap '' TERM; sleep 60) & echo elsewhere >{lost}; wait"
     assert main(launcher(told, f'[ "$(cat {lost})" = elsewhere ]')) == 0
     assert starts(tmp_path) == 2
     assert "the launcher was ended by SIGKILL. It is started again" in capfd.readouterr().err
+
+
+def test_a_training_has_time_to_find_out_itself_what_is_lost(launcher, tmp_path, monkeypatch, capfd):
+    (tmp_path / "run" / ".holder.json").write_text(json.dumps(HOLDER))
+    monkeypatch.setattr(supervision, "SILENT_S", 0.0)  # the next start does not wait for it
+    lost = tmp_path / "run" / supervision.LOST_FILE
+    assert main(launcher(f"echo elsewhere >{lost}; sleep 0.5; {FAIL}", DONE)) == 0
+    assert "the launcher ended with 7" in capfd.readouterr().err
+    monkeypatch.setattr(supervision, "LOST_GRACE_S", 0.1)
+    (tmp_path / "starts").unlink()
+    assert main(launcher(f"echo again >{lost}; sleep 60 & wait", DONE)) == 0
+    assert "the launcher was ended by SIGKILL" in capfd.readouterr().err
 
 
 def test_the_others_are_told_of_each_loss(launcher, tmp_path):
@@ -173,9 +185,8 @@ def test_what_a_lost_launcher_leaves_behind_ends_before_the_next_start(launcher,
 
 def test_a_training_that_still_holds_the_folder_is_waited_for(launcher, tmp_path, monkeypatch):
     """As on a node that comes back before the others have found out that it was gone."""
-    holder = {"token": "a", "machine": "another", "host": "node0", "process": 1, "since": "now"}
     file = tmp_path / "run" / ".holder.json"
-    file.write_text(json.dumps(holder))
+    file.write_text(json.dumps(HOLDER))
     said = []
 
     def say(message, *_):
@@ -185,7 +196,7 @@ def test_a_training_that_still_holds_the_folder_is_waited_for(launcher, tmp_path
     monkeypatch.setattr(supervision, "say", say)
     assert main(launcher(DONE)) == 0
     assert said == [f"process 1 on node0 (since now) trains in {tmp_path / 'run'}: its end is waited for ..."]
-    file.write_text(json.dumps(holder))
+    file.write_text(json.dumps(HOLDER))
     assert Supervisor(launcher(DONE), tmp_path / "run", 2, limit_s=0.0).run() == 0  # not for ever
 
 

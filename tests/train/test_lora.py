@@ -258,11 +258,12 @@ def test_a_resumed_adapter_equals_the_uninterrupted_one_and_its_base_must_be_the
 
 
 @pytest.mark.multiprocess
-def test_two_processes_train_the_adapter_of_one(images, base, tmp_path):
+@pytest.mark.parametrize("sharding", [{}, {"TEST_FSDP2_PRECISION": "no"}], ids=["ddp", "fsdp2"])
+def test_two_processes_train_the_adapter_of_one(images, base, tmp_path, sharding):
     flags = ["--data_path", str(images), "--init_from", str(base), *LORA, "--lora_dropout", "0", "--max_steps", "4"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert train_here(*flags, "--output_dir", str(one)) == 0
-    train_group(tmp_path, *flags, "--batch_size", "2", "--output_dir", str(two), num_processes=2)
+    train_group(tmp_path, *flags, "--batch_size", "2", "--output_dir", str(two), num_processes=2, environment=sharding)
     losses = [[row["train/loss"] for row in rows(folder)] for folder in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     a, b = (load_file(folder / "lora" / LORA_FILE) for folder in (one, two))

@@ -29,6 +29,7 @@ from jit_accel import JiTPipeline
 from jit_accel.model.loading import load_pipeline
 from jit_accel.model.transformer import JiTTransformer2DModel
 from jit_accel.monitor.log import MetricsLog, read_metrics
+from jit_accel.monitor.metric_table import VAL_LOSS
 from jit_accel.monitor.metrics import StepMetrics
 from jit_accel.train import forecast
 from jit_accel.train.trainer import Trainer
@@ -364,14 +365,19 @@ def test_a_flipped_bit_in_the_log_costs_a_resumed_run_no_other_row(tmp_path, dam
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_sharded_training_equals_replicated_training_and_their_checkpoints_are_the_same(images, tmp_path, optimizer):
-    """FSDP2 on two processes = DDP on two, samples taken on the way; and each continues the other's checkpoint."""
-    flags = ["--sample_every_steps", "1", "--optimizer", optimizer]
+    """FSDP2 on two processes = DDP on two, with samples, a holdout's loss, two averages and dropout; and each continues
+    the other's checkpoint."""
+    flags = ["--sample_every_steps", "1", "--optimizer", optimizer, "--ema_decays", "0.5", "auto"]
+    flags += ["--holdout", "0.2", "--val_every_steps", "2", "--proj_dropout", "0.2"]
     flags += ["--data_path", str(images), "--save_every_steps", "3", "--resume", "auto", "--keep_checkpoints", "9"]
     replicated, sharded, mixed = tmp_path / "ddp", tmp_path / "fsdp", tmp_path / "mixed"
     fsdp2 = {"TEST_FSDP2_PRECISION": "no"}
     train_group(tmp_path, *flags, "--output_dir", str(replicated), num_processes=2)
     train_group(tmp_path, *flags, "--output_dir", str(sharded), num_processes=2, environment=fsdp2)
     assert losses(sharded) == pytest.approx(losses(replicated), rel=1e-5)
+    held_out = [[row[VAL_LOSS] for row in rows(folder) if VAL_LOSS in row] for folder in (sharded, replicated)]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-5)
+    assert len(held_out[0]) == 3
     one, other = state(replicated), state(sharded)
     assert {name: tensor.shape for name, tensor in one.items()} == {n: t.shape for n, t in other.items()}
     assert all(torch.allclose(tensor, other[name], atol=1e-6) for name, tensor in one.items())
