@@ -46,6 +46,7 @@ class Supervisor:
     def __init__(self, command: list[str], folder: Path, restarts: int, limit_s: float):
         self.command, self.folder, self.restarts, self.limit_s = command, folder, restarts, limit_s
         self.stop = StopRequest()
+        self.is_lost_elsewhere = False  # the last start, on another machine
 
     def run(self) -> int:
         """Train until that is done, a signal asks for an end, or nothing comes of it. Returns the exit code."""
@@ -66,7 +67,7 @@ class Supervisor:
                 step = self.newest_step()
                 fruitless = 0 if step > reached else fruitless + is_restart
                 reached, is_restart = max(step, reached), True
-                reason = _in_words(code)
+                reason = "a part of it was lost on another machine." if self.is_lost_elsewhere else _in_words(code)
                 if _state_of(failure) not in (None, before):
                     reason = failure.read_text(encoding="utf-8", errors="replace").strip()
                 if fruitless == self.restarts:
@@ -106,7 +107,8 @@ class Supervisor:
             if time.monotonic() > deadline:
                 _signal(left, signal.SIGKILL)
             psutil.wait_procs(left, timeout=LOOK_S)
-        if self.restarts and code != 0 and not (self.stop.number or elsewhere or self._lost_mark() != mark):
+        self.is_lost_elsewhere = bool(elsewhere) or self._lost_mark() != mark
+        if self.restarts and code != 0 and not (self.stop.number or self.is_lost_elsewhere):
             self._say_that_it_is_lost()
         return code
 
