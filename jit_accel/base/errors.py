@@ -192,6 +192,19 @@ STOP_SIGNALS = tuple(
 )
 
 
+def shutdown_timeout_s() -> float | None:
+    """Return how long torchrun waits between SIGTERM and SIGKILL, if its environment says so.
+
+    Raises `UserError`: no number of seconds.
+    """
+    for name in ("PET_SHUTDOWN_TIMEOUT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        if value := os.environ.get(name):
+            if not value.isdecimal():
+                raise UserError(f"{name} {value}: must be a whole number of seconds.")
+            return float(value)
+    return None
+
+
 class StopRequest:
     """Inside its `with` block signals that ask for an end only set `number`, so that a step can end in peace.
 

@@ -21,7 +21,7 @@ _NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 @contextlib.contextmanager
 def guarded(folder: Path, check: Callable[[], None]) -> Iterator[None]:
-    """Call `check` in the block before anything in this folder is replaced, moved or appended to; it may raise."""
+    """Call `check` in the block before anything in this folder is written, replaced or moved; it may raise."""
     key = os.path.join(os.path.abspath(folder), "")
     _guards[key] = check
     try:
@@ -45,6 +45,7 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     With `durable` it is on the disk by then, even after a power cut, and what killed processes left of it is removed.
     Raises `OSError`; the old file is there then.
     """
+    check_guard(path)
     if durable:
         remove_leftovers(path.parent, path.name)
     temporary = _temporary(path)
@@ -68,6 +69,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     The old folder is removed only when the new one, whole and on the disk, is there. Raises `OSError`; the old folder
     is in its place then.
     """
+    check_guard(folder)
     restore_folder(folder)
     remove_leftovers(folder.parent, folder.name)
     temporary, aside = _temporary(folder), _aside(folder)

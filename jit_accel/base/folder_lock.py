@@ -9,7 +9,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -28,6 +28,7 @@ LOCK_FILE, HOLDER_FILE = ".lock", ".holder.json"
 HEARTBEAT_S = 5
 SILENT_S = 30  # a holder on another machine that shows no heartbeat for so long is gone
 SEEN_WITHIN_S = 30
+TOKEN_VARIABLE = "JIT_ACCEL_HOLDER"
 _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _ours: set[str] = set()  # tokens that this process holds
 
@@ -42,6 +43,7 @@ class FolderLock:
 
     def __init__(self, folder: Path, about: str = "output_dir"):
         self.folder, self.about, self.token = folder, about, secrets.token_hex(8)
+        self.on_write: Callable[[], None] = lambda: None  # called as something is about to be written
         self._descriptor: int | None = None
         self._is_over = threading.Event()
 
@@ -76,6 +78,7 @@ class FolderLock:
 
     def check(self) -> None:
         """Raise `UserError`, on this process alone, where another has taken the folder over."""
+        self.on_write()
         holder = self._holder()
         is_gone = not holder and not os.path.lexists(self.folder / HOLDER_FILE)
         if is_gone or (holder and holder["token"] != self.token):
@@ -124,27 +127,17 @@ class FolderLock:
 
     def _lock(self) -> bool:
         """Lock the file. Returns False where the file system has no locks; `UserError` where another process has it."""
-        path = self.folder / LOCK_FILE
-        while fcntl:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                os.close(descriptor)
-                if error.errno in _NOT_SUPPORTED:
-                    return False
-                raise self._refusal(self._holder()) from None
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    self._descriptor = descriptor
-                    return True
-            os.close(descriptor)  # its last holder has just removed it
-        return False
+        try:
+            self._descriptor = locked(self.folder / LOCK_FILE)
+        except BlockingIOError:
+            raise self._refusal(self._holder()) from None
+        return self._descriptor is not None
 
     def _outwait(self, holder: dict) -> None:
         """Wait until a holder that may be gone has been silent for long enough. `UserError`: it is alive."""
         seen, began, is_said = self._last_beat(), time.monotonic(), False
-        silent_s = self._silent_s()
+        # Clocks may differ, also by hours: some heartbeats must be missed here, whatever they say.
+        silent_s = max(0.0, min(self._silent_s(), SILENT_S - 3 * HEARTBEAT_S))
         while (left_s := SILENT_S - silent_s - (time.monotonic() - began)) > 0:
             if not is_said:
                 say(f"{self.folder} was held by {_in_words(holder)}: waits {left_s:.0f} s for a sign of it ...")
@@ -167,7 +160,11 @@ class FolderLock:
             return 0.0
 
     def _refusal(self, holder: dict | None) -> UserError:
-        who = f"{_in_words(holder)}, last heard of {time.time() - self._last_beat():.0f} s ago," if holder else "one"
+        who = (
+            f"{_in_words(holder)}, last heard of {max(0.0, time.time() - self._last_beat()):.0f} s ago,"
+            if holder
+            else "one"
+        )
         return UserError(
             f"another training writes to it: {who}. Wait for its end, stop it, or give another folder.",
             about=self.about,
@@ -208,6 +205,43 @@ class FolderLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def on_behalf_of_holder(folder: Path) -> dict[str, str]:
+    """Return the environment of a program that writes into a folder for whoever holds it: see `held_by_parent`."""
+    holder = FolderLock(folder)._holder()
+    return {**os.environ, TOKEN_VARIABLE: holder["token"]} if holder else dict(os.environ)
+
+
+@contextlib.contextmanager
+def held_by_parent(folder: Path) -> Iterator[None]:
+    """Write into a folder in the block only as long as it is still that of the process that started this one."""
+    lock = FolderLock(folder)
+    lock.token = os.environ.get(TOKEN_VARIABLE, "")
+    with files.guarded(folder, lock.check) if lock.token else contextlib.nullcontext():
+        yield
+
+
+def locked(path: Path) -> int | None:
+    """Lock a file, which is made, and return its descriptor; None where the file system has no locks.
+
+    The lock ends with this process, or as the descriptor is closed; whoever removes the file does so before. Raises
+    `BlockingIOError` where another process has it, and `OSError` where the file cannot be made.
+    """
+    while fcntl:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the processes that decode
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in _NOT_SUPPORTED:
+                return None
+            raise BlockingIOError from None
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        os.close(descriptor)  # its last holder has just removed it
+    return None
 
 
 def living_holder(folder: Path, silent_s: float = SILENT_S) -> str | None:

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from jit_accel.base.errors import Stopped, StopRequest, UserError, common_error, message_of
+from jit_accel.base.errors import Stopped, StopRequest, UserError, common_error, message_of, shutdown_timeout_s
 from jit_accel.base.shared_tables import tables_shared
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+TORCHRUN_GRACE_S = 30.0  # unless its environment says otherwise
 LAUNCHERS = (b"accelerate", b"accelerate-launch", b"torchrun")  # programs
 LAUNCHER_MODULES = (b"accelerate.", b"torch.distributed.")
 
@@ -199,13 +200,14 @@ def is_launcher(command: bytes) -> bool:
 
 
 def grace_s() -> float | None:
-    """Return how long a launcher waits after SIGTERM before it kills this process; None: nobody kills it."""
+    """Return how long a launcher waits after SIGTERM before it kills this process; None: nobody kills it.
+
+    Raises `UserError` as `shutdown_timeout_s`.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    try:
-        return float(os.environ.get("PET_SHUTDOWN_TIMEOUT", 30))
-    except ValueError:
-        return 30.0
+    given = shutdown_timeout_s()
+    return TORCHRUN_GRACE_S if given is None else given
 
 
 @contextlib.contextmanager

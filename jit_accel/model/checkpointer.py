@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from datetime import timedelta
@@ -73,6 +74,7 @@ class Checkpointer:
         gloo = {"backend": "gloo", "timeout": SLOWEST_WRITER}
         self.group = torch.distributed.new_group(**gloo) if self.ranks > 1 else None
         self.snapshot: Snapshot | None = None
+        self.save_s: float | None = None  # that the last checkpoint took, as its manifest says
         self.begun: tuple[int, Future[Path]] | None = None  # the step that is being written
 
     def save(self, step: int, parts: Mapping[str, Stateful | None]) -> Path:
@@ -169,11 +171,13 @@ class Checkpointer:
 
     def _write(self, step: int, snapshot: Snapshot, values: bytes, temporary: Path, final: Path) -> Path:
         """Write this process's share, and on the main process, when all have, what makes a checkpoint of it."""
-        is_main = self.accelerator.is_main_process
+        is_main, began = self.accelerator.is_main_process, time.monotonic()
         try:
             shares = self._together(step, partial(self._write_share, snapshot, temporary))
             files = {name: file for share in shares for name, file in share.items()}
-            self._together(step, partial(self._seal, values, files, temporary, final) if is_main else lambda: None)
+            self._together(
+                step, partial(self._seal, began, values, files, temporary, final) if is_main else lambda: None
+            )
         except Exception:
             with contextlib.suppress(UserError):  # it may be another's by now
                 check_guard(temporary)
@@ -214,11 +218,12 @@ class Checkpointer:
             self.on_progress()  # of all processes alike
         return files
 
-    def _seal(self, values: bytes, files: dict[str, Written], temporary: Path, final: Path) -> None:
+    def _seal(self, began: float, values: bytes, files: dict[str, Written], temporary: Path, final: Path) -> None:
         check_guard(temporary)
         with summed_file(temporary / STATE) as file:
             file.write(values)
-        write_manifest(temporary, files | {STATE: file.written})
+        write_manifest(temporary, files | {STATE: file.written}, seconds := time.monotonic() - began)
+        self.save_s = seconds
         sync(temporary)
         if is_complete(final):  # of this very step: a whole checkpoint is never touched
             shutil.rmtree(temporary)

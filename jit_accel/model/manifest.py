@@ -18,10 +18,14 @@ FORMAT_VERSION = 3  # 1 and 2 had no checksums
 THREADS = 4
 
 
-def write_manifest(folder: Path, files: Mapping[str, Written]) -> None:
-    """Write the manifest of these files, to the disk; whoever finds it finds them whole. Raises `OSError`."""
+def write_manifest(folder: Path, files: Mapping[str, Written], seconds: float) -> None:
+    """Write the manifest of these files, which took so many seconds to be written; whoever finds it finds them whole.
+
+    Raises `OSError`.
+    """
     manifest = {
         "format": FORMAT_VERSION,
+        "seconds": round(seconds, 3),
         "files": {name: file.size for name, file in sorted(files.items())},
         "crc32": {name: " ".join(f"{value:08x}" for value in file.sums) for name, file in sorted(files.items())},
     }

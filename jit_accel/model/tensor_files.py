@@ -6,12 +6,14 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from jit_accel.base.files import check_guard
 
 CHUNK_BYTES = 1 << 24  # one checksum for each
 _PIECES = "pieces"  # in a file's metadata: {name: [offset, shape of the whole]} of tensors that are not whole
@@ -63,15 +65,15 @@ class Written:
 class SummedFile:
     """A new file that is written from its beginning on, and summed up as it is handed over."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: FileIO):
         self.file, self.written = file, Written()
 
     def write(self, data: bytes | memoryview) -> None:
         rest, written = memoryview(data).cast("B"), self.written
         while rest:
             begins = written.size % CHUNK_BYTES
-            part, rest = rest[: CHUNK_BYTES - begins], rest[CHUNK_BYTES - begins :]
-            self.file.write(part)
+            part = rest[: min(CHUNK_BYTES - begins, self.file.write(rest[: CHUNK_BYTES - begins]))]
+            rest = rest[len(part) :]
             if begins:
                 written.sums[-1] = zlib.crc32(part, written.sums[-1])
             else:
@@ -82,9 +84,8 @@ class SummedFile:
 @contextmanager
 def summed_file(path: Path) -> Iterator[SummedFile]:
     """Give a file to write to, which is on the disk at the block's end. Raises `OSError`."""
-    with open(path, "wb") as file:
+    with open(path, "wb", buffering=0) as file:  # what is not written yet when something fails shall not be
         yield SummedFile(file)
-        file.flush()
         os.fsync(file.fileno())
 
 
@@ -118,10 +119,12 @@ def write_tensors(path: Path, pieces: Mapping[str, Piece]) -> Written:
         header[name] = {"dtype": _DTYPES[values.dtype], "shape": list(values.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    check_guard(path)
     with summed_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             check_sound(name, pieces[name].values)
+            check_guard(path)  # a process that has slept may not write on
             file.write(_bytes_of(pieces[name].values))
     return file.written
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from jit_accel.base.console import redacted, say, warn
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import append_json_lines, check_guard, json_line, parse_json_line, read_json_lines
+from jit_accel.base.folder_lock import on_behalf_of_holder
 from jit_accel.monitor.metric_table import EPOCH, IMAGES_PER_SECOND, STEP_TIME, TRAIN_LOSS
 
 METRICS_FILE, REPORT_FILE = "metrics.jsonl", "report.html"
@@ -185,6 +186,10 @@ class ReportProcess:
         """Build it once more, whatever was built before; each of the two is waited for so long at most."""
         if self.is_wanted:
             self.wait(timeout_s)
+            try:
+                check_guard(self.output_dir)
+            except UserError:  # another's by now, as the end of the run says
+                return
             self._start()
             self.wait(timeout_s)
 
@@ -212,6 +217,7 @@ class ReportProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
+                env=on_behalf_of_holder(self.output_dir),
                 start_new_session=True,  # Ctrl-C is for the training
             )
         except OSError as error:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from jit_accel.base.errors import check_places
+from jit_accel.base.folder_lock import held_by_parent
 from jit_accel.config.command_line import exit_code_of
 from jit_accel.monitor.log import REPORT_FILE
 
@@ -20,9 +21,10 @@ def main(argv: list[str] | None = None) -> int:
         from jit_accel.report.page import build_page, write_page
         from jit_accel.report.runs import read_runs
 
-        runs = read_runs(args.folders)
-        path = args.output or (runs[0].folder / REPORT_FILE if len(runs) == 1 else Path(COMPARISON_FILE))
-        write_page(build_page(runs), path)
+        with held_by_parent(args.folders[0]):  # a training whose machine sleeps may lose its folder meanwhile
+            runs = read_runs(args.folders)
+            path = args.output or (runs[0].folder / REPORT_FILE if len(runs) == 1 else Path(COMPARISON_FILE))
+            write_page(build_page(runs), path)
         print(f"Report: {path}")
         return 0
 

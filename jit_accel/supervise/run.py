@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from jit_accel.base.console import say, warn
-from jit_accel.base.errors import StopRequest, UserError
+from jit_accel.base.errors import StopRequest, UserError, shutdown_timeout_s
 from jit_accel.base.files import write_text
 from jit_accel.base.folder_lock import drop_lost_holder, living_holder
 from jit_accel.monitor.log import FAILED_FILE
@@ -45,7 +45,8 @@ class Supervisor:
 
     def __init__(self, command: list[str], folder: Path, restarts: int, limit_s: float):
         self.command, self.folder, self.restarts, self.limit_s = command, folder, restarts, limit_s
-        self.stop = StopRequest()
+        given = shutdown_timeout_s()
+        self.stop, self.grace_s = StopRequest(), GRACE_S if given is None else given
         self.is_lost_elsewhere = False  # the last start, on another machine
 
     def run(self) -> int:
@@ -102,7 +103,7 @@ class Supervisor:
                 _signal(psutil.Process().children(recursive=True), signal.SIGKILL)
             time.sleep(LOOK_S)
         _signal(psutil.Process().children(), signal.SIGTERM)  # one that was just starting knows of no lost launcher
-        deadline = time.monotonic() + float(os.environ.get("PET_SHUTDOWN_TIMEOUT") or GRACE_S)
+        deadline = time.monotonic() + self.grace_s
         while left := psutil.Process().children(recursive=True):
             if time.monotonic() > deadline:
                 _signal(left, signal.SIGKILL)

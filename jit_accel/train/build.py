@@ -14,7 +14,7 @@ from jit_accel.base.console import say, warn
 from jit_accel.base.devices import device_name, is_good_at_bf16
 from jit_accel.base.errors import StopRequest, UserError
 from jit_accel.base.folder_lock import FolderLock
-from jit_accel.base.processes import SharedStop, end_with_launcher, on_all, on_main, process_group
+from jit_accel.base.processes import SharedStop, end_with_launcher, grace_s, on_all, on_main, process_group
 from jit_accel.base.watchdog import Watchdog
 from jit_accel.config.checks import image_size
 from jit_accel.config.completion import Facts, Plan, complete, rate_in_words, started
@@ -51,6 +51,7 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
     folder, resume = Path(run_folder(config)), os.path.expanduser(config.run.resume)
     check_output_dir(folder, resume, config.data.data_path)
     find_checkpoint(folder, resume)  # one that is not there is found out before all else
+    grace_s()  # which may be no number
     end_with_launcher()
     trackers = build_trackers(config.tracking, folder)
     accumulation = config.optim.gradient_accumulation_steps
@@ -76,6 +77,7 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
 def hold(output_dir: Path, accelerator: Accelerator, held: contextlib.ExitStack, watch: Watchdog) -> None:
     """Hold the run's folder for all processes until `held` is closed. `UserError`: it is another's, or not shared."""
     lock = FolderLock(output_dir)
+    lock.on_write = watch.go_on
     on_main(accelerator, lambda: held.enter_context(lock.held()))
     (token,) = broadcast_object_list([lock.token])
     on_all(accelerator, lambda: held.enter_context(lock.shared(token)))

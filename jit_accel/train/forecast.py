@@ -14,6 +14,8 @@ from torch import nn
 
 from jit_accel.base.console import in_words, say, two_digits, warn
 from jit_accel.base.devices import device_name
+from jit_accel.base.processes import grace_s
+from jit_accel.config.completion import Plan
 from jit_accel.config.costs import (
     FLOAT32,
     GIB,
@@ -217,3 +219,29 @@ def say_outlook(cost: StepCost, accelerator, steps: int, forwards: float, model:
         say(f"Ahead:  {line}")
         for warning in warnings:
             warn(warning)
+
+
+def nothing_is_left(output_dir: Path, step: int, plan: Plan, optim: OptimConfig) -> str:
+    """Return in words that a run is at its end, and what would train on."""
+    epochs = 2 * max(optim.epochs or 0, int(plan.epoch_of(step)))
+    longer = f"--max_steps {2 * step}" if optim.max_steps else f"--epochs {epochs:g}"
+    at = f"{output_dir} is at step {step:,} of {plan.total_steps:,}"
+    return f"Nothing is left to train: {at}. {longer}, say, would train on."
+
+
+class Grace:
+    """The time that a launcher leaves a run for its end, held against what that takes; warned of once, if too short."""
+
+    def __init__(self, is_main: bool):
+        self.is_open = is_main
+
+    def look(self, step_s: float, save_s: float | None) -> None:
+        """Warn where two steps, and a checkpoint as the last one, of `save_s` (None: not known), take longer."""
+        grace, needed_s = grace_s(), 2 * step_s + (save_s or 0)
+        if self.is_open and grace is not None and save_s is not None and needed_s > grace:
+            self.is_open = False
+            warn(
+                f"a stop takes about {in_words(needed_s)} (two steps, and a checkpoint of {two_digits(save_s)} s), and "
+                f"the launcher kills {grace:g} s after SIGTERM, which would cost the steps since the last checkpoint: "
+                f"set PET_SHUTDOWN_TIMEOUT={10 * math.ceil(needed_s / 5)} before it starts."
+            )

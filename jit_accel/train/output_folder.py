@@ -1,6 +1,5 @@
 """The folder of a run: which one it is, and that it holds nobody else's work."""
 
-import contextlib
 import hashlib
 import itertools
 import os
@@ -8,16 +7,17 @@ import re
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 from jit_accel.base.console import say
 from jit_accel.base.errors import UserError
+from jit_accel.base.folder_lock import locked
 from jit_accel.model.checkpoints import step_folders
 from jit_accel.model.loading import PIPELINE_FOLDER
 from jit_accel.monitor.log import METRICS_FILE
 from jit_accel.train.results import read_record
 
-_claims: dict[Path, IO] = {}  # locked files, by the folder that this process trains into
+# Locked files and their descriptors, by the folder that this process trains into.
+_claims: dict[Path, tuple[Path, int | None]] = {}
 
 
 def choose_folder(first: Path, resume: str, experiment: str) -> Path:
@@ -57,23 +57,22 @@ def claim(folder: Path) -> bool:
     if folder in _claims or os.environ.get("RANK", "0") != "0":
         return True
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    with contextlib.ExitStack() as stack, contextlib.suppress(ImportError, OSError):  # where there are no locks
-        import fcntl
-
-        file = stack.enter_context(open(Path(tempfile.gettempdir(), f"jit_accel-{name}.lock"), "a"))
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the processes that decode
-        except BlockingIOError:
-            return False
-        stack.pop_all()
-        _claims[folder] = file
+    path = Path(tempfile.gettempdir(), f"jit_accel-{name}.lock")
+    try:
+        _claims[folder] = path, locked(path)
+    except BlockingIOError:
+        return False
+    except OSError:  # another user's, say
+        return True
     return True
 
 
 def release(folder: Path) -> None:
     """End this process's claim of a folder, if it has one."""
-    if file := _claims.pop(Path(os.path.realpath(folder)), None):
-        file.close()
+    path, descriptor = _claims.pop(Path(os.path.realpath(folder)), (None, None))
+    if descriptor is not None:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def held(folder: Path) -> list[Path]:

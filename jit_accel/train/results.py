@@ -16,7 +16,7 @@ from jit_accel import __version__
 from jit_accel.base.console import redacted, warn
 from jit_accel.base.devices import device_name
 from jit_accel.base.errors import UserError
-from jit_accel.base.files import atomic_folder, write_json
+from jit_accel.base.files import atomic_folder, check_guard, write_json
 from jit_accel.base.processes import on_main, whole_tensors
 from jit_accel.config.completion import Plan
 from jit_accel.data.formats.sources import Source
@@ -110,6 +110,7 @@ def write_results(
     frozen = whole_tensors(pipeline.transformer.state_dict(), keep=is_main) if adapter else {}
 
     def write() -> None:
+        check_guard(output_dir)
         try:
             if adapter:
                 adapter.save(trained, output_dir / LORA_FOLDER)

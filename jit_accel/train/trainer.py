@@ -23,13 +23,15 @@ from jit_accel.model.checkpointer import Checkpointer
 from jit_accel.model.checkpoints import load_parts, read_run
 from jit_accel.model.loading import PIPELINE_FOLDER
 from jit_accel.model.lora import refuse_other_base
+from jit_accel.model.manifest import read_manifest
 from jit_accel.model.objective import Objective
 from jit_accel.monitor.log import FAILED_FILE, INTERRUPTED_FILE, REPORT_FILE, is_measured
-from jit_accel.monitor.metric_table import EMA_VAL_LOSS, EVAL, VAL_LOSS, part_of
+from jit_accel.monitor.metric_table import EMA_VAL_LOSS, EVAL, STEP_TIME, VAL_LOSS, part_of
 from jit_accel.monitor.monitor import Monitor, peak_memory_gib
+from jit_accel.train import forecast
 from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed, Validation
-from jit_accel.train.forecast import StepCost, copies_gib, expected_cost, highest, say_outlook, times_due
+from jit_accel.train.forecast import Grace, StepCost
 from jit_accel.train.initial_weights import Tuning
 from jit_accel.train.occasions import Occasion, due
 from jit_accel.train.optimizers import lr_at, set_lr
@@ -68,6 +70,7 @@ class Trainer:
         self.checkpointer = Checkpointer(self.accelerator, self.output_dir, run.keep_checkpoints, self.watch.go_on)
         self.step = self.first_step = 0  # of this start
         self.saved_step: int | None = None  # by this start
+        self.grace = Grace(self.accelerator.is_main_process)
         self.parts = {
             "model": NamedTensors(averages.params),
             **{f"ema_{decay}": NamedTensors(average) for decay, average in averages.averages.items()},
@@ -102,7 +105,7 @@ class Trainer:
             self.watch.at("opens its logs", may_last=True)  # a tracker may get many rows that it lacks
             self._open_logs()
             if self.step == last_step:
-                self._say_that_nothing_is_left()
+                self.say(forecast.nothing_is_left(self.output_dir, self.step, self.plan, self.optim))
             with contextlib.suppress(Stopped):
                 while not self.stops.look():
                     for occasion in due(self.occasions, self.step, last_step, is_new=self.step > self.first_step):
@@ -153,21 +156,24 @@ class Trainer:
         _, seconds = self.monitor.try_step(self.train_step)
         self.step -= 2
         self.say(f"Dry run: loss {loss:.4f} in the first of two steps. Everything is in place.")
-        peak_gib = peak_memory_gib(self.accelerator.device) + copies_gib(self.network, self.optim, self.accelerator)
-        self.look_ahead(highest(StepCost(seconds, expected.forward_s, peak_gib)))
+        copies_gib = forecast.copies_gib(self.network, self.optim, self.accelerator)
+        peak_gib = peak_memory_gib(self.accelerator.device) + copies_gib
+        self.look_ahead(forecast.highest(StepCost(seconds, expected.forward_s, peak_gib)))
         return 0
 
     def expected_cost(self) -> StepCost:
-        return expected_cost(self.network, self.optimizers, self.optim, self.accelerator)
+        return forecast.expected_cost(self.network, self.optimizers, self.optim, self.accelerator)
 
     def look_ahead(self, cost: StepCost | None = None) -> None:
         """Say what time and memory the steps ahead take, by this `cost`, or that of a block; all processes together."""
         parts = {"sample": self.sheets, "validate": self.validation, "evaluate": self.quality}
-        counts = {o.name: times_due(o.every, self.step, self.plan.total_steps) for o in self.occasions}
+        counts = {o.name: forecast.times_due(o.every, self.step, self.plan.total_steps) for o in self.occasions}
         forwards = sum(counts[name] * part.passes for name, part in parts.items() if part)
         model, steps = self.facts.facts["settings"]["model"], self.plan.total_steps - self.step
         if steps > 0:
-            say_outlook(cost or self.expected_cost(), self.accelerator, steps, forwards, model)
+            cost = cost or self.expected_cost()
+            forecast.say_outlook(cost, self.accelerator, steps, forwards, model)
+            self.grace.look(cost.seconds, self.checkpointer.save_s)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the losses (B,) of a batch, all randomness following from its images' positions in the run."""
@@ -223,6 +229,8 @@ class Trainer:
             self.checkpointer.distrust(self.first_step)
             raise self.checkpointer.diverged(f"{found.key} is {found.value} at step {found.step}")
         self.checkpointer.prove(self.step)
+        if interval.rows:
+            self.grace.look(interval.rows[-1][STEP_TIME], self.checkpointer.save_s)
         allowed, seen = self.feed.data.max_bad_images, max(interval.images_seen, self.plan.num_images)
         if interval.bad_images > allowed * seen:
             self.save()
@@ -249,6 +257,7 @@ class Trainer:
         if adapter := self.tuning.adapter:
             refuse_other_base(path, run, self.tuning.path, adapter.base_identity)
         self.step = self.first_step = self.checkpointer.unproven = load_parts(path, self.parts)
+        self.checkpointer.save_s = read_manifest(path).get("seconds")  # none in older ones
         changes = f" with {self.facts.changes}" if self.facts.changes else ""
         self.say(f"Resumed from {path} at step {self.step:,}{changes}")
 
@@ -286,14 +295,6 @@ class Trainer:
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:
             say(message)
-
-    def _say_that_nothing_is_left(self) -> None:
-        epochs = 2 * max(self.optim.epochs or 0, int(self.plan.epoch_of(self.step)))
-        longer = f"--max_steps {2 * self.step}" if self.optim.max_steps else f"--epochs {epochs:g}"
-        self.say(
-            f"Nothing is left to train: {self.output_dir} is at step {self.step:,} of {self.plan.total_steps:,}. "
-            f"{longer}, say, would train on."
-        )
 
     def _open_logs(self) -> None:
         self.record = {}

@@ -136,6 +136,33 @@ def test_a_holder_of_another_machine_that_lives_is_refused(tmp_path, request, mo
     assert json.loads((folder / HOLDER_FILE).read_text())["token"] == "t"
 
 
+@pytest.mark.parametrize("off_s", [-7200, 7200])
+def test_a_holder_whose_clock_is_off_is_known_by_its_heartbeats(tmp_path, monkeypatch, off_s):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / HOLDER_FILE).write_text(
+        json.dumps({"token": "t", "machine": "another", "host": "node7", "process": 12, "since": "2026-01-01"})
+    )
+    slept = []
+
+    def beat(seconds):
+        slept.append(seconds)
+        if is_alive and len(slept) > 3:
+            os.utime(folder / HOLDER_FILE, (time.time() + off_s, time.time() + off_s))
+
+    now = time.monotonic
+    monkeypatch.setattr(folder_lock.time, "sleep", beat)
+    monkeypatch.setattr(folder_lock.time, "monotonic", lambda: now() + sum(slept))
+    is_alive = True
+    os.utime(folder / HOLDER_FILE, (time.time() + off_s, time.time() + off_s))
+    with pytest.raises(UserError, match="process 12 on node7"), FolderLock(folder).held():
+        pass
+    is_alive, slept[:] = False, []
+    with FolderLock(folder).held():
+        pass
+    assert sum(slept) <= folder_lock.SILENT_S + 1
+
+
 def test_a_holder_of_another_machine_that_is_silent_is_followed_and_ends_before_it_writes(
     tmp_path, without_locks, monkeypatch
 ):

@@ -4,18 +4,22 @@ import json
 import os
 import re
 import signal
+import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers import SPAWNER, Group, rows, state, train_here
 
+from jit_accel.base import folder_lock
 from jit_accel.base.errors import UserError
 from jit_accel.config.command_line import parse_args
 from jit_accel.config.identity import experiment_of
+from jit_accel.model import tensor_files
 from jit_accel.model.checkpoints import read_run
 from jit_accel.train.build import check_world, placed
-from jit_accel.train.output_folder import check_output_dir, claim
+from jit_accel.train.output_folder import check_output_dir, claim, release
 
 FIRST = "runs/x-JiT-B-16-256px-seed0"
 
@@ -115,6 +119,67 @@ def test_runs_that_begin_at_the_same_time_get_a_folder_each(tmp_path):
     done.set()
     other.join(120)
     assert folder_of() == FIRST
+
+
+def test_a_choice_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert claim(tmp_path / "run")
+    assert list(tmp_path.iterdir())
+    release(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _give_way():
+    """Let the folder have no locks, and stop as one that slept would, once a checkpoint is being written."""
+    folder_lock.fcntl = None
+    write = tensor_files.check_sound
+
+    def write_and_sleep(name, values):
+        if Path(os.environ["TEST_MARK"]).exists():
+            Path(os.environ["TEST_MARK"] + os.environ["RANK"]).touch()
+            while not Path(os.environ["TEST_MARK"] + "over").exists():
+                time.sleep(0.01)
+        write(name, values)
+
+    tensor_files.check_sound = write_and_sleep
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("is_saving", [False, True])
+def test_a_run_that_slept_while_another_took_its_folder_over_writes_nothing(images, tmp_path, monkeypatch, is_saving):
+    out, mark = tmp_path / "run", tmp_path / "mark"
+    flags = ["--data_path", str(images), "--output_dir", str(out), "--max_steps", "5000", "--save_every_steps", "1"]
+    flags += ["--sample_every_steps", "2", "--html_report"]
+    environment = {"TEST_SETUP": "test_output_folder:_give_way", "TEST_MARK": str(mark)}
+    group = Group(flags, tmp_path / "log.txt", 2, environment)
+    while not list(out.glob("checkpoints/step_*")) and group.processes[0].is_alive():
+        time.sleep(0.05)
+    if is_saving:
+        mark.touch()
+        while not all((tmp_path / f"mark{rank}").exists() for rank in range(2)) and group.processes[0].is_alive():
+            time.sleep(0.05)
+    asleep = [psutil.Process(process.pid) for process in group.processes]
+    for process in asleep:
+        process.suspend()
+    asleep += [child for process in asleep for child in process.children(recursive=True)]  # the report's
+    for process in asleep:
+        process.suspend()
+    monkeypatch.setattr(folder_lock, "fcntl", None)
+    monkeypatch.setattr(folder_lock, "SILENT_S", 0.2)
+    monkeypatch.setattr(folder_lock, "_machine", lambda: "another")
+    successor = folder_lock.FolderLock(out)
+    successor._take()
+    before = files(out)
+    (tmp_path / "markover").touch()
+    for process in asleep:
+        process.resume()
+    assert group.wait() in ([2, 2], [2, 1]), group.output()  # what the other waits for may be gone
+    assert "has taken this folder over" in group.output()
+    after = files(out)
+    new = [name for name in after if name not in before or after[name] != before[name]]
+    assert new == []
+    assert [name for name in before if name not in after and ".tmp" not in name] == []
+    successor._release()
 
 
 def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch):

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from safetensors.torch import load_file
 
 from jit_accel.model import checkpointer as saving
 from jit_accel.model.snapshots import Snapshot
+from jit_accel.supervise import main as supervise
+from jit_accel.train import forecast
 from jit_accel.train.averages import Ema
 from jit_accel.train.trainer import Trainer
 
@@ -136,3 +140,35 @@ def test_a_disk_that_is_full_while_the_training_goes_on_ends_it_with_the_last_go
     assert "Traceback" not in group.output()
     assert "step 4 cannot be written" in (out / "FAILED").read_text()
     assert [path.name for path in (out / "checkpoints").glob("step_*")] == ["step_00000002"]
+
+
+def test_a_launcher_that_kills_sooner_than_a_stop_takes_is_warned_of(images, tmp_path, monkeypatch):
+    """Once, after the first checkpoint; and by what that took at the start of a resume."""
+    out, said = tmp_path / "run", []
+    monkeypatch.setattr(forecast, "warn", said.append)
+    monkeypatch.setattr(saving, "say", said.append)
+
+    def run(max_steps: int, **environment: str) -> list[str]:
+        said.clear()
+        flags = ["--data_path", str(images), "--output_dir", str(out), "--save_every_steps", "2", "--resume", "auto"]
+        environment = {"TORCHELASTIC_RUN_ID": "none"} | environment
+        assert train_here(*flags, "--max_steps", str(max_steps), **environment) == 0
+        return ["warned" if "PET_SHUTDOWN_TIMEOUT=" in text else "saved" for text in said if "step" in text]
+
+    assert run(4, PET_SHUTDOWN_TIMEOUT="3600") == ["saved"] * 2
+    assert run(6, PET_SHUTDOWN_TIMEOUT="0") == ["warned", "saved"]  # by the time in the checkpoint's manifest
+    assert "kills 0 s after SIGTERM" in said[0]
+    shutil.rmtree(out)
+    found = run(6, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="0")
+    assert (found.count("warned"), found[0]) == (1, "saved")
+    monkeypatch.setattr(forecast, "grace_s", lambda: None)  # nobody kills it
+    assert run(8) == ["saved"]
+
+
+def test_a_launchers_time_that_is_no_number_is_refused(images, tmp_path, capsys, monkeypatch):
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "run")]
+    assert train_here(*flags, TORCHELASTIC_RUN_ID="none", PET_SHUTDOWN_TIMEOUT="soon") == 2
+    assert "PET_SHUTDOWN_TIMEOUT soon: must be a whole number of seconds" in capsys.readouterr().err
+    monkeypatch.setenv("PET_SHUTDOWN_TIMEOUT", "1.5")
+    assert supervise([sys.executable, "-m", "jit_accel.train", *flags]) == 2
+    assert "PET_SHUTDOWN_TIMEOUT 1.5: must be a whole number of seconds" in capsys.readouterr().err
