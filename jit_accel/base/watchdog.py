@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, gather_object
@@ -62,6 +63,7 @@ class Watchdog:
         self.progress, self.place, self.may_last, self.store = 0, "starts", True, None
         self.signs: list[Sign] = []  # which the main process alone sees
         self._lock, self._is_over, self._thread = threading.Lock(), threading.Event(), None
+        self._is_asked = threading.Event()  # for stacks
         if self.count == 1:
             return
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -89,6 +91,8 @@ class Watchdog:
             self.signs = [Sign(heard=now, moved=now, host=host) for host in self.hosts] if self.is_main else []
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
+            if self.is_main:
+                threading.Thread(target=self._look_for_requests, name="requests", daemon=True).start()
         return self
 
     def __exit__(self, kind, error, traceback_) -> None:
@@ -152,7 +156,7 @@ class Watchdog:
         return f"process 0 on {self.hosts[0]}, the main one,"
 
     def _watch(self) -> None:
-        heard, answered, beats_left, before = time.monotonic(), 0, 5, time.monotonic()
+        heard, answered, beats_left, before, first = time.monotonic(), 0, 5, time.monotonic(), None
         while not self._is_over.wait(BEAT_S):
             if (now := time.monotonic()) - before > 3 * BEAT_S:  # all were stopped, or asleep, or this one alone
                 heard = now
@@ -166,14 +170,16 @@ class Watchdog:
                     if self.is_main:
                         self._look_after_all()
                     answered = self._answer(answered)
-                    beats_left -= self.store.check(["failure"])
+                    if first is None and self.store.check(["failure"]):
+                        first = json.loads(self.store.get("failure"))["reason"]
                 heard = time.monotonic()
             except (DistError, RuntimeError) as error:
                 silent_s = time.monotonic() - heard
                 if self.limit_s and silent_s > self.limit_s:
                     self._end(f"{self._main()} has not been heard of for {silent_s:.0f} s ({message_of(error)})")
+            beats_left -= first is not None
             if not beats_left:  # whoever waits for the one that failed does not get out of it
-                self._end(self._first_failure()["reason"])
+                self._end(first)
             before = time.monotonic()
 
     def _end(self, reason: str) -> None:
@@ -181,11 +187,11 @@ class Watchdog:
         if self._is_over.is_set():
             return
         if self.is_main:
-            self.leave(reason)
+            _for_a_while(partial(self.leave, reason))
             say(f"error: {reason}", sys.stderr)
             time.sleep(2 * BEAT_S)  # the others read it, as long as there is a store
         elif reason.startswith(self._main()):
-            self.leave(reason)
+            _for_a_while(partial(self.leave, reason))
             say(f"error ({self._name()}): {reason}\n{stacks()}", sys.stderr)
         os._exit(1)
 
@@ -205,9 +211,10 @@ class Watchdog:
                 moved = now if found["progress"] != before.progress else before.moved
                 place = {name: found[name] for name in ("progress", "place", "may_last")}
                 self.signs[rank] = replace(before, text=text, heard=now, moved=moved, **place)
-        if self.output_dir and (request := self.output_dir / REQUEST_FILE).exists():
-            request.unlink(missing_ok=True)
-            say(f"The stacks of all processes are in {self._write_stacks()}")
+        if self._is_asked.is_set():
+            self._is_asked.clear()
+            self._write_stacks()
+            say(f"The stacks of all processes are in {self._place_of_stacks()}")
         silent = [rank for rank, sign in enumerate(self.signs) if now - sign.heard > 2 * BEAT_S]
         if silent and self.store.check(["cut_off"]):
             self.store.compare_set("failure", "", json.dumps({"rank": -1, "reason": self._in_words(silent)}))
@@ -220,11 +227,20 @@ class Watchdog:
             warn(f"{problem}.")
             self.signs = [replace(sign, moved=now) for sign in self.signs]
             return
-        place = self._write_stacks()
         reason = f"{problem}. Look at that machine and its network, then go on with --resume auto. The limit is "
-        reason += f"--max_stall_minutes {self.limit_s / 60:g}; the stacks of all processes are in {place}."
+        reason += f"--max_stall_minutes {self.limit_s / 60:g}; the stacks of all processes are in "
+        reason += f"{self._place_of_stacks()}."
         self.store.compare_set("failure", "", json.dumps({"rank": -1, "reason": reason}))
+        self._write_stacks()
         self._end(reason)
+
+    def _look_for_requests(self) -> None:
+        """Look whether somebody asks for stacks; in a thread of its own, since a file server may hang."""
+        while not self._is_over.wait(BEAT_S):
+            with contextlib.suppress(OSError):
+                if self.output_dir and (request := self.output_dir / REQUEST_FILE).exists():
+                    request.unlink(missing_ok=True)
+                    self._is_asked.set()
 
     def _behind(self, now: float) -> list[int]:
         """Return the processes that are silent, else those that have got least far."""
@@ -242,7 +258,10 @@ class Watchdog:
             parts.append(f"process {rank} on {sign.host} {state}")
         return ", ".join(parts) + f" and {len(ranks) - 4} more" * (len(ranks) > 4)
 
-    def _write_stacks(self) -> Path | str:
+    def _place_of_stacks(self) -> Path | str:
+        return self.output_dir / STACKS_FILE if self.output_dir else "the output"
+
+    def _write_stacks(self) -> None:
         """Ask all processes for their stacks, and write what comes within a few seconds."""
         asked = int(self.store.add("asked", 1))
         self.store.set(f"stacks/{asked}/{self.rank}", stacks())
@@ -254,13 +273,23 @@ class Watchdog:
         for rank, key in enumerate(keys):
             text = self.store.get(key).decode() if self.store.check([key]) else "no answer\n"
             parts.append(f"=== process {rank} on {self.signs[rank].host}: {self.signs[rank].place}\n{text}")
+        text = "\n".join(parts)
         if self.output_dir is None:
-            say("\n".join(parts), sys.stderr)
-            return "the output above"
-        path = self.output_dir / STACKS_FILE
+            say(text, sys.stderr)
+        else:
+            _for_a_while(partial(write_text, self.output_dir / STACKS_FILE, text))
+
+
+def _for_a_while(work: Callable[[], None]) -> None:
+    """Do work with files, and do not wait for it where their server hangs; what fails there is passed over."""
+
+    def tried() -> None:
         with contextlib.suppress(OSError, UserError):
-            write_text(path, "\n".join(parts))
-        return path
+            work()
+
+    thread = threading.Thread(target=tried, daemon=True)
+    thread.start()
+    thread.join(4 * BEAT_S)
 
 
 def stacks() -> str:

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from helpers import Group
 
 from jit_accel.base import watchdog
 from jit_accel.monitor.log import read_metrics
+from jit_accel.monitor.monitor import Monitor
 from jit_accel.train import build
 from jit_accel.train.feed import Feed
 from jit_accel.train.trainer import Trainer
@@ -152,6 +154,17 @@ def test_a_process_that_is_silent_ends_the_run_in_time(run, tmp_path):
     stacks = (tmp_path / "run" / "stacks.txt").read_text()
     assert re.search(rf"=== process 1 on {HOST}: .*\nno answer", stacks)
     assert "thread MainThread:" in stacks
+
+
+def hanging_files():
+    """As `trouble`, on a file server that hangs when the main process has something to say."""
+    trouble()
+    watchdog.write_text = Monitor.leave_failure = lambda *_: threading.Event().wait()
+
+
+def test_a_file_server_that_hangs_does_not_keep_the_processes(run):
+    log = run("sleep", 1, [1, 1], setup="hanging_files")
+    assert re.search(rf"no process has gone on for \d+ s: process 1 on {HOST} trains step 5", log)
 
 
 def test_a_process_that_lags_is_named_with_the_place_where_it_is(run, tmp_path):
