@@ -25,7 +25,7 @@ GRACE_S = 240.0  # for processes that have lost their launcher, and save a check
 LOST_GRACE_S = 15.0  # in which a training finds out itself, and says, that a part of it on another machine is gone
 SILENT_S = 15.0  # three heartbeats: the training itself, when it has started, waits for more
 LOST_FILE = ".lost"  # another text each time that a part of the training is lost, on whatever machine
-LOOK_S = 0.2
+LOOK_S = 0.5
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
 
 
