@@ -17,23 +17,27 @@ def step_seconds(work: Workload, layout: Division, gpu: Gpu, nodes: int, flops: 
     passes = passes_of_step(is_all_trained=True, recompute=layout.recompute)
     macs = forward_macs(work.sizes, work.patch_size, work.img_size, work.img_size)
     products = 2 * macs * passes * layout.batch_size * layout.accumulation / flops
-    exchanges = exchange_seconds(work, layout, gpu, nodes)
-    # DDP sends gradients in the last backward pass alone; sharded weights travel in all passes.
-    beside = products if layout.shards > 1 else products * 2 / passes / layout.accumulation
-    return products, max(0.0, exchanges - beside)
+    # Weights that are gathered for the forward pass travel beside it, all else beside the backward pass, and gradients
+    # that are not sharded beside the last one alone.
+    forward = products / passes
+    gathers, rest = exchange_seconds(work, layout, gpu, nodes)
+    backward = (products - forward) / (layout.accumulation if layout.shards == 1 else 1)
+    return products, max(0.0, gathers - forward) + max(0.0, rest - backward)
 
 
-def exchange_seconds(work: Workload, layout: Division, gpu: Gpu, nodes: int) -> float:
-    """Return the seconds in which weights and gradients travel in a step."""
+def exchange_seconds(work: Workload, layout: Division, gpu: Gpu, nodes: int) -> tuple[float, float]:
+    """Return the seconds in which weights travel for the forward passes of a step, and those of what else travels."""
     per_node, gradients = layout.processes // nodes, FLOAT32 * work.num_params
     cast = (FLOAT32 if work.precision == "no" else 2) * work.num_params
     if layout.sharding == "ddp":
-        return 2 * gather_seconds(gradients, gpu, per_node, nodes)
-    gathers = 2 * layout.accumulation  # for the forward and the backward pass, which recomputes with what it has
-    if layout.sharding == "fsdp2":
-        return gathers * gather_seconds(cast, gpu, per_node, nodes) + gather_seconds(gradients, gpu, per_node, nodes)
-    within = gathers * gather_seconds(cast, gpu, per_node, 1) + gather_seconds(gradients, gpu, per_node, 1)
-    return within + 2 * gradients / per_node * (nodes - 1) / nodes / (LINK_SHARE * gpu.network * GB)
+        return 0.0, 2 * gather_seconds(gradients, gpu, per_node, nodes)
+    apart = nodes if layout.sharding == "fsdp2" else 1  # machines that share a copy
+    # The backward pass gathers anew, and recomputes with what it has.
+    gathers = layout.accumulation * gather_seconds(cast, gpu, per_node, apart)
+    sums = gather_seconds(gradients, gpu, per_node, apart)
+    if layout.sharding == "hsdp":
+        sums += 2 * gradients / per_node * (nodes - 1) / nodes / (LINK_SHARE * gpu.network * GB)
+    return gathers, gathers + sums
 
 
 def gather_seconds(size: float, gpu: Gpu, per_node: int, nodes: int) -> float:

@@ -26,7 +26,7 @@ from jit_accel.plan.memory import (
     muon_bytes,
 )
 from jit_accel.plan.run import divisors
-from jit_accel.plan.speed import exchange_seconds, gather_seconds
+from jit_accel.plan.speed import exchange_seconds, gather_seconds, step_seconds
 from jit_accel.train.muon import BUCKET_BYTES, Muon
 from jit_accel.train.optimizers import is_block_matrix
 
@@ -151,14 +151,26 @@ def test_every_gpu_has_a_peak_rate():
 
 def test_nothing_travels_in_a_run_of_one_process_and_all_of_it_at_the_slower_link():
     work, gpu = Workload(*parse_model_name("JiT-B/16"), 256, 1000), GPUS["H100"]
-    assert exchange_seconds(work, Division("ddp", False, 8, 1), gpu, 1) == 0
+    assert exchange_seconds(work, Division("ddp", False, 8, 1), gpu, 1) == (0, 0)
     assert gather_seconds(7e9, gpu, 8, 1) == pytest.approx(7e9 * 7 / 8 / (0.7 * 450e9))
     assert gather_seconds(7e9, gpu, 1, 4) == pytest.approx(7e9 * 3 / 4 / (0.7 * 50e9))
     ddp, hsdp, fsdp2 = (
-        exchange_seconds(work, Division(name, False, 8, 1, 16, shards), gpu, 2)
+        sum(exchange_seconds(work, Division(name, False, 8, 1, 16, shards), gpu, 2))
         for name, shards in (("ddp", 1), ("hsdp", 8), ("fsdp2", 16))
     )
     assert min(ddp, hsdp, fsdp2) > 0
+
+
+def test_what_travels_for_one_pass_is_not_hidden_by_the_other():
+    """Gathered weights that the forward pass waits for cost their time, however long the backward pass is."""
+    work, gpu = Workload(*parse_model_name("JiT-B/16"), 256, 1000), GPUS["L40S"]
+    layout = Division("fsdp2", False, 8, 8, 8, 8)
+    gathers, rest = exchange_seconds(work, layout, gpu, 1)
+    assert rest == pytest.approx(gathers * 10 / 8)  # eight gathers more, and sums of float32
+    products, waits = step_seconds(work, layout, gpu, 1, 1e12)
+    assert waits == 0  # a slow GPU
+    flops = 1e12 * products / (gathers * 21 / 8)  # of a GPU whose forward passes are a gather shorter than the gathers
+    assert step_seconds(work, layout, gpu, 1, flops) == pytest.approx((gathers * 21 / 8, gathers / 8))
 
 
 def planned(capsys, *flags):
