@@ -2,6 +2,7 @@
 
 import json
 import re
+import stat
 import zlib
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,8 @@ def _seal_of(manifest: Mapping) -> str:
 def read_manifest(path: Path) -> dict:
     """Read the manifest of a checkpoint. Raises `OSError`, and `ValueError` where it is none, or a damaged one."""
     try:
+        if not stat.S_ISREG((path / MANIFEST).stat().st_mode):  # reading a named pipe would wait for ever
+            raise ValueError("is no file")
         manifest = json.loads((path / MANIFEST).read_bytes())
     except RecursionError:
         raise ValueError("is no JSON") from None

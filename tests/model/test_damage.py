@@ -118,6 +118,11 @@ def empty(folder: Path) -> None:
         file.unlink()
 
 
+def pipe(folder: Path) -> None:
+    lose("manifest.json")(folder)
+    os.mkfifo(folder / "manifest.json")
+
+
 def replace(text: str):
     return lambda folder: (folder / "manifest.json").write_text(text)
 
@@ -127,6 +132,7 @@ DAMAGES = {
     "no weights": lose("model.safetensors"),
     "no state": lose("state.json"),
     "no manifest": lose("manifest.json"),
+    "a pipe": pipe,
     "empty": empty,
     "a list": replace("[]"),
     "a number": replace("3"),

@@ -6,10 +6,11 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
-from helpers import Group, rows, train_here
+from helpers import OLD_FOLDERS, Group, rows, train_group, train_here
 from safetensors.torch import load_file
 
 from jit_accel.model import checkpointer as saving
@@ -56,39 +57,71 @@ def assert_same_contents(out: Path, other: Path) -> None:
     assert rows(out) == rows(other)
 
 
-def test_copies_that_are_made_at_the_last_moment_are_those_of_their_step(flags, plain, tmp_path, monkeypatch):
-    """Steps, samples and validation wait for them before they change weights or exchange averages."""
+class LateSnapshot(Snapshot):
+    """Makes its copies when it is waited for."""
 
-    made = []
+    made: ClassVar[list] = []
 
-    class LateSnapshot(Snapshot):
-        def __init__(self, parts):
-            super().__init__(parts)
-            self.is_asked_for = threading.Event()
-            made.append(self)
+    def __init__(self, parts):
+        super().__init__(parts)
+        self.is_asked_for = threading.Event()
+        self.made.append(self)
 
-        def take(self):
-            assert self.is_asked_for.wait(60)
-            return super().take()
+    def take(self):
+        assert self.is_asked_for.wait(60)
+        return super().take()
 
-        def wait(self):
-            self.is_asked_for.set()
-            super().wait()
+    def wait(self):
+        self.is_asked_for.set()
+        super().wait()
 
+
+def _copy_late(change=setattr) -> None:
+    """Make copies when they are waited for, or when weights are exchanged without a wait."""
     applied = Ema.applied
 
     @contextlib.contextmanager
     def applied_and_copied(self):
         with applied(self):
-            for snapshot in made:
+            for snapshot in LateSnapshot.made:
                 snapshot.is_asked_for.set()
                 snapshot.is_under_way.wait(60)
             yield
 
-    monkeypatch.setattr(saving, "Snapshot", LateSnapshot)
-    monkeypatch.setattr(Ema, "applied", applied_and_copied)
+    change(saving, "Snapshot", LateSnapshot)
+    change(Ema, "applied", applied_and_copied)
+
+
+def _write_at_once() -> None:
+    begin = saving.Checkpointer.begin
+    saving.Checkpointer.begin = lambda self, *args: (begin(self, *args), self.finish())
+
+
+def test_copies_that_are_made_at_the_last_moment_are_those_of_their_step(flags, plain, tmp_path, monkeypatch):
+    """Steps, samples and validation wait for them before they change weights or exchange averages."""
+    _copy_late(monkeypatch.setattr)
     assert train_here(*flags, "--output_dir", str(tmp_path)) == 0
     assert_same_contents(tmp_path, plain)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("how", ["adamw", "muon", "adapter"])
+def test_late_copies_of_shards_are_those_of_their_step_too(images, tmp_path, how):
+    """FSDP2, with accumulation and samples; an adapter by DDP."""
+    flags = ["--data_path", str(images), "--save_every_steps", "1", "--keep_checkpoints", "9", "--batch_size", "1"]
+    flags += ["--gradient_accumulation_steps", "2", "--sample_every_steps", "2", "--ema_decays", "0.5", "auto"]
+    environment = {"TEST_FSDP2_PRECISION": "no"}
+    if how == "adapter":
+        environment, base, flags[1] = {}, OLD_FOLDERS / "run" / "pipeline", str(OLD_FOLDERS / "images")
+        flags += ["--init_from", str(base), "--lora_rank", "2", "--model", "JiT-XS/2", "--img_size", "8"]
+    else:
+        flags += ["--optimizer", how]
+    for setup in ("_copy_late", "_write_at_once"):
+        flags_of_one = [*flags, "--output_dir", str(tmp_path / setup)]
+        train_group(
+            tmp_path, *flags_of_one, num_processes=2, environment=environment | {"TEST_SETUP": f"test_saving:{setup}"}
+        )
+    assert_same_contents(tmp_path / "_copy_late", tmp_path / "_write_at_once")
 
 
 def test_the_training_goes_on_while_a_checkpoint_is_written(flags, plain, tmp_path, monkeypatch, capsys):
