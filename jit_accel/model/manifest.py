@@ -120,7 +120,8 @@ def _other_content(path: Path, sums: Mapping[str, str], sizes: Mapping[str, int]
 
 
 def _has_form(file: Path) -> bool:
-    """Return True where a file can be read at all: its header, or all of its JSON."""
+    """Return True where a file has the form of its kind: a header, or all of its JSON. Raises `OSError` naming it."""
+    open(file, "rb").close()  # safetensors takes what it may not read for missing, and names no file
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):

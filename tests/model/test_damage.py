@@ -248,6 +248,22 @@ def test_a_file_that_cannot_be_read_is_named(two, tmp_path, capsys):
     assert "optimizer.safetensors cannot be read (Too many levels" in capsys.readouterr().err
 
 
+def test_of_a_checkpoint_without_checksums_a_file_that_may_not_be_read_is_named(two, tmp_path, capsys, monkeypatch):
+    good, bad = two
+    for path in two:
+        seal_as_before(path)
+    opened = open
+
+    def refuse(file, *args, **kwargs):
+        if Path(file) == bad / "model.safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return opened(file, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    assert auto(tmp_path) == good
+    assert "model.safetensors cannot be read (Permission denied)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("part", ["model", "optimizer"])
 def test_of_a_checkpoint_without_checksums_a_broken_header_is_seen(two, tmp_path, capsys, part):
     good, bad = two
