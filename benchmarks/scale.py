@@ -1,7 +1,7 @@
 """What a run of many processes on many images costs each of its processes, simulated on one machine.
 
     python benchmarks/scale.py                                     a minute, 1 GiB of memory
-    python benchmarks/scale.py --files 1000000 --folder /scratch   the walk over folders too, of empty files
+    python benchmarks/scale.py --files 1000000   a folder of image files too, of paths that are made up
 
 The order of the images is pure arithmetic, which one process does here as the last one of 256 would. Sharding is done
 by torch's fake process group, on tensors without storage, as each of the named processes would see it.
@@ -18,7 +18,6 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,11 +37,20 @@ MIB, GIB = 2**20, 2**30
 COPIES = 4  # weights, two moments, an average
 READERS = 2  # processes that open a folder together
 OPENING = """
-import sys, time, psutil
+import contextlib, sys, time, psutil, pyarrow
 from accelerate import Accelerator
-from jit_accel.base.processes import on_all
+from jit_accel.base import processes
 from jit_accel.data import open_images
 from jit_accel.data.batches.holdout import split_holdout
+from jit_accel.data.formats import folder, scan
+files, on_all = int(sys.argv[2]), processes.on_all
+if sys.argv[3] == "alone":
+    processes.tables_shared = lambda _: contextlib.nullcontext()
+def listed(_):
+    chunks = [range(at, min(at + 2**18, files)) for at in range(0, files, 2**18)]
+    names = ([f"class_{n * 1000 // files:04}/image_{n:08}.jpg" for n in chunk] for chunk in chunks)
+    return scan.FolderScan(pyarrow.chunked_array(list(map(pyarrow.array, names))))
+folder.scan_folder = listed
 accelerator, began = Accelerator(), time.process_time()
 def private():
     info = psutil.Process().memory_info()
@@ -146,33 +154,27 @@ def sharding(models: list[str]) -> None:
             print(f"| {model} | {way} | {held:.3f} | {written:.4f} |", flush=True)
 
 
-def folder(files: int, where: str | None) -> None:
-    print("| files | process | opened, s | private bytes an image | --holdout, s | bytes |\n" + "| --- " * 6 + "|")
-    with tempfile.TemporaryDirectory(dir=where) as root:
-        for number in range(1000):
-            place = Path(root, "images", f"class_{number:04}")
-            place.mkdir(parents=True)
-            for name in range(number, files, 1000):
-                (place / f"image_{name:08}.jpg").touch()
-        time.sleep(2.1)  # a folder that has just changed is not kept
-        shared = {"JIT_ACCEL_CACHE": f"{root}/cache", "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}
-        shared |= {"MASTER_PORT": "29555", "WORLD_SIZE": str(READERS), "LOCAL_WORLD_SIZE": str(READERS)}
-        processes = []
-        for rank in range(READERS):
-            environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            command = [sys.executable, "-c", OPENING, str(Path(root, "images"))]
-            processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-        for what, process in zip(("first of a machine", "each other"), processes):
-            opened_s, opened, held_s, held = map(float, process.communicate()[0].split())
-            bytes_each = f"{opened / files:.0f} | {held_s:.1f} | {held / files:.0f}"
-            print(f"| {files:,} | {what} | {opened_s:.1f} | {bytes_each} |", flush=True)
+def folder(files: int) -> None:
+    print("| paths | process | opened, s | private bytes an image | --holdout, s | bytes |\n" + "| --- " * 6 + "|")
+    for way in ("alone", "shared"):
+        with tempfile.TemporaryDirectory() as root:
+            shared = {"JIT_ACCEL_CACHE": f"{root}/.cache", "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}
+            shared |= {"MASTER_PORT": "29555", "WORLD_SIZE": str(READERS), "LOCAL_WORLD_SIZE": str(READERS)}
+            processes = []
+            for rank in range(READERS):
+                environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                command = [sys.executable, "-c", OPENING, root, str(files), way]
+                processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+            for what, process in zip(("first of a machine", "each other"), processes):
+                opened_s, opened, held_s, held = map(float, process.communicate()[0].split())
+                bytes_each = f"{opened / files:.0f} | {held_s:.1f} | {held / files:.0f}"
+                print(f"| {files:,} | {what}, {way} | {opened_s:.1f} | {bytes_each} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["JiT-B/16", "JiT-L/16", "JiT-H/16"])
     parser.add_argument("--files", type=int, default=0, help="of a folder that is opened; 0: none")
-    parser.add_argument("--folder", help="where that is made; default: where temporary files are")
     args = parser.parse_args()
     print(f"{PROCESSES} processes, {BATCH} images each\n")
     random_access()
@@ -182,7 +184,7 @@ def main() -> None:
     sharding(args.models)
     if args.files:
         print()
-        folder(args.files, args.folder)
+        folder(args.files)
 
 
 if __name__ == "__main__":
