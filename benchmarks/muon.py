@@ -16,6 +16,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from unittest import mock
 
 import torch
@@ -24,8 +25,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from jit_accel.config.presets import parse_model_name
 from jit_accel.config.settings import OptimConfig
-from jit_accel.model.transformer import build_model
+from jit_accel.model.transformer import JiTTransformer2DModel
 from jit_accel.train import muon
 from jit_accel.train.muon import Muon
 from jit_accel.train.optimizers import build_optimizers
@@ -34,9 +36,11 @@ from jit_accel.train.optimizers import build_optimizers
 class Training:
     """A network of 256 px whose weights the processes share, and whole matrices beside it."""
 
-    def __init__(self, model: str, batch_size: int, device: torch.device):
+    def __init__(self, model: str, batch_size: int, depth: int | None, device: torch.device):
         torch.manual_seed(0)
-        self.network = build_model(model, 256, 1000, 0.0, 0.0).to(device)
+        sizes, patch_size = parse_model_name(model)
+        sizes = asdict(replace(sizes, depth=depth or sizes.depth)) | {"proj_dropout": 0.0, "attn_dropout": 0.0}
+        self.network = JiTTransformer2DModel(256, patch_size, num_classes=1000, **sizes).to(device)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for block in self.network.blocks:
             fully_shard(block, mesh=mesh)
@@ -82,8 +86,10 @@ def timed(action, device: torch.device, clock: Callable[[], float]) -> float:
     return seconds.item()
 
 
-def measure(model: str, batch_size: int, rounds: int, device: torch.device, clock: Callable[[], float]) -> str:
-    training = Training(model, batch_size, device)
+def measure(
+    model: str, batch_size: int, depth: int | None, rounds: int, device: torch.device, clock: Callable[[], float]
+) -> str:
+    training = Training(model, batch_size, depth, device)
     actions = {
         "compute": training.compute,
         "muon": training.muon.step,
@@ -116,9 +122,8 @@ def run(rank: int, args: argparse.Namespace) -> None:
             "| model | batch | step, s | Muon, s | travel, s | whole, s | of whole |\n" + "| --- " * 7 + "|", flush=True
         )
     for model in args.models:
-        row = measure(
-            model, args.batch_size, args.rounds, device, time.process_time if args.cpu_time else time.perf_counter
-        )
+        clock = time.process_time if args.cpu_time else time.perf_counter
+        row = measure(model, args.batch_size, args.depth, args.rounds, device, clock)
         if is_main:
             print(row, flush=True)
     dist.destroy_process_group()
@@ -128,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["JiT-Ti/16", "JiT-S/16"])
     parser.add_argument("--batch_size", type=int, default=16, help="of each process")
+    parser.add_argument("--depth", type=int, help="blocks of the network, if not all: the shares are about the same")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--cpu_time", action="store_true")

@@ -29,6 +29,8 @@ OLD_FOLDERS = Path(__file__).parent / "fixtures" / "fc94876"  # made by its make
 
 # For laws whose body takes the device: what is wrong there is seen without a GPU, too.
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NEEDS_TWO = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+DEVICES_OF_TWO = ["cpu", pytest.param("cuda", marks=NEEDS_TWO)]
 
 # A network of some thousand parameters, for tests where it may be any.
 PRESETS["JiT-XS"] = Preset(2, 8, 2, 4, 1, in_context_len=2)
@@ -345,10 +347,11 @@ def flip_a_bit(file: Path, place: float = 0.7) -> None:
     file.write_bytes(data)
 
 
-def state(output_dir: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the newest checkpoint, put together where several processes wrote them."""
+def state(output_dir: Path, step: int | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by default the newest, put together where several processes wrote them."""
     found = {}
-    for file in sorted(last_checkpoint(output_dir).glob("*.safetensors")):
+    path = last_checkpoint(output_dir) if step is None else output_dir / "checkpoints" / f"step_{step:08d}"
+    for file in sorted(path.glob("*.safetensors")):
         part = re.sub(r"-\d+-of-\d+", "", file.stem)
         with safe_open(file, framework="pt") as opened:
             pieces = json.loads((opened.metadata() or {}).get("pieces", "{}"))

@@ -47,7 +47,8 @@ class Snapshot:
         """Return the copies, by part and name."""
         try:
             if self.device is None:
-                return self._copies()
+                copies, self.parts = self._copies(), {}
+                return copies
             with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream()) as _:
                 torch.cuda.current_stream().wait_event(self.begun)
                 copies = self._copies()
@@ -55,14 +56,14 @@ class Snapshot:
         finally:
             self.is_under_way.set()
         self.copied.synchronize()
+        self.parts = {}  # not before: memory that is let go of would be given to the work that goes on
         return copies
 
     def _copies(self) -> dict[str, dict[str, Piece]]:
-        found = {}
-        for part, pieces in self.parts.items():
-            found[part] = {name: replace(piece, values=copy_of(piece.values)) for name, piece in pieces.items()}
-        self.parts = {}
-        return found
+        return {
+            part: {name: replace(piece, values=copy_of(piece.values)) for name, piece in pieces.items()}
+            for part, pieces in self.parts.items()
+        }
 
     def wait(self) -> None:
         """Return when the tensors may be changed."""

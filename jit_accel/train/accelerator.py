@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DistributedType,
     DynamoBackend,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
@@ -53,7 +54,7 @@ def build_accelerator(
         AcceleratorState._reset_state()  # of an earlier training in this process
     limit = timedelta(seconds=limit_s) if limit_s else LONGEST_WAIT
     with _configuration_errors(), _all_come(limit):
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=precision,
             log_with=trackers or None,
             # As a plugin: the environment of `accelerate launch` overrides the plain argument.
@@ -67,6 +68,14 @@ def build_accelerator(
                 InitProcessGroupKwargs(timeout=limit),
             ],
         )
+    use_torchs_scaler(accelerator)
+    return accelerator
+
+
+def use_torchs_scaler(accelerator: Accelerator) -> None:
+    """Replace the gradient scaler that Accelerate takes for shards, FSDP 1's: fused optimizers cannot step with it."""
+    if accelerator.scaler is not None and accelerator.distributed_type == DistributedType.FSDP:
+        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
 
 
 @contextlib.contextmanager

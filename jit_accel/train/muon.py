@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_to_all_single
 from torch.distributed.tensor import DTensor, Shard
 
+from jit_accel.base.devices import is_good_at_bf16
 from jit_accel.monitor.metrics import local_part
 
+# Coefficients of the quintic by Jordan et al., which trades exactness for slope at 0.
+A, B, C = 3.4445, -4.7750, 2.0315
 BUCKET_BYTES = 2**25  # of the matrices that a process gathers at once; three buckets are under way
 
 
@@ -19,8 +22,8 @@ class Muon(torch.optim.Optimizer):
 
     Differs from `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` in two ways: matrices of one shape go
     through the iteration as a single batch, and a matrix that stacks several square or wide maps (the fused
-    qkv, the two halves of SwiGLU) is orthogonalised map by map. The iteration runs in bf16 on a GPU only, since
-    a CPU without bf16 units takes a hundred times longer with it.
+    qkv, the two halves of SwiGLU) is orthogonalised map by map. The iteration runs in bf16 on GPUs that are good at
+    it, else in float32.
 
     Of sharded matrices the maps are dealt out to the processes that share them: each gets its maps whole, bucket by
     bucket, iterates, and sends the rows back to those who hold them. Momentum and decay need no other process.
@@ -56,20 +59,38 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """Replace the singular values of (N, rows, columns) by about 1 (between 0.7 and 1.2)."""
-    # Coefficients of the quintic by Jordan et al., which trades exactness for slope at 0.
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.to(iteration_dtype(matrices))
+    x = matrices.to(iteration_dtype(matrices.device))
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if x.dtype == torch.float32 and x.size(-1) >= 2 * x.size(-2):
+        x = product_of_steps(x @ x.mT, steps) @ x
+    else:
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
     return x.mT if tall else x
 
 
-def iteration_dtype(matrices: Tensor) -> torch.dtype:
-    return torch.bfloat16 if matrices.is_cuda else torch.float32
+def product_of_steps(gram: Tensor, steps: int) -> Tensor:
+    """Return the factor (N, rows, rows) by which so many steps multiply a matrix, from its product with its transpose.
+
+    All are polynomials of that product, and commute: a wide matrix takes part twice instead of twice a step. Not for
+    bf16, which the square of the singular values is too coarse for.
+    """
+    product = None
+    for step in range(steps):
+        factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
+        factor.diagonal(dim1=-2, dim2=-1).add_(A)
+        product = factor if product is None else factor @ product
+        if step + 1 < steps:
+            gram = factor @ gram @ factor
+    return product
+
+
+def iteration_dtype(device: torch.device) -> torch.dtype:
+    """Return bf16 on GPUs that are good at it; a CPU that is would round otherwise than one that is not."""
+    return torch.bfloat16 if device.type == "cuda" and is_good_at_bf16(device) else torch.float32
 
 
 def stacked_maps(rows: int, columns: int) -> int:
@@ -127,7 +148,7 @@ class Bucket:
         """Begin to send this process's rows to the owners of their maps."""
         if self.processes:
             rows = torch.cat([each.update.flatten() for each in self.maps])
-            self._send(rows.to(iteration_dtype(rows)), self.given, self.taken)
+            self._send(rows.to(iteration_dtype(rows.device)), self.given, self.taken)
 
     def iterate(self, steps: int) -> None:
         """Orthogonalise the maps of this process, and begin to send the rows to those who hold them."""

@@ -376,13 +376,23 @@ def test_what_diffusers_users_do_to_a_pipeline_changes_no_image(pipe, prepare):
 
 
 @pytest.mark.gpu
-def test_cpu_offload_gives_the_same_images():
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda pipe: pipe.enable_model_cpu_offload(),
+        lambda pipe: pipe.enable_sequential_cpu_offload(),
+        lambda pipe: pipe.enable_group_offload(onload_device=torch.device("cuda"), offload_type="leaf_level"),
+    ],
+    ids=["model", "sequential", "group"],
+)
+def test_offloading_gives_the_same_images(prepare):
     expected = make_pipe()(0, 3, generator=seeded(), output_type="pt").images
     pipe = make_pipe()
-    pipe.enable_model_cpu_offload()
-    images = pipe(0, 3, generator=seeded(), output_type="pt").images
-    assert pipe.transformer.device.type == "cpu"
-    assert torch.allclose(images.cpu(), expected, atol=1e-3)
+    prepare(pipe)
+    for _ in range(2):
+        images = pipe(0, 3, generator=seeded(), output_type="pt").images
+        assert {weight.device.type for weight in pipe.transformer.parameters()} <= {"cpu", "meta"}
+        assert torch.allclose(images.cpu(), expected, atol=1e-3)
 
 
 def test_names_of_classes_are_found_in_every_form_of_unicode():

@@ -4,22 +4,26 @@
 """
 
 import json
+import os
 import shutil
 import time
 
 import pytest
 import torch
-from helpers import DEVICES, assert_same_state, on_device, rows, state, train_group, train_here
+from accelerate.utils import DistributedType
+from helpers import DEVICES, DEVICES_OF_TWO, assert_same_state, on_device, rows, state, train_group, train_here
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.tensor import DTensor
 
 from jit_accel.model import snapshots
 from jit_accel.model.checkpointer import Checkpointer
-from jit_accel.model.checkpoints import load_tensors
+from jit_accel.monitor.metrics import local_part
 from jit_accel.train import build
+from jit_accel.train.accelerator import use_torchs_scaler
 from jit_accel.train.trainer import Trainer
 
 on_each = pytest.mark.parametrize("device", DEVICES)
-needs_two = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
-on_two_of_each = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_two)])
+on_two_of_each = pytest.mark.parametrize("device", DEVICES_OF_TWO)
 # Of kernels in bf16 and fp16, whose rounding is relative to the largest.
 ROUNDING = {"no": 1e-5, "bf16": 0.03, "fp16": 0.01}
 
@@ -47,30 +51,44 @@ def train(images, tmp_path, monkeypatch):
 
 
 def allow_fp16(patch):
-    """Let the CPU do what Accelerate leaves to GPUs: fp16 with a gradient scaler."""
+    """Let the CPU do what Accelerate leaves to GPUs: fp16 with a gradient scaler, of the kind that it would take."""
 
     def build_scaling(precision, *others):
         accelerator = made("no", *others)
         accelerator.state._mixed_precision, accelerator.native_amp = precision, True
-        accelerator.scaler = torch.amp.GradScaler("cpu")
+        accelerator.scaler = get_grad_scaler(accelerator.distributed_type, device="cpu")
+        use_torchs_scaler(accelerator)
         return accelerator
+
+    def get_grad_scaler(kind, device):
+        return (ShardedGradScaler if kind == DistributedType.FSDP else torch.amp.GradScaler)(device=device)
 
     made = build.build_accelerator
     patch.setattr(build, "build_accelerator", build_scaling)
 
 
+def overflow(patch):
+    """Let a gradient of step 3 overflow in one number; where processes share it, in the share of the last one."""
+    clip = Trainer._clip_gradients
+
+    def overflowing(self):
+        gradient = self.network.x_embedder.proj2.weight.grad
+        if self.step == 2 and (not isinstance(gradient, DTensor) or self.accelerator.is_last_process):
+            local_part(gradient).view(-1)[0] = torch.inf
+        return clip(self)
+
+    patch.setattr(Trainer, "_clip_gradients", overflowing)
+
+
+def overflow_in_each_process():
+    patch = pytest.MonkeyPatch()
+    if os.environ["ACCELERATE_USE_CPU"] == "true":
+        allow_fp16(patch)
+    overflow(patch)
+
+
 def losses(output_dir):
     return [row["train/loss"] for row in rows(output_dir)]
-
-
-def state_at(output_dir, step):
-    """All tensors of one checkpoint, by part and name."""
-    path = output_dir / "checkpoints" / f"step_{step:08d}"
-    return {
-        f"{file.stem}/{name}": tensor
-        for file in path.glob("*.safetensors")
-        for name, tensor in load_tensors(path, file.stem, file.stem).items()
-    }
 
 
 def scale_at(output_dir, step):
@@ -103,18 +121,10 @@ def test_low_precision_trains_as_float32_within_rounding(train, device, precisio
 @on_each
 def test_fp16_skips_the_step_whose_gradients_overflow_and_halves_the_scale(train, tmp_path, monkeypatch, device):
     """And goes on from there after a resume as without one."""
-    loss = Trainer.loss
-
-    def overflowing(self, batch):
-        if self.step == 2:
-            weight = self.network.x_embedder.proj2.weight
-            hook = weight.register_hook(lambda gradient: (hook.remove(), gradient * torch.inf)[1])
-        return loss(self, batch)
-
-    monkeypatch.setattr(Trainer, "loss", overflowing)
+    overflow(monkeypatch)
     how = ("--mixed_precision", "fp16", "--save_every_steps", "1", "--keep_checkpoints", "9")
     whole = train(device, "whole", *how)
-    before, skipped, after = (state_at(whole, step) for step in (2, 3, 4))
+    before, skipped, after = (state(whole, step) for step in (2, 3, 4))
     trained = [name for name in before if name.startswith(("model/", "optimizer/"))]
     assert [name for name in trained if not torch.equal(before[name], skipped[name])] == []
     assert any(not torch.equal(skipped[name], after[name]) for name in trained)
@@ -150,7 +160,7 @@ def test_a_checkpoint_is_of_its_step_though_the_training_goes_on_while_it_is_cop
     monkeypatch.setattr(snapshots, "copy_of", copy_late)
     out = train(device, "run", "--save_every_steps", "1", "--keep_checkpoints", "9", "--max_steps", "4")
     for step in range(1, 5):
-        found = state_at(out, step)
+        found = state(out, step)
         assert found.keys() == {name for at, name in expected if at == step}
         assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[step, name])] == []
 
@@ -193,3 +203,29 @@ def test_two_processes_train_as_one_with_copies_and_with_shards(images, tmp_path
         part = tmp_path / f"part_{fsdp2}"
         shutil.copytree(out / "checkpoints/step_00000003", part / "checkpoints/step_00000003")
         assert_same_state(run(part.name, 2, fsdp2=fsdp2), out)
+
+
+@pytest.mark.multiprocess
+@on_two_of_each
+@pytest.mark.parametrize("fsdp2", [False, True])
+def test_fp16_skips_a_step_on_all_processes_whichever_holds_what_overflows(images, tmp_path, device, fsdp2):
+    out, environment = (
+        tmp_path / "run",
+        on_device(device, fsdp2) | {"TEST_SETUP": "test_devices:overflow_in_each_process"},
+    )
+    flags = (
+        "--data_path",
+        str(images),
+        "--output_dir",
+        str(out),
+        "--mixed_precision",
+        "fp16",
+        "--save_every_steps",
+        "1",
+    )
+    train_group(tmp_path, *flags, "--keep_checkpoints", "9", num_processes=2, environment=environment)
+    before, skipped, after = (state(out, step) for step in (2, 3, 4))
+    trained = [name for name in before if name.startswith(("model/", "optimizer/"))]
+    assert [name for name in trained if not torch.equal(before[name], skipped[name])] == []
+    assert any(not torch.equal(skipped[name], after[name]) for name in trained)
+    assert [scale_at(out, step) for step in (2, 3, 6)] == [65536.0, 32768.0, 32768.0]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import Group
+from helpers import DEVICES, Group
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -30,6 +30,20 @@ def test_orthogonalised_matrix_keeps_its_directions_and_levels_its_scales(shape)
     torch.testing.assert_close(in_its_basis, torch.diag_embed(scales), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("rank", [2, 16])
+def test_the_short_way_for_wide_matrices_is_the_iteration(rank):
+    """Of full rank and of a low one, whose vanishing singular values must not come up."""
+    torch.manual_seed(0)
+    wide = torch.randn(3, 16, rank) @ torch.randn(3, rank, 40)
+    x = wide.double() / wide.double().norm(dim=(-2, -1), keepdim=True)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    rounding = 3.4445**5 * 2**-23  # as much as five steps enlarge what lies near zero
+    torch.testing.assert_close(orthogonalise(wide), x.float(), atol=2 * rounding, rtol=0)
+    torch.testing.assert_close(orthogonalise(wide.mT), x.mT.float(), atol=2 * rounding, rtol=0)
+
+
 def test_a_stack_of_maps_is_split_into_them():
     def maps(*shape):
         return [each.target.shape for each in maps_of(torch.empty(shape), torch.empty(shape))]
@@ -39,21 +53,23 @@ def test_a_stack_of_maps_is_split_into_them():
     assert maps(8, 21) == [(8, 21)]
 
 
-def test_muon_steps_like_torch_where_nothing_is_stacked():
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("columns", [24, 40])
+def test_muon_steps_like_torch_where_nothing_is_stacked(device, columns):
     torch.manual_seed(0)
-    ours, theirs = nn.Parameter(torch.randn(16, 24)), None
+    ours = nn.Parameter(torch.randn(16, columns, device=device))
     theirs = nn.Parameter(ours.detach().clone())
     a = Muon([ours], lr=0.02, weight_decay=0.1)
     b = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(5):
-        gradient = torch.randn(16, 24)
+        gradient = torch.randn(16, columns, device=device)
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
         a.step()
         b.step()
     # Theirs iterates in bf16, with three significant digits.
-    moved = 0.02 * 0.2 * math.sqrt(24) * 5
+    moved = 0.02 * 0.2 * math.sqrt(columns) * 5
     torch.testing.assert_close(ours, theirs, atol=0.03 * moved, rtol=0)
-    assert not torch.equal(a.state[ours]["momentum_buffer"], torch.zeros(16, 24))
+    assert not torch.equal(a.state[ours]["momentum_buffer"], torch.zeros_like(ours))
 
 
 def _step_both(flags: list[str]) -> int:

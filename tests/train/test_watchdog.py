@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers import Group
+from helpers import DEVICES_OF_TWO, Group, on_device
 
 from jit_accel.base import watchdog
 from jit_accel.monitor.log import read_metrics
@@ -83,8 +83,11 @@ def trouble():
 
 @pytest.fixture
 def run(images, tmp_path):
-    def start(kind: str, rank: int | str, codes: list[int] | None, *more: str, setup="trouble", processes=2) -> str:
+    def start(
+        kind: str, rank: int | str, codes: list[int] | None, *more: str, setup="trouble", processes=2, device="cpu"
+    ) -> str:
         environment = {"TEST_SETUP": f"test_watchdog:{setup}", "TEST_TROUBLE": f"{kind}:{rank}:{tmp_path}"}
+        environment |= on_device(device)
         flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "run"), "--max_steps", "20", *more]
         group = Group(flags, tmp_path / "log.txt", processes, environment)
         if kind == "freeze":  # nothing else ends it
@@ -93,7 +96,8 @@ def run(images, tmp_path):
             group.kill()
         found = group.wait()
         assert codes is None or found == codes, group.output()
-        assert f"{processes} x cpu" in group.output() or setup == "early_trouble"
+        name = torch.cuda.get_device_name() if device == "cuda" else device
+        assert f"{processes} x {name}" in group.output() or setup == "early_trouble"
         return group.output()
 
     return start
@@ -167,8 +171,9 @@ def test_a_file_server_that_hangs_does_not_keep_the_processes(run):
     assert re.search(rf"no process has gone on for \d+ s: process 1 on {HOST} trains step 5", log)
 
 
-def test_a_process_that_lags_is_named_with_the_place_where_it_is(run, tmp_path):
-    run("sleep", 1, [1, 1])
+@pytest.mark.parametrize("device", DEVICES_OF_TWO)
+def test_a_process_that_lags_is_named_with_the_place_where_it_is(run, tmp_path, device):
+    run("sleep", 1, [1, 1], device=device)
     assert re.match(rf"no process has gone on for \d+ s: process 1 on {HOST} trains step 5", failed(tmp_path))
     stacks = (tmp_path / "run" / "stacks.txt").read_text().split("=== process ")
     assert "in sick" in stacks[2]
