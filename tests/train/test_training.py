@@ -391,6 +391,17 @@ def test_sharded_training_equals_replicated_training_and_their_checkpoints_are_t
 
 
 @pytest.mark.multiprocess
+def test_sharded_training_in_bf16_has_the_losses_of_replicated_training(images, tmp_path):
+    """Accelerate's own policy, which casts what goes into the network, fails here."""
+    flags = ["--data_path", str(images), "--mixed_precision", "bf16", "--max_steps", "4", "--output_dir"]
+    replicated, sharded = tmp_path / "ddp", tmp_path / "fsdp"
+    train_group(tmp_path, *flags, str(replicated), num_processes=2)
+    fsdp2 = {"TEST_FSDP2_PRECISION": "bf16"}
+    train_group(tmp_path, *flags, str(sharded), num_processes=2, environment=fsdp2)
+    assert losses(sharded) == pytest.approx(losses(replicated), rel=1e-4)
+
+
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_copies_of_two_shards_each_train_as_four_copies(images, tmp_path, optimizer):
     """HSDP on four processes = DDP on four, with samples, accumulation and recomputation; it goes on from DDP."""
