@@ -26,6 +26,8 @@ LOST_GRACE_S = 15.0  # in which a training finds out itself, and says, that a pa
 SILENT_S = 15.0  # three heartbeats: the training itself, when it has started, waits for more
 LOST_FILE = ".lost"  # another text each time that a part of the training is lost, on whatever machine
 LOOK_S = 0.5
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # which Windows does not have
+WRONG_SETTING = 2  # exit code of a training that did not begin, where its launcher hands it on
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
 
 
@@ -69,7 +71,10 @@ class Supervisor:
                 fruitless = 0 if step > reached else fruitless + is_restart
                 reached, is_restart = max(step, reached), True
                 reason = "a part of it was lost on another machine." if self.is_lost_elsewhere else _in_words(code)
-                if _state_of(failure) not in (None, before):
+                has_begun = _state_of(failure) not in (None, before)
+                if code == WRONG_SETTING and not has_begun and not living_holder(self.folder):
+                    return code
+                if has_begun:
                     reason = failure.read_text(encoding="utf-8", errors="replace").strip()
                 if fruitless == self.restarts:
                     rule = f"{fruitless} restarts in a row brought no checkpoint after step {reached:,}. The last one: "
@@ -100,13 +105,13 @@ class Supervisor:
             is_late = elsewhere and time.monotonic() > elsewhere + LOST_GRACE_S
             # A start is ended at once: the next one of another machine must not meet this one.
             if elsewhere and not is_told and (is_late or not living_holder(self.folder)):
-                _signal(psutil.Process().children(recursive=True), signal.SIGKILL)
+                _signal(psutil.Process().children(recursive=True), KILL)
             time.sleep(LOOK_S)
         _signal(psutil.Process().children(), signal.SIGTERM)  # one that was just starting knows of no lost launcher
         deadline = time.monotonic() + self.grace_s
         while left := psutil.Process().children(recursive=True):
             if time.monotonic() > deadline:
-                _signal(left, signal.SIGKILL)
+                _signal(left, KILL)
             psutil.wait_procs(left, timeout=LOOK_S)
         self.is_lost_elsewhere = bool(elsewhere) or self._lost_mark() != mark
         if self.restarts and code != 0 and not (self.stop.number or self.is_lost_elsewhere):

@@ -100,6 +100,16 @@ def test_a_system_without_prctl_will_do(launcher, tmp_path, monkeypatch):
     assert starts(tmp_path) == 2
 
 
+def test_a_wrong_setting_is_not_tried_again(launcher, tmp_path):
+    assert main(launcher("exit 2")) == 2
+    assert starts(tmp_path) == 1
+
+
+def test_what_has_begun_is_tried_again_whatever_its_exit_code(launcher, tmp_path):
+    assert main(launcher('echo "the loss is nan" >"$RUN/FAILED"; exit 2', DONE)) == 0
+    assert starts(tmp_path) == 2
+
+
 @pytest.mark.parametrize("flags", [["--dry_run"], ["--resume", "none"]])
 def test_what_does_not_go_on_is_started_once_and_its_exit_code_kept(launcher, tmp_path, flags):
     assert main([*launcher(FAIL), "--", *flags]) == 7
