@@ -41,13 +41,9 @@ def tables_shared(accelerator) -> Iterator[None]:
 
 
 def _new_folder() -> Path | None:
-    place = Path(tempfile.gettempdir())
-    folder = place / f".{_NAME}.{os.getpid()}.tmp"
     try:
-        remove_leftovers(place, _NAME)  # of processes that were killed
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700)  # fails where it is another user's
-        return folder
+        remove_leftovers(Path(tempfile.gettempdir()), _NAME)  # of processes that were killed
+        return Path(tempfile.mkdtemp(prefix=f".{_NAME}.", suffix=f".{os.getpid()}.tmp"))
     except OSError:
         return None
 
