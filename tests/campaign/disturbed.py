@@ -111,8 +111,10 @@ class Campaign:
             self.seen = {place: image for place, image in self.seen.items() if place < first} | taken
         judge.check_folder(self.output, self.flipped)
         check(judge.newest_sound(self.output) >= newest, "a checkpoint was lost")
-        # Torch's own, of those that wait for a process that never came; and of a worker that decodes no more.
-        may_trace = strike and (strike.moment == faults.AT_START or "DataLoader worker" in printed)
+        # Torch's own: of those that wait for a process that never came, and of workers whose parent is gone, or gone
+        # themselves.
+        is_of_worker = "DataLoader worker" in printed or "resource_sharer" in printed
+        may_trace = strike and (strike.moment == faults.AT_START or is_of_worker)
         check("Traceback" not in printed or may_trace, f"a traceback:\n{printed}")
         what = strike.what if strike else None
         if what in faults.KILLS:
