@@ -331,7 +331,7 @@ def rows(output_dir: Path) -> list[dict]:
 
 
 def last_checkpoint(output_dir: Path) -> Path:
-    return sorted((output_dir / "checkpoints").glob("step_*"))[-1]
+    return sorted(path for path in (output_dir / "checkpoints").glob("step_*") if path.name[5:].isdigit())[-1]
 
 
 def seal_as_before(checkpoint: Path) -> None:
