@@ -28,10 +28,14 @@ on_two_of_each = pytest.mark.parametrize("device", DEVICES_OF_TWO)
 ROUNDING = {"no": 1e-5, "bf16": 0.03, "fp16": 0.01}
 
 
+def choose_deterministic_kernels():
+    """Choose kernels that give the same bits each time; conftest.py prepares cuBLAS for them."""
+    torch.use_deterministic_algorithms(True)
+
+
 @pytest.fixture(autouse=True)
 def deterministic():
-    """Kernels that give the same bits each time; conftest.py prepares cuBLAS for them."""
-    torch.use_deterministic_algorithms(True)
+    choose_deterministic_kernels()
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -189,7 +193,7 @@ def test_two_processes_train_as_one_with_copies_and_with_shards(images, tmp_path
 
     def run(name, processes, *more, fsdp2=False):
         where = ("--output_dir", str(tmp_path / name))
-        environment = on_device(device, fsdp2)
+        environment = on_device(device, fsdp2) | {"TEST_SETUP": "test_devices:choose_deterministic_kernels"}
         train_group(tmp_path, *flags, *where, *more, num_processes=processes, environment=environment)
         return tmp_path / name
 
