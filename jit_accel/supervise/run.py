@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import psutil
@@ -91,7 +91,7 @@ class Supervisor:
 
     def _train(self) -> int:
         """Run the launcher to its end, and wait for the processes that it leaves. Returns its exit code."""
-        before = _end_with_parent if os.name == "posix" else None
+        others, before = set(psutil.Process().children()), _end_with_parent if os.name == "posix" else None
         try:
             process = subprocess.Popen(self.command, start_new_session=True, preexec_fn=before)
         except OSError as error:
@@ -105,11 +105,12 @@ class Supervisor:
             is_late = elsewhere and time.monotonic() > elsewhere + LOST_GRACE_S
             # A start is ended at once: the next one of another machine must not meet this one.
             if elsewhere and not is_told and (is_late or not living_holder(self.folder)):
-                _signal(psutil.Process().children(recursive=True), KILL)
+                _signal(_descendants(others), KILL)
             time.sleep(LOOK_S)
-        _signal(psutil.Process().children(), signal.SIGTERM)  # one that was just starting knows of no lost launcher
+        # One that was just starting knows of no lost launcher.
+        _signal(_descendants(others, all_of=False), signal.SIGTERM)
         deadline = time.monotonic() + self.grace_s
-        while left := psutil.Process().children(recursive=True):
+        while left := _descendants(others):
             if time.monotonic() > deadline:
                 _signal(left, KILL)
             psutil.wait_procs(left, timeout=LOOK_S)
@@ -157,6 +158,15 @@ def _in_words(code: int) -> str:
     if code < 0:
         return f"the launcher was ended by {signal.Signals(-code).name}."
     return f"the launcher ended with {code}, and says above why."
+
+
+def _descendants(others: Collection[psutil.Process], *, all_of: bool = True) -> list[psutil.Process]:
+    """Return the children of this process but for `others`, and with `all_of` theirs."""
+    found = [child for child in psutil.Process().children() if child not in others]
+    for child in list(found) if all_of else ():
+        with contextlib.suppress(psutil.Error):
+            found += child.children(recursive=True)
+    return found
 
 
 def _signal(processes: Iterable[psutil.Process], number: int) -> None:

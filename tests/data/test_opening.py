@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import socket
 
 import numpy as np
 import pyarrow as pa
@@ -67,12 +68,13 @@ def fail_unexpectedly():
 
 
 def lose_a_file():
-    """Process 1 cannot read the files that are held out, and would train on them."""
+    """Process 1, on another machine, cannot read the files that are held out, and would train on them."""
     from jit_accel.data.reading import content
 
     os.environ["JIT_ACCEL_CACHE"] += os.environ["RANK"]
     if on_process("1"):
         content.patient_file_key = lambda path: UNREADABLE
+        socket.gethostname = lambda: "elsewhere"
 
 
 def read_no_keys():

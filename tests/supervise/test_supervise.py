@@ -100,6 +100,14 @@ def test_a_system_without_prctl_will_do(launcher, tmp_path, monkeypatch):
     assert starts(tmp_path) == 2
 
 
+def test_other_children_of_the_program_are_not_waited_for_nor_ended(launcher, monkeypatch):
+    monkeypatch.setattr(supervision, "GRACE_S", 0.0)
+    with subprocess.Popen(["sleep", "1000"]) as other:
+        assert main(launcher(FAIL, DONE)) == 0
+        assert other.poll() is None
+        other.kill()
+
+
 def test_a_wrong_setting_is_not_tried_again(launcher, tmp_path):
     assert main(launcher("exit 2")) == 2
     assert starts(tmp_path) == 1
