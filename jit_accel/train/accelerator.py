@@ -199,3 +199,18 @@ def build_fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
         policy["mixed_precision_policy"] = MixedPrecisionPolicy(DTYPES[precision], **full)
     with _configuration_errors():
         return FullyShardedDataParallelPlugin(**policy)
+
+
+def settle_buckets(model: torch.nn.Module, batch_size: int, accelerator: Accelerator) -> None:
+    """Let DDP lay out its gradients as it does after the first step of a start, by a step whose gradients are dropped.
+
+    Of more than two processes the order of summation depends on that, and a resumed run is to sum as one that was never
+    stopped.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP or accelerator.num_processes <= 2:
+        return
+    sizes = accelerator.unwrap_model(model).config
+    pixels = torch.zeros(batch_size, sizes.in_channels, sizes.img_size, sizes.img_size, device=accelerator.device)
+    model.train()
+    model(pixels, pixels[:, 0, 0, 0], pixels[:, 0, 0, 0].long()).sample.sum().backward()
+    model.zero_grad(set_to_none=True)

@@ -32,7 +32,7 @@ from jit_accel.model.transformer import JiTTransformer2DModel
 from jit_accel.monitor.log import leave_failure, read_failure
 from jit_accel.monitor.monitor import Monitor
 from jit_accel.monitor.trackers import build_trackers
-from jit_accel.train.accelerator import asked_of_dynamo, build_accelerator
+from jit_accel.train.accelerator import asked_of_dynamo, build_accelerator, settle_buckets
 from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed, Validation, open_data
 from jit_accel.train.initial_weights import Initial, Tuning, read_initial, tune
@@ -193,6 +193,7 @@ def assemble(
     model, tuning = build_model(config, source, initial)
     # Nothing else is prepared: see "Accelerate" in docs/architecture.md.
     model, *optimizers = accelerator.prepare(model, *build_optimizers(model, config.optim))
+    settle_buckets(model, config.optim.batch_size, accelerator)
     network = accelerator.unwrap_model(model)
     averages = Ema(network, config.optim.ema_decays)
     class_names = [*tuning.class_names, *map(str, range(len(tuning.class_names), config.model.num_classes))]

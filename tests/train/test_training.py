@@ -240,6 +240,16 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(images, uninterru
 
 
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("processes", [3, 4])
+def test_more_than_two_processes_sum_up_alike_before_and_after_a_resume(images, tmp_path, processes):
+    flags = ["--data_path", str(images), "--save_every_steps", "3", "--resume", "auto", "--batch_size", "2"]
+    train_group(tmp_path, *flags, "--output_dir", str(tmp_path / "whole"), num_processes=processes)
+    shutil.copytree(tmp_path / "whole/checkpoints/step_00000003", tmp_path / "part/checkpoints/step_00000003")
+    train_group(tmp_path, *flags, "--output_dir", str(tmp_path / "part"), num_processes=processes)
+    assert_same_state(tmp_path / "whole", tmp_path / "part")
+
+
+@pytest.mark.multiprocess
 def test_a_random_access_run_resumes_on_another_number_of_processes(images, tmp_path):
     """2 processes for three steps, then 1 with the same global batch = 2 all the way, across an epoch's end."""
     flags = ["--data_path", str(images), "--save_every_steps", "3", "--resume", "auto", "--lr_schedule", "constant"]
