@@ -133,7 +133,7 @@ def test_fp16_skips_the_step_whose_gradients_overflow_and_halves_the_scale(train
     assert [name for name in trained if not torch.equal(before[name], skipped[name])] == []
     assert any(not torch.equal(skipped[name], after[name]) for name in trained)
     assert [scale_at(whole, step) for step in (2, 3, 6)] == [65536.0, 32768.0, 32768.0]
-    assert [row["step"] for row in rows(whole) if row["train/grad_norm"] in (float("inf"), None)] in ([3], [])
+    assert [row["step"] for row in rows(whole) if row["train/grad_norm"] in (float("inf"), None)] == [3]
     shutil.copytree(whole / "checkpoints/step_00000003", tmp_path / "part/checkpoints/step_00000003")
     assert_same_state(train(device, "part", *how, "--resume", "auto"), whole)
 

@@ -15,7 +15,6 @@ from helpers import DEVICES_OF_TWO, Group, on_device
 
 from jit_accel.base import watchdog
 from jit_accel.monitor.log import read_metrics
-from jit_accel.monitor.monitor import Monitor
 from jit_accel.train import build
 from jit_accel.train.feed import Feed
 from jit_accel.train.trainer import Trainer
@@ -104,10 +103,23 @@ def run(images, tmp_path):
 
 
 def early_trouble():
-    """Let something happen to one process before the first step, with a short limit."""
-    kind, rank, _ = os.environ["TEST_TROUBLE"].split(":")
+    """Let something happen to one process before the first step, with a short limit; until it is warned of, if late."""
+    kind, rank, folder = os.environ["TEST_TROUBLE"].split(":")
     watchdog.BEAT_S = 0.2
-    build_model = build.build_model
+    build_model, make, warn = build.build_model, watchdog.Watchdog, watchdog.warn
+    warned, watches = Path(folder) / "warned", []
+
+    def make_with_limit(accelerator, limit_s):
+        watches.append(make(accelerator, 1.0 if kind in ("freeze", "late") else limit_s))
+        return watches[0]
+
+    def warn_and_wait(text):
+        warn(text)
+        watches[0].limit_s = 600.0
+        warned.touch()
+
+    # The processes may need longer than that to meet.
+    build.Watchdog, watchdog.warn = make_with_limit, warn_and_wait
 
     def build_model_late(*args):
         if os.environ["RANK"] == rank:
@@ -115,7 +127,8 @@ def early_trouble():
                 raise ValueError("no such driver")
             if kind in ("kill", "freeze"):
                 os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
-            time.sleep(2.5)
+            while not warned.exists():
+                time.sleep(0.01)
         return build_model(*args)
 
     build.build_model = build_model_late
@@ -163,7 +176,7 @@ def test_a_process_that_is_silent_ends_the_run_in_time(run, tmp_path):
 def hanging_files():
     """As `trouble`, on a file server that hangs when the main process has something to say."""
     trouble()
-    watchdog.write_text = Monitor.leave_failure = lambda *_: threading.Event().wait()
+    watchdog.write_text = build.leave_failure = lambda *_: threading.Event().wait()
 
 
 def test_a_file_server_that_hangs_does_not_keep_the_processes(run):
@@ -210,12 +223,12 @@ def test_a_process_that_is_killed_before_the_first_step_is_named(run, tmp_path, 
 
 
 def test_a_process_that_is_silent_before_the_first_step_ends_the_run_in_time(run, tmp_path):
-    output = run("freeze", 1, [1, -signal.SIGKILL], *LIMIT, setup="early_trouble")
+    output = run("freeze", 1, [1, -signal.SIGKILL], setup="early_trouble")
     assert re.match(rf"no process has gone on for \d+ s: process 1 on {HOST} is silent for", failed(tmp_path)), output
 
 
 def test_a_process_that_takes_long_to_start_is_waited_for(run, tmp_path):
-    output = run("late", 1, [0, 0], *LIMIT, setup="early_trouble")
+    output = run("late", 1, [0, 0], setup="early_trouble")
     assert re.search("Warning: no process has gone on for .* starts", output)
     assert not (tmp_path / "run" / "FAILED").exists()
 
@@ -257,16 +270,24 @@ def test_a_process_that_compiles_goes_on():
     assert not watchdog.compiles()
 
 
+def _short_limit():
+    watchdog.BEAT_S = 0.2
+    build.Watchdog = lambda accelerator, _: watchdog.Watchdog(accelerator, STOPPED_S - 2)
+
+
+STOPPED_S = 8.0
+
+
 def test_a_run_that_was_stopped_whole_goes_on_afterwards(images, tmp_path):
     """By a debugger, or on a machine that slept, for longer than the limit."""
-    flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "run"), "--max_steps", "400", *LIMIT]
-    environment = {"TEST_SETUP": "test_watchdog:trouble", "TEST_TROUBLE": f"none:none:{tmp_path}"}
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "run"), "--max_steps", "400"]
+    environment = {"TEST_SETUP": "test_watchdog:_short_limit"}
     group = Group(flags, tmp_path / "log.txt", 2, environment)
     while len(read_metrics(tmp_path / "run")) < 5 and group.processes[0].is_alive():
         time.sleep(0.05)
-    for sent in (signal.SIGSTOP, signal.SIGCONT):
+    for sent, seconds in ((signal.SIGSTOP, STOPPED_S), (signal.SIGCONT, 0)):
         for process in group.processes:
             os.kill(process.pid, sent)
-        time.sleep(3)
+        time.sleep(seconds)
     assert group.wait() == [0, 0], group.output()
     assert len(read_metrics(tmp_path / "run")) == 400
