@@ -80,8 +80,7 @@ class FolderLock:
         """Raise `UserError`, on this process alone, where another has taken the folder over."""
         self.on_write()
         holder = self._holder()
-        is_gone = not holder and not os.path.lexists(self.folder / HOLDER_FILE)
-        if is_gone or (holder and holder["token"] != self.token):
+        if holder["token"] != self.token if holder else _is_missing(self.folder / HOLDER_FILE):
             who = f"another training (that has ended since, or someone who removed {HOLDER_FILE})"
             error = UserError(
                 f"{_in_words(holder) if holder else who} has taken this folder over, since nothing was heard of this "
@@ -276,6 +275,15 @@ def _machine() -> str:
         return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return socket.gethostname()
+
+
+def _is_missing(file: Path) -> bool:
+    """Return True where a file is not there; not where its disk does not answer, as whatever writes there will say."""
+    try:
+        os.lstat(file)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    return False
 
 
 def _in_words(holder: dict) -> str:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -201,6 +202,17 @@ def test_a_holder_that_wakes_when_its_successor_has_ended_writes_nothing(tmp_pat
         with pytest.raises(UserError, match=r"another training \(that has ended since.* has taken this folder over"):
             write_text(folder / "theirs.txt", "lost")
     assert (folder / "theirs.txt").read_text() == "first"
+
+
+def test_a_disk_that_does_not_answer_is_not_another_training(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    lock = FolderLock(tmp_path / "run")
+    with lock.held(), monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        patch.setattr(os, "lstat", fail)
+        lock.check()
 
 
 def _make(folder):
