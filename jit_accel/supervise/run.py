@@ -92,11 +92,11 @@ class Supervisor:
     def _train(self) -> int:
         """Run the launcher to its end, and wait for the processes that it leaves. Returns its exit code."""
         others, before = set(psutil.Process().children()), _end_with_parent if os.name == "posix" else None
+        mark, is_told, elsewhere = self._lost_mark(), False, 0.0
         try:
             process = subprocess.Popen(self.command, start_new_session=True, preexec_fn=before)
         except OSError as error:
             raise UserError(f"{self.command[0]} cannot be started ({error.strerror}).") from None
-        mark, is_told, elsewhere = self._lost_mark(), False, 0.0
         while (code := process.poll()) is None:
             if self.stop.number and not is_told:
                 process.send_signal(signal.SIGTERM)

@@ -173,6 +173,19 @@ def test_a_start_ends_at_once_when_a_part_of_it_is_lost_on_another_machine(launc
     assert "a part of it was lost on another machine. It is started again" in capfd.readouterr().err
 
 
+def test_a_loss_that_comes_while_a_start_begins_ends_it_too(launcher, tmp_path, monkeypatch):
+    lost, start = tmp_path / "run" / supervision.LOST_FILE, subprocess.Popen
+
+    def start_and_be_late(*args, **how):
+        process = start(*args, **how)
+        wait_for(lambda: lost.exists() and lost.read_text(), process)
+        return process
+
+    monkeypatch.setattr(supervision.subprocess, "Popen", start_and_be_late)
+    assert main(launcher(f"echo elsewhere >{lost}; sleep 20", DONE)) == 0
+    assert starts(tmp_path) == 2
+
+
 def test_a_training_has_time_to_find_out_itself_what_is_lost(launcher, tmp_path, monkeypatch):
     (tmp_path / "run" / ".holder.json").write_text(json.dumps(HOLDER))
     monkeypatch.setattr(supervision, "SILENT_S", 0.0)  # the next start does not wait for it
