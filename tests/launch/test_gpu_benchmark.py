@@ -17,9 +17,9 @@ TESTS = "tests/data/test_ready_batches.py -k arrives_mirrored"
 
 def run(out: Path, *flags: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
     """Return what came of it, and the cells of the table."""
-    environment = os.environ | {"JIT_ACCEL_PYTHON": sys.executable}
+    environment = os.environ | {"JIT_ACCEL_PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", str(SCRIPT), "--device", "cpu", "--output_dir", str(out), "--tests", TESTS, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     table = (out / "table.md").read_text()
     assert table in done.stdout, done.stdout + done.stderr
     head, _, *rows = table.splitlines()
@@ -29,7 +29,7 @@ def run(out: Path, *flags: str) -> tuple[subprocess.CompletedProcess, list[list[
 
 @pytest.mark.multiprocess
 def test_it_tests_measures_and_leaves_profiles(tmp_path):
-    done, rows = run(tmp_path)
+    done, rows = run(tmp_path, "--budget_s", "3600")  # a machine may be busy
     said = "\n".join(path.read_text() for path in tmp_path.glob("*.txt"))
     assert done.returncode == 0, done.stdout + said
     assert "Tests: 1 passed, 1 skipped" in done.stdout
