@@ -173,7 +173,9 @@ def folder(files: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["JiT-B/16", "JiT-L/16", "JiT-H/16"])
+    parser.add_argument(
+        "--models", nargs="+", default=["JiT-B/16", "JiT-L/16", "JiT-H/16"], help="default: %(default)s"
+    )
     parser.add_argument("--files", type=int, default=0, help="of a folder that is opened; 0: none")
     args = parser.parse_args()
     print(f"{PROCESSES} processes, {BATCH} images each\n")

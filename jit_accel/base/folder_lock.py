@@ -160,7 +160,7 @@ class FolderLock:
 
     def _refusal(self, holder: dict | None) -> UserError:
         who = (
-            f"{_in_words(holder)}, last heard of {max(0.0, time.time() - self._last_beat()):.0f} s ago,"
+            f"{_in_words(holder)}, last heard of {max(0.0, time.time() - self._last_beat()):.0f} s ago"
             if holder
             else "one"
         )

@@ -201,7 +201,8 @@ class ReportProcess:
             _, errors = self.process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            _, errors = self.process.communicate()
+            self.process.communicate()
+            errors = f"not done after {timeout_s:.0f} s".encode()
         now = time.monotonic()
         self.not_before = now + _REST * (now - self.began)
         code, self.process = self.process.returncode, None
@@ -228,7 +229,7 @@ class ReportProcess:
     def _fail(self, reason: str) -> None:
         if not self.has_failed:
             warn(
-                f"report.html cannot be built ({reason}). Training goes on; try "
+                f"report.html cannot be built ({reason}). Nothing else is lost; try "
                 f"`python -m jit_accel.report {self.output_dir}` later."
             )
         self.has_failed = True

@@ -55,7 +55,7 @@ def seen_from_elsewhere(folder, **changes):
 
 def test_another_process_is_refused_and_named_until_the_first_ends(holder, tmp_path):
     folder = tmp_path / "run"
-    named = rf"another training writes to it: process {holder.pid} on .*last heard of"
+    named = rf"another training writes to it: process {holder.pid} on .*last heard of \d+ s ago\. Wait for its end"
     with pytest.raises(UserError, match=named), FolderLock(folder).held():
         pass
     assert holder.poll() is None

@@ -101,11 +101,11 @@ def run_many(numbered: Iterator[tuple[int, tuple[Kind, bool]]], args: argparse.N
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python tests/campaign", description=__doc__)
-    parser.add_argument("--faults", type=int, default=1000, help="how many")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
-    parser.add_argument("--jobs", type=int, default=1, help="campaigns at once")
-    parser.add_argument("--minutes", type=float, default=600, help="begin no campaign later")
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of campaigns")
+    parser.add_argument("--faults", type=int, default=1000, help="how many (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="campaigns at once (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=600, help="begin no campaign later (default: %(default)s)")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of the campaigns to run (default: all)")
     parser.add_argument("--work", type=Path, help="a folder for data, undisturbed trainings and what was broken")
     args = parser.parse_args()
     work = (args.work or Path(tempfile.mkdtemp(prefix="campaign_"))).absolute()

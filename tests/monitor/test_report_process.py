@@ -43,6 +43,12 @@ def test_a_report_that_cannot_be_built_is_told_once_and_costs_nothing_else(tmp_p
     assert "not a folder" in err
 
 
+def test_a_report_that_takes_too_long_is_given_up_and_the_reason_is_said(tmp_path, capfd):
+    report = ReportProcess(tmp_path, is_wanted=True)
+    report.build_last(timeout_s=0)
+    assert "Warning: report.html cannot be built (not done after 0 s). Nothing else is lost" in capfd.readouterr().err
+
+
 def test_a_training_leaves_its_report_also_where_it_fails(images, tmp_path, monkeypatch):
     from jit_accel.train.trainer import Trainer
 
