@@ -50,7 +50,8 @@ class Campaign:
             self.disk, self.output = self.place / "disk", self.place / "disk" / "run"
             try:
                 self._disturb(chance)
-                judge.check_end(self.output, self.seen, expected, is_same=not self.struck[faults.OTHER_NUMBER])
+                is_same = not self.struck[faults.OTHER_NUMBER]
+                judge.check_end(self.output, self.seen, expected, is_same, self.flipped)
             except BaseException:
                 shutil.copytree(self.disk, self.place / "disk_found")
                 raise
