@@ -118,6 +118,9 @@ def refuse_unsupported() -> None:
         )
     if _is_on("ACCELERATE_USE_PARALLELISM_CONFIG"):
         _refuse_parallelism()
+    if _is_on("ACCELERATE_USE_FSDP") and chosen_device().type == "cpu" and os.environ.get("WORLD_SIZE", "1") != "1":
+        rule = "accelerate's configuration asks for FSDP, which it leaves out on CPUs, where each process holds all "
+        raise UserError(rule + "weights: start with accelerate_configs/cpu_2_processes.yaml, or where there are GPUs.")
     device = os.environ.get("ACCELERATE_TORCH_DEVICE", "")
     if device and device.partition(":")[0] != chosen_device().type:
         raise UserError(f"ACCELERATE_TORCH_DEVICE {device}: the device here is {chosen_device().type}: leave it out.")

@@ -235,6 +235,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(refu
                 ),
             )
         ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2"},
+            "which it leaves out on CPUs, .*: start with accelerate_configs/cpu_2_processes.yaml",
+        ),
         *(
             ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} | settings, message)
             for settings, message in (
