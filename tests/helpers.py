@@ -216,6 +216,11 @@ def on_device(device: str, fsdp2: bool = False) -> dict[str, str]:
 
 
 def _process(flags, environment, log):
+    os._exit(run_program(flags, environment, log))  # without waiting for the data workers of a group that may be gone
+
+
+def run_program(flags, environment, log) -> int:
+    """Train, or run what TEST_MAIN names, in this process, which the fork server has made; return the exit code."""
     assert "fork_server" in sys.modules  # Python passes over one that it does not find
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -240,8 +245,7 @@ def _process(flags, environment, log):
     if "TEST_SETUP" in environment:  # module:function
         module, function = environment["TEST_SETUP"].split(":")
         getattr(importlib.import_module(module), function)()
-    code = main(flags)
-    os._exit(code)  # without waiting for the data workers of a group that may be gone
+    return main(flags)
 
 
 class Group:

@@ -24,6 +24,12 @@ def prepare() -> None:
     feed.MIN_DRAWS = 8
 
 
+def train(flags: list[str], environment: dict[str, str], log: str) -> None:
+    """Train as one of the processes that an agent has started, to which a result says that all went well."""
+    if code := helpers.run_program(flags, environment, log):
+        os._exit(code)
+
+
 def launch(flags: list[str]) -> int:
     """Start the processes as torchrun does, by its agent, but forked from this one. Returns the exit code."""
     started = json.loads(os.environ["TEST_LAUNCHED"])
@@ -39,7 +45,7 @@ def launch(flags: list[str]) -> int:
         logs_specs=DefaultLogsSpecs(log_dir=started["log"] + ".d"),
     )
     try:
-        elastic_launch(config, helpers._process)(flags, started["environment"], started["log"])
+        elastic_launch(config, train)(flags, started["environment"], started["log"])
     except ChildFailedError:
         return 1
     except SignalException as stopped:
