@@ -215,7 +215,7 @@ class Watchdog:
             self._is_asked.clear()
             self._write_stacks()
             say(f"The stacks of all processes are in {self._place_of_stacks()}")
-        silent = [rank for rank, sign in enumerate(self.signs) if now - sign.heard > 2 * BEAT_S]
+        silent = [rank for rank, sign in enumerate(self.signs) if now - sign.heard > 5 * BEAT_S]
         if silent and self.store.check(["cut_off"]):
             self.store.compare_set("failure", "", json.dumps({"rank": -1, "reason": self._in_words(silent)}))
         still_s = now - max(sign.moved for sign in self.signs)

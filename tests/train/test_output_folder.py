@@ -20,6 +20,7 @@ from jit_accel.model import tensor_files
 from jit_accel.model.checkpoints import read_run
 from jit_accel.train.build import check_world, placed
 from jit_accel.train.output_folder import check_output_dir, claim, release
+from jit_accel.train.trainer import Trainer
 
 FIRST = "runs/x-JiT-B-16-256px-seed0"
 
@@ -141,6 +142,17 @@ def _give_way():
                 time.sleep(0.01)
         write(name, values)
 
+    def step_and_sleep(self):
+        """Sleep on the main process, for which the other one waits, when nothing is being saved."""
+        step(self)
+        if os.environ["RANK"] == "0" and Path(os.environ["TEST_MARK"] + "step").exists():
+            while self.checkpointer.begun and not self.checkpointer.begun[1].done():
+                time.sleep(0.01)
+            Path(os.environ["TEST_MARK"] + "0").touch()
+            while not Path(os.environ["TEST_MARK"] + "over").exists():
+                time.sleep(0.01)
+
+    step, Trainer.train_step = Trainer.train_step, step_and_sleep
     tensor_files.check_sound = write_and_sleep
 
 
@@ -154,10 +166,10 @@ def test_a_run_that_slept_while_another_took_its_folder_over_writes_nothing(imag
     group = Group(flags, tmp_path / "log.txt", 2, environment)
     while not list(out.glob("checkpoints/step_*")) and group.processes[0].is_alive():
         time.sleep(0.05)
-    if is_saving:
-        mark.touch()
-        while not all((tmp_path / f"mark{rank}").exists() for rank in range(2)) and group.processes[0].is_alive():
-            time.sleep(0.05)
+    (mark if is_saving else tmp_path / "markstep").touch()
+    ranks = range(2 if is_saving else 1)
+    while not all((tmp_path / f"mark{rank}").exists() for rank in ranks) and group.processes[0].is_alive():
+        time.sleep(0.05)
     asleep = [psutil.Process(process.pid) for process in group.processes]
     for process in asleep:
         process.suspend()
