@@ -23,6 +23,7 @@ from jit_accel.evaluate.settings import chosen_metrics
 from jit_accel.evaluate.statistics import Collector
 from jit_accel.model.generation import SamplerSettings
 from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.model.precision import BlockWork, settle_accelerator
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import build_model
 
@@ -56,13 +57,16 @@ def main() -> None:
     parser.add_argument("--max_features", type=int, default=10_000)
     args = parser.parse_args()
 
-    accelerator = Accelerator(mixed_precision=chosen_precision())
+    accelerator = Accelerator(mixed_precision=chosen_precision() or "no")
     network = load_features(args.features, accelerator.device, args.feature_weights)
     metrics = chosen_metrics(args.features, tuple(args.metrics))
     evaluator = Evaluator(network, accelerator, metrics, max_features=args.max_features)
     evaluator.show_progress = True
     reference = evaluator.load_reference(args.reference, args.img_size)
     transformer = build_model(args.model, img_size=args.img_size, num_classes=10).eval().to(accelerator.device)
+    sizes, side = transformer.config, args.img_size
+    work = BlockWork.of(sizes, sizes.patch_size, side, side, evaluator.batch_size, trains=False)
+    settle_accelerator(accelerator, None, work)
     pipeline = JiTPipeline(transformer, JiTScheduler(noise_scale=1.0))
     pipeline.set_progress_bar_config(disable=True)
     seconds = dict.fromkeys(("images", "features", "sums", "formulas"), 0.0)

@@ -31,6 +31,7 @@ from jit_accel.data.batches.order import default_kind, image_indices
 from jit_accel.data.batches.ready_batches import batches, waiting_advice
 from jit_accel.data.reading.decode import center_crop, plain_jpeg, to_rgb
 from jit_accel.data.reading.images import Stream
+from jit_accel.model.precision import BlockWork, times_of
 from jit_accel.model.transformer import build_model
 from jit_accel.train.forecast import cost_of_step, try_block
 
@@ -190,7 +191,9 @@ def images_per_s_trained(model: str, img_size: int, batch_size: int, device: tor
     optim = OptimConfig(batch_size=batch_size, ema_decays=("auto",))
     with torch.device("meta"):
         network = build_model(model, img_size=img_size, num_classes=1)
-    dtype = DTYPES.get(chosen_precision())
+    sizes = network.config
+    work = BlockWork.of(sizes, sizes.patch_size, img_size, img_size, batch_size, trains=True)
+    dtype = DTYPES.get(chosen_precision() or times_of(work).faster)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
     trial = try_block(network.config, batch_size, device, autocast, optim)
     return batch_size / cost_of_step(trial, network, optim, 1, stay=False).seconds

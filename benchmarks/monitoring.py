@@ -78,14 +78,13 @@ def main() -> None:
 
     import torch
 
-    from jit_accel.base.devices import chosen_precision, device_name
+    from jit_accel.base.devices import device_name
     from jit_accel.base.watchdog import Watchdog
     from jit_accel.config.command_line import parse_args
     from jit_accel.train.accelerator import build_accelerator
     from jit_accel.train.build import build_trainer
     from jit_accel.train.results import record_run
 
-    precision = chosen_precision()
     with tempfile.TemporaryDirectory() as folder:
         data = ("--data_path", "builtin:fashion_mnist", "--output_dir", folder, "--log_every_steps", str(args.steps))
         config = parse_args([*CASE, *data, "--max_steps", "100000", *flags])
@@ -115,8 +114,9 @@ def main() -> None:
     ratios = [a / b - 1 for a, b in zip(times["on"], times["off"])]
     inside = on.seconds / (args.steps * sum(times["on"]))
     print(
-        f"{config.model.model}, {config.data.img_size} px, batch {config.optim.batch_size}, {precision}, "
-        f"{device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads\n"
+        f"{config.model.model}, {config.data.img_size} px, batch {config.optim.batch_size}, "
+        f"{accelerator.mixed_precision}, {device_name(device)}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads\n"
         f"step: {statistics.median(times['off']):.3f} s without, {statistics.median(times['on']):.3f} s with "
         f"monitoring; median of {args.rounds} paired differences {statistics.median(ratios):+.2%} "
         f"(quartiles {' to '.join(f'{q:+.2%}' for q in statistics.quantiles(ratios, n=4)[::2])})\n"

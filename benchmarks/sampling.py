@@ -24,6 +24,7 @@ import torch
 from jit_accel.base.devices import DTYPES, chosen_precision, device_name
 from jit_accel.model.generation import SamplerSettings, generate_batches
 from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.model.precision import BlockWork, times_of
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import build_model
 from jit_accel.sample.image_files import ImageFiles
@@ -93,7 +94,10 @@ class Bench:
         self.pipeline = JiTPipeline(network, JiTScheduler())
         self.pipeline.set_progress_bar_config(disable=True)
         self.network = Network(network)
-        self.dtype = DTYPES.get(chosen_precision())
+        patch_size, side = network.config.patch_size, case.img_size
+        work = BlockWork.of(network.config, patch_size, side, side, case.batch_size, trains=False)
+        self.mixed_precision = chosen_precision() or times_of(work).faster
+        self.dtype = DTYPES.get(self.mixed_precision)
 
     def sample(self, guidance_scale: float, interval: tuple[float, float], folder: Path | None = None) -> float:
         """Seconds that a batch takes, with its files if `folder` says where."""
@@ -183,20 +187,19 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n" + "| --- " * len(columns) + "|")
     for name in args.cases or [name for name, case in CASES.items() if case.device == device]:
         case = CASES[name]
-        result = Bench(case).measure()
+        bench = Bench(case)
+        result = bench.measure()
         times, counts = result["times"], result["counts"]
         rows, all_rows = sum(counts["interval"]), sum(counts["always"])
         print(
-            f"| {case.what} | {case.steps} | {case.batch_size / statistics.median(times['one']):.3g} images/s "
+            f"| {case.what}, {bench.mixed_precision} | {case.steps} "
+            f"| {case.batch_size / statistics.median(times['one']):.3g} images/s "
             f"| {ratio(times['two'], times['one']):.2f} x | {rows} of {all_rows} ({rows / all_rows:.2f}) "
             f"| {ratio(times['interval'], times['always']):.2f} | {statistics.median(result['shares'][1.0]):.1%} "
             f"| {statistics.median(result['shares'][2.0]):.1%} |",
             flush=True,
         )
-    print(
-        f"\n{device_name(torch.device(device))}, precision {chosen_precision()}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads; Heun"
-    )
+    print(f"\n{device_name(torch.device(device))}, torch {torch.__version__}, {torch.get_num_threads()} threads; Heun")
 
 
 def ratio(numerators: list[float], denominators: list[float]) -> float:

@@ -1,6 +1,7 @@
 """The device of a run, and the precision that suits it."""
 
 import os
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,11 @@ from jit_accel.base.errors import UserError
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast; "no" has none
 
 
-def chosen_precision(mixed_precision: str | None = None) -> str:
-    """Return `--mixed_precision`, accelerate's, or bf16 if the device is good at it; `UserError`: fp8, CPU's fp16."""
+def chosen_precision(mixed_precision: str | None = None) -> str | None:
+    """Return `--mixed_precision`, accelerate's, or what the device is good at; `UserError`: fp8, CPU's fp16.
+
+    None: of a CPU with units for bf16 only measuring shows what is faster (`model/precision.py`).
+    """
     device, default = chosen_device(), os.environ.get("ACCELERATE_MIXED_PRECISION")
     if default == "fp8" and not mixed_precision:
         raise UserError(
@@ -22,12 +26,12 @@ def chosen_precision(mixed_precision: str | None = None) -> str:
     if default not in (None, "", "no", *DTYPES) and not mixed_precision:
         rule = "of accelerate's configuration is none: give bf16, fp16 or no."
         raise UserError(rule, about="mixed_precision", value=default)
-    if default not in ("no", *DTYPES):
-        default = "bf16" if is_good_at_bf16(device) else "no"
     precision = mixed_precision or default
     if precision == "fp16" and device.type == "cpu":
         raise UserError("needs a GPU: use bf16 or no.", about="mixed_precision", value="fp16")
-    return precision
+    if precision or (device.type == "cpu" and has_bf16(device)):
+        return precision or None
+    return "bf16" if has_bf16(device) else "no"
 
 
 def chosen_device() -> torch.device:
@@ -41,15 +45,32 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def is_good_at_bf16(device: torch.device) -> bool:
-    """Return whether matrix products in bf16 are faster than in float32 there."""
+def has_bf16(device: torch.device) -> bool:
+    """Return whether the device has units for products in bf16; others emulate them, up to a hundred times slower.
+
+    On GPUs such products are faster than those in float32; on CPUs they need not be.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        # Without these units a CPU emulates bf16 and takes up to a hundred times longer.
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
-    return device.type in ("xpu", "hpu")
+    return bool(_bf16_units()) if device.type == "cpu" else device.type in ("xpu", "hpu")
+
+
+def capabilities() -> dict:
+    """Return what torch knows of this machine's processor; {} in versions that do not say."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def _bf16_units() -> list[str]:
+    found = capabilities()
+    return [name for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16") if found.get(name)]
+
+
+def kind_of(device: torch.device) -> str:
+    """Return the kind of a device: of a processor its name, as far as it is known, and its units for bf16."""
+    if device.type != "cpu":
+        return device_name(device)
+    name = capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return " ".join([name, *_bf16_units()])
 
 
 @contextmanager

@@ -52,7 +52,8 @@ class Facts:
     processes: int = 1  # of the run, on all machines
     accumulation: int = 1  # and precision: what the accelerator was built with
     precision: str = "no"
-    is_good_at_bf16: bool = False  # products in bf16 are faster than in float32 on this device
+    has_bf16: bool = False  # the device has units for products in bf16
+    is_good_at_bf16: bool = False  # they are known to be faster there than those in float32
     lanes: int | None = None  # for a new run, where its data is a stream
     cores: int = 1  # of this process
     threads: int | None = None  # to which torch is limited on a CPU, if it is
@@ -262,7 +263,7 @@ def _warnings_of_device(facts: Facts) -> Iterator[str]:
     """Yield what makes this device slower than it could be, each with its remedy."""
     if facts.precision == "no" and facts.is_good_at_bf16:
         yield "training in float32; --mixed_precision bf16 is faster on this device."
-    if facts.precision == "bf16" and not facts.is_good_at_bf16:
+    if facts.precision == "bf16" and not facts.has_bf16:
         yield "this device only emulates bf16, up to a hundred times slower: use --mixed_precision no."
     if facts.threads is not None and facts.threads < facts.cores:
         yield (

@@ -139,7 +139,7 @@ class OptimConfig:
 @dataclass(frozen=True)
 class PerformanceConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Autocast (default: accelerate's configuration, else bf16 where the device is good at it)."""
+    """Autocast (default: accelerate's configuration, else what is faster on this device)."""
     gradient_checkpointing: bool = False
     """Recompute the blocks in the backward pass: less memory, a third more time."""
     compile: bool = False

@@ -27,6 +27,7 @@ from jit_accel.evaluate.sweep import Measured, Outcome, SweepLog, sweep
 from jit_accel.model.card import EVALUATION_FILE
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.generation import SamplerSettings, checked_side
+from jit_accel.model.precision import BlockWork, settle_accelerator
 
 UNBALANCED = 0.1  # the share of a reference's images that would have to be of other classes
 GO_ON = "give the same command again"
@@ -48,7 +49,9 @@ def evaluate(config: EvaluateConfig) -> int:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     # Formulas take minutes on the main process while the others wait.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
-    accelerator = Accelerator(mixed_precision=chosen_precision(config.mixed_precision), kwargs_handlers=[patience])
+    accelerator = Accelerator(
+        mixed_precision=chosen_precision(config.mixed_precision) or "no", kwargs_handlers=[patience]
+    )
     with process_group(accelerator):
         evaluator = build_evaluator(config, accelerator, accelerator.device, show_progress=True)
         file = record_file(config)
@@ -57,6 +60,11 @@ def evaluate(config: EvaluateConfig) -> int:
         if config.model is not None:
             candidate, num_images = Candidate(config, accelerator), config.num_images
             img_size = checked_side(candidate.pipeline(candidate.emas[0]), img_size)
+            sizes = candidate.pipeline(candidate.emas[0]).transformer.config
+            work = BlockWork.of(sizes, sizes.patch_size, img_size, img_size, config.batch_size, trains=False)
+            times = settle_accelerator(accelerator, config.mixed_precision, work)
+            if times and accelerator.is_main_process:
+                say(f"Precision: {accelerator.mixed_precision} ({times.in_words()})")
         elif config.images is not None:
             images = on_all(accelerator, lambda: open_image_set(config.images, "images", config.img_size), in_turn=True)
             num_images, img_size = images.num_images, images.img_size

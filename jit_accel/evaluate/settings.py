@@ -107,7 +107,7 @@ class EvaluateConfig:
     unguided: bool = True
     """Measure the images without guidance too."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the model (default: accelerate's configuration, else bf16 where the device is good at it)."""
+    """Precision of the model (default: accelerate's configuration, else what is faster on this device)."""
     compile: bool = False
     """torch.compile each block: faster after a slower start."""
     make_reference: str | None = None

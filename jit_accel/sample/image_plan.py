@@ -145,6 +145,14 @@ def open_folder(folder: Path, record: dict, resume: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def begun_precision(folder: Path) -> str | None:
+    """Return the precision that the images in a folder were begun in; None where no record there says it."""
+    try:
+        return json.loads((folder / SAMPLES_RECORD).read_text(encoding="utf-8"))["settings"]["mixed_precision"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def holds_files(path: Path) -> bool:
     """Return whether a path is more than empty folders, as a stopped sampling leaves them; hidden ones do not count."""
     is_empty = path.is_dir() and all(part.is_dir() for part in path.rglob("*"))

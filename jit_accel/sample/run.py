@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from jit_accel.base.console import ImageProgress, say, warn
-from jit_accel.base.devices import DTYPES, chosen_precision, is_good_at_bf16
+from jit_accel.base.devices import DTYPES, chosen_precision, has_bf16
 from jit_accel.base.errors import Stopped, StopRequest, UserError
 from jit_accel.base.files import disk_errors, write_json
 from jit_accel.base.processes import on_all, on_main, process_group
@@ -21,21 +21,22 @@ from jit_accel.data.formats.scan import SAMPLES_RECORD
 from jit_accel.model.generation import SamplerSettings, checked_side, generate_batches, share_of
 from jit_accel.model.loading import load_quietly
 from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.model.precision import BlockWork, settle
 from jit_accel.model.scheduler import CALLS_PER_STEP
 from jit_accel.sample import image_files
-from jit_accel.sample.image_plan import VERSION, ImageId, open_folder, plan_images
+from jit_accel.sample.image_plan import VERSION, ImageId, begun_precision, open_folder, plan_images
 from jit_accel.sample.settings import SampleConfig
 
 
 def sample(config: SampleConfig) -> int:
     """Make the images, or those that are missing; return the exit code. Raises `UserError`: on all processes."""
-    precision = chosen_precision(config.mixed_precision)
+    chosen_precision(config.mixed_precision)  # one that cannot be is found out before all else
     # The others wait while the main process puts an .npz together or draws pictures.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
     with process_group(accelerator), StopRequest() as stop:
         try:
-            sampling = on_all(accelerator, lambda: Sampling(config, precision, accelerator, stop), stop=stop)
+            sampling = on_all(accelerator, lambda: Sampling(config, accelerator, stop), stop=stop)
             sampling.run()
         except Stopped as stopped:
             if accelerator.is_main_process:
@@ -61,8 +62,8 @@ def fingerprint(pipeline: JiTPipeline) -> str:
 class Sampling:
     """The images to make, the pipeline that makes them, and their place; UserError if settings do not fit it."""
 
-    def __init__(self, config: SampleConfig, precision: str, accelerator: Accelerator, stop: StopRequest):
-        self.config, self.precision, self.accelerator, self.stop = config, precision, accelerator, stop
+    def __init__(self, config: SampleConfig, accelerator: Accelerator, stop: StopRequest):
+        self.config, self.accelerator, self.stop = config, accelerator, stop
         self.pipeline = pipeline = load_quietly(config.model, config.ema, accelerator.device, config.compile)
         self.plan = plan_images(config, pipeline.transformer.config.num_classes, pipeline.config.class_names)
         sides = [flag if getattr(config, flag) else "img_size" for flag in ("height", "width")]
@@ -81,7 +82,11 @@ class Sampling:
 
     def run(self) -> None:
         """Make what is missing, and the pictures."""
-        accelerator, stop = self.accelerator, self.stop
+        accelerator, stop, config = self.accelerator, self.stop, self.config
+        sizes = self.pipeline.transformer.config
+        work = BlockWork.of(sizes, sizes.patch_size, *self.size, self.batch_size, trains=False)
+        begun = begun_precision(self.folder) if config.resume else None
+        self.precision, self.times = settle(accelerator, config.mixed_precision, work, begun)
         with self.store.pool:
             missing = on_main(accelerator, self._begin, stop)
             rate = self._make(missing)
@@ -100,12 +105,13 @@ class Sampling:
         }
         with self.writing():
             open_folder(self.folder, record, config.resume)
-            if self.precision == "bf16" and not is_good_at_bf16(self.accelerator.device):
+            if self.precision == "bf16" and not has_bf16(self.accelerator.device):
                 warn("this device only emulates bf16, up to a hundred times slower: use --mixed_precision no.")
             self.store.prepare()
             missing = self.store.missing(self._stop_here)
             write_json(self.folder / SAMPLES_RECORD, record)  # last: a command that is refused changes nothing
         settings, total = self.settings, self.plan.num_images
+        why = f" ({self.times.in_words()})" if self.times else ""
         there = f", {total - len(missing):,} of them there already" if len(missing) < total else ""
         guidance = f"guidance {settings.guidance_scale:g}"
         if settings.guidance_scale != 1:
@@ -113,7 +119,7 @@ class Sampling:
         say(
             f"Sampling {total:,} images of {self.size[0]} x {self.size[1]} px{there}: {settings.num_inference_steps} "
             f"{settings.method[:1].upper()}{settings.method[1:]} steps, {guidance}, seed {config.seed}, on "
-            f"{self.accelerator.num_processes} x {self.accelerator.device.type}, precision {self.precision} → "
+            f"{self.accelerator.num_processes} x {self.accelerator.device.type}, precision {self.precision}{why} → "
             f"{self.folder}"
         )
         return missing

@@ -45,7 +45,7 @@ class SampleConfig:
     width: int | None = None
     """Instead of img_size, for images that are not square (default: img_size)."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Precision of the network; the ODE is float32 always (default: accelerate's, else bf16 where it is fast)."""
+    """Precision of the network; the ODE is float32 always (default: accelerate's, else what is faster here)."""
     compile: bool = False
     """Compile the network's blocks: faster after a slower start."""
     format: Literal["png", "webp", "npz"] = "png"

@@ -47,7 +47,7 @@ def build_accelerator(
     `limit_s` (0: an hour).
     """
     refuse_unsupported()
-    precision = chosen_precision(mixed_precision)
+    precision = chosen_precision(mixed_precision) or "no"  # where that is open, `build_trainer` settles it
     configured = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or 1)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:

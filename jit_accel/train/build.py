@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from jit_accel.base.console import say, warn
-from jit_accel.base.devices import device_name, is_good_at_bf16
+from jit_accel.base.devices import device_name, has_bf16, kind_of
 from jit_accel.base.errors import StopRequest, UserError
 from jit_accel.base.folder_lock import FolderLock
 from jit_accel.base.processes import SharedStop, end_with_launcher, grace_s, on_all, on_main, process_group
@@ -19,6 +21,7 @@ from jit_accel.base.watchdog import Watchdog
 from jit_accel.config.checks import image_size
 from jit_accel.config.completion import Facts, Plan, complete, rate_in_words, started
 from jit_accel.config.identity import experiment_of, in_folder, is_named, run_folder
+from jit_accel.config.presets import parse_model_name
 from jit_accel.config.settings import Config
 from jit_accel.data.batches.holdout import HeldOut
 from jit_accel.data.batches.loader import cores_per_process
@@ -28,6 +31,7 @@ from jit_accel.model import hub
 from jit_accel.model.checkpoints import find_checkpoint, read_run, sound_checkpoint
 from jit_accel.model.loading import PIPELINE_FOLDER, build_network, build_pipeline
 from jit_accel.model.objective import Objective
+from jit_accel.model.precision import BlockTimes, BlockWork, settle_accelerator
 from jit_accel.model.transformer import JiTTransformer2DModel
 from jit_accel.monitor.log import leave_failure, read_failure
 from jit_accel.monitor.monitor import Monitor
@@ -136,18 +140,20 @@ def build_trainer(
     objective: type[Objective] = Objective,
 ) -> Trainer:
     """Open data and weights, complete the settings, build the run; a process's `UserError` is raised on all of them."""
-    initial, tuning = None, config.tune
+    initial, tuning, device = None, config.tune, accelerator.device
     if tuning.init_from is not None and (checkpoint is None or tuning.lora_rank):
         initial = on_all(accelerator, lambda: read_initial(tuning.init_from), in_turn=True)
     run = read_run(checkpoint) if checkpoint else {}
     saved = run.get("settings", {})
     weights = initial.start if initial else None
-    how = {"img_size": image_size(started(config, saved, weights)), "val_images": config.run.val_images}
+    known = started(config, saved, weights)
+    how = {"img_size": image_size(known), "val_images": config.run.val_images}
     source, held_out = open_data(config.data, accelerator=accelerator, given=source, begun=run, **how)
     if initial and tuning.lora_rank:
         initial.labels_for(source)  # of other classes it says so better than `complete` would
+    times = settle_precision(known, accelerator, saved if run.get("device") in (None, kind_of(device)) else {})
     num_units = int(np.count_nonzero(source.images.sizes)) if source.streaming else 0
-    is_limited = accelerator.device.type == "cpu" and "OMP_NUM_THREADS" in os.environ
+    is_limited = device.type == "cpu" and "OMP_NUM_THREADS" in os.environ
     facts = Facts(
         num_images=source.num_images,
         num_classes=max(source.num_classes or 0, len(source.class_names)) or None,
@@ -156,7 +162,8 @@ def build_trainer(
         processes=accelerator.num_processes,
         accumulation=accelerator.gradient_accumulation_steps,
         precision=accelerator.mixed_precision,
-        is_good_at_bf16=is_good_at_bf16(accelerator.device),
+        has_bf16=has_bf16(device),
+        is_good_at_bf16=times.faster == "bf16" if times else device.type != "cpu" and has_bf16(device),
         lanes=default_lanes(num_units, accelerator.num_processes, config.optim.batch_size) if num_units else None,
         cores=cores_per_process(),
         threads=torch.get_num_threads() if is_limited else None,
@@ -171,10 +178,18 @@ def build_trainer(
             say(trainer.tuning.notes)
         validated = trainer.validation.num_images if trainer.validation else 0
         rate = rate_in_words(given, config, plan, is_resumed=bool(saved))
-        introduce(config, plan, source, accelerator, trainer.network, validated, rate)
+        introduce(config, plan, source, accelerator, trainer.network, validated, rate, times)
         for message in warnings:
             warn(message)
     return trainer
+
+
+def settle_precision(config: Config, accelerator: Accelerator, before: Mapping[str, Any]) -> BlockTimes | None:
+    """Let a CPU compute as is asked for, else as the run did `before`, else in what is faster; return the times."""
+    (preset, patch_size), side = parse_model_name(config.model.model), image_size(config)
+    work = BlockWork.of(preset, patch_size, side, side, config.optim.batch_size, trains=True)
+    kept = before.get("mixed_precision")
+    return settle_accelerator(accelerator, config.performance.mixed_precision, work, kept)
 
 
 def assemble(
@@ -265,18 +280,23 @@ def introduce(
     network: torch.nn.Module,
     validated: int,
     rate: str,
+    times: BlockTimes | None,
 ) -> None:
-    """Say in a few lines what is about to run: with a loss of `validated` images held out, and `rate` in words."""
+    """Say in a few lines what is about to run: with a loss of `validated` images held out, and `rate` in words.
+
+    times: those that the precision was chosen by.
+    """
     parameters = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     adapter = f", {trained:,} of them trained (LoRA of rank {config.tune.lora_rank})" if trained < parameters else ""
     held_out = f"; val/loss on {validated} of those held out" if validated else ""
+    why = f" ({times.in_words()})" if times else ""
     say(
         f"Data:   {describe_data(source)}, {config.data.img_size} px{held_out}\n"
         f"Model:  {config.model.model}, {parameters:,} parameters{adapter}, predicts {config.objective.prediction}, "
         f"loss in {config.objective.loss_space}\n"
         f"Device: {accelerator.num_processes} x {device_name(accelerator.device)}, "
-        f"precision {config.performance.mixed_precision}\n"
+        f"precision {config.performance.mixed_precision}{why}\n"
         f"Run:    {plan.total_steps:,} steps ({plan.epoch_of(plan.total_steps):.4g} epochs) of "
         f"{plan.global_batch_size} images, "
         f"learning rate {rate} after {plan.warmup_steps:,} steps of warm-up, {config.optim.optimizer}, "

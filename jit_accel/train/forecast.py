@@ -28,7 +28,7 @@ from jit_accel.config.costs import (
 from jit_accel.config.presets import block_macs, forward_macs
 from jit_accel.config.settings import OptimConfig
 from jit_accel.model.functional import rope_table
-from jit_accel.model.transformer import JiTBlock
+from jit_accel.model.precision import constant_block
 from jit_accel.monitor.metrics import local_part, now
 from jit_accel.train.averages import Ema
 from jit_accel.train.optimizers import build_optimizers, is_block_matrix, trainable
@@ -64,11 +64,7 @@ def try_block(sizes, most_images: int, device: torch.device, autocast, optim: Op
 
     It has weights of its own and draws nothing at random: no run is changed by it.
     """
-    with torch.device("meta"):
-        block = JiTBlock(sizes.hidden_size, sizes.num_heads, sizes.mlp_ratio, 0.0, 0.0)
-    block.to_empty(device=device)
-    for parameter in block.parameters():
-        nn.init.constant_(parameter, 0.01)
+    block = constant_block(sizes, device)
     side, dim = sizes.img_size // sizes.patch_size, sizes.hidden_size
     rope = rope_table(dim // sizes.num_heads, (side, side), side, sizes.in_context_len, device)
     weights = {p.untyped_storage().data_ptr() for p in block.parameters()}

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_to_all_single
 from torch.distributed.tensor import DTensor, Shard
 
-from jit_accel.base.devices import is_good_at_bf16
+from jit_accel.base.devices import has_bf16
 from jit_accel.monitor.metrics import local_part
 
 # Coefficients of the quintic by Jordan et al., which trades exactness for slope at 0.
@@ -90,7 +90,7 @@ def product_of_steps(gram: Tensor, steps: int) -> Tensor:
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
     """Return bf16 on GPUs that are good at it; a CPU that is would round otherwise than one that is not."""
-    return torch.bfloat16 if device.type == "cuda" and is_good_at_bf16(device) else torch.float32
+    return torch.bfloat16 if device.type == "cuda" and has_bf16(device) else torch.float32
 
 
 def stacked_maps(rows: int, columns: int) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from jit_accel.base.console import warn
+from jit_accel.base.devices import kind_of
 from jit_accel.base.errors import UserError, changed_settings
 from jit_accel.base.processes import Sliceable, sharded_like
 from jit_accel.config.completion import Plan
@@ -95,6 +96,7 @@ class RunFacts:
         """Gather all that a reader of the run's checkpoints needs to know."""
         facts = {
             "world_size": accelerator.num_processes,
+            "device": kind_of(accelerator.device),
             "global_batch_size": plan.global_batch_size,
             "settings": settings,
             "experiment": experiment,

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jit_accel.data.reading.cache import RACY_NS, findings_file, read_findings, write_findings
+from jit_accel.base.findings import findings_file, read_findings, write_findings
+from jit_accel.data.reading.cache import RACY_NS
 from jit_accel.data.reading.splits import choose_folders, has_split_word
 
 IMAGE_EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff"}

@@ -1,11 +1,10 @@
-"""The cache folder: copies of remote files, and findings that are true only while nothing changes.
+"""Copies of remote files in the cache folder's shards/, each fetched once by all processes of a machine.
 
-Copies lie in its shards/, each fetched once by all processes of a machine. They take at most half of what is free or
-theirs ($JIT_ACCEL_SHARD_CACHE_GIB: that many GiB), and those not used for longest give way. All may be deleted.
+They take at most half of what is free or theirs ($JIT_ACCEL_SHARD_CACHE_GIB: that many GiB), and those not used for
+longest give way. All may be deleted.
 """
 
 import contextlib
-import hashlib
 import os
 import shutil
 import time
@@ -13,52 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-import pyarrow as pa
 from filelock import FileLock
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_file
+from jit_accel.base.findings import cache_folder, key_digest
 
 RACY_NS = 2_000_000_000  # coarsest mtime of a usual file system (FAT: 2 s)
-_VERSION = "3"  # of findings: another version's are not read
 _IN_USE_S = 60.0  # a copy that was asked for so lately may be about to be opened
-_DIGEST_SIZE = hashlib.sha256().digest_size
-
-
-def cache_folder() -> Path:
-    """Return $JIT_ACCEL_CACHE, or a folder of the user's; it need not exist."""
-    if named := os.environ.get("JIT_ACCEL_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jit_accel"
-
-
-def findings_file(kind: str, *key: str) -> Path:
-    """Return the file for findings of this kind, in which `key` says of what they are."""
-    return cache_folder() / f"{kind}-{_digest(_VERSION, *key)}"
-
-
-def write_findings(file: Path, data: bytes) -> None:
-    """Write what `read_findings` returns whole or not at all; not being able to is no error."""
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(file, durable=False) as temporary:
-            temporary.write_bytes(hashlib.sha256(data).digest() + data)
-
-
-def read_findings(file: Path) -> pa.Buffer | None:
-    """Return what was written there; None if there is nothing, or it is damaged."""
-    try:
-        data = pa.py_buffer(file.read_bytes())
-    except OSError:
-        return None
-    digest, found = data[:_DIGEST_SIZE], data[_DIGEST_SIZE:]
-    return found if hashlib.sha256(found).digest() == digest.to_pybytes() else None
 
 
 def cached_shard(key: str, name: str, num_bytes: int, fetch: Callable[[BinaryIO], None]) -> Path:
     """Return the copy that `key` names, made by `fetch` unless it is there; UserError if it cannot be written."""
     folder = cache_folder() / "shards"
-    digest = _digest(key)
+    digest = key_digest(key)
     path = folder / f"{digest}-{name[-100:]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +60,3 @@ def _make_room(folder: Path, num_bytes: int) -> None:
             return
         path.unlink(missing_ok=True)
         total -= size
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:24]

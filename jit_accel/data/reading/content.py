@@ -13,7 +13,8 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from jit_accel.data.reading.cache import RACY_NS, findings_file, read_findings, write_findings
+from jit_accel.base.findings import findings_file, read_findings, write_findings
+from jit_accel.data.reading.cache import RACY_NS
 
 log = logging.getLogger(__name__)
 MANY_KEYS = 20_000  # to read more is announced

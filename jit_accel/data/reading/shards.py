@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from jit_accel.base.errors import UserError, nearest
+from jit_accel.base.findings import findings_file, read_findings, write_findings
 from jit_accel.data import data_error
 from jit_accel.data.reading import servers
-from jit_accel.data.reading.cache import RACY_NS, cached_shard, findings_file, read_findings, write_findings
+from jit_accel.data.reading.cache import RACY_NS, cached_shard
 from jit_accel.data.reading.servers import Outage, at_once, file_system, is_url, is_web, open_response, without_secrets
 from jit_accel.data.reading.splits import files_of_splits
 
