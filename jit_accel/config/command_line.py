@@ -5,6 +5,7 @@ A setting is given as words: behind its flag, or as the text that stands in a fi
 
 import ast
 import contextlib
+import gc
 import inspect
 import itertools
 import os
@@ -94,6 +95,24 @@ def exit_code_of(run: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt as stop:  # for programs that stop in order, the second one: at once
         return 128 + getattr(stop, "number", signal.SIGINT)
+
+
+@contextlib.contextmanager
+def importing_torch() -> Iterator[None]:
+    """Keep the collector of garbage off while a program imports torch, a fifth of which it would take.
+
+    It passes over the modules later, too. Programs import only once their flags are known to be right, so that --help
+    and wrong ones are answered at once.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def read_flags(argv: list[str] | None, settings: Mapping[str, Field | None]) -> list[dict[str, Words]]:

@@ -3,7 +3,7 @@
 import os
 
 from jit_accel.base.errors import StopRequest
-from jit_accel.config.command_line import exit_code_of, parse_flags
+from jit_accel.config.command_line import exit_code_of, importing_torch, parse_flags
 from jit_accel.convert.settings import ConvertConfig, check
 
 
@@ -13,7 +13,8 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> int:
         config = parse_flags(ConvertConfig, argv, "python -m jit_accel.convert")
         check(config)
-        from jit_accel.convert.run import convert  # imports torch: --help and wrong flags answer at once
+        with importing_torch():
+            from jit_accel.convert.run import convert
 
         if os.environ.get("RANK", "0") == "0":  # a launcher's other processes have nothing to do
             with StopRequest(at_once=True):

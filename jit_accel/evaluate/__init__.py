@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from jit_accel.config.command_line import exit_code_of, parse_flags
+from jit_accel.config.command_line import exit_code_of, importing_torch, parse_flags
 from jit_accel.evaluate.settings import EvaluateConfig, check, words
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> int:
         config = parse_flags(EvaluateConfig, argv, "python -m jit_accel.evaluate")
         check(config)
-        from jit_accel.evaluate.run import evaluate  # imports torch: --help and wrong flags answer at once
+        with importing_torch():
+            from jit_accel.evaluate.run import evaluate
 
         return evaluate(config)
 

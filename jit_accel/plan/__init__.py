@@ -1,6 +1,6 @@
 """Entry point: `python -m jit_accel.plan --config launch/recipes/imagenet256_h16.yaml --gpu H100 --num_gpus 16`."""
 
-from jit_accel.config.command_line import exit_code_of, parse_flags
+from jit_accel.config.command_line import exit_code_of, importing_torch, parse_flags
 from jit_accel.plan.settings import PlanConfig, check, split_flags
 
 
@@ -11,7 +11,8 @@ def main(argv: list[str] | None = None) -> int:
         own, training = split_flags(argv)
         settings = parse_flags(PlanConfig, own, "python -m jit_accel.plan")
         check(settings)
-        from jit_accel.plan.run import plan  # imports torch: --help and wrong flags answer at once
+        with importing_torch():
+            from jit_accel.plan.run import plan
 
         return plan(settings, training)
 

@@ -1,6 +1,6 @@
 """Entry point: `python -m jit_accel.prepare --data_path photos --output_dir photos-256`."""
 
-from jit_accel.config.command_line import exit_code_of, parse_flags
+from jit_accel.config.command_line import exit_code_of, importing_torch, parse_flags
 from jit_accel.prepare.settings import PrepareConfig, check
 
 
@@ -9,7 +9,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> int:
         config = parse_args(argv)
-        from jit_accel.prepare.run import prepare  # imports torch: --help and wrong flags answer at once
+        with importing_torch():
+            from jit_accel.prepare.run import prepare
 
         return prepare(config)
 

@@ -1,6 +1,6 @@
 """Entry point: `python -m jit_accel.sample --model runs/mine`, also under `accelerate launch -m`."""
 
-from jit_accel.config.command_line import exit_code_of, parse_flags
+from jit_accel.config.command_line import exit_code_of, importing_torch, parse_flags
 from jit_accel.sample.settings import SampleConfig, check
 
 
@@ -9,7 +9,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> int:
         config = parse_args(argv)
-        from jit_accel.sample.run import sample  # imports torch: --help and wrong flags answer at once
+        with importing_torch():
+            from jit_accel.sample.run import sample
 
         return sample(config)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jit_accel.config.command_line import exit_code_of, parse_args
+from jit_accel.config.command_line import exit_code_of, importing_torch, parse_args
 from jit_accel.config.settings import Config
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> int:
         config = parse_args(argv)
-        # torch is imported only now, so that --help and wrong flags answer at once.
-        from jit_accel.train.build import placed, start
+        with importing_torch():
+            from jit_accel.train.build import placed, start
 
         return start(placed(config))
 

@@ -1,12 +1,16 @@
 """A setting means the same behind its flag, joined to it, and in a file, however its words are written."""
 
+import contextlib
+import gc
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from jit_accel.base.errors import UserError
-from jit_accel.config.command_line import parse_args, parse_flags, read_recipe
+from jit_accel.config.command_line import importing_torch, parse_args, parse_flags, read_recipe
 from jit_accel.config.settings import SETTINGS
 from jit_accel.convert.settings import ConvertConfig
 from jit_accel.evaluate.settings import EvaluateConfig
@@ -298,3 +302,48 @@ def test_a_recipe_is_read_as_the_text_that_it_is(recipe):
         "epochs": ["None"],
     }
     assert set(yaml.safe_load(text)) <= set(SETTINGS)
+
+
+def test_the_first_import_of_torch_is_not_searched_for_garbage_and_a_later_one_changes_nothing(monkeypatch):
+    before = gc.get_freeze_count()
+    with importing_torch():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == before
+    monkeypatch.delitem(sys.modules, "torch")
+    try:
+        with pytest.raises(ImportError), importing_torch():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
+    gc.disable()
+    try:
+        with importing_torch():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("program", "flags"),
+    [
+        ("train", "--data_path x"),
+        ("sample", "--model x --output_dir y"),
+        ("evaluate", "--model x --reference y"),
+        ("prepare", "--data_path x --output_dir y"),
+        ("convert", "--input x --output y"),
+        ("plan", "--gpu H100"),
+    ],
+)
+def test_every_program_imports_torch_without_a_search_for_garbage(program, flags, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def noticed():
+        raise UserError("seen")
+        yield
+
+    monkeypatch.setattr(f"jit_accel.{program}.importing_torch", noticed)
+    assert importlib.import_module(f"jit_accel.{program}").main(flags.split()) == 2
+    assert "error: seen" in capsys.readouterr().err
