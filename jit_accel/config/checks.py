@@ -24,6 +24,8 @@ from jit_accel.config.settings import (
 
 LORA_TARGETS = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
 
+MOST_PROFILED = 100  # steps
+
 # What holds, in words, and for which settings. None means "not given" and passes.
 RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (lambda v: 1 <= v <= MOST_PIXELS, f"at least 1 and at most {MOST_PIXELS:,}", "img_size"),
@@ -75,6 +77,9 @@ def check(config: Config) -> None:
             about="img_size",
             value=size,
         )
+    if (text := config.run.profile_steps) is not None and steps_of(text) is None:
+        rule = f"must be two numbers: 10:15 are the steps 10 to 14; {MOST_PROFILED} at most, since memory holds them."
+        raise UserError(rule, about="profile_steps", value=text)
     for name in config.tracking.report_to:
         if ":" not in name:  # else it is imported where training begins
             lookup(dict.fromkeys(TRACKERS), name, "report_to")
@@ -121,6 +126,11 @@ def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
     for tag in s.wandb_tags:
         if not 1 <= len(tag.strip()) <= 64:
             yield "wandb_tags", f"W&B wants 1 to 64 characters a tag: shorten {tag!r}, or leave it out."
+    if s.eval_every_steps and any(
+        step % s.eval_every_steps == 0 for step in (steps_of(s.profile_steps or "") or ())[:-1]
+    ):
+        rule = f"memory would hold the evaluation between them (--eval_every_steps {s.eval_every_steps}): take others."
+        yield "profile_steps", rule
     for name in ("wandb_log_model", "wandb_watch", "wandb_class_images"):
         if getattr(s, name) and not s.use_wandb and "wandb" not in s.report_to:
             yield name, "says what is sent to W&B, but nothing is: add --use_wandb."
@@ -191,6 +201,13 @@ def as_type(name: str, value: Any) -> Any:
         elif value in parts if kind is Literal else type(value) is kind:
             return value
     raise UserError(f"must be of the type {formatannotation(hint)}.", about=name, value=repr(value))
+
+
+def steps_of(text: str) -> range | None:
+    """Return the steps that `10:15` means: 10 to 14, as in Python; None where it means none, or more than can be."""
+    match = re.fullmatch(r"(\d{1,12}):(\d{1,12})", text, re.ASCII)
+    steps = range(int(match[1]), int(match[2])) if match else range(0)
+    return steps if 1 <= len(steps) <= MOST_PROFILED and steps[0] >= 1 else None
 
 
 def _is_decay(text: str) -> bool:

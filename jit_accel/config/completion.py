@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from jit_accel.base.errors import UserError
-from jit_accel.config.checks import LORA_TARGETS, check, image_size, model_name
+from jit_accel.config.checks import LORA_TARGETS, check, image_size, model_name, steps_of
 from jit_accel.config.identity import run_folder, run_name
 from jit_accel.config.presets import PRESETS, Preset, parse_model_name
 from jit_accel.config.settings import Config, OptimConfig
@@ -246,6 +246,9 @@ def _warnings_of_length(config: Config, plan: Plan) -> Iterator[str]:
             f"the warm-up takes {plan.warmup_steps:,} of the run's {total:,} steps: shorten it (--warmup_steps) "
             "or lengthen the run."
         )
+    steps = steps_of(config.run.profile_steps or "")
+    if steps and steps[0] > total:
+        yield f"--profile_steps {config.run.profile_steps}: the run ends with step {total:,}, so nothing is profiled."
     learning_rate = config.optim.learning_rate
     # AdamW moves a weight by about the learning rate a step, so their product bounds the distance travelled;
     # the paper's shortest run travels about 50, our shortest good one 0.3.

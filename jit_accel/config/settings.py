@@ -168,6 +168,9 @@ class RunConfig:
     max_stall_minutes: float = 10.0
     """End a run of several processes in which none goes on for so long, and name the one that lags (0: never). So long
     they also wait for each other to come."""
+    profile_steps: str | None = None
+    """Profile these steps, such as 10:15 (10 to 14): a trace for Chrome and Perfetto in output_dir/profile, and a
+    table of where the time goes (default: none)."""
     dry_run: bool = False
     """Two steps, what time and memory the run will take, then exit; writes nothing."""
 

@@ -22,6 +22,7 @@ from jit_accel.base.console import say
 from jit_accel.base.errors import UserError, message_of
 from jit_accel.base.files import atomic_file, check_guard, move, sync
 from jit_accel.base.processes import on_main
+from jit_accel.base.spans import span
 from jit_accel.model.checkpoints import (
     NOT_FINITE,
     PROVEN,
@@ -103,6 +104,7 @@ class Checkpointer:
         content = json.dumps(values, indent=1).encode() if self.accelerator.is_main_process else b""
         self.begun = step, in_thread(partial(self._write, step, self.snapshot, content, temporary, final))
 
+    @span("copies")
     def wait_for_copies(self) -> None:
         """Return when the tensors that were handed to `begin` may be changed."""
         if self.snapshot:

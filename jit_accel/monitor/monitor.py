@@ -15,6 +15,7 @@ from torch import Tensor
 from jit_accel.base.console import redacted, say, warn
 from jit_accel.base.devices import device_name, peak_flops
 from jit_accel.base.errors import message_of
+from jit_accel.base.spans import span
 from jit_accel.config.completion import Plan
 from jit_accel.config.presets import forward_macs
 from jit_accel.config.settings import HealthConfig, TrackingConfig
@@ -138,6 +139,7 @@ class Monitor:
         if before is not None:
             self.weights.record(self.steps, before)
 
+    @span("metrics")
     def record(self, step: int, learning_rate: float, loss: Tensor, grad_norm: Tensor) -> None:
         """Keep one step's values, on the device."""
         self.steps.record(step, learning_rate, loss, grad_norm)

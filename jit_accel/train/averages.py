@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jit_accel.base.processes import reshard
+from jit_accel.base.spans import span
 from jit_accel.monitor.metric_table import AUTO_DECAY
 
 AUTO = "auto"
@@ -42,6 +43,7 @@ class Ema:
         # The decay that the run names first: its samples and its pipeline are made of this average.
         self.name, self.first = next(iter(self.averages.items()))
 
+    @span("averages")
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move every average towards the weights; `step` counts from 1."""

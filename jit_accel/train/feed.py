@@ -16,6 +16,7 @@ from torch import Tensor
 from jit_accel.base.console import warn
 from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.processes import on_all
+from jit_accel.base.spans import span
 from jit_accel.config.settings import STREAMING, DataConfig
 from jit_accel.data.batches.batch import Batch, PixelBatch, ready
 from jit_accel.data.batches.holdout import HeldOut, held_by_split, split_holdout
@@ -113,6 +114,7 @@ class Feed:
         self.wait_time = WaitTime(accelerator.device)
         self.bad_images: dict[str, None] = {}  # in the order of their discovery
 
+    @span("fetch")
     def next(self) -> Batch:
         """Return the next images of this process, on its device; `UserError` if its own share of the data is bad."""
         try:
@@ -130,6 +132,19 @@ class Feed:
     def all_bad_images(self) -> list[str]:
         """Return the broken images of all processes, which call this together."""
         return list(dict.fromkeys(gather_object(list(self.bad_images))))
+
+    def too_many_bad(self, count: int, seen: int) -> UserError | None:
+        """Return the error of more broken images among those `seen` than are allowed; all processes together."""
+        allowed = self.data.max_bad_images
+        if count <= allowed * seen:
+            return None
+        first = "; ".join(self.all_bad_images()[:3])
+        return UserError(
+            f"{count} images cannot be decoded, more than that share; the first: {first}.",
+            about="max_bad_images",
+            value=f"{allowed:g}",
+            remedy="Repair or remove them, or raise the share; the run is saved and goes on with --resume auto.",
+        )
 
     def counters(self) -> list[float]:
         """Return what `read_counters` wants of every process, to be averaged over them."""

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from jit_accel.base.spans import span
+
 
 @dataclass(frozen=True)
 class Occasion:
@@ -14,6 +16,11 @@ class Occasion:
     is_done: Callable[[], bool] | None = None  # by an earlier start; None where a checkpoint of the step proves it
     at_end: bool = True  # it belongs to the last step too, whatever the interval
     reads_first: bool = True  # the metrics are read before, which may end the run
+
+    def act(self) -> None:
+        """Do it, under its name in profiles."""
+        with span(self.name):
+            self.action()
 
 
 def due(occasions: Iterable[Occasion], step: int, last_step: int, *, is_new: bool) -> Iterator[Occasion]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from jit_accel.base.errors import lookup
+from jit_accel.base.spans import span
 from jit_accel.config.completion import Plan
 from jit_accel.config.settings import OptimConfig
 from jit_accel.train.muon import Muon
@@ -28,6 +29,14 @@ def set_lr(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) ->
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
+
+
+@span("optimizer")
+def take_step(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Move all parameters by their gradients, which are dropped."""
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:

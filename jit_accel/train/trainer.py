@@ -12,9 +12,10 @@ from torch import Tensor
 
 from jit_accel.base import rng
 from jit_accel.base.console import say
-from jit_accel.base.errors import Stopped, StopRequest, UserError
+from jit_accel.base.errors import Stopped, StopRequest
 from jit_accel.base.files import check_guard, disk_errors
 from jit_accel.base.processes import SharedStop, on_main
+from jit_accel.base.spans import span
 from jit_accel.base.watchdog import Watchdog
 from jit_accel.config.completion import Plan
 from jit_accel.config.settings import OptimConfig, RunConfig, write_config
@@ -34,7 +35,8 @@ from jit_accel.train.feed import Feed, Validation
 from jit_accel.train.forecast import Grace, StepCost
 from jit_accel.train.initial_weights import Tuning
 from jit_accel.train.occasions import Occasion, due
-from jit_accel.train.optimizers import lr_at, set_lr
+from jit_accel.train.optimizers import lr_at, set_lr, take_step
+from jit_accel.train.profile import StepProfile
 from jit_accel.train.results import CURVE_FILE, is_exported, read_record, record_run, write_record, write_results
 from jit_accel.train.samples import SampleQuality, SampleSheets
 from jit_accel.train.state import NamedTensors, OptimizerState, RunFacts
@@ -68,6 +70,7 @@ class Trainer:
         self.seed, self.output_dir = run.seed, Path(run.output_dir)
         self.network = self.accelerator.unwrap_model(self.model)
         self.checkpointer = Checkpointer(self.accelerator, self.output_dir, run.keep_checkpoints, self.watch.go_on)
+        self.profile = StepProfile(run.profile_steps, self.output_dir, self.accelerator.process_index)
         self.step = self.first_step = 0  # of this start
         self.saved_step: int | None = None  # by this start
         self.grace = Grace(self.accelerator.is_main_process)
@@ -101,7 +104,7 @@ class Trainer:
         if self.quality and (self.step < last_step or not self.quality.has_measured(last_step)):
             self.watch.at("looks at the real images", may_last=True)
             self.quality.prepare()
-        with self.stop, self.monitor, self.checkpointer, self.watch:
+        with self.stop, self.monitor, self.checkpointer, self.profile, self.watch:
             self.watch.at("opens its logs", may_last=True)  # a tracker may get many rows that it lacks
             self._open_logs()
             if self.step == last_step:
@@ -115,10 +118,11 @@ class Trainer:
                             raise Stopped(number)
                         self.watch.at(f"has to {occasion.name} at step {self.step:,}")
                         self.checkpointer.wait_for_copies()  # weights and averages may be exchanged
-                        occasion.action()
+                        occasion.act()
                     if self.step == last_step:
                         return self._finish()
-                    self.train_step()
+                    with self.profile.around(self.step + 1, self.monitor.pause):
+                        self.train_step()
             return self._leave()
 
     def train_step(self) -> None:
@@ -132,7 +136,8 @@ class Trainer:
                 batch = self.feed.next()
                 self.watch.at(f"trains step {self.step + 1:,}")
                 loss = self.loss(batch).mean()
-                accelerator.backward(loss)  # divides by the number of micro-steps
+                with span("backward"):
+                    accelerator.backward(loss)  # divides by the number of micro-steps
             step_loss += loss.detach() / micro_steps
 
         grad_norm = self._clip_gradients()
@@ -141,9 +146,7 @@ class Trainer:
         self.checkpointer.wait_for_copies()
         self.step += 1
         with self.monitor.watched_step(self.step):
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            take_step(self.optimizers)
             self.averages.update(self.step)
             self.monitor.record(self.step, learning_rate, step_loss, grad_norm)
 
@@ -175,6 +178,7 @@ class Trainer:
             forecast.say_outlook(cost, self.accelerator, steps, forwards, model)
             self.grace.look(cost.seconds, self.checkpointer.save_s)
 
+    @span("forward")
     def loss(self, batch: Batch) -> Tensor:
         """Return the losses (B,) of a batch, all randomness following from its images' positions in the run."""
         torch.manual_seed(int(rng.hash64(self.seed, "dropout", batch.positions[0])) >> 1)
@@ -191,6 +195,7 @@ class Trainer:
         e = self.objective.noise(seed, batch.positions, like=x)
         return self.objective.losses(self.model, x, t, e, labels), t
 
+    @span("clip")
     def _clip_gradients(self) -> Tensor:
         """Return the L2 norm over all parameters before clipping, on the device."""
         if self.optim.max_grad_norm:
@@ -231,17 +236,10 @@ class Trainer:
         self.checkpointer.prove(self.step)
         if interval.rows:
             self.grace.look(interval.rows[-1][STEP_TIME], self.checkpointer.save_s)
-        allowed, seen = self.feed.data.max_bad_images, max(interval.images_seen, self.plan.num_images)
-        if interval.bad_images > allowed * seen:
+        if error := self.feed.too_many_bad(interval.bad_images, max(interval.images_seen, self.plan.num_images)):
             self.save()
             self.checkpointer.finish()
-            first = "; ".join(self.feed.all_bad_images()[:3])
-            raise UserError(
-                f"{interval.bad_images} images cannot be decoded, more than that share; the first: {first}.",
-                about="max_bad_images",
-                value=f"{allowed:g}",
-                remedy="Repair or remove them, or raise the share; the run is saved and goes on with --resume auto.",
-            )
+            raise error
 
     def save(self) -> None:
         """Begin a checkpoint of this step, once; the metrics have been read, and are finite."""
