@@ -2,12 +2,12 @@
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
+import pyarrow as pa
 import torch
 from accelerate.utils import gather_object
 from torch import nn
@@ -19,8 +19,6 @@ from jit_accel.base.processes import on_main
 from jit_accel.model.functional import rope_table
 from jit_accel.model.transformer import JiTBlock
 
-# What other programs take of a processor that is not idle is not counted; Windows counts in steps of 16 ms.
-OWN_CLOCK = time.perf_counter if os.name == "nt" else time.thread_time
 BUDGET_S = 0.5  # of all trials together
 # The first trial is small, since it may be of what is a hundred times slower. Then come rows, since casting weights to
 # bf16 costs the same for few of them as for many; then width, then all rows.
@@ -138,8 +136,11 @@ def times_of(work: BlockWork) -> BlockTimes:
     return times
 
 
-def _parsed(data: bytes | None) -> BlockTimes | None:
-    return None if data is None else BlockTimes(**json.loads(bytes(data)))
+def _parsed(data: pa.Buffer | None) -> BlockTimes | None:
+    try:
+        return None if data is None else BlockTimes(**json.loads(bytes(data)))
+    except (ValueError, TypeError):  # of another version
+        return None
 
 
 def compare(
@@ -147,12 +148,14 @@ def compare(
     work: BlockWork,
     budget_s: float,
     clock: Callable[[], float] = time.perf_counter,
-    own_clock: Callable[[], float] = OWN_CLOCK,
+    own_clock: Callable[[], float] | None = None,
 ) -> BlockTimes:
     """Run a block in both precisions by turns, on more and more of the `work`; return the least times of the most.
 
-    Nothing is begun that would end after `budget_s`, if it takes as long as before.
+    Nothing is begun that would end after `budget_s`, if it takes as long as before. What other programs take of a
+    processor that is not idle counts as time, but not for the comparison (`own_clock`).
     """
+    own_clock = own_clock or clock_of_thread()
     end, tried, times = clock() + budget_s, work.first(), {}
     while True:
         began = clock()
@@ -166,6 +169,11 @@ def compare(
             tried, times = tried.doubled(work), {}
         elif left < turn_s:
             return BlockTimes(**times)
+
+
+def clock_of_thread() -> Callable[[], float]:
+    """Return the clock of this thread's own work; the wall clock, where that goes in steps of 10 ms or more."""
+    return time.thread_time if time.thread_time() < time.thread_time() else time.perf_counter
 
 
 def constant_block(sizes, device: torch.device) -> JiTBlock:

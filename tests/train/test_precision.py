@@ -1,5 +1,6 @@
 """The precision where none is given: on a CPU what is faster there. No law here hangs on a real clock."""
 
+import itertools
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from helpers import Group, in_fresh_accelerate, state, train_here
 
-from jit_accel.base.findings import cache_folder
+from jit_accel.base.findings import cache_folder, write_findings
 from jit_accel.config.presets import PRESETS
 from jit_accel.evaluate import main as evaluate_main
 from jit_accel.model import precision
@@ -96,6 +97,9 @@ def test_a_comparison_keeps_its_budget_and_tries_as_much_of_the_work_as_fits(see
         assert some.tokens <= work.tokens
         assert some.images <= work.images
         assert some.hidden_size // some.num_heads == head_dim
+    for before, after in zip(tried, tried[2:]):  # wider only with some rows, for which casts matter less
+        rows = before.images * before.tokens
+        assert after.num_heads == before.num_heads or rows >= min(256, work.images * work.tokens)
     last = tried[-1]
     turn_s = seconds("no", last) + seconds("bf16", last)
     assert last == work or spent_s + 8 * turn_s > BUDGET_S
@@ -138,14 +142,20 @@ def test_a_disturbance_of_one_trial_decides_nothing():
     assert min(counts.values()) > 9
 
 
-@pytest.mark.skipif(os.name == "nt", reason="its clock of a thread is too coarse")
 def test_other_programs_take_of_the_budget_and_not_of_the_comparison():
     draw = random.Random(0)
     cost = {"no": 1e-5, "bf16": 1.1e-5}
     machine = Machine(lambda name, work: cost[name] * work.images * work.tokens, lambda: draw.uniform(0, 0.02))
     assert machine.compare().faster == "no"
     assert machine.now - machine.began < BUDGET_S + 0.1
-    assert precision.OWN_CLOCK is time.thread_time
+
+
+def test_a_clock_that_goes_in_steps_compares_nothing(monkeypatch):
+    """As on Windows, and in some containers."""
+    monkeypatch.setattr(time, "thread_time", itertools.count().__next__)
+    assert precision.clock_of_thread() is time.thread_time
+    monkeypatch.setattr(time, "thread_time", lambda: 0.015625)
+    assert precision.clock_of_thread() is time.perf_counter
 
 
 def test_times_are_remembered_for_what_they_depend_on(units, takes, monkeypatch):
@@ -170,13 +180,15 @@ def test_times_are_remembered_for_what_they_depend_on(units, takes, monkeypatch)
     assert len(compared) == 10
 
 
-@pytest.mark.parametrize("content", [b"", b"no times", b'{"no": 1.0, "bf16": 0.1}', None])
+@pytest.mark.parametrize("content", [b"", b"no times", b'{"no": 1.0, "bf16": 0.1}', None, b'{"float32": 1}', b"[1]"])
 def test_a_damaged_memory_is_made_anew(units, takes, content):
     compared = takes(1.0, 2.0)
     times_of(WORK)
     (file,) = cache_folder().glob("precision-*")
     whole = file.read_bytes()
     file.write_bytes(whole[:-3] if content is None else content)
+    if content in (b'{"float32": 1}', b"[1]"):  # whole, and of a version that is not known
+        write_findings(file, content)
     assert times_of(WORK) == BlockTimes(1.0, 2.0)
     assert len(compared) == 2
     assert file.read_bytes() == whole
