@@ -170,11 +170,15 @@ def test_each_recipe_is_complete_and_commented(path):
     assert path.read_text().startswith("# ")
 
 
+CHANGED_SINCE = {"quickstart": {"learning_rate": 0.007}}  # on purpose: see docs/benchmarks.md
+
+
 def test_each_recipe_means_what_it_did_when_it_was_complete_in_itself():
     before = json.loads((REPOSITORY / "tests/fixtures/fc94876/recipes.json").read_text())
     assert {path.stem for path in RECIPES} >= set(before)
     for name, settings in before.items():
         now = parse_args(["--config", str(PAPER_BASE.with_name(f"{name}.yaml")), "--data_path", settings["data_path"]])
+        settings |= CHANGED_SINCE.get(name, {})
         assert {key: value for key, value in now.flat().items() if key in settings} == settings, name
 
 
