@@ -16,6 +16,7 @@ from jit_accel.base.console import redacted, say, warn
 from jit_accel.base.devices import chosen_precision
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import disk_errors
+from jit_accel.base.host import keep_heap
 from jit_accel.base.processes import on_all, on_main, process_group
 from jit_accel.evaluate import records
 from jit_accel.evaluate.evaluator import Candidate, Evaluator
@@ -47,6 +48,7 @@ def evaluate(config: EvaluateConfig) -> int:
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("jit_accel").setLevel(logging.ERROR)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+    keep_heap()
     # Formulas take minutes on the main process while the others wait.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
     accelerator = Accelerator(

@@ -5,6 +5,7 @@ written out for eager CPU runs, where autograd's own backward makes more passes 
 quickstart's size those passes are a third of the step.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -72,19 +73,15 @@ def _by_hand(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def rms_normalise(x: Tensor) -> Tensor:
-    """Return `x / sqrt(mean(x^2) + eps)` over the last dimension, in float32 where x is bf16 or fp16."""
-    x = in_float32(x)
-    return _RMSNormalise.apply(x) if _by_hand(x) else F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
-
-
 def modulated_rms_norm(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Return `RMSNorm(x) (1 + scale) + shift`, with x (B, T, D) and shift, scale (B, 1, D), in the dtype of shift.
 
     The norm's weight joins the scale, which is there once an image, not once a token.
     """
-    gain = in_float32(weight) * (1 + in_float32(scale))
-    return torch.addcmul(in_float32(shift), rms_normalise(x), gain).to(shift.dtype)
+    x, gain, bias = in_float32(x), in_float32(weight) * (1 + in_float32(scale)), in_float32(shift)
+    if _by_hand(x):
+        return _ModulatedRMSNorm.apply(x, gain, bias, shift.dtype)
+    return torch.addcmul(bias, F.rms_norm(x, x.shape[-1:], eps=NORM_EPS), gain).to(shift.dtype)
 
 
 def normalised_and_rotated(x: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -92,14 +89,19 @@ def normalised_and_rotated(x: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor
 
     x is (B, T, heads, head_dim); rope is (cos, sin), each (T, 1, head_dim / 2).
     """
-    return rotate_pairs(rms_normalise(x) * in_float32(weight), *rope)
+    weight = in_float32(weight)
+    if _by_hand(x):
+        return _NormalisedAndRotated.apply(x, weight, _turns(*rope))
+    return rotate_pairs(F.rms_norm(in_float32(x), x.shape[-1:], eps=NORM_EPS) * weight, *rope)
+
+
+@fixed_table
+def _turns(cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.complex(cos, sin)
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each neighbouring pair of channels of x, `(a, b) -> (a cos - b sin, b cos + a sin)`."""
-    if _by_hand(x):  # one pass forward, one backward; the compiler does not know complex numbers
-        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
 
@@ -112,37 +114,109 @@ def gated_silu(x: Tensor) -> Tensor:
     return F.silu(a) * b
 
 
-class _RMSNormalise(torch.autograd.Function):
+def call_frugally(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return `layer(x)`; an x that was made by hand here is not kept for the backward pass, but made again."""
+    node = x.grad_fn if _by_hand(x) else None
+    if not hasattr(node, "remake"):
+        return layer(x)
+    address, size = x.data_ptr(), x.numel()
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:
+        is_x = saved.data_ptr() == address and saved.numel() == size and saved.is_contiguous()
+        return saved.shape if is_x else saved
+
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        return packed if isinstance(packed, Tensor) else node.remake(node).view(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return layer(x)
+
+
+def _inverse_rms(x: Tensor) -> Tensor:
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    return mean_square.add_(NORM_EPS).rsqrt_()
+
+
+class _ModulatedRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        inverse = mean_square.add_(NORM_EPS).rsqrt_()
-        out = x * inverse
-        ctx.save_for_backward(out, inverse)
-        return out
+    def forward(ctx, x: Tensor, gain: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        inverse = _inverse_rms(x)
+        normalised = x * inverse
+        ctx.save_for_backward(normalised, inverse, gain, bias)
+        ctx.dtype, ctx.remake = dtype, _ModulatedRMSNorm.remake
+        return torch.addcmul(bias, normalised, gain).to(dtype)
+
+    @staticmethod
+    def remake(ctx) -> Tensor:
+        normalised, _, gain, bias = ctx.saved_tensors
+        return torch.addcmul(bias, normalised, gain).to(ctx.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        out, inverse = ctx.saved_tensors
-        along = (grad * out).mean(-1, keepdim=True)
-        return torch.addcmul(grad, out, along, value=-1).mul_(inverse)
+    def backward(ctx, grad: Tensor):
+        normalised, inverse, gain, _ = ctx.saved_tensors
+        grad = in_float32(grad)
+        product = grad * normalised
+        along = torch.bmm(product, gain.mT).div_(grad.shape[-1])
+        grad_x = (grad * gain).addcmul_(normalised, along, value=-1).mul_(inverse)
+        return grad_x, product.sum(1, keepdim=True), grad.sum(1, keepdim=True), None
+
+
+class _NormalisedAndRotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, turns: Tensor) -> Tensor:
+        wide = in_float32(x)
+        inverse = _inverse_rms(wide)
+        ctx.save_for_backward(x, inverse, weight, turns)
+        return _turned((wide * inverse).mul_(weight), turns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, inverse, weight, turns = ctx.saved_tensors
+        normalised = in_float32(x) * inverse
+        grad = _turned(grad.clone(memory_format=torch.contiguous_format), turns.conj())
+        product = grad * normalised
+        along = torch.matmul(product, weight[:, None]).div_(x.shape[-1])
+        grad_x = grad.mul_(weight).addcmul_(normalised, along, value=-1).mul_(inverse)
+        return grad_x.to(x.dtype), product.sum((0, 1, 2)), None
+
+
+def _turned(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn neighbouring channels of x, in place, as complex numbers."""
+    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turns)
+    return x
 
 
 class _GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
+        ctx.remake, ctx.parts = _GatedSiLU.remake, None
         a, b = x.chunk(2, dim=-1)
-        return F.silu(a).mul_(b)
+        return torch.sigmoid(a).mul_(a).mul_(b)  # each product rounded as it is made again
+
+    @staticmethod
+    def remake(ctx) -> Tensor:
+        (x,) = ctx.saved_tensors
+        a, b = x.chunk(2, dim=-1)
+        sigmoid = torch.sigmoid(a)
+        silu = sigmoid * a
+        ctx.parts = sigmoid, silu  # which the backward pass takes next
+        return silu * b
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         a, b = x.chunk(2, dim=-1)
+        (sigmoid, silu), ctx.parts = ctx.parts or (None, None), None
+        if sigmoid is None:
+            sigmoid = torch.sigmoid(a)
+            silu = sigmoid * a
         grad_x = torch.empty_like(x)
         grad_a, grad_b = grad_x.chunk(2, dim=-1)
-        torch.ops.aten.silu_backward.grad_input(grad * b, a, grad_input=grad_a)
-        torch.mul(F.silu(a), grad, out=grad_b)
+        torch.mul(silu, grad, out=grad_b)
+        slope = torch.lerp(sigmoid, sigmoid.new_ones(()), silu, out=sigmoid)  # of silu: s + silu (1 - s)
+        torch.mul(slope.mul_(grad), b, out=grad_a)
         return grad_x

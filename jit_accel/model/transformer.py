@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from jit_accel.base.errors import UserError
 from jit_accel.config.presets import TIME_FEATURES, parse_model_name, swiglu_width
 from jit_accel.model.functional import (
+    call_frugally,
     gated_silu,
     modulated_rms_norm,
     normalised_and_rotated,
@@ -98,13 +99,20 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(labels)
 
 
+class FrugalModule(nn.Module):
+    gradient_checkpointing = False  # set by diffusers; then all that a block keeps is computed again anyway
+
+    def call(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return layer(x) if self.gradient_checkpointing else call_frugally(layer, x)
+
+
 class AttentionProcessor:
     """The computation of an `Attention`, by the kernel that diffusers' `set_attention_backend` names here."""
 
     _attention_backend = None  # PyTorch's SDPA, or what diffusers is set to
 
     def __call__(self, attn: "Attention", x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
+        q, k, v = attn.call(attn.qkv, x).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
         q, k = attn.q_norm(q, rope), attn.k_norm(k, rope)
         dropout = attn.attn_dropout if attn.training else 0.0
         attend = functools.partial(dispatch_attention_fn, dropout_p=dropout, backend=self._attention_backend)
@@ -117,7 +125,7 @@ class AttentionProcessor:
         return attn.proj_dropout(attn.proj(out.flatten(2).to(x.dtype)))
 
 
-class Attention(nn.Module, AttentionModuleMixin):
+class Attention(FrugalModule, AttentionModuleMixin):
     _supports_qkv_fusion = False  # it is one matrix already
 
     def __init__(self, hidden_size: int, num_heads: int, attn_dropout: float, proj_dropout: float):
@@ -135,7 +143,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         return self.processor(self, x, rope)
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(FrugalModule):
     def __init__(self, hidden_size: int, mlp_ratio: float, dropout: float):
         super().__init__()
         inner = swiglu_width(hidden_size, mlp_ratio)
@@ -144,7 +152,7 @@ class SwiGLU(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w3(self.dropout(gated_silu(self.w12(x))))
+        return self.call(self.w3, self.dropout(gated_silu(self.call(self.w12, x))))
 
 
 class JiTBlock(nn.Module):

@@ -16,6 +16,7 @@ from jit_accel.base.console import ImageProgress, say, warn
 from jit_accel.base.devices import DTYPES, chosen_precision, has_bf16
 from jit_accel.base.errors import Stopped, StopRequest, UserError
 from jit_accel.base.files import disk_errors, write_json
+from jit_accel.base.host import keep_heap
 from jit_accel.base.processes import on_all, on_main, process_group
 from jit_accel.data.formats.scan import SAMPLES_RECORD
 from jit_accel.model.generation import SamplerSettings, checked_side, generate_batches, share_of
@@ -30,6 +31,7 @@ from jit_accel.sample.settings import SampleConfig
 
 def sample(config: SampleConfig) -> int:
     """Make the images, or those that are missing; return the exit code. Raises `UserError`: on all processes."""
+    keep_heap()
     chosen_precision(config.mixed_precision)  # one that cannot be is found out before all else
     # The others wait while the main process puts an .npz together or draws pictures.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))

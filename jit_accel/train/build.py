@@ -16,6 +16,7 @@ from jit_accel.base.console import say, warn
 from jit_accel.base.devices import device_name, has_bf16, kind_of
 from jit_accel.base.errors import StopRequest, UserError
 from jit_accel.base.folder_lock import FolderLock
+from jit_accel.base.host import denormals_flushed, keep_heap
 from jit_accel.base.processes import SharedStop, end_with_launcher, grace_s, on_all, on_main, process_group
 from jit_accel.base.watchdog import Watchdog
 from jit_accel.config.checks import image_size
@@ -40,7 +41,7 @@ from jit_accel.train.accelerator import asked_of_dynamo, build_accelerator, sett
 from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed, Validation, open_data
 from jit_accel.train.initial_weights import Initial, Tuning, read_initial, tune
-from jit_accel.train.optimizers import build_optimizers
+from jit_accel.train.optimizers import build_optimizers, make_moments
 from jit_accel.train.output_folder import check_output_dir, choose_folder, release
 from jit_accel.train.results import describe_data
 from jit_accel.train.samples import SampleQuality, SampleSheets
@@ -61,7 +62,8 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
     accumulation = config.optim.gradient_accumulation_steps
     limit_s = 60 * config.run.max_stall_minutes
     accelerator = build_accelerator(config.performance.mixed_precision, accumulation, trackers, limit_s)
-    with contextlib.ExitStack() as held, process_group(accelerator):
+    keep_heap()
+    with contextlib.ExitStack() as held, process_group(accelerator), denormals_flushed():
         held.callback(release, folder)
         check_world(accelerator.num_processes)
         # The main process chooses, so that all load the same.
@@ -208,6 +210,7 @@ def assemble(
     model, tuning = build_model(config, source, initial)
     # Nothing else is prepared: see "Accelerate" in docs/architecture.md.
     model, *optimizers = accelerator.prepare(model, *build_optimizers(model, config.optim))
+    make_moments(optimizers)
     settle_buckets(model, config.optim.batch_size, accelerator)
     network = accelerator.unwrap_model(model)
     averages = Ema(network, config.optim.ema_decays)

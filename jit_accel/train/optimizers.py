@@ -59,6 +59,24 @@ def trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
 
+@torch.no_grad()
+def make_moments(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Make all that the optimizers keep of each parameter, as their first step would.
+
+    Made amid a step it would lie where activations were, and the next ones would no longer fit between: a quarter more
+    memory on a CPU.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if "momentum" in group:
+                    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                else:
+                    state = {"step": torch.zeros((), device=p.device)}
+                    state |= {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                    optimizer.state[p] |= state
+
+
 def _adamw(params: list[tuple[str, Tensor]], optim: OptimConfig) -> list[torch.optim.Optimizer]:
     groups = [
         {"params": [p for n, p in params if is_decayed(n, p) == decayed], "weight_decay": optim.weight_decay * decayed}

@@ -1,0 +1,91 @@
+"""Modes of the processor and of the heap, seen at what they do."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from jit_accel.base.host import HEAP_VARIABLES, denormals_flushed, keep_heap
+
+NUMBERS = 2**20  # enough for every thread to have a share
+
+
+def share_flushed() -> float:
+    """Return the share of products below the normal range that come out as zero."""
+    products = torch.full((NUMBERS,), 1e-30) * 1e-10
+    return (products == 0).float().mean().item()
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.ones(NUMBERS).add(1)  # now both are there, and have modes of their own
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor keeps them always")
+def test_denormals_are_flushed_by_all_threads_inside_the_block_alone(two_threads):
+    assert share_flushed() == 0
+    with denormals_flushed():
+        assert share_flushed() == 1
+        with denormals_flushed():
+            assert share_flushed() == 1
+        assert share_flushed() == 1
+    assert share_flushed() == 0
+
+
+def test_a_failure_leaves_the_mode_as_it_was(two_threads):
+    with pytest.raises(KeyError), denormals_flushed():
+        raise KeyError
+    assert share_flushed() == 0
+
+
+def test_normal_numbers_stay_as_they_are(two_threads):
+    numbers = torch.randn(NUMBERS)
+    expected = numbers * numbers
+    with denormals_flushed():
+        assert torch.equal(numbers * numbers, expected)
+
+
+HEAP = """
+import resource
+import torch
+from jit_accel.base.host import keep_heap
+{call}
+def faults_of(step):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def step():
+    for size in (2**23, 2**21):
+        torch.ones(size)
+for _ in range(12):
+    step()
+print(faults_of(step))
+"""
+
+
+def faults(call: str, **environment: str) -> int:
+    """Return the page faults of a step that takes and frees 40 MiB, after a dozen like it."""
+    done = subprocess.run([sys.executable, "-c", HEAP.format(call=call)], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is glibc's heap")
+def test_memory_that_a_step_frees_is_kept_for_the_next(monkeypatch):
+    for name in HEAP_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert faults("keep_heap()") < 100
+    assert faults("") > 1000
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "0")  # whoever sets the heap himself has what he set
+    assert faults("keep_heap()") > 1000
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    keep_heap()
+    with denormals_flushed():
+        pass
