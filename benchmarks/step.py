@@ -2,6 +2,7 @@
 
     python benchmarks/step.py             all cases that suit this device
     python benchmarks/step.py b4 quick    some of them
+    python benchmarks/step.py --reference the trainer against the paper's formulation (benchmarks/reference.py)
 
 Each case runs in its own process, so that its peak memory is its own. Trainer steps, bare steps and matrix
 products alternate inside it and only their ratios are worth comparing: machines are noisy.
@@ -56,15 +57,28 @@ for _size, _batch in (("B", 128), ("L", 64), ("H", 32)):
         )
 
 
+# Against the reference, which does not clip: eager and compiled, where weights move, and as a run begins.
+PLAIN = ("--ema_decays", "0.9996", "0.9999", "--max_grad_norm", "0")
+MOVING = ("--learning_rate", "1e-3", "--warmup_steps", "0")
+REFERENCE_CASES = {
+    "b4_eager": Case("eager, rate 1e-3", flags("JiT-B/4", 64, 8, *PLAIN, *MOVING), "cpu"),
+    "b4_eager_first": Case("eager, first steps of a run", flags("JiT-B/4", 64, 8, *PLAIN), "cpu"),
+    "b4_compiled": Case("compiled, rate 1e-3", flags("JiT-B/4", 64, 8, *PLAIN, *MOVING, "--compile"), "cpu"),
+    "b4_compiled_first": Case("compiled, first steps of a run", flags("JiT-B/4", 64, 8, *PLAIN, "--compile"), "cpu"),
+}
+
+
 @contextlib.contextmanager
 def training(*flags: str, source=None) -> Iterator:
     """Give a trainer that is warm; nothing is kept of what it does."""
+    from jit_accel.base.host import denormals_flushed, keep_heap
     from jit_accel.base.watchdog import Watchdog
     from jit_accel.config.command_line import parse_args
     from jit_accel.train.accelerator import build_accelerator
     from jit_accel.train.build import build_trainer
 
-    with tempfile.TemporaryDirectory() as folder:
+    keep_heap()
+    with tempfile.TemporaryDirectory() as folder, denormals_flushed():
         data = source.name if source else "builtin:fashion_mnist"
         config = parse_args([*flags, "--data_path", data, "--output_dir", folder, "--num_workers", "0"])
         accelerator = build_accelerator(config.performance.mixed_precision, None, [])
@@ -107,6 +121,36 @@ def measure(case: Case) -> dict:
         "mfu": flops / step / monitor.peak_flops if monitor.peak_flops else None,
         "memory_gib": memory,
     }
+
+
+def compare(case: Case) -> dict:
+    """Run the trainer's steps and the reference's by turns in this process, whose heap serves both."""
+    import torch
+    from reference import ReferenceStep
+
+    from jit_accel.base.host import denormals_flushed
+    from jit_accel.monitor.monitor import peak_memory_gib
+
+    with training(*case.flags) as trainer:
+        device, precision, batch = trainer.accelerator.device, trainer.accelerator.mixed_precision, trainer.plan
+        memory, side = peak_memory_gib(device), trainer.network.config.img_size
+        x = torch.rand(batch.global_batch_size, 3, side, side, device=device) * 2 - 1
+        labels = torch.zeros(len(x), dtype=torch.long, device=device)
+        decays, rate = map(float, trainer.optim.ema_decays), trainer.optimizers[0].param_groups[0]["lr"]
+        reference = ReferenceStep(trainer.network, rate, tuple(decays), precision, "--compile" in case.flags)
+
+        def ours() -> None:
+            with denormals_flushed():
+                trainer.train_step()
+                trainer.flush()  # which reads the loss
+
+        seconds: dict[str, list[float]] = {"trainer": [], "reference": []}
+        for i in range(case.rounds + 1):
+            for name, action in (("trainer", ours), ("reference", lambda: reference(x, labels))):
+                taken = timed(action, device, 1)
+                seconds[name] += [taken] if i else []  # the first compiles
+    found = {name: statistics.median(values) for name, values in seconds.items()}
+    return {"precision": precision, "memory_gib": memory, **found}
 
 
 class BareStep:
@@ -153,19 +197,45 @@ def timed(action, device, repeats: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--reference", action="store_true", help="compare with the paper's formulation")
     parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--compare", choices=REFERENCE_CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        print(json.dumps(measure(CASES[args.measure])))
-        return
+    if args.measure or args.compare:
+        print(json.dumps(measure(CASES[args.measure]) if args.measure else compare(REFERENCE_CASES[args.compare])))
+    elif args.reference:
+        against_reference(args.cases or list(REFERENCE_CASES))
+    else:
+        against_bare_step(args.cases)
+
+
+def run_alone(*flags: str) -> dict:
+    """Return what this program prints in a process of its own."""
+    command = [sys.executable, __file__, *flags]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=REPO)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def against_reference(cases: list[str]) -> None:
+    print("| JiT-B/4, 64 px, batch 8, two EMAs | trainer | reference | throughput | peak memory |")
+    print("| --- " * 5 + "|")
+    for name in cases:
+        r = run_alone("--compare", name)
+        ratio = r["reference"] / r["trainer"]
+        seconds = f"{r['trainer']:.2f} s | {r['reference']:.2f} s"
+        print(
+            f"| {REFERENCE_CASES[name].what}, {r['precision']} | {seconds} | {ratio:.2f} | {r['memory_gib']:.2f} GiB |",
+            flush=True,
+        )
+
+
+def against_bare_step(cases: list[str]) -> None:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print("| case | step | images/s | over bare step | of matrix rate | MFU | peak memory |\n" + "| --- " * 7 + "|")
-    for name in args.cases or [name for name, case in CASES.items() if case.device == device]:
-        command = [sys.executable, __file__, "--measure", name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=REPO)
-        r = json.loads(done.stdout.splitlines()[-1])
+    for name in cases or [name for name, case in CASES.items() if case.device == device]:
+        r = run_alone("--measure", name)
         mfu = f"{r['mfu']:.0%}" if r["mfu"] else "–"
         print(
             f"| {CASES[name].what} | {r['step_s']:.3f} s | {r['images_per_s']:.1f} | {r['overhead']:+.1%} "
