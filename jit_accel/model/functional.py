@@ -192,31 +192,25 @@ class _GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.remake, ctx.parts = _GatedSiLU.remake, None
+        ctx.remake, ctx.silu = _GatedSiLU.remake, None
         a, b = x.chunk(2, dim=-1)
-        return torch.sigmoid(a).mul_(a).mul_(b)  # each product rounded as it is made again
+        return F.silu(a).mul_(b)
 
     @staticmethod
     def remake(ctx) -> Tensor:
         (x,) = ctx.saved_tensors
         a, b = x.chunk(2, dim=-1)
-        sigmoid = torch.sigmoid(a)
-        silu = sigmoid * a
-        ctx.parts = sigmoid, silu  # which the backward pass takes next
-        return silu * b
+        ctx.silu = F.silu(a)  # which the backward pass takes next
+        return ctx.silu * b
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         a, b = x.chunk(2, dim=-1)
-        (sigmoid, silu), ctx.parts = ctx.parts or (None, None), None
-        if sigmoid is None:
-            sigmoid = torch.sigmoid(a)
-            silu = sigmoid * a
+        silu, ctx.silu = ctx.silu, None
         grad_x = torch.empty_like(x)
         grad_a, grad_b = grad_x.chunk(2, dim=-1)
-        torch.mul(silu, grad, out=grad_b)
-        slope = torch.lerp(sigmoid, sigmoid.new_ones(()), silu, out=sigmoid)  # of silu: s + silu (1 - s)
-        torch.mul(slope.mul_(grad), b, out=grad_a)
+        torch.ops.aten.silu_backward.grad_input(grad * b, a, grad_input=grad_a)
+        torch.mul(F.silu(a) if silu is None else silu, grad, out=grad_b)
         return grad_x
