@@ -14,8 +14,8 @@ HEAP_VARIABLES = (
     "LD_PRELOAD",
 )
 # Numbers of glibc's mallopt(3), and values: no piece is a mapping of its own (M_MMAP_MAX), what is free at the heap's
-# end stays (M_TRIM_THRESHOLD), and the heap grows by 64 MiB at a time (M_TOP_PAD).
-HEAP_OPTIONS = {-4: 0, -1: 2**31 - 1, -2: 64 * 2**20}
+# end stays however large it is (M_TRIM_THRESHOLD), and the heap grows by 64 MiB at a time (M_TOP_PAD).
+HEAP_OPTIONS = {-4: 0, -1: -1, -2: 64 * 2**20}
 
 
 def keep_heap() -> None:

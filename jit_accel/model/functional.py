@@ -119,17 +119,23 @@ def call_frugally(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     node = x.grad_fn if _by_hand(x) else None
     if not hasattr(node, "remake"):
         return layer(x)
-    address, size = x.data_ptr(), x.numel()
+    address, size, version = x.data_ptr(), x.numel(), x._version
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
         is_x = saved.data_ptr() == address and saved.numel() == size and saved.is_contiguous()
-        return saved.shape if is_x else saved
+        return saved.shape if is_x and saved._version == version else saved
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
         return packed if isinstance(packed, Tensor) else node.remake(node).view(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return layer(x)
+
+
+def _unpacked(ctx) -> tuple[Tensor, ...]:
+    """Return `ctx.saved_tensors`, which may be asked for only once below `torch.utils.checkpoint`."""
+    ctx.unpacked = ctx.unpacked or ctx.saved_tensors
+    return ctx.unpacked
 
 
 def _inverse_rms(x: Tensor) -> Tensor:
@@ -143,18 +149,18 @@ class _ModulatedRMSNorm(torch.autograd.Function):
         inverse = _inverse_rms(x)
         normalised = x * inverse
         ctx.save_for_backward(normalised, inverse, gain, bias)
-        ctx.dtype, ctx.remake = dtype, _ModulatedRMSNorm.remake
+        ctx.dtype, ctx.remake, ctx.unpacked = dtype, _ModulatedRMSNorm.remake, None
         return torch.addcmul(bias, normalised, gain).to(dtype)
 
     @staticmethod
     def remake(ctx) -> Tensor:
-        normalised, _, gain, bias = ctx.saved_tensors
+        normalised, _, gain, bias = _unpacked(ctx)
         return torch.addcmul(bias, normalised, gain).to(ctx.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        normalised, inverse, gain, _ = ctx.saved_tensors
+        (normalised, inverse, gain, _), ctx.unpacked = _unpacked(ctx), None
         grad = in_float32(grad)
         product = grad * normalised
         along = torch.bmm(product, gain.mT).div_(grad.shape[-1])
@@ -192,13 +198,13 @@ class _GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.remake, ctx.silu = _GatedSiLU.remake, None
+        ctx.remake, ctx.unpacked, ctx.silu = _GatedSiLU.remake, None, None
         a, b = x.chunk(2, dim=-1)
         return F.silu(a).mul_(b)
 
     @staticmethod
     def remake(ctx) -> Tensor:
-        (x,) = ctx.saved_tensors
+        (x,) = _unpacked(ctx)
         a, b = x.chunk(2, dim=-1)
         ctx.silu = F.silu(a)  # which the backward pass takes next
         return ctx.silu * b
@@ -206,7 +212,7 @@ class _GatedSiLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+        (x,), ctx.unpacked = _unpacked(ctx), None
         a, b = x.chunk(2, dim=-1)
         silu, ctx.silu = ctx.silu, None
         grad_x = torch.empty_like(x)

@@ -84,6 +84,28 @@ def test_memory_that_a_step_frees_is_kept_for_the_next(monkeypatch):
     assert faults("keep_heap()") > 1000
 
 
+FREED = """
+import ctypes
+from jit_accel.base.host import keep_heap
+keep_heap()
+c = ctypes.CDLL(None)
+for function, argument, result in ((c.malloc, "size_t", "void_p"), (c.free, "void_p", None), (c.sbrk, "int", "void_p")):
+    function.argtypes, function.restype = [getattr(ctypes, f"c_{argument}")], result and getattr(ctypes, f"c_{result}")
+piece = c.malloc(5 * 2**29)  # none of it is touched
+end = c.sbrk(0)
+c.free(piece)
+print(end - c.sbrk(0))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is glibc's heap")
+def test_more_than_two_gib_at_the_end_of_the_heap_are_kept(monkeypatch):
+    for name in HEAP_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 0
+
+
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())
     keep_heap()
