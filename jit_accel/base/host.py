@@ -15,7 +15,9 @@ HEAP_VARIABLES = (
 )
 # Numbers of glibc's mallopt(3), and values: no piece is a mapping of its own (M_MMAP_MAX), what is free at the heap's
 # end stays however large it is (M_TRIM_THRESHOLD), and the heap grows by 64 MiB at a time (M_TOP_PAD).
-HEAP_OPTIONS = {-4: 0, -1: -1, -2: 64 * 2**20}
+KEPT = {-4: 0, -1: -1, -2: 64 * 2**20}
+# What glibc comes to by itself where large pieces are freed again and again, with M_MMAP_THRESHOLD (-3).
+GIVEN_BACK = {-4: 65536, -3: 2**25, -1: 2**26, -2: 2**17}
 
 
 def keep_heap() -> None:
@@ -24,11 +26,20 @@ def keep_heap() -> None:
     Else a step's activations go back to the system, which clears each page before the next step has it again: 320,000
     page faults a step of JiT-B/4, a twentieth of its time.
     """
+    _set_heap(KEPT)
+
+
+def give_heap_back() -> None:
+    """Let a process that was forked from one that keeps its heap give large pieces back: of the largest image, say."""
+    _set_heap(GIVEN_BACK)
+
+
+def _set_heap(options: dict[int, int]) -> None:
     if any(name in os.environ for name in HEAP_VARIABLES):
         return
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in HEAP_OPTIONS.items():
+        for option, value in options.items():
             mallopt(option, value)
 
 
@@ -41,7 +52,7 @@ def denormals_flushed() -> Iterator[None]:
     """
     import torch
 
-    least = torch.full((), 2.0**-126)
+    least = torch.full((), 2.0**-126, dtype=torch.float32, device="cpu")  # whatever the default is
     was_flushed = (least / 2).item() == 0
     _flush(True)
     try:

@@ -37,6 +37,17 @@ def test_denormals_are_flushed_by_all_threads_inside_the_block_alone(two_threads
     assert share_flushed() == 0
 
 
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor keeps them always")
+def test_the_mode_that_was_there_comes_back_whatever_torchs_defaults_are(two_threads):
+    torch.set_flush_denormal(True)
+    try:
+        with torch.device("meta"), denormals_flushed():
+            pass
+        assert torch.full((), 1e-30, device="cpu").mul(1e-10).item() == 0
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_a_failure_leaves_the_mode_as_it_was(two_threads):
     with pytest.raises(KeyError), denormals_flushed():
         raise KeyError
@@ -104,6 +115,30 @@ def test_more_than_two_gib_at_the_end_of_the_heap_are_kept(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
     assert int(done.stdout) == 0
+
+
+WORKER = """
+import ctypes
+from jit_accel.base.host import keep_heap
+from jit_accel.data.batches.loader import make_loader
+c = ctypes.CDLL(None)
+c.sbrk.restype, c.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+class Growth:
+    def __getitem__(self, index):
+        end = c.sbrk(0)
+        c.malloc(2**28)
+        return c.sbrk(0) - end
+keep_heap()
+print(*make_loader(Growth(), num_workers=1, sampler=[0]), Growth()[0] > 0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is glibc's heap")
+def test_a_process_that_decodes_gives_large_images_back(monkeypatch):
+    for name in HEAP_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    done = subprocess.run([sys.executable, "-c", WORKER], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "True"]  # a mapping of its own, unlike in the process above it
 
 
 def test_another_c_library_is_left_alone(monkeypatch):

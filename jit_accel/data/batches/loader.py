@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from jit_accel.base import rng
 from jit_accel.base.errors import UserError
+from jit_accel.base.host import give_heap_back
 from jit_accel.data import data_error
 from jit_accel.data.batches import order
 from jit_accel.data.batches.batch import MAX_SUBSTITUTES, PixelBatch, check_labels, empty_batch
@@ -293,6 +294,7 @@ def _identity(item):
 def _init_worker(parent_pid: int, worker_id: int) -> None:
     if os.getppid() != parent_pid:  # killed already: torch's watchdog would take its heir for our parent and wait
         os._exit(1)
+    give_heap_back()
     torch.set_num_threads(1)
     pyarrow.set_cpu_count(1)
     # Ctrl-C and the scheduler's signals reach the whole process group. The trainer then finishes its step and
