@@ -1,11 +1,14 @@
+import copy
+
 import pytest
+import torch
 from torch import nn
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.completion import Plan
 from jit_accel.config.settings import OptimConfig
 from jit_accel.model.transformer import build_model
-from jit_accel.train.optimizers import build_optimizers, lr_at, set_lr, trainable
+from jit_accel.train.optimizers import build_optimizers, lr_at, make_moments, set_lr, take_step, trainable
 
 
 @pytest.mark.parametrize(
@@ -56,3 +59,25 @@ def test_set_lr_reaches_every_group(model):
     optimizers = build_optimizers(model, OptimConfig(optimizer="muon", weight_decay=0.1))
     set_lr(optimizers, 0.25)
     assert {group["lr"] for optimizer in optimizers for group in optimizer.param_groups} == {0.25}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_made_before_the_first_step_are_those_that_it_makes(model, name):
+    runs = []
+    for makes in (True, False):
+        network = copy.deepcopy(model)
+        optimizers = build_optimizers(network, OptimConfig(optimizer=name))
+        set_lr(optimizers, 0.1)
+        if makes:
+            make_moments(optimizers)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            for p in list(network.parameters())[1:]:  # the first one is used nowhere
+                p.grad = torch.randn(p.shape, generator=generator)
+            take_step(optimizers)
+        runs.append((network, {p: state for each in optimizers for p, state in each.state.items()}))
+    (made, states), (stepped, own) = runs
+    for a, b in zip(made.parameters(), stepped.parameters()):
+        assert torch.equal(a, b)
+        assert all(torch.equal(states[a][key], value) for key, value in own.get(b, {}).items())
+        assert b not in own or states[a].keys() == own[b].keys()
