@@ -6,8 +6,8 @@
 A training of a few steps runs in a process of its own, with a checkpoint amid them that a slow disk takes only after
 the next step: the most that a training needs at once. Its peak resident set, less what was resident when all was
 imported and no network was there yet, stands against weights, moments, averages, gradients, activations and the copies
-that the checkpoint is written from. It is measured twice: where freed memory is given back at once, as the arithmetic
-has it (glibc's MALLOC_MMAP_THRESHOLD_), and where the C library keeps of it what it likes, as it does unless told.
+that the checkpoint is written from. It is measured twice: where freed memory is given back at once (glibc's
+MALLOC_MMAP_THRESHOLD_), and where the heap is kept, as a training does unless told.
 """
 
 from __future__ import annotations

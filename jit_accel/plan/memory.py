@@ -21,6 +21,7 @@ from jit_accel.config.presets import Preset, swiglu_width
 KEPT_BYTES = {("cuda", "bf16"): (52, 8), ("cuda", "no"): (64, 16), ("cpu", "bf16"): (36, 4), ("cpu", "no"): (40, 8)}
 # Of a sharded block: two gathered in bf16, a gradient in bf16, and two in float32 on their way, for each weight.
 GATHERED_BYTES = 2 * 2 + 2 + 2 * 4
+HEAP_BYTES = 0.3 * 2**30  # of holes in a CPU's heap, which a training keeps (measured: benchmarks/plan.py)
 MUON_BUCKET_BYTES = 2**25  # of float32, in train/muon.py, for each process that shares the matrices
 
 
@@ -104,7 +105,8 @@ def memory_of(work: Workload, layout: Division, device: str = "cuda") -> Memory:
     stay = layout.accumulation * layout.processes > 1
     at_peak = bytes_at_peak(gathered, activations, gradients, stay=stay)
     at_update = gradients + muon_bytes(work, layout, device)
-    return Memory(share, moments, averages, gradients, activations, max(at_peak, at_update))
+    holes = HEAP_BYTES if device == "cpu" else 0
+    return Memory(share, moments, averages, gradients, activations, max(at_peak, at_update) + holes)
 
 
 def bytes_of_block(work: Workload, images: int, device: str = "cuda") -> tuple[float, float]:
