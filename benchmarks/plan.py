@@ -79,7 +79,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         print(json.dumps(measured(sys.argv[2])))
         return
-    print("| model | images a step | planned GiB | measured GiB | ratio | as the C library keeps it | ratio |")
+    print("| model | images a step | planned GiB | measured GiB | ratio | kept | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in sys.argv[1:] or CASES:
         child, found = [sys.executable, __file__, "--measure", name], []
