@@ -13,11 +13,12 @@ HEAP_VARIABLES = (
     "GLIBC_TUNABLES",
     "LD_PRELOAD",
 )
-# Numbers of glibc's mallopt(3), and values: no piece is a mapping of its own (M_MMAP_MAX), what is free at the heap's
-# end stays however large it is (M_TRIM_THRESHOLD), and the heap grows by 64 MiB at a time (M_TOP_PAD).
-KEPT = {-4: 0, -1: -1, -2: 64 * 2**20}
-# What glibc comes to by itself where large pieces are freed again and again, with M_MMAP_THRESHOLD (-3).
-GIVEN_BACK = {-4: 65536, -3: 2**25, -1: 2**26, -2: 2**17}
+# Numbers of glibc's mallopt(3), and values: pieces from 32 MiB on, its limit, that fit into no hole are mappings of
+# their own (M_MMAP_THRESHOLD), or holes that are a little too small would make a long run's heap grow; what is free at
+# the heap's end stays however large it is (M_TRIM_THRESHOLD); and the heap grows by 64 MiB at a time (M_TOP_PAD).
+KEPT = {-3: 2**25, -1: -1, -2: 2**26}
+# What glibc comes to by itself where large pieces are freed again and again.
+GIVEN_BACK = {-3: 2**25, -1: 2**26, -2: 2**17}
 
 
 def keep_heap() -> None:
