@@ -99,20 +99,13 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(labels)
 
 
-class FrugalModule(nn.Module):
-    gradient_checkpointing = False  # set by diffusers; then all that a block keeps is computed again anyway
-
-    def call(self, layer: nn.Module, x: Tensor) -> Tensor:
-        return layer(x) if self.gradient_checkpointing else call_frugally(layer, x)
-
-
 class AttentionProcessor:
     """The computation of an `Attention`, by the kernel that diffusers' `set_attention_backend` names here."""
 
     _attention_backend = None  # PyTorch's SDPA, or what diffusers is set to
 
     def __call__(self, attn: "Attention", x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = attn.call(attn.qkv, x).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
+        q, k, v = call_frugally(attn.qkv, x).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
         q, k = attn.q_norm(q, rope), attn.k_norm(k, rope)
         dropout = attn.attn_dropout if attn.training else 0.0
         attend = functools.partial(dispatch_attention_fn, dropout_p=dropout, backend=self._attention_backend)
@@ -125,7 +118,7 @@ class AttentionProcessor:
         return attn.proj_dropout(attn.proj(out.flatten(2).to(x.dtype)))
 
 
-class Attention(FrugalModule, AttentionModuleMixin):
+class Attention(nn.Module, AttentionModuleMixin):
     _supports_qkv_fusion = False  # it is one matrix already
 
     def __init__(self, hidden_size: int, num_heads: int, attn_dropout: float, proj_dropout: float):
@@ -143,7 +136,7 @@ class Attention(FrugalModule, AttentionModuleMixin):
         return self.processor(self, x, rope)
 
 
-class SwiGLU(FrugalModule):
+class SwiGLU(nn.Module):
     def __init__(self, hidden_size: int, mlp_ratio: float, dropout: float):
         super().__init__()
         inner = swiglu_width(hidden_size, mlp_ratio)
@@ -152,7 +145,7 @@ class SwiGLU(FrugalModule):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.call(self.w3, self.dropout(gated_silu(self.call(self.w12, x))))
+        return call_frugally(self.w3, self.dropout(gated_silu(call_frugally(self.w12, x))))
 
 
 class JiTBlock(nn.Module):
