@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 benchmarks/muon.py --device cuda --models JiT-B/16 JiT-H/16 --batch_size 64
 
 Alternating in one run: forward and backward, the step of Muon and that of AdamW, Muon's where nothing travels between
-the processes, and Muon's of whole matrices, as each process takes it with DDP. Times are those of the slowest process;
+the processes, and Muon's of whole matrices, as one process alone takes it. Times are those of the slowest process;
 with --cpu_time those that it computes, on a machine that others use too.
 """
 

@@ -211,10 +211,10 @@ def grace_s() -> float | None:
 
 
 @contextlib.contextmanager
-def process_group(accelerator) -> Iterator[None]:
-    """End the group of processes after the block, whatever happens in it."""
+def process_group(accelerator) -> Iterator:
+    """Give an accelerator to the block, and end its group of processes after it, whatever happens in it."""
     try:
-        yield
+        yield accelerator
     finally:
         if accelerator.num_processes > 1:
             # gloo's threads need the GIL to drop their last results, and destroying the process group (which

@@ -59,11 +59,14 @@ def start(config: Config, source: Source | None = None, objective: type[Objectiv
     grace_s()  # which may be no number
     end_with_launcher()
     trackers = build_trackers(config.tracking, folder)
-    accumulation = config.optim.gradient_accumulation_steps
+    how = config.performance.mixed_precision, config.optim.gradient_accumulation_steps, trackers
     limit_s = 60 * config.run.max_stall_minutes
-    accelerator = build_accelerator(config.performance.mixed_precision, accumulation, trackers, limit_s)
     keep_heap()
-    with contextlib.ExitStack() as held, process_group(accelerator), denormals_flushed():
+    with (
+        denormals_flushed(),  # before gloo starts its threads, which add up gradients
+        contextlib.ExitStack() as held,
+        process_group(build_accelerator(*how, limit_s)) as accelerator,
+    ):
         held.callback(release, folder)
         check_world(accelerator.num_processes)
         # The main process chooses, so that all load the same.
@@ -209,7 +212,8 @@ def assemble(
     run = config.run
     model, tuning = build_model(config, source, initial)
     # Nothing else is prepared: see "Accelerate" in docs/architecture.md.
-    model, *optimizers = accelerator.prepare(model, *build_optimizers(model, config.optim))
+    optimizers = build_optimizers(model, config.optim, torch.distributed.group.WORLD)
+    model, *optimizers = accelerator.prepare(model, *optimizers)
     make_moments(optimizers)
     settle_buckets(model, config.optim.batch_size, accelerator)
     network = accelerator.unwrap_model(model)

@@ -1,4 +1,4 @@
-"""Muon: momentum whose updates are orthogonalised, matrix by matrix, also where processes share the rows (FSDP2)."""
+"""Muon: momentum whose updates are orthogonalised, matrix by matrix, by processes that share the work (DDP, FSDP2)."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,11 +26,21 @@ class Muon(torch.optim.Optimizer):
     it, else in float32.
 
     Of sharded matrices the maps are dealt out to the processes that share them: each gets its maps whole, bucket by
-    bucket, iterates, and sends the rows back to those who hold them. Momentum and decay need no other process.
+    bucket, iterates, and sends the rows back to those who hold them. Of whole matrices, which `copies` hold with the
+    same gradients, each iterates its maps and sends them to all. Momentum and decay need no other process.
     """
 
-    def __init__(self, params, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.95, ns_steps: int = 5):
+    def __init__(
+        self,
+        params,
+        lr: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        ns_steps: int = 5,
+        copies: ProcessGroup | None = None,
+    ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": ns_steps})
+        self.copies = copies if copies and copies.size() > 1 else None
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -45,7 +55,7 @@ class Muon(torch.optim.Optimizer):
                 momentum, gradient = local_part(self.state[p]["momentum_buffer"]), local_part(p.grad)
                 momentum.lerp_(gradient, 1 - group["momentum"])
                 nesterov = gradient.lerp(momentum, group["momentum"])
-                for each in maps_of(p, nesterov):
+                for each in maps_of(p, nesterov, self.copies):
                     by_kind.setdefault((each.shape, each.processes), []).append(each)
             for bucket in iterated(buckets_of(by_kind.values()), group["ns_steps"]):
                 targets = [each.target for each in bucket.maps]
@@ -107,14 +117,14 @@ class Map:
     target: Tensor  # (held rows, columns), a view of the weight
     update: Tensor  # as the target
     shape: tuple[int, int]  # of all rows
-    held: tuple[int, ...]  # rows that each process holds, from the top
+    held: tuple[int, ...]  # rows that each process holds, from the top; or all rows, where each holds a copy
     processes: ProcessGroup | None  # that hold the rows; None: this one alone
 
 
-def maps_of(weight: Tensor, update: Tensor) -> Iterator[Map]:
+def maps_of(weight: Tensor, update: Tensor, copies: ProcessGroup | None = None) -> Iterator[Map]:
     """Yield the maps of a weight (rows, columns), and what this process has of their update, as of the weight."""
     rows, columns = weight.shape
-    processes, rank, ranges = holders_of(weight)
+    processes, rank, ranges = holders_of(weight, copies)
     height, target = rows // stacked_maps(rows, columns), local_part(weight)
     for top in range(0, rows, height):
         held = [range(max(top, each.start), min(top + height, each.stop)) for each in ranges]
@@ -122,10 +132,11 @@ def maps_of(weight: Tensor, update: Tensor) -> Iterator[Map]:
         yield Map(target[mine], update[mine], (height, columns), tuple(map(len, held)), processes)
 
 
-def holders_of(weight: Tensor) -> tuple[ProcessGroup | None, int, list[range]]:
-    """Return the processes that share the rows of a weight, the number of this one, and the rows of each."""
+def holders_of(weight: Tensor, copies: ProcessGroup | None) -> tuple[ProcessGroup | None, int, list[range]]:
+    """Return the processes that hold rows of a weight, the number of this one, and the rows of each."""
     if not isinstance(weight, DTensor):
-        return None, 0, [range(weight.shape[0])]
+        rows = [range(weight.shape[0])]
+        return (copies, copies.rank(), rows * copies.size()) if copies else (None, 0, rows)
     mesh, (dim,) = weight.device_mesh, [i for i, each in enumerate(weight.placements) if each.is_shard(0)]
     blocks = [Shard.local_shard_size_and_offset(weight.shape[0], mesh.size(dim), i) for i in range(mesh.size(dim))]
     return mesh.get_group(dim), mesh.get_local_rank(dim), [range(first, first + size) for size, first in blocks]
@@ -137,6 +148,7 @@ class Bucket:
     def __init__(self, maps: Sequence[Map], owners: Sequence[int]):
         by_owner = sorted(zip(owners, maps), key=lambda pair: pair[0])
         self.maps, self.shape, self.processes = [each for _, each in by_owner], maps[0].shape, maps[0].processes
+        self.is_copied = sum(maps[0].held) > self.shape[0]
         ranks = range(len(maps[0].held))
         rank = self.processes.rank() if self.processes else 0
         self.mine = [each for owner, each in by_owner if owner == rank]
@@ -145,8 +157,8 @@ class Bucket:
         self.taken = [sum(each.held[of] for each in self.mine) * self.shape[1] for of in ranks]
 
     def gather(self) -> None:
-        """Begin to send this process's rows to the owners of their maps."""
-        if self.processes:
+        """Begin to send this process's rows to the owners of their maps, unless these have all of them."""
+        if self.processes and not self.is_copied:
             rows = torch.cat([each.update.flatten() for each in self.maps])
             self._send(rows.to(iteration_dtype(rows.device)), self.given, self.taken)
 
@@ -154,6 +166,11 @@ class Bucket:
         """Orthogonalise the maps of this process, and begin to send the rows to those who hold them."""
         if not self.processes:
             self.rows = orthogonalise(torch.stack([each.update for each in self.maps]), steps).flatten()
+            return
+        if self.is_copied:
+            whole = [each.update for each in self.mine]
+            matrices = torch.stack(whole) if whole else self.maps[0].update.new_empty(0, *self.shape)
+            self._send(orthogonalise(matrices, steps).flatten().repeat(len(self.taken)), self.taken, self.given)
             return
         self.work.wait()
         pieces = [of_one.split(self._sizes(rank)) for rank, of_one in enumerate(self.rows.split(self.taken))]

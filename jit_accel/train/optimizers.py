@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from jit_accel.base.errors import lookup
 from jit_accel.base.spans import span
@@ -49,9 +50,14 @@ def is_block_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and name.startswith("blocks.") and (".attn." in name or ".mlp." in name)
 
 
-def build_optimizers(model: nn.Module, optim: OptimConfig) -> list[torch.optim.Optimizer]:
-    """Return optimizers that together hold each trainable parameter once; `UserError` if the name is unknown."""
-    return lookup(OPTIMIZERS, optim.optimizer, "optimizer")(trainable(model), optim)
+def build_optimizers(
+    model: nn.Module, optim: OptimConfig, copies: ProcessGroup | None = None
+) -> list[torch.optim.Optimizer]:
+    """Return optimizers that together hold each trainable parameter once; `UserError` if the name is unknown.
+
+    copies: processes that train the same weights, and may share the work of a step.
+    """
+    return lookup(OPTIMIZERS, optim.optimizer, "optimizer")(trainable(model), optim, copies)
 
 
 def trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -77,7 +83,7 @@ def make_moments(optimizers: Iterable[torch.optim.Optimizer]) -> None:
                     optimizer.state[p] |= state
 
 
-def _adamw(params: list[tuple[str, Tensor]], optim: OptimConfig) -> list[torch.optim.Optimizer]:
+def _adamw(params: list[tuple[str, Tensor]], optim: OptimConfig, *_) -> list[torch.optim.Optimizer]:
     groups = [
         {"params": [p for n, p in params if is_decayed(n, p) == decayed], "weight_decay": optim.weight_decay * decayed}
         for decayed in (True, False)
@@ -85,10 +91,12 @@ def _adamw(params: list[tuple[str, Tensor]], optim: OptimConfig) -> list[torch.o
     return [torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=tuple(optim.adam_betas), fused=True)]
 
 
-def _muon_and_adamw(params: list[tuple[str, Tensor]], optim: OptimConfig) -> list[torch.optim.Optimizer]:
+def _muon_and_adamw(
+    params: list[tuple[str, Tensor]], optim: OptimConfig, copies: ProcessGroup | None
+) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in params if is_block_matrix(n, p)]
     rest = [(n, p) for n, p in params if not is_block_matrix(n, p)]
-    return [Muon(matrices, weight_decay=optim.weight_decay), *_adamw(rest, optim)]
+    return [Muon(matrices, weight_decay=optim.weight_decay, copies=copies), *_adamw(rest, optim)]
 
 
 OPTIMIZERS = {"adamw": _adamw, "muon": _muon_and_adamw}

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from helpers import DEVICES, DEVICES_OF_TWO, assert_same_state, on_device, rows, state, train_group, train_here
+from helpers import DEVICES, DEVICES_OF_TWO, Group, assert_same_state, on_device, rows, state, train_group, train_here
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 
@@ -233,3 +233,26 @@ def test_fp16_skips_a_step_on_all_processes_whichever_holds_what_overflows(image
     assert [name for name in trained if not torch.equal(before[name], skipped[name])] == []
     assert any(not torch.equal(skipped[name], after[name]) for name in trained)
     assert [scale_at(out, step) for step in (2, 3, 6)] == [65536.0, 32768.0, 32768.0]
+
+
+SUBNORMAL = 2**20  # the bits of 1.5e-39
+
+
+def add_up_subnormal_numbers():
+    """Let a training add up such a number over its processes, as gradients are, and fail where the sum is not zero."""
+
+    def train(config, accelerator, *_) -> int:
+        number = torch.tensor([SUBNORMAL], dtype=torch.int32).view(torch.float32)
+        torch.distributed.all_reduce(number)
+        return int(number.view(torch.int32).item() != 0)
+
+    build._train = train
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor keeps them always")
+def test_denormals_are_flushed_where_gradients_are_added_up_over_processes(images, tmp_path):
+    """gloo adds them up in threads of its own, which take the mode that there was when they began."""
+    flags, setup = ["--data_path", str(images), "--output_dir", str(tmp_path / "run")], "add_up_subnormal_numbers"
+    group = Group(flags, tmp_path / "log", 2, {"TEST_SETUP": f"test_devices:{setup}"})
+    assert group.wait() == [0, 0], group.output()

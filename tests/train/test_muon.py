@@ -112,6 +112,47 @@ def test_a_step_of_shared_matrices_is_that_of_whole_ones(tmp_path, copies, shard
     assert group.wait() == [0] * count, group.output()
 
 
+def _step_copies(flags: list[str]) -> int:
+    """Take steps alone, and with copies of the same weights in the other processes."""
+    processes = Accelerator().num_processes
+    muon.BUCKET_BYTES, iterated = int(flags[0]), []
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(muon, "orthogonalise", lambda x, steps: iterated.append(len(x)) or orthogonalise(x, steps))
+    torch.manual_seed(0)
+    whole = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    copied = [nn.Parameter(weight.detach().clone()) for weight in whole]
+    alone = Muon(whole, lr=0.02, weight_decay=0.1)
+    together = Muon(copied, lr=0.02, weight_decay=0.1, copies=torch.distributed.group.WORLD)
+    for _ in range(3):
+        for weight, copy in zip(whole, copied):
+            weight.grad = torch.randn(weight.shape)
+            copy.grad = weight.grad.clone()
+        whole[3].grad = copied[3].grad = None  # as of a weight that the loss does not reach
+        alone.step()
+        all_of_them = sum(iterated)
+        iterated.clear()
+        together.step()
+        assert all_of_them // processes <= sum(iterated) <= -(-all_of_them // processes)
+        iterated.clear()
+    for weight, copy in zip(whole, copied):
+        torch.testing.assert_close(copy, weight, atol=1e-6, rtol=0)
+        of_each = [torch.empty_like(copy) for _ in range(processes)]
+        torch.distributed.all_gather(of_each, copy.detach())
+        assert all(torch.equal(each, copy) for each in of_each)
+        if weight.grad is not None:
+            assert torch.equal(together.state[copy]["momentum_buffer"], alone.state[weight]["momentum_buffer"])
+    return 0
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("bucket_bytes", [1, 2**25])
+def test_processes_with_the_same_matrices_share_the_iterations_of_a_step(tmp_path, processes, bucket_bytes):
+    """Each iterates its part of them, and all have the same weights bit for bit, those of a step alone."""
+    group = Group([str(bucket_bytes)], tmp_path / "log", processes, {"TEST_MAIN": "test_muon:_step_copies"})
+    assert group.wait() == [0] * processes, group.output()
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_the_iterations_are_dealt_out_evenly(monkeypatch, ranks):
     monkeypatch.setattr(muon, "BUCKET_BYTES", 5 * 4 * 8 * 8)  # five square maps
