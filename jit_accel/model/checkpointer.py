@@ -76,7 +76,7 @@ class Checkpointer:
         self.group = torch.distributed.new_group(**gloo) if self.ranks > 1 else None
         self.snapshot: Snapshot | None = None
         self.save_s: float | None = None  # that the last checkpoint took, as its manifest says
-        self.begun: tuple[int, Future[Path]] | None = None  # the step that is being written
+        self.begun: tuple[int, Future[tuple[Path, float]]] | None = None  # the step that is being written
 
     def save(self, step: int, parts: Mapping[str, Stateful | None]) -> Path:
         """Write a checkpoint; when this returns, it is on disk under its final name. Errors as of `begin`, `finish`."""
@@ -127,7 +127,7 @@ class Checkpointer:
             return None
         (step, written), self.begun = self.begun, None
         self.wait_for_copies()
-        path = written.result()
+        path, self.save_s = written.result()
         if self.accelerator.is_main_process:
             say(f"Saved {path}")
         self.unproven = step
@@ -171,13 +171,16 @@ class Checkpointer:
         except OSError as error:
             raise self._problem(step, error) from None
 
-    def _write(self, step: int, snapshot: Snapshot, values: bytes, temporary: Path, final: Path) -> Path:
-        """Write this process's share, and on the main process, when all have, what makes a checkpoint of it."""
+    def _write(self, step: int, snapshot: Snapshot, values: bytes, temporary: Path, final: Path) -> tuple[Path, float]:
+        """Write this process's share, and on the main process, when all have, what makes a checkpoint of it.
+
+        Return its place and the seconds that it took.
+        """
         is_main, began = self.accelerator.is_main_process, time.monotonic()
         try:
             shares = self._together(step, partial(self._write_share, snapshot, temporary))
             files = {name: file for share in shares for name, file in share.items()}
-            self._together(
+            seconds, *_ = self._together(
                 step, partial(self._seal, began, values, files, temporary, final) if is_main else lambda: None
             )
         except Exception:
@@ -186,7 +189,7 @@ class Checkpointer:
                 if is_main:  # the room is needed
                     shutil.rmtree(temporary, ignore_errors=True)
             raise
-        return final
+        return final, seconds
 
     def _together(self, step: int, work) -> list:
         """Do the work in the thread of each process, and return the results of all; what fails is raised on all."""
@@ -220,16 +223,15 @@ class Checkpointer:
             self.on_progress()  # of all processes alike
         return files
 
-    def _seal(self, began: float, values: bytes, files: dict[str, Written], temporary: Path, final: Path) -> None:
+    def _seal(self, began: float, values: bytes, files: dict[str, Written], temporary: Path, final: Path) -> float:
         check_guard(temporary)
         with summed_file(temporary / STATE) as file:
             file.write(values)
         write_manifest(temporary, files | {STATE: file.written}, seconds := time.monotonic() - began)
-        self.save_s = seconds
         sync(temporary)
         if is_complete(final):  # of this very step: a whole checkpoint is never touched
             shutil.rmtree(temporary)
-            return
+            return seconds
         if os.path.lexists(final):
             set_aside(final)
         move(temporary, final)
@@ -242,6 +244,7 @@ class Checkpointer:
                 doomed = old.with_name(f"tmp_old_{old.name}")
                 move(old, doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
+        return seconds
 
     def prove(self, step: int) -> None:
         """Note that all steps to this one were finite, beside the newest checkpoint if it lies before."""

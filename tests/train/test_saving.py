@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -192,6 +193,8 @@ def test_a_launcher_that_kills_sooner_than_a_stop_takes_is_warned_of(images, tmp
     assert run(6, PET_SHUTDOWN_TIMEOUT="0") == ["warned", "saved"]  # by the time in the checkpoint's manifest
     assert "kills 0 s after SIGTERM" in said[0]
     shutil.rmtree(out)
+    sync = saving.sync
+    monkeypatch.setattr(saving, "sync", lambda path: (time.sleep(0.2), sync(path)))  # steps pass before it is saved
     found = run(6, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="0")
     assert (found.count("warned"), found[0]) == (1, "saved")
     monkeypatch.setattr(forecast, "grace_s", lambda: None)  # nobody kills it
