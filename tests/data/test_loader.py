@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from jit_accel.data.batches import loader as loader_module
 from jit_accel.data.batches import order
 from jit_accel.data.batches.batch import ready
 from jit_accel.data.batches.order import FEISTEL, KINDS, SORTED, flips
+from jit_accel.data.reading.images import TableImages
 
 N = 22
 
@@ -207,6 +209,30 @@ def test_a_broken_image_is_replaced_and_named(tmp_path, loaders):
     assert all(label == n * 2 // N for batch, labels, _ in runs[0] for n, label in zip(batch, labels))
     named = [reason for *_, reasons in runs[0] for reason in reasons]
     assert {next(n for n in (3, 20) if f"/{n:04d}.png: " in reason) for reason in named[:2]} == {3, 20}
+
+
+def test_few_images_are_decoded_once_and_many_each_time(tmp_path, loaders, monkeypatch):
+    image_folder(tmp_path, N)
+    next(tmp_path.glob("c*/0003.png")).write_bytes(b"broken")
+    source, asked, read = open_images(tmp_path), [], TableImages.read
+
+    def counting(images, indices, out):
+        asked.extend(indices.tolist())
+        return read(images, indices, out)
+
+    monkeypatch.setattr(TableImages, "read", counting)
+    taken = []
+    for most in (loader_module.MOST_KEPT_BYTES, 0):
+        monkeypatch.setattr(loader_module, "MOST_KEPT_BYTES", most)
+        asked.clear()
+        loader = loaders(source)
+        taken.append([next(loader) for _ in range(20)])
+        counts = Counter(asked)
+        assert (max(counts[number] for number in range(N) if number != 3) == 1) == bool(most)
+        assert counts[3] > 1  # what is broken is named each time
+    for kept, decoded in zip(*taken):
+        assert torch.equal(kept.images, decoded.images) and torch.equal(kept.labels, decoded.labels)
+        assert kept.bad_images == decoded.bad_images
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -24,8 +24,10 @@ from jit_accel.data.batches import order
 from jit_accel.data.batches.batch import MAX_SUBSTITUTES, PixelBatch, check_labels, empty_batch
 from jit_accel.data.batches.lanes import BatchPart, BatchPartReader, images_in_a_window
 from jit_accel.data.formats.source import Source
+from jit_accel.data.reading.images import KeptImages
 
 log = logging.getLogger(__name__)
+MOST_KEPT_BYTES = 2**26  # pixels of all images, which each worker then keeps
 STREAM_VERSION = 3  # of the order, and of the state that goes with it
 
 
@@ -153,6 +155,8 @@ class RandomAccessBatches(torch.utils.data.Dataset):
 
     def __init__(self, task: ReadingTask):
         self._task, self._images, self._num_images = task, task.source.images, task.source.num_images
+        if task.source.is_encoded and 3 * self._num_images * task.img_size**2 <= MOST_KEPT_BYTES:
+            self._images = KeptImages(self._images, task.img_size)
 
     def __getitem__(self, base: int) -> PixelBatch | UserError:
         """Return a UserError instead of raising it: torch would bury its message under a worker's traceback."""

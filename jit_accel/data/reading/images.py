@@ -118,6 +118,28 @@ class SomeImages:
         return self.images.keys()[self.indices]
 
 
+class KeptImages:
+    """The images of `images`, cropped to squares of a side, each of which is decoded once and then kept."""
+
+    def __init__(self, images: Images, side: int):
+        self.images = images
+        self.pixels = np.empty((len(images), 3, side, side), np.uint8)  # memory is taken as they come
+        self.labels, self.are_kept = np.empty(len(images), np.int64), np.zeros(len(images), bool)
+
+    def read(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+        """See `Images.read`; what is bad is looked at anew each time."""
+        places, bad = np.flatnonzero(~self.are_kept[indices]), {}
+        if len(places):
+            fresh = np.empty((len(places), *self.pixels.shape[1:]), np.uint8)
+            labels, reasons = self.images.read(indices[places], fresh)
+            self.pixels[indices[places]], self.labels[indices[places]] = fresh, labels
+            self.are_kept[indices[places]] = True
+            bad = {int(places[place]): reason for place, reason in reasons.items()}
+            self.are_kept[indices[list(bad)]] = False
+        out[:] = self.pixels[indices]
+        return self.labels[indices], bad
+
+
 @dataclass(frozen=True)
 class Stream:
     """The undecoded rows of a data set, unit by unit.
