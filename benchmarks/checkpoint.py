@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import torch
 
-from jit_accel.config.settings import OptimConfig
+from jit_accel.config.groups import OptimConfig
 from jit_accel.model.checkpointer import Checkpointer
 from jit_accel.model.checkpoints import load_parts, newest_checkpoint
 from jit_accel.model.manifest import damage_of

@@ -23,8 +23,8 @@ from PIL import Image
 
 from jit_accel.base.devices import DTYPES, chosen_device, chosen_precision, device_name
 from jit_accel.base.errors import UserError, message_of
+from jit_accel.config.groups import STREAMING, OptimConfig
 from jit_accel.config.presets import forward_macs, parse_model_name
-from jit_accel.config.settings import STREAMING, OptimConfig
 from jit_accel.data import Source, open_images
 from jit_accel.data.batches.loader import num_cores, worker_memory_gib
 from jit_accel.data.batches.order import default_kind, image_indices

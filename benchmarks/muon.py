@@ -25,8 +25,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from jit_accel.config.groups import OptimConfig
 from jit_accel.config.presets import parse_model_name
-from jit_accel.config.settings import OptimConfig
 from jit_accel.model.transformer import JiTTransformer2DModel
 from jit_accel.train import muon
 from jit_accel.train.muon import Muon

@@ -8,19 +8,18 @@ from types import SimpleNamespace, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from jit_accel.base.errors import MOST, UserError, check_places, check_ranges, lookup, shown
-from jit_accel.config.presets import parse_model_name
-from jit_accel.config.settings import (
+from jit_accel.config.groups import (
     DEFAULT_MODEL,
     MOST_CLASSES,
     MOST_IMAGES,
     MOST_PIXELS,
     MOST_STEPS,
     MOST_WORKERS,
-    SETTINGS,
     TRACKERS,
-    Config,
     HubConfig,
 )
+from jit_accel.config.presets import parse_model_name
+from jit_accel.config.settings import SETTINGS, Config
 
 LORA_TARGETS = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
 
@@ -48,7 +47,9 @@ RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (lambda v: 0 < v < 1, "between 0 and 1, both excluded", "t_eps"),
     (lambda v: 0 <= v <= 1, "a share between 0 and 1", "max_bad_images"),
     (lambda v: isinstance(v, str) or 0 <= v <= 0.5, "a share between 0 (none) and 0.5, or a split's name", "holdout"),
-    (lambda v: 0 <= v <= 1, "a probability between 0 and 1", "label_drop_prob"),
+    (lambda v: 0 <= v <= 1, "a probability between 0 and 1", "label_drop_prob condition_drop_prob"),
+    (lambda v: 0 <= v <= 64, "at least 1 and at most 64, or 0 for those of the data", "condition_channels"),
+    (lambda v: v >= 1, "at least 1; leave it out for none", "condition_bottleneck"),
     (lambda v: all(0 <= beta < 1 for beta in v), "two numbers in [0, 1)", "adam_betas"),
     (lambda v: v >= 0, "positive, or 0 for no clipping", "max_grad_norm"),
     (lambda v: 0 <= v < math.inf, "a number of minutes, or 0 for no limit", "max_stall_minutes"),

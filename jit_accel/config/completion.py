@@ -9,9 +9,10 @@ from typing import Any
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.checks import LORA_TARGETS, check, image_size, model_name, steps_of
+from jit_accel.config.groups import OptimConfig
 from jit_accel.config.identity import run_folder, run_name
 from jit_accel.config.presets import PRESETS, Preset, parse_model_name
-from jit_accel.config.settings import Config, OptimConfig
+from jit_accel.config.settings import Config
 
 PAPER_EPOCHS, PAPER_WARMUP_EPOCHS = 200.0, 5.0
 WARMUP_SHARE_OF_RUN = 0.1
@@ -48,6 +49,7 @@ class Facts:
     num_images: int
     num_classes: int | None = None  # None: only reading the data would show them
     is_labelled: bool = True  # else guidance towards the images' one class means nothing
+    condition_channels: int = 0  # of what the data shows beside each image
     is_encoded: bool = True  # the images must be decoded
     processes: int = 1  # of the run, on all machines
     accumulation: int = 1  # and precision: what the accelerator was built with
@@ -93,7 +95,7 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         "proj_dropout": preset.proj_dropout,
         "noise_scale": max(1.0, size / 256),
         "learning_rate": default_rate(config, plan)[0],
-        "guidance_scale": guidance if facts.is_labelled else 1.0,
+        "guidance_scale": guidance if facts.is_labelled and not facts.condition_channels else 1.0,
         "lora_alpha": float(lora_rank) if lora_rank else None,
         "lora_targets": LORA_TARGETS if lora_rank else None,
         "epochs": PAPER_EPOCHS if optim.max_steps is None else None,
@@ -105,6 +107,7 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         **{name: default for name, default in defaults.items() if flat[name] is None},
         gradient_accumulation_steps=facts.accumulation,
         mixed_precision=facts.precision,
+        condition_channels=config.condition.condition_channels or facts.condition_channels,
         output_dir=run_folder(config),
         resume=os.path.expanduser(config.run.resume),
         ema_decays=tuple(dict.fromkeys(optim.ema_decays or ("auto", *decays))),
@@ -112,6 +115,7 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
     if plan.refused_warmup_steps:
         config = config.updated(warmup_steps=plan.warmup_steps, warmup_epochs=None)
     check(config)
+    _refuse_other_conditions(config, facts)
     if config.optim.optimizer == "muon" and facts.precision == "fp16":
         rule = "does not go with --mixed_precision fp16: use bf16 or no, or adamw."
         raise UserError(rule, about="optimizer", value="muon")
@@ -208,6 +212,22 @@ def _sizes(preset: Preset) -> dict[str, float]:
 
 def _in_words(sizes: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in sizes.items())
+
+
+def _refuse_other_conditions(config: Config, facts: Facts) -> None:
+    """Raise `UserError` for settings of a condition that the data does not have."""
+    channels, given = facts.condition_channels, config.condition
+    if given.condition_channels != channels:
+        rule = f"the condition of this data has {channels} channels: leave the flag out."
+        rule = rule if channels else "the data has no condition: add --condition_from, such as downscale:4."
+        raise UserError(rule, about="condition_channels", value=given.condition_channels)
+    for name, default in (("condition_inject", "add"), ("condition_bottleneck", None)):
+        if not channels and (value := getattr(given, name)) != default:
+            rule = "says how a condition enters the network, and there is none: add --condition_from."
+            raise UserError(rule, about=name, value=value)
+    if not channels and config.sample.guidance_on == "condition":
+        rule = "there is no condition: add --condition_from, or leave the flag out."
+        raise UserError(rule, about="guidance_on", value="condition")
 
 
 def _num_classes(given: int | None, data_classes: int | None) -> int:

@@ -12,6 +12,9 @@ def num_params(sizes: Preset, patch_size: int, num_classes: int) -> int:
     time = TIME_FEATURES * dim + dim + dim * dim + dim
     labels = (num_classes + 1 + sizes.in_context_len) * dim
     patches = pixels * sizes.bottleneck_dim + sizes.bottleneck_dim * dim + dim
+    if sizes.condition_channels:
+        given, narrow = patch_size * patch_size * sizes.condition_channels, sizes.condition_bottleneck
+        patches += (narrow * (given + dim) if narrow else given * dim) + 2 * dim  # bias, and "none"
     last = dim + 2 * dim * dim + 2 * dim + dim * pixels + pixels
     return time + labels + patches + sizes.depth * block_params(sizes) + last
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from jit_accel.base.console import redacted
 from jit_accel.config.checks import image_size, model_name
-from jit_accel.config.settings import Config, DataConfig, EvalConfig, HealthConfig, HubConfig, TrackingConfig
+from jit_accel.config.groups import DataConfig, EvalConfig, HealthConfig, HubConfig, TrackingConfig
+from jit_accel.config.settings import Config
 
 # Settings that leave the trained weights as they are.
 WITHOUT_EFFECT = (
@@ -17,7 +18,7 @@ WITHOUT_EFFECT = (
     "init_from",  # the weights have left it behind
     *("save_every_steps", "keep_checkpoints", "log_every_steps", "val_every_steps", "val_images", "max_stall_minutes"),
     "profile_steps",
-    *("sample_every_steps", "guidance_scale", "num_inference_steps"),
+    *("sample_every_steps", "guidance_scale", "guidance_on", "num_inference_steps"),
     *(field.name for group in (EvalConfig, HealthConfig, HubConfig, TrackingConfig) for field in fields(group)),
 )
 # What a run is called, and how long it is, which may be extended

@@ -19,6 +19,9 @@ class Preset:
     in_channels: int = 3
     mlp_ratio: float = 4.0
     proj_dropout: float = 0.0  # 2511.13720: 0.2 for H and G
+    condition_channels: int = 0  # of a picture that is a condition; 0 for none
+    condition_bottleneck: int | None = None
+    condition_inject: str = "add"
 
 
 PRESETS = {
@@ -57,9 +60,19 @@ def forward_macs(preset: Preset, patch_size: int, height: int, width: int) -> in
     pixels = patch_size * patch_size * preset.in_channels
     macs = TIME_FEATURES * dim + dim * dim
     macs += tokens * preset.bottleneck_dim * (pixels + dim)
+    if preset.condition_channels:
+        given, narrow = patch_size * patch_size * preset.condition_channels, preset.condition_bottleneck
+        macs += tokens * (narrow * (given + dim) if narrow else given * dim)
+    length = block_tokens(preset, tokens)
     for i in range(preset.depth):
-        macs += block_macs(preset, tokens + (preset.in_context_len if i >= preset.in_context_start else 0))
+        macs += block_macs(preset, length + (preset.in_context_len if i >= preset.in_context_start else 0))
     return macs + 2 * dim * dim + tokens * dim * pixels
+
+
+def block_tokens(preset: Preset, tokens: int) -> int:
+    """Return the tokens that a block sees beside those in context, of an image of this many."""
+    is_doubled = preset.condition_channels and preset.condition_inject == "tokens"
+    return 2 * tokens if is_doubled else tokens
 
 
 def block_macs(preset: Preset, length: int) -> int:

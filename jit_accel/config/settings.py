@@ -6,258 +6,26 @@ Defaults < YAML file (`--config`) < command line. Nothing here imports torch, so
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jit_accel.base.console import redacted
 from jit_accel.base.errors import UserError, lookup
 from jit_accel.base.files import write_text
-
-DEFAULT_MODEL = "JiT-B/16"
-# More is a slip of the finger; it would end in an overflow, or without memory.
-MOST_STEPS, MOST_IMAGES, MOST_PIXELS = 10_000, 10_000_000, 16_384
-MOST_CLASSES, MOST_WORKERS = 1_000_000, 1024  # processes that decode
-UNAVERAGED = "model"  # in place of a decay: the weights themselves
-STREAMING = {"auto": None, "true": True, "false": False}
-# Accelerate's own for --report_to; a package has the tracker's name, with - for _.
-TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow", "aim", "comet_ml", "clearml", "dvclive", "swanlab")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    data_path: str
-    """Images: a folder of class folders, a flat folder, what jit_accel.prepare made of them, Parquet files, WebDataset
-    tars, URLs of these (https://host/shard-{000..009}.tar), a Hub id (owner/name:config@revision), builtin:NAME."""
-    data_format: str = "auto"
-    """What data_path is, where looking does not tell: folder, parquet, webdataset, saved, prepared, hub, builtin."""
-    image_column: str | None = None
-    """Column of the images (default: the one that holds images)."""
-    label_column: str | None = None
-    """Column of the class labels, also in metadata.csv (default: label, cls, ... where present; else unlabelled)."""
-    split: str | None = None
-    """Split to train on, where the data has several: train, train+validation, all, ... (default: train)."""
-    renumber_labels: bool = False
-    """Number the labels that occur 0, 1, 2, ..., where they begin at 1 or leave gaps."""
-    streaming: Literal["auto", "true", "false"] = "auto"
-    """Read in order instead of at random (auto: Parquet, WebDataset and Hub data stream, the rest does not)."""
-    shuffle_buffer: int = 1024
-    """Images of a lane of a stream that are shuffled together; held undecoded, about 256 MiB at most."""
-    lanes: int | None = None
-    """Parts of a stream that are read side by side, on which its order depends (default: about eight a process)."""
-    img_size: int | None = None
-    """Side of the square training images in pixels (default: 16 patches, or that of init_from)."""
-    horizontal_flip: bool = True
-    """Mirror every second image, at random. Switch off for digits and text."""
-    num_workers: int | None = None
-    """Decoding processes per training process (default: by the number of cores)."""
-    max_bad_images: float = 0.01
-    """Stop when more than this share of the images cannot be decoded."""
-    holdout: float | str = 0.0
-    """Share of the images to keep from the training, by a hash of their content, for val/loss; such as 0.02. Or the
-    split that val/loss is measured on, such as validation."""
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    model: str | None = None
-    """Size and patch: JiT-{Ti,S,B,L,H,G}/PATCH (default: JiT-B/16, or that of init_from)."""
-    num_classes: int | None = None
-    """Number of classes (default: from the data)."""
-    in_channels: int = 3
-    """Colour channels; always 3, other images are converted."""
-    proj_dropout: float | None = None
-    """Dropout after attention and inside the MLP, middle half of the blocks (default: the size's, 0.2 for H, G)."""
-    attn_dropout: float = 0.0
-    """Dropout on the attention weights, middle half of the blocks."""
-
-
-@dataclass(frozen=True)
-class TuneConfig:
-    init_from: str | None = None
-    """Start from these weights instead of random ones: a pipeline folder, a run, a checkpoint, a Hub id. What fits is
-    kept; what does not (another number of classes, another patch size) is listed (default: random weights)."""
-    lora_rank: int | None = None
-    """Train a LoRA adapter of this rank on init_from's frozen weights (default: none); checkpoints hold only it."""
-    lora_alpha: float | None = None
-    """The adapter is scaled by alpha / rank (default: the rank)."""
-    lora_dropout: float = 0.0
-    """Dropout of the adapter's input."""
-    lora_targets: tuple[str, ...] | None = None
-    """Linear layers to adapt, by the ends of their names (default: attn.qkv attn.proj mlp.w12 mlp.w3)."""
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    prediction: Literal["x", "e", "v"] = "x"
-    """What the network predicts: clean image, noise or velocity."""
-    loss_space: Literal["x", "e", "v"] = "v"
-    """Where the squared error is taken."""
-    P_mean: float = -0.8
-    """Mean of logit(t); lower is noisier."""
-    P_std: float = 0.8
-    """Standard deviation of logit(t)."""
-    noise_scale: float | None = None
-    """Standard deviation of the noise (default: img_size / 256, at least 1; at init_from's img_size, its own)."""
-    t_eps: float = 0.05
-    """Lower bound of 1 - t (and of t) where it divides."""
-    label_drop_prob: float = 0.1
-    """Share of labels replaced by "no class", for classifier-free guidance."""
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    batch_size: int = 32
-    """Images per process and micro-step."""
-    gradient_accumulation_steps: int | None = None
-    """Micro-steps per optimizer step (default: accelerate's configuration, else 1)."""
-    epochs: float | None = None
-    """Length of the run in passes over the data (default: 200; or give max_steps)."""
-    max_steps: int | None = None
-    """Length of the run in optimizer steps (default: that of epochs)."""
-    optimizer: str = "adamw"
-    """adamw, or muon (Muon on the blocks' matrices, AdamW on the rest)."""
-    learning_rate: float | None = None
-    """Peak learning rate (default: below 50 million images 3e-4, muon 1e-3, from trained weights 1e-4; else the paper's
-    5e-5 x global batch / 256)."""
-    lr_schedule: Literal["cosine", "constant"] = "cosine"
-    """What follows the warm-up."""
-    warmup_epochs: float | None = None
-    """Linear warm-up from 0 (default: 5 epochs, at most a tenth of the run)."""
-    warmup_steps: int | None = None
-    """The same in optimizer steps (default: those of warmup_epochs)."""
-    min_learning_rate: float = 0.0
-    """Where the cosine ends."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay; never on biases, norms and embeddings."""
-    adam_betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of AdamW's moments."""
-    max_grad_norm: float = 1.0
-    """Clip the gradient's L2 norm; 0 = never, as in the paper."""
-    ema_decays: tuple[str, ...] | None = None
-    """Decays of the averages; auto = memory of a tenth of the run (default: auto, and the paper's in long runs)."""
-
-
-@dataclass(frozen=True)
-class PerformanceConfig:
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Autocast (default: accelerate's configuration, else what is faster on this device)."""
-    gradient_checkpointing: bool = False
-    """Recompute the blocks in the backward pass: less memory, a third more time."""
-    compile: bool = False
-    """torch.compile each block: faster steps after a slower start."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    output_dir: str | None = None
-    """Checkpoints, samples, pipeline (default: runs/ + wandb_name, or a name made of data, model, size and seed; with a
-    number behind it where that holds another run)."""
-    resume: str = "none"
-    """none; auto = newest checkpoint of output_dir, if any; or the path of a checkpoint."""
-    seed: int = 0
-    """Everything random follows from it."""
-    save_every_steps: int = 2000
-    """Interval of the checkpoints; the end of the run always makes one. 0 = only there."""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay; the newest that finite steps have followed stays as well."""
-    log_every_steps: int = 10
-    """Interval at which metrics leave the device."""
-    val_every_steps: int = 1000
-    """Interval of val/loss, where there is a holdout; the end of the run always has one. 0 = only there."""
-    val_images: int = 1024
-    """How many images of the holdout val/loss is measured on."""
-    max_stall_minutes: float = 10.0
-    """End a run of several processes in which none goes on for so long, and name the one that lags (0: never). So long
-    they also wait for each other to come."""
-    profile_steps: str | None = None
-    """Profile these steps, such as 10:15 (10 to 14): a trace for Chrome and Perfetto in output_dir/profile, and a
-    table of where the time goes (default: none)."""
-    dry_run: bool = False
-    """Two steps, what time and memory the run will take, then exit; writes nothing."""
-
-
-@dataclass(frozen=True)
-class SheetConfig:
-    sample_every_steps: int = 2000
-    """Interval of the sample sheets (PNG, fixed noise, EMA weights); the end always makes one. 0 = only there."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance of the samples, and the pipeline's default (default: 2; 1 = none without labels)."""
-    num_inference_steps: int = 50
-    """Steps of the ODE solver (Heun) for the samples."""
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    eval_every_steps: int = 0
-    """Interval of eval/...: distance of images of the averaged weights from real ones; also at the end. 0 = never."""
-    eval_images: int = 5000
-    """How many images to generate each time, without and with guidance; compare only distances of equally many."""
-    eval_reference: str | None = None
-    """The real images: as data_path, or a file of jit_accel.evaluate --make_reference (default: the training's)."""
-    eval_features: str = "inception"
-    """Network whose features are compared: inception (FID), or efficientnet_lite0, whose package brings its weights."""
-    eval_feature_weights: str | None = None
-    """File of the Inception weights (default: the one in torch hub's cache)."""
-    eval_num_inference_steps: int | None = None
-    """Steps of the ODE solver (Heun) for these images (default: those of the samples)."""
-
-
-@dataclass(frozen=True)
-class TrackingConfig:
-    use_wandb: bool = False
-    """Log to Weights & Biases (WANDB_MODE=offline works without a network)."""
-    wandb_project: str = "jit-diffusion"
-    """Project to log to."""
-    wandb_name: str | None = None
-    """Name of the run, and of its folder (default: WANDB_NAME, else generated)."""
-    wandb_entity: str | None = None
-    """Team or user (default: WANDB_ENTITY, else the login's)."""
-    wandb_tags: tuple[str, ...] = ()
-    """Tags of the run, to filter runs by (default: none)."""
-    wandb_notes: str | None = None
-    """A longer description of the run (default: none)."""
-    wandb_group: str | None = None
-    """Runs of one group are shown together, such as the seeds of one setting (default: none)."""
-    wandb_log_model: bool = False
-    """Send the finished pipeline folder to W&B, as the artifact model-ID with the aliases latest and step_N."""
-    wandb_aliases: tuple[str, ...] = ()
-    """Further aliases of that artifact, such as best (default: none)."""
-    wandb_watch: Literal["gradients", "parameters", "all"] | None = None
-    """Send histograms of them to W&B, at step 1 and every tenth interval of log_every_steps (default: none)."""
-    wandb_class_images: bool = False
-    """Send the images of each sample sheet to W&B one by one too, by their class."""
-    report_to: tuple[str, ...] = ()
-    """More trackers: tensorboard, mlflow, ..., or package.module:Class, a GeneralTracker of yours (default: none)."""
-    html_report: bool = True
-    """Rebuild report.html (curves, samples, settings) on the way, in a hundredth of the time, and at the end."""
-
-    @property
-    def trackers(self) -> tuple[str, ...]:
-        """Names of all trackers asked for."""
-        return tuple(dict.fromkeys(("wandb",) * self.use_wandb + self.report_to))
-
-
-@dataclass(frozen=True)
-class HealthConfig:
-    health_loss_jump: float = 3.0
-    """Report losses (the mean of five) above this many times the median of the 100 before. 0 = never, as below."""
-    health_max_grad_norm: float = 100.0
-    """Report gradient norms (before clipping) above this as exploding."""
-    health_min_grad_norm: float = 0.001
-    """Report gradient norms below this as vanishing."""
-    health_flat_steps: int = 1000
-    """Report a loss that has not fallen by a tenth this many steps after the start, and after each as many more."""
-    health_max_wait: float = 0.05
-    """Report a training that waits for data for more than this share of its time."""
-
-
-@dataclass(frozen=True)
-class HubConfig:
-    push_to_hub: bool = False
-    """Upload the pipeline folder to the Hugging Face Hub at the end (log in before: hf auth login, or HF_TOKEN)."""
-    hub_model_id: str | None = None
-    """Where to: owner/name (default: none; pushing needs it)."""
-    hub_private: bool = False
-    """Make the repository a private one, where it does not exist yet."""
+from jit_accel.config.groups import (
+    ConditionConfig,
+    DataConfig,
+    EvalConfig,
+    HealthConfig,
+    HubConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PerformanceConfig,
+    RunConfig,
+    SheetConfig,
+    TrackingConfig,
+    TuneConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -266,6 +34,8 @@ class Config:
 
     data: DataConfig
     """What to learn from."""
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    """What the network is shown beside the noise, such as a smaller or damaged picture."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     tune: TuneConfig = field(default_factory=TuneConfig)

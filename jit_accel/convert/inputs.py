@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, serialization
 
 from jit_accel.base.errors import UserError, nearest
-from jit_accel.config.settings import UNAVERAGED
+from jit_accel.config.groups import UNAVERAGED
 from jit_accel.convert.diffusers_layout import (
     joined_qkv,
     network_folder,

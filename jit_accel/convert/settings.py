@@ -8,7 +8,7 @@ from typing import Literal
 
 from jit_accel.base.errors import UserError, check_ranges
 from jit_accel.config.checks import check_hub
-from jit_accel.config.settings import HubConfig
+from jit_accel.config.groups import HubConfig
 
 # What the name of --output ends in, and what is written then; other names are folders.
 TARGET_KINDS = {".pth": "pth", ".pt": "pth", ".safetensors": "safetensors"}

@@ -20,7 +20,7 @@ from jit_accel import __version__
 from jit_accel.base.console import say, warn
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_file, atomic_folder, disk_errors, restore_folder, write_json, write_text
-from jit_accel.config.settings import UNAVERAGED
+from jit_accel.config.groups import UNAVERAGED
 from jit_accel.evaluate.sweep import Measured, Outcome, noise_of
 from jit_accel.model.card import CARD_FILE, EVALUATION_FILE, refresh_card
 from jit_accel.model.carried_code import INDEX_FILE

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 from jit_accel.base.errors import UserError, check_ranges, lookup, within
-from jit_accel.config.settings import MOST_IMAGES, MOST_PIXELS, MOST_STEPS, UNAVERAGED
+from jit_accel.config.groups import MOST_IMAGES, MOST_PIXELS, MOST_STEPS, UNAVERAGED
 
 INCEPTION, EFFICIENTNET_LITE0 = "inception", "efficientnet_lite0"
 FEATURES = dict.fromkeys((INCEPTION, EFFICIENTNET_LITE0))

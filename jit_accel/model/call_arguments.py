@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from jit_accel.base.errors import nearest
+from jit_accel.model.guidance import GUIDED
 from jit_accel.model.scheduler import CALLS_PER_STEP, checked_choice
 
 Label = int | str | None
@@ -143,6 +144,7 @@ DEFAULTS: dict[str, tuple[Callable, Any]] = {
     "guidance_interval": (checked_interval, [0.1, 1.0]),
     "num_inference_steps": (lambda steps: checked_count("num_inference_steps", steps), None),
     "method": (lambda name: checked_choice("method", name, CALLS_PER_STEP), None),
+    "guidance_on": (lambda name: checked_choice("guidance_on", name, GUIDED), "both"),
 }
 
 
@@ -167,6 +169,37 @@ def repaint_mask(mask: Picture | Sequence[Picture], size: tuple[int, int], batch
     return _fitted("mask_image", mask, 1, size, batch) >= 0.5
 
 
+def condition_pictures(given: Picture | Sequence[Picture | None] | None, channels: int, labels: int) -> list:
+    """Return the conditions of a call, (channels, H, W) in [0, 1] or None each, as many as `labels` where these are
+    several; [] for a network that knows no conditions. Raises `ValueError`.
+    """
+    if channels == 0:
+        if given is not None:
+            raise ValueError("condition_image: the network was trained without one: leave it out")
+        return []
+    if given is None:
+        rule = "is not given, and the network was trained with one: give a picture for each image, or [None] for none"
+        raise ValueError(f"condition_image {rule}")
+    found = []
+    for picture in given if isinstance(given, list | tuple) else [given]:
+        found += [None] if picture is None else _pixels("condition_image", picture, channels)
+    if not found or (len(found) != labels and 1 not in (len(found), labels)):
+        rule = "give one, one for each label, or one label"
+        raise ValueError(f"{len(found)} pictures as condition_image for {labels} labels: {rule}")
+    return found * labels if len(found) == 1 else found
+
+
+def conditions_of(pictures: list[Tensor | None], size: tuple[int, int]) -> dict[str, Tensor]:
+    """Return conditions as the network's arguments, cut to the shape of `size` and resampled; {} for none at all."""
+    given = [picture for picture in pictures if picture is not None]
+    if not given:
+        return {}
+    none = torch.zeros(len(given[0]), *size)
+    fitted = [none if picture is None else _resized(picture, size) * 2 - 1 for picture in pictures]
+    mask = torch.tensor([picture is not None for picture in pictures])
+    return {"condition_image": torch.stack(fitted), "condition_mask": mask}
+
+
 def _fitted(name: str, given, channels: int, size: tuple[int, int], batch: int) -> Tensor:
     pictures = given if isinstance(given, list | tuple) else [given]
     tensors = [_resized(part, size) for picture in pictures for part in _pixels(name, picture, channels)]
@@ -180,7 +213,7 @@ def _fitted(name: str, given, channels: int, size: tuple[int, int], batch: int) 
 def _pixels(name: str, picture: Picture, channels: int) -> Tensor:
     """Return (B, channels, H, W), float32 in [0, 1]."""
     pixels = _channels_first(name, picture, channels)
-    is_bytes = pixels.dtype == torch.uint8 and not (channels == 1 and pixels.max() <= 1)  # masks are also of 0 and 1
+    is_bytes = pixels.dtype == torch.uint8 and not (name == "mask_image" and pixels.max() <= 1)  # also of 0 and 1
     kind, pixels = pixels.dtype, pixels.float() / 255 if is_bytes else pixels.float()
     if pixels.ndim == 2 or (channels == 1 and pixels.ndim == 3 and pixels.shape[0] not in (1, 3)):
         pixels = pixels.unsqueeze(-3)

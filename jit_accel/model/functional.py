@@ -51,13 +51,20 @@ def position_table(dim: int, grid: tuple[int, int], trained_grid: int, device: t
 
 @fixed_table
 def rope_table(
-    head_dim: int, grid: tuple[int, int], trained_grid: int, prefix: int, device: torch.device
+    head_dim: int,
+    grid: tuple[int, int],
+    trained_grid: int,
+    prefix: int,
+    device: torch.device,
+    condition_grid: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return axial rotary tables (cos, sin), each (prefix + N, 1, head_dim / 2): rows first, columns second.
 
-    The `prefix` in-context tokens get angle 0: they are not rotated.
+    The `prefix` in-context tokens get angle 0: they are not rotated. A picture of `condition_grid` between them and the
+    image is rotated as an image of that size.
     """
-    angles = torch.cat(_grid_angles(head_dim // 4, grid, trained_grid), 1)
+    grids = (grid,) if condition_grid is None else (condition_grid, grid)
+    angles = torch.cat([torch.cat(_grid_angles(head_dim // 4, cells, trained_grid), 1) for cells in grids])
     angles = torch.cat([angles.new_zeros(prefix, head_dim // 2), angles])
     return _constant(angles.cos()[:, None], device), _constant(angles.sin()[:, None], device)
 

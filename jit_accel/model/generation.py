@@ -77,6 +77,7 @@ def generate(
     method: str | None = None,
     batch_size: int = 64,
     on_step: Callable | None = None,
+    conditions: Tensor | None = None,
 ) -> Tensor:
     """Return images by number, uint8 (len(numbers), 3, H, W) on the pipeline's device.
 
@@ -90,6 +91,7 @@ def generate(
         num_inference_steps, guidance_scale, guidance_interval, method: as in a call of the pipeline; None: its own.
         batch_size: images at once; it changes memory and speed, not the images.
         on_step: the pipeline's `callback_on_step_end`.
+        conditions: that of each image, (len(numbers), C, H, W) in [0, 1], where the network was trained with such.
 
     Raises `ValueError`: no numbers, a label that the network does not know, or a setting that makes no sense.
 
@@ -100,6 +102,7 @@ def generate(
         raise ValueError("numbers is empty: give the numbers of the images to make, such as range(8)")
     settings = SamplerSettings(num_inference_steps, guidance_scale, guidance_interval, method)
     how = {"labels": labels, "settings": settings, "batch_size": batch_size, "on_step": on_step}
+    how["conditions"] = conditions
     parts = generate_batches(pipeline, numbers, seed=seed, **how)
     return torch.cat([images for _, images in parts])
 
@@ -116,6 +119,7 @@ def generate_batches(
     width: int | None = None,
     batch_multiple: int | None = None,
     on_step: Callable | None = None,
+    conditions: Tensor | None = None,
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Yield (numbers, images uint8 (B, 3, H, W) on the pipeline's device), `batch_size` of them at a time.
 
@@ -123,6 +127,7 @@ def generate_batches(
         batch_multiple: batches are filled up to a multiple of this, by images that are thrown away. None: 4 on a CPU,
             where images are then the same in every bit at any batch size, else 1.
         on_step: the pipeline's `callback_on_step_end`.
+        conditions: that of each image, (len(numbers), C, H, W) in [0, 1].
     """
     num_classes = pipeline.transformer.config.num_classes
     if labels is None:
@@ -140,5 +145,6 @@ def generate_batches(
             width=width,
             output_type="pt",
             callback_on_step_end=on_step,
+            condition_image=None if conditions is None else conditions[filled],
         ).images[: len(part)]
         yield part, (images * 255).round().to(torch.uint8)

@@ -9,7 +9,8 @@ from diffusers.utils import logging as diffusers_logging
 
 from jit_accel.base.errors import UserError, check_places, lookup, message_of, nearest
 from jit_accel.base.files import write_text
-from jit_accel.config.settings import UNAVERAGED, Config, ModelConfig, ObjectiveConfig
+from jit_accel.config.groups import UNAVERAGED, ConditionConfig, ModelConfig, ObjectiveConfig, SheetConfig
+from jit_accel.config.settings import Config
 from jit_accel.model.call_arguments import DEFAULTS, checked_default
 from jit_accel.model.carried_code import INDEX_FILE, json_text
 from jit_accel.model.checkpoints import BROKEN, find_checkpoint_in, load_tensors, named_damage, read_run
@@ -22,18 +23,28 @@ from jit_accel.model.transformer import JiTTransformer2DModel, build_model
 PIPELINE_FOLDER = "pipeline"  # in a run's
 
 
-def build_network(model: ModelConfig, img_size: int) -> JiTTransformer2DModel:
+def build_network(model: ModelConfig, condition: ConditionConfig, img_size: int) -> JiTTransformer2DModel:
     """Return the network of these settings, complete ones, with new weights."""
-    return build_model(model.model, img_size, model.num_classes, model.proj_dropout, model.attn_dropout)
+    return build_model(
+        model.model,
+        img_size,
+        model.num_classes,
+        proj_dropout=model.proj_dropout,
+        attn_dropout=model.attn_dropout,
+        condition_channels=condition.condition_channels,
+        condition_bottleneck=condition.condition_bottleneck,
+        condition_inject=condition.condition_inject,
+    )
 
 
 def build_pipeline(
-    network: JiTTransformer2DModel, objective: ObjectiveConfig, class_names: list[str] | None, guidance_scale: float
+    network: JiTTransformer2DModel, objective: ObjectiveConfig, class_names: list[str] | None, sample: SheetConfig
 ) -> JiTPipeline:
     """Return the pipeline of a network that is or was trained with these settings."""
     network.pipeline_settings = {}  # of the pipeline that weights to start from came from
     scheduler = JiTScheduler(objective.prediction, objective.t_eps, objective.noise_scale)
-    return JiTPipeline(network, scheduler, class_names, guidance_scale)
+    own = {"guidance_scale": sample.guidance_scale, "guidance_on": sample.guidance_on}
+    return JiTPipeline(network, scheduler, class_names, **own)
 
 
 def load_pipeline(
@@ -123,12 +134,12 @@ def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, about: str 
         if ema not in choices:
             raise UserError(f"{checkpoint} has {', '.join(choices)}.{nearest(ema, choices)}", about="ema", value=ema)
         with torch.device("meta"):
-            network = build_network(config.model, config.data.img_size)
+            network = build_network(config.model, config.condition, config.data.img_size)
         weights = load_tensors(checkpoint, UNAVERAGED if ema == UNAVERAGED else f"ema_{ema}", about)
         if config.tune.lora_rank:
             weights = merged(base_of(checkpoint, run), weights, config.tune.lora_alpha / config.tune.lora_rank)
         network.load_state_dict(weights, strict=True, assign=True)
-        return build_pipeline(network.eval(), config.objective, run.get("class_names"), config.sample.guidance_scale)
+        return build_pipeline(network.eval(), config.objective, run.get("class_names"), config.sample)
 
 
 def base_of(checkpoint: Path, run: dict) -> dict[str, torch.Tensor]:

@@ -11,29 +11,45 @@ from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.saved_weights import weights_fingerprint
 
 ADAPTER = "default"
+ADDED = "condition_embedder"  # a part of the network that may be new, and is trained as a whole beside an adapter
 
 
 class Adapter:
     """A new adapter on a network, which is changed in place and otherwise frozen; it starts as the zero function.
 
     To the weights of Linear layers whose names end in one of `targets` it adds `scale` B A: scale is alpha / rank, A
-    (rank, in) and B (out, rank); `dropout` is of what A sees. Raises `UserError`: peft is missing, a target fits no
-    Linear layer, or the rank is larger than a weight.
+    (rank, in) and B (out, rank); `dropout` is of what A sees. A projection of conditions that the frozen weights are
+    without, `has_added`, is trained as a whole. Raises `UserError`: peft is missing, a target fits no Linear layer, or
+    the rank is larger than a weight.
     """
 
-    def __init__(self, network: nn.Module, *, rank: int, alpha: float, dropout: float, targets: Iterable[str]):
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        targets: Iterable[str],
+        has_added: bool = False,
+    ):
         self.rank, self.alpha, self.scale, self.targets = rank, alpha, alpha / rank, list(targets)
         least = min(min(layer.weight.shape) for layer in _targeted(network, self.targets))
         if rank > least:
             rule = f"must not be above {least}, the smaller side of a weight it adapts."
             raise UserError(rule, about="lora_rank", value=rank)
-        self.base_identity = weights_fingerprint(network.state_dict())
+        self.has_added, base = has_added, network.state_dict()
+        if has_added:
+            base = {name: tensor for name, tensor in base.items() if not is_added(name)}
+        self.base_identity = weights_fingerprint(base)
         try:
             from peft import LoraConfig
         except ImportError:
             raise UserError("needs peft: pip install 'jit_accel[lora]'.", about="lora_rank", value=rank) from None
         network.requires_grad_(False)
         network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=self.targets))
+        if has_added:
+            getattr(network, ADDED).requires_grad_(True)
 
     def save(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write these trained tensors as a file for `load_lora_weights`, whole or not at all."""
@@ -44,13 +60,19 @@ class Adapter:
             JiTPipeline.save_lora_weights(temporary, layers, transformer_lora_adapter_metadata=config)
 
 
+def is_added(name: str) -> bool:
+    """Return True for a tensor of the part that may be trained as a whole beside an adapter."""
+    return name.startswith(f"{ADDED}.")
+
+
 def merged(tensors: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Return the weights of a plain network that does what this one does with an adapter.
 
     `tensors` are those of a network with or without the adapter's layers, `adapter` are its own in float32, by their
-    names in a network, and `scale` is alpha / rank.
+    names in a network, with what was trained as a whole beside it, and `scale` is alpha / rank.
     """
     plain = {name.replace(".base_layer.", "."): t for name, t in tensors.items() if ".lora_" not in name}
+    plain |= {name: tensor for name, tensor in adapter.items() if is_added(name)}
     for name, down in adapter.items():
         stem, is_down, _ = name.partition(f".lora_A.{ADAPTER}.weight")
         if is_down:

@@ -1,5 +1,6 @@
 """The objective of JiT (arXiv 2511.13720), and the draws for each image: its time, noise and dropped label."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ class Objective:
     noise_scale: float = 1.0
     t_eps: float = 0.05
     label_drop_prob: float = 0.1
+    condition_drop_prob: float = 0.1
 
     def times(self, seed: int, positions) -> Tensor:
         """Draw logit-normal times, float32 (B,) in (0, 1), on the CPU."""
@@ -44,18 +46,27 @@ class Objective:
         dropped = torch.from_numpy(rng.uniform(seed, "label_drop", positions) < self.label_drop_prob)
         return labels.masked_fill(dropped.to(labels.device, non_blocking=True), num_classes)
 
-    def losses(self, model, x: Tensor, t: Tensor, e: Tensor, labels: Tensor) -> Tensor:
+    def left_out(self, seed: int, positions, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return conditions as the network's arguments, some of them left out, for classifier-free guidance."""
+        if "condition_image" not in conditions:
+            return dict(conditions)
+        kept = torch.from_numpy(rng.uniform(seed, "condition_drop", positions) >= self.condition_drop_prob)
+        kept = kept.to(conditions["condition_image"].device, non_blocking=True)
+        return {**conditions, "condition_mask": kept}
+
+    def losses(self, model, x: Tensor, t: Tensor, e: Tensor, labels: Tensor, **conditions: Tensor) -> Tensor:
         """Return each image's mean squared error (B,), float32 on the device (the paper's Algorithm 1).
 
         Args:
-            model: called as `model(z, t, labels).sample`.
+            model: called as `model(z, t, labels, **conditions).sample`.
             x: clean images (B, 3, H, W) in [-1, 1].
             t: times (B,) in [0, 1].
             e: noise (B, 3, H, W), already scaled by noise_scale.
             labels: classes (B,), the last one meaning "no class".
+            conditions: what else the network is given, such as `condition_image` and `condition_mask`.
         """
         z, times = noised(x, e, t), t.view(-1, 1, 1, 1)
-        predicted = model(z, t, labels).sample.float()
+        predicted = model(z, t, labels, **conditions).sample.float()
         truth = {"x": x, "e": e, "v": x - e}[self.prediction]
         found, wanted = (
             convert(value, z, times, self.prediction, self.loss_space, self.t_eps) for value in (predicted, truth)

@@ -2,13 +2,12 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub import snapshot_download
@@ -23,6 +22,8 @@ from jit_accel.model.call_arguments import (
     checked_interval,
     checked_names,
     checked_scale,
+    condition_pictures,
+    conditions_of,
     guidance_weight,
     label_ids,
     repaint_mask,
@@ -30,7 +31,9 @@ from jit_accel.model.call_arguments import (
     start_images,
 )
 from jit_accel.model.carried_code import INDEX_FILE, KeptCardMixin, carry_code
-from jit_accel.model.scheduler import FlowMatchDriver, JiTScheduler, is_own
+from jit_accel.model.guidance import GUIDED, guided_prediction, rows_with
+from jit_accel.model.lora_loading import LoraMixin
+from jit_accel.model.scheduler import FlowMatchDriver, JiTScheduler, checked_choice, is_own
 from jit_accel.model.transformer import JiTTransformer2DModel, evaluating
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -38,21 +41,18 @@ OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 COMPONENTS = {"transformer": JiTTransformer2DModel, "scheduler": JiTScheduler}
 OBJECTIVE = ("prediction_type", "t_eps", "noise_scale")  # of a `JiTScheduler`
 SETTINGS = ("class_names", "objective", *DEFAULTS)
-PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 STEPS = 50  # where neither the call nor the pipeline says
 DOWNLOAD_SETTINGS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 
 
-class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
-    """Generate images of given classes with a JiT.
-
-    LoRA adapters are loaded and fused as by Sana's pipeline, whose only network is a `transformer` too.
+class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
+    """Generate images of given classes, or from given pictures, with a JiT.
 
     Args:
         transformer, scheduler: the network and its ODE; also a flow-matching scheduler of diffusers.
         class_names: the name of each class, so that calls may use names.
-        guidance_scale, guidance_interval, num_inference_steps, method: what a call uses that does not say otherwise.
-            They are kept in `model_index.json` with the class names.
+        guidance_scale, guidance_interval, guidance_on, num_inference_steps, method: what a call uses that does not say
+            otherwise. They are kept in `model_index.json` with the class names.
         objective: what the network was trained with, where the scheduler is no `JiTScheduler`, which knows it:
             {"prediction_type": "x", "t_eps": 0.05, "noise_scale": 1.0}.
 
@@ -78,9 +78,11 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         num_inference_steps: int | None = None,
         method: str | None = None,
         objective: dict | None = None,
+        guidance_on: str | None = None,
     ):
         super().__init__()
         own = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "method": method}
+        own |= {"guidance_on": guidance_on}
         own |= {"num_inference_steps": num_inference_steps, "class_names": class_names, "objective": objective}
         before = getattr(transformer, "pipeline_settings", {})
         own = {name: before.get(name) if value is None else value for name, value in own.items()}
@@ -130,35 +132,6 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         super().save_config(save_directory, *args, **kwargs)
         carry_code(Path(save_directory), type(self))
 
-    @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, **kwargs):
-        """Return the tensors of an adapter, read as by `load_lora_weights`. Raises `ValueError` for a pickle."""
-        file = kwargs.get("weight_name") or pretrained_model_name_or_path_or_dict
-        if kwargs.get("use_safetensors") is False or str(file).endswith(PICKLES):
-            raise ValueError(f"{file}: pickles are not read: give LoRA weights as safetensors")
-        return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **{**kwargs, "use_safetensors": True})
-
-    def load_lora_weights(
-        self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, hotswap: bool = False, **kwargs
-    ) -> None:
-        """Add an adapter to the network and use it.
-
-        Args:
-            pretrained_model_name_or_path_or_dict: a folder, file or Hub id with LoRA weights as safetensors, such as
-                `runs/x/lora`; or its tensors, whose names begin with `transformer.`.
-            adapter_name: what `set_adapters` calls it; diffusers makes one up.
-            hotswap: put it in the place of the one of that name, without another compilation.
-
-        Raises `ValueError`: peft is not installed, or nothing there belongs to an adapter of this network.
-        """
-        source = pretrained_model_name_or_path_or_dict
-        before = list(getattr(self.transformer, "peft_config", {}))
-        super().load_lora_weights(source, adapter_name, hotswap, **kwargs)
-        if not hotswap and list(getattr(self.transformer, "peft_config", {})) == before:  # diffusers only warns
-            name = "the given tensors" if isinstance(source, Mapping) else source
-            rule = f"no LoRA weights of this network, whose names begin with {self.transformer_name}."
-            raise ValueError(f"{name}: {rule}")
-
     @property
     def interrupt(self) -> bool:
         """True where the call in progress ends after the current step: a callback sets `pipe._interrupt = True`."""
@@ -204,8 +177,10 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         image: Picture | Sequence[Picture] | None = None,
         strength: float | None = None,
         mask_image: Picture | Sequence[Picture] | None = None,
+        condition_image: Picture | Sequence[Picture | None] | None = None,
+        guidance_on: str | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Return images of classes, made from noise or from images.
+        """Return images of classes, or of conditions, made from noise or from images.
 
         Args:
             class_labels: a class number, its name (case does not matter), or None for "no class"; or a list. Left
@@ -220,7 +195,6 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
             output_type: "pil"; "pt" (B, 3, H, W) or "np" (B, H, W, 3) in [0, 1]; "latent", unclamped, at t = 1.
             callback_on_step_end: called as `(pipe, step, t, {"latents": z})` after each ODE step, with the t that the
                 step began at; may return `{"latents": z}` to replace the state, or set `pipe._interrupt = True`.
-                There are no other tensors to ask for by `callback_on_step_end_tensor_inputs`.
             height, width: pixels, multiples of the patch size; None: those of `latents`, else the training size.
             num_images_per_label: images of each label, side by side.
             image: where to start from: PIL, array or tensor, uint8 or in [0, 1]; one, or one for each image. Another
@@ -228,6 +202,9 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
             strength: how much of the way from `image` is made anew, in (0, 1]: that share of the steps is run, from
                 the image noised to t = 1 - strength. 1 ignores the image. None: 0.6.
             mask_image: white is repainted, black stays as in `image`.
+            condition_image: what the network was trained to see beside the noise: one picture as for `image`, one for
+                each label, or several for one label; None in a list is "no condition".
+            guidance_on: what guidance leaves out to compare with: "label", "condition" or "both". None: the pipeline's.
 
         Raises `ValueError` for what does not fit; the message says what would.
         """
@@ -239,30 +216,36 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         asked = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)  # diffusers' own
         if unknown := set(asked) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)}: there is only 'latents'")
-        copies, device = checked_count("num_images_per_label", num_images_per_label), self._execution_device
-        ids = [i for i in self.label_ids(class_labels) for _ in range(copies)]
+        ids, pictures = self._asked(class_labels, condition_image, num_images_per_label)
         self.guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        field = self._field(ids, guidance_interval)
-        z = self.prepare_latents(len(ids), generator, latents, height, width).to(device)
-        scheduler, objective = self.scheduler, self.config.objective
-        scheduler = scheduler if is_own(scheduler) else FlowMatchDriver(scheduler, objective, generator)
-        scheduler.set_timesteps(steps, device=device, method=self.solver_name(method), skip_steps=skipped)
+        z = self.prepare_latents(len(ids), generator, latents, height, width).to(self._execution_device)
+        field = self._field(ids, pictures, tuple(z.shape[-2:]), guidance_interval, guidance_on)
+        scheduler = self.scheduler
+        scheduler = scheduler if is_own(scheduler) else FlowMatchDriver(scheduler, self.config.objective, generator)
+        scheduler.set_timesteps(steps, device=z.device, method=self.solver_name(method), skip_steps=skipped)
         z, keep_known = self._start(scheduler, z, image, mask_image)
         z = self._solve(scheduler, z, field, keep_known, callback_on_step_end, asked)
         images = VaeImageProcessor().postprocess(z, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _field(self, ids: list[int], guidance_interval: Sequence | None) -> Callable:
-        """Return the guided prediction for these labels as a function of z, t, and t on the host."""
+    def _asked(self, class_labels, condition_image, copies: int) -> tuple[list[int], list]:
+        """Return the label of each image, and its condition ([] where the network knows none), copies side by side."""
+        ids, copies = self.label_ids(class_labels), checked_count("num_images_per_label", copies)
+        pictures = condition_pictures(condition_image, self.transformer.config.condition_channels, len(ids))
+        ids *= max(1, len(pictures) // len(ids))
+        return tuple([each for each in some for _ in range(copies)] for some in (ids, pictures))
+
+    def _field(self, ids: list[int], pictures: list, size: tuple[int, int], guidance_interval, on) -> Callable:
+        """Return the guided prediction for labels and conditions as a function of z, t, and t on the host."""
+        given = {"class_labels": torch.tensor(ids, dtype=torch.long), **conditions_of(pictures, size)}
+        given = {name: tensor.to(self._execution_device) for name, tensor in given.items()}
         interval = checked_interval(self.config.guidance_interval if guidance_interval is None else guidance_interval)
-        device = self._execution_device
-        labels = torch.tensor(ids, dtype=torch.long, device=device)
-        with_class = [row for row, i in enumerate(ids) if i != self.transformer.config.num_classes]
-        guided = None if len(with_class) == len(ids) else torch.tensor(with_class, dtype=torch.long, device=device)
+        on = self.config.guidance_on if on is None else checked_choice("guidance_on", on, GUIDED)
+        guided = rows_with(given, on, self.transformer.config.num_classes)
         # The scale is looked up at each call of the network: callbacks change it.
-        return lambda z, t, t_host: self.predict(
-            z, t, labels, guidance_weight(t_host, self._guidance_scale, interval), guided
+        return lambda z, t, t_host: guided_prediction(
+            self.transformer, z, t, given, guidance_weight(t_host, self._guidance_scale, interval), on, guided
         )
 
     def _solve(self, scheduler, z: Tensor, field: Callable, keep_known: Callable, callback, asked) -> Tensor:
@@ -286,23 +269,9 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
                     break
         return z
 
-    def predict(self, z: Tensor, t: Tensor, labels: Tensor, weight: float, guided: Tensor | None = None) -> Tensor:
-        """Return the network's output under guidance, float32, by one call.
-
-        `guided` are the rows that have a class, where not all do; only these are computed with and without it.
-        """
-        if weight == 1 or (guided is not None and len(guided) == 0):
-            return self.transformer(z, t, labels, return_dict=False)[0].float()
-        no_class = torch.full_like(labels, self.transformer.config.num_classes)
-        if weight == 0:
-            return self.transformer(z, t, no_class, return_dict=False)[0].float()
-        some_z, some_labels = (z, labels) if guided is None else (z[guided], labels[guided])
-        both = torch.cat([z, some_z]), t, torch.cat([no_class, some_labels])
-        unconditional, conditional = self.transformer(*both, return_dict=False)[0].float().split([len(z), len(some_z)])
-        # v is affine in the prediction of x, e or v at a given z and t, so mixing outputs is mixing velocities.
-        if guided is None:
-            return torch.lerp(unconditional, conditional, weight)
-        return unconditional.index_copy(0, guided, torch.lerp(unconditional[guided], conditional, weight))
+    def predict(self, z: Tensor, t: Tensor, labels: Tensor, weight: float) -> Tensor:
+        """Return the network's output for these labels under guidance, float32, by one call."""
+        return guided_prediction(self.transformer, z, t, {"class_labels": labels}, weight)
 
     def label_ids(self, class_labels: Label | Sequence[Label] | Tensor) -> list[int]:
         """Return class numbers, names or None (or a list of them) as the network's labels."""

@@ -16,6 +16,7 @@ from jit_accel import __version__
 from jit_accel.base.devices import DTYPES, capabilities, chosen_precision, has_bf16, kind_of
 from jit_accel.base.findings import findings_file, read_findings, write_findings
 from jit_accel.base.processes import on_main
+from jit_accel.config.presets import block_tokens
 from jit_accel.model.functional import rope_table
 from jit_accel.model.transformer import JiTBlock
 
@@ -41,7 +42,7 @@ class BlockWork:
     @classmethod
     def of(cls, sizes, patch_size: int, height: int, width: int, images: int, *, trains: bool) -> "BlockWork":
         """Return the work of most blocks of a network of these `sizes` (a preset, or its config)."""
-        tokens = (height // patch_size) * (width // patch_size) + sizes.in_context_len
+        tokens = block_tokens(sizes, (height // patch_size) * (width // patch_size)) + sizes.in_context_len
         return cls(sizes.hidden_size, sizes.num_heads, sizes.mlp_ratio, max(1, tokens), images, trains)
 
     def first(self) -> "BlockWork":

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
@@ -16,7 +15,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from jit_accel.base.errors import UserError
-from jit_accel.config.presets import TIME_FEATURES, parse_model_name, swiglu_width
+from jit_accel.config.presets import parse_model_name, swiglu_width
+from jit_accel.model.embeddings import (
+    ConditionEmbedding,
+    LabelEmbedding,
+    PatchEmbedding,
+    PatchProjection,
+    TimestepEmbedding,
+)
 from jit_accel.model.functional import (
     call_frugally,
     gated_silu,
@@ -24,7 +30,6 @@ from jit_accel.model.functional import (
     normalised_and_rotated,
     position_table,
     rope_table,
-    time_frequencies,
 )
 from jit_accel.model.saved_weights import SavedWeightsMixin
 
@@ -48,55 +53,6 @@ class RotatedRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         return normalised_and_rotated(x, self.weight, rope)
-
-
-class PatchProjection(nn.Module):
-    """A convolution whose stride is its kernel, applied to cut patches (..., in): one matmul.
-
-    It is no `nn.Conv2d`: quantisers and adapters put convolutions of their own in the place of those.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True):
-        super().__init__()
-        convolution = nn.Conv2d(in_channels, out_channels, kernel_size, bias=bias)
-        self.weight, self.bias = convolution.weight, convolution.bias
-
-    def forward(self, patches: Tensor) -> Tensor:
-        return F.linear(patches, self.weight.flatten(1), self.bias)
-
-
-class PatchEmbedding(nn.Module):
-    """The layers from pixels (B, 3, H, W) to tokens (B, N, D) through a bottleneck."""
-
-    def __init__(self, patch_size: int, in_channels: int, bottleneck_dim: int, hidden_size: int):
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj1 = PatchProjection(in_channels, bottleneck_dim, patch_size, bias=False)
-        self.proj2 = PatchProjection(bottleneck_dim, hidden_size, 1)
-
-    def forward(self, sample: Tensor) -> Tensor:
-        p = self.patch_size
-        patches = sample.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
-        return self.proj2(self.proj1(patches.flatten(3).flatten(1, 2)))
-
-
-class TimestepEmbedding(nn.Module):
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        angles = t.float()[:, None] * time_frequencies(t.device)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(dtype))
-
-
-class LabelEmbedding(nn.Module):
-    def __init__(self, num_classes: int, hidden_size: int):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)  # the last row is "no class"
-
-    def forward(self, labels: Tensor) -> Tensor:
-        return self.embedding_table(labels)
 
 
 class AttentionProcessor:
@@ -206,6 +162,9 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         attn_dropout: float = 0.0,
         proj_dropout: float = 0.0,
         in_channels: int = 3,
+        condition_channels: int = 0,
+        condition_bottleneck: int | None = None,
+        condition_inject: str = "add",
     ):
         super().__init__()
         _check_sizes(img_size, patch_size, hidden_size, num_heads)
@@ -221,6 +180,10 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
             for i in range(depth)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
+        if condition_channels:
+            self.condition_embedder = ConditionEmbedding(
+                patch_size, condition_channels, condition_bottleneck, hidden_size
+            )
         self.reset_parameters()
 
     @classmethod
@@ -259,16 +222,26 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
             nn.init.zeros_(block.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
+        if self.config.condition_channels and self.config.condition_inject == "add":
+            nn.init.zeros_(self.condition_embedder.proj2.weight)
 
     def forward(
-        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+        condition_image: Tensor | None = None,
+        condition_mask: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Return the prediction `sample` (B, 3, H, W) of x, e or v, whichever the network was trained for.
+        """Return the prediction `sample` (B, C, H, W) of x, e or v, whichever the network was trained for.
 
         Args:
-            sample: (B, 3, H, W), the noised image z; `ValueError` unless H and W are multiples of the patch size.
+            sample: (B, C, H, W), the noised image z; `ValueError` unless H and W are multiples of the patch size.
             timestep: (B,) or a scalar, t from 0 (noise) to 1 (clean); never bf16, too coarse near 1.
             class_labels: (B,) in [0, num_classes]; `num_classes`, or None, is "no class".
+            condition_image: (B, condition_channels, H, W) in [-1, 1], or None for no condition.
+            condition_mask: (B,), False where an image's condition is left out; None: all are given.
         """
         config = self.config
         batch, _, height, width = sample.shape
@@ -285,7 +258,11 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         # Computed in what layers return: weights may be stored in another dtype, as quantised ones are.
         y_emb = self.y_embedder(class_labels)
         c = self.t_embedder(t, y_emb.dtype) + y_emb
-        x = self.x_embedder(sample.to(y_emb.dtype)) + position_table(config.hidden_size, grid, trained_grid, device)
+        pixels = sample.to(y_emb.dtype)
+        x = self.x_embedder(pixels) + position_table(config.hidden_size, grid, trained_grid, device)
+        condition_grid = None
+        if config.condition_channels:
+            x, condition_grid = self._with_condition(x, pixels, condition_image, condition_mask)
 
         head_dim = config.hidden_size // config.num_heads
         prefix = 0
@@ -293,17 +270,40 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
             if i == config.in_context_start and config.in_context_len > 0:
                 prefix = config.in_context_len
                 x = torch.cat([(y_emb[:, None] + self.in_context_posemb).to(x.dtype), x], dim=1)
-            rope = rope_table(head_dim, grid, trained_grid, prefix, device)
+            rope = rope_table(head_dim, grid, trained_grid, prefix, device, condition_grid)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, x, c, rope)
             else:
                 x = block(x, c, rope)
 
-        patches = self.final_layer(x[:, prefix:], c)
+        patches = self.final_layer(x[:, x.shape[1] - grid[0] * grid[1] :], c)
         p = config.patch_size
         image = patches.unflatten(2, (p, p, -1)).unflatten(1, grid).permute(0, 5, 1, 3, 2, 4)
         image = image.reshape(batch, -1, height, width)
         return Transformer2DModelOutput(sample=image) if return_dict else (image,)
+
+    def _with_condition(
+        self, x: Tensor, pixels: Tensor, condition: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, tuple[int, int] | None]:
+        """Return the tokens with those of the condition added, or before them: then also the condition's grid."""
+        config, (batch, _, *size) = self.config, pixels.shape
+        is_added = config.condition_inject == "add"
+        if condition is None:
+            condition = pixels.new_zeros(batch, config.condition_channels, *size)
+            mask = torch.zeros(batch, dtype=torch.bool, device=x.device)
+        wanted = (batch, config.condition_channels, *(size if is_added else condition.shape[2:]))
+        if condition.shape != wanted or any(side % config.patch_size for side in wanted[2:]):
+            rule = f"give {wanted}, sides that are multiples of the patch, {config.patch_size}"
+            raise ValueError(f"condition_image has the shape {tuple(condition.shape)}: {rule}")
+        if mask is None:
+            mask = torch.ones(batch, dtype=torch.bool, device=x.device)
+        tokens = self.condition_embedder(condition.to(pixels.dtype), mask)
+        if is_added:
+            return x + tokens, None
+        grid = tuple(side // config.patch_size for side in condition.shape[2:])
+        trained_grid = config.img_size // config.patch_size
+        tokens = tokens + position_table(config.hidden_size, grid, trained_grid, x.device)
+        return torch.cat([tokens, x], dim=1), grid
 
 
 def _check_sizes(img_size: int, patch_size: int, hidden_size: int, num_heads: int) -> None:
@@ -320,13 +320,10 @@ def _check_sizes(img_size: int, patch_size: int, hidden_size: int, num_heads: in
         raise ValueError(f"{given}, {rule}, as hidden_size {num_heads * 64} does")
 
 
-def build_model(
-    name: str, img_size: int, num_classes: int, proj_dropout: float | None = None, attn_dropout: float | None = None
-) -> JiTTransformer2DModel:
-    """Return a freshly initialised model of a name such as `JiT-B/16`; None means the preset's dropout."""
+def build_model(name: str, img_size: int, num_classes: int, **sizes) -> JiTTransformer2DModel:
+    """Return a freshly initialised model of a name such as `JiT-B/16`; of `sizes` None means the preset's."""
     preset, patch_size = parse_model_name(name)
-    given = {"proj_dropout": proj_dropout, "attn_dropout": attn_dropout}
-    sizes = asdict(preset) | {name: p for name, p in given.items() if p is not None}
+    sizes = asdict(preset) | {name: size for name, size in sizes.items() if size is not None}
     return JiTTransformer2DModel(img_size=img_size, patch_size=patch_size, num_classes=num_classes, **sizes)
 
 

@@ -36,6 +36,9 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         attn_dropout: float = 0.0,
         proj_dropout: float = 0.0,
         in_channels: int = 3,
+        condition_channels: int = 0,
+        condition_bottleneck: int | None = None,
+        condition_inject: str = "add",
     ) -> None: ...
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -56,6 +59,8 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         timestep: Tensor | float,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        condition_image: Tensor | None = None,
+        condition_mask: Tensor | None = None,
     ) -> NetworkOutput | tuple[Tensor]: ...
     @overload
     def __call__(
@@ -64,6 +69,8 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         timestep: Tensor | float,
         class_labels: Tensor | None = None,
         return_dict: Literal[True] = True,
+        condition_image: Tensor | None = None,
+        condition_mask: Tensor | None = None,
     ) -> NetworkOutput: ...
     @overload
     def __call__(
@@ -73,6 +80,8 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         class_labels: Tensor | None = None,
         *,
         return_dict: Literal[False],
+        condition_image: Tensor | None = None,
+        condition_mask: Tensor | None = None,
     ) -> tuple[Tensor]: ...
     @overload
     def __call__(

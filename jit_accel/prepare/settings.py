@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from jit_accel.base.errors import UserError, check_ranges, within
-from jit_accel.config.settings import MOST_WORKERS
+from jit_accel.config.groups import MOST_WORKERS
 
 SHARD_BYTES = 2**28
 MOST_PIXELS_TO_STORE = 1_000_000  # a side, whose bytes are then held against the room on the disk

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from jit_accel.base.errors import UserError, changed_settings, nearest
 from jit_accel.base.image_rows import legible
-from jit_accel.config.settings import MOST_IMAGES
+from jit_accel.config.groups import MOST_IMAGES
 from jit_accel.data.formats.scan import SAMPLES_RECORD
 from jit_accel.model.call_arguments import find_name
 from jit_accel.model.generation import number_of

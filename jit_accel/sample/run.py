@@ -67,6 +67,9 @@ class Sampling:
     def __init__(self, config: SampleConfig, accelerator: Accelerator, stop: StopRequest):
         self.config, self.accelerator, self.stop = config, accelerator, stop
         self.pipeline = pipeline = load_quietly(config.model, config.ema, accelerator.device, config.compile)
+        if pipeline.transformer.config.condition_channels:
+            rule = "was trained with a condition, which has no flag here: call it from Python, jit.load(...)(condition_"
+            raise UserError(f"{rule}image=...).", about="model", value=config.model)
         self.plan = plan_images(config, pipeline.transformer.config.num_classes, pipeline.config.class_names)
         sides = [flag if getattr(config, flag) else "img_size" for flag in ("height", "width")]
         self.size = tuple(checked_side(pipeline, getattr(config, flag), flag) for flag in sides)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jit_accel.base.errors import UserError, check_ranges, within
-from jit_accel.config.settings import MOST_IMAGES, MOST_PIXELS, MOST_STEPS
+from jit_accel.config.groups import MOST_IMAGES, MOST_PIXELS, MOST_STEPS
 
 DEFAULT_NUM_IMAGES = 64
 

@@ -24,6 +24,7 @@ from jit_accel.config.completion import Facts, Plan, complete, rate_in_words, st
 from jit_accel.config.identity import experiment_of, in_folder, is_named, run_folder
 from jit_accel.config.presets import parse_model_name
 from jit_accel.config.settings import Config
+from jit_accel.data.batches.degradations import Degradation, check_size, degradation_of
 from jit_accel.data.batches.holdout import HeldOut
 from jit_accel.data.batches.loader import cores_per_process
 from jit_accel.data.batches.order import default_lanes
@@ -39,6 +40,7 @@ from jit_accel.monitor.monitor import Monitor
 from jit_accel.monitor.trackers import build_trackers
 from jit_accel.train.accelerator import asked_of_dynamo, build_accelerator, settle_buckets
 from jit_accel.train.averages import Ema
+from jit_accel.train.examples import choose_examples
 from jit_accel.train.feed import Feed, Validation, open_data
 from jit_accel.train.initial_weights import Initial, Tuning, read_initial, tune
 from jit_accel.train.optimizers import build_optimizers, make_moments
@@ -157,12 +159,14 @@ def build_trainer(
     if initial and tuning.lora_rank:
         initial.labels_for(source)  # of other classes it says so better than `complete` would
     times = settle_precision(known, accelerator, saved if run.get("device") in (None, kind_of(device)) else {})
+    degradation = degradation_to_learn(known)
     num_units = int(np.count_nonzero(source.images.sizes)) if source.streaming else 0
     is_limited = device.type == "cpu" and "OMP_NUM_THREADS" in os.environ
     facts = Facts(
         num_images=source.num_images,
         num_classes=max(source.num_classes or 0, len(source.class_names)) or None,
         is_labelled=source.is_labelled,
+        condition_channels=degradation.channels(config.model.in_channels) if degradation else 0,
         is_encoded=source.is_encoded,
         processes=accelerator.num_processes,
         accumulation=accelerator.gradient_accumulation_steps,
@@ -187,6 +191,15 @@ def build_trainer(
         for message in warnings:
             warn(message)
     return trainer
+
+
+def degradation_to_learn(config: Config) -> Degradation | None:
+    """Return what makes the conditions of these settings. UserError where it makes none of such images."""
+    if config.condition.condition_from is None:
+        return None
+    degradation = degradation_of(config.condition.condition_from)
+    check_size(degradation, (image_size(config),) * 2)
+    return degradation
 
 
 def settle_precision(config: Config, accelerator: Accelerator, before: Mapping[str, Any]) -> BlockTimes | None:
@@ -219,7 +232,7 @@ def assemble(
     network = accelerator.unwrap_model(model)
     averages = Ema(network, config.optim.ema_decays)
     class_names = [*tuning.class_names, *map(str, range(len(tuning.class_names), config.model.num_classes))]
-    pipeline = build_pipeline(network, config.objective, class_names, config.sample.guidance_scale)
+    pipeline = build_pipeline(network, config.objective, class_names, config.sample)
     pipeline.set_progress_bar_config(disable=True)
     how = {"seed": run.seed, "batch_size": config.optim.batch_size}
     stop = StopRequest()
@@ -229,7 +242,10 @@ def assemble(
     quality = None
     if config.evaluation.eval_every_steps:
         quality = SampleQuality(config.evaluation, source, Path(run.output_dir), **sampled)
-    feed = Feed(config.data, source, accelerator, num_classes=config.model.num_classes, **how)
+    made_from = config.condition.condition_from
+    sampled["examples"] = choose_examples(source, held_out, config.data.img_size, made_from) if made_from else None
+    feed = Feed(config.data, made_from, source, accelerator, num_classes=config.model.num_classes, **how)
+    validation = Validation(held_out, accelerator, config.optim.batch_size, made_from) if held_out else None
     monitor = Monitor(
         accelerator,
         feed,
@@ -261,7 +277,7 @@ def assemble(
         stops=stops,
         watch=watch,
         sheets=SampleSheets(**sampled),
-        validation=Validation(held_out, accelerator, config.optim.batch_size) if held_out else None,
+        validation=validation,
         quality=quality,
     )
 
@@ -269,7 +285,7 @@ def assemble(
 def build_model(config: Config, source: Source, initial: Initial | None) -> tuple[JiTTransformer2DModel, Tuning]:
     """Return the network with its first weights, the same on every process, and how it stands to those of `initial`."""
     torch.manual_seed(config.run.seed)
-    model = build_network(config.model, config.data.img_size)
+    model = build_network(config.model, config.condition, config.data.img_size)
     tuning = tune(model, config.tune, config.objective.noise_scale, source, initial)
     if config.performance.gradient_checkpointing:
         model.enable_gradient_checkpointing()

@@ -17,8 +17,9 @@ from jit_accel.base.console import warn
 from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.processes import on_all
 from jit_accel.base.spans import span
-from jit_accel.config.settings import STREAMING, DataConfig
+from jit_accel.config.groups import STREAMING, DataConfig
 from jit_accel.data.batches.batch import Batch, PixelBatch, ready
+from jit_accel.data.batches.degradations import degradation_of
 from jit_accel.data.batches.holdout import HeldOut, held_by_split, split_holdout
 from jit_accel.data.batches.loader import cores_per_process, worker_memory_gib
 from jit_accel.data.batches.ready_batches import WaitTime, batches, waiting_advice
@@ -106,11 +107,12 @@ def refuse_other_images(data: DataConfig, source: Source) -> None:
 class Feed:
     """The images of one process of a run, on its device; `how` are arguments of `batches` that `data` does not have."""
 
-    def __init__(self, data: DataConfig, source: Source, accelerator: Accelerator, **how):
+    def __init__(self, data: DataConfig, condition_from: str | None, source: Source, accelerator: Accelerator, **how):
         self.data, self.source, self.accelerator = data, source, accelerator
         how |= {name: getattr(data, name) for name in SETTINGS_OF_BATCHES}
         rank, world_size = accelerator.process_index, accelerator.num_processes
-        self.loader = batches(source, device=accelerator.device, rank=rank, world_size=world_size, **how)
+        how |= {"condition_from": condition_from, "rank": rank, "world_size": world_size}
+        self.loader = batches(source, device=accelerator.device, **how)
         self.wait_time = WaitTime(accelerator.device)
         self.bad_images: dict[str, None] = {}  # in the order of their discovery
 
@@ -203,7 +205,8 @@ class Validation:
 
     seed = 0  # whatever the run's seed: runs are compared by this loss
 
-    def __init__(self, held_out: HeldOut, accelerator, batch_size: int):
+    def __init__(self, held_out: HeldOut, accelerator, batch_size: int, condition_from: str | None = None):
+        self.degradation = condition_from and degradation_of(condition_from, self.seed)
         self.held_out, self.accelerator, self.batch_size = held_out, accelerator, batch_size
         mine = torch.tensor([len(held_out.keys)], device=accelerator.device)
         counts = accelerator.gather(mine)
@@ -228,7 +231,7 @@ class Validation:
             # another draw of an image is a neighbouring number, as different as any other
             positions = held.keys[places.numpy()] + draws.numpy()
             batch = PixelBatch(held.images[places], held.labels[places], positions)
-            yield ready(batch, self.accelerator.device), weights
+            yield ready(batch, self.accelerator.device, self.degradation), weights
 
     @torch.no_grad()
     def loss(self, loss_of: Callable[[Batch], Tensor]) -> Tensor:

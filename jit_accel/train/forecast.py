@@ -25,8 +25,8 @@ from jit_accel.config.costs import (
     moments_of,
     passes_of_step,
 )
-from jit_accel.config.presets import block_macs, forward_macs
-from jit_accel.config.settings import OptimConfig
+from jit_accel.config.groups import OptimConfig
+from jit_accel.config.presets import block_macs, block_tokens, forward_macs
 from jit_accel.model.functional import rope_table
 from jit_accel.model.precision import constant_block
 from jit_accel.monitor.metrics import local_part, now
@@ -66,7 +66,8 @@ def try_block(sizes, most_images: int, device: torch.device, autocast, optim: Op
     """
     block = constant_block(sizes, device)
     side, dim = sizes.img_size // sizes.patch_size, sizes.hidden_size
-    rope = rope_table(dim // sizes.num_heads, (side, side), side, sizes.in_context_len, device)
+    length = block_tokens(sizes, side * side) + sizes.in_context_len
+    rope = rope_table(dim // sizes.num_heads, (side, side), side, length - side * side, device)
     weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
 
     def run(images: int) -> tuple[float, int]:
@@ -77,7 +78,7 @@ def try_block(sizes, most_images: int, device: torch.device, autocast, optim: Op
             kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        x = torch.ones(images, side * side + sizes.in_context_len, dim, device=device, requires_grad=True)
+        x = torch.ones(images, length, dim, device=device, requires_grad=True)
         began = now(device)
         with autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             total = block(x, x[:, 0], rope).sum()
@@ -114,7 +115,7 @@ def cost_of_step(
     sizes, batch, params = network.config, optim.batch_size, trainable(network)
     counts = [(local_part(p).numel(), optim.optimizer == "muon" and is_block_matrix(name, p)) for name, p in params]
     trained = sum(count for count, _ in counts)
-    length = (sizes.img_size // sizes.patch_size) ** 2 + sizes.in_context_len
+    length = block_tokens(sizes, (sizes.img_size // sizes.patch_size) ** 2) + sizes.in_context_len
     blocks = forward_macs(sizes, sizes.patch_size, sizes.img_size, sizes.img_size) / block_macs(sizes, length)
     recompute, is_all_trained = network.gradient_checkpointing, len(params) == len(list(network.parameters()))
     passes = passes_of_step(is_all_trained=is_all_trained, recompute=recompute)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.completion import Start
-from jit_accel.config.settings import TuneConfig
+from jit_accel.config.groups import TuneConfig
 from jit_accel.data.batches.batch import Batch
 from jit_accel.data.formats.source import Source
 from jit_accel.model.loading import load_pipeline
-from jit_accel.model.lora import Adapter
+from jit_accel.model.lora import Adapter, is_added
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.transformer import JiTTransformer2DModel
 
@@ -87,6 +87,7 @@ class Transfer:
     new: dict[str, str] = field(default_factory=dict)  # name -> why
     resampled: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    is_added: bool = False  # the projection of conditions is new
 
     def in_words(self, path: str) -> str:
         """Return a line for each kind of fate."""
@@ -115,6 +116,7 @@ def transfer(initial: Initial, model: JiTTransformer2DModel, names: Sequence[str
             _transfer_labels(initial, tensor, given[name], names, done)
         elif name not in given:
             done.new[name] = "the source has none"
+            done.is_added |= is_added(name)
         elif given[name].shape != tensor.shape:
             done.new[name] = f"{_shape(given[name])} in the source, {_shape(tensor)} here"
         else:
@@ -195,7 +197,8 @@ def tune(
     how = "by name" if is_by_name else "by number: the data's take the place of the source's first ones"
     lines.append(f"  classes go {how}")
     alpha, dropout, targets = settings.lora_alpha, settings.lora_dropout, settings.lora_targets
-    adapter = Adapter(model, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
+    how = {"alpha": alpha, "dropout": dropout, "targets": targets, "has_added": done.is_added}
+    adapter = Adapter(model, rank=rank, **how)
     return Tuning(names, labels, adapter, initial.path, "\n".join(lines))
 
 
@@ -214,7 +217,7 @@ def read_initial(path: str) -> Initial:
 def refuse_what_an_adapter_cannot_learn(initial: Initial, done: Transfer, model: JiTTransformer2DModel) -> None:
     """Raise `UserError` where weights that an adapter leaves frozen would be others than the source's."""
     old, new = initial.network.config, model.config
-    misfits = [*done.resampled, *done.new, *done.dropped]
+    misfits = [*done.resampled, *(name for name in done.new if not is_added(name)), *done.dropped]
     if old.in_context_start != new.in_context_start:
         misfits.append(f"in_context_start {old.in_context_start} against {new.in_context_start}")
     if misfits:

@@ -19,6 +19,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_folder, check_guard, write_json
 from jit_accel.base.processes import on_main, whole_tensors
 from jit_accel.config.completion import Plan
+from jit_accel.config.settings import write_config
 from jit_accel.data.formats.sources import Source
 from jit_accel.model.call_arguments import DEFAULTS
 from jit_accel.model.card import CARD_FILE, CARD_PICTURE, training_card
@@ -68,9 +69,10 @@ def read_record(output_dir: Path) -> dict:
     return record if isinstance(record, dict) else {}
 
 
-def write_record(record: dict, output_dir: Path) -> None:
-    """Leave the record as `run.json`, for the report and for whoever looks at the folder later."""
+def write_record(record: dict, settings: dict, output_dir: Path) -> None:
+    """Leave the record as `run.json`, for whoever looks at the folder later, and the settings for `--config`."""
     try:
+        write_config(settings, output_dir / "config.yaml")
         write_json(output_dir / RECORD_FILE, record)
     except OSError as error:
         warn(f"{output_dir / RECORD_FILE} cannot be written ({error.strerror}); the training does not need it.")
@@ -112,7 +114,7 @@ def write_results(
     def write() -> None:
         check_guard(output_dir)
         try:
-            if adapter:
+            if adapter and not adapter.has_added:  # alone it would be of no use
                 adapter.save(trained, output_dir / LORA_FOLDER)
             draw_loss_curve(output_dir)
             network = type(pipeline.transformer).from_config(pipeline.transformer.config)

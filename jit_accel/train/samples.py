@@ -14,7 +14,7 @@ from jit_accel.base.errors import UserError, message_of, renamed_settings
 from jit_accel.base.files import atomic_file
 from jit_accel.base.image_rows import draw_rows, legible
 from jit_accel.base.processes import SharedStop, on_all, on_main
-from jit_accel.config.settings import EvalConfig, SheetConfig
+from jit_accel.config.groups import EvalConfig, SheetConfig
 from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import load_features
@@ -26,6 +26,7 @@ from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.monitor.log import is_measured
 from jit_accel.monitor.metric_table import EVAL, UNGUIDED
 from jit_accel.train.averages import Ema
+from jit_accel.train.examples import ROWS, Examples
 
 SAMPLES_PER_CLASS = 8
 MAX_CLASSES = 10
@@ -62,14 +63,19 @@ class AveragedSamples:
 
 @dataclass
 class SampleSheets(AveragedSamples):
-    """Draws sheets of a few classes."""
+    """Draws sheets of a few classes; of a network that sees conditions, of examples with what it makes of them."""
+
+    examples: Examples | None = None
 
     def __post_init__(self):
         num_classes = self.pipeline.transformer.config.num_classes
         count = min(num_classes, MAX_CLASSES)
         self.classes = [i * num_classes // count for i in range(count)]
         self.row_names = [legible(self.pipeline.config.class_names[label], label) for label in self.classes]
-        self.passes = self.passes_for(len(self.classes) * SAMPLES_PER_CLASS, None)
+        if self.examples:
+            self.row_names = list(ROWS)
+        self.labels = self.examples.labels if self.examples else np.repeat(self.classes, SAMPLES_PER_CLASS).tolist()
+        self.passes = self.passes_for(len(self.labels), None)
 
     def caption(self, step: int) -> str:
         """Return a sheet in words."""
@@ -85,7 +91,7 @@ class SampleSheets(AveragedSamples):
         Raises `Stopped` on all processes.
         """
         accelerator, steps = self.accelerator, self.settings.num_inference_steps
-        labels = [label for label in self.classes for _ in range(SAMPLES_PER_CLASS)]
+        labels, examples = self.labels, self.examples
         share = -(-len(labels) // accelerator.num_processes)  # padded: every process makes equally many
         mine = [(accelerator.process_index * share + i) % len(labels) for i in range(share)]
         batch_size = max(self.batch_size, SAMPLES_PER_CLASS)
@@ -98,11 +104,13 @@ class SampleSheets(AveragedSamples):
                 num_inference_steps=steps,
                 batch_size=batch_size,
                 on_step=look,
+                conditions=examples.conditions[mine] if examples else None,
             )
         images = accelerator.gather(images.to(accelerator.device))[: len(labels)].cpu()
         if not accelerator.is_main_process:
             return {}
-        pixels = images.permute(0, 2, 3, 1).unflatten(0, (-1, SAMPLES_PER_CLASS)).numpy()
+        pixels = images.permute(0, 2, 3, 1).unflatten(0, (-1, min(SAMPLES_PER_CLASS, len(labels)))).numpy()
+        pixels = [examples.shown, *pixels, examples.truth] if examples else pixels
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path, durable=False) as temporary:

@@ -22,6 +22,7 @@ from jit_accel.train.results import describe_data
 FIXED_SETTINGS = (
     *("model", "img_size", "num_classes", "prediction", "optimizer", "ema_decays", "seed"),
     *("image_column", "label_column", "renumber_labels", "holdout", "lora_rank", "lora_alpha", "lora_targets"),
+    *("condition_channels", "condition_inject", "condition_bottleneck"),
 )
 
 

@@ -18,7 +18,7 @@ from jit_accel.base.processes import SharedStop, on_main
 from jit_accel.base.spans import span
 from jit_accel.base.watchdog import Watchdog
 from jit_accel.config.completion import Plan
-from jit_accel.config.settings import OptimConfig, RunConfig, write_config
+from jit_accel.config.groups import OptimConfig, RunConfig
 from jit_accel.data.batches.batch import Batch
 from jit_accel.model.checkpointer import Checkpointer
 from jit_accel.model.checkpoints import load_parts, read_run
@@ -184,16 +184,17 @@ class Trainer:
         torch.manual_seed(int(rng.hash64(self.seed, "dropout", batch.positions[0])) >> 1)
         labels, num_classes = self.tuning.labels_of(batch), self.network.config.num_classes
         labels = self.objective.dropped(self.seed, batch.positions, labels, num_classes)
-        losses, t = self._denoising_loss(batch, labels, self.seed)
+        conditions = self.objective.left_out(self.seed, batch.positions, batch.conditions)
+        losses, t = self._denoising_loss(batch, labels, conditions, self.seed)
         self.monitor.record_by_t(t, losses)
         return losses
 
-    def _denoising_loss(self, batch: Batch, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def _denoising_loss(self, batch: Batch, labels: Tensor, conditions: dict, seed: int) -> tuple[Tensor, Tensor]:
         """Return the losses (B,) of a batch, and the times (B,) it was noised to."""
         x = batch.images
         t = self.objective.times(seed, batch.positions).to(x.device, non_blocking=True)
         e = self.objective.noise(seed, batch.positions, like=x)
-        return self.objective.losses(self.model, x, t, e, labels), t
+        return self.objective.losses(self.model, x, t, e, labels, **conditions), t
 
     @span("clip")
     def _clip_gradients(self) -> Tensor:
@@ -210,7 +211,8 @@ class Trainer:
 
         def losses_of(batch: Batch) -> Tensor:
             self.watch.go_on()
-            return self._denoising_loss(batch, self.tuning.labels_of(batch), self.validation.seed)[0]
+            labels = self.tuning.labels_of(batch)
+            return self._denoising_loss(batch, labels, batch.conditions, self.validation.seed)[0]
 
         self.model.eval()
         found = {}
@@ -303,9 +305,7 @@ class Trainer:
             for later in self.checkpointer.set_aside_after(self.step):
                 self.say(f"Set aside {later.name}, which lies behind step {self.step:,}, as abandoned_{later.name}")
             if self.step < self.plan.total_steps:
-                with contextlib.suppress(OSError):
-                    write_config(self.facts.facts["settings"], self.output_dir / "config.yaml")
-                write_record(self.record, self.output_dir)
+                write_record(self.record, self.facts.facts["settings"], self.output_dir)
             else:  # what it was trained with stays its record, whatever this start says
                 self.record |= read_record(self.output_dir)
         self.monitor.open(self.step, self.record, self.facts.is_other_training)

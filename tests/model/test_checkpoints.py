@@ -8,7 +8,7 @@ import torch
 from helpers import seal_as_before
 
 from jit_accel.base.errors import UserError
-from jit_accel.config.settings import OptimConfig
+from jit_accel.config.groups import OptimConfig
 from jit_accel.model.checkpointer import Checkpointer
 from jit_accel.model.checkpoints import (
     STATE,

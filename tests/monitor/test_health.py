@@ -8,7 +8,8 @@ from dataclasses import fields
 
 import pytest
 
-from jit_accel.config.settings import SETTINGS, HealthConfig
+from jit_accel.config.groups import HealthConfig
+from jit_accel.config.settings import SETTINGS
 from jit_accel.monitor.health import KINDS, Health
 
 

@@ -69,7 +69,7 @@ def test_files_that_cannot_be_written_cost_a_warning_each(tmp_path, capfd):
     log = MetricsLog(tmp_path, 0)
     for step in (1, 2):
         log.write([{"step": step}])
-    write_record({"model": "JiT-B/16"}, tmp_path)
+    write_record({"model": "JiT-B/16"}, {}, tmp_path)
     err = capfd.readouterr().err
     assert err.count("metrics.jsonl cannot be written") == 1
     assert err.count("run.json cannot be written") == 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from jit_accel.config.settings import OptimConfig
+from jit_accel.config.groups import OptimConfig
 from jit_accel.model.objective import Objective
 from jit_accel.model.transformer import build_model
 from jit_accel.train import forecast

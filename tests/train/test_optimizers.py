@@ -6,7 +6,7 @@ from torch import nn
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.completion import Plan
-from jit_accel.config.settings import OptimConfig
+from jit_accel.config.groups import OptimConfig
 from jit_accel.model.transformer import build_model
 from jit_accel.train.optimizers import build_optimizers, lr_at, make_moments, set_lr, take_step, trainable
 

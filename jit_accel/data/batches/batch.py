@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from jit_accel.base.errors import UserError
+from jit_accel.data.batches.degradations import Degradation
 
 MAX_SUBSTITUTES = 100  # images drawn to stand in for one that is bad
 
@@ -35,10 +36,23 @@ class Batch:
     labels: torch.Tensor  # int64 (B,), on the device
     positions: np.ndarray  # as in `PixelBatch`
     bad_images: list[str] = field(default_factory=list)
+    condition: torch.Tensor | None = None  # float32 (B, C, H, W) in [-1, 1], on the device
+
+    @property
+    def conditions(self) -> dict[str, torch.Tensor]:
+        """What the network is given besides the label, by the names of its arguments."""
+        return {} if self.condition is None else {"condition_image": self.condition}
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for tensor in (self.images, self.labels, self.condition) if tensor is not None]
 
 
-def ready(batch: PixelBatch, device: torch.device | str) -> Batch:
-    """Return the batch on `device`, mirrored and normalised: the only place where its pixels change."""
+def ready(batch: PixelBatch, device: torch.device | str, degradation: Degradation | None = None) -> Batch:
+    """Return the batch on `device`, mirrored and normalised: the only place where its pixels change.
+
+    degradation: what makes conditions of its images.
+    """
     images = batch.images.to(device, non_blocking=True)
     if batch.mirror is not None and images.device.type != "cpu":
         chosen = torch.from_numpy(batch.mirror).to(device, non_blocking=True)
@@ -48,7 +62,9 @@ def ready(batch: PixelBatch, device: torch.device | str) -> Batch:
         for place in np.flatnonzero(batch.mirror):
             x[place] = x[place].flip(-1)
     labels = batch.labels.to(device, non_blocking=True)
-    return Batch(x.div_(127.5).sub_(1), labels, batch.positions, batch.bad_images)
+    x = x.div_(127.5).sub_(1)
+    condition = degradation(x, batch.positions) if degradation else None
+    return Batch(x, labels, batch.positions, batch.bad_images, condition)
 
 
 def empty_batch(shape: tuple[int, ...]) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from jit_accel.base.errors import check_ranges
 from jit_accel.data.batches.batch import Batch, ready
+from jit_accel.data.batches.degradations import Degradation, degradation_of
 from jit_accel.data.batches.loader import build_loader
 from jit_accel.data.formats.source import Source
 
@@ -23,14 +24,22 @@ _ENOUGH_S = 10.0
 
 
 def batches(
-    source: Source, *, img_size: int, batch_size: int, seed: int = 0, device: torch.device | str = "cpu", **how
+    source: Source,
+    *,
+    img_size: int,
+    batch_size: int,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    condition_from: str | None = None,
+    **how,
 ) -> "ReadyBatches":
     """Return an endless iterator of the batches that a training sees: images in [-1, 1], labels and positions.
 
     Args:
         img_size: side in pixels to which images are cropped.
         batch_size: images a batch, of this process.
-        seed: of the order and of the mirroring.
+        seed: of the order, of the mirroring, and of what is random about conditions.
+        condition_from: what makes conditions of the images, such as "downscale:4".
         how: further fields of `ReadingTask`, such as `num_workers`, `horizontal_flip`, `rank` and `world_size`.
 
     UserError if a number is below 1, or the images were prepared smaller than `img_size`.
@@ -38,7 +47,9 @@ def batches(
     counts = {"img_size": img_size, "batch_size": batch_size, "lanes": how.get("lanes")}
     check_ranges(counts, [(name, lambda count: count >= 1, "at least 1") for name in counts])
     how = {"pin_memory": torch.device(device).type == "cuda", **how}
-    return ReadyBatches(build_loader(source, img_size=img_size, batch_size=batch_size, seed=seed, **how), device)
+    degradation = None if condition_from is None else degradation_of(condition_from, seed)
+    loader = build_loader(source, img_size=img_size, batch_size=batch_size, seed=seed, **how)
+    return ReadyBatches(loader, device, degradation=degradation)
 
 
 class ReadyBatches:
@@ -49,8 +60,10 @@ class ReadyBatches:
     `state_dict()` and `epoch` describe what was handed out. Nothing is read before the first `next`.
     """
 
-    def __init__(self, loader, device: torch.device | str, depth: int | None = None):
-        self._loader, self._device = loader, torch.device(device)
+    def __init__(
+        self, loader, device: torch.device | str, depth: int | None = None, degradation: Degradation | None = None
+    ):
+        self._loader, self._device, self._degradation = loader, torch.device(device), degradation
         self._depth = (0 if self._device.type == "cpu" else 2) if depth is None else depth
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._changed = threading.Condition()
@@ -99,7 +112,7 @@ class ReadyBatches:
         if copied is not None:  # what the caller does next on the device waits for the copy, and not the caller
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(copied)
-            for tensor in (batch.images, batch.labels):
+            for tensor in batch.tensors:
                 tensor.record_stream(stream)  # its memory must not be given to another copy before that is over
         return batch
 
@@ -150,7 +163,7 @@ class ReadyBatches:
             pixels = next(self._loader)
             if self._stream is not None and not pixels.images.is_pinned():
                 pixels = pixels.pin_memory()
-            batch = ready(pixels, self._device)
+            batch = ready(pixels, self._device, self._degradation)
             copied = self._stream.record_event() if self._stream is not None else None
         return batch, copied, (self._loader.state_dict(), self._loader.epoch)
 
