@@ -24,7 +24,9 @@ def test_an_image_and_its_key_alone_decide(text, images):
     degrade = degradation_of(text, seed=3)
     whole = degrade(images, KEYS)
     assert whole.shape == (5, degrade.channels(3), 16, 16)
-    assert whole.dtype == torch.float32 and whole.min() >= -1 and whole.max() <= 1
+    assert whole.dtype == torch.float32
+    assert whole.min() >= -1
+    assert whole.max() <= 1
     assert not torch.allclose(whole, images if degrade.channels(3) == 3 else images.mean(1, keepdim=True), atol=1e-3)
     assert torch.allclose(degrade(images[3:], KEYS[3:]), whole[3:], atol=1e-6)
     assert torch.equal(degrade(images, KEYS), whole)

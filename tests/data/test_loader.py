@@ -231,7 +231,8 @@ def test_few_images_are_decoded_once_and_many_each_time(tmp_path, loaders, monke
         assert (max(counts[number] for number in range(N) if number != 3) == 1) == bool(most)
         assert counts[3] > 1  # what is broken is named each time
     for kept, decoded in zip(*taken):
-        assert torch.equal(kept.images, decoded.images) and torch.equal(kept.labels, decoded.labels)
+        assert torch.equal(kept.images, decoded.images)
+        assert torch.equal(kept.labels, decoded.labels)
         assert kept.bad_images == decoded.bad_images
 
 

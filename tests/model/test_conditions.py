@@ -54,7 +54,9 @@ def test_with_the_weights_of_an_unconditional_network_it_is_that_network(kind, i
     z, t, labels, condition = inputs
     plain, model = build(), build(trained=False, **KINDS[kind])
     missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
-    assert missing and not unexpected and all(name.startswith("condition_embedder.") for name in missing)
+    assert missing
+    assert not unexpected
+    assert all(name.startswith("condition_embedder.") for name in missing)
     expected = plain(z, t, labels).sample
     assert torch.equal(model(z, t, labels, condition_image=condition).sample, expected)
     assert torch.equal(model(z, t, labels).sample, expected)
