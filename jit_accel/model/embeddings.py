@@ -1,4 +1,4 @@
-"""What the network is given, as vectors: patches of pixels, the time, labels, and a picture that is a condition."""
+"""Vectors of what the network is given: patches of pixels, the time, labels, and a picture that is a condition."""
 
 import torch
 import torch.nn.functional as F

@@ -40,7 +40,7 @@ class Batch:
 
     @property
     def conditions(self) -> dict[str, torch.Tensor]:
-        """What the network is given besides the label, by the names of its arguments."""
+        """The arguments of the network besides the label, by name."""
         return {} if self.condition is None else {"condition_image": self.condition}
 
     @property

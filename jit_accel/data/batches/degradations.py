@@ -68,15 +68,16 @@ def degradation_of(text: str, seed: int = 0, about: str = "condition_from") -> D
 
 
 def check_size(degradation: Degradation, size: tuple[int, int], about: str = "condition_from") -> None:
-    """Raise `UserError` where images of this height and width have nothing left to degrade."""
-    if degradation.name == "downscale" and any(side % degradation.argument for side in size):
-        rule = f"must divide the sides of the images, {size[0]} x {size[1]} pixels."
+    """Raise `UserError` where nothing would be left of images of this height and width."""
+    if degradation.name == "downscale" and degradation.argument > min(size):
+        rule = f"leaves less than a pixel of {size[0]} x {size[1]}: use a smaller factor."
         raise UserError(rule, about=about, value=f"downscale:{degradation.argument:g}")
 
 
 def downscale(images: Tensor, factor: float, seeds: np.ndarray) -> Tensor:
-    """Reduce by averaging squares of pixels, and enlarge again bicubically."""
-    small = F.avg_pool2d(images, int(factor))
+    """Reduce bicubically, with antialiasing, and enlarge again bicubically, as is usual in super-resolution."""
+    size = [max(1, round(side / factor)) for side in images.shape[-2:]]
+    small = F.interpolate(images, size, mode="bicubic", antialias=True)
     return F.interpolate(small, images.shape[-2:], mode="bicubic", align_corners=False)
 
 
@@ -134,7 +135,7 @@ def _is_whole(low: int, high: int) -> Callable[[float], bool]:
 
 
 DEGRADATIONS = {
-    "downscale": Kind(downscale, "a whole factor from 2 on", _is_whole(2, 2**14), "4"),
+    "downscale": Kind(downscale, "a factor above 1", lambda value: 1 < value <= 2**14, "4"),
     "grey": Kind(grey, channels=1),
     "blur": Kind(blur, "the standard deviation in pixels", lambda value: 0 < value <= 100, "2.0"),
     "noise": Kind(noise, "the standard deviation as a share of the range", lambda value: 0 < value <= 10, "0.1"),
