@@ -145,6 +145,6 @@ def generate_batches(
             width=width,
             output_type="pt",
             callback_on_step_end=on_step,
-            condition_image=None if conditions is None else conditions[filled],
+            **({} if conditions is None else {"condition_image": conditions[filled]}),  # carried code may know none
         ).images[: len(part)]
         yield part, (images * 255).round().to(torch.uint8)

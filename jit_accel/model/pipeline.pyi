@@ -39,6 +39,8 @@ class Options(TypedDict, total=False):
     image: Picture | Sequence[Picture] | None
     strength: float | None
     mask_image: Picture | Sequence[Picture] | None
+    condition_image: Picture | Sequence[Picture | None] | None
+    guidance_on: str | None
 
 class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
     config: Any  # type: ignore[assignment]
@@ -53,6 +55,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         num_inference_steps: int | None = None,
         method: str | None = None,
         objective: dict[str, Any] | None = None,
+        guidance_on: str | None = None,
     ) -> None: ...
     @property
     def components(self) -> dict[str, Any]: ...

@@ -22,7 +22,7 @@ Degrading = Callable[[Tensor, float, np.ndarray], Tensor]
 
 
 @dataclass(frozen=True)
-class Kind:
+class DegradationKind:
     """One way of degrading images: what it does to (B, C, H, W) in [-1, 1], and which argument it takes."""
 
     degrade: Degrading  # called with images, argument, and a uint64 seed for each image
@@ -135,10 +135,12 @@ def _is_whole(low: int, high: int) -> Callable[[float], bool]:
 
 
 DEGRADATIONS = {
-    "downscale": Kind(downscale, "a factor above 1", lambda value: 1 < value <= 2**14, "4"),
-    "grey": Kind(grey, channels=1),
-    "blur": Kind(blur, "the standard deviation in pixels", lambda value: 0 < value <= 100, "2.0"),
-    "noise": Kind(noise, "the standard deviation as a share of the range", lambda value: 0 < value <= 10, "0.1"),
-    "mask": Kind(mask, "the share of the area, between 0 and 1", lambda value: 0 < value < 1, "0.5"),
-    "jpeg": Kind(jpeg, "a whole quality from 1 to 100", _is_whole(1, 100), "20"),
+    "downscale": DegradationKind(downscale, "a factor above 1", lambda value: 1 < value <= 2**14, "4"),
+    "grey": DegradationKind(grey, channels=1),
+    "blur": DegradationKind(blur, "the standard deviation in pixels", lambda value: 0 < value <= 100, "2.0"),
+    "noise": DegradationKind(
+        noise, "the standard deviation as a share of the range", lambda value: 0 < value <= 10, "0.1"
+    ),
+    "mask": DegradationKind(mask, "the share of the area, between 0 and 1", lambda value: 0 < value < 1, "0.5"),
+    "jpeg": DegradationKind(jpeg, "a whole quality from 1 to 100", _is_whole(1, 100), "20"),
 }
