@@ -1,13 +1,12 @@
 """Types of `pipeline.py`: what a call returns follows from its `output_type` and `return_dict`."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, Literal, TypedDict, TypeVar, overload
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
-from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
@@ -16,6 +15,7 @@ from typing_extensions import Self, Unpack
 
 from jit_accel.model.call_arguments import Label, Picture
 from jit_accel.model.carried_code import KeptCardMixin
+from jit_accel.model.lora_loading import LoraMixin
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import JiTTransformer2DModel
 
@@ -42,7 +42,7 @@ class Options(TypedDict, total=False):
     condition_image: Picture | Sequence[Picture | None] | None
     guidance_on: str | None
 
-class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
+class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
     config: Any  # type: ignore[assignment]
     transformer: JiTTransformer2DModel
     def __init__(
@@ -70,15 +70,6 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str: ...
     def save_config(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None: ...
-    @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any: ...
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict: str | os.PathLike | Mapping[str, Tensor],
-        adapter_name: str | None = None,
-        hotswap: bool = False,
-        **kwargs: Any,
-    ) -> None: ...
     @property
     def interrupt(self) -> bool: ...
     @property
@@ -197,8 +188,10 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, SanaLoraLoaderMixin):
         image: Picture | Sequence[Picture] | None = None,
         strength: float | None = None,
         mask_image: Picture | Sequence[Picture] | None = None,
+        condition_image: Picture | Sequence[Picture | None] | None = None,
+        guidance_on: str | None = None,
     ) -> Images[list[Image.Image] | np.ndarray | Tensor] | tuple[list[Image.Image] | np.ndarray | Tensor]: ...
-    def predict(self, z: Tensor, t: Tensor, labels: Tensor, weight: float, guided: Noise = None) -> Tensor: ...
+    def predict(self, z: Tensor, t: Tensor, labels: Tensor, weight: float) -> Tensor: ...
     def label_ids(self, class_labels: Labels) -> list[int]: ...
     def prepare_latents(
         self, batch: int, generator: Generators, latents: Noise, height: int | None, width: int | None
