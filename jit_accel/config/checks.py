@@ -99,6 +99,9 @@ def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
         yield "data_path", "is empty: give a folder of images, or what else --help lists."
     if s.init_from is not None and not s.init_from.strip():
         yield "init_from", "is empty: give a pipeline folder, a run, a checkpoint or a Hub id."
+    made = [name for name in ("condition_from", "condition_path", "condition_column") if getattr(s, name) is not None]
+    if len(made) > 1:
+        yield made[1], f"says where conditions come from, as --{made[0]} {getattr(s, made[0])} does: give one of them."
     for name in ("lora_alpha", "lora_dropout", "lora_targets"):
         if s.lora_rank is None and getattr(s, name):
             yield name, "is for an adapter: add --lora_rank, such as 16."

@@ -219,7 +219,9 @@ def _refuse_other_conditions(config: Config, facts: Facts) -> None:
     channels, given = facts.condition_channels, config.condition
     if given.condition_channels != channels:
         rule = f"the condition of this data has {channels} channels: leave the flag out."
-        rule = rule if channels else "the data has no condition: add --condition_from, such as downscale:4."
+        rule = (
+            rule if channels else "the data has no condition: add --condition_from, such as downscale:4, or name one."
+        )
         raise UserError(rule, about="condition_channels", value=given.condition_channels)
     for name, default in (("condition_inject", "add"), ("condition_bottleneck", None)):
         if not channels and (value := getattr(given, name)) != default:

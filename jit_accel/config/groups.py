@@ -52,6 +52,10 @@ class ConditionConfig:
     condition_from: str | None = None
     """Make the condition of each image from the image itself: downscale:4, grey, blur:2.0, noise:0.1, mask:0.5 or
     jpeg:20 (default: no condition)."""
+    condition_path: str | None = None
+    """Folder with the condition of each image: a picture of the same relative name, with any ending of images."""
+    condition_column: str | None = None
+    """Column of the conditions: pictures, or in metadata.csv their paths; in tar files the ending, such as cond.png."""
     condition_channels: int = 0
     """Channels of the condition (default: from the data)."""
     condition_inject: Literal["add", "tokens"] = "add"

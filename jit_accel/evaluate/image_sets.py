@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -111,15 +111,14 @@ def _random_shares(images, img_size: int, batch_size: int, rank: int, world_size
 
 
 def _stream_shares(stream, img_size: int, batch_size: int, rank: int, world_size: int) -> Iterator[Share]:
-    columns = stream.columns
+    columns = replace(stream.columns, condition=None)
 
     def read(rows: list[tuple[int, dict]]) -> Share:
         numbers, labels, bad = [], [], []
         out = np.empty((len(rows), 3, img_size, img_size), np.uint8)
         for number, row in rows:
             try:
-                value, name = row.get(columns.image), lambda number=number: f"image {number}"
-                out[len(numbers)] = decode_row(value, columns, img_size, name)
+                out[len(numbers)] = decode_row(row, columns, img_size, lambda number=number: f"image {number}")
             except BadImage as error:
                 bad.append(str(error))
                 continue

@@ -262,7 +262,7 @@ def first_images(folder: Path, shards: list[dict], layout: Layout, count: int) -
         if layout.encoding == "uint8":
             images = np.load(folder / shard["file"], mmap_mode="r")
         else:
-            images = (decode_row(row["image"], columns, layout.img_size) for row in rows)
+            images = (decode_row(row, columns, layout.img_size) for row in rows)
         for row, image in zip(rows, images):
             yield image, legible(layout.class_names[row["label"]], row["label"]) if layout.is_labelled else ""
         if (count := count - len(rows)) <= 0:

@@ -155,7 +155,7 @@ def build_trainer(
     weights = initial.start if initial else None
     known = started(config, saved, weights)
     how = {"img_size": image_size(known), "val_images": config.run.val_images}
-    source, held_out = open_data(config.data, accelerator=accelerator, given=source, begun=run, **how)
+    source, held_out = open_data(config.data, config.condition, accelerator=accelerator, given=source, begun=run, **how)
     if initial and tuning.lora_rank:
         initial.labels_for(source)  # of other classes it says so better than `complete` would
     times = settle_precision(known, accelerator, saved if run.get("device") in (None, kind_of(device)) else {})
@@ -166,7 +166,7 @@ def build_trainer(
         num_images=source.num_images,
         num_classes=max(source.num_classes or 0, len(source.class_names)) or None,
         is_labelled=source.is_labelled,
-        condition_channels=degradation.channels(config.model.in_channels) if degradation else 0,
+        condition_channels=degradation.channels(config.model.in_channels) if degradation else source.condition_channels,
         is_encoded=source.is_encoded,
         processes=accelerator.num_processes,
         accumulation=accelerator.gradient_accumulation_steps,
@@ -243,7 +243,8 @@ def assemble(
     if config.evaluation.eval_every_steps:
         quality = SampleQuality(config.evaluation, source, Path(run.output_dir), **sampled)
     made_from = config.condition.condition_from
-    sampled["examples"] = choose_examples(source, held_out, config.data.img_size, made_from) if made_from else None
+    shown = source, held_out, config.data.img_size, made_from
+    sampled["examples"] = choose_examples(*shown) if config.condition.condition_channels else None
     feed = Feed(config.data, made_from, source, accelerator, num_classes=config.model.num_classes, **how)
     validation = Validation(held_out, accelerator, config.optim.batch_size, made_from) if held_out else None
     monitor = Monitor(

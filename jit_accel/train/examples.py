@@ -33,9 +33,9 @@ class Examples:
         return (pixels if pixels.shape[-1] == 3 else pixels[..., :1].expand(-1, -1, -1, 3)).numpy()
 
 
-def choose_examples(source: Source, held_out: HeldOut | None, img_size: int, condition_from: str) -> Examples:
+def choose_examples(source: Source, held_out: HeldOut | None, img_size: int, condition_from: str | None) -> Examples:
     """Return a few of the images held out, else of those trained on; all processes together."""
-    degradation = degradation_of(condition_from)
+    degradation = None if condition_from is None else degradation_of(condition_from)
     if held_out:
         mine = zip(held_out.images[:COUNT], held_out.labels[:COUNT])
         images, labels = zip(*[pair for pairs in gather_object([list(mine)]) for pair in pairs][:COUNT])

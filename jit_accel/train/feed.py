@@ -17,7 +17,7 @@ from jit_accel.base.console import warn
 from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.processes import on_all
 from jit_accel.base.spans import span
-from jit_accel.config.groups import STREAMING, DataConfig
+from jit_accel.config.groups import STREAMING, ConditionConfig, DataConfig
 from jit_accel.data.batches.batch import Batch, PixelBatch, ready
 from jit_accel.data.batches.degradations import degradation_of
 from jit_accel.data.batches.holdout import HeldOut, held_by_split, split_holdout
@@ -37,6 +37,7 @@ MIN_DRAWS = 256  # of the validation: one time and noise an image say little whe
 
 def open_data(
     data: DataConfig,
+    condition: ConditionConfig,
     *,
     img_size: int,
     val_images: int,
@@ -51,6 +52,11 @@ def open_data(
     """
     names = ("data_format", "image_column", "label_column", "renumber_labels")
     how = {name: getattr(data, name) for name in names}
+    for name in ("condition_path", "condition_column"):
+        how[name] = getattr(condition, name)
+        if given and how[name] is not None:
+            rule = "the images were opened before: open them with their conditions."
+            raise UserError(rule, about=name, value=how[name])
     open_split = partial(open_images, data.data_path, streaming=STREAMING[data.streaming], **how)
 
     def open_as_begun() -> tuple[Source, HeldOut | None]:

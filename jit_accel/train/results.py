@@ -38,7 +38,8 @@ RECORDED_PACKAGES = ("torch", "accelerate", "diffusers", "datasets", "numpy", "w
 def describe_data(source: Source) -> str:
     """Return a data set's name, size and classes in words."""
     classes = f"{source.num_classes or 'unknown number of'} classes" if source.is_labelled else "unlabelled"
-    return f"{redacted(source.name)} ({source.num_images:,} images, {classes})"
+    pairs = "images with conditions" if source.condition_channels else "images"
+    return f"{redacted(source.name)} ({source.num_images:,} {pairs}, {classes})"
 
 
 def record_run(facts: dict, plan: Plan, network: torch.nn.Module, accelerator) -> dict:

@@ -22,7 +22,7 @@ from jit_accel.train.results import describe_data
 FIXED_SETTINGS = (
     *("model", "img_size", "num_classes", "prediction", "optimizer", "ema_decays", "seed"),
     *("image_column", "label_column", "renumber_labels", "holdout", "lora_rank", "lora_alpha", "lora_targets"),
-    *("condition_channels", "condition_inject", "condition_bottleneck"),
+    *("condition_column", "condition_channels", "condition_inject", "condition_bottleneck"),
 )
 
 
@@ -132,7 +132,7 @@ class RunFacts:
         """Say which of the `changed` settings make this another experiment than the checkpoint's."""
         now = self.facts["settings"]
         # The same images elsewhere, a device's precision; and of the batch, what the processes make of it counts.
-        same = {"data_path", "mixed_precision", "batch_size", "gradient_accumulation_steps"}
+        same = {"data_path", "condition_path", "mixed_precision", "batch_size", "gradient_accumulation_steps"}
         if not (now["use_wandb"] or now["report_to"]):
             same |= set(NAMES)
         differences = changed_settings(then, {name: now[name] for name in changed if name not in same})

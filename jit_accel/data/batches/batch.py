@@ -9,6 +9,7 @@ import torch
 
 from jit_accel.base.errors import UserError
 from jit_accel.data.batches.degradations import Degradation
+from jit_accel.data.formats.columns import IMAGE_CHANNELS
 
 MAX_SUBSTITUTES = 100  # images drawn to stand in for one that is bad
 
@@ -17,7 +18,9 @@ MAX_SUBSTITUTES = 100  # images drawn to stand in for one that is bad
 class PixelBatch:
     """One micro-batch of one process as a loader reads it."""
 
-    images: torch.Tensor  # uint8 (B, 3, H, W), 0..255
+    images: (
+        torch.Tensor
+    )  # uint8 (B, 3 + C, H, W), 0..255; behind the image's channels are those of its condition, if any
     labels: torch.Tensor  # int64 (B,)
     positions: np.ndarray  # int64 (B,): the images' numbers in the run, on which every random choice for them depends
     bad_images: list[str] = field(default_factory=list)  # "name: reason" of each that could not be decoded
@@ -51,7 +54,7 @@ class Batch:
 def ready(batch: PixelBatch, device: torch.device | str, degradation: Degradation | None = None) -> Batch:
     """Return the batch on `device`, mirrored and normalised: the only place where its pixels change.
 
-    degradation: what makes conditions of its images.
+    degradation: what makes conditions of its images, where none were read with them.
     """
     images = batch.images.to(device, non_blocking=True)
     if batch.mirror is not None and images.device.type != "cpu":
@@ -63,7 +66,11 @@ def ready(batch: PixelBatch, device: torch.device | str, degradation: Degradatio
             x[place] = x[place].flip(-1)
     labels = batch.labels.to(device, non_blocking=True)
     x = x.div_(127.5).sub_(1)
-    condition = degradation(x, batch.positions) if degradation else None
+    condition = None
+    if x.shape[1] > IMAGE_CHANNELS:
+        x, condition = x[:, :IMAGE_CHANNELS].contiguous(), x[:, IMAGE_CHANNELS:].contiguous()
+    elif degradation:
+        condition = degradation(x, batch.positions)
     return Batch(x, labels, batch.positions, batch.bad_images, condition)
 
 

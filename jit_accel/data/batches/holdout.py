@@ -21,18 +21,18 @@ from jit_accel.base.shared_tables import shared_arrays
 from jit_accel.data.formats.source import Source, fingerprint_of
 from jit_accel.data.reading.content import announce_keys
 from jit_accel.data.reading.decode import BadImage, decode_row
-from jit_accel.data.reading.images import Images, SomeImages, Stream
+from jit_accel.data.reading.images import SomeImages, Stream
 from jit_accel.data.reading.shards import Shard, remembered
 
 log = logging.getLogger(__name__)
-Decoded = tuple[int, np.ndarray, int]  # index, uint8 (3, H, W), label
+Decoded = tuple[int, np.ndarray, int]  # index, uint8 (3 + C, H, W), label
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """One process's share of the held-out images."""
 
-    images: torch.Tensor  # uint8 (k, 3, H, W)
+    images: torch.Tensor  # uint8 (k, 3 + C, H, W), as in `PixelBatch`
     labels: torch.Tensor  # int64 (k,)
     keys: np.ndarray  # int64 (k,), 0 or more: one an image, from which its noise and time follow
 
@@ -119,17 +119,18 @@ def _read(source: Source, found: dict[str, np.ndarray], img_size: int, part: sli
     if source.streaming:
         images = list(_read_stream(source.images, np.sort(chosen), found["ends"], img_size))
     else:
-        images = list(_read_images(source.images, chosen, img_size))
-    pixels = np.stack([one for _, one, _ in images]) if images else np.empty((0, 3, img_size, img_size), np.uint8)
+        images = list(_read_images(source, chosen, img_size))
+    shape = (len(images), source.channels, img_size, img_size)
+    pixels = np.stack([one for _, one, _ in images]) if images else np.empty(shape, np.uint8)
     labels = torch.tensor([label for *_, label in images], dtype=torch.int64)
     keys = np.array([key_of[index] for index, *_ in images], np.uint64)
     return HeldOut(torch.from_numpy(pixels), labels, (keys >> np.uint64(1)).astype(np.int64))
 
 
-def _read_images(images: Images, chosen: np.ndarray, img_size: int) -> Iterator[Decoded]:
+def _read_images(source: Source, chosen: np.ndarray, img_size: int) -> Iterator[Decoded]:
     for index in chosen.tolist():
-        out = np.empty((1, 3, img_size, img_size), np.uint8)
-        labels, bad = images.read(np.array([index]), out)
+        out = np.empty((1, source.channels, img_size, img_size), np.uint8)
+        labels, bad = source.images.read(np.array([index]), out)
         if not bad:
             yield index, out[0], int(labels[0])
 
@@ -144,7 +145,7 @@ def _read_stream(stream: Stream, chosen: np.ndarray, ends: np.ndarray, img_size:
         row = next(islice(rows, index - position, None))
         position = index + 1
         with contextlib.suppress(BadImage):
-            yield index, decode_row(row[columns.image], columns, img_size), columns.label_of(row.get(columns.label))
+            yield index, decode_row(row, columns, img_size), columns.label_of(row.get(columns.label))
 
 
 def _keys_by_unit(source: Source) -> list[np.ndarray]:

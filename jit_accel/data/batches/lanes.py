@@ -100,7 +100,7 @@ class BatchPart:
     """The images of a batch that one reader decodes."""
 
     places: np.ndarray  # int64 (k,), sorted
-    images: torch.Tensor  # uint8 (k, 3, H, W)
+    images: torch.Tensor  # uint8 (k, 3 + C, H, W), as in `PixelBatch`
     labels: np.ndarray  # int64 (k,)
     bad_images: dict[int, str]  # {place: "name: reason"}, replaced by other images
 
@@ -130,7 +130,8 @@ class BatchPartReader(torch.utils.data.IterableDataset):
         mine = shares(by_place.lane, self._count)[self._number]
         slots = np.argsort(np.argsort(mine))  # the images lie in the order of their places, and are read by lanes
         size = self._img_size
-        part = BatchPart(np.sort(mine), empty_batch((len(mine), 3, size, size)), np.empty(len(mine), np.int64), {})
+        pixels = empty_batch((len(mine), self._stream.channels, size, size))
+        part = BatchPart(np.sort(mine), pixels, np.empty(len(mine), np.int64), {})
         images = part.images.numpy()
         columns = (slots, mine, *(values[mine] for values in by_place))
         for slot, place, epoch, lane, number, offset in zip(*(column.tolist() for column in columns)):
@@ -151,7 +152,7 @@ class BatchPartReader(torch.utils.data.IterableDataset):
 
     def _decode_row(self, row: dict, name: Callable[[], str]) -> tuple[np.ndarray, int]:
         columns = self._stream.columns
-        pixels = decode_row(row[columns.image], columns, self._img_size, name)
+        pixels = decode_row(row, columns, self._img_size, name)
         return pixels, columns.label_of(row.get(columns.label))
 
     def _substitute(self, window: OpenLane, position: int, reason: str) -> tuple[np.ndarray, int]:
@@ -177,7 +178,7 @@ def images_in_a_window(stream: Stream, seed: int, shuffle_buffer: int) -> int:
     """Return `shuffle_buffer`, or fewer where the first images of the unit that is read first are too large for it."""
     units, _ = StreamOrder(seed, stream.sizes, lanes=1, window=1).units(epoch=0)
     first = int(units[np.flatnonzero(stream.sizes[units])[0]])
-    images = [row[stream.columns.image] for row in islice(stream.training_rows(first), _SAMPLED_ROWS)]
-    found = [stream.columns.image_of(image)[0] for image in images]
+    rows = list(islice(stream.training_rows(first), _SAMPLED_ROWS))
+    found = [stream.columns.image_of(row[name])[0] for row in rows for name in stream.columns.pictures]
     num_bytes = sum(len(data) for data in found if data is not None and not isinstance(data, str))
-    return max(1, min(shuffle_buffer, int(MAX_WINDOW_BYTES * len(found) / max(1, num_bytes))))
+    return max(1, min(shuffle_buffer, int(MAX_WINDOW_BYTES * len(rows) / max(1, num_bytes))))

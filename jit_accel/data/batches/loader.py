@@ -155,14 +155,15 @@ class RandomAccessBatches(torch.utils.data.Dataset):
 
     def __init__(self, task: ReadingTask):
         self._task, self._images, self._num_images = task, task.source.images, task.source.num_images
-        if task.source.is_encoded and 3 * self._num_images * task.img_size**2 <= MOST_KEPT_BYTES:
-            self._images = KeptImages(self._images, task.img_size)
+        num_bytes = task.source.channels * self._num_images * task.img_size**2
+        if task.source.is_encoded and num_bytes <= MOST_KEPT_BYTES:
+            self._images = KeptImages(self._images, task.source.channels, task.img_size)
 
     def __getitem__(self, base: int) -> PixelBatch | UserError:
         """Return a UserError instead of raising it: torch would bury its message under a worker's traceback."""
         task = self._task
         positions = order.batch_positions(base, task.rank, task.batch_size)
-        pixels = empty_batch((task.batch_size, 3, task.img_size, task.img_size))
+        pixels = empty_batch((task.batch_size, task.source.channels, task.img_size, task.img_size))
         images = pixels.numpy()
         indices = order.image_indices(task.seed, positions, self._num_images, task.order_kind)
         labels, bad = self._images.read(indices, images)
@@ -235,7 +236,7 @@ class StreamLoader(Loader):
         reasons = [bad[place] for place in sorted(bad)]
         if len(parts) == 1:
             return task.batch(parts[0].images, parts[0].labels, positions, reasons)
-        shape = (task.batch_size, 3, task.img_size, task.img_size)
+        shape = (task.batch_size, task.source.channels, task.img_size, task.img_size)
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if task.pin_memory else empty_batch(shape)
         labels = np.empty(task.batch_size, np.int64)
         for part in parts:

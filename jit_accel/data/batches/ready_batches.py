@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from jit_accel.base.errors import check_ranges
+from jit_accel.base.errors import UserError, check_ranges
 from jit_accel.data.batches.batch import Batch, ready
 from jit_accel.data.batches.degradations import Degradation, degradation_of
 from jit_accel.data.batches.loader import build_loader
@@ -39,15 +39,18 @@ def batches(
         img_size: side in pixels to which images are cropped.
         batch_size: images a batch, of this process.
         seed: of the order, of the mirroring, and of what is random about conditions.
-        condition_from: what makes conditions of the images, such as "downscale:4".
+        condition_from: what makes conditions of the images, such as "downscale:4", where they have none.
         how: further fields of `ReadingTask`, such as `num_workers`, `horizontal_flip`, `rank` and `world_size`.
 
-    UserError if a number is below 1, or the images were prepared smaller than `img_size`.
+    UserError if a number is below 1, the images were prepared smaller than `img_size`, or they have conditions already.
     """
     counts = {"img_size": img_size, "batch_size": batch_size, "lanes": how.get("lanes")}
     check_ranges(counts, [(name, lambda count: count >= 1, "at least 1") for name in counts])
     how = {"pin_memory": torch.device(device).type == "cuda", **how}
     degradation = None if condition_from is None else degradation_of(condition_from, seed)
+    if degradation and source.condition_channels:
+        rule = f"the images of {source.name} come with conditions: leave it out."
+        raise UserError(rule, about="condition_from", value=condition_from)
     loader = build_loader(source, img_size=img_size, batch_size=batch_size, seed=seed, **how)
     return ReadyBatches(loader, device, degradation=degradation)
 

@@ -18,6 +18,7 @@ from jit_accel.data.reading.splits import OTHERS, TEST, TRAIN, VALIDATION, choos
 
 log = logging.getLogger(__name__)
 
+IMAGE_CHANNELS = 3  # of a picture that is read; those of its condition come behind them
 IMAGE_NAMES = ("image", "img", "png", "jpg", "jpeg", "webp", "picture", "photo", "pixel_values", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label", "category", "class_label", "target")
 SPLIT_NAMES = ("split", "subset", "partition", "set", "dataset", "data set")  # of columns of splits, in any case
@@ -32,7 +33,7 @@ _NO_CLASS = (
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that one row is read by: `image`, `label`, `key` and `name` are column names."""
+    """The columns that one row is read by: `image`, `label`, `condition`, `key` and `name` are column names."""
 
     image: str
     label: str | None = None
@@ -45,12 +46,24 @@ class Columns:
     left_out: frozenset[str] = frozenset()  # folders in tar files with samples of other splits
     split: tuple[str, tuple[str | None, ...]] | None = None  # a column, and its values in the rows that are read
     joined: frozenset[str] | None = None  # endings like "seg.png" of pictures that are no samples; None: all with dots
+    condition: str | None = None  # of a picture that goes with the image
 
     @property
     def all(self) -> list[str]:
         """Return the names of the columns that are read."""
         split = self.split and self.split[0]
-        return [column for column in (self.image, self.label, self.key, self.name, split) if column is not None]
+        names = (self.image, self.label, self.condition, self.key, self.name, split)
+        return [column for column in names if column is not None]
+
+    @property
+    def pictures(self) -> list[str]:
+        """Return the names of the columns of pictures."""
+        return [self.image] if self.condition is None else [self.image, self.condition]
+
+    @property
+    def channels(self) -> int:
+        """Return the channels of what a row is decoded to, the image's first."""
+        return IMAGE_CHANNELS * len(self.pictures)
 
     def chosen(self, table: pa.Table | pa.RecordBatch) -> pa.Table | pa.RecordBatch:
         """Return the rows of the splits that are read."""
@@ -89,22 +102,29 @@ def features_of(schema: pa.Schema) -> dict[str, Any]:
 
 
 def find_columns(
-    features: Mapping[str, Any], image_column: str | None, label_column: str | None, where: str
+    features: Mapping[str, Any],
+    image_column: str | None,
+    label_column: str | None,
+    where: str,
+    condition_column: str | None = None,
 ) -> Columns:
     """Choose the image column and the label column, if any, by the user's names, else by type, else by name.
 
-    UserError if a named column does not exist, or no image column can be recognised.
+    UserError if a named column does not exist or holds something else, or no image column can be recognised.
     """
     names = ", ".join(features)
-    spelled = {unicodedata.normalize("NFC", name): name for name in features}
-    image_column, label_column = (
-        name if name is None or name in features else spelled.get(unicodedata.normalize("NFC", name), name)
-        for name in (image_column, label_column)
+    image_column, label_column, condition = (
+        None if wanted is None else named_column(features, wanted, about, where)
+        for about, wanted in (
+            ("image_column", image_column),
+            ("label_column", label_column),
+            ("condition_column", condition_column),
+        )
     )
-    for about, wanted in (("image_column", image_column), ("label_column", label_column)):
-        if wanted is not None and wanted not in features:
-            rule = f"{where} has no such column; choose from {names}.{nearest(wanted, features)}"
-            raise UserError(rule, about=about, value=wanted)
+    everything, features = features, {name: kind for name, kind in features.items() if name != condition}
+    if condition is not None and condition in (image_column, label_column):
+        rule = "is the column of the images or of the labels already: choose another."
+        raise UserError(rule, about="condition_column", value=condition)
     typed = [name for name, feature in features.items() if isinstance(feature, Image)]
     classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     by_name = [name for name in IMAGE_NAMES if name in features and name not in classes]
@@ -118,16 +138,36 @@ def find_columns(
     label = label_column or min(kinds, key=lambda name: kinds[name] == "float", default=None)  # floats may be scores
     is_image = not isinstance(features[image], pa.DataType)  # as which HF has no type
     is_label = label is None or (label != image and label_kind(features[label]) is not None)
+    is_condition = condition is None or _may_be_pictures(everything[condition])
     for about, column, is_fit, rule in (
         ("image_column", image, is_image, "images are JPEG, PNG, ... files as bytes"),
         ("label_column", label, is_label, "labels are class labels, whole numbers or text"),
+        ("condition_column", condition, is_condition, "conditions are JPEG, PNG, ... files as bytes, or their paths"),
     ):
         if not is_fit:
-            rule = f"its type is {features[column]}; {rule}: choose another of the columns {names}."
+            rule = f"its type is {everything[column]}; {rule}: choose another of the columns {names}."
             raise UserError(rule, about=about, value=column)
     if label is None and named:
         log.warning(_NO_CLASS, where, named[0], features[named[0]])
-    return Columns(image, label)
+    return Columns(image, label, condition=condition)
+
+
+def named_column(names: Iterable[str], wanted: str, about: str, where: str) -> str:
+    """Return the column of this name, in whatever form of Unicode; UserError if there is none."""
+    spelled = {unicodedata.normalize("NFC", name): name for name in names}
+    if wanted in spelled.values():
+        return wanted
+    if (found := spelled.get(unicodedata.normalize("NFC", wanted))) is None:
+        rule = f"{where} has no such column; choose from {', '.join(names)}.{nearest(wanted, names)}"
+        raise UserError(rule, about=about, value=wanted)
+    return found
+
+
+def _may_be_pictures(feature: Any) -> bool:
+    """Return whether a column of this type may hold encoded pictures, or the paths of such."""
+    if isinstance(feature, Value):
+        return any(word in feature.dtype for word in ("string", "binary"))
+    return isinstance(feature, Image) or (isinstance(feature, Mapping) and feature.keys() >= {"bytes", "path"})
 
 
 def split_column(features: Mapping[str, Any]) -> str | None:

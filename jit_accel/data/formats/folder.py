@@ -15,10 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, Image
 
+from jit_accel.base.errors import UserError
 from jit_accel.base.shared_tables import shared_table
 from jit_accel.data import data_error
 from jit_accel.data.formats.columns import Columns, named_classes
-from jit_accel.data.formats.metadata import labels_from_metadata
+from jit_accel.data.formats.metadata import labels_from_metadata, listed_paths
+from jit_accel.data.formats.partners import partners_by_name
 from jit_accel.data.formats.scan import (
     IMAGE_EXTENSIONS,
     FolderScan,
@@ -61,7 +63,8 @@ def open_folder(request: Request) -> Source:
 
     Labels come from metadata.csv or metadata.jsonl where there are any (see `labels_from_metadata`), else from the
     names of the subfolders. A flat folder, or one with a single subfolder, is unlabelled: one class, of its name.
-    UserError if it is missing, has no images, or has wrong metadata.
+    Conditions are pictures of the same names in another folder, or those that a column of the metadata names.
+    UserError if it is missing, has no images, has wrong metadata, or no condition where these are asked for.
     """
     root = request.path
     if not os.path.isdir(root):
@@ -75,7 +78,8 @@ def open_folder(request: Request) -> Source:
     facts = json.loads(table.schema.metadata[_FACTS])
     # HF would hash the whole table for a fingerprint
     dataset = Dataset(table, fingerprint=facts["identity"])
-    columns = Columns("image", "label" if "label" in table.column_names else None)
+    found = {name: name for name in ("label", "condition") if name in table.column_names}
+    columns = Columns("image", **found)
     return source_of(root, "folder", TableImages(dataset, columns), tuple(facts["names"]), facts["identity"])
 
 
@@ -88,11 +92,12 @@ def _table_of_images(request: Request, where: str) -> pa.Table:
         raise data_error(root, _emptiness(scan))
     chosen = scan_of_splits(scan, request.split, root)
     if (scan := chosen.scan).metadata:
-        images, ids, names = labels_from_metadata(root, chosen, request.label_column, request.renumber_labels)
+        how = request.label_column, request.renumber_labels, request.condition_column
+        images, ids, names = labels_from_metadata(root, chosen, *how)
     else:
         choose_splits({TRAIN: len(scan.images)}, chosen.split, root)
         reason = "has no columns, without metadata.csv or metadata.jsonl"
-        request.refuse("label_column", "renumber_labels", reason=reason)
+        request.refuse("label_column", "renumber_labels", "condition_column", reason=reason)
         images, ids, names = _classify(root, scan.images, chosen.inner)
     identity = hash_strings(images, ["folder", str(len(images))])
     if scan.metadata and ids is not None:  # which class folders show in the paths
@@ -101,12 +106,43 @@ def _table_of_images(request: Request, where: str) -> pa.Table:
     # By columns: `Dataset.from_dict` would encode a million paths one by one
     paths = pc.binary_join_element_wise(where.rstrip("/"), images, "/")
     features = Features({"image": Image(decode=False)})
-    table = {"image": pc.make_struct(pa.scalar(None, pa.binary()), paths, field_names=["bytes", "path"])}
+    table = {"image": _as_files(paths)}
     if ids is not None:
         features["label"], table["label"] = ClassLabel(names=list(names)), pa.array(ids)
+    if (found := _partners(request, scan.metadata, images)) is not None:
+        partners, below = found
+        identity = hash_strings(pc.fill_null(partners, ""), ["condition", identity])
+        paths = [path and os.path.normpath(os.path.join(below, path)) for path in partners.to_pylist()]
+        features["condition"], table["condition"] = Image(decode=False), _as_files(pa.array(paths, pa.string()))
     schema = features.arrow_schema
     facts = json.dumps({"names": names, "identity": identity})
     return pa.table(table).cast(schema.with_metadata(schema.metadata | {_FACTS: facts}))
+
+
+def _as_files(paths: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Return paths as undecoded images."""
+    return pc.make_struct(pa.scalar(None, pa.binary()), paths, field_names=["bytes", "path"])
+
+
+def _partners(request: Request, metadata: list[str], images: pa.ChunkedArray) -> tuple[pa.ChunkedArray, str] | None:
+    """Return the files of the conditions that are asked for, null where one is missing, and the folder they are below.
+
+    UserError if there is none at all.
+    """
+    root = request.path
+    if request.condition_path is not None:
+        return partners_by_name(images, root, request.condition_path), os.path.abspath(request.condition_path)
+    if request.condition_column is None:
+        return None
+    listed = listed_paths(root, metadata, images, request.condition_column)
+    named = [path for path in listed.to_pylist() if path]
+    if not any(os.path.isfile(os.path.join(root, path)) for path in named):
+        rule = (
+            f"none of the {len(named)} files that it names is there (the first: {(named or ['none'])[0]}): its paths "
+        )
+        rule += "must be relative to the folder of the metadata file."
+        raise UserError(rule, about="condition_column", value=request.condition_column)
+    return listed, os.path.abspath(root)
 
 
 def _classify(

@@ -24,6 +24,7 @@ from jit_accel.data.formats.columns import (
     counts_of,
     features_of,
     find_columns,
+    named_column,
     read_labels,
     split_column,
 )
@@ -35,7 +36,11 @@ FILE_NAME = "file_name"
 
 
 def labels_from_metadata(
-    root: str, chosen: OfSplits, label_column: str | None, renumber: bool = False
+    root: str,
+    chosen: OfSplits,
+    label_column: str | None,
+    renumber: bool = False,
+    condition_column: str | None = None,
 ) -> tuple[pa.ChunkedArray, np.ndarray | None, tuple[str, ...]]:
     """Return the `chosen` images that the metadata files under `root` list, and their labels.
 
@@ -50,8 +55,9 @@ def labels_from_metadata(
     """
     scan, first_file = chosen.scan, os.path.join(root, chosen.scan.metadata[0])
     tables = [_read(os.path.join(root, name), label_column) for name in scan.metadata]
-    columns = _find_columns(tables, first_file, label_column)
+    columns = _find_columns(tables, first_file, label_column, condition_column)
     listed = [_paths(table, name) for table, name in zip(tables, scan.metadata)]
+    shown = [_paths(table, name, condition_column) for table, name in zip(tables, scan.metadata) if condition_column]
     are_wanted = [pc.invert(_are_in(chosen.left_out, paths)) for paths in listed]
     tables, listed = _filtered(tables, are_wanted), _filtered(listed, are_wanted)
     are_wanted = _are_of_split(tables, chosen.split, root)
@@ -59,7 +65,7 @@ def labels_from_metadata(
     tables, listed = _filtered(tables, are_wanted), _filtered(listed, are_wanted)
     paths = pa.chunked_array(listed, pa.string())
     places = _places(paths, scan.images)
-    others = pc.unique(_places(pa.chunked_array(unwanted, pa.string()), scan.images).drop_null())
+    others = pc.unique(_places(pa.chunked_array([*unwanted, *shown], pa.string()), scan.images).drop_null())
     _report(root, scan, paths, places, len(others))
     if columns.label is None:
         return scan.images.take(np.unique(places.drop_null().to_numpy())), None, ()
@@ -218,21 +224,42 @@ def _places(paths: pa.ChunkedArray, images: pa.ChunkedArray) -> pa.ChunkedArray:
     return places
 
 
-def _find_columns(tables: list[pa.Table], where: str, wanted: str | None) -> Columns:
+def _find_columns(tables: list[pa.Table], where: str, wanted: str | None, condition: str | None) -> Columns:
     shared = _shared(tables)
-    columns = find_columns(features_of(tables[0].select(shared).schema), FILE_NAME, wanted, where)
-    if columns.label is None and not set(shared).intersection(LABEL_NAMES):
-        others = ", ".join(name for name in shared if name != FILE_NAME) or "no column but file_name"
+    columns = find_columns(features_of(tables[0].select(shared).schema), FILE_NAME, wanted, where, condition)
+    if columns.label is None and not set(shared).difference({columns.condition}).intersection(LABEL_NAMES):
+        others = [name for name in shared if name not in (FILE_NAME, columns.condition)]
+        others = ", ".join(others) or "no column but " + " and ".join([FILE_NAME, *columns.pictures[1:]])
         rule = "%s has no column of labels (%s): the images train unlabelled; name one with --label_column."
         log.warning(rule, where, others)
     return columns
 
 
-def _paths(table: pa.Table, metadata: str) -> pa.Array:
+def _paths(table: pa.Table, metadata: str, column: str = FILE_NAME) -> pa.Array:
     """Return the listed paths relative to the root."""
-    folder = posixpath.join(posixpath.dirname(metadata), "")
-    listed = (path and path.replace("\\", "/") for path in table.column(FILE_NAME).cast(pa.string()).to_pylist())
-    return pa.array([path and posixpath.normpath(folder + path) for path in listed], pa.string())
+    folder, column = posixpath.dirname(metadata), named_column(table.column_names, column, "condition_column", metadata)
+    listed = (path and path.replace("\\", "/") for path in table.column(column).cast(pa.string()).to_pylist())
+    return pa.array([path and posixpath.normpath(posixpath.join(folder, path)) for path in listed], pa.string())
+
+
+def listed_paths(root: str, metadata: list[str], images: pa.ChunkedArray, column: str) -> pa.ChunkedArray:
+    """Return the path that a column of metadata files has for each of the images, relative to `root`; null for none.
+
+    UserError where one image has two.
+    """
+    tables = [_read(os.path.join(root, name), column) for name in metadata]
+    listed, values = (
+        pa.chunked_array([_paths(table, name, of) for table, name in zip(tables, metadata)], pa.string())
+        for of in (FILE_NAME, column)
+    )
+    path_of: dict[int, str | None] = {}
+    for place, path in zip(_places(listed, images).to_pylist(), values.to_pylist()):
+        if place is not None and path_of.setdefault(place, path) != path:
+            rule = (
+                f"{os.path.join(root, metadata[0])} lists {images[place]} with two of them, {path_of[place]} and {path}"
+            )
+            raise UserError(f"{rule}: remove one of the rows.", about="condition_column", value=column)
+    return pa.chunked_array([pa.array([path_of.get(place) for place in range(len(images))], pa.string())])
 
 
 def _report(
@@ -246,5 +273,5 @@ def _report(
     if missing:
         log.warning("--data_path %s: %d images listed in %s are missing: %s ...", root, missing, where, examples)
     left_out = len(scan.images) - len(pc.unique(places.drop_null())) - num_of_other_splits
-    if left_out:
+    if left_out > 0:
         log.warning("--data_path %s: %d images not listed in %s are left out", root, left_out, where)

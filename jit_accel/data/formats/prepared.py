@@ -50,7 +50,8 @@ def open_prepared(request: Request) -> Source:
     if not os.path.isdir(folder):
         raise missing_path(folder)
     reason = "was prepared, its columns are known"
-    request.refuse("image_column", "label_column", "renumber_labels", reason=reason)
+    names = "image_column", "label_column", "renumber_labels", "condition_path", "condition_column"
+    request.refuse(*names, reason=reason)
     index = read_index(folder)
     choose_splits({TRAIN: index["num_images"]}, request.split, folder)
     names = tuple(index["class_names"])

@@ -10,7 +10,7 @@ from datasets import Dataset, Image
 
 from jit_accel.base.errors import UserError
 from jit_accel.data import data_error
-from jit_accel.data.formats.columns import FOLDER, Columns
+from jit_accel.data.formats.columns import FOLDER, IMAGE_CHANNELS, Columns
 from jit_accel.data.reading.images import Images, Stream, TableImages
 from jit_accel.data.reading.shards import Shard
 from jit_accel.data.reading.splits import ALL, TRAIN, canonical
@@ -28,6 +28,8 @@ class Request:
     streaming: bool | None = None  # None: as suits the format
     renumber_labels: bool = False
     split: str | None = None  # None: train, where there are several
+    condition_path: str | None = None  # a folder
+    condition_column: str | None = None
 
     @property
     def other_split(self) -> list[str]:
@@ -67,6 +69,16 @@ class Source:
         return getattr(self.images, "is_encoded", True)
 
     @property
+    def channels(self) -> int:
+        """Return the channels of what is read: the image's, and behind them those of its condition."""
+        return getattr(self.images, "channels", IMAGE_CHANNELS)
+
+    @property
+    def condition_channels(self) -> int:
+        """Return the channels of the pictures that go with the images; 0 where there are none."""
+        return self.channels - IMAGE_CHANNELS
+
+    @property
     def num_classes(self) -> int | None:
         """Return the smallest number of classes that holds every label; None where the labels are not known yet."""
         return None if self.max_label is None else self.max_label + 1
@@ -76,6 +88,8 @@ def source_of(
     name: str, format: str, images: Images | Stream, names: tuple[str, ...], identity: str, size: int | None = None
 ) -> Source:
     """Return the data set of these images, squares of side `size` if that is given; UserError if there are none."""
+    if condition := getattr(images, "columns", Columns("")).condition:
+        identity = fingerprint_of([identity, "condition", condition])
     count = int(images.sizes.sum()) if isinstance(images, Stream) else len(images)
     if not count:
         raise data_error(name, "the data set has no rows: choose one with images.")
@@ -109,9 +123,9 @@ def table_images(dataset: Dataset, columns: Columns) -> TableImages:
     """Return the columns of a table that are read, undecoded."""
     if list(dataset.features) != columns.all:
         dataset = dataset.select_columns(columns.all)
-    feature = dataset.features[columns.image]
-    if isinstance(feature, Image) and feature.decode:
-        dataset = dataset.cast_column(columns.image, Image(decode=False))
+    for name in columns.pictures:
+        if isinstance(feature := dataset.features[name], Image) and feature.decode:
+            dataset = dataset.cast_column(name, Image(decode=False))
     return TableImages(dataset, columns)
 
 

@@ -11,10 +11,11 @@ from dataclasses import replace
 import datasets
 import pyarrow as pa
 
-from jit_accel.base.errors import lookup
+from jit_accel.base.errors import UserError, lookup
 from jit_accel.base.shared_tables import shared_table
 from jit_accel.data import data_error
 from jit_accel.data.formats.folder import is_about_images, is_known_image_folder, open_folder
+from jit_accel.data.formats.partners import check_pairs
 from jit_accel.data.formats.prepared import is_prepared, open_prepared
 from jit_accel.data.formats.scan import has_images
 from jit_accel.data.formats.source import Request, Source, fingerprint_of
@@ -39,6 +40,8 @@ def open_images(
     streaming: bool | None = None,
     renumber_labels: bool = False,
     split: str | None = None,
+    condition_path: str | os.PathLike | None = None,
+    condition_column: str | None = None,
 ) -> Source:
     """Open `--data_path`: a folder of images, Parquet or tar files, their URLs (`https://host/shard-{000..009}.tar`),
     a saved or prepared data set, a Hub id (`owner/name:config@revision`), `builtin:NAME`.
@@ -48,6 +51,9 @@ def open_images(
         streaming: read sequentially (True), by random access (False), or as suits the format (None).
         renumber_labels: number the labels that occur 0, 1, 2, ...
         split: of several splits one, as test, or some, train+test, or all; None: train.
+        condition_path: a folder with a picture for each image, its condition, of the same relative name.
+        condition_column: the column of the conditions; in metadata files it holds their paths, in tar files it is the
+            ending of their members.
 
     UserError for whatever is wrong with the path, the columns or the labels, found before any training.
     """
@@ -63,7 +69,13 @@ def open_images(
         data_format = detect_format(path)
     if is_url(path):
         lookup(dict.fromkeys(_BY_ENDING.values()), data_format, "data_format", rule="no format of URLs")
-    return FORMATS[data_format](Request(path, image_column, label_column, streaming, renumber_labels, split))
+    if None not in (condition_path, condition_column):
+        raise UserError("says the same as condition_path: give only one of them.", about="condition_column")
+    place = None if condition_path is None else os.path.expanduser(os.fspath(condition_path))
+    how = image_column, label_column, streaming, renumber_labels, split, place, condition_column
+    source = FORMATS[data_format](Request(path, *how))
+    check_pairs(source, "condition_column" if condition_path is None else "condition_path", place or condition_column)
+    return source
 
 
 def detect_format(path: str) -> str:

@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,7 +84,7 @@ def open_tables(
             rule = f"its columns ({here}) differ from those of {shards[0]} ({there}): give a pattern that matches the "
             raise data_error(file.shard, rule + "files of one data set.")
     features = features_of(schema) | {name: named[name] for name in named or () if name in schema.names}
-    columns = find_columns(features, request.image_column, request.label_column, request.path)
+    columns = _find_columns(features, request)
     twice = next((name for name in columns.all if schema.names.count(name) > 1), None)
     if twice is not None:
         rule = f"two columns are named {twice!r}: rename one, or choose others with --image_column and --label_column."
@@ -151,7 +151,7 @@ def split_of(dataset: Dataset | DatasetDict, request: Request) -> tuple[Dataset,
 
 def open_table(request: Request, format: str, dataset: Dataset, identity: str, split: str | None = ALL) -> Source:
     """Open a table for random access, and of it the rows of a `split`; UserError for wrong columns or labels."""
-    columns = find_columns(dataset.features, request.image_column, request.label_column, request.path)
+    columns = _find_columns(dataset.features, request)
     name = split_column(dataset.features)
     counts = counts_of(dataset.with_format("arrow")[name][:]) if name not in (None, *columns.all) else {}
     if (values := choose_values(counts or {None: len(dataset)}, split, request.path)) is not None:
@@ -161,6 +161,12 @@ def open_table(request: Request, format: str, dataset: Dataset, identity: str, s
     feature, asked = dataset.features.get(columns.label), request.label_column
     columns, names = read_labels(feature, values, columns, request.path, asked, request.renumber_labels)
     return _check_embedded(source_of(request.path, format, table_images(dataset, columns), names, identity))
+
+
+def _find_columns(features: Mapping[str, Any], request: Request) -> Columns:
+    request.refuse("condition_path", reason="is a table, whose conditions --condition_column names")
+    how = request.image_column, request.label_column, request.path, request.condition_column
+    return find_columns(features, *how)
 
 
 def _check_embedded(source: Source) -> Source:
@@ -189,8 +195,7 @@ def parquet_stream(
 ) -> Stream:
     """Return the stream of the row groups of Parquet files, of which so many rows are read (None: all)."""
     wanted = {name: features[name] for name in columns.all}
-    if isinstance(wanted[columns.image], Image):
-        wanted[columns.image] = Image(decode=False)
+    wanted |= {name: Image(decode=False) for name in columns.pictures if isinstance(wanted[name], Image)}
     if columns.label is not None and pa.types.is_integer(files[0].schema.field(columns.label).type):
         wanted[columns.label] = Value("int64")  # HF copies the names of classes for each row group
     groups = [(number, group) for number, file in enumerate(files) for group in file.groups]

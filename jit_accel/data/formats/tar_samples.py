@@ -72,8 +72,10 @@ def samples_in(
 def _parts(row: list[tuple], joined: frozenset[str] | None) -> Iterable[tuple[str, list[tuple]]]:
     """Return the samples (stem, [(tar, member, ending), ...]) in members that have one stem up to its first dot."""
 
+    ends = tuple(end for end in joined or () if end.startswith("."))  # of whatever name is in front of them
+
     def is_picture_of_its_own(key: str) -> bool:
-        return "." in key and joined is not None and key not in joined and is_image(key)
+        return "." in key and joined is not None and key not in joined and is_image(key) and not key.endswith(ends)
 
     stems = {f"{stem}.{key.rpartition('.')[0]}" for *_, stem, key in row if is_picture_of_its_own(key)}
     parts: dict[str, list[tuple]] = {}

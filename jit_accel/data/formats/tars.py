@@ -36,20 +36,25 @@ _MOST_SAMPLES = 20  # that are looked at to find the endings
 def open_tars(request: Request, format: str = "webdataset", shards: Sequence[Shard] = ()) -> Source:
     """Open .tar files (a file, a glob, a folder, URLs; or `shards`), as a stream unless `streaming` is False.
 
-    `--label_column` is the ending of the labels (cls, by default), or their name in .json files (label or class).
-    UserError for no images in them, and labels that are not whole numbers from 0.
+    `--label_column` is the ending of the labels (cls, by default), or their name in .json files (label or class);
+    `--condition_column` the ending of pictures that go with the images, such as cond.png. UserError for no images in
+    them, and labels that are not whole numbers from 0.
     """
     split = ALL
+    request.refuse("condition_path", reason="is tar files, whose conditions --condition_column names")
     if not shards:
         shards, split = find_shards(request.path, ".tar", request.split)
     asked = request.image_column
-    joined = None if asked and "." in asked else joined_endings(shards[0])
-    stem, sample = _first_sample(shards[0], joined)
+    joined, condition = None if asked and "." in asked else joined_endings(shards[0]), request.condition_column
+    if joined is not None and condition:
+        joined |= {condition.lstrip("."), "." + condition.lstrip(".")}
+    stem, sample = _first_sample(shards[0], joined, condition)
     columns = replace(_find_columns(sample, request), joined=joined)
     _report_unread(sample, columns, request.path)
-    if columns.image.rsplit(".", 1)[-1].lower() not in IMAGE_EXTENSIONS:
-        rule = f"the members .{columns.image} of {request.path} are no images: choose another ending."
-        raise UserError(rule, about="image_column", value=columns.image)
+    for about, key in zip(("image_column", "condition_column"), columns.pictures):
+        if key.rsplit(".", 1)[-1].lower() not in IMAGE_EXTENSIONS:
+            rule = f"the members .{key} of {request.path} are no images: choose another ending."
+            raise UserError(rule, about=about, value=key)
     counts, values, kind, folders = _listed_counts(shards, columns, stem, sample), set(), Value("int64"), {}
     if counts is None:
         columns, counts, values, folders = _scan(shards, columns, split, request.path)
@@ -72,7 +77,8 @@ def open_tars(request: Request, format: str = "webdataset", shards: Sequence[Sha
 
 def _report_unread(sample: dict[str, bytes], columns: Columns, where: str) -> None:
     """Say which members of the samples are not read, by those of the first one."""
-    if pictures := ", ".join(f".{key}" for key in sorted((columns.joined or set()) - {columns.image})):
+    joined = {key for key in columns.joined or () if not key.startswith(".")}
+    if pictures := ", ".join(f".{key}" for key in sorted(joined.difference(columns.pictures))):
         rule = "--data_path %s: samples have several pictures; .%s is read and %s is not: --image_column chooses"
         log.warning(rule, where, columns.image, pictures)
     used = {columns.image, columns.label}
@@ -85,12 +91,19 @@ def _report_unread(sample: dict[str, bytes], columns: Columns, where: str) -> No
         log.warning(rule, where, ", ".join(f".{key}" for key in others), found, ", ".join(JSON_LABELS))
 
 
-def _first_sample(shard: Shard, joined: frozenset[str] | None) -> tuple[str, dict[str, bytes]]:
-    """Return the stem of the first sample with an image, or of the very first, and its members by their endings."""
+def _first_sample(shard: Shard, joined: frozenset[str] | None, condition: str | None) -> tuple[str, dict[str, bytes]]:
+    """Return the stem of the first sample with an image, or of the very first, and its members by their endings.
+
+    It has a `condition`, where one of those with images has.
+    """
     with at_hand(shard) as path:
         samples = itertools.islice(samples_in(path, joined), _MOST_SAMPLES)
         first = next(samples, ("", {}))
-        return next((s for s in itertools.chain([first], samples) if any(map(is_image, s[1]))), first)
+        pictured = (found for found in itertools.chain([first], samples) if any(map(is_image, found[1])))
+        if condition is None:
+            return next(pictured, first)
+        pictured, ending = list(pictured), condition.lstrip(".").lower()
+    return next((found for found in pictured if ending in map(str.lower, found[1])), [*pictured, first][0])
 
 
 def _find_columns(sample: dict[str, bytes], request: Request) -> Columns:
@@ -100,7 +113,13 @@ def _find_columns(sample: dict[str, bytes], request: Request) -> Columns:
         return key if key in sample else next((other for other in sample if other.lower() == key.lower()), None)
 
     keys = ", ".join(f".{key}" for key in sample) or "nothing"
-    asked = request.image_column
+    asked, condition = request.image_column, request.condition_column
+    if condition is not None:
+        named, condition = condition, spelled(condition.lstrip("."))
+        if condition is None:
+            rule = f"the first sample of {request.path} consists of {keys}: name the ending of the conditions."
+            raise UserError(rule + nearest(named, sample), about="condition_column", value=named)
+        sample = {key: data for key, data in sample.items() if key != condition}
     image = next(filter(None, map(spelled, [asked] if asked else IMAGE_KEYS)), None)
     if asked is None and len(pictures := [key for key in sample if is_image(key)]) == 1:
         (image,) = pictures
@@ -120,7 +139,7 @@ def _find_columns(sample: dict[str, bytes], request: Request) -> Columns:
     if wanted is not None and label is None:
         rule = f"the first sample of {request.path} consists of {keys}: choose from these."
         raise UserError(rule, about="label_column", value=wanted)
-    return Columns(image, label or FOLDER, label_key, any_image=any_image)
+    return Columns(image, label or FOLDER, label_key, any_image=any_image, condition=condition)
 
 
 def _classes_of_folders(folders: dict[str, str], columns: Columns, where: str) -> tuple[Columns, tuple[str, ...]]:
@@ -220,7 +239,7 @@ def _scan_one(shard: Shard, columns: Columns) -> dict[str, list]:
     """Return of each folder how many samples it has, the labels of those with images, how many lack one, and which."""
     found: dict[str, tuple] = {}
     with at_hand(shard) as path:
-        for stem, image, label in _read(columns, path, has_bytes=False):
+        for stem, (image, *_), label in _read(columns, path, has_bytes=False):
             folder = _folder_of(stem)
             count, labels, lacking, example = found.get(folder, (0, {}, 0, ""))
             if image is None:
@@ -237,7 +256,7 @@ def _folder_of(stem: str) -> str:
 
 def _load(shards: Sequence[Shard], columns: Columns, kind: Value, version: str) -> Dataset:
     """Return all samples as a table in the cache of HF datasets, which is made anew for each `version`."""
-    features = {columns.image: Image(decode=False)}
+    features = {name: Image(decode=False) for name in columns.pictures}
     if columns.label is not None:
         features[columns.label] = kind if columns.label_key is None else {columns.label_key: kind}
     states = [shard.identity() for shard in shards]
@@ -252,9 +271,9 @@ def _all_rows(shards: list[Shard], columns: Columns, version: tuple[str, ...]) -
 
 
 def _rows(columns: Columns, file: str, _: int = 0, start: int = 0) -> Iterator[dict]:
-    """Yield the rows of a tar file from number `start` on, with the image and the label alone."""
-    for _, image, label in _read(columns, file, start):
-        row = {columns.image: image}
+    """Yield the rows of a tar file from number `start` on, with the image, its condition and the label alone."""
+    for _, pictures, label in _read(columns, file, start):
+        row = dict(zip(columns.pictures, pictures))
         if columns.label is not None:
             if isinstance(label, int | float):  # text, where some labels are
                 label = int(label) if columns.label_ids is None or label in columns.label_ids else str(label)
@@ -264,8 +283,8 @@ def _rows(columns: Columns, file: str, _: int = 0, start: int = 0) -> Iterator[d
 
 def _read(
     columns: Columns, file: str, start: int = 0, has_bytes: bool = True
-) -> Iterator[tuple[str, dict | None, float | str | None]]:
-    """Yield (stem, image, label) of each sample from number `start` on."""
+) -> Iterator[tuple[str, list[dict | None], float | str | None]]:
+    """Yield (stem, [image, condition, where there are such], label) of each sample from number `start` on."""
 
     def is_wanted(number: int, key: str) -> bool:
         return number >= start and (key == columns.label or (has_bytes and is_image(key)))
@@ -276,13 +295,14 @@ def _read(
     for stem, sample in itertools.islice(samples, start, None):
         image = columns.image if columns.image in sample else None
         if image is None and columns.any_image:
-            image = next((key for key in sample if key.lower() in IMAGE_KEYS), None)
+            image = next((key for key in sample if key.lower() in IMAGE_KEYS and key != columns.condition), None)
         data, label = sample.get(columns.label), None
         if columns.label == FOLDER:
             label = _folder_of(stem) if image else None
         elif data is not None:
             label = _label_in(data, columns, f"{file}, {stem}.{columns.label}")
-        yield stem, None if image is None else {"bytes": sample[image], "path": f"{stem}.{image}"}, label
+        found = [image, *(key if key in sample else None for key in columns.pictures[1:])]
+        yield stem, [key and {"bytes": sample[key], "path": f"{stem}.{key}"} for key in found], label
 
 
 def _label_in(data: bytes, columns: Columns, where: str) -> float | str | None:

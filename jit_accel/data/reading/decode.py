@@ -5,8 +5,8 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Callable
-from typing import Any, BinaryIO
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -20,6 +20,7 @@ MAX_EXACT_ASPECT = 16
 Image.init()
 _KNOWN = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000"]
 _FORMATS = [name for name in (*_KNOWN, "ICO", "PCX", "QOI", "SGI", "TGA") if name in Image.OPEN]  # not all in each
+MOST_ASPECT_DIFFERENCE = 0.01  # of an image and its condition
 _HEIF_BRANDS = frozenset([b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"])
 # Pillow refuses PNGs with more than 1 MiB in one chunk of text or colour profile, and profiles of scanners are larger.
 PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20
@@ -36,6 +37,21 @@ class BadImage(Exception):
     """These bytes are no picture that can be trained on. The message is a short reason."""
 
 
+class BadCondition(BadImage):
+    """The picture that goes with an image is bad, and so both are."""
+
+
+class OtherAspect(BadCondition):
+    """It has another aspect than the image."""
+
+
+class Decoded(NamedTuple):
+    """A decoded square, uint8 (3, S, S), and the width and height of what it was cut out of."""
+
+    pixels: np.ndarray
+    size: tuple[int, int]
+
+
 def decode_image(data: bytes | str | os.PathLike | None, size: int, fast: bool = False) -> np.ndarray:
     """Decode an image file (its bytes, or its path) to uint8 (3, size, size), RGB, by ADM's centre crop.
 
@@ -46,31 +62,73 @@ def decode_image(data: bytes | str | os.PathLike | None, size: int, fast: bool =
 
     BadImage if empty, unreadable, truncated, no image, no file, a decompression bomb, or of floating-point pixels.
     """
+    return decode_sized(data, size, fast).pixels
+
+
+def decode_sized(data: bytes | str | os.PathLike | None, size: int, fast: bool = False) -> Decoded:
+    """`decode_image`, with the size that the whole picture has, upright."""
     if data is None or (isinstance(data, bytes) and not data):
         raise BadImage("empty")
     try:
         with _opened(data) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's about damaged EXIF, large images, palettes: one a file
             plain = None if fast else plain_jpeg(file)
-            return _decode(file, size, fast) if plain is None else crop_pixels(plain.transpose(2, 0, 1), size)
+            if plain is None:
+                return _decode(file, size, fast)
+            return Decoded(crop_pixels(plain.transpose(2, 0, 1), size), plain.shape[1::-1])
     except BadImage:
         raise
     except Exception as error:  # decoders raise anything on damaged files
         raise BadImage(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def decode_row(value: Any, columns: Columns, img_size: int, fallback_name: Callable[[], str] = str) -> np.ndarray:
-    """Decode one value of the image column to uint8 (3, img_size, img_size).
+def decode_row(
+    row: Mapping[str, Any], columns: Columns, img_size: int, fallback_name: Callable[[], str] = str
+) -> np.ndarray:
+    """Decode the image of a row to uint8 (3, img_size, img_size), and its condition, if it has one, to three more.
 
     Raises `BadImage` with the message "name: reason"; `fallback_name` is asked for where it has no name of its own.
     """
-    data, name = columns.image_of(value)
+    data, name = columns.image_of(row.get(columns.image))
+
+    def decode(data: bytes | str | None) -> Decoded:
+        if columns.raw_size is None:
+            return decode_sized(data, img_size)
+        return Decoded(crop_pixels(pixels_of(data, columns.raw_size), img_size), (columns.raw_size,) * 2)
+
     try:
-        if columns.raw_size is not None:
-            return crop_pixels(pixels_of(data, columns.raw_size), img_size)
-        return decode_image(data, img_size)
+        if columns.condition is None:
+            return decode(data).pixels
+        return decode_pair(data, *columns.image_of(row.get(columns.condition)), decode)
     except BadImage as error:
-        raise BadImage(f"{name or fallback_name()}: {error}") from error
+        raise type(error)(f"{name or fallback_name()}: {error}") from error
+
+
+def decode_pair(image: Any, condition: Any, name: str, decode: Callable[[Any], Decoded]) -> np.ndarray:
+    """Decode an image and the condition `name` that goes with it to uint8 (6, S, S), the image's channels first.
+
+    BadImage if one of them is bad; BadCondition if it is the condition, or that is missing or of another aspect.
+    """
+    pixels, size = decode(image)
+    if condition is None:
+        raise BadCondition("its condition is missing")
+    try:
+        shown, other = decode(condition)
+    except BadImage as error:
+        raise BadCondition(f"its condition {name}: {error}" if name else f"its condition: {error}") from error
+    if not have_one_aspect(size, other):
+        words = "its condition {} has {} x {} pixels, another aspect than the image's {} x {}"
+        raise OtherAspect(words.format(name, *other, *size).replace("  ", " "))
+    return np.concatenate([pixels, shown])
+
+
+def have_one_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Return whether two sizes have one aspect up to 1 %, or up to the rounding of the smaller one to whole pixels."""
+    (width, height), (wide, high) = sorted((size, other), key=lambda of_one: -of_one[0] * of_one[1])
+    ratio = width * high / (height * wide)
+    is_rounded = (wide - 0.5) / width < (high + 0.5) / height and (high - 0.5) / height < (wide + 0.5) / width
+    is_reduced = width * height >= 2 * wide * high
+    return (is_reduced and is_rounded) or max(ratio, 1 / ratio) <= 1 + MOST_ASPECT_DIFFERENCE
 
 
 def plain_jpeg(file: BinaryIO) -> np.ndarray | None:
@@ -112,7 +170,7 @@ def _opened(data: bytes | str | os.PathLike) -> BinaryIO:
     raise BadImage("neither a file nor a link to one")
 
 
-def _decode(file: BinaryIO, size: int, fast: bool) -> np.ndarray:
+def _decode(file: BinaryIO, size: int, fast: bool) -> Decoded:
     try:
         image = Image.open(file, formats=_FORMATS)
         if image.format == "PNG":  # Pillow decodes pixels without a look at their checksums
@@ -134,7 +192,8 @@ def _decode(file: BinaryIO, size: int, fast: bool) -> np.ndarray:
         with contextlib.suppress(Exception):  # damaged EXIF does not make pixels bad; damaged pixels fail again
             ImageOps.exif_transpose(image, in_place=True)
         upright = to_rgb(image)
-        return _planes(fast_crop(upright, size, full_size) if fast else center_crop(upright, size))
+        cropped = fast_crop(upright, size, full_size) if fast else center_crop(upright, size)
+        return Decoded(_planes(cropped), upright.size)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -4,8 +4,8 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice, repeat
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ from pyarrow.dataset import ParquetFragmentScanOptions
 
 from jit_accel.base.errors import UserError
 from jit_accel.data import data_error
-from jit_accel.data.formats.columns import Columns
+from jit_accel.data.formats.columns import IMAGE_CHANNELS, Columns
 from jit_accel.data.reading.content import announce_keys, file_keys, key_of
 from jit_accel.data.reading.decode import BadImage, decode_row
 from jit_accel.data.reading.shards import Shard, Span, at_hand
@@ -28,12 +28,17 @@ _SCAN = ParquetFragmentScanOptions(pre_buffer=False)  # which saves a fifth of t
 
 
 class Images(Protocol):
-    """Images that can be read in any order. Where no image needs decoding, `is_encoded` is there and False."""
+    """Images that can be read in any order.
+
+    Where no image needs decoding, `is_encoded` is there and False; `channels`, where conditions go with them.
+    """
 
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
         """Read images `indices`, int64 (B,), into `out`, uint8 (B, 3, size, size), RGB; where bad it is undefined.
+
+        With conditions `out` may have as many channels as `channels` says, of which these are the last.
 
         Return the labels, int64 (B,), and {place in the batch: "name: reason"} of bad images.
         """
@@ -53,20 +58,25 @@ class TableImages:
     def is_labelled(self) -> bool:
         return self.columns.label is not None
 
+    @property
+    def channels(self) -> int:
+        return self.columns.channels
+
     def __len__(self) -> int:
         return len(self.dataset)
 
     def read(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
         """Decode and crop; see `Images.read`."""
+        columns = self.columns if out.shape[1] == self.channels else replace(self.columns, condition=None)
         rows = self.dataset[indices.tolist()]
         labels, bad = np.zeros(len(indices), np.int64), {}
-        label_values = rows[self.columns.label] if self.columns.label else repeat(None)
-        for i, (value, label) in enumerate(zip(rows[self.columns.image], label_values)):
+        for i in range(len(indices)):
+            row = {name: values[i] for name, values in rows.items()}
             try:
-                out[i] = decode_row(value, self.columns, out.shape[-1], lambda i=i: f"image {indices[i]}")
+                out[i] = decode_row(row, columns, out.shape[-1], lambda i=i: f"image {indices[i]}")
             except BadImage as error:
                 bad[i] = str(error)
-            labels[i] = self.columns.label_of(label)
+            labels[i] = columns.label_of(row.get(columns.label))
         return labels, bad
 
     def keys(self) -> np.ndarray:
@@ -106,6 +116,10 @@ class SomeImages:
     def is_encoded(self) -> bool:
         return getattr(self.images, "is_encoded", True)
 
+    @property
+    def channels(self) -> int:
+        return getattr(self.images, "channels", IMAGE_CHANNELS)
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -121,9 +135,9 @@ class SomeImages:
 class KeptImages:
     """The images of `images`, cropped to squares of a side, each of which is decoded once and then kept."""
 
-    def __init__(self, images: Images, side: int):
+    def __init__(self, images: Images, channels: int, side: int):
         self.images = images
-        self.pixels = np.empty((len(images), 3, side, side), np.uint8)  # memory is taken as they come
+        self.pixels = np.empty((len(images), channels, side, side), np.uint8)  # memory is taken as they come
         self.labels, self.are_kept = np.empty(len(images), np.int64), np.zeros(len(images), bool)
 
     def read(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
@@ -162,6 +176,10 @@ class Stream:
     @property
     def is_labelled(self) -> bool:
         return self.columns.label is not None
+
+    @property
+    def channels(self) -> int:
+        return self.columns.channels
 
     @property
     def is_remote(self) -> bool:

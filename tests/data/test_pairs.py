@@ -1,0 +1,359 @@
+"""Pairs: a picture beside each image, its condition, from whatever kind of data, which stays with it everywhere."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from data_samples import refusal, tar
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+
+from jit_accel.base.errors import UserError
+from jit_accel.data import build_loader, open_images
+from jit_accel.data.batches.batch import ready
+from jit_accel.data.batches.holdout import split_holdout
+from jit_accel.data.batches.ready_batches import batches
+from jit_accel.data.reading.decode import have_one_aspect
+
+N, SIDE = 20, 8
+
+
+def pixels(number: int) -> np.ndarray:
+    """An image that no mirroring leaves as it is, uint8 (H, W, 3); the first pixel is its number."""
+    image = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    image[0, [0, -1]] = number
+    return image
+
+
+def encoded(image: np.ndarray, format: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    PILImage.fromarray(image).save(buffer, format)
+    return buffer.getvalue()
+
+
+def negative(number: int, format: str = "PNG") -> bytes:
+    """The condition of an image: its negative."""
+    return encoded(255 - pixels(number), format)
+
+
+def write(path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def two_folders(root):
+    """Images in class folders, and conditions with other endings."""
+    for n in range(N):
+        write(root / "photos" / f"c{n % 2}" / f"{n:02d}.png", encoded(pixels(n)))
+        write(root / "negatives" / f"c{n % 2}" / f"{n:02d}.{'bmp' if n % 3 else 'png'}", negative(n))
+    return root / "photos", root / "negatives"
+
+
+def table(image: bytes | None = None):
+    feature = Features({"image": Image(), "shown": Image(), "label": ClassLabel(names=["c0", "c1"])})
+    rows = {
+        "image": [{"bytes": encoded(pixels(n)), "path": f"{n}.png"} for n in range(N)],
+        "shown": [{"bytes": negative(n), "path": f"n{n}.png"} for n in range(N)],
+        "label": [n % 2 for n in range(N)],
+    }
+    schema = feature.arrow_schema
+    return pa.table({name: pa.array(rows[name], schema.field(name).type) for name in rows}, schema=schema)
+
+
+def by_folders(root):
+    photos, negatives = two_folders(root)
+    return open_images(photos, condition_path=negatives)
+
+
+def by_metadata(root, name):
+    for n in range(N):
+        write(root / name / "in" / f"{n:02d}.bmp", negative(n, "BMP"))
+        write(root / name / f"{n:02d}.png", encoded(pixels(n)))
+    rows = [{"file_name": f"{n:02d}.png", "target": f"in/{n:02d}.bmp", "label": f"c{n % 2}"} for n in range(N)]
+    if name == "csv":
+        text = "file_name,target,label\n" + "".join(",".join(row.values()) + "\n" for row in rows)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    write(root / name / f"metadata.{name}", text.encode())
+    return open_images(root / name, condition_column="target")
+
+
+def by_parquet(root, **how):
+    for shard, (start, end) in enumerate([(0, 7), (7, 8), (8, N)]):
+        (root / "parquet").mkdir(exist_ok=True)
+        pq.write_table(table().slice(start, end - start), root / "parquet" / f"{shard}.parquet", row_group_size=4)
+    return open_images(root / "parquet", condition_column="shown", **how)
+
+
+def by_saved_table(root):
+    Dataset(table()).save_to_disk(root / "saved")
+    return open_images(root / "saved", condition_column="shown")
+
+
+def by_tars(root, **how):
+    for shard, numbers in enumerate([range(9), range(9, N)]):
+        members = {}
+        for n in numbers:
+            members |= {f"{n:02d}.png": encoded(pixels(n)), f"{n:02d}.cond.png": negative(n)}
+            members[f"{n:02d}.cls"] = b"%d" % (n % 2)
+        tar(root / "tar" / f"{shard}.tar", members)
+    return open_images(root / "tar", condition_column=".cond.png", **how)
+
+
+KINDS = {
+    "folders": by_folders,
+    "csv": lambda root: by_metadata(root, "csv"),
+    "jsonl": lambda root: by_metadata(root, "jsonl"),
+    "parquet": by_parquet,
+    "parquet_table": lambda root: by_parquet(root, streaming=False),
+    "saved": by_saved_table,
+    "tar": by_tars,
+    "tar_table": lambda root: by_tars(root, streaming=False),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def source(request, tmp_path_factory):
+    """The same twenty pairs in every kind of data."""
+    return KINDS[request.param](tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture
+def loaders():
+    """Build loaders that are closed after the test."""
+    opened = []
+
+    def build(source, **changes):
+        how = {"img_size": SIDE, "batch_size": 3, "seed": 11, "shuffle_buffer": 4} | changes
+        opened.append(build_loader(source, **how))
+        return opened[-1]
+
+    yield build
+    for loader in opened:
+        loader.close()
+
+
+def test_every_kind_has_the_same_pairs(source, loaders):
+    assert (source.channels, source.condition_channels, source.num_images) == (6, 3, N)
+    batch = next(loaders(source, batch_size=N, horizontal_flip=False))
+    numbers = batch.images[:, 0, 0, 0].tolist()
+    assert sorted(numbers) == list(range(N))
+    assert batch.labels.tolist() == [number % 2 for number in numbers]
+    for number, pair in zip(numbers, batch.images):
+        assert np.array_equal(pair[:3].permute(1, 2, 0), pixels(number))
+        assert torch.equal(pair[3:], 255 - pair[:3])
+
+
+def test_both_pictures_of_a_pair_are_mirrored_together(source):
+    with_flips, without = (
+        next(batches(source, img_size=SIDE, batch_size=N, horizontal_flip=flip)) for flip in (True, False)
+    )
+    is_mirrored = (with_flips.images != without.images).flatten(1).any(1)
+    assert 0 < is_mirrored.sum() < N
+    for batch in (with_flips, without):
+        assert batch.images.shape == batch.condition.shape == (N, 3, SIDE, SIDE)
+        assert torch.allclose(batch.condition, -batch.images, atol=1e-6)
+        assert batch.images.is_contiguous()
+
+
+def test_pairs_come_in_the_same_steps_however_they_are_read(source, loaders):
+    first = loaders(source)
+    expected = [next(first) for _ in range(12)]
+    for changes in ({"num_workers": 1}, {"num_workers": 2}):
+        other = loaders(source, **changes)
+        assert all(torch.equal(batch.images, next(other).images) for batch in expected)
+    resumed, started = loaders(source, num_workers=1), loaders(source)
+    for _ in range(5):
+        next(started)
+    resumed.load_state_dict(started.state_dict())
+    assert all(torch.equal(batch.images, next(resumed).images) for batch in expected[5:])
+    halves = [loaders(source, rank=rank, world_size=3, batch_size=1) for rank in range(3)]  # one image a process
+    state = started.state_dict()
+    for loader in halves:
+        loader.load_state_dict(state)
+    for batch in expected[5:]:
+        parts = [next(loader) for loader in halves]
+        found = {int(part.positions[0]): part.images[0] for part in parts}
+        assert all(torch.equal(found[position], image) for position, image in zip(batch.positions, batch.images))
+
+
+def test_what_is_held_out_follows_from_the_images_alone(source, loaders, tmp_path):
+    how = {"max_images": N, "img_size": SIDE}
+    rest, held = split_holdout(source, 0.3, **how)
+    assert 0 < len(held.keys) < N
+    assert torch.equal(held.images[:, 3:], 255 - held.images[:, :3])
+    photos, _ = two_folders(tmp_path)
+    _, alone = split_holdout(open_images(photos), 0.3, **how)
+    places, others = alone.keys.argsort(), held.keys.argsort()  # streams are read in their order
+    assert alone.keys[places].tolist() == held.keys[others].tolist()
+    assert torch.equal(alone.images[places], held.images[others, :3])
+    batch = next(loaders(rest, batch_size=rest.num_images, horizontal_flip=False))
+    assert torch.equal(batch.images[:, 3:], 255 - batch.images[:, :3])
+    assert not set(batch.images[:, 0, 0, 0].tolist()) & set(held.images[:, 0, 0, 0].tolist())
+
+
+def test_the_fingerprint_tells_pairs_from_images_and_from_other_pairs(tmp_path):
+    photos, negatives = two_folders(tmp_path / "a")
+    plain, paired = open_images(photos), open_images(photos, condition_path=negatives)
+    assert plain.fingerprint != paired.fingerprint
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = open_images(tmp_path / "b" / "photos", condition_path=tmp_path / "b" / "negatives")
+    assert moved.fingerprint == paired.fingerprint
+    next((tmp_path / "b" / "negatives").glob("c*/00.*")).rename(tmp_path / "b" / "negatives" / "c0" / "00.tif")
+    other = open_images(tmp_path / "b" / "photos", condition_path=tmp_path / "b" / "negatives")
+    assert other.fingerprint != paired.fingerprint
+    tables = [by_parquet(tmp_path), open_images(tmp_path / "parquet", image_column="image")]
+    assert tables[0].fingerprint != tables[1].fingerprint
+
+
+def test_bad_partners_are_bad_images_with_names(tmp_path, loaders, caplog):
+    photos, negatives = two_folders(tmp_path)
+    names = {n: next(negatives.glob(f"c*/{n:02d}.*")) for n in (3, 5, 8)}
+    names[3].unlink()
+    names[5].write_bytes(b"broken")
+    PILImage.new("RGB", (2 * SIDE, SIDE)).save(names[8])
+    source = open_images(photos, condition_path=negatives)
+    assert "1 of 20 images have no picture of their name there and count as bad ones, as c1/03.png" in caplog.text
+    batch = next(loaders(source, batch_size=N))
+    assert len(batch.bad_images) == 3
+    found = {n: next(text for text in batch.bad_images if f"/{n:02d}.png: " in text) for n in names}
+    assert found[3].endswith("its condition is missing")
+    assert f"its condition {names[5]}: UnidentifiedImageError" in found[5]
+    assert f"its condition {names[8]} has 16 x 8 pixels, another aspect than the image's 8 x 8" in found[8]
+    assert torch.equal(batch.images[:, 3:], 255 - batch.images[:, :3])  # of substitutes, too
+
+
+def test_bad_partners_in_a_stream_are_named_too(tmp_path, loaders):
+    rows = table().to_pylist()
+    rows[4]["shown"], rows[9]["shown"]["bytes"] = None, b"broken"
+    for n, row in enumerate(rows):
+        row["image"]["path"] = f"{n}.png"
+    (tmp_path / "bad").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, table().schema), tmp_path / "bad" / "0.parquet", row_group_size=4)
+    batch = next(loaders(open_images(tmp_path / "bad", condition_column="shown"), batch_size=N))
+    assert sorted(text.partition(":")[0] for text in batch.bad_images) == ["4.png", "9.png"]
+    assert any("9.png: its condition n9.png: UnidentifiedImageError" in text for text in batch.bad_images)
+    assert torch.equal(batch.images[:, 3:], 255 - batch.images[:, :3])
+
+
+def test_a_missing_member_is_a_bad_image_and_dots_in_names_do_no_harm(tmp_path, loaders):
+    members = {}
+    for n in range(6):
+        members[f"shot 10.1{n}.30.png"] = encoded(pixels(n))
+        if n != 2:
+            members[f"shot 10.1{n}.30.cond.png"] = negative(n)
+    source = open_images(tar(tmp_path / "a.tar", members), condition_column="cond.png")
+    assert source.num_images == 6
+    batch = next(loaders(source, batch_size=6))
+    assert batch.bad_images == ["shot 10.12.30.png: its condition is missing"]
+    assert torch.equal(batch.images[:, 3:], 255 - batch.images[:, :3])
+
+
+def test_conditions_of_another_size_are_resampled_to_the_same_square(tmp_path, loaders):
+    for n in range(4):
+        grey = PILImage.new("L", (30 + n, 20), 50 * n)
+        for side, name in ((1, "small"), (4, "large")):
+            (tmp_path / name).mkdir(exist_ok=True)
+            grey.resize((round((30 + n) * side / 4), 5 * side)).save(tmp_path / name / f"{n}.png")
+    source = open_images(tmp_path / "large", condition_path=tmp_path / "small")
+    batch = next(loaders(source, batch_size=4, img_size=16))
+    assert not batch.bad_images
+    assert torch.equal(batch.images[:, 3:], batch.images[:, :3])
+
+
+@pytest.mark.parametrize(
+    ("size", "other", "is_one"),
+    [
+        ((100, 100), (101, 100), True),
+        ((100, 100), (102, 100), False),
+        ((256, 256), (64, 64), True),
+        ((101, 75), (25, 19), True),  # a quarter, rounded
+        ((28, 28), (28, 29), False),
+        ((28, 28), (7, 8), False),
+        ((640, 480), (480, 640), False),
+        ((3000, 2000), (300, 201), True),
+    ],
+)
+def test_aspects_agree_up_to_a_hundredth_or_the_rounding_of_the_smaller(size, other, is_one):
+    assert have_one_aspect(size, other) == have_one_aspect(other, size) == is_one
+
+
+def test_the_rotation_that_exif_asks_for_counts(tmp_path, loaders):
+    for name, size, turn in (("photos", (12, 8), 1), ("turned", (8, 12), 6)):
+        (tmp_path / name).mkdir()
+        exif = PILImage.Exif()
+        exif[0x0112] = turn
+        PILImage.new("RGB", size, "red").save(tmp_path / name / "0.jpg", exif=exif)
+    source = open_images(tmp_path / "photos", condition_path=tmp_path / "turned")
+    assert not next(loaders(source, batch_size=1)).bad_images
+
+
+def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path):
+    photos, negatives = two_folders(tmp_path)
+    assert "condition_path" in refusal(photos, condition_path=tmp_path / "negative")
+    assert "Did you mean 'negatives'" in refusal(photos, condition_path=tmp_path / "negative")
+    assert "lies inside" in refusal(tmp_path, condition_path=negatives)
+    assert "lies inside" in refusal(photos, condition_path=photos)
+    (tmp_path / "empty").mkdir()
+    assert "none of the 20 images" in refusal(photos, condition_path=tmp_path / "empty")
+    assert "no columns" in refusal(photos, condition_column="shown")
+    assert "give only one" in refusal(photos, condition_path=negatives, condition_column="shown")
+    for path in negatives.glob("c*/*"):
+        PILImage.new("RGB", (2 * SIDE, SIDE)).save(path)
+    assert "16 x 8 pixels, another aspect than the image's 8 x 8" in refusal(photos, condition_path=negatives)
+    for path in negatives.glob("c*/*"):
+        path.write_bytes(b"broken")
+    assert "none of the conditions looked at (20) can be used" in refusal(photos, condition_path=negatives)
+
+
+def test_wrong_columns_are_refused_with_the_right_ones(tmp_path):
+    by_parquet(tmp_path)
+    parquet = tmp_path / "parquet"
+    assert "no such column; choose from image, shown, label" in refusal(parquet, condition_column="shwon")
+    assert "conditions are JPEG, PNG" in refusal(parquet, condition_column="label")
+    assert "already" in refusal(parquet, condition_column="image", image_column="image")
+    assert "--condition_column names" in refusal(parquet, condition_path=tmp_path)
+    by_metadata(tmp_path, "csv")
+    assert "no such column" in refusal(tmp_path / "csv", condition_column="targets")
+    assert "none of the 20 files that it names is there" in refusal(tmp_path / "csv", condition_column="label")
+    text = (tmp_path / "csv" / "metadata.csv").read_text()
+    (tmp_path / "csv" / "metadata.csv").write_text(text + "00.png,in/01.bmp,c0\n")
+    assert "lists 00.png with two of them" in refusal(tmp_path / "csv", condition_column="target")
+    by_tars(tmp_path)
+    assert "name the ending of the conditions" in refusal(tmp_path / "tar", condition_column="mask.png")
+    assert "are no images" in refusal(tmp_path / "tar", condition_column="cls", label_column=None)
+
+
+def test_a_column_of_conditions_is_neither_image_nor_label(tmp_path, caplog):
+    source = by_metadata(tmp_path, "csv")  # whose column target is a name of labels, too
+    assert source.class_names == ("c0", "c1")
+    assert "left out" not in caplog.text
+    flipped = table().rename_columns(["picture", "image", "label"])
+    (tmp_path / "p").mkdir()
+    pq.write_table(flipped, tmp_path / "p" / "0.parquet")
+    columns = open_images(tmp_path / "p", condition_column="image").images.columns
+    assert (columns.image, columns.condition) == ("picture", "image")
+    members = {}
+    for n in range(4):
+        members |= {f"{n}.jpg": encoded(pixels(n), "JPEG"), f"{n}.png": negative(n)}
+    columns = open_images(tar(tmp_path / "a.tar", members), condition_column="png").images.columns
+    assert (columns.image, columns.condition) == ("jpg", "png")
+
+
+def test_images_with_conditions_are_not_degraded_as_well(source):
+    with pytest.raises(UserError, match="come with conditions"):
+        batches(source, img_size=SIDE, batch_size=2, condition_from="grey")
+
+
+def test_without_conditions_a_batch_is_what_it_was(tmp_path, loaders):
+    photos, negatives = two_folders(tmp_path)
+    plain, paired = (
+        next(loaders(open_images(photos, condition_path=path), batch_size=N)) for path in (None, negatives)
+    )
+    assert plain.images.shape == (N, 3, SIDE, SIDE)
+    assert torch.equal(plain.images, paired.images[:, :3])
+    assert ready(plain, "cpu").condition is None
