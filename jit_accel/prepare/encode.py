@@ -16,11 +16,11 @@ from PIL import Image
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_file
-from jit_accel.data.formats.columns import Columns
+from jit_accel.data.formats.columns import IMAGE_CHANNELS, Columns
 from jit_accel.data.formats.prepared import PixelStore
 from jit_accel.data.formats.source import Source
 from jit_accel.data.reading.content import key_of
-from jit_accel.data.reading.decode import BadImage, crop_pixels, decode_image, pixels_of
+from jit_accel.data.reading.decode import BadImage, Decoded, crop_pixels, decode_pair, decode_sized, pixels_of
 from jit_accel.data.reading.images import Stream
 from jit_accel.prepare.settings import PrepareConfig
 
@@ -33,26 +33,35 @@ MOST_PARTS = 256  # files that are open at once later
 FEWEST_PARTS = 32  # for processes to share
 MOST_CUTS = 8  # of one unit: what comes before a cut is read in vain
 _TYPES = {"data": "large_binary", "name": "string", "label": "int64", "key": "uint64", "reason": "string"}
+_TYPES["condition"] = "large_binary"
 _SCHEMA = pa.schema([(name, getattr(pa, type)()) for name, type in _TYPES.items()])  # as the fields of `Encoded`
+
+
+Picture = bytes | str | np.ndarray | None
 
 
 class Original(NamedTuple):
     """One image of the source: its encoded bytes, the path of its file, or pixels, uint8 (3, H, W)."""
 
-    image: bytes | str | np.ndarray | None
+    image: Picture
     name: str
     label: int
     key: int | None
+    condition: tuple[Picture, str] | None = None  # and its name, where images have conditions
 
 
 class Encoded(NamedTuple):
-    """One image as it is stored; `data` is None where it is left out, for the `reason`."""
+    """One image as it is stored; `data` is None where it is left out, for the `reason`.
+
+    `condition` is what goes with it, where that is not at the end of `data`, as among bare pixels.
+    """
 
     data: bytes | None
     name: str
     label: int
     key: int
     reason: str = ""
+    condition: bytes | None = None
 
 
 def originals_at(source: Source, indices: np.ndarray) -> Iterator[Original]:
@@ -60,10 +69,12 @@ def originals_at(source: Source, indices: np.ndarray) -> Iterator[Original]:
     images = source.images
     for block in np.split(indices, range(_BLOCK, len(indices), _BLOCK)):
         if isinstance(images, PixelStore):
-            pixels = np.empty((len(block), 3, images.img_size, images.img_size), np.uint8)
+            pixels = np.empty((len(block), images.channels, images.img_size, images.img_size), np.uint8)
             labels, _ = images.read(block, pixels)
             keys, names = images.keys()[block].tolist(), images.names()[block]
-            yield from map(Original, pixels, names, labels.tolist(), keys)
+            images_alone, conditions = pixels[:, :IMAGE_CHANNELS], [(one, "") for one in pixels[:, IMAGE_CHANNELS:]]
+            conditions = conditions if source.condition_channels else [None] * len(block)
+            yield from map(Original, images_alone, names, labels.tolist(), keys, conditions)
             continue
         rows = images.dataset[block.tolist()]
         for i, index in enumerate(block.tolist()):
@@ -78,29 +89,40 @@ def originals_of(source: Source, unit: int, start: int, stop: int) -> Iterator[O
 
 
 def _original(columns: Columns, row: dict, number: str) -> Original:
-    image, name = columns.image_of(row[columns.image])
-    name = row.get(columns.name) or name or number
+    pictures = [columns.image_of(row[column]) for column in columns.pictures]
+    name = row.get(columns.name) or pictures[0][1] or number
     if columns.raw_size is not None:
         with contextlib.suppress(BadImage):  # bytes that are no pixels are no encoded image either
-            image = pixels_of(image, columns.raw_size)
-    return Original(image, name, columns.label_of(row.get(columns.label)), row.get(columns.key))
+            pictures = [(pixels_of(data, columns.raw_size), of) for data, of in pictures]
+    label, key = columns.label_of(row.get(columns.label)), row.get(columns.key)
+    return Original(pictures[0][0], name, label, key, *pictures[1:])
 
 
 def encode(original: Original, config: PrepareConfig, root: str) -> Encoded:
     """Decode, crop, encode. Names of files under the folder `root` are made relative to it."""
     name = original.name.removeprefix(root)
+
+    def decode(picture: Picture) -> Decoded:
+        if isinstance(picture, np.ndarray):
+            return Decoded(crop_pixels(picture, config.img_size), picture.shape[:0:-1])
+        return decode_sized(picture, config.img_size, fast=config.resize == "fast")
+
     try:
         if original.label < 0:
             raise BadImage("it has no label")
-        if isinstance(original.image, np.ndarray):
-            pixels = crop_pixels(original.image, config.img_size)
+        if original.condition is None:
+            pixels = decode(original.image).pixels
         else:
-            pixels = decode_image(original.image, config.img_size, fast=config.resize == "fast")
+            pixels = decode_pair(original.image, *original.condition, decode)
         key = key_of(original.image) if original.key is None else original.key
     except BadImage as error:
         reason = str(error)
         return Encoded(None, name, 0, 0, reason.replace(root, ""))
-    return Encoded(encoded_bytes(pixels, config.format, config.resolved_quality), name, original.label, key)
+    if config.format == "uint8":
+        return Encoded(pixels.tobytes(), name, original.label, key)
+    parts = np.split(pixels, len(pixels) // IMAGE_CHANNELS)
+    data, *condition = (encoded_bytes(part, config.format, config.resolved_quality) for part in parts)
+    return Encoded(data, name, original.label, key, "", *condition)
 
 
 def encode_all(originals: Iterable[Original], config: PrepareConfig, source: Source) -> Iterator[Encoded]:
@@ -148,7 +170,7 @@ def batched(images: Iterable[Encoded], most_images: int, most_bytes: int) -> Ite
     """Yield images in lists of at most so many images and bytes, or of a single larger image."""
     batch, num_bytes = [], 0
     for image in images:
-        size = len(image.data or b"")
+        size = len(image.data or b"") + len(image.condition or b"")
         if batch and (len(batch) == most_images or num_bytes + size > most_bytes):
             yield batch
             batch, num_bytes = [], 0
@@ -171,7 +193,8 @@ class Spool:
     def table(self) -> pa.Table:
         """All images, also those that are left out, mapped into memory."""
         files = [pa.ipc.open_file(pa.memory_map(str(part))) for part in self.parts]
-        return pa.concat_tables([file.read_all() for file in files] or [_SCHEMA.empty_table()])
+        tables = [file.read_all() for file in files] or [_SCHEMA.empty_table()]
+        return pa.concat_tables(tables, promote_options="default")  # older parts have no conditions
 
     @cached_property
     def kept(self) -> np.ndarray:
@@ -187,6 +210,6 @@ class Spool:
 
     def images_at(self, numbers: np.ndarray) -> Iterator[Encoded]:
         """Yield the images with these numbers, int64 (k,), in their order."""
-        columns = [self.table[name] for name in _TYPES]
+        columns = {name: self.table[name] for name in self.table.column_names}
         for row in self.kept[numbers].tolist():
-            yield Encoded(*(column[row].as_py() for column in columns))
+            yield Encoded(**{name: column[row].as_py() for name, column in columns.items()})

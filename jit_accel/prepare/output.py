@@ -23,7 +23,7 @@ from tqdm import tqdm
 from jit_accel.base.errors import UserError, changed_settings
 from jit_accel.base.files import atomic_file, disk_errors, move, sync, write_json
 from jit_accel.base.image_rows import font_file, font_for, legible
-from jit_accel.data.formats.columns import Columns
+from jit_accel.data.formats.columns import IMAGE_CHANNELS, Columns
 from jit_accel.data.formats.prepared import INDEX, STORE_VERSION, UNFINISHED, files_of, read_index, sha256_of
 from jit_accel.data.reading.decode import decode_row
 from jit_accel.prepare.encode import Encoded, batched
@@ -168,13 +168,20 @@ class Layout:
     img_size: int
     class_names: tuple[str, ...]
     is_labelled: bool
+    channels: int = IMAGE_CHANNELS
+
+    @property
+    def pictures(self) -> dict[str, str]:
+        """Return the columns of pictures, and the fields of `Encoded` that are in them."""
+        found = {"image": "data"} | ({"condition": "condition"} if self.channels > IMAGE_CHANNELS else {})
+        return {} if self.encoding == "uint8" else found
 
     @cached_property
     def schema(self) -> pa.Schema:
         """The columns of the tables, as HF datasets describes them."""
         columns: dict = {}
-        if self.encoding != "uint8":
-            columns["image"] = Value("binary") if self.encoding == "raw" else datasets.Image()
+        for name in self.pictures:
+            columns[name] = Value("binary") if self.encoding == "raw" else datasets.Image()
         if self.is_labelled:
             columns["label"] = ClassLabel(names=list(self.class_names))
         columns["key"] = Value("uint64")
@@ -184,10 +191,10 @@ class Layout:
 
     def table(self, images: list[Encoded]) -> pa.Table:
         columns = {name: [getattr(image, name) for image in images] for name in ("label", "key", "name")}
-        if self.encoding == "raw":
-            columns["image"] = [image.data for image in images]
-        elif self.encoding != "uint8":
-            columns["image"] = [{"bytes": image.data, "path": image.name} for image in images]
+        for name, field in self.pictures.items():
+            columns[name] = [getattr(image, field) for image in images]
+            if self.encoding != "raw":
+                columns[name] = [{"bytes": data, "path": image.name} for data, image in zip(columns[name], images)]
         return pa.Table.from_pydict(columns, schema=self.schema)
 
 
@@ -220,27 +227,28 @@ def write_shard(folder: Path, number: int, images: Iterable[Encoded], layout: La
 def _write_pixels(path: Path, table: Path, images: Iterator[Encoded], layout: Layout) -> dict:
     rows: list[Encoded] = []
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        _write_header(file, 0, layout.img_size)
+        _write_header(file, 0, layout)
         for image in images:
             file.write(image.data)
             rows.append(image._replace(data=b""))
         file.seek(0)
-        _write_header(file, len(rows), layout.img_size)
+        _write_header(file, len(rows), layout)
     with atomic_file(table) as temporary:
         pq.write_table(layout.table(rows), temporary)
     return {"file": path.name, "images": len(rows), **_described(path), "table": _described(table)}
 
 
-def _write_header(file, num_images: int, size: int) -> None:
+def _write_header(file, num_images: int, layout: Layout) -> None:
     """Write the head of a .npy, in which NumPy leaves room for the first number to grow: it keeps its length."""
-    description = {"descr": "|u1", "fortran_order": False, "shape": (num_images, 3, size, size)}
+    shape = (num_images, layout.channels, layout.img_size, layout.img_size)
+    description = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, description)
 
 
 def _write_table(path: Path, images: Iterator[Encoded], layout: Layout) -> dict:
     groups: list[int] = []
     # Encoded images do not shrink, and statistics of them are of no use.
-    others = [name for name in layout.schema.names if name != "image"]
+    others = [name for name in layout.schema.names if name not in layout.pictures]
     how = {"compression": "none", "use_dictionary": False, "write_statistics": others}
     with atomic_file(path) as temporary, pq.ParquetWriter(temporary, layout.schema, **how) as parquet:
         for group in batched(images, ROW_GROUP_IMAGES, ROW_GROUP_BYTES):
@@ -254,8 +262,9 @@ def _described(path: Path) -> dict:
 
 
 def first_images(folder: Path, shards: list[dict], layout: Layout, count: int) -> Iterator[tuple[np.ndarray, str]]:
-    """Yield the first `count` images of a store, uint8 (3, S, S), each with the name of its class, "" for none."""
-    columns = Columns("image", raw_size=layout.img_size if layout.encoding == "raw" else None)
+    """Yield the first `count` images of a store, uint8 (channels, S, S), with the name of its class, "" for none."""
+    condition = "condition" if layout.channels > IMAGE_CHANNELS else None
+    columns = Columns("image", raw_size=layout.img_size if layout.encoding == "raw" else None, condition=condition)
     for shard in shards:
         with pq.ParquetFile(folder / shard.get("table", shard)["file"]) as parquet:
             rows = next(parquet.iter_batches(count, use_threads=False)).to_pylist()
@@ -270,22 +279,24 @@ def first_images(folder: Path, shards: list[dict], layout: Layout, count: int) -
 
 
 def draw_sheet(folder: Path, shards: list[dict], layout: Layout) -> None:
-    """Write `preview.png`: up to 8 x 8 images, each with its class below."""
+    """Write `preview.png`: up to 8 x 8 images, each with its class below, and left of it its condition, if any."""
     images = list(first_images(folder, shards, layout, SHEET_SIDE**2))
     size = layout.img_size
     cell = min(size * -(-_MIN_CELL_PIXELS // size), _MAX_CELL_PIXELS)
+    width = cell * layout.channels // IMAGE_CHANNELS
     line, gap = 16, 4
     columns = min(SHEET_SIDE, len(images))
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + line + gap) + gap), "white")
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (cell + line + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
     method = Image.Resampling.NEAREST if cell >= size else Image.Resampling.BOX
     for i, (image, name) in enumerate(images):
-        left, top = gap + i % columns * (cell + gap), gap + i // columns * (cell + line + gap)
-        picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-        sheet.paste(picture.resize((cell, cell), method), (left, top))
+        left, top = gap + i % columns * (width + gap), gap + i // columns * (cell + line + gap)
+        parts = np.split(image, layout.channels // IMAGE_CHANNELS)
+        picture = Image.fromarray(np.concatenate(parts[::-1], 2).transpose(1, 2, 0).copy())
+        sheet.paste(picture.resize((width, cell), method), (left, top))
         font = font_for(name, 12)
-        draw.text((left, top + cell), _shortened(name, font, cell), fill="black", font=font)
+        draw.text((left, top + cell), _shortened(name, font, width), fill="black", font=font)
     sheet.save(folder / "preview.png")
 
 

@@ -33,7 +33,7 @@ from jit_accel.base.errors import Stopped, StopRequest, UserError
 from jit_accel.base.files import atomic_file, write_json
 from jit_accel.data.batches.loader import num_cores
 from jit_accel.data.formats.columns import numbered_classes
-from jit_accel.data.formats.prepared import INDEX, STORE_FORMAT, STORE_VERSION, files_of
+from jit_accel.data.formats.prepared import INDEX, PAIRS_VERSION, STORE_FORMAT, STORE_VERSION, files_of
 from jit_accel.data.formats.scan import scan_folder, scan_of_splits
 from jit_accel.data.formats.source import Source
 from jit_accel.data.formats.sources import open_images
@@ -91,9 +91,9 @@ def _fingerprint(source: Source) -> str:
     """Return the source's fingerprint; of a folder, whose own is of the names alone, with the sizes of the files."""
     if source.format != "folder":
         return source.fingerprint
-    images = source.images.dataset.data.column(source.images.columns.image)
-    paths = (path for chunk in images.chunks for path in chunk.field("path").to_pylist())
-    sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in paths]
+    columns = (source.images.dataset.data.column(name) for name in source.images.columns.pictures)
+    paths = (path for column in columns for chunk in column.chunks for path in chunk.field("path").to_pylist())
+    sizes = [os.path.getsize(path) if path and os.path.exists(path) else -1 for path in paths]
     return hashlib.sha256(source.fingerprint.encode() + np.array(sizes, np.int64).tobytes()).hexdigest()[:16]
 
 
@@ -111,18 +111,19 @@ def _make(
 ) -> tuple[dict, int]:
     """Make the store; return its index, and how many images were read."""
     if config.format in ("uint8", "raw"):  # the size is known beforehand: the pixels, twice with a spool
-        output.check_space(source.num_images * 3 * config.img_size**2 * (2 if source.streaming else 1))
+        output.check_space(source.num_images * source.channels * config.img_size**2 * (2 if source.streaming else 1))
     work, names, num_read = Work(config, source, output.work), source.class_names, None
     if source.streaming:
         spool, num_read = _fill_spool(work, stop)
         largest = max(spool.table["label"].unique().to_pylist(), default=-1)
         names = names or numbered_classes(largest + 1) or ("image",)
         work = replace(work, spool=spool)
-    work = replace(work, layout=Layout(config.format, config.img_size, names, source.is_labelled))
+    layout = Layout(config.format, config.img_size, names, source.is_labelled, source.channels)
+    work = replace(work, layout=layout)
     num_images = len(source.images if work.spool is None else work.spool)
     # Sorting hashes, as order.epoch_permutation does, but for another purpose than an epoch of the training.
     order = np.argsort(rng.hash64(config.seed, "prepare", np.arange(num_images)), kind="stable")
-    size = config.images_a_shard(num_images) or 1
+    size = config.images_a_shard(num_images, source.channels) or 1
     shards = [order[start : start + size] for start in range(0, num_images, size)]
     missing = [(number, numbers) for number, numbers in enumerate(shards) if output.entry(number) is None]
     done = num_images - sum(len(numbers) for _, numbers in missing)
@@ -283,7 +284,8 @@ def _paths_of(source: Source) -> pa.Array:
 
 
 def _open(config: PrepareConfig) -> Source:
-    names = ("data_format", "image_column", "label_column", "renumber_labels", "split")
+    names = "data_format", "image_column", "label_column", "renumber_labels", "split"
+    names += "condition_path", "condition_column"
     return open_images(config.data_path, **{name: getattr(config, name) for name in names})
 
 
@@ -313,7 +315,7 @@ def _index(work: Work, entries: list[dict], skipped: list[dict], recorded: dict)
     source = work.source
     return {
         "format": STORE_FORMAT,
-        "version": STORE_VERSION,
+        "version": PAIRS_VERSION if source.condition_channels else STORE_VERSION,
         "encoding": layout.encoding,
         "img_size": layout.img_size,
         "num_images": sum(shard["images"] for shard in shards),

@@ -40,6 +40,10 @@ class PrepareConfig:
     """Column of the images (default: the one that holds images)."""
     label_column: str | None = None
     """Column of the class labels (default: label, cls, ... where present; else one class)."""
+    condition_path: str | None = None
+    """Folder with the condition of each image, a picture of the same relative name, with any ending of images."""
+    condition_column: str | None = None
+    """Column of the conditions: pictures, or in metadata.csv their paths; in tar files the ending, such as cond.png."""
     split: str | None = None
     """Split to prepare, where the data has several: train, train+validation, all, ... (default: train)."""
     renumber_labels: bool = False
@@ -60,21 +64,22 @@ class PrepareConfig:
 
     def recorded(self, source_fingerprint: str) -> dict:
         """Return what the result depends on."""
-        left_out = ("data_path", "data_format", "split", "output_dir", "num_workers", "verify")
+        left_out = ("data_path", "data_format", "split", "condition_path", "output_dir", "num_workers", "verify")
         settings = {name: value for name, value in asdict(self).items() if name not in left_out}
-        if not self.renumber_labels:  # as if there were no such setting, which older stores do not have
-            del settings["renumber_labels"]
+        for name in ("renumber_labels", "condition_column"):
+            if not settings[name]:  # as if there were no such setting, which older stores do not have
+                del settings[name]
         return {**settings, "quality": self.resolved_quality, "source_fingerprint": source_fingerprint}
 
     @property
     def resolved_quality(self) -> int | None:
         return (self.quality or DEFAULT_QUALITY) if self.format in LOSSY else None
 
-    def images_a_shard(self, num_images: int) -> int:
-        """Return how many of `num_images` images go into one shard."""
+    def images_a_shard(self, num_images: int, channels: int = 3) -> int:
+        """Return how many of `num_images` images go into one shard, where each has so many channels."""
         if self.shard_images is not None:
             return self.shard_images
-        num_bytes = num_images * _BYTES_PER_PIXEL[self.format] * self.img_size**2
+        num_bytes = num_images * _BYTES_PER_PIXEL[self.format] * self.img_size**2 * channels / 3
         by_bytes = -(-int(num_bytes) // SHARD_BYTES)
         shards = max(by_bytes, min(FEWEST_SHARDS, num_images // FEWEST_IMAGES_A_SHARD), 1)
         return -(-num_images // shards)

@@ -17,7 +17,9 @@ from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches.batch import ready
 from jit_accel.data.batches.holdout import split_holdout
 from jit_accel.data.batches.ready_batches import batches
-from jit_accel.data.reading.decode import have_one_aspect
+from jit_accel.data.formats.prepared import read_index
+from jit_accel.data.reading.decode import center_crop, have_one_aspect
+from jit_accel.prepare import main as prepare
 
 N, SIDE = 20, 8
 
@@ -104,6 +106,27 @@ def by_tars(root, **how):
     return open_images(root / "tar", condition_column=".cond.png", **how)
 
 
+def prepared(root, format, *flags, of=two_folders):
+    """Conditions are found again in what is prepared, without a word."""
+    data, condition = of(root)
+    which = "--condition_column" if isinstance(condition, str) else "--condition_path"
+    flags = (*flags, *([which, str(condition)] if condition else []), "--num_workers", "1")
+    out = str(root / f"prepared_{format}")
+    flags = ("--data_path", str(data), "--img_size", str(SIDE), "--format", format, "--output_dir", out, *flags)
+    assert prepare(list(flags)) == 0
+    return open_images(out)
+
+
+def parquet_files(root):
+    by_parquet(root)
+    return root / "parquet", "shown"
+
+
+def store(root):
+    prepared(root, "uint8")
+    return root / "prepared_uint8", None
+
+
 KINDS = {
     "folders": by_folders,
     "csv": lambda root: by_metadata(root, "csv"),
@@ -113,6 +136,11 @@ KINDS = {
     "saved": by_saved_table,
     "tar": by_tars,
     "tar_table": lambda root: by_tars(root, streaming=False),
+    "uint8": lambda root: prepared(root, "uint8"),
+    "uint8_of_stream": lambda root: prepared(root, "uint8", "--shard_images", "6", of=parquet_files),
+    "raw": lambda root: prepared(root, "raw", "--shard_images", "9"),
+    "raw_of_store": lambda root: prepared(root, "raw", of=store),
+    "png": lambda root: prepared(root, "png", "--shard_images", "9"),
 }
 
 
@@ -342,6 +370,50 @@ def test_a_column_of_conditions_is_neither_image_nor_label(tmp_path, caplog):
         members |= {f"{n}.jpg": encoded(pixels(n), "JPEG"), f"{n}.png": negative(n)}
     columns = open_images(tar(tmp_path / "a.tar", members), condition_column="png").images.columns
     assert (columns.image, columns.condition) == ("jpg", "png")
+
+
+def test_a_store_of_pairs_can_be_read_smaller_or_without_the_conditions(tmp_path, loaders):
+    source = prepared(tmp_path, "uint8")
+    whole, half = (next(loaders(source, batch_size=N, img_size=side)) for side in (SIDE, SIDE // 2))
+    assert half.images.shape == (N, 6, SIDE // 2, SIDE // 2)
+    for large, small in zip(whole.images, half.images):
+        for part in (slice(3), slice(3, 6)):
+            picture = PILImage.fromarray(large[part].permute(1, 2, 0).numpy())
+            assert np.array_equal(small[part].permute(1, 2, 0), np.asarray(center_crop(picture, SIDE // 2)))
+    for side in (SIDE, SIDE // 2):
+        both, alone = (np.empty((N, channels, side, side), np.uint8) for channels in (6, 3))
+        source.images.read(np.arange(N), both)
+        source.images.read(np.arange(N), alone)
+        assert np.array_equal(both[:, :3], alone)
+
+
+def test_a_store_has_another_version_where_there_are_pairs(tmp_path, capsys):
+    photos, negatives = two_folders(tmp_path)
+    missing, wide = (next(negatives.glob(f"c*/{n:02d}.*")) for n in (4, 7))
+    missing.unlink()
+    PILImage.new("RGB", (2 * SIDE, SIDE)).save(wide)
+    flags = ["--data_path", str(photos), "--img_size", str(SIDE), "--num_workers", "2", "--output_dir"]
+    assert prepare([*flags, str(tmp_path / "plain")]) == 0
+    paired = [*flags, str(tmp_path / "paired"), "--condition_path", str(negatives)]
+    assert prepare(paired) == 0
+    plain, pairs = (read_index(tmp_path / name) for name in ("plain", "paired"))
+    assert (plain["version"], pairs["version"]) == (1, 2)
+    assert not {"condition_path", "condition_column"} & plain["settings"].keys()
+    reasons = {image["name"]: image["reason"] for image in pairs["skipped"]}
+    assert reasons["c0/04.png"] == "its condition is missing"
+    assert "has 16 x 8 pixels" in reasons["c1/07.png"]
+    assert (
+        PILImage.open(tmp_path / "paired" / "preview.png").width
+        > 1.8 * PILImage.open(tmp_path / "plain" / "preview.png").width
+    )
+    capsys.readouterr()
+    assert prepare(paired) == 0
+    assert "finished already" in capsys.readouterr().out
+    write(missing, negative(4))
+    assert prepare(paired) == 2
+    assert "the images of --data_path changed" in capsys.readouterr().err
+    assert "was prepared" in refusal(tmp_path / "paired", condition_path=negatives)
+    assert prepare(["--verify", str(tmp_path / "paired")]) == 0
 
 
 def test_images_with_conditions_are_not_degraded_as_well(source):

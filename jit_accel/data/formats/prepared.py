@@ -15,7 +15,7 @@ import torch
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.shared_tables import shared_arrays
-from jit_accel.data.formats.columns import Columns, features_of
+from jit_accel.data.formats.columns import IMAGE_CHANNELS, Columns, features_of
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
 from jit_accel.data.formats.tables import open_file, parquet_stream
 from jit_accel.data.reading.decode import crop_pixels
@@ -26,7 +26,7 @@ from jit_accel.data.reading.splits import TRAIN, choose_splits
 INDEX = "index.json"
 UNFINISHED = ".unfinished"
 STORE_FORMAT = "jit_accel.prepared"
-STORE_VERSION = 1
+STORE_VERSION, PAIRS_VERSION = 1, 2  # of images alone, as from the beginning, and with conditions
 _FILE = {"file": str, "bytes": int, "sha256": str}
 _TABLE_SHARD = _FILE | {"images": int, "row_groups": [int]}
 _PIXELS_SHARD = _FILE | {"images": int, "table": _FILE}  # of encoding uint8
@@ -54,17 +54,19 @@ def open_prepared(request: Request) -> Source:
     request.refuse(*names, reason=reason)
     index = read_index(folder)
     choose_splits({TRAIN: index["num_images"]}, request.split, folder)
-    names = tuple(index["class_names"])
+    names, has_pairs = tuple(index["class_names"]), index["version"] == PAIRS_VERSION
     identity = fingerprint_of(
         [index["format"], index["encoding"], str(index["img_size"]), *names, *(s["sha256"] for s in index["shards"])]
     )
     if index["encoding"] == "uint8":
         request.refuse("streaming", reason="holds memory-mapped pixels, which are read by random access")
         shards = tuple((shard["file"], shard["table"]["file"], shard["images"]) for shard in index["shards"])
-        images = PixelStore(os.path.abspath(folder), index["img_size"], shards, index["is_labelled"])
+        channels = IMAGE_CHANNELS * (1 + has_pairs)
+        images = PixelStore(os.path.abspath(folder), index["img_size"], shards, index["is_labelled"], channels)
         images.labels()  # now, when processes share them
     else:
         raw = {"raw_size": index["img_size"], "name": "name"} if index["encoding"] == "raw" else {}
+        raw |= {"condition": "condition"} if has_pairs else {}
         columns = Columns("image", "label" if index["is_labelled"] else None, key="key", **raw)
         paths = [os.path.join(os.path.abspath(folder), shard["file"]) for shard in index["shards"]]
         if request.streaming is False:
@@ -85,6 +87,7 @@ class PixelStore:
     img_size: int
     shards: tuple[tuple[str, str, int], ...]  # array, table of labels, keys and names, number of images
     is_labelled: bool = True
+    channels: int = IMAGE_CHANNELS  # and behind those of an image the ones of its condition, if there is any
     is_encoded = False
 
     def __len__(self) -> int:
@@ -97,12 +100,12 @@ class PixelStore:
         """Copy pixels; see `Images.read`. Into a smaller `out` the squares are scaled, as `center_crop` does."""
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         rows = indices - self._starts[shards]
-        is_scaled = out.shape[-1] != self.img_size
-        if not is_scaled and len(shards) and (shards == shards[0]).all() and out.flags.c_contiguous:
+        is_scaled, has_all = out.shape[-1] != self.img_size, out.shape[1] == self.channels
+        if not is_scaled and has_all and len(shards) and (shards == shards[0]).all() and out.flags.c_contiguous:
             np.take(self._pixels(int(shards[0])), rows, axis=0, out=out, mode="clip")  # "raise" makes a copy first
         else:
             for place, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist())):
-                pixels = self._pixels(shard)[row]
+                pixels = self._pixels(shard)[row, : out.shape[1]]
                 out[place] = crop_pixels(pixels, out.shape[-1]) if is_scaled else pixels
         return self.labels()[indices], {}
 
@@ -124,7 +127,7 @@ class PixelStore:
 
     @cached_property
     def _pixels(self) -> Callable[[int], np.ndarray]:
-        """Return the pixels of a shard, uint8 (N, 3, S, S), read-only; mapped when they are first asked for."""
+        """Return the pixels of a shard, uint8 (N, channels, S, S), read-only; mapped when they are first asked for."""
         return cache(lambda shard: _map_array(Path(self.folder) / self.shards[shard][0]))
 
     @cached_property
@@ -183,12 +186,16 @@ def read_index(folder: str | os.PathLike, about: str = "data_path") -> dict:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         version = index["version"] if index["format"] == STORE_FORMAT else None
-        if version == STORE_VERSION:
+        is_known = version in (STORE_VERSION, PAIRS_VERSION)
+        if is_known:
             _check_index(index)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise problem(f"its {INDEX} is damaged ({error}): prepare the images again.") from None
-    if version != STORE_VERSION:
-        rule = f"its {INDEX} has the version {version}, this program reads {STORE_VERSION}: prepare the images again, "
+    if not is_known:
+        rule = (
+            f"its {INDEX} has the version {version}, this program reads {STORE_VERSION} and {PAIRS_VERSION}: prepare "
+        )
+        rule += "the images again, "
         raise problem(rule + "or update jit_accel.")
     again = "copy it again, or prepare the images again."
     for file in files_of(index):

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from jit_accel.data.formats.columns import Columns
+from jit_accel.data.formats.columns import IMAGE_CHANNELS, Columns
 
 # Up to this ratio of the sides the crop is exactly ADM's; beyond it (strips, scans of receipts) the picture
 # is cropped first, because ADM's order would blow a 1 x 5000 line up to a 64 x 320,000 image.
@@ -250,9 +250,14 @@ def fast_crop(image: Image.Image, size: int, full_size: tuple[int, int]) -> Imag
 
 
 def crop_pixels(pixels: np.ndarray, size: int) -> np.ndarray:
-    """`center_crop` of uint8 (3, H, W): uint8 (3, size, size), the same array where there is nothing to do."""
+    """`center_crop` of uint8 (3, H, W): uint8 (3, size, size), the same array where there is nothing to do.
+
+    Of several pictures, uint8 (3 n, H, W), each is cropped.
+    """
     if pixels.shape[1:] == (size, size):
         return pixels
+    if len(pixels) > IMAGE_CHANNELS:
+        return np.concatenate([crop_pixels(one, size) for one in np.split(pixels, len(pixels) // IMAGE_CHANNELS)])
     return _planes(center_crop(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))), size))
 
 
