@@ -243,8 +243,7 @@ def assemble(
     if config.evaluation.eval_every_steps:
         quality = SampleQuality(config.evaluation, source, Path(run.output_dir), **sampled)
     made_from = config.condition.condition_from
-    shown = source, held_out, config.data.img_size, made_from
-    sampled["examples"] = choose_examples(*shown) if config.condition.condition_channels else None
+    sampled["examples"] = choose_examples(source, held_out, config.data.img_size, made_from)
     feed = Feed(config.data, made_from, source, accelerator, num_classes=config.model.num_classes, **how)
     validation = Validation(held_out, accelerator, config.optim.batch_size, made_from) if held_out else None
     monitor = Monitor(

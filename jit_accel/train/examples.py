@@ -33,8 +33,12 @@ class Examples:
         return (pixels if pixels.shape[-1] == 3 else pixels[..., :1].expand(-1, -1, -1, 3)).numpy()
 
 
-def choose_examples(source: Source, held_out: HeldOut | None, img_size: int, condition_from: str | None) -> Examples:
-    """Return a few of the images held out, else of those trained on; all processes together."""
+def choose_examples(
+    source: Source, held_out: HeldOut | None, img_size: int, condition_from: str | None
+) -> Examples | None:
+    """Return a few images held out, else of those trained on; None without conditions. All processes together."""
+    if condition_from is None and not source.condition_channels:
+        return None
     degradation = None if condition_from is None else degradation_of(condition_from)
     if held_out:
         mine = zip(held_out.images[:COUNT], held_out.labels[:COUNT])
