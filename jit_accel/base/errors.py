@@ -18,17 +18,8 @@ MOST = 10**12  # of whatever is counted or measured; a float holds it exactly
 # Settings, of any program, that may name a file or folder.
 PLACES = (
     *("data_path", "output_dir", "init_from", "resume", "eval_reference", "eval_feature_weights", "model", "images"),
-    *(
-        "reference",
-        "feature_weights",
-        "make_reference",
-        "output",
-        "input",
-        "verify",
-        "class_names",
-        "config",
-        "condition_path",
-    ),
+    *("reference", "pairs", "feature_weights", "make_reference", "output", "input", "verify", "class_names", "config"),
+    "condition_path",
 )
 LONGEST_VALUE = 200  # characters of a value that a message repeats
 

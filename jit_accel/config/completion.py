@@ -96,6 +96,7 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         "noise_scale": max(1.0, size / 256),
         "learning_rate": default_rate(config, plan)[0],
         "guidance_scale": guidance if facts.is_labelled and not facts.condition_channels else 1.0,
+        "paired_every_steps": _paired_every_steps(config, facts, plan),
         "lora_alpha": float(lora_rank) if lora_rank else None,
         "lora_targets": LORA_TARGETS if lora_rank else None,
         "epochs": PAPER_EPOCHS if optim.max_steps is None else None,
@@ -227,9 +228,24 @@ def _refuse_other_conditions(config: Config, facts: Facts) -> None:
         if not channels and (value := getattr(given, name)) != default:
             rule = "says how a condition enters the network, and there is none: add --condition_from."
             raise UserError(rule, about=name, value=value)
+    measured = config.evaluation
+    if measured.paired_every_steps and not (channels and config.data.holdout):
+        rule = "scores what is made of held-out conditions, and there are none: "
+        remedy = "add --holdout, such as 0.02." if channels else "add --condition_from, such as downscale:4."
+        raise UserError(rule + remedy, about="paired_every_steps", value=measured.paired_every_steps)
+    if channels and measured.eval_every_steps:
+        rule = "draws images without a condition, and the network is trained with one: use --paired_every_steps, and "
+        rule += "python -m jit_accel.evaluate --pairs, which measures distances (--metrics fd) too."
+        raise UserError(rule, about="eval_every_steps", value=measured.eval_every_steps)
     if not channels and config.sample.guidance_on == "condition":
         rule = "there is no condition: add --condition_from, or leave the flag out."
         raise UserError(rule, about="guidance_on", value="condition")
+
+
+def _paired_every_steps(config: Config, facts: Facts, plan: Plan) -> int | None:
+    """Return how often scores of pairs are measured where that is left open; None without pairs."""
+    has_pairs = facts.condition_channels and config.data.holdout
+    return (config.run.val_every_steps or plan.total_steps) if has_pairs else None
 
 
 def _num_classes(given: int | None, data_classes: int | None) -> int:

@@ -212,6 +212,11 @@ class EvalConfig:
     """File of the Inception weights (default: the one in torch hub's cache)."""
     eval_num_inference_steps: int | None = None
     """Steps of the ODE solver (Heun) for these images (default: those of the samples)."""
+    paired_every_steps: int | None = None
+    """Interval of val/psnr, val/ssim and val/mae: scores of what the averaged weights make of held-out conditions;
+    also at the end. 0 = never (default: with a condition and a holdout, val_every_steps)."""
+    paired_images: int = 64
+    """How many images of the holdout to score."""
 
 
 @dataclass(frozen=True)

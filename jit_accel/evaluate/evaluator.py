@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from jit_accel.base.console import warn
+from jit_accel.base.console import say, warn
 from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.processes import gather_rows, on_all, on_main
 from jit_accel.data.formats.sources import Source
@@ -21,9 +21,10 @@ from jit_accel.evaluate.image_sets import ImageSet, find_array, open_image_set, 
 from jit_accel.evaluate.settings import ALL, EvaluateConfig, Setting, averages, axes_of, grid, metric_names
 from jit_accel.evaluate.statistics import Collector, ImageStatistics, hindrance, measured
 from jit_accel.model.checkpoints import MANIFEST, STATE
-from jit_accel.model.generation import SamplerSettings, generate_batches, share_of
+from jit_accel.model.generation import SamplerSettings, checked_side, generate_batches, share_of
 from jit_accel.model.loading import averages_of, find_checkpoint_in, find_pipeline_in, load_quietly
 from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.model.precision import BlockWork, settle_accelerator
 from jit_accel.model.saved_weights import weights_fingerprint
 
 
@@ -145,6 +146,25 @@ class Evaluator:
     def _progress(self, num_images: int) -> tqdm:
         is_silent = not (self.show_progress and self.accelerator.is_main_process)
         return tqdm(total=num_images, unit="image", leave=False, disable=is_silent)
+
+
+def open_candidate(config: EvaluateConfig, accelerator) -> tuple["Candidate", int]:
+    """Return the model to measure, in the precision that suits it, and the side of its images in pixels.
+
+    Raises `UserError` for a model with a condition where there are no `--pairs`, and for one without where there are.
+    """
+    candidate = Candidate(config, accelerator)
+    pipeline = candidate.pipeline(candidate.emas[0])
+    img_size, sizes = checked_side(pipeline, config.img_size), pipeline.transformer.config
+    if (sizes.condition_channels > 0) != (config.pairs is not None):
+        rule = "was trained with a condition, of which it makes images: give these as --pairs, not --reference."
+        rule = rule if config.pairs is None else "was trained without a condition: measure it against --reference."
+        raise UserError(rule, about="model", value=config.model)
+    work = BlockWork.of(sizes, sizes.patch_size, img_size, img_size, config.batch_size, trains=False)
+    times = settle_accelerator(accelerator, config.mixed_precision, work)
+    if times and accelerator.is_main_process:
+        say(f"Precision: {accelerator.mixed_precision} ({times.in_words()})")
+    return candidate, img_size
 
 
 class Candidate:

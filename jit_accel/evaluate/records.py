@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ from jit_accel.base.console import say, warn
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_file, atomic_folder, disk_errors, restore_folder, write_json, write_text
 from jit_accel.config.groups import UNAVERAGED
+from jit_accel.evaluate.pair_scores import HIGH, LOW, interval_of
 from jit_accel.evaluate.sweep import Measured, Outcome, noise_of
 from jit_accel.model.card import CARD_FILE, EVALUATION_FILE, refresh_card
 from jit_accel.model.carried_code import INDEX_FILE
@@ -29,6 +31,7 @@ from jit_accel.model.loading import PIPELINE_FOLDER, averages_of, pipeline_of_ch
 from jit_accel.model.scheduler import CALLS_PER_STEP
 
 _SETTINGS = {  # header in the table, and how a value is written
+    "scored": ("", "{}"),
     "guidance_scale": ("guidance", "{:g}"),
     "guidance_interval": ("interval", "{0[0]:g}-{0[1]:g}"),
     "num_inference_steps": ("steps", "{}"),
@@ -76,11 +79,22 @@ def add_records(records: Iterable[dict], file: Path | None, *, only_new: bool = 
 
 def versions() -> dict[str, str | None]:
     """Return the versions of what the numbers depend on."""
-    packages = dict.fromkeys(("torch-fidelity", "efficientnet-lite-pytorch"))
+    packages = dict.fromkeys(("torch-fidelity", "efficientnet-lite-pytorch", "torchmetrics"))
     for package in packages:
         with suppress(metadata.PackageNotFoundError):
             packages[package] = metadata.version(package)
     return {"jit_accel": __version__, "torch": torch.__version__, **packages}
+
+
+def keep(found: list[dict], file: Path | None, weights: str | None) -> None:
+    """Say records and add them to the file, and to the model card where the `weights` are a pipeline folder's."""
+    say(table_of(found))
+    add_records(found, file)
+    folder = Path(weights or "").expanduser()
+    if weights and (folder / INDEX_FILE).is_file() and os.access(folder, os.W_OK):
+        publish(found, folder, file)
+        if found[0].get("on_card") is False:
+            say("Card:    unchanged, since these are few images: --few_on_card shows them there all the same.")
 
 
 def publish(records: Iterable[dict], folder: Path, file: Path | None, *, only_new: bool = False) -> None:
@@ -103,13 +117,15 @@ def change_card(folder: Path, change: Callable[[Path], None]) -> None:
 def table_of(records: list[dict]) -> str:
     """Return the records as lines of text, a metric a column."""
     settings = [key for key in _SETTINGS if key in records[0]]
-    metrics = [name for name in records[0]["metrics"] if not name.endswith("_std")]
+    metrics = [name for name in records[0]["metrics"] if not name.endswith(("_std", LOW, HIGH))]
     rows = [[_SETTINGS[key][0] for key in settings] + metrics]
     for record in records:
         cells = ["" if record[key] is None else _SETTINGS[key][1].format(record[key]) for key in settings]
         found = record["metrics"]
         deviations = {name: f" ± {found[f'{name}_std']:.2g}" for name in metrics if f"{name}_std" in found}
-        rows.append(cells + [f"{found[name]:.5g}{deviations.get(name, '')}" for name in metrics])
+        rows.append(
+            cells + [f"{found[name]:.5g}{deviations.get(name) or interval_of(found, name)}" for name in metrics]
+        )
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 

@@ -19,16 +19,15 @@ from jit_accel.base.files import disk_errors
 from jit_accel.base.host import keep_heap
 from jit_accel.base.processes import on_all, on_main, process_group
 from jit_accel.evaluate import records
-from jit_accel.evaluate.evaluator import Candidate, Evaluator
+from jit_accel.evaluate.evaluator import Candidate, Evaluator, open_candidate
 from jit_accel.evaluate.features import MAIN, load_features
 from jit_accel.evaluate.image_sets import ImageSet, open_image_set, save_reference
+from jit_accel.evaluate.pairs import evaluate_pairs
 from jit_accel.evaluate.settings import EvaluateConfig, Setting, chosen_metrics, metric_names
 from jit_accel.evaluate.statistics import ImageStatistics
 from jit_accel.evaluate.sweep import Measured, Outcome, SweepLog, sweep
 from jit_accel.model.card import EVALUATION_FILE
-from jit_accel.model.carried_code import INDEX_FILE
-from jit_accel.model.generation import SamplerSettings, checked_side
-from jit_accel.model.precision import BlockWork, settle_accelerator
+from jit_accel.model.generation import SamplerSettings
 
 UNBALANCED = 0.1  # the share of a reference's images that would have to be of other classes
 GO_ON = "give the same command again"
@@ -55,18 +54,15 @@ def evaluate(config: EvaluateConfig) -> int:
         mixed_precision=chosen_precision(config.mixed_precision) or "no", kwargs_handlers=[patience]
     )
     with process_group(accelerator):
-        evaluator = build_evaluator(config, accelerator, accelerator.device, show_progress=True)
         file = record_file(config)
+        if config.pairs is not None:
+            evaluate_pairs(config, accelerator, file)
+            return 0
+        evaluator = build_evaluator(config, accelerator, accelerator.device, show_progress=True)
         on_main(accelerator, lambda: records.read_records(file))  # a file that nothing can be added to is found at once
         candidate, images, num_images, img_size = None, None, None, config.img_size
         if config.model is not None:
-            candidate, num_images = Candidate(config, accelerator), config.num_images
-            img_size = checked_side(candidate.pipeline(candidate.emas[0]), img_size)
-            sizes = candidate.pipeline(candidate.emas[0]).transformer.config
-            work = BlockWork.of(sizes, sizes.patch_size, img_size, img_size, config.batch_size, trains=False)
-            times = settle_accelerator(accelerator, config.mixed_precision, work)
-            if times and accelerator.is_main_process:
-                say(f"Precision: {accelerator.mixed_precision} ({times.in_words()})")
+            (candidate, img_size), num_images = open_candidate(config, accelerator), config.num_images
         elif config.images is not None:
             images = on_all(accelerator, lambda: open_image_set(config.images, "images", config.img_size), in_turn=True)
             num_images, img_size = images.num_images, images.img_size
@@ -82,7 +78,8 @@ def evaluate(config: EvaluateConfig) -> int:
                 evaluation.run_sweep()
             else:
                 found = evaluation.measure_all(images)
-                on_main(accelerator, lambda: evaluation.keep(found))
+                weights = candidate.weights if candidate and not config.output else None
+                on_main(accelerator, lambda: records.keep(found, file, weights))
         return 0
 
 
@@ -185,18 +182,6 @@ class Evaluation:
             return [{**of_images, **self.about, "metrics": self.evaluator.compare(statistics, self.reference)}]
         settings = sorted(self.candidate.settings(), key=lambda setting: setting.is_unguided)
         return [self.record_of(self.measure(setting, self.config.num_images)) for setting in settings]
-
-    def keep(self, found: list[dict]) -> None:
-        """Say records and add them to the file, and to the model card where they are of a pipeline folder."""
-        say(records.table_of(found))
-        records.add_records(found, self.file)
-        if self.candidate is None or self.config.output:
-            return
-        folder = Path(self.candidate.weights).expanduser()
-        if (folder / INDEX_FILE).is_file() and os.access(folder, os.W_OK):
-            records.publish(found, folder, self.file)
-            if found[0].get("on_card") is False:
-                say("Card:    unchanged, since these are few images: --few_on_card shows them there all the same.")
 
     def run_sweep(self) -> None:
         """Measure the grid, write its files and records beside the file, and the winner into the pipeline folder."""

@@ -15,6 +15,7 @@ INCEPTION, EFFICIENTNET_LITE0 = "inception", "efficientnet_lite0"
 FEATURES = dict.fromkeys((INCEPTION, EFFICIENTNET_LITE0))
 METHODS = {name: name for name in ("heun", "euler")}
 ALL = "all"
+PAIR_SCORES = dict.fromkeys(("psnr", "ssim", "mae"))  # of `--pairs`; the functions stand in `pair_scores.SCORES`
 MAX_VALUES = 10_000
 
 
@@ -44,7 +45,7 @@ METRICS = (
 )
 RANGES = [
     *within(2, MOST_IMAGES, "num_images", "sweep_images"),
-    *within(1, MOST_IMAGES, "sweep_top", "batch_size"),
+    *within(1, MOST_IMAGES, "sweep_top", "batch_size", "samples_each"),
     *within(1, MOST_PIXELS, "img_size"),
     *within(0, 2**63 - 1, "seed"),
     ("max_features", lambda v: v >= 4, "at least 4"),  # three neighbours of each
@@ -63,7 +64,15 @@ class EvaluateConfig:
     """The real images: whatever --data_path of training may be; or statistics, an .npz that --make_reference wrote, or
     ADM's or JiT's (required)."""
     split: str | None = None
-    """Split of the reference's images, where there are several: test, train+test, all, ... (default: train)."""
+    """Split of the reference's images, or of the pairs, where there are several: test, train+test, all, ... (default:
+    train)."""
+    pairs: str | None = None
+    """Images, as --data_path of training, for a model that was trained with a condition (default: none): it makes each
+    from its condition, and PSNR, SSIM and MAE are measured against it, beside those of the untouched condition."""
+    condition_from: str | None = None
+    """What makes the conditions of --pairs, such as downscale:4 (default: as in the model's training)."""
+    samples_each: int = 1
+    """Images made of each condition; of several their mean is scored too."""
     ema: tuple[str, ...] = ()
     """Averaged weights of a run or checkpoint: a decay, "model" for the weights themselves (default: those of the
     pipeline folder, or the first average); several or "all" for a sweep."""
@@ -74,9 +83,9 @@ class EvaluateConfig:
     """File of the network's weights (default: torch hub's cache, downloaded if they are not there)."""
     metrics: tuple[str, ...] = ()
     """Names: fid, sfid, inception_score, kid, precision, recall; or, with any features, fd, kd, precision, recall
-    (default: all that the features and the reference allow)."""
+    (default: all that the features and the reference allow). With --pairs: psnr, ssim, mae."""
     num_images: int = 50_000
-    """Number of images to generate; image n is of class n % classes."""
+    """Number of images to generate; image n is of class n % classes. Of --pairs so many at most."""
     batch_size: int = 64
     """Images that a process works on together."""
     img_size: int | None = None
@@ -125,6 +134,12 @@ def check(config: EvaluateConfig) -> None:
     for flag in ("metrics", *AXES):
         if (value := getattr(config, flag)) and not words(value):
             raise UserError("names nothing: give some, or leave the flag out.", about=flag, value=" ".join(value))
+    check_ranges(vars(config), RANGES)
+    if config.pairs is not None:
+        return _check_pairs(config)
+    for flag, otherwise in (("condition_from", None), ("samples_each", 1)):
+        if (value := getattr(config, flag)) != otherwise:
+            raise UserError("is for conditions: add --pairs.", about=flag, value=value)
     chosen = chosen_metrics(config.features, config.metrics)
     if config.reference is None:
         raise UserError("not given: name the real images, or a file of their statistics.", about="reference")
@@ -144,7 +159,28 @@ def check(config: EvaluateConfig) -> None:
     if config.select is not None and chosen_metrics(config.features, (config.select,), "select")[0] not in chosen:
         rule = f"is not among --metrics {','.join(config.metrics)}: add it."
         raise UserError(rule, about="select", value=config.select)
-    check_ranges(vars(config), RANGES)
+
+
+def _check_pairs(config: EvaluateConfig) -> None:
+    """Raise `UserError` for settings that do not go with `--pairs`."""
+    chosen_scores(config.metrics)
+    if config.model is None:
+        raise UserError("not given: name the model that is shown the conditions.", about="model")
+    for flag in ("images", "reference", "make_reference", "select"):
+        if (value := getattr(config, flag)) is not None:
+            rule = "does not go with --pairs, whose images are what is compared with: leave it out."
+            raise UserError(rule, about=flag, value=value)
+    for flag, values in axes_of(config).items():
+        if len(values) > 1 or values == [ALL]:
+            rule = "must be one value with --pairs: there is no sweep."
+            raise UserError(rule, about=flag, value=" ".join(getattr(config, flag)))
+
+
+def chosen_scores(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the scores of pairs that `--metrics` names, all for none."""
+    for name in (names := words(names)):
+        lookup(PAIR_SCORES, name, "metrics")
+    return tuple(names or PAIR_SCORES)
 
 
 def metric_names(features: str) -> dict[str, ImageMetric]:

@@ -64,10 +64,10 @@ LEFT_OUT = (
 # Settings of an evaluation that belong beside its numbers.
 EVALUATION_SETTINGS = (
     *("ema", "guidance_scale", "guidance_interval", "method", "num_inference_steps", "num_images", "features"),
-    "reference",
+    *("reference", "pairs", "condition_from", "scored"),
 )
 # Values under these keys are places, whatever they look like: only their last part is shown.
-PLACES = ("model", "images", "reference", "feature_weights", "make_reference", "output")
+PLACES = ("model", "images", "reference", "pairs", "feature_weights", "make_reference", "output")
 MOST_RESULTS = 20
 FRECHET = re.compile(r"fid|fr[eé]chet|(?:^|_)fd(?:_|$)", re.IGNORECASE)
 TASK = "unconditional-image-generation"

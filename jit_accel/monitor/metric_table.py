@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 UNGUIDED = "_unguided"  # behind the key of a metric of images made without guidance
+UNTOUCHED = "_untouched"  # behind the key of a score of conditions themselves
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ EPOCH_LOSS = row("train/epoch_loss", "train, epoch", "epoch", chart="loss", bett
 BEST_LOSS = row("train/best_loss", "best epoch", "epoch", better="lower")
 VAL_LOSS = row("val/loss", "validation", "val", chart="loss", better="lower")
 EMA_VAL_LOSS = row("ema/val_loss", "validation, EMA", "val", chart="loss", better="lower")
+for _name, _title, _better in (("psnr", "PSNR in dB", "higher"), ("ssim", "SSIM", "higher"), ("mae", "MAE", "lower")):
+    row(f"val/{_name}", _title, "val", chart=f"pair_{_name}", better=_better)
+    row(f"val/{_name}{UNTOUCHED}", f"{_title}, untouched", "val", chart=f"pair_{_name}")
+PAIR_SCORE = "val/{name}"  # the pattern of their keys
 LOSS_BY_T = row("train/loss_by_t/{bin}", "{bin}", "interval", chart="loss_by_t")
 
 for _name, _title, _better in (

@@ -18,6 +18,7 @@ SMOOTHING = 0.02
 # Further than this factor from the curve, a threshold would press it flat.
 MAX_THRESHOLD_RATIO = 10
 OF_IMAGES = "Of images made with the averaged weights, against the reference"
+OF_PAIRS = "Of images made of held-out conditions with the averaged weights; untouched: the conditions themselves"
 ONCE_A_WHILE = ("epoch", "val", "eval")  # rows of metrics that are drawn as points
 
 
@@ -53,6 +54,10 @@ CHARTS = (
     ),
     Chart("memory", "speed", "Memory", "Peak of the device, and of the data workers of a process"),
     Chart("epoch_time", "speed", "Time per epoch", "Seconds, samples and validation included"),
+    *(
+        Chart(f"pair_{name}", "evaluation", title, OF_PAIRS)
+        for name, title in (("psnr", "PSNR in dB"), ("ssim", "SSIM"), ("mae", "Mean absolute error"))
+    ),
     Chart("bad_images", "speed", "Broken images", "Images that could not be decoded and were skipped"),
 )
 BY_T = Chart(

@@ -45,8 +45,9 @@ from jit_accel.train.feed import Feed, Validation, open_data
 from jit_accel.train.initial_weights import Initial, Tuning, read_initial, tune
 from jit_accel.train.optimizers import build_optimizers, make_moments
 from jit_accel.train.output_folder import check_output_dir, choose_folder, release
+from jit_accel.train.pair_quality import PairQuality
 from jit_accel.train.results import describe_data
-from jit_accel.train.samples import SampleQuality, SampleSheets
+from jit_accel.train.samples import SampleMeasure, SampleQuality, SampleSheets
 from jit_accel.train.state import RunFacts
 from jit_accel.train.trainer import Trainer
 
@@ -239,13 +240,11 @@ def assemble(
     stops = SharedStop(accelerator, stop)
     sampled = {"pipeline": pipeline, "averages": averages, "accelerator": accelerator, "settings": config.sample, **how}
     sampled["stops"] = stops
-    quality = None
-    if config.evaluation.eval_every_steps:
-        quality = SampleQuality(config.evaluation, source, Path(run.output_dir), **sampled)
     made_from = config.condition.condition_from
-    sampled["examples"] = choose_examples(source, held_out, config.data.img_size, made_from)
+    examples = choose_examples(source, held_out, config.data.img_size, made_from)
     feed = Feed(config.data, made_from, source, accelerator, num_classes=config.model.num_classes, **how)
     validation = Validation(held_out, accelerator, config.optim.batch_size, made_from) if held_out else None
+    measures = build_measures(config, source, validation, tuning, sampled)
     monitor = Monitor(
         accelerator,
         feed,
@@ -276,10 +275,24 @@ def assemble(
         stop=stop,
         stops=stops,
         watch=watch,
-        sheets=SampleSheets(**sampled),
+        sheets=SampleSheets(**sampled, examples=examples),
         validation=validation,
-        quality=quality,
+        measures=measures,
     )
+
+
+def build_measures(
+    config: Config, source: Source, validation: Validation | None, tuning: Tuning, sampled: dict[str, Any]
+) -> dict[str, SampleMeasure]:
+    """Return what is measured of samples on the way, by the names of the occasions."""
+    wanted, found = config.evaluation, {}
+    sampled = {**sampled, "output_dir": Path(config.run.output_dir)}
+    if wanted.eval_every_steps:
+        found["evaluate"] = SampleQuality(wanted, source, every=wanted.eval_every_steps, **sampled)
+    if wanted.paired_every_steps and validation:
+        of_pairs = (validation.held_out, validation.degradation, tuning.labels_of, wanted.paired_images)
+        found["score"] = PairQuality(*of_pairs, every=wanted.paired_every_steps, **sampled)
+    return found
 
 
 def build_model(config: Config, source: Source, initial: Initial | None) -> tuple[JiTTransformer2DModel, Tuning]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from jit_accel.base.console import say, warn
 from jit_accel.base.errors import UserError, message_of, renamed_settings
@@ -121,19 +122,57 @@ class SampleSheets(AveragedSamples):
         return dict(zip(self.row_names, pixels))
 
 
+@dataclass(kw_only=True)
+class SampleMeasure(AveragedSamples):
+    """Numbers about the images of a step. What one process raises costs all of them these numbers, and no more.
+
+    A kind of it has `names`, their keys in the log, `num_images`, and `values`, which measures them.
+    """
+
+    every: int  # steps
+    output_dir: Path
+
+    def has_measured(self, step: int) -> bool:
+        """Return False where the log has this step without the values; the main process looks."""
+        return on_main(self.accelerator, lambda: is_measured(self.output_dir, step, self.names))
+
+    def prepare(self) -> None:
+        """Get what is compared with, before the first step."""
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Return the values by their keys in the log; {} where they cannot be had, of which is warned.
+
+        Raises `Stopped`.
+        """
+        # With FSDP's shards an error inside the network is one process's alone: it must end, as in a training step.
+        survived = UserError if self.is_sharded else Exception
+        try:
+            with self.averages.applied():
+                return self.values()
+        except survived as error:  # met by all processes
+            if self.accelerator.is_main_process:
+                warn(f"step {step:,} is not evaluated, and training goes on: {message_of(error)}")
+            return {}
+
+    @property
+    def is_sharded(self) -> bool:
+        """Processes hold shards of the network, and wait for each other inside it."""
+        return self.accelerator.distributed_type == DistributedType.FSDP
+
+
 @dataclass
-class SampleQuality(AveragedSamples):
+class SampleQuality(SampleMeasure):
     """Measures how far the images are from real ones; `UserError` if feature network or reference cannot be had."""
 
     evaluation: EvalConfig
     images: Source | str  # of the training; the reference's, which may be a file, where the settings name another
-    output_dir: Path
     reference: ImageStatistics | None = None
 
     def __post_init__(self):
         accelerator, wanted, path = self.accelerator, self.evaluation, self.evaluation.eval_reference
         self.img_size = self.pipeline.transformer.config.img_size
-        self.passes = self.passes_for(wanted.eval_images, wanted.eval_num_inference_steps, 1.0)
+        self.num_images = wanted.eval_images
+        self.passes = self.passes_for(self.num_images, wanted.eval_num_inference_steps, 1.0)
         with renamed_settings(**NAMES):
             network = on_all(
                 accelerator,
@@ -148,11 +187,7 @@ class SampleQuality(AveragedSamples):
         metrics = tuple(name for name, metric in metric_names(network.name).items() if metric.short in MEASURED)
         # No gradients are kept, so that the batch of the training has room for guidance's double one.
         self.evaluator = Evaluator(network, accelerator, metrics, max(8, self.batch_size))
-
-    def has_measured(self, step: int) -> bool:
-        """Return False where the log has this step without the values; the main process looks."""
-        keys = {EVAL.format(name=name) for name in self.evaluator.metrics}
-        return on_main(self.accelerator, lambda: is_measured(self.output_dir, step, keys))
+        self.names = {EVAL.format(name=name) for name in metrics}
 
     def prepare(self) -> None:
         """Get the statistics of the reference, a file or images that are read once; `UserError` if it is unreadable."""
@@ -161,29 +196,18 @@ class SampleQuality(AveragedSamples):
             with renamed_settings(**NAMES):
                 self.reference = read(self.images, self.img_size)
 
-    def measure(self, step: int) -> dict[str, float]:
-        """Return the metrics by their keys in the log: `eval/<metric>` with the samples' guidance, and `..._unguided`.
-
-        Whatever one process raises costs all of them the values of this step, {}, and is warned of. Raises `Stopped`.
-        """
-        scale, images = self.pipeline.config.guidance_scale, self.evaluation.eval_images
+    def values(self) -> dict[str, float]:
+        """Return the metrics by their keys in the log: `eval/<metric>` at the sheets' guidance, and `..._unguided`."""
+        scale, images = self.pipeline.config.guidance_scale, self.num_images
         steps = self.evaluation.eval_num_inference_steps or self.settings.num_inference_steps
         batches = -(-images // (self.accelerator.num_processes * self.evaluator.batch_size))
         found: dict[float, dict[str, float]] = {}
-        # With FSDP's shards an error inside the network is one process's alone: it must end, as in a training step.
-        survived = UserError if self.evaluator.is_sharded else Exception
-        try:
-            with self.averages.applied():
-                for guidance in dict.fromkeys((1.0, scale)):
-                    how = SamplerSettings(steps, guidance), self.seed
-                    looking = partial(self.stops.looking, steps * batches)
-                    found[guidance] = self.evaluator.measure_pipeline(
-                        self.pipeline, self.reference, images, *how, looking=looking
-                    )
-        except survived as error:  # met by all processes
-            if self.accelerator.is_main_process:
-                warn(f"step {step:,} is not evaluated, and training goes on: {message_of(error)}")
-            return {}
+        for guidance in dict.fromkeys((1.0, scale)):
+            how = SamplerSettings(steps, guidance), self.seed
+            looking = partial(self.stops.looking, steps * batches)
+            found[guidance] = self.evaluator.measure_pipeline(
+                self.pipeline, self.reference, images, *how, looking=looking
+            )
         return {
             EVAL.format(name=name + ending): found[guidance][name]
             for guidance, ending in ((scale, ""), (1.0, UNGUIDED))

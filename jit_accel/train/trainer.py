@@ -38,7 +38,7 @@ from jit_accel.train.occasions import Occasion, due
 from jit_accel.train.optimizers import lr_at, set_lr, take_step
 from jit_accel.train.profile import StepProfile
 from jit_accel.train.results import CURVE_FILE, is_exported, read_record, record_run, write_record, write_results
-from jit_accel.train.samples import SampleQuality, SampleSheets
+from jit_accel.train.samples import SampleMeasure, SampleSheets
 from jit_accel.train.state import NamedTensors, OptimizerState, RunFacts
 
 
@@ -63,7 +63,7 @@ class Trainer:
     watch: Watchdog
     sheets: SampleSheets
     validation: Validation | None  # None where nothing is held out, or nothing to be measured
-    quality: SampleQuality | None
+    measures: dict[str, SampleMeasure]  # by the names of their occasions
 
     def __post_init__(self):
         run, averages = self.settings, self.averages
@@ -92,18 +92,19 @@ class Trainer:
         if self.validation:  # before the metrics of the step are read, since it adds to them
             every = run.val_every_steps
             self.occasions.insert(0, Occasion("validate", every, self.validate, self._has_validated, reads_first=False))
-        if quality := self.quality:
-            every = quality.evaluation.eval_every_steps
-            self.occasions.append(Occasion("evaluate", every, self.evaluate, lambda: quality.has_measured(self.step)))
+        for name, measure in self.measures.items():
+            act, is_done = partial(self.evaluate, measure), lambda m=measure: m.has_measured(self.step)
+            self.occasions.append(Occasion(name, measure.every, act, is_done))
 
     def run(self) -> int:
         """Train to the end, or until a signal. Returns the exit code."""
         with disk_errors("output_dir", self.output_dir):
             self.output_dir.mkdir(parents=True, exist_ok=True)
         last_step = max(self.plan.total_steps, self.step)
-        if self.quality and (self.step < last_step or not self.quality.has_measured(last_step)):
-            self.watch.at("looks at the real images", may_last=True)
-            self.quality.prepare()
+        for measure in self.measures.values():
+            if self.step < last_step or not measure.has_measured(last_step):
+                self.watch.at("looks at the real images", may_last=True)
+                measure.prepare()
         with self.stop, self.monitor, self.checkpointer, self.profile, self.watch:
             self.watch.at("opens its logs", may_last=True)  # a tracker may get many rows that it lacks
             self._open_logs()
@@ -169,7 +170,7 @@ class Trainer:
 
     def look_ahead(self, cost: StepCost | None = None) -> None:
         """Say what time and memory the steps ahead take, by this `cost`, or that of a block; all processes together."""
-        parts = {"sample": self.sheets, "validate": self.validation, "evaluate": self.quality}
+        parts = {"sample": self.sheets, "validate": self.validation, **self.measures}
         counts = {o.name: forecast.times_due(o.every, self.step, self.plan.total_steps) for o in self.occasions}
         forwards = sum(counts[name] * part.passes for name, part in parts.items() if part)
         model, steps = self.facts.facts["settings"]["model"], self.plan.total_steps - self.step
@@ -278,19 +279,19 @@ class Trainer:
         caption, is_late = self.sheets.caption(self.step), self.step == self.first_step  # which trackers may have
         self.monitor.log_samples(self.sheet_path, self.step, caption, images, is_late)
 
-    def evaluate(self) -> None:
-        """Measure generated images of this step's average against real ones, all processes together.
+    def evaluate(self, measure: SampleMeasure) -> None:
+        """Measure generated images of this step's average, all processes together.
 
         The values go into the row of this step, which is written already; a failure costs them alone.
         """
         self.model.eval()
         with self.monitor.pause():
             self.checkpointer.finish()  # before anything can happen
-            found = self.quality.measure(self.step)
+            found = measure.measure(self.step)
         if found:
             self.monitor.amend(self.step, found)
-            values = ", ".join(f"{part_of(name, EVAL)} {value:.4g}" for name, value in found.items())
-            self.say(f"Step {self.step:,}: {values} of {self.quality.evaluation.eval_images:,} images")
+            values = ", ".join(f"{part_of(name, EVAL) or name} {value:.4g}" for name, value in found.items())
+            self.say(f"Step {self.step:,}: {values} of {measure.num_images:,} images")
 
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:

@@ -1,0 +1,212 @@
+"""`python -m jit_accel.evaluate --pairs`."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from data_samples import tar
+from helpers import Group, in_fresh_accelerate, train_here
+from PIL import Image
+
+import jit_accel as jit
+from jit_accel.base.errors import UserError
+from jit_accel.data.formats.sources import open_images
+from jit_accel.evaluate import main
+from jit_accel.evaluate.pair_scores import PairScores
+from jit_accel.evaluate.pairs import PairEvaluator, label_function, open_pairs
+from jit_accel.model.generation import SamplerSettings
+
+FAST = ("--num_inference_steps", "2", "--method", "euler")
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    """A run that learns to enlarge."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    flags = ("--condition_from", "downscale:4", "--max_steps", "2", "--save_every_steps", "2", "--ema_decays", "0")
+    assert train_here("--data_path", str(images), *flags, "--output_dir", str(out)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(images, tmp_path_factory):
+    """A run without a condition."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    assert train_here("--data_path", str(images), "--max_steps", "2", "--output_dir", str(out)) == 0
+    return out
+
+
+def evaluate(tmp_path, *flags: str) -> dict[str, dict]:
+    """Evaluate in this process; return the records by what was scored."""
+    file = tmp_path / "found.json"
+    file.unlink(missing_ok=True)
+    with in_fresh_accelerate():
+        assert main([*flags, *FAST, "--output", str(file)]) == 0
+    return {record["scored"]: record for record in json.loads(file.read_text())}
+
+
+def test_the_scores_are_those_of_images_made_by_hand(run, images, tmp_path, capsys):
+    found = evaluate(tmp_path, "--model", str(run), "--pairs", str(images), "--samples_each", "3")
+    assert list(found) == ["untouched", "sample", "mean of 3"]
+    assert {record["num_images"] for record in found.values()} == {44}
+    assert {record["condition_from"] for record in found.values()} == {"downscale:4"}
+    pairs = open_pairs(str(images), None, "downscale:4", pipe := jit.load(run), 28, 50_000)
+    scores, sums = PairScores(), {row: [] for row in found}
+    for part, _ in pairs.parts(64, 0, 1):
+        how = {"labels": part.labels, "conditions": part.conditions, "num_inference_steps": 2, "method": "euler"}
+        samples = [jit.generate(pipe, (part.keys + i).tolist(), **how) for i in range(3)]
+        sums["sample"] += [scores(some, part.truths) for some in samples]
+        mean = torch.stack(samples).double().mean(0).round().to(torch.uint8)
+        sums["mean of 3"].append(scores(mean, part.truths))
+        sums["untouched"].append(scores((part.conditions * 255).round().to(torch.uint8), part.truths))
+    for row, of_parts in sums.items():
+        expected = torch.cat(of_parts).mean(0).tolist()
+        assert [found[row]["metrics"][name] for name in ("psnr", "ssim", "mae")] == pytest.approx(expected, rel=1e-4)
+    table = capsys.readouterr().out
+    assert "untouched" in table
+    assert f"{found['sample']['metrics']['psnr']:.5g} [{found['sample']['metrics']['psnr_low']:.5g}, " in table
+
+
+def test_the_mean_of_samples_has_no_greater_error_than_one(run, images, tmp_path):
+    found = evaluate(tmp_path, "--model", str(run), "--pairs", str(images), "--samples_each", "4", "--metrics", "mae")
+    assert set(found["sample"]["metrics"]) == {"mae", "mae_low", "mae_high"}
+    rounding = 0.5 / 255
+    assert found["mean of 4"]["metrics"]["mae"] <= found["sample"]["metrics"]["mae"] + rounding
+
+
+@pytest.mark.multiprocess
+def test_two_processes_find_what_one_does(run, images, tmp_path):
+    flags = ("--model", str(run), "--pairs", str(images), "--samples_each", "2", "--num_images", "43")
+    alone = evaluate(tmp_path, *flags)
+    together, environment = tmp_path / "two.json", {"TEST_MAIN": "jit_accel.evaluate:main"}
+    group = Group([*flags, *FAST, "--output", str(together)], tmp_path / "log.txt", 2, environment)
+    assert group.wait() == [0, 0], group.output()
+    for record in json.loads(together.read_text()):
+        expected = alone[record["scored"]]
+        assert record["num_images"] == expected["num_images"] == 43
+        assert list(record["metrics"].values()) == pytest.approx(list(expected["metrics"].values()), rel=1e-4)
+    assert (tmp_path / "pairs.png").is_file()
+
+
+@pytest.mark.multiprocess
+def test_more_processes_than_images_find_the_same(run, images, tmp_path):
+    flags = ("--model", str(run), "--pairs", str(images), "--num_images", "2")
+    alone = evaluate(tmp_path, *flags)
+    together, environment = tmp_path / "three.json", {"TEST_MAIN": "jit_accel.evaluate:main"}
+    group = Group([*flags, *FAST, "--output", str(together)], tmp_path / "log.txt", 3, environment)
+    assert group.wait() == [0, 0, 0], group.output()
+    for record in json.loads(together.read_text()):
+        assert record["metrics"] == pytest.approx(alone[record["scored"]]["metrics"], rel=1e-4)
+
+
+def test_results_stand_in_the_folders_record_and_on_its_card_beside_a_sheet(run, images):
+    with in_fresh_accelerate():
+        assert main(["--model", str(run), "--pairs", str(images), "--num_images", "9", *FAST]) == 0
+    assert len(json.loads((run / "evaluation.json").read_text())) == 2
+    card = (run / "pipeline" / "README.md").read_text()
+    assert "| untouched |" in card
+    assert str(images) not in card
+    sheet = Image.open(run / "pairs.png")
+    assert sheet.height == 3 * (84 + 2)
+
+
+def test_what_made_the_conditions_is_found_for_run_checkpoint_and_pipeline_folder(run, images, tmp_path):
+    for place in (run, run / "pipeline", run / "checkpoints" / "step_00000002"):
+        found = evaluate(tmp_path, "--model", str(place), "--pairs", str(images), "--num_images", "4")
+        assert found["sample"]["condition_from"] == "downscale:4"
+    other = evaluate(tmp_path, "--model", str(run), "--pairs", str(images), "--condition_from", "blur:1")
+    assert other["untouched"]["metrics"]["psnr"] > found["untouched"]["metrics"]["psnr"]
+    (tmp_path / "alone").symlink_to(run / "pipeline")
+
+
+def test_streams_and_folders_give_the_same_scores_and_bad_images_are_named(run, images, tmp_path, capsys):
+    files = sorted(images.glob("*/*.png"))
+    members = {f"{number:03d}.png": file.read_bytes() for number, file in enumerate(files)}
+    tar(tmp_path / "a.tar", members)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for name, data in members.items():
+        (flat / name).write_bytes(data)
+    (flat / "zzz.png").write_bytes(b"broken")
+    of_kinds = [evaluate(tmp_path, "--model", str(run), "--pairs", str(tmp_path / name)) for name in ("a.tar", "flat")]
+    for row in ("untouched", "sample"):
+        assert of_kinds[0][row]["metrics"] == pytest.approx(of_kinds[1][row]["metrics"], rel=1e-5)
+    assert "1 images cannot be read and are left out" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_labels_go_by_name_else_by_number(run, images, tmp_path):
+    pipe, source = jit.load(run), open_images(images)
+    names = list(pipe.config.class_names.values() if isinstance(pipe.config.class_names, dict) else source.class_names)
+    assert [label_function(source, pipe)(label) for label in range(4)] == [0, 1, 2, 3]
+    for name in ("0", "1"):  # the last class of the model comes first in this data
+        folder = tmp_path / "some" / (names[3] if name == "0" else names[0])
+        folder.mkdir(parents=True)
+        Image.new("RGB", (28, 28)).save(folder / "a.png")
+    some = open_images(tmp_path / "some")
+    assert [names[label_function(some, pipe)(label)] for label in range(2)] == list(some.class_names)
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    pipe.register_to_config(class_names=None)
+    assert [label_function(some, pipe)(label) for label in range(2)] == [0, 1]
+    for number in range(5):
+        (tmp_path / "many" / str(number)).mkdir(parents=True)
+        Image.new("RGB", (28, 28)).save(tmp_path / "many" / str(number) / "a.png")
+    with pytest.raises(UserError, match="has 5 classes, and the model knows 4"):
+        label_function(open_images(tmp_path / "many"), pipe)
+
+
+def test_a_grey_condition_is_scored_as_a_picture_and_one_of_other_channels_not_at_all(images, tmp_path):
+    out, how = tmp_path / "grey", ("--condition_from", "grey", "--max_steps", "2", "--warmup_steps", "0")
+    assert train_here("--data_path", str(images), *how, "--output_dir", str(out)) == 0
+    found = evaluate(tmp_path, "--model", str(out), "--pairs", str(images), "--num_images", "8")
+    assert found["untouched"]["metrics"]["psnr"] == pytest.approx(100, abs=1)  # of grey images
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--model", "PLAIN", "--pairs", "IMAGES"), "was trained without a condition: measure it against --reference"),
+        (("--model", "RUN", "--reference", "IMAGES"), "was trained with a condition, of which it makes images: give"),
+        (("--model", "RUN", "--pairs", "nowhere"), "--pairs nowhere: "),
+        (("--pairs", "IMAGES"), "--model: not given"),
+        (("--model", "RUN", "--pairs", "IMAGES", "--reference", "x"), "--reference x: does not go with --pairs"),
+        (("--model", "RUN", "--pairs", "IMAGES", "--images", "x"), "--images x: does not go with --pairs"),
+        (("--model", "RUN", "--pairs", "IMAGES", "--guidance_scale", "1,2"), "--guidance_scale 1 2: must be one value"),
+        (("--model", "RUN", "--pairs", "IMAGES", "--metrics", "psrn"), "--metrics psrn: unknown; choose from psnr"),
+        (("--model", "RUN", "--pairs", "IMAGES", "--samples_each", "0"), "--samples_each 0: must be at least 1"),
+        (
+            ("--model", "RUN", "--pairs", "IMAGES", "--condition_from", "grey"),
+            "makes conditions of 1 channels, and the",
+        ),
+        (("--model", "RUN", "--pairs", "IMAGES", "--condition_from", "downscale:5"), "must divide the sides"),
+        (("--model", "RUN", "--pairs", "IMAGES", "--img_size", "30"), "--img_size 30: must be a multiple"),
+        (("--model", "PLAIN", "--reference", "IMAGES", "--samples_each", "2"), "--samples_each 2: is for conditions"),
+        (("--model", "ALONE", "--pairs", "IMAGES"), "has no condition, and the model's folder does not say"),
+    ],
+)
+def test_what_does_not_fit_is_refused(run, plain, images, tmp_path, monkeypatch, capsys, tiny, flags, message):
+    jit.load(run).save_pretrained(tmp_path / "alone")
+    monkeypatch.chdir(tmp_path)
+    places = {"RUN": run, "PLAIN": plain, "IMAGES": images, "ALONE": tmp_path / "alone"}
+    with in_fresh_accelerate():
+        flags = [str(places.get(flag, flag)) for flag in flags]
+        assert main([*flags, *(("--features", "tiny") if "--reference" in flags else ())]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors.replace("\n", " "), errors
+    assert "Traceback" not in errors
+
+
+def test_samples_of_a_condition_differ_and_the_first_is_the_same_however_many(run, images):
+    pipe = jit.load(run)
+    pairs = open_pairs(str(images), None, "downscale:4", pipe, 28, 5)
+    with in_fresh_accelerate():
+        accelerator = Accelerator(cpu=True)
+        how = SamplerSettings(2, method="euler")
+        one, three = (PairEvaluator(pairs, PairScores(), accelerator, count).measure(pipe, how) for count in (1, 3))
+        other = PairEvaluator(pairs, PairScores(), accelerator, seed=1).measure(pipe, how)
+    assert (one.num_images, three.num_images) == (5, 5)
+    assert torch.equal(one.first["sample"], three.first["sample"])
+    assert not torch.equal(one.first["sample"], other.first["sample"])
+    assert one.scores["untouched"]["psnr"] == other.scores["untouched"]["psnr"]
+    assert not np.array_equal(one.first["sample"], three.first["mean of 3"])

@@ -1,0 +1,149 @@
+"""The scores of restored images that a training measures on its way."""
+
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_same_state, rows, train_group, train_here
+
+import jit_accel as jit
+from jit_accel.data.batches.degradations import degradation_of
+from jit_accel.data.batches.holdout import split_holdout
+from jit_accel.data.formats.sources import open_images
+from jit_accel.evaluate.pair_scores import PairScores
+from jit_accel.monitor.log import read_metrics
+from jit_accel.report.charts import charts_of
+from jit_accel.report.runs import read_runs
+from jit_accel.train.pair_quality import PairQuality
+
+KEYS = [f"val/{name}{ending}" for ending in ("", "_untouched") for name in ("psnr", "ssim", "mae")]
+HOW = ("--condition_from", "downscale:4", "--holdout", "0.3", "--val_every_steps", "2", "--save_every_steps", "2")
+HOW += ("--max_steps", "4", "--ema_decays", "0.5")
+
+
+def measured(folder) -> dict[int, list[float]]:
+    return {row["step"]: [row[key] for key in KEYS] for row in read_metrics(folder) if KEYS[0] in row}
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    """The flags and the folder of a run that scored at steps 2 and 4."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    flags = ("--data_path", str(images), *HOW)
+    assert train_here(*flags, "--output_dir", str(out)) == 0
+    return flags, out
+
+
+def held_out(images):
+    return split_holdout(open_images(images), 0.3, max_images=1024, img_size=28)[1]
+
+
+def test_the_last_scores_are_those_of_the_pipeline_and_of_the_conditions(run, images):
+    _, out = run
+    found, held = measured(out), held_out(images)
+    assert list(found) == [2, 4]
+    assert found[2][3:] == found[4][3:]
+    conditions = degradation_of("downscale:4")(held.images / 127.5 - 1, held.keys)
+    pipe = jit.load(out)
+    how = {"labels": held.labels.tolist(), "conditions": (conditions + 1) / 2, "num_inference_steps": 2}
+    made = jit.generate(pipe, held.keys.tolist(), **how)
+    scores = PairScores()
+    assert scores(made, held.images).mean(0).tolist() == pytest.approx(found[4][:3], rel=1e-5)
+    shown = ((conditions + 1) * 127.5).round().to(torch.uint8)
+    assert scores(shown, held.images).mean(0).tolist() == pytest.approx(found[4][3:], rel=1e-5)
+
+
+def test_measuring_changes_no_weight_and_a_resume_measures_what_was_left_undone(run, tmp_path):
+    flags, out = run
+    assert train_here(*flags, "--paired_every_steps", "0", "--output_dir", str(tmp_path / "never")) == 0
+    assert measured(tmp_path / "never") == {}
+    assert_same_state(out, tmp_path / "never")
+    shutil.copytree(out, tmp_path / "out", ignore=shutil.ignore_patterns("step_00000004*", "pipeline"))
+    assert train_here(*flags, "--output_dir", str(tmp_path / "out"), "--resume", "auto") == 0
+    assert rows(tmp_path / "out") == rows(out)
+    assert train_here(*flags, "--output_dir", str(tmp_path / "never"), "--resume", "auto") == 0
+    assert measured(tmp_path / "never") == {4: measured(out)[4]}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("count", ["1", "5", "64"])
+def test_two_processes_score_what_one_does(images, tmp_path, count):
+    flags = ("--data_path", str(images), *HOW, "--paired_images", count, "--max_steps", "2", "--output_dir")
+    assert train_here(*flags, str(tmp_path / "one")) == 0
+    train_group(tmp_path, *flags, str(tmp_path / "two"), "--batch_size", "2", num_processes=2)
+    assert np.allclose(measured(tmp_path / "one")[2], measured(tmp_path / "two")[2], rtol=1e-3)
+    assert measured(tmp_path / "one")[2][3:] == pytest.approx(measured(tmp_path / "two")[2][3:], rel=1e-6)
+
+
+@pytest.mark.multiprocess
+def test_processes_that_share_the_weights_score_together(images, tmp_path):
+    flags = ("--data_path", str(images), *HOW, "--paired_images", "3", "--max_steps", "2", "--output_dir")
+    assert train_here(*flags, str(tmp_path / "one")) == 0
+    sharded = {"TEST_FSDP2_PRECISION": "no"}
+    train_group(tmp_path, *flags, str(tmp_path / "two"), "--batch_size", "2", num_processes=2, environment=sharded)
+    assert np.allclose(measured(tmp_path / "one")[2], measured(tmp_path / "two")[2], rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["grey", "noise:0.2", "mask:0.5"])
+def test_every_kind_of_condition_is_scored_always_alike(images, tmp_path, kind):
+    flags = ("--data_path", str(images), *HOW, "--condition_from", kind, "--max_steps", "2")
+    for name in ("first", "again"):
+        assert train_here(*flags, "--seed", "0", "--output_dir", str(tmp_path / name)) == 0
+    assert measured(tmp_path / "first") == measured(tmp_path / "again")
+    assert train_here(*flags, "--seed", "1", "--output_dir", str(tmp_path / "other")) == 0
+    assert measured(tmp_path / "first")[2][3:] == measured(tmp_path / "other")[2][3:]
+
+
+def test_a_failure_costs_the_scores_of_its_step_alone(run, tmp_path, monkeypatch, capsys):
+    flags, out = run
+    values, calls = PairQuality.values, []
+
+    def fail_at_first(self):
+        calls.append(None)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return values(self)
+
+    monkeypatch.setattr(PairQuality, "values", fail_at_first)
+    assert train_here(*flags, "--output_dir", str(tmp_path / "out")) == 0
+    assert "step 2 is not evaluated, and training goes on: OutOfMemoryError: no memory" in capsys.readouterr().err
+    assert measured(tmp_path / "out") == {4: measured(out)[4]}
+    assert_same_state(out, tmp_path / "out")
+
+
+def test_the_report_shows_scores_with_the_untouched_ones(run):
+    _, out = run
+    charts = {chart["id"]: chart for chart in charts_of(read_runs([out]))}
+    assert {"pair_psnr", "pair_ssim", "pair_mae"} <= charts.keys()
+    assert [series["name"] for series in charts["pair_psnr"]["series"]] == ["PSNR in dB", "PSNR in dB, untouched"]
+
+
+def test_without_torchmetrics_it_is_said_before_the_first_step(images, tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchmetrics"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    flags = ("--data_path", str(images), *HOW, "--output_dir", str(tmp_path / "out"))
+    assert train_here(*flags) == 2
+    errors = capsys.readouterr().err
+    assert "--paired_every_steps" in errors
+    assert "pip install 'jit_accel[eval]'" in errors
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    assert train_here(*flags, "--paired_every_steps", "0") == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--paired_every_steps", "5"), "there are none: add --condition_from"),
+        (("--paired_every_steps", "5", "--condition_from", "grey"), "there are none: add --holdout"),
+        (("--paired_every_steps", "-1"), "--paired_every_steps -1: must be 0 or more"),
+        (("--paired_images", "0"), "--paired_images 0: must be at least 1"),
+        (("--eval_every_steps", "5", "--condition_from", "grey"), "--eval_every_steps 5: draws images without a con"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(images, tmp_path, capsys, flags, message):
+    assert train_here("--data_path", str(images), "--output_dir", str(tmp_path / "out"), *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
