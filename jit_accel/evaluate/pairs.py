@@ -140,7 +140,7 @@ class PairEvaluator:
 
     @property
     def rows(self) -> list[str]:
-        """What is scored: the untouched condition, one sample (the mean score of several), and the mean of several."""
+        """The rows to score: the untouched condition, one sample (of several the mean score), the mean of several."""
         several = [f"mean of {self.samples_each}"] if self.samples_each > 1 else []
         return [*([UNTOUCHED] if self.pairs.are_pictures else []), SAMPLE, *several]
 

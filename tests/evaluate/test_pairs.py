@@ -179,7 +179,7 @@ def test_a_grey_condition_is_scored_as_a_picture_and_one_of_other_channels_not_a
             ("--model", "RUN", "--pairs", "IMAGES", "--condition_from", "grey"),
             "makes conditions of 1 channels, and the",
         ),
-        (("--model", "RUN", "--pairs", "IMAGES", "--condition_from", "downscale:5"), "must divide the sides"),
+        (("--model", "RUN", "--pairs", "IMAGES", "--condition_from", "downscale:29"), "leaves less than a"),
         (("--model", "RUN", "--pairs", "IMAGES", "--img_size", "30"), "--img_size 30: must be a multiple"),
         (("--model", "PLAIN", "--reference", "IMAGES", "--samples_each", "2"), "--samples_each 2: is for conditions"),
         (("--model", "ALONE", "--pairs", "IMAGES"), "has no condition, and the model's folder does not say"),
