@@ -19,7 +19,7 @@ MOST = 10**12  # of whatever is counted or measured; a float holds it exactly
 PLACES = (
     *("data_path", "output_dir", "init_from", "resume", "eval_reference", "eval_feature_weights", "model", "images"),
     *("reference", "pairs", "feature_weights", "make_reference", "output", "input", "verify", "class_names", "config"),
-    "condition_path",
+    *("condition_path", "aux_feature_weights"),
 )
 LONGEST_VALUE = 200  # characters of a value that a message repeats
 

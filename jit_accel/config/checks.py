@@ -120,6 +120,13 @@ def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
         if length is not None and (getattr(s, name) or 0) > length:
             rule = f"must not be longer than the run (--{other} {length})"
             yield name, f"{rule}: shorten the warm-up or lengthen the run."
+    if s.path == "bridge" and s.noise_scale not in (None, 1.0):
+        yield "noise_scale", "scales the noise, of which --path bridge has none: leave it out."
+    if s.path == "bridge" and s.prediction == "e":
+        rule = "would be the start, which of a --path bridge is known: it says nothing of the image; use x or v."
+        yield "prediction", rule
+    if s.aux_feature_weights is not None and not any(loss.startswith("features") for loss in s.aux_loss):
+        yield "aux_feature_weights", "are of a loss that is not asked for: add --aux_loss features=0.05."
     if s.learning_rate is not None and s.min_learning_rate > s.learning_rate:
         yield "min_learning_rate", f"must not be above --learning_rate {s.learning_rate}."
     if s.ema_decays == []:

@@ -93,7 +93,7 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         "num_workers": max(0, min(USUAL_WORKERS, facts.cores - 1)) if facts.is_encoded else 0,
         "num_classes": _num_classes(config.model.num_classes, facts.num_classes),
         "proj_dropout": preset.proj_dropout,
-        "noise_scale": max(1.0, size / 256),
+        "noise_scale": 1.0 if config.objective.path == "bridge" else max(1.0, size / 256),
         "learning_rate": default_rate(config, plan)[0],
         "guidance_scale": guidance if facts.is_labelled and not facts.condition_channels else 1.0,
         "paired_every_steps": _paired_every_steps(config, facts, plan),
@@ -200,7 +200,8 @@ def _of_start(config: Config, start: Start) -> dict[str, Any]:
         )
     size = config.data.img_size or (network["img_size"] if network["img_size"] % patch == 0 else 16 * patch)
     settings: dict[str, Any] = {"model": model, "img_size": size}
-    if size == network["img_size"] and config.objective.noise_scale is None:
+    is_noisy = config.objective.path == "noise"
+    if size == network["img_size"] and config.objective.noise_scale is None and is_noisy:
         settings["noise_scale"] = start.noise_scale
     if config.tune.lora_rank and config.model.num_classes is None:
         settings["num_classes"] = network["num_classes"]
@@ -237,6 +238,12 @@ def _refuse_other_conditions(config: Config, facts: Facts) -> None:
         rule = "draws images without a condition, and the network is trained with one: use --paired_every_steps, and "
         rule += "python -m jit_accel.evaluate --pairs, which measures distances (--metrics fd) too."
         raise UserError(rule, about="eval_every_steps", value=measured.eval_every_steps)
+    if config.objective.path == "bridge" and channels != config.model.in_channels:
+        rule = "the path starts at the condition, and there is none: add --condition_from."
+        if channels:
+            rule = f"the condition has {channels} channels, and the image, to which the path leads from there, "
+            rule += f"{config.model.in_channels}: take a condition with as many, or leave the flag out."
+        raise UserError(rule, about="path", value="bridge")
     if not channels and config.sample.guidance_on == "condition":
         rule = "there is no condition: add --condition_from, or leave the flag out."
         raise UserError(rule, about="guidance_on", value="condition")

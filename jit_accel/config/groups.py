@@ -107,10 +107,23 @@ class ObjectiveConfig:
     """Standard deviation of the noise (default: img_size / 256, at least 1; at init_from's img_size, its own)."""
     t_eps: float = 0.05
     """Lower bound of 1 - t (and of t) where it divides."""
+    path: Literal["noise", "bridge"] = "noise"
+    """Where the path to the image starts: at noise; or, for a bridge, at the condition, which has its channels."""
     label_drop_prob: float = 0.1
     """Share of labels replaced by "no class", for classifier-free guidance."""
     condition_drop_prob: float = 0.1
     """Share of conditions replaced by a learned "none", for guidance on the condition."""
+
+
+@dataclass(frozen=True)
+class AuxConfig:
+    aux_loss: tuple[str, ...] = ()
+    """Losses to add, of the prediction as x, each with its weight: l1=0.5 ssim=0.2 charbonnier=0.1 features=0.05.
+    Behind it :STEP, from which on, and @LOW-HIGH, the t at which it acts: l1=0.5:2000@0.3-1.0 (default: none)."""
+    aux_features: str = "efficientnet_lite0"
+    """Network whose features the loss of that name compares; as eval_features."""
+    aux_feature_weights: str | None = None
+    """File of its weights (default: its own)."""
 
 
 @dataclass(frozen=True)

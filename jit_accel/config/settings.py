@@ -12,6 +12,7 @@ from jit_accel.base.console import redacted
 from jit_accel.base.errors import UserError, lookup
 from jit_accel.base.files import write_text
 from jit_accel.config.groups import (
+    AuxConfig,
     ConditionConfig,
     DataConfig,
     EvalConfig,
@@ -42,6 +43,8 @@ class Config:
     """Starting from trained weights."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """Noise, prediction and loss (arXiv 2511.13720)."""
+    aux: AuxConfig = field(default_factory=AuxConfig)
+    """Losses beside that one."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Batch, length, learning rate, averaging."""
     performance: PerformanceConfig = field(default_factory=PerformanceConfig)

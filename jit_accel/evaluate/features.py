@@ -61,6 +61,11 @@ class FeatureNetwork:
         with torch.autocast(self.device.type, enabled=False), full_float32():
             return self._forward(images.to(self.device))
 
+    def with_gradient(self, images: Tensor) -> Tensor:
+        """Return the "main" features (B, n) of images, float32 (B, 3, H, W) from 0 to 255, to which gradients flow."""
+        with torch.autocast(self.device.type, enabled=False), full_float32():
+            return self._forward(images)[MAIN]
+
 
 def load_features(name: str, device: torch.device | str = "cpu", weights: str | None = None) -> FeatureNetwork:
     """Load a network by its name, with the weights in a file or its own; `UserError` if anything of it is missing."""
@@ -85,8 +90,15 @@ def _load_inception(weights: str | None) -> tuple:
     # The output of this block's ReLU is mixed_6/conv:0 of TensorFlow's graph.
     network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: kept.append(output))
 
+    pooling, side = nn.Sequential(*list(network.children())[:-1]), network.INPUT_IMAGE_SIZE  # the last makes logits
+
     def forward(images: Tensor) -> Layers:
         kept.clear()
+        if images.is_floating_point():  # which the library refuses
+            scaled = library.interpolate_bilinear_2d_like_tensorflow1x(images, (side, side), align_corners=False)
+            pooled = pooling((scaled - 128) / 128).flatten(1)
+            kept.clear()
+            return {MAIN: pooled}
         pooled, logits = network(images)
         # ADM's evaluator flattens them in TensorFlow's order: row, column, channel.
         spatial = kept.pop()[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float()

@@ -200,6 +200,23 @@ def conditions_of(pictures: list[Tensor | None], size: tuple[int, int]) -> dict[
     return {"condition_image": torch.stack(fitted), "condition_mask": mask}
 
 
+def bridge_start(given: Mapping[str, Tensor], channels: int, image) -> Tensor:
+    """Return where a path starts that leads from the condition, among the network's arguments, to the image.
+
+    Raises `ValueError` where an image has none, or one of other channels, and for an `image` to start from as well.
+    """
+    if image is not None:
+        rule = "this network starts at its condition, not at noise, which an image could take a part of"
+        raise ValueError(f"image: {rule}: give the picture as condition_image, and leave image and mask_image out")
+    if "condition_image" not in given or not given["condition_mask"].all():
+        raise ValueError("condition_image: this network starts at it: give a picture for each image, and no None")
+    condition = given["condition_image"]
+    if condition.shape[1] != channels:
+        rule = f"has {condition.shape[1]} channels, and the images {channels}: a path leads between equally many"
+        raise ValueError(f"condition_image {rule}")
+    return condition
+
+
 def _fitted(name: str, given, channels: int, size: tuple[int, int], batch: int) -> Tensor:
     pictures = given if isinstance(given, list | tuple) else [given]
     tensors = [_resized(part, size) for picture in pictures for part in _pixels(name, picture, channels)]
@@ -254,6 +271,14 @@ def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     top, left = (height - cut[0]) // 2, (width - cut[1]) // 2
     pixels = pixels[None, :, top : top + cut[0], left : left + cut[1]]
     return F.interpolate(pixels, size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def callback_tensors(callback: Callable | None, names: Sequence[str]) -> Sequence[str]:
+    """Return the tensors that a callback, also one of diffusers' own, is to be given. Raises `ValueError`."""
+    asked = getattr(callback, "tensor_inputs", names)
+    if unknown := set(asked) - {"latents"}:
+        raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)}: there is only 'latents'")
+    return asked
 
 
 def skipped_steps(steps: int, image, strength: float | None, mask_image) -> int:

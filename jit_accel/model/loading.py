@@ -42,7 +42,7 @@ def build_pipeline(
 ) -> JiTPipeline:
     """Return the pipeline of a network that is or was trained with these settings."""
     network.pipeline_settings = {}  # of the pipeline that weights to start from came from
-    scheduler = JiTScheduler(objective.prediction, objective.t_eps, objective.noise_scale)
+    scheduler = JiTScheduler(objective.prediction, objective.t_eps, objective.noise_scale, path=objective.path)
     own = {"guidance_scale": sample.guidance_scale, "guidance_on": sample.guidance_on}
     return JiTPipeline(network, scheduler, class_names, **own)
 

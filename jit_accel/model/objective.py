@@ -26,6 +26,7 @@ class Objective:
     t_eps: float = 0.05
     label_drop_prob: float = 0.1
     condition_drop_prob: float = 0.1
+    path: str = "noise"
 
     def times(self, seed: int, positions) -> Tensor:
         """Draw logit-normal times, float32 (B,) in (0, 1), on the CPU."""
@@ -40,6 +41,10 @@ class Objective:
         for image, key in zip(noise, rng.hash64(seed, "noise", positions).tolist()):
             image.normal_(generator=generator.manual_seed(key >> 1))
         return noise.mul_(self.noise_scale)
+
+    def start(self, seed: int, positions, like: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return where the paths to images like these begin, at t = 0: noise, or of a bridge the condition."""
+        return condition if self.path == "bridge" else self.noise(seed, positions, like)
 
     def dropped(self, seed: int, positions, labels: Tensor, num_classes: int) -> Tensor:
         """Replace some of the labels (B,) by "no class" (`num_classes`), for classifier-free guidance."""
@@ -61,7 +66,7 @@ class Objective:
             model: called as `model(z, t, labels, **conditions).sample`.
             x: clean images (B, 3, H, W) in [-1, 1].
             t: times (B,) in [0, 1].
-            e: noise (B, 3, H, W), already scaled by noise_scale.
+            e: noise (B, 3, H, W), already scaled by noise_scale; of a bridge the condition.
             labels: classes (B,), the last one meaning "no class".
             conditions: what else the network is given, such as `condition_image` and `condition_mask`.
         """
@@ -72,3 +77,11 @@ class Objective:
             convert(value, z, times, self.prediction, self.loss_space, self.t_eps) for value in (predicted, truth)
         )
         return (found - wanted).square().mean(dim=(1, 2, 3))
+
+    def drawn_losses(
+        self, model, x: Tensor, labels: Tensor, seed: int, positions, conditions: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the losses (B,) of images (B, 3, H, W) at times and from starts drawn for them, and the times (B,)."""
+        t = self.times(seed, positions).to(x.device, non_blocking=True)
+        e = self.start(seed, positions, x, conditions.get("condition_image"))
+        return self.losses(model, x, t, e, labels, **conditions), t

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ from jit_accel.model.call_arguments import (
     DEFAULTS,
     Label,
     Picture,
+    bridge_start,
+    callback_tensors,
     checked_count,
     checked_default,
     checked_interval,
@@ -39,10 +41,16 @@ from jit_accel.model.transformer import JiTTransformer2DModel, evaluating
 Generators = torch.Generator | list[torch.Generator] | None
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 COMPONENTS = {"transformer": JiTTransformer2DModel, "scheduler": JiTScheduler}
-OBJECTIVE = ("prediction_type", "t_eps", "noise_scale")  # of a `JiTScheduler`
+OBJECTIVE = ("prediction_type", "t_eps", "noise_scale", "path")  # of a `JiTScheduler`
 SETTINGS = ("class_names", "objective", *DEFAULTS)
 STEPS = 50  # where neither the call nor the pipeline says
 DOWNLOAD_SETTINGS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
+
+
+def objective_of(config: Mapping) -> dict:
+    """Return what a scheduler's settings say of its network; the path only where it is not that from noise."""
+    found = {name: config[name] for name in OBJECTIVE if name in config}
+    return {name: value for name, value in found.items() if (name, value) != ("path", "noise")}  # which is older
 
 
 class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
@@ -54,7 +62,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         guidance_scale, guidance_interval, guidance_on, num_inference_steps, method: what a call uses that does not say
             otherwise. They are kept in `model_index.json` with the class names.
         objective: what the network was trained with, where the scheduler is no `JiTScheduler`, which knows it:
-            {"prediction_type": "x", "t_eps": 0.05, "noise_scale": 1.0}.
+            {"prediction_type": "x", "t_eps": 0.05, "noise_scale": 1.0}; of a bridge also {"path": "bridge"}.
 
     What is left out is as in the pipeline that the network was in last, so `JiTPipeline(**pipe.components)` is like it.
 
@@ -89,14 +97,14 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         names = checked_names(own.pop("class_names"), transformer.config.num_classes)
         objective = JiTScheduler(**(own.pop("objective") or {})).config
         own = {name: checked_default(name, value) for name, value in own.items()}
-        self.register_to_config(objective={name: objective[name] for name in OBJECTIVE}, class_names=names, **own)
+        self.register_to_config(objective=objective_of(objective), class_names=names, **own)
         self.register_modules(transformer=transformer, scheduler=scheduler)
         _ = self.components  # so that the network knows them
         self._interrupt, self._num_timesteps, self._guidance_scale = False, 0, own["guidance_scale"]
 
     def __setattr__(self, name: str, value) -> None:
         if name == "scheduler" and is_own(value):  # others do not know what the network predicts
-            self.register_to_config(objective={name: value.config[name] for name in OBJECTIVE})
+            self.register_to_config(objective=objective_of(value.config))
         super().__setattr__(name, value)
 
     @property
@@ -114,7 +122,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         if "objective" not in config and args:  # an older folder, perhaps for another scheduler than its own
             file = Path(args[0]) / "scheduler" / "scheduler_config.json"
             stated = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-            config["objective"] = {name: stated[name] for name in OBJECTIVE if name in stated}
+            config["objective"] = objective_of(stated)
         for name, own in COMPONENTS.items():
             if config.get(name, (None, None))[1] == own.__name__:
                 config[name] = [own.__module__, own.__name__]
@@ -191,7 +199,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
                 0; 1 is no guidance and costs half.
             generator: one generator draws the images' noise one after the other, so the n-th image is the same at any
                 batch size; or a list with one for each image. A CPU generator gives the same noise on every device.
-            latents: (B, 3, H, W), the noise that the ODE starts from, already scaled, instead of `generator`.
+            latents: (B, 3, H, W), what the ODE starts from: noise, already scaled, instead of `generator`.
             output_type: "pil"; "pt" (B, 3, H, W) or "np" (B, H, W, 3) in [0, 1]; "latent", unclamped, at t = 1.
             callback_on_step_end: called as `(pipe, step, t, {"latents": z})` after each ODE step, with the t that the
                 step began at; may return `{"latents": z}` to replace the state, or set `pipe._interrupt = True`.
@@ -203,7 +211,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
                 the image noised to t = 1 - strength. 1 ignores the image. None: 0.6.
             mask_image: white is repainted, black stays as in `image`.
             condition_image: what the network was trained to see beside the noise: one picture as for `image`, one for
-                each label, or several for one label; None in a list is "no condition".
+                each label, or several for one label; None in a list is "no condition". A bridge starts from it.
             guidance_on: what guidance leaves out to compare with: "label", "condition" or "both". None: the pipeline's.
 
         Raises `ValueError` for what does not fit; the message says what would.
@@ -213,13 +221,12 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         steps = self.config.num_inference_steps or STEPS if num_inference_steps is None else num_inference_steps
         steps = checked_count("num_inference_steps", steps)
         skipped = skipped_steps(steps, image, strength, mask_image)
-        asked = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)  # diffusers' own
-        if unknown := set(asked) - set(self._callback_tensor_inputs):
-            raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)}: there is only 'latents'")
+        asked = callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
         ids, pictures = self._asked(class_labels, condition_image, num_images_per_label)
         self.guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        z = self.prepare_latents(len(ids), generator, latents, height, width).to(self._execution_device)
-        field = self._field(ids, pictures, tuple(z.shape[-2:]), guidance_interval, guidance_on)
+        z = self.prepare_latents(len(ids), generator, latents, height, width)
+        given, z = self._given(ids, pictures, z, latents is not None, image)
+        field = self._field(given, guidance_interval, guidance_on)
         scheduler = self.scheduler
         scheduler = scheduler if is_own(scheduler) else FlowMatchDriver(scheduler, self.config.objective, generator)
         scheduler.set_timesteps(steps, device=z.device, method=self.solver_name(method), skip_steps=skipped)
@@ -236,10 +243,19 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         ids *= max(1, len(pictures) // len(ids))
         return tuple([each for each in some for _ in range(copies)] for some in (ids, pictures))
 
-    def _field(self, ids: list[int], pictures: list, size: tuple[int, int], guidance_interval, on) -> Callable:
-        """Return the guided prediction for labels and conditions as a function of z, t, and t on the host."""
-        given = {"class_labels": torch.tensor(ids, dtype=torch.long), **conditions_of(pictures, size)}
-        given = {name: tensor.to(self._execution_device) for name, tensor in given.items()}
+    def _given(self, ids: list[int], pictures: list, z: Tensor, is_start: bool, image) -> tuple[dict, Tensor]:
+        """Return the network's arguments, of images like z, and where their paths start: at z, or of a bridge at the
+        conditions, unless z `is_start`.
+        """
+        device, condition = self._execution_device, conditions_of(pictures, tuple(z.shape[-2:]))
+        if self.config.objective.get("path") == "bridge":
+            start = bridge_start(condition, self.transformer.config.in_channels, image)
+            z = z if is_start else start
+        given = {"class_labels": torch.tensor(ids, dtype=torch.long), **condition}
+        return {name: tensor.to(device) for name, tensor in given.items()}, z.to(device)
+
+    def _field(self, given: dict[str, Tensor], guidance_interval, on) -> Callable:
+        """Return the guided prediction, of a network that is `given` this, as a function of z, t, and t on the host."""
         interval = checked_interval(self.config.guidance_interval if guidance_interval is None else guidance_interval)
         on = self.config.guidance_on if on is None else checked_choice("guidance_on", on, GUIDED)
         guided = rows_with(given, on, self.transformer.config.num_classes)

@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from jit_accel.base.errors import nearest
-from jit_accel.model.spaces import SPACES, convert, in_float32, noised
+from jit_accel.model.spaces import PATHS, SPACES, convert, in_float32, noised
 
 CALLS_PER_STEP = {"euler": 1, "heun": 2}
 
@@ -36,13 +36,22 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
         t_eps: floor of 1 - t (of t, for e) in the conversion to a velocity.
         noise_scale: standard deviation of the noise the network was trained with.
         solver: "heun" or "euler", where `set_timesteps` does not say.
+        path: where the trajectory starts: at "noise", or, for a "bridge", at the condition.
 
-    Raises `ValueError` for an unknown prediction type or solver.
+    Raises `ValueError` for an unknown prediction type, solver or path.
     """
 
     @register_to_config
-    def __init__(self, prediction_type: str = "x", t_eps: float = 0.05, noise_scale: float = 1.0, solver: str = "heun"):
+    def __init__(
+        self,
+        prediction_type: str = "x",
+        t_eps: float = 0.05,
+        noise_scale: float = 1.0,
+        solver: str = "heun",
+        path: str = "noise",
+    ):
         checked_choice("prediction_type", prediction_type, SPACES)
+        checked_choice("path", path, PATHS)
         checked_choice("solver", solver, CALLS_PER_STEP)
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0)

@@ -21,7 +21,12 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
     timesteps: Tensor
     method: str
     def __init__(
-        self, prediction_type: str = "x", t_eps: float = 0.05, noise_scale: float = 1.0, solver: str = "heun"
+        self,
+        prediction_type: str = "x",
+        t_eps: float = 0.05,
+        noise_scale: float = 1.0,
+        solver: str = "heun",
+        path: str = "noise",
     ) -> None: ...
     @classmethod
     def from_pretrained(  # type: ignore[override]

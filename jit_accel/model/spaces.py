@@ -5,6 +5,8 @@ Time `t` runs from 0 (pure noise) to 1 (clean image). With a clean image `x` in 
     z = t x + (1 - t) e        the noised image, and
     v = x - e                  the velocity dz/dt.
 
+Of a bridge, e is no noise but the condition, so that the path leads from that to the image.
+
 Given `z` and `t`, each of x, e and v determines the other two by a linear map, so the network may predict
 any of them and the squared error may be taken in any of them.
 """
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 SPACES = ("x", "e", "v")
+PATHS = ("noise", "bridge")
 
 # (from, to): the map, with 1 - t and t bounded below by t_eps where they divide, since 1/(1-t) diverges
 # as t -> 1. The paper bounds 1 - t by 0.05; e-prediction needs the same of t.

@@ -28,6 +28,7 @@ class StepMetrics:
         self.rows: dict[int, dict] = {}  # by step
         self.values: list[tuple[int, str, Tensor, Tensor | None]] = []
         self.by_t = torch.zeros(2, T_BINS, device=self.device)  # sums of losses, and how many, by the time t
+        self.parts: dict[str, list[Tensor]] = {}  # of the micro-steps of the step that is not over
 
     def record_by_t(self, t: Tensor, losses: Tensor) -> None:
         """Keep the losses (B,) of one micro-step by their times (B,) in [0, 1]."""
@@ -36,11 +37,17 @@ class StepMetrics:
         is_in_bin = (bins[:, None] == torch.arange(T_BINS, device=t.device)).float()
         self.by_t += torch.stack([losses.detach().float(), torch.ones_like(t)]) @ is_in_bin
 
+    def record_part(self, key: str, value: Tensor) -> None:
+        """Keep a further value of one micro-step; the step that they make has their mean."""
+        self.parts.setdefault(key, []).append(value.detach())
+
     def record(self, step: int, learning_rate: float, loss: Tensor, grad_norm: Tensor) -> None:
         """Keep one step's values; `loss` is this process's mean, `grad_norm` the global one, before clipping."""
         values = {table.TRAIN_LOSS: loss, table.GRAD_NORM: grad_norm}
         self.rows[step] = {"step": step, **values, table.LEARNING_RATE: learning_rate}
+        values |= {key: torch.stack(parts).mean() for key, parts in self.parts.items()}
         self.values += [(step, key, value, None) for key, value in values.items()]
+        self.parts = {}
 
     def record_occasional(self, key: str, value: Tensor, whole: Tensor | None = None) -> None:
         """Keep a further value of the newest step.

@@ -146,6 +146,10 @@ class Monitor:
         self.clock.tick()
         self.progress.step_done()
 
+    def record_aux(self, name: str, value: Tensor) -> None:
+        """Keep the value of a further loss in one micro-step."""
+        self.steps.record_part(table.AUX_LOSS.format(name=name), value)
+
     def try_step(self, step: Callable[[], None]) -> tuple[float, float]:
         """Return the loss of a `step` that nothing is written of, and its seconds; all processes together."""
         self.progress = Progress(self.plan.total_steps, 0, False)

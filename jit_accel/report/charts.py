@@ -34,6 +34,7 @@ class Chart(NamedTuple):
 
 CHARTS = (
     Chart("loss", "loss", "Training and validation", "Faint: each optimizer step. Strong: its running mean", "log"),
+    Chart("aux", "loss", "Further losses", "Of the prediction as an image, before their weights", "log"),
     Chart("grad_norm", "optimization", "Gradient norm", "L2 over all parameters, before clipping", "log"),
     Chart("learning_rate", "optimization", "Learning rate", "What the optimizer was given"),
     Chart("update_ratio", "optimization", "Update ratio", "Length of a step over the length of the weights", "log"),

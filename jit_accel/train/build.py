@@ -42,6 +42,7 @@ from jit_accel.train.accelerator import asked_of_dynamo, build_accelerator, sett
 from jit_accel.train.averages import Ema
 from jit_accel.train.examples import choose_examples
 from jit_accel.train.feed import Feed, Validation, open_data
+from jit_accel.train.further_losses import build_aux_losses
 from jit_accel.train.initial_weights import Initial, Tuning, read_initial, tune
 from jit_accel.train.optimizers import build_optimizers, make_moments
 from jit_accel.train.output_folder import check_output_dir, choose_folder, release
@@ -245,6 +246,7 @@ def assemble(
     feed = Feed(config.data, made_from, source, accelerator, num_classes=config.model.num_classes, **how)
     validation = Validation(held_out, accelerator, config.optim.batch_size, made_from) if held_out else None
     measures = build_measures(config, source, validation, tuning, sampled)
+    shown = {"tracking": config.tracking, "health": config.health, "log_every_steps": run.log_every_steps}
     monitor = Monitor(
         accelerator,
         feed,
@@ -252,9 +254,7 @@ def assemble(
         averages,
         plan=plan,
         output_dir=Path(run.output_dir),
-        tracking=config.tracking,
-        health=config.health,
-        log_every_steps=run.log_every_steps,
+        **shown,
         precision=config.performance.mixed_precision,
         is_untrained=config.tune.init_from is None,
     )
@@ -269,6 +269,7 @@ def assemble(
         optimizers=optimizers,
         averages=averages,
         objective=objective(**vars(config.objective)),
+        aux=build_aux_losses(config.aux, config.objective, accelerator),
         tuning=tuning,
         feed=feed,
         monitor=monitor,
@@ -330,7 +331,7 @@ def introduce(
     say(
         f"Data:   {describe_data(source)}, {config.data.img_size} px{held_out}\n"
         f"Model:  {config.model.model}, {parameters:,} parameters{adapter}, predicts {config.objective.prediction}, "
-        f"loss in {config.objective.loss_space}\n"
+        f"loss in {' and '.join((config.objective.loss_space, *config.aux.aux_loss))}\n"
         f"Device: {accelerator.num_processes} x {device_name(accelerator.device)}, "
         f"precision {config.performance.mixed_precision}{why}\n"
         f"Run:    {plan.total_steps:,} steps ({plan.epoch_of(plan.total_steps):.4g} epochs) of "

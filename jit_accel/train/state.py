@@ -20,7 +20,7 @@ from jit_accel.train.results import describe_data
 
 # Settings that must agree between a checkpoint and the run that continues it; everything else may change.
 FIXED_SETTINGS = (
-    *("model", "img_size", "num_classes", "prediction", "optimizer", "ema_decays", "seed"),
+    *("model", "img_size", "num_classes", "prediction", "path", "optimizer", "ema_decays", "seed"),
     *("image_column", "label_column", "renumber_labels", "holdout", "lora_rank", "lora_alpha", "lora_targets"),
     *("condition_column", "condition_channels", "condition_inject", "condition_bottleneck"),
 )

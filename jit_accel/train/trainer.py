@@ -20,6 +20,7 @@ from jit_accel.base.watchdog import Watchdog
 from jit_accel.config.completion import Plan
 from jit_accel.config.groups import OptimConfig, RunConfig
 from jit_accel.data.batches.batch import Batch
+from jit_accel.model.aux_losses import AuxLosses
 from jit_accel.model.checkpointer import Checkpointer
 from jit_accel.model.checkpoints import load_parts, read_run
 from jit_accel.model.loading import PIPELINE_FOLDER
@@ -55,6 +56,7 @@ class Trainer:
     optimizers: Sequence
     averages: Ema
     objective: Objective
+    aux: AuxLosses
     tuning: Tuning
     feed: Feed
     monitor: Monitor
@@ -137,8 +139,9 @@ class Trainer:
                 batch = self.feed.next()
                 self.watch.at(f"trains step {self.step + 1:,}")
                 loss = self.loss(batch).mean()
+                minimised = self.aux.added_to(loss, batch.images, self.monitor.record_aux)
                 with span("backward"):
-                    accelerator.backward(loss)  # divides by the number of micro-steps
+                    accelerator.backward(minimised)  # divides by the number of micro-steps
             step_loss += loss.detach() / micro_steps
 
         grad_norm = self._clip_gradients()
@@ -186,16 +189,10 @@ class Trainer:
         labels, num_classes = self.tuning.labels_of(batch), self.network.config.num_classes
         labels = self.objective.dropped(self.seed, batch.positions, labels, num_classes)
         conditions = self.objective.left_out(self.seed, batch.positions, batch.conditions)
-        losses, t = self._denoising_loss(batch, labels, conditions, self.seed)
+        model = self.aux.watched(self.model, self.step + 1)
+        losses, t = self.objective.drawn_losses(model, batch.images, labels, self.seed, batch.positions, conditions)
         self.monitor.record_by_t(t, losses)
         return losses
-
-    def _denoising_loss(self, batch: Batch, labels: Tensor, conditions: dict, seed: int) -> tuple[Tensor, Tensor]:
-        """Return the losses (B,) of a batch, and the times (B,) it was noised to."""
-        x = batch.images
-        t = self.objective.times(seed, batch.positions).to(x.device, non_blocking=True)
-        e = self.objective.noise(seed, batch.positions, like=x)
-        return self.objective.losses(self.model, x, t, e, labels, **conditions), t
 
     @span("clip")
     def _clip_gradients(self) -> Tensor:
@@ -213,7 +210,8 @@ class Trainer:
         def losses_of(batch: Batch) -> Tensor:
             self.watch.go_on()
             labels = self.tuning.labels_of(batch)
-            return self._denoising_loss(batch, labels, batch.conditions, self.validation.seed)[0]
+            drawn = (labels, self.validation.seed, batch.positions, batch.conditions)
+            return self.objective.drawn_losses(self.model, batch.images, *drawn)[0]
 
         self.model.eval()
         found = {}
