@@ -35,7 +35,8 @@ def experiment_of(config: Config) -> str:
     """Return a fingerprint of the given settings that tell one experiment from another; open ones are not in it."""
     defaults = Config(DataConfig("")).flat()
     given = {name: value for name, value in config.recorded().items() if tells_apart(name) and value != defaults[name]}
-    given["data_path"] = os.path.normpath(given["data_path"])
+    for name in {"data_path", "condition_path"} & given.keys():
+        given[name] = os.path.normpath(given[name])
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
 
 

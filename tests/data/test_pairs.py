@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,15 +11,17 @@ import pytest
 import torch
 from data_samples import refusal, tar
 from datasets import ClassLabel, Dataset, Features, Image
+from http_server import FailingServer
 from PIL import Image as PILImage
 
 from jit_accel.base.errors import UserError
 from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches.batch import ready
-from jit_accel.data.batches.holdout import split_holdout
+from jit_accel.data.batches.holdout import held_by_split, split_holdout
 from jit_accel.data.batches.ready_batches import batches
 from jit_accel.data.formats.prepared import read_index
 from jit_accel.data.reading.decode import center_crop, have_one_aspect
+from jit_accel.evaluate.image_sets import open_image_set
 from jit_accel.prepare import main as prepare
 
 N, SIDE = 20, 8
@@ -106,6 +109,12 @@ def by_tars(root, **how):
     return open_images(root / "tar", condition_column=".cond.png", **how)
 
 
+def by_urls(root, open_local, pattern, column):
+    """What the server has goes on being read while tests run: it ends with the process."""
+    folder = Path(open_local(root).name)
+    return open_images(f"{FailingServer(folder).url}/{pattern}", condition_column=column)
+
+
 def prepared(root, format, *flags, of=two_folders):
     """Conditions are found again in what is prepared, without a word."""
     data, condition = of(root)
@@ -136,6 +145,8 @@ KINDS = {
     "saved": by_saved_table,
     "tar": by_tars,
     "tar_table": lambda root: by_tars(root, streaming=False),
+    "parquet_urls": lambda root: by_urls(root, by_parquet, "{0..2}.parquet", "shown"),
+    "tar_urls": lambda root: by_urls(root, by_tars, "{0..1}.tar", "cond.png"),
     "uint8": lambda root: prepared(root, "uint8"),
     "uint8_of_stream": lambda root: prepared(root, "uint8", "--shard_images", "6", of=parquet_files),
     "raw": lambda root: prepared(root, "raw", "--shard_images", "9"),
@@ -207,6 +218,13 @@ def test_pairs_come_in_the_same_steps_however_they_are_read(source, loaders):
         parts = [next(loader) for loader in halves]
         found = {int(part.positions[0]): part.images[0] for part in parts}
         assert all(torch.equal(found[position], image) for position, image in zip(batch.positions, batch.images))
+
+
+def test_images_to_compare_with_are_those_without_conditions(source):
+    shares = open_image_set(source, "reference", SIDE).shares(7, 0, 1)
+    found = {int(image[0, 0, 0]): image for share in shares for image in share.images}
+    assert sorted(found) == list(range(N))
+    assert all(np.array_equal(image.permute(1, 2, 0), pixels(number)) for number, image in found.items())
 
 
 def test_what_is_held_out_follows_from_the_images_alone(source, loaders, tmp_path):
@@ -336,6 +354,84 @@ def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path):
     for path in negatives.glob("c*/*"):
         path.write_bytes(b"broken")
     assert "none of the conditions looked at (20) can be used" in refusal(photos, condition_path=negatives)
+
+
+def test_a_folder_behind_a_link_inside_the_images_is_refused(tmp_path):
+    photos, negatives = two_folders(tmp_path)
+    (photos / "beside").symlink_to(negatives)
+    assert "lies inside" in refusal(photos, condition_path=photos / "beside")
+
+
+def test_a_partner_may_have_any_ending_and_any_form_of_unicode(tmp_path, loaders):
+    photos, negatives = tmp_path / "photos", tmp_path / "negatives"
+    names = {0: ("caf\u00e9.jpeg.png", "cafe\u0301.jpeg.webp"), 1: ("a.b.png", "a.b.BMP"), 2: ("x/y.png", "x/y.tif")}
+    names[3] = ("x.png", "x.png")
+    for n, (image, partner) in names.items():
+        write(photos / image, encoded(pixels(n)))
+        PILImage.fromarray(255 - pixels(n)).save(place_of(negatives / partner), lossless=True)
+    write(negatives / "x.bmp", encoded(pixels(0)))  # beside x.png, which is nearer
+    write(negatives / "a.png", encoded(pixels(0)))  # of no image
+    source = open_images(photos, condition_path=negatives)
+    batch = next(loaders(source, batch_size=4, horizontal_flip=False))
+    assert not batch.bad_images
+    assert torch.equal(batch.images[:, 3:], 255 - batch.images[:, :3])
+
+
+def place_of(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def test_metadata_names_partners_from_where_it_lies(tmp_path, loaders):
+    photos = tmp_path / "photos"
+    for n in range(4):
+        write(photos / "in" / f"{n}.png", encoded(pixels(n)))
+    write(tmp_path / "far" / "0.png", negative(0))
+    write(photos / "in" / "beside" / "1.png", negative(1))
+    write(photos / "2.png", negative(2))
+    lines = f"0.png,{tmp_path / 'far' / '0.png'}", "1.png,beside/1.png", "2.png,..\\2.png", "3.png,"
+    write(photos / "in" / "metadata.csv", "\n".join(["file_name,shown", *lines]).encode())
+    source = open_images(photos, condition_column="shown")
+    assert source.num_images == 4
+    assert not source.is_labelled
+    batch = next(loaders(source, batch_size=4))
+    assert [text.partition("/in/")[2] for text in batch.bad_images] == ["3.png: its condition is missing"]
+    assert torch.equal(batch.images[:, 3:], 255 - batch.images[:, :3])
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_table_may_hold_the_paths_of_its_conditions(tmp_path, loaders, streaming):
+    _, negatives = two_folders(tmp_path)
+    paths = [str(next(negatives.glob(f"c*/{n:02d}.*"))) for n in range(N)]
+    (tmp_path / "t").mkdir()
+    pq.write_table(table().set_column(1, "shown", pa.array(paths)), tmp_path / "t" / "0.parquet", row_group_size=6)
+    batch = next(loaders(open_images(tmp_path / "t", condition_column="shown", streaming=streaming), batch_size=N))
+    assert not batch.bad_images
+    assert torch.equal(batch.images[:, 3:], 255 - batch.images[:, :3])
+
+
+def test_splits_have_their_pairs_in_one_folder(tmp_path):
+    photos, negatives = two_folders(tmp_path)
+    for folder in (photos, negatives):
+        (folder / "c0").rename(folder / "train")
+        (folder / "c1").rename(folder / "test")
+    trained, tested = (open_images(photos, condition_path=negatives, split=split) for split in ("train", "test"))
+    held = held_by_split(trained, tested, max_images=N, img_size=SIDE)
+    assert sorted(held.images[:, 0, 0, 0].tolist()) == list(range(1, N, 2))
+    assert torch.equal(held.images[:, 3:], 255 - held.images[:, :3])
+
+
+@pytest.mark.parametrize("turn", [1, 6])
+def test_a_fast_preparation_knows_the_aspect_of_the_whole_pictures(tmp_path, turn):
+    """Decoded at an eighth, 100 x 75 pixels are 13 x 10, which is another aspect than that of 50 x 38."""
+    exif = PILImage.Exif()
+    exif[0x0112] = turn
+    for name, size in (("photos", (100, 75)), ("half", (50, 38))):
+        (tmp_path / name).mkdir()
+        PILImage.new("RGB", size, "red").save(tmp_path / name / "0.jpg", exif=exif)
+    flags = ["--data_path", str(tmp_path / "photos"), "--condition_path", str(tmp_path / "half"), "--resize", "fast"]
+    assert prepare([*flags, "--img_size", "8", "--output_dir", str(tmp_path / "out"), "--num_workers", "1"]) == 0
+    assert read_index(tmp_path / "out")["num_skipped"] == 0
 
 
 def test_wrong_columns_are_refused_with_the_right_ones(tmp_path):

@@ -110,10 +110,9 @@ def _table_of_images(request: Request, where: str) -> pa.Table:
     if ids is not None:
         features["label"], table["label"] = ClassLabel(names=list(names)), pa.array(ids)
     if (found := _partners(request, scan.metadata, images)) is not None:
-        partners, below = found
+        partners, paths = found
         identity = hash_strings(pc.fill_null(partners, ""), ["condition", identity])
-        paths = [path and os.path.normpath(os.path.join(below, path)) for path in partners.to_pylist()]
-        features["condition"], table["condition"] = Image(decode=False), _as_files(pa.array(paths, pa.string()))
+        features["condition"], table["condition"] = Image(decode=False), _as_files(paths)
     schema = features.arrow_schema
     facts = json.dumps({"names": names, "identity": identity})
     return pa.table(table).cast(schema.with_metadata(schema.metadata | {_FACTS: facts}))
@@ -124,25 +123,27 @@ def _as_files(paths: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     return pc.make_struct(pa.scalar(None, pa.binary()), paths, field_names=["bytes", "path"])
 
 
-def _partners(request: Request, metadata: list[str], images: pa.ChunkedArray) -> tuple[pa.ChunkedArray, str] | None:
-    """Return the files of the conditions that are asked for, null where one is missing, and the folder they are below.
+def _partners(
+    request: Request, metadata: list[str], images: pa.ChunkedArray
+) -> tuple[pa.ChunkedArray, pa.ChunkedArray] | None:
+    """Return the conditions that are asked for, null where one is missing: as they are named, and their whole paths.
 
     UserError if there is none at all.
     """
-    root = request.path
-    if request.condition_path is not None:
-        return partners_by_name(images, root, request.condition_path), os.path.abspath(request.condition_path)
-    if request.condition_column is None:
+    root, folder, column = request.path, request.condition_path, request.condition_column
+    if folder is not None:
+        partners = partners_by_name(images, root, folder)
+        return partners, pc.binary_join_element_wise(os.path.abspath(folder).rstrip("/"), partners, "/")
+    if column is None:
         return None
-    listed = listed_paths(root, metadata, images, request.condition_column)
-    named = [path for path in listed.to_pylist() if path]
-    if not any(os.path.isfile(os.path.join(root, path)) for path in named):
-        rule = (
-            f"none of the {len(named)} files that it names is there (the first: {(named or ['none'])[0]}): its paths "
-        )
-        rule += "must be relative to the folder of the metadata file."
-        raise UserError(rule, about="condition_column", value=request.condition_column)
-    return listed, os.path.abspath(root)
+    listed = listed_paths(root, metadata, images, column)
+    paths = [path and os.path.normpath(os.path.join(os.path.abspath(root), path)) for path in listed.to_pylist()]
+    named = [path for path in paths if path]
+    if not any(map(os.path.isfile, named)):
+        first = f"{len(named)} files that it names is there (the first: {named[0]})" if named else "images has one"
+        rule = f"none of the {first}: it must hold paths relative to the folder of the metadata file."
+        raise UserError(rule, about="condition_column", value=column)
+    return listed, pa.chunked_array([pa.array(paths, pa.string())])
 
 
 def _classify(

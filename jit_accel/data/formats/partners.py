@@ -30,8 +30,10 @@ def partners_by_name(images: pa.ChunkedArray, root: str, folder: str) -> pa.Chun
     if not os.path.isdir(folder):
         with renamed_settings(data_path="condition_path"):
             raise missing_path(folder)
-    around, inside = (os.path.join(os.path.realpath(path), "") for path in (root, folder))
-    if inside.startswith(around):
+    for whole in (os.path.abspath, os.path.realpath):  # the walk over `root` follows links
+        around, inside = (os.path.join(whole(path), "") for path in (root, folder))
+        if not inside.startswith(around):
+            continue
         rule = f"lies inside --data_path {root}, and would be trained on: put the conditions beside the images."
         raise UserError(rule, about="condition_path", value=folder)
     pictures = scan_folder(folder).images

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from jit_accel.data.formats.columns import IMAGE_CHANNELS, Columns
 
@@ -186,14 +186,15 @@ def _decode(file: BinaryIO, size: int, fast: bool) -> Decoded:
             raise BadImage("HEIC, which cannot be decoded here: convert it to JPEG or PNG") from error
         raise BadImage(f"{type(error).__name__}: not an image") from error
     with image:
-        full_size = image.size
+        full_size, is_turned = image.size, False
         if fast:
             image.draft(None, (size, size))
         with contextlib.suppress(Exception):  # damaged EXIF does not make pixels bad; damaged pixels fail again
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
             ImageOps.exif_transpose(image, in_place=True)
         upright = to_rgb(image)
         cropped = fast_crop(upright, size, full_size) if fast else center_crop(upright, size)
-        return Decoded(_planes(cropped), upright.size)
+        return Decoded(_planes(cropped), full_size[::-1] if is_turned else full_size)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
