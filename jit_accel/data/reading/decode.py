@@ -6,6 +6,7 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -90,18 +91,21 @@ def decode_row(
     Raises `BadImage` with the message "name: reason"; `fallback_name` is asked for where it has no name of its own.
     """
     data, name = columns.image_of(row.get(columns.image))
-
-    def decode(data: bytes | str | None) -> Decoded:
-        if columns.raw_size is None:
-            return decode_sized(data, img_size)
-        return Decoded(crop_pixels(pixels_of(data, columns.raw_size), img_size), (columns.raw_size,) * 2)
-
     try:
-        if columns.condition is None:
-            return decode(data).pixels
-        return decode_pair(data, *columns.image_of(row.get(columns.condition)), decode)
+        if columns.condition is not None:
+            decode = partial(_decode_value, columns=columns, img_size=img_size)
+            return decode_pair(data, *columns.image_of(row.get(columns.condition)), decode)
+        if columns.raw_size is not None:  # fifty times as fast as decoding: each call counts
+            return crop_pixels(pixels_of(data, columns.raw_size), img_size)
+        return decode_image(data, img_size)
     except BadImage as error:
         raise type(error)(f"{name or fallback_name()}: {error}") from error
+
+
+def _decode_value(data: bytes | str | None, columns: Columns, img_size: int) -> Decoded:
+    if columns.raw_size is None:
+        return decode_sized(data, img_size)
+    return Decoded(crop_pixels(pixels_of(data, columns.raw_size), img_size), (columns.raw_size, columns.raw_size))
 
 
 def decode_pair(image: Any, condition: Any, name: str, decode: Callable[[Any], Decoded]) -> np.ndarray:
