@@ -23,6 +23,7 @@ from jit_accel.base.console import redacted
 from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.files import atomic_file, disk_errors, parse_json_line
 from jit_accel.data.batches.loader import cores_per_process
+from jit_accel.data.formats.columns import IMAGE_CHANNELS
 from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.data.reading.decode import BadImage, crop_pixels, decode_row
 from jit_accel.evaluate.features import MAIN, SPATIAL, FeatureNetwork
@@ -39,7 +40,7 @@ ABOUT = ("features", "weights_id", "num_images", "img_size", "label_counts")
 
 
 class Share(NamedTuple):
-    """A batch: numbers int64 (B,), images uint8 (B, 3, S, S), labels int64 (B,), names of bad images; on the CPU."""
+    """A batch: numbers int64 (B,), images uint8 (B, C, S, S), labels int64 (B,), names of bad images; on the CPU."""
 
     numbers: Tensor
     images: Tensor
@@ -62,10 +63,13 @@ class ImageSet:
     fingerprint: str = ""
 
 
-def open_image_set(path: str | Source, about: str, img_size: int | None = None, split: str | None = None) -> ImageSet:
+def open_image_set(
+    path: str | Source, about: str, img_size: int | None = None, split: str | None = None, *, has_pairs: bool = False
+) -> ImageSet:
     """Open what `--data_path` of training may be, or an `.npz` with `arr_0`: uint8 (N, H, W, 3).
 
-    `img_size` None is that of the first image, if that is square. Raises `UserError` about the setting of this name.
+    `img_size` None is that of the first image, if that is square. With `has_pairs` the channels of the data's
+    conditions come behind those of its images. Raises `UserError` about the setting of this name.
     """
     if isinstance(path, str) and path.endswith(".npz"):
         if (shape := find_array(path, about)) is None:
@@ -77,7 +81,8 @@ def open_image_set(path: str | Source, about: str, img_size: int | None = None, 
             source = open_images(path, split=split) if isinstance(path, str) else path
         name, count, fingerprint = source.name, source.num_images, source.fingerprint
         first = (source.img_size, source.img_size) if source.img_size else _first_size(source)
-        read = partial(_stream_shares if source.streaming else _random_shares, source.images)
+        channels = source.channels if has_pairs else IMAGE_CHANNELS
+        read = partial(_stream_shares if source.streaming else _random_shares, source.images, channels)
     if img_size is None and (not first or first[0] != first[1]):
         rule = "the first image is not square: give a size to crop to as --img_size."
         raise UserError(rule, about=about, value=name)
@@ -99,9 +104,11 @@ def _first_size(source: Source) -> tuple[int, int] | None:
     return None
 
 
-def _random_shares(images, img_size: int, batch_size: int, rank: int, world_size: int) -> Iterator[Share]:
+def _random_shares(
+    images, channels: int, img_size: int, batch_size: int, rank: int, world_size: int
+) -> Iterator[Share]:
     def read(numbers: np.ndarray) -> Share:
-        out = np.empty((len(numbers), 3, img_size, img_size), np.uint8)
+        out = np.empty((len(numbers), channels, img_size, img_size), np.uint8)
         labels, bad = images.read(numbers, out)
         good = np.setdiff1d(np.arange(len(numbers)), list(bad))
         return Share(*(torch.from_numpy(array[good]) for array in (numbers, out, labels)), list(bad.values()))
@@ -110,12 +117,14 @@ def _random_shares(images, img_size: int, batch_size: int, rank: int, world_size
     return _ahead(read, (mine[start : start + batch_size] for start in range(0, len(mine), batch_size)))
 
 
-def _stream_shares(stream, img_size: int, batch_size: int, rank: int, world_size: int) -> Iterator[Share]:
-    columns = replace(stream.columns, condition=None)
+def _stream_shares(
+    stream, channels: int, img_size: int, batch_size: int, rank: int, world_size: int
+) -> Iterator[Share]:
+    columns = stream.columns if channels > IMAGE_CHANNELS else replace(stream.columns, condition=None)
 
     def read(rows: list[tuple[int, dict]]) -> Share:
         numbers, labels, bad = [], [], []
-        out = np.empty((len(rows), 3, img_size, img_size), np.uint8)
+        out = np.empty((len(rows), channels, img_size, img_size), np.uint8)
         for number, row in rows:
             try:
                 out[len(numbers)] = decode_row(row, columns, img_size, lambda number=number: f"image {number}")

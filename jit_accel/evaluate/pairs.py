@@ -17,6 +17,7 @@ from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.files import atomic_file, disk_errors
 from jit_accel.base.image_rows import draw_rows
 from jit_accel.base.processes import gather_rows, on_all, on_main
+from jit_accel.config.groups import ConditionConfig
 from jit_accel.data.batches.batch import PixelBatch, ready
 from jit_accel.data.batches.degradations import Degradation, check_size, degradation_of
 from jit_accel.data.formats.sources import Source, open_images
@@ -24,7 +25,7 @@ from jit_accel.evaluate import records
 from jit_accel.evaluate.evaluator import open_candidate
 from jit_accel.evaluate.image_sets import ImageSet, open_image_set
 from jit_accel.evaluate.pair_scores import PairScores, untouched, with_intervals
-from jit_accel.evaluate.settings import EvaluateConfig, Setting, chosen_scores
+from jit_accel.evaluate.settings import CONDITIONS, EvaluateConfig, Setting, chosen_scores
 from jit_accel.model.checkpoints import find_checkpoint_in, read_run
 from jit_accel.model.generation import SamplerSettings, generate_batches
 from jit_accel.model.pipeline import JiTPipeline
@@ -74,23 +75,31 @@ class Pairs:
 
 
 def open_pairs(
-    path: str, split: str | None, condition_from: str | None, pipeline: JiTPipeline, img_size: int, most: int
+    path: str, split: str | None, conditions: ConditionConfig, pipeline: JiTPipeline, img_size: int, most: int
 ) -> Pairs:
     """Open images of any kind that training reads, with the conditions that the network wants.
 
-    Raises `UserError`: there are none, or others than it was trained with.
+    Those of the data come before `conditions.condition_from`. Raises `UserError`: there are none, or others than it was
+    trained with.
     """
+    made_from, degradation, wanted = conditions.condition_from, None, pipeline.transformer.config
+    how = {name: getattr(conditions, name) for name in ("condition_path", "condition_column")}
     with renamed_settings(data_path="pairs"):
-        source = open_images(path, split=split)
-    images, wanted = open_image_set(source, "pairs", img_size), pipeline.transformer.config
-    if condition_from is None:
-        rule = "has no condition, and the model's folder does not say what was its training's: add --condition_from, "
-        raise UserError(f"{rule}such as downscale:4.", about="pairs", value=path)
-    degradation = degradation_of(condition_from)
-    check_size(degradation, (img_size, img_size))
-    if (channels := degradation.channels(wanted.in_channels)) != wanted.condition_channels:
-        rule = f"makes conditions of {channels} channels, and the model was trained with {wanted.condition_channels}: "
-        raise UserError(f"{rule}give what it was trained with.", about="condition_from", value=condition_from)
+        source = open_images(path, split=split, **how)
+    images, channels = open_image_set(source, "pairs", img_size, has_pairs=True), source.condition_channels
+    if not channels:
+        if made_from is None:
+            rule = "has no condition, and the model's folder does not say how its training made them: add "
+            raise UserError(
+                f"{rule}--condition_path, --condition_column or --condition_from.", about="pairs", value=path
+            )
+        degradation = degradation_of(made_from)
+        check_size(degradation, (img_size, img_size))
+        channels = degradation.channels(wanted.in_channels)
+    if channels != wanted.condition_channels:
+        rule = f"the conditions have {channels} channels, and the model was trained with {wanted.condition_channels}: "
+        about, value = ("condition_from", made_from) if degradation else ("pairs", path)
+        raise UserError(f"{rule}give such as it was trained with.", about=about, value=value)
     are_pictures = channels in (1, wanted.in_channels)
     label_of = label_function(source, pipeline)
     return Pairs(images, min(most, images.num_images), label_of, degradation, are_pictures)
@@ -220,11 +229,15 @@ def evaluate_pairs(config: EvaluateConfig, accelerator, file: Path | None) -> No
     scores = on_all(accelerator, lambda: PairScores(chosen_scores(config.metrics)))
     candidate, img_size = open_candidate(config, accelerator)
     pipeline = candidate.pipeline(candidate.emas[0])
-    made_from = config.condition_from or on_main(accelerator, lambda: recorded_condition(config.model))
-    opening = config.pairs, config.split, made_from, pipeline, img_size, config.num_images
+    given = ConditionConfig(*(getattr(config, name) for name in CONDITIONS))
+    conditions = (
+        given if given != ConditionConfig() else on_main(accelerator, lambda: recorded_conditions(config.model))
+    )
+    opening = config.pairs, config.split, conditions, pipeline, img_size, config.num_images
     pairs = on_all(accelerator, lambda: open_pairs(*opening), in_turn=True)
     evaluator = PairEvaluator(pairs, scores, accelerator, config.samples_each, config.batch_size, config.seed, True)
     report = say if accelerator.is_main_process else lambda line: None
+    made_from = conditions.condition_from if pairs.degradation else "the data's"
     report(f"Pairs:     {pairs.images.name}, {pairs.num_images:,} images, {img_size} px; condition {made_from}")
     about = {"model": config.model, "seed": config.seed, "mixed_precision": accelerator.mixed_precision}
     about |= {"pairs": redacted(pairs.images.name), "condition_from": made_from, "img_size": img_size}
@@ -240,11 +253,15 @@ def evaluate_pairs(config: EvaluateConfig, accelerator, file: Path | None) -> No
     on_main(accelerator, lambda: records.keep(found, file, None if config.output else candidate.weights))
 
 
-def recorded_condition(model: str) -> str | None:
-    """Return what made the conditions of a model's training, where a checkpoint of its run is there and says so."""
+def recorded_conditions(model: str) -> ConditionConfig:
+    """Return how the training of a model came to its conditions, where a checkpoint of its run is there and says so.
+
+    A folder of them is none of other images.
+    """
     folder = records.run_folder_of(Path(model).expanduser())
     checkpoint = find_checkpoint_in(folder) or find_checkpoint_in(folder.parent)  # of a run's pipeline folder
-    return read_run(checkpoint)["settings"].get("condition_from") if checkpoint else None
+    settings = read_run(checkpoint)["settings"] if checkpoint else {}
+    return ConditionConfig(**{name: settings.get(name) for name in ("condition_from", "condition_column")})
 
 
 def draw_first(first: dict[str, Tensor], path: Path) -> None:

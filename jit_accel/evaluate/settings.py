@@ -15,6 +15,7 @@ INCEPTION, EFFICIENTNET_LITE0 = "inception", "efficientnet_lite0"
 FEATURES = dict.fromkeys((INCEPTION, EFFICIENTNET_LITE0))
 METHODS = {name: name for name in ("heun", "euler")}
 ALL = "all"
+CONDITIONS = ("condition_from", "condition_path", "condition_column")  # where those of `--pairs` come from
 PAIR_SCORES = dict.fromkeys(("psnr", "ssim", "mae"))  # of `--pairs`; the functions stand in `pair_scores.SCORES`
 MAX_VALUES = 10_000
 
@@ -70,7 +71,11 @@ class EvaluateConfig:
     """Images, as --data_path of training, for a model that was trained with a condition (default: none): it makes each
     from its condition, and PSNR, SSIM and MAE are measured against it, beside those of the untouched condition."""
     condition_from: str | None = None
-    """What makes the conditions of --pairs, such as downscale:4 (default: as in the model's training)."""
+    """What makes the conditions of --pairs, such as downscale:4 (default: what the data brings, or as in training)."""
+    condition_path: str | None = None
+    """Folder with the condition of each image of --pairs, as in training (default: none)."""
+    condition_column: str | None = None
+    """Column of the conditions of --pairs, as in training (default: that of the training, if any)."""
     samples_each: int = 1
     """Images made of each condition; of several their mean is scored too."""
     ema: tuple[str, ...] = ()
@@ -137,7 +142,7 @@ def check(config: EvaluateConfig) -> None:
     check_ranges(vars(config), RANGES)
     if config.pairs is not None:
         return _check_pairs(config)
-    for flag, otherwise in (("condition_from", None), ("samples_each", 1)):
+    for flag, otherwise in (*((name, None) for name in CONDITIONS), ("samples_each", 1)):
         if (value := getattr(config, flag)) != otherwise:
             raise UserError("is for conditions: add --pairs.", about=flag, value=value)
     chosen = chosen_metrics(config.features, config.metrics)
@@ -164,6 +169,10 @@ def check(config: EvaluateConfig) -> None:
 def _check_pairs(config: EvaluateConfig) -> None:
     """Raise `UserError` for settings that do not go with `--pairs`."""
     chosen_scores(config.metrics)
+    given = [name for name in CONDITIONS if getattr(config, name) is not None]
+    if len(given) > 1:
+        rule = f"does not go with --{given[0]}: give only one of them."
+        raise UserError(rule, about=given[1], value=getattr(config, given[1]))
     if config.model is None:
         raise UserError("not given: name the model that is shown the conditions.", about="model")
     for flag in ("images", "reference", "make_reference", "select"):

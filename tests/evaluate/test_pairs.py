@@ -3,21 +3,26 @@
 import json
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from accelerate import Accelerator
 from data_samples import tar
 from helpers import Group, in_fresh_accelerate, train_here
-from PIL import Image
+from PIL import Image, ImageOps
 
 import jit_accel as jit
 from jit_accel.base.errors import UserError
+from jit_accel.config.groups import ConditionConfig
 from jit_accel.data.formats.sources import open_images
 from jit_accel.evaluate import main
 from jit_accel.evaluate.pair_scores import PairScores
 from jit_accel.evaluate.pairs import PairEvaluator, label_function, open_pairs
 from jit_accel.model.generation import SamplerSettings
+from jit_accel.monitor.log import read_metrics
+from jit_accel.prepare import main as prepare
 
+ENLARGED = ConditionConfig("downscale:4")
 FAST = ("--num_inference_steps", "2", "--method", "euler")
 
 
@@ -52,7 +57,7 @@ def test_the_scores_are_those_of_images_made_by_hand(run, images, tmp_path, caps
     assert list(found) == ["untouched", "sample", "mean of 3"]
     assert {record["num_images"] for record in found.values()} == {44}
     assert {record["condition_from"] for record in found.values()} == {"downscale:4"}
-    pairs = open_pairs(str(images), None, "downscale:4", pipe := jit.load(run), 28, 50_000)
+    pairs = open_pairs(str(images), None, ENLARGED, pipe := jit.load(run), 28, 50_000)
     scores, sums = PairScores(), {row: [] for row in found}
     for part, _ in pairs.parts(64, 0, 1):
         how = {"labels": part.labels, "conditions": part.conditions, "num_inference_steps": 2, "method": "euler"}
@@ -163,6 +168,45 @@ def test_a_grey_condition_is_scored_as_a_picture_and_one_of_other_channels_not_a
     assert found["untouched"]["metrics"]["psnr"] == pytest.approx(100, abs=1)  # of grey images
 
 
+def test_conditions_that_the_data_brings_are_scored(images, tmp_path):
+    """Of a folder, of a column, of a store: the negatives of the images."""
+    files = sorted(images.glob("*/*.png"))
+    for number, file in enumerate(files):
+        for folder, turn in (("clothes", lambda x: x), ("negatives", ImageOps.invert)):
+            path = tmp_path / folder / file.parent.name / f"{number:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            turn(Image.open(file).convert("RGB")).save(path)
+    data, partners = str(tmp_path / "clothes"), str(tmp_path / "negatives")
+    flags = ("--data_path", data, "--condition_path", partners, "--max_steps", "2", "--holdout", "0.2")
+    assert train_here(*flags, "--output_dir", str(tmp_path / "run")) == 0
+    trained = read_metrics(tmp_path / "run")[-1]
+    assert trained["val/psnr_untouched"] < 10
+    model = ("--model", str(tmp_path / "run"), "--num_images", "44")
+    by_folder = evaluate(tmp_path, *model, "--pairs", data, "--condition_path", partners)
+    of_store = tmp_path / "store"
+    flags = ("--data_path", data, "--condition_path", partners, "--output_dir", str(of_store), "--img_size", "28")
+    assert prepare([*flags, "--num_workers", "1", "--format", "uint8"]) == 0
+    by_store = evaluate(tmp_path, *model, "--pairs", str(of_store))
+    rows = [
+        {
+            "image": {"bytes": file.read_bytes(), "path": None},
+            "label": 0,
+            "other": {"bytes": other.read_bytes(), "path": None},
+        }
+        for file, other in zip(*(sorted((tmp_path / name).glob("*/*.png")) for name in ("clothes", "negatives")))
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=7)
+    by_column = evaluate(tmp_path, *model, "--pairs", str(tmp_path / "a.parquet"), "--condition_column", "other")
+    for found in (by_folder, by_store, by_column):
+        assert found["sample"]["condition_from"] == "the data's"
+        for name in ("psnr", "ssim", "mae"):  # the interval depends on their order
+            expected = by_folder["untouched"]["metrics"][name]
+            assert found["untouched"]["metrics"][name] == pytest.approx(expected, rel=1e-5)
+    assert by_store["sample"]["metrics"]["psnr"] == pytest.approx(by_folder["sample"]["metrics"]["psnr"], rel=1e-4)
+    mean = np.mean([np.abs(2 * np.asarray(Image.open(file), float) / 255 - 1).mean() for file in files])
+    assert by_folder["untouched"]["metrics"]["mae"] == pytest.approx(mean, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -177,11 +221,16 @@ def test_a_grey_condition_is_scored_as_a_picture_and_one_of_other_channels_not_a
         (("--model", "RUN", "--pairs", "IMAGES", "--samples_each", "0"), "--samples_each 0: must be at least 1"),
         (
             ("--model", "RUN", "--pairs", "IMAGES", "--condition_from", "grey"),
-            "makes conditions of 1 channels, and the",
+            "the conditions have 1 channels, and the",
         ),
         (("--model", "RUN", "--pairs", "IMAGES", "--condition_from", "downscale:29"), "leaves less than a"),
         (("--model", "RUN", "--pairs", "IMAGES", "--img_size", "30"), "--img_size 30: must be a multiple"),
         (("--model", "PLAIN", "--reference", "IMAGES", "--samples_each", "2"), "--samples_each 2: is for conditions"),
+        (
+            ("--model", "RUN", "--pairs", "IMAGES", "--condition_from", "grey", "--condition_column", "x"),
+            "--condition_column x: does not go with --condition_from",
+        ),
+        (("--model", "RUN", "--pairs", "IMAGES", "--condition_path", "nowhere"), "--condition_path nowhere"),
         (("--model", "ALONE", "--pairs", "IMAGES"), "has no condition, and the model's folder does not say"),
     ],
 )
@@ -199,7 +248,7 @@ def test_what_does_not_fit_is_refused(run, plain, images, tmp_path, monkeypatch,
 
 def test_samples_of_a_condition_differ_and_the_first_is_the_same_however_many(run, images):
     pipe = jit.load(run)
-    pairs = open_pairs(str(images), None, "downscale:4", pipe, 28, 5)
+    pairs = open_pairs(str(images), None, ENLARGED, pipe, 28, 5)
     with in_fresh_accelerate():
         accelerator = Accelerator(cpu=True)
         how = SamplerSettings(2, method="euler")
