@@ -36,6 +36,7 @@ from jit_accel.model.carried_code import INDEX_FILE, KeptCardMixin, carry_code
 from jit_accel.model.guidance import GUIDED, guided_prediction, rows_with
 from jit_accel.model.lora_loading import LoraMixin
 from jit_accel.model.scheduler import FlowMatchDriver, JiTScheduler, checked_choice, is_own
+from jit_accel.model.tiles import tiled
 from jit_accel.model.transformer import JiTTransformer2DModel, evaluating
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -187,6 +188,8 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         mask_image: Picture | Sequence[Picture] | None = None,
         condition_image: Picture | Sequence[Picture | None] | None = None,
         guidance_on: str | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Return images of classes, or of conditions, made from noise or from images.
 
@@ -210,14 +213,14 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
             strength: how much of the way from `image` is made anew, in (0, 1]: that share of the steps is run, from
                 the image noised to t = 1 - strength. 1 ignores the image. None: 0.6.
             mask_image: white is repainted, black stays as in `image`.
-            condition_image: what the network was trained to see beside the noise: one picture as for `image`, one for
-                each label, or several for one label; None in a list is "no condition". A bridge starts from it.
+            condition_image: what the network sees beside the noise, and a bridge starts from: a picture as for `image`,
+                one for each label, or several for one label; None in a list is "no condition".
             guidance_on: what guidance leaves out to compare with: "label", "condition" or "both". None: the pipeline's.
+            tile, overlap: pixels. The network sees a large picture in squares that overlap so far (a quarter of them).
 
         Raises `ValueError` for what does not fit; the message says what would.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type {output_type!r}: choose from {', '.join(OUTPUT_TYPES)}")
+        checked_choice("output_type", output_type, OUTPUT_TYPES)
         steps = self.config.num_inference_steps or STEPS if num_inference_steps is None else num_inference_steps
         steps = checked_count("num_inference_steps", steps)
         skipped = skipped_steps(steps, image, strength, mask_image)
@@ -226,9 +229,8 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         self.guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         z = self.prepare_latents(len(ids), generator, latents, height, width)
         given, z = self._given(ids, pictures, z, latents is not None, image)
-        field = self._field(given, guidance_interval, guidance_on)
-        scheduler = self.scheduler
-        scheduler = scheduler if is_own(scheduler) else FlowMatchDriver(scheduler, self.config.objective, generator)
+        field = self._field(tiled(self.transformer, tile, overlap), given, guidance_interval, guidance_on)
+        scheduler = self._driver(generator)
         scheduler.set_timesteps(steps, device=z.device, method=self.solver_name(method), skip_steps=skipped)
         z, keep_known = self._start(scheduler, z, image, mask_image)
         z = self._solve(scheduler, z, field, keep_known, callback_on_step_end, asked)
@@ -254,14 +256,19 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         given = {"class_labels": torch.tensor(ids, dtype=torch.long), **condition}
         return {name: tensor.to(device) for name, tensor in given.items()}, z.to(device)
 
-    def _field(self, given: dict[str, Tensor], guidance_interval, on) -> Callable:
+    def _driver(self, generator: Generators):
+        """Return what leads along the path."""
+        scheduler = self.scheduler
+        return scheduler if is_own(scheduler) else FlowMatchDriver(scheduler, self.config.objective, generator)
+
+    def _field(self, network: Callable, given: dict[str, Tensor], guidance_interval, on) -> Callable:
         """Return the guided prediction, of a network that is `given` this, as a function of z, t, and t on the host."""
         interval = checked_interval(self.config.guidance_interval if guidance_interval is None else guidance_interval)
         on = self.config.guidance_on if on is None else checked_choice("guidance_on", on, GUIDED)
         guided = rows_with(given, on, self.transformer.config.num_classes)
         # The scale is looked up at each call of the network: callbacks change it.
         return lambda z, t, t_host: guided_prediction(
-            self.transformer, z, t, given, guidance_weight(t_host, self._guidance_scale, interval), on, guided
+            network, z, t, given, guidance_weight(t_host, self._guidance_scale, interval), on, guided
         )
 
     def _solve(self, scheduler, z: Tensor, field: Callable, keep_known: Callable, callback, asked) -> Tensor:

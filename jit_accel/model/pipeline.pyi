@@ -41,6 +41,8 @@ class Options(TypedDict, total=False):
     mask_image: Picture | Sequence[Picture] | None
     condition_image: Picture | Sequence[Picture | None] | None
     guidance_on: str | None
+    tile: int | None
+    overlap: int | None
 
 class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
     config: Any  # type: ignore[assignment]
@@ -190,6 +192,8 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         mask_image: Picture | Sequence[Picture] | None = None,
         condition_image: Picture | Sequence[Picture | None] | None = None,
         guidance_on: str | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
     ) -> Images[list[Image.Image] | np.ndarray | Tensor] | tuple[list[Image.Image] | np.ndarray | Tensor]: ...
     def predict(self, z: Tensor, t: Tensor, labels: Tensor, weight: float) -> Tensor: ...
     def label_ids(self, class_labels: Labels) -> list[int]: ...
