@@ -38,7 +38,7 @@ from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.base.errors import UserError
 from jit_accel.config.command_line import parse_args, read_recipe
 from jit_accel.config.completion import Facts, complete, plan_run
-from jit_accel.config.groups import EvalConfig, HealthConfig, HubConfig, TrackingConfig, TuneConfig
+from jit_accel.config.groups import ConditionConfig, EvalConfig, HealthConfig, HubConfig, TrackingConfig, TuneConfig
 from jit_accel.config.identity import run_folder
 from jit_accel.config.settings import SETTINGS, Config
 from jit_accel.convert import main as convert
@@ -149,9 +149,11 @@ NOT_IN_RECIPES = {
     *("output_dir", "resume", "dry_run"),
     *(
         field.name
-        for group in (EvalConfig, HealthConfig, HubConfig, TrackingConfig, TuneConfig)
+        for group in (ConditionConfig, EvalConfig, HealthConfig, HubConfig, TrackingConfig, TuneConfig)
         for field in fields(group)
     ),
+    # Of no effect where there is no condition, or no further loss.
+    *("condition_drop_prob", "guidance_on", "path", "aux_loss", "aux_features", "aux_feature_weights"),
 }
 
 
