@@ -36,7 +36,7 @@ EPOCH_LOSS = row("train/epoch_loss", "train, epoch", "epoch", chart="loss", bett
 BEST_LOSS = row("train/best_loss", "best epoch", "epoch", better="lower")
 VAL_LOSS = row("val/loss", "validation", "val", chart="loss", better="lower")
 EMA_VAL_LOSS = row("ema/val_loss", "validation, EMA", "val", chart="loss", better="lower")
-AUX_LOSS = row("train/aux/{name}", "{name}", "step", chart="aux", better="lower", thinned="extremes")
+AUX_LOSS = row("train/aux/{name}", "{name}", "step", chart="aux", thinned="extremes")
 for _name, _title, _better in (("psnr", "PSNR in dB", "higher"), ("ssim", "SSIM", "higher"), ("mae", "MAE", "lower")):
     row(f"val/{_name}", _title, "val", chart=f"pair_{_name}", better=_better)
     row(f"val/{_name}{UNTOUCHED}", f"{_title}, untouched", "val", chart=f"pair_{_name}")

@@ -183,6 +183,16 @@ def test_the_gradient_of_the_sum_is_the_sum_of_gradients():
     assert all(part.abs() > 1e-6 for part in parts)
 
 
+def test_nothing_waits_for_the_device():
+    """What lies on no device has no values that a host could wait for."""
+    aux = AuxLosses(aux_losses_of([f"{name}=1@0.2-0.9" for name in AUX_LOSSES]), "v", features=features)
+    found, truth = {}, torch.empty(2, 3, 16, 16, device="meta")
+    aux.watched(Known(truth), 1)(truth, torch.empty(2, device="meta"), None)
+    total = aux.added_to(torch.empty((), device="meta"), truth, found.__setitem__)
+    assert {value.device.type for value in (total, *found.values())} == {"meta"}
+    assert list(found) == list(AUX_LOSSES)
+
+
 def test_a_watched_network_is_as_itself():
     network = Known(torch.ones(1))
     seen = WatchedNetwork(network)

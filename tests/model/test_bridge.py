@@ -77,6 +77,22 @@ def test_guidance_acts_and_the_start_stays(on):
     assert all(torch.equal(row, picture * 2 - 1) for z in (starts[0], starts[3]) for row in z)
 
 
+def test_a_batch_is_as_its_images_and_a_new_pipeline_of_the_parts_as_the_old_one():
+    pipe, pictures = make_pipe(), torch.rand(3, 3, 8, 8, generator=GENERATOR(4))
+    how = {"num_inference_steps": 2, "output_type": "pt"}
+    whole = pipe(["cat", None, "cow"], condition_image=pictures, num_images_per_label=2, **how).images
+    assert torch.equal(whole[::2], whole[1::2])
+    for place, label in enumerate(["cat", None, "cow"]):
+        assert torch.allclose(pipe(label, condition_image=pictures[place], **how).images, whole[2 * place], atol=1e-5)
+    again = JiTPipeline(**pipe.components)
+    assert torch.allclose(again("cat", condition_image=pictures[0], **how).images, whole[:1], atol=1e-5)
+    half = pictures[:1] / 2  # a start of one's own
+    start = pipe("cat", condition_image=pictures[0], latents=half, **how).images
+    assert not torch.allclose(start, whole[:1], atol=1e-3)
+    with pytest.raises(ValueError, match="image: this network starts at its condition"):
+        pipe("cat", condition_image=pictures[0], latents=half, image=pictures[0], **how)
+
+
 def test_a_picture_of_another_size_is_fitted():
     pipe = make_pipe()
     how = {"num_inference_steps": 1, "output_type": "latent"}

@@ -61,9 +61,20 @@ def test_a_loss_that_has_not_begun_changes_nothing(images, tmp_path):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("fsdp2", [False, True])
-def test_processes_and_micro_steps_come_to_the_same(images, tmp_path, fsdp2):
-    flags = ("--data_path", str(images), *ALL, "--max_steps", "4", "--learning_rate", "1e-2", "--warmup_steps", "0")
+@pytest.mark.parametrize(("path", "fsdp2"), [((), False), (BRIDGE, False), (BRIDGE, True)])
+def test_processes_and_micro_steps_come_to_the_same(images, tmp_path, path, fsdp2):
+    flags = (
+        "--data_path",
+        str(images),
+        *ALL,
+        *path,
+        "--max_steps",
+        "4",
+        "--learning_rate",
+        "1e-2",
+        "--warmup_steps",
+        "0",
+    )
     setup = {"TEST_SETUP": "tiny_features:install"}
     layouts = {"one": (1, "4"), "two": (2, "2")}
     for name, (processes, micro_steps) in layouts.items():
