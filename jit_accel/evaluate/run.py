@@ -22,7 +22,7 @@ from jit_accel.evaluate import records
 from jit_accel.evaluate.evaluator import Candidate, Evaluator, open_candidate
 from jit_accel.evaluate.features import MAIN, load_features
 from jit_accel.evaluate.image_sets import ImageSet, open_image_set, save_reference
-from jit_accel.evaluate.pairs import evaluate_pairs
+from jit_accel.evaluate.pair_evaluator import evaluate_pairs
 from jit_accel.evaluate.settings import EvaluateConfig, Setting, chosen_metrics, metric_names
 from jit_accel.evaluate.statistics import ImageStatistics
 from jit_accel.evaluate.sweep import Measured, Outcome, SweepLog, sweep

@@ -88,7 +88,8 @@ class EvaluateConfig:
     """File of the network's weights (default: torch hub's cache, downloaded if they are not there)."""
     metrics: tuple[str, ...] = ()
     """Names: fid, sfid, inception_score, kid, precision, recall; or, with any features, fd, kd, precision, recall
-    (default: all that the features and the reference allow). With --pairs: psnr, ssim, mae."""
+    (default: all that the features and the reference allow). With --pairs: psnr, ssim, mae (the
+    default), and fd beside them."""
     num_images: int = 50_000
     """Number of images to generate; image n is of class n % classes. Of --pairs so many at most."""
     batch_size: int = 64
@@ -168,7 +169,7 @@ def check(config: EvaluateConfig) -> None:
 
 def _check_pairs(config: EvaluateConfig) -> None:
     """Raise `UserError` for settings that do not go with `--pairs`."""
-    chosen_scores(config.metrics)
+    chosen_scores(config.metrics, config.features)
     given = [name for name in CONDITIONS if getattr(config, name) is not None]
     if len(given) > 1:
         rule = f"does not go with --{given[0]}: give only one of them."
@@ -185,11 +186,16 @@ def _check_pairs(config: EvaluateConfig) -> None:
             raise UserError(rule, about=flag, value=" ".join(getattr(config, flag)))
 
 
-def chosen_scores(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the scores of pairs that `--metrics` names, all for none."""
-    for name in (names := words(names)):
-        lookup(PAIR_SCORES, name, "metrics")
-    return tuple(names or PAIR_SCORES)
+def chosen_scores(names: tuple[str, ...], features: str) -> tuple[tuple[str, ...], str | None]:
+    """Return the scores of pairs that `--metrics` names, all for none, and the Fréchet distance's name if it is there.
+
+    Raises `UserError` for other names.
+    """
+    (distance, metric), *_ = metric_names(features).items()
+    table = PAIR_SCORES | {metric.short: distance, distance: distance}
+    wanted = {name: lookup(table, name, "metrics") for name in words(names)}
+    scores = tuple(name for name in wanted if name in PAIR_SCORES)
+    return scores or tuple(PAIR_SCORES), distance if distance in wanted.values() else None
 
 
 def metric_names(features: str) -> dict[str, ImageMetric]:

@@ -16,8 +16,11 @@ from jit_accel.base.errors import UserError
 from jit_accel.config.groups import ConditionConfig
 from jit_accel.data.formats.sources import open_images
 from jit_accel.evaluate import main
+from jit_accel.evaluate.features import load_features
+from jit_accel.evaluate.pair_evaluator import PairEvaluator
 from jit_accel.evaluate.pair_scores import PairScores
-from jit_accel.evaluate.pairs import PairEvaluator, label_function, open_pairs
+from jit_accel.evaluate.pairs import label_function, open_pairs
+from jit_accel.evaluate.statistics import Moments, frechet_distance
 from jit_accel.model.generation import SamplerSettings
 from jit_accel.monitor.log import read_metrics
 from jit_accel.prepare import main as prepare
@@ -82,10 +85,12 @@ def test_the_mean_of_samples_has_no_greater_error_than_one(run, images, tmp_path
 
 
 @pytest.mark.multiprocess
-def test_two_processes_find_what_one_does(run, images, tmp_path):
+def test_two_processes_find_what_one_does(run, images, tmp_path, tiny):
     flags = ("--model", str(run), "--pairs", str(images), "--samples_each", "2", "--num_images", "43")
+    flags += ("--features", "tiny", "--metrics", "psnr,ssim,mae,fd")
     alone = evaluate(tmp_path, *flags)
-    together, environment = tmp_path / "two.json", {"TEST_MAIN": "jit_accel.evaluate:main"}
+    together = tmp_path / "two.json"
+    environment = {"TEST_MAIN": "jit_accel.evaluate:main", "TEST_SETUP": "tiny_features:install"}
     group = Group([*flags, *FAST, "--output", str(together)], tmp_path / "log.txt", 2, environment)
     assert group.wait() == [0, 0], group.output()
     for record in json.loads(together.read_text()):
@@ -166,6 +171,25 @@ def test_a_grey_condition_is_scored_as_a_picture_and_one_of_other_channels_not_a
     assert train_here("--data_path", str(images), *how, "--output_dir", str(out)) == 0
     found = evaluate(tmp_path, "--model", str(out), "--pairs", str(images), "--num_images", "8")
     assert found["untouched"]["metrics"]["psnr"] == pytest.approx(100, abs=1)  # of grey images
+
+
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_the_distance_of_restored_images_from_the_truths_is_measured_too(run, images, tmp_path, tiny, count):
+    flags = ("--model", str(run), "--pairs", str(images), "--features", "tiny", "--samples_each", count)
+    found = evaluate(tmp_path, *flags, "--metrics", "fd")
+    assert all({"psnr", "ssim", "mae", "fd_tiny"} <= set(record["metrics"]) for record in found.values())
+    assert not any("fd_tiny_low" in record["metrics"] for record in found.values())
+    network, pipe = load_features("tiny"), jit.load(run)
+    sums = {row: Moments(16) for row in ("truth", "untouched", "sample")}
+    for part, _ in open_pairs(str(images), None, ENLARGED, pipe, 28, 50_000).parts(64, 0, 1):
+        how = {"labels": part.labels, "conditions": part.conditions, "num_inference_steps": 2, "method": "euler"}
+        sums["sample"].add(network(jit.generate(pipe, part.keys.tolist(), **how))["main"])
+        sums["truth"].add(network(part.truths)["main"])
+        sums["untouched"].add(network((part.conditions * 255).round().to(torch.uint8))["main"])
+    truth = sums.pop("truth").gaussian()
+    for row, moments in sums.items():
+        expected = frechet_distance(moments.gaussian(), truth)
+        assert found[row]["metrics"]["fd_tiny"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_conditions_that_the_data_brings_are_scored(images, tmp_path):
