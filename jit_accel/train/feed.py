@@ -182,6 +182,7 @@ class Feed:
             is_remote=getattr(self.source.images, "is_remote", False),
             is_encoded=self.source.is_encoded,
             is_prepared=self.source.format == "prepared",
+            has_conditions=self.source.condition_channels > 0,
         )
         return share, advice
 

@@ -152,6 +152,7 @@ KINDS = {
     "raw": lambda root: prepared(root, "raw", "--shard_images", "9"),
     "raw_of_store": lambda root: prepared(root, "raw", of=store),
     "png": lambda root: prepared(root, "png", "--shard_images", "9"),
+    "webp_of_stream": lambda root: prepared(root, "webp", "--quality", "100", of=parquet_files),
 }
 
 
@@ -444,6 +445,12 @@ def test_wrong_columns_are_refused_with_the_right_ones(tmp_path):
     by_metadata(tmp_path, "csv")
     assert "no such column" in refusal(tmp_path / "csv", condition_column="targets")
     assert "none of the 20 files that it names is there" in refusal(tmp_path / "csv", condition_column="label")
+    for odd in (3, ["in/00.bmp"], {"path": "in/00.bmp"}, {"a": 1}):
+        rows = [{"file_name": f"{n:02d}.png", "odd": odd} for n in range(N)]
+        write(tmp_path / "odd" / "metadata.jsonl", "\n".join(map(json.dumps, rows)).encode())
+        for n in range(N):
+            write(tmp_path / "odd" / f"{n:02d}.png", encoded(pixels(n)))
+        assert "odd" in refusal(tmp_path / "odd", condition_column="odd")
     text = (tmp_path / "csv" / "metadata.csv").read_text()
     (tmp_path / "csv" / "metadata.csv").write_text(text + "00.png,in/01.bmp,c0\n")
     assert "lists 00.png with two of them" in refusal(tmp_path / "csv", condition_column="target")

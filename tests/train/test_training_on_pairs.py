@@ -3,13 +3,16 @@
 import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import assert_same_state, rows, state, train_group, train_here
+from helpers import assert_same_state, images_seen, in_fresh_accelerate, rows, state, train_group, train_here
 from PIL import Image, ImageOps
 
 import jit_accel as jit
 from jit_accel.base.image_rows import GAP_PIXELS
+from jit_accel.prepare import main as prepare
 
 HOW = ("--save_every_steps", "2", "--holdout", "0.2", "--val_every_steps", "2", "--keep_checkpoints", "9")
 
@@ -110,12 +113,65 @@ def test_settings_that_do_not_fit_are_refused(images, tmp_path, capsys, flags, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def parquet(images, negatives, tmp_path_factory):
+    """The same pairs in the row groups of two files."""
+    folder, files = tmp_path_factory.mktemp("parquet"), sorted(images.glob("*/*.png"))
+    rows = [
+        {
+            "image": {"bytes": file.read_bytes(), "path": None},
+            "negative": {"bytes": (negatives / file.parent.name / f"{file.stem}.bmp").read_bytes(), "path": None},
+        }
+        for file in files
+    ]
+    for shard in range(2):
+        pq.write_table(pa.Table.from_pylist(rows[shard::2]), folder / f"{shard}.parquet", row_group_size=5)
+    return folder
+
+
+def test_a_stream_of_pairs_goes_on_with_more_processes_and_workers(parquet, tmp_path):
+    how = ("--data_path", str(parquet), "--condition_column", "negative", "--lanes", "4", "--save_every_steps", "2")
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    noting = {"TEST_IMAGES_FOLDER": str(notes)}
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    alone = ("--gradient_accumulation_steps", "2")
+    train_group(tmp_path, *how, "--output_dir", whole, "--max_steps", "4", *alone, environment=noting)
+    expected = images_seen(notes, 4)
+    # as long a run, which is stopped in the middle
+    train_group(tmp_path, *how, "--output_dir", parts, "--max_steps", "2", *alone, environment=noting)
+    found = images_seen(notes, 2)
+    again = (*how, "--output_dir", parts, "--max_steps", "4", "--resume", "auto", "--num_workers", "1")
+    train_group(tmp_path, *again, num_processes=2, environment=noting)
+    found |= images_seen(notes, 4)
+    assert found == expected
+    assert len(found) == 32
+
+
+def test_a_prepared_store_brings_its_conditions(run, images, negatives, tmp_path, capsys):
+    flags = ["--data_path", str(images), "--condition_path", str(negatives), "--img_size", "28", "--num_workers", "1"]
+    assert prepare([*flags, "--output_dir", str(tmp_path / "store")]) == 0
+    how = ("--data_path", str(tmp_path / "store"), "--output_dir", str(tmp_path / "out"), *HOW)
+    assert train_here(*how, "--max_steps", "2") == 0
+    assert jit.load(tmp_path / "out").transformer.config.condition_channels == 3
+    held_out = [rows(out)[1]["val/psnr_untouched"] for out in (tmp_path / "out", run[1])]
+    assert held_out[0] == pytest.approx(held_out[1])  # the same pairs are held out
+    other = ("--output_dir", str(tmp_path / "other"))
+    assert train_here(*how, *other, "--condition_from", "grey") == 2
+    assert "--condition_from grey: the images of" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_path_may_begin_at_the_partner(images, negatives, tmp_path):
+    flags = ("--data_path", str(images), "--condition_path", str(negatives), "--path", "bridge", *HOW)
+    assert train_here(*flags, "--max_steps", "2", "--output_dir", str(tmp_path / "out")) == 0
+    assert {"val/loss", "val/psnr"} <= rows(tmp_path / "out")[1].keys()
+
+
 def test_images_opened_before_bring_their_conditions(images, negatives, tmp_path):
     source = jit.open_images(images, condition_path=negatives)
     how = {"model": "JiT-XS/7", "img_size": 28, "batch_size": 4, "max_steps": 1, "data_path": str(images)}
     how |= {"num_workers": 0, "num_inference_steps": 2, "mixed_precision": "no", "warmup_steps": 1}
-    from helpers import in_fresh_accelerate
-
     with in_fresh_accelerate():
         run = jit.fit(jit.Config.of(**how, output_dir=str(tmp_path / "out")), source=source)
     assert jit.load(run).transformer.config.condition_channels == 3

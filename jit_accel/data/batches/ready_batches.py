@@ -231,7 +231,14 @@ class WaitTime:
 
 
 def waiting_advice(
-    data_path: str, *, num_workers: int, cores: int, is_remote: bool, is_encoded: bool, is_prepared: bool
+    data_path: str,
+    *,
+    num_workers: int,
+    cores: int,
+    is_remote: bool,
+    is_encoded: bool,
+    is_prepared: bool,
+    has_conditions: bool = False,
 ) -> str:
     """Return what to do about training that waits for its data, where a process has so many `cores` for itself."""
     spare = cores - 1  # one is for the training itself
@@ -242,7 +249,7 @@ def waiting_advice(
         return f"--num_workers {spare} (now {num_workers}) uses all cores."
     if is_encoded:
         command = f"python -m jit_accel.prepare --data_path {shlex.quote(data_path)} --format uint8 --output_dir FOLDER"
-        remedy = f"decode once and for all with `{command}`."
+        remedy = f"decode once and for all with `{command}`{', and the flag of the conditions' * has_conditions}."
         if is_prepared:
             remedy = "prepare the data with --format uint8, which needs no decoding, or train at a smaller --img_size."
         return f"all cores decode already: {remedy}"

@@ -167,7 +167,7 @@ def _may_be_pictures(feature: Any) -> bool:
     """Return whether a column of this type may hold encoded pictures, or the paths of such."""
     if isinstance(feature, Value):
         return any(word in feature.dtype for word in ("string", "binary"))
-    return isinstance(feature, Image) or (isinstance(feature, Mapping) and feature.keys() >= {"bytes", "path"})
+    return isinstance(feature, Image) or (isinstance(feature, Mapping) and bool(feature.keys() & {"bytes", "path"}))
 
 
 def split_column(features: Mapping[str, Any]) -> str | None:

@@ -238,7 +238,11 @@ def _find_columns(tables: list[pa.Table], where: str, wanted: str | None, condit
 def _paths(table: pa.Table, metadata: str, column: str = FILE_NAME) -> pa.Array:
     """Return the listed paths relative to the root."""
     folder, column = posixpath.dirname(metadata), named_column(table.column_names, column, "condition_column", metadata)
-    listed = (path and path.replace("\\", "/") for path in table.column(column).cast(pa.string()).to_pylist())
+    try:
+        listed = table.column(column).cast(pa.string()).to_pylist()
+    except pa.ArrowException as error:
+        raise data_error(metadata, f"its column {column!r} holds no paths ({error}): choose another.") from error
+    listed = (path and path.replace("\\", "/") for path in listed)
     return pa.array([path and posixpath.normpath(posixpath.join(folder, path)) for path in listed], pa.string())
 
 
