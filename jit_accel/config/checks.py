@@ -102,6 +102,8 @@ def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
     made = [name for name in ("condition_from", "condition_path", "condition_column") if getattr(s, name) is not None]
     if len(made) > 1:
         yield made[1], f"says where conditions come from, as --{made[0]} {getattr(s, made[0])} does: give one of them."
+    if "" in s.vector_column or len(set(s.vector_column)) < len(s.vector_column):
+        yield "vector_column", "names a column twice, or none: give each once."
     for name in ("lora_alpha", "lora_dropout", "lora_targets"):
         if s.lora_rank is None and getattr(s, name):
             yield name, "is for an adapter: add --lora_rank, such as 16."

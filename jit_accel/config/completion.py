@@ -50,6 +50,7 @@ class Facts:
     num_classes: int | None = None  # None: only reading the data would show them
     is_labelled: bool = True  # else guidance towards the images' one class means nothing
     condition_channels: int = 0  # of what the data shows beside each image
+    has_vectors: bool = False  # the data has numbers beside each image
     is_encoded: bool = True  # the images must be decoded
     processes: int = 1  # of the run, on all machines
     accumulation: int = 1  # and precision: what the accelerator was built with
@@ -244,8 +245,8 @@ def _refuse_other_conditions(config: Config, facts: Facts) -> None:
             rule = f"the condition has {channels} channels, and the image, to which the path leads from there, "
             rule += f"{config.model.in_channels}: take a condition with as many, or leave the flag out."
         raise UserError(rule, about="path", value="bridge")
-    if not channels and config.sample.guidance_on == "condition":
-        rule = "there is no condition: add --condition_from, or leave the flag out."
+    if not channels and not facts.has_vectors and config.sample.guidance_on == "condition":
+        rule = "there is no condition: add --condition_from or --vector_column, or leave the flag out."
         raise UserError(rule, about="guidance_on", value="condition")
 
 

@@ -1,6 +1,6 @@
 """The arithmetic of what a training costs, in weights, bytes and passes: no device, no measurement."""
 
-from jit_accel.config.presets import TIME_FEATURES, Preset, swiglu_width
+from jit_accel.config.presets import TIME_FEATURES, Preset, swiglu_width, vector_outputs
 
 GIB = 2**30
 FLOAT32 = 4  # bytes
@@ -15,6 +15,9 @@ def num_params(sizes: Preset, patch_size: int, num_classes: int) -> int:
     if sizes.condition_channels:
         given, narrow = patch_size * patch_size * sizes.condition_channels, sizes.condition_bottleneck
         patches += (narrow * (given + dim) if narrow else given * dim) + 2 * dim  # bias, and "none"
+    if sizes.vector_sizes:
+        outputs = vector_outputs(sizes.vector_sizes, sizes.in_context_len) * dim
+        labels += (sum(sizes.vector_sizes) + 1) * dim + (dim + 2) * outputs
     last = dim + 2 * dim * dim + 2 * dim + dim * pixels + pixels
     return time + labels + patches + sizes.depth * block_params(sizes) + last
 

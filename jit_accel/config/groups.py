@@ -24,6 +24,8 @@ class DataConfig:
     """Column of the images (default: the one that holds images)."""
     label_column: str | None = None
     """Column of the class labels, also in metadata.csv (default: label, cls, ... where present; else unlabelled)."""
+    vector_column: tuple[str, ...] = ()
+    """Columns of numbers, or of lists of them, that the network is given as conditions (default: none)."""
     split: str | None = None
     """Split to train on, where the data has several: train, train+validation, all, ... (default: train)."""
     renumber_labels: bool = False
@@ -112,7 +114,7 @@ class ObjectiveConfig:
     label_drop_prob: float = 0.1
     """Share of labels replaced by "no class", for classifier-free guidance."""
     condition_drop_prob: float = 0.1
-    """Share of conditions replaced by a learned "none", for guidance on the condition."""
+    """Share of conditions, pictures or numbers, replaced by a learned "none", for guidance on the condition."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ class SheetConfig:
     """Classifier-free guidance of the samples, and the pipeline's default (default: 2; 1, which is none, without labels
     and with conditions)."""
     guidance_on: Literal["label", "condition", "both"] = "both"
-    """What that guidance leaves out to compare with: the label, the condition or both."""
+    """What that guidance leaves out to compare with: the label, the condition (also numbers) or both."""
     num_inference_steps: int = 50
     """Steps of the ODE solver (Heun) for the samples."""
 

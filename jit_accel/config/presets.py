@@ -1,6 +1,7 @@
 """The sizes of JiT. A new size is a row here."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jit_accel.base.errors import UserError, lookup
@@ -22,6 +23,7 @@ class Preset:
     condition_channels: int = 0  # of a picture that is a condition; 0 for none
     condition_bottleneck: int | None = None
     condition_inject: str = "add"
+    vector_sizes: tuple[int, ...] = ()  # how many numbers each column of them has
 
 
 PRESETS = {
@@ -45,6 +47,21 @@ def parse_model_name(name: str) -> tuple[Preset, int]:
     return preset, int(patch)
 
 
+def check_sizes(img_size: int, patch_size: int, hidden_size: int, num_heads: int) -> None:
+    """Raise `ValueError` for sizes of a network that do not fit together."""
+    if img_size % patch_size:
+        lower = img_size // patch_size * patch_size
+        choices = " or ".join(str(n) for n in (lower, lower + patch_size) if n)
+        raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}: use {choices}")
+    if hidden_size % num_heads:
+        near = min(range(1, hidden_size + 1), key=lambda n: (hidden_size % n != 0, abs(n - num_heads)))
+        raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads}: use {near} heads")
+    if hidden_size // num_heads % 4:
+        rule = "but rotary embedding of rows and columns turns pairs in each half of a head: make it a multiple of 4"
+        given = f"hidden_size / num_heads is {hidden_size // num_heads}"
+        raise ValueError(f"{given}, {rule}, as hidden_size {num_heads * 64} does")
+
+
 def swiglu_width(hidden_size: int, mlp_ratio: float) -> int:
     return int(int(hidden_size * mlp_ratio) * 2 / 3)
 
@@ -63,10 +80,17 @@ def forward_macs(preset: Preset, patch_size: int, height: int, width: int) -> in
     if preset.condition_channels:
         given, narrow = patch_size * patch_size * preset.condition_channels, preset.condition_bottleneck
         macs += tokens * (narrow * (given + dim) if narrow else given * dim)
+    if preset.vector_sizes:
+        macs += (sum(preset.vector_sizes) + dim * vector_outputs(preset.vector_sizes, preset.in_context_len)) * dim
     length = block_tokens(preset, tokens)
     for i in range(preset.depth):
         macs += block_macs(preset, length + (preset.in_context_len if i >= preset.in_context_start else 0))
     return macs + 2 * dim * dim + tokens * dim * pixels
+
+
+def vector_outputs(sizes: Sequence[int], in_context_len: int) -> int:
+    """Return how many vectors the network makes of columns of numbers: one, and one for each column in context."""
+    return 1 + (len(sizes) if in_context_len else 0)
 
 
 def block_tokens(preset: Preset, tokens: int) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 from jit_accel.base.console import redacted
 from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.files import atomic_file, disk_errors, parse_json_line
+from jit_accel.data.batches.batch import labels_in
 from jit_accel.data.batches.loader import cores_per_process
 from jit_accel.data.formats.columns import IMAGE_CHANNELS
 from jit_accel.data.formats.sources import Source, open_images
@@ -109,9 +110,10 @@ def _random_shares(
 ) -> Iterator[Share]:
     def read(numbers: np.ndarray) -> Share:
         out = np.empty((len(numbers), channels, img_size, img_size), np.uint8)
-        labels, bad = images.read(numbers, out)
+        facts, bad = images.read(numbers, out)
         good = np.setdiff1d(np.arange(len(numbers)), list(bad))
-        return Share(*(torch.from_numpy(array[good]) for array in (numbers, out, labels)), list(bad.values()))
+        found = torch.from_numpy(numbers[good]), torch.from_numpy(out[good]), labels_in(facts[good])
+        return Share(*found, list(bad.values()))
 
     mine = np.arange(rank, len(images), world_size)
     return _ahead(read, (mine[start : start + batch_size] for start in range(0, len(mine), batch_size)))

@@ -130,6 +130,20 @@ def checked_count(name: str, count: int) -> int:
     return value
 
 
+def checked_generators(
+    generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
+) -> Sequence[torch.Generator | None]:
+    """Return the generator of each image. Raises `ValueError`."""
+    if isinstance(generator, int):
+        raise ValueError(f"generator {generator}: give torch.Generator().manual_seed({generator})")
+    generators = generator if isinstance(generator, list | tuple) else [generator] * batch
+    if len(generators) != batch:
+        raise ValueError(f"{len(generators)} generators for {batch} images: give one, or one for each image")
+    if wrong := [g for g in generators if not (g is None or isinstance(g, torch.Generator))]:
+        raise ValueError(f"generator {wrong[0]!r}: give a torch.Generator, or a list with one for each image")
+    return generators
+
+
 def _as(kind: Callable, value):
     """Return `kind(value)`, or NaN where this is no number of that kind; a bool is not."""
     try:

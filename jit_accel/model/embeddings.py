@@ -1,10 +1,12 @@
-"""Vectors of what the network is given: patches of pixels, the time, labels, and a picture that is a condition."""
+"""Vectors of what the network is given: patches of pixels, the time, labels, and conditions: a picture, numbers."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jit_accel.config.presets import TIME_FEATURES
+from jit_accel.config.presets import TIME_FEATURES, vector_outputs
 from jit_accel.model.functional import time_frequencies
 
 
@@ -80,4 +82,44 @@ class LabelEmbedding(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)  # the last row is "no class"
 
     def forward(self, labels: Tensor) -> Tensor:
-        return self.embedding_table(labels)
+        """Return (B, D) of the classes (B,); of several, (B, k), the sum of those that are none of "no class" and -1.
+
+        A sum, so that what a class adds does not depend on which others an image has.
+        """
+        if labels.ndim == 1:
+            return self.embedding_table(labels)
+        no_class = self.embedding_table.num_embeddings - 1
+        are_given = (labels >= 0) & (labels < no_class)
+        rows = self.embedding_table(labels.where(are_given, no_class))
+        is_first = torch.arange(labels.shape[1], device=labels.device) == 0
+        return (rows * (are_given | (is_first & ~are_given.any(1, keepdim=True)))[..., None]).sum(1)
+
+
+class VectorEmbedding(nn.Module):
+    """An MLP from columns of numbers (B, n) to summands of the vector c that modulates the blocks, and of the tokens in
+    context: one for each column, which go round these. Zero at the start; learned ones stand for numbers left out.
+
+    They are added, since tokens of their own would take part in attention even where they are zero.
+    """
+
+    def __init__(self, sizes: Sequence[int], hidden_size: int, in_context_len: int):
+        super().__init__()
+        self.num_numbers, self.in_context_len = sum(sizes), in_context_len
+        outputs = vector_outputs(sizes, in_context_len) * hidden_size
+        self.mlp = nn.Sequential(nn.Linear(sum(sizes), hidden_size), nn.SiLU(), nn.Linear(hidden_size, outputs))
+        self.none = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, c: Tensor, tokens: Tensor, vectors: Tensor | None, are_given: Tensor | None):
+        """Return c (B, D), and tokens (B, 1, D) as (B, in_context_len, D), with what the numbers add to them."""
+        if vectors is None:
+            vectors, are_given = c.new_zeros(len(c), self.num_numbers), c.new_zeros(len(c), dtype=torch.bool)
+        if vectors.shape != (len(c), self.num_numbers):
+            raise ValueError(f"vectors have the shape {tuple(vectors.shape)}: give {(len(c), self.num_numbers)}")
+        found = self.mlp(vectors.to(tokens.dtype))
+        if are_given is not None:
+            found = torch.where(are_given[:, None], found, self.none.to(found.dtype))
+        of_c, of_columns = found.unflatten(1, (-1, c.shape[1])).tensor_split([1], dim=1)
+        if not self.in_context_len:
+            return c + of_c[:, 0], tokens
+        rounds = F.pad(of_columns, (0, 0, 0, -of_columns.shape[1] % self.in_context_len))
+        return c + of_c[:, 0], tokens + rounds.unflatten(1, (-1, self.in_context_len)).sum(1)

@@ -78,6 +78,7 @@ def generate(
     batch_size: int = 64,
     on_step: Callable | None = None,
     conditions: Tensor | None = None,
+    vectors: Sequence | None = None,
 ) -> Tensor:
     """Return images by number, uint8 (len(numbers), 3, H, W) on the pipeline's device.
 
@@ -92,6 +93,7 @@ def generate(
         batch_size: images at once; it changes memory and speed, not the images.
         on_step: the pipeline's `callback_on_step_end`.
         conditions: that of each image, (len(numbers), C, H, W) in [0, 1], where the network was trained with such.
+        vectors: the numbers of each image, as in a call of the pipeline; left out, no image has any.
 
     Raises `ValueError`: no numbers, a label that the network does not know, or a setting that makes no sense.
 
@@ -102,7 +104,7 @@ def generate(
         raise ValueError("numbers is empty: give the numbers of the images to make, such as range(8)")
     settings = SamplerSettings(num_inference_steps, guidance_scale, guidance_interval, method)
     how = {"labels": labels, "settings": settings, "batch_size": batch_size, "on_step": on_step}
-    how["conditions"] = conditions
+    how |= {"conditions": conditions, "vectors": vectors}
     parts = generate_batches(pipeline, numbers, seed=seed, **how)
     return torch.cat([images for _, images in parts])
 
@@ -120,6 +122,7 @@ def generate_batches(
     batch_multiple: int | None = None,
     on_step: Callable | None = None,
     conditions: Tensor | None = None,
+    vectors: Sequence | None = None,
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Yield (numbers, images uint8 (B, 3, H, W) on the pipeline's device), `batch_size` of them at a time.
 
@@ -128,10 +131,13 @@ def generate_batches(
             where images are then the same in every bit at any batch size, else 1.
         on_step: the pipeline's `callback_on_step_end`.
         conditions: that of each image, (len(numbers), C, H, W) in [0, 1].
+        vectors: the numbers of each image, in the units of the data; left out, no image has any.
     """
     num_classes = pipeline.transformer.config.num_classes
     if labels is None:
         labels = [number % num_classes if num_classes else None for number in numbers]
+    if vectors is None and pipeline.config.vectors:
+        vectors = [None] * len(numbers)
     if batch_multiple is None:
         batch_multiple = CPU_BATCH_MULTIPLE if pipeline.transformer.device.type == "cpu" else 1
     for start in range(0, len(numbers), batch_size):
@@ -146,5 +152,6 @@ def generate_batches(
             output_type="pt",
             callback_on_step_end=on_step,
             **({} if conditions is None else {"condition_image": conditions[filled]}),  # carried code may know none
+            **({} if vectors is None else {"vectors": [vectors[i] for i in filled]}),
         ).images[: len(part)]
         yield part, (images * 255).round().to(torch.uint8)

@@ -13,15 +13,16 @@ def without(given: Mapping[str, Tensor], on: str, num_classes: int) -> dict[str,
     left = dict(given)
     if on != "condition":
         left["class_labels"] = torch.full_like(given["class_labels"], num_classes)
-    if on != "label" and "condition_mask" in given:
-        left["condition_mask"] = torch.zeros_like(given["condition_mask"])
+    if on != "label":
+        left |= {name: torch.zeros_like(mask) for name, mask in given.items() if name.endswith("_mask")}
     return left
 
 
 def rows_with(given: Mapping[str, Tensor], on: str, num_classes: int) -> Tensor | None:
     """Return the images, (k,), that have anything of what guidance acts `on`; None where all have."""
     left = without(given, on, num_classes)
-    differs = torch.stack([left[name] != given[name] for name in left if given[name].ndim == 1]).any(0)
+    choices = [name for name in left if not given[name].is_floating_point()]  # labels and masks
+    differs = torch.cat([(left[name] != given[name]).reshape(len(given[name]), -1) for name in choices], 1).any(1)
     return None if differs.all() else differs.nonzero().flatten()
 
 

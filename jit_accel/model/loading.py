@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,8 +24,10 @@ from jit_accel.model.transformer import JiTTransformer2DModel, build_model
 PIPELINE_FOLDER = "pipeline"  # in a run's
 
 
-def build_network(model: ModelConfig, condition: ConditionConfig, img_size: int) -> JiTTransformer2DModel:
-    """Return the network of these settings, complete ones, with new weights."""
+def build_network(
+    model: ModelConfig, condition: ConditionConfig, img_size: int, vectors: Mapping | None = None
+) -> JiTTransformer2DModel:
+    """Return the network of these settings, complete ones, with new weights; `vectors` as of `JiTPipeline`."""
     return build_model(
         model.model,
         img_size,
@@ -34,16 +37,21 @@ def build_network(model: ModelConfig, condition: ConditionConfig, img_size: int)
         condition_channels=condition.condition_channels,
         condition_bottleneck=condition.condition_bottleneck,
         condition_inject=condition.condition_inject,
+        vector_sizes=list(vectors["sizes"]) if vectors else None,
     )
 
 
 def build_pipeline(
-    network: JiTTransformer2DModel, objective: ObjectiveConfig, class_names: list[str] | None, sample: SheetConfig
+    network: JiTTransformer2DModel,
+    objective: ObjectiveConfig,
+    class_names: list[str] | None,
+    sample: SheetConfig,
+    vectors: Mapping | None = None,
 ) -> JiTPipeline:
     """Return the pipeline of a network that is or was trained with these settings."""
     network.pipeline_settings = {}  # of the pipeline that weights to start from came from
     scheduler = JiTScheduler(objective.prediction, objective.t_eps, objective.noise_scale, path=objective.path)
-    own = {"guidance_scale": sample.guidance_scale, "guidance_on": sample.guidance_on}
+    own = {"guidance_scale": sample.guidance_scale, "guidance_on": sample.guidance_on, "vectors": vectors}
     return JiTPipeline(network, scheduler, class_names, **own)
 
 
@@ -134,12 +142,13 @@ def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, about: str 
         if ema not in choices:
             raise UserError(f"{checkpoint} has {', '.join(choices)}.{nearest(ema, choices)}", about="ema", value=ema)
         with torch.device("meta"):
-            network = build_network(config.model, config.condition, config.data.img_size)
+            network = build_network(config.model, config.condition, config.data.img_size, run.get("vectors"))
         weights = load_tensors(checkpoint, UNAVERAGED if ema == UNAVERAGED else f"ema_{ema}", about)
         if config.tune.lora_rank:
             weights = merged(base_of(checkpoint, run), weights, config.tune.lora_alpha / config.tune.lora_rank)
         network.load_state_dict(weights, strict=True, assign=True)
-        return build_pipeline(network.eval(), config.objective, run.get("class_names"), config.sample)
+        how = run.get("class_names"), config.sample, run.get("vectors")
+        return build_pipeline(network.eval(), config.objective, *how)
 
 
 def base_of(checkpoint: Path, run: dict) -> dict[str, torch.Tensor]:

@@ -11,16 +11,16 @@ from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.saved_weights import weights_fingerprint
 
 ADAPTER = "default"
-ADDED = "condition_embedder"  # a part of the network that may be new, and is trained as a whole beside an adapter
+ADDED = ("condition_embedder", "vector_embedder")  # parts that may be new, and are then trained as wholes
 
 
 class Adapter:
     """A new adapter on a network, which is changed in place and otherwise frozen; it starts as the zero function.
 
     To the weights of Linear layers whose names end in one of `targets` it adds `scale` B A: scale is alpha / rank, A
-    (rank, in) and B (out, rank); `dropout` is of what A sees. A projection of conditions that the frozen weights are
-    without, `has_added`, is trained as a whole. Raises `UserError`: peft is missing, a target fits no Linear layer, or
-    the rank is larger than a weight.
+    (rank, in) and B (out, rank); `dropout` is of what A sees. Parts for conditions that the frozen weights are without,
+    `added`, are trained as wholes. Raises `UserError`: peft is missing, a target fits no Linear layer, or the rank is
+    larger than a weight.
     """
 
     def __init__(
@@ -31,16 +31,15 @@ class Adapter:
         alpha: float,
         dropout: float,
         targets: Iterable[str],
-        has_added: bool = False,
+        added: Iterable[str] = (),
     ):
         self.rank, self.alpha, self.scale, self.targets = rank, alpha, alpha / rank, list(targets)
         least = min(min(layer.weight.shape) for layer in _targeted(network, self.targets))
         if rank > least:
             rule = f"must not be above {least}, the smaller side of a weight it adapts."
             raise UserError(rule, about="lora_rank", value=rank)
-        self.has_added, base = has_added, network.state_dict()
-        if has_added:
-            base = {name: tensor for name, tensor in base.items() if not is_added(name)}
+        self.added = sorted(added)
+        base = {name: t for name, t in network.state_dict().items() if name.partition(".")[0] not in self.added}
         self.base_identity = weights_fingerprint(base)
         try:
             from peft import LoraConfig
@@ -48,8 +47,8 @@ class Adapter:
             raise UserError("needs peft: pip install 'jit_accel[lora]'.", about="lora_rank", value=rank) from None
         network.requires_grad_(False)
         network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=self.targets))
-        if has_added:
-            getattr(network, ADDED).requires_grad_(True)
+        for part in self.added:
+            getattr(network, part).requires_grad_(True)
 
     def save(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write these trained tensors as a file for `load_lora_weights`, whole or not at all."""
@@ -61,8 +60,8 @@ class Adapter:
 
 
 def is_added(name: str) -> bool:
-    """Return True for a tensor of the part that may be trained as a whole beside an adapter."""
-    return name.startswith(f"{ADDED}.")
+    """Return True for a tensor of a part that may be trained as a whole beside an adapter."""
+    return name.partition(".")[0] in ADDED
 
 
 def merged(tensors: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -9,6 +9,9 @@ from torch import Tensor
 from jit_accel.base import rng
 from jit_accel.model.spaces import convert, noised
 
+# What may be left out, the argument that says so, and the name of the draw.
+DROPPED = (("condition_image", "condition_mask", "condition_drop"), ("vectors", "vector_mask", "vector_drop"))
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -47,17 +50,19 @@ class Objective:
         return condition if self.path == "bridge" else self.noise(seed, positions, like)
 
     def dropped(self, seed: int, positions, labels: Tensor, num_classes: int) -> Tensor:
-        """Replace some of the labels (B,) by "no class" (`num_classes`), for classifier-free guidance."""
+        """Replace some labels (B,), or all those of some images (B, k), by "no class" (`num_classes`), for guidance."""
         dropped = torch.from_numpy(rng.uniform(seed, "label_drop", positions) < self.label_drop_prob)
+        dropped = dropped if labels.ndim == 1 else dropped[:, None]
         return labels.masked_fill(dropped.to(labels.device, non_blocking=True), num_classes)
 
     def left_out(self, seed: int, positions, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return conditions as the network's arguments, some of them left out, for classifier-free guidance."""
-        if "condition_image" not in conditions:
-            return dict(conditions)
-        kept = torch.from_numpy(rng.uniform(seed, "condition_drop", positions) >= self.condition_drop_prob)
-        kept = kept.to(conditions["condition_image"].device, non_blocking=True)
-        return {**conditions, "condition_mask": kept}
+        found = dict(conditions)
+        for name, mask, draw in DROPPED:
+            if name in conditions:
+                kept = torch.from_numpy(rng.uniform(seed, draw, positions) >= self.condition_drop_prob)
+                found[mask] = kept.to(conditions[name].device, non_blocking=True)
+        return found
 
     def losses(self, model, x: Tensor, t: Tensor, e: Tensor, labels: Tensor, **conditions: Tensor) -> Tensor:
         """Return each image's mean squared error (B,), float32 on the device (the paper's Algorithm 1).
@@ -68,7 +73,7 @@ class Objective:
             t: times (B,) in [0, 1].
             e: noise (B, 3, H, W), already scaled by noise_scale; of a bridge the condition.
             labels: classes (B,), the last one meaning "no class".
-            conditions: what else the network is given, such as `condition_image` and `condition_mask`.
+            conditions: what else the network is given, such as `condition_image`, `vectors`, and their masks.
         """
         z, times = noised(x, e, t), t.view(-1, 1, 1, 1)
         predicted = model(z, t, labels, **conditions).sample.float()

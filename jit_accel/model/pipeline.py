@@ -21,6 +21,7 @@ from jit_accel.model.call_arguments import (
     callback_tensors,
     checked_count,
     checked_default,
+    checked_generators,
     checked_interval,
     checked_names,
     checked_scale,
@@ -38,12 +39,13 @@ from jit_accel.model.lora_loading import LoraMixin
 from jit_accel.model.scheduler import FlowMatchDriver, JiTScheduler, checked_choice, is_own
 from jit_accel.model.tiles import tiled
 from jit_accel.model.transformer import JiTTransformer2DModel, evaluating
+from jit_accel.model.vector_arguments import Row, checked_columns, spread, standardised_vectors, vectors_asked
 
 Generators = torch.Generator | list[torch.Generator] | None
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 COMPONENTS = {"transformer": JiTTransformer2DModel, "scheduler": JiTScheduler}
 OBJECTIVE = ("prediction_type", "t_eps", "noise_scale", "path")  # of a `JiTScheduler`
-SETTINGS = ("class_names", "objective", *DEFAULTS)
+SETTINGS = ("class_names", "vectors", "objective", *DEFAULTS)
 STEPS = 50  # where neither the call nor the pipeline says
 DOWNLOAD_SETTINGS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 
@@ -64,6 +66,8 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
             otherwise. They are kept in `model_index.json` with the class names.
         objective: what the network was trained with, where the scheduler is no `JiTScheduler`, which knows it:
             {"prediction_type": "x", "t_eps": 0.05, "noise_scale": 1.0}; of a bridge also {"path": "bridge"}.
+        vectors: the columns of numbers that the network takes: {"names", "sizes", "mean", "std"}, lists; the latter two
+            of each number.
 
     What is left out is as in the pipeline that the network was in last, so `JiTPipeline(**pipe.components)` is like it.
 
@@ -88,17 +92,20 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         method: str | None = None,
         objective: dict | None = None,
         guidance_on: str | None = None,
+        vectors: dict | None = None,
     ):
         super().__init__()
         own = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "method": method}
-        own |= {"guidance_on": guidance_on}
+        own |= {"guidance_on": guidance_on, "vectors": vectors}
         own |= {"num_inference_steps": num_inference_steps, "class_names": class_names, "objective": objective}
         before = getattr(transformer, "pipeline_settings", {})
         own = {name: before.get(name) if value is None else value for name, value in own.items()}
         names = checked_names(own.pop("class_names"), transformer.config.num_classes)
+        vectors = checked_columns(own.pop("vectors"), transformer.config.get("vector_sizes") or ())
         objective = JiTScheduler(**(own.pop("objective") or {})).config
         own = {name: checked_default(name, value) for name, value in own.items()}
-        self.register_to_config(objective=objective_of(objective), class_names=names, **own)
+        own |= {"class_names": names, "vectors": vectors}
+        self.register_to_config(objective=objective_of(objective), **own)
         self.register_modules(transformer=transformer, scheduler=scheduler)
         _ = self.components  # so that the network knows them
         self._interrupt, self._num_timesteps, self._guidance_scale = False, 0, own["guidance_scale"]
@@ -190,6 +197,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         guidance_on: str | None = None,
         tile: int | None = None,
         overlap: int | None = None,
+        vectors: Sequence[Row] | Row | Tensor = None,
     ) -> ImagePipelineOutput | tuple:
         """Return images of classes, or of conditions, made from noise or from images.
 
@@ -198,8 +206,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
                 out, "no class"; but of a network with one class, as unlabelled data make it, that one.
             num_inference_steps, method: n ODE steps (50), by "heun", which calls the network 2n - 1 times, or "euler",
                 n times. None: the pipeline's own, as for guidance.
-            guidance_scale, guidance_interval: weight of classifier-free guidance where lo < t < hi, or t < hi if lo is
-                0; 1 is no guidance and costs half.
+            guidance_scale, guidance_interval: weight of guidance where lo < t < hi, or t < hi if lo is 0; 1 is none.
             generator: one generator draws the images' noise one after the other, so the n-th image is the same at any
                 batch size; or a list with one for each image. A CPU generator gives the same noise on every device.
             latents: (B, 3, H, W), what the ODE starts from: noise, already scaled, instead of `generator`.
@@ -217,6 +224,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
                 one for each label, or several for one label; None in a list is "no condition".
             guidance_on: what guidance leaves out to compare with: "label", "condition" or "both". None: the pipeline's.
             tile, overlap: pixels. The network sees a large picture in squares that overlap so far (a quarter of them).
+            vectors: an image's numbers in the units of the data, a list or {name: number or list}; or a list of these.
 
         Raises `ValueError` for what does not fit; the message says what would.
         """
@@ -225,27 +233,26 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         steps = checked_count("num_inference_steps", steps)
         skipped = skipped_steps(steps, image, strength, mask_image)
         asked = callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        ids, pictures = self._asked(class_labels, condition_image, num_images_per_label)
+        shown = self._asked(class_labels, condition_image, vectors, num_images_per_label)
         self.guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        z = self.prepare_latents(len(ids), generator, latents, height, width)
-        given, z = self._given(ids, pictures, z, latents is not None, image)
+        z = self.prepare_latents(len(shown[0]), generator, latents, height, width)
+        given, z = self._given(*shown, z, latents is not None, image)
         field = self._field(tiled(self.transformer, tile, overlap), given, guidance_interval, guidance_on)
-        scheduler = self._driver(generator)
-        scheduler.set_timesteps(steps, device=z.device, method=self.solver_name(method), skip_steps=skipped)
+        scheduler = self._driver(generator, steps, device=z.device, method=self.solver_name(method), skip_steps=skipped)
         z, keep_known = self._start(scheduler, z, image, mask_image)
         z = self._solve(scheduler, z, field, keep_known, callback_on_step_end, asked)
         images = VaeImageProcessor().postprocess(z, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _asked(self, class_labels, condition_image, copies: int) -> tuple[list[int], list]:
-        """Return the label of each image, and its condition ([] where the network knows none), copies side by side."""
+    def _asked(self, class_labels, condition_image, vectors, copies: int) -> tuple[list[int], list, list]:
+        """Return the label of each image, its condition and its numbers ([] where the network knows none)."""
         ids, copies = self.label_ids(class_labels), checked_count("num_images_per_label", copies)
         pictures = condition_pictures(condition_image, self.transformer.config.condition_channels, len(ids))
-        ids *= max(1, len(pictures) // len(ids))
-        return tuple([each for each in some for _ in range(copies)] for some in (ids, pictures))
+        rows = vectors_asked(vectors, self.config.vectors, max(len(ids), len(pictures)))
+        return spread((ids, pictures, rows), copies)
 
-    def _given(self, ids: list[int], pictures: list, z: Tensor, is_start: bool, image) -> tuple[dict, Tensor]:
+    def _given(self, ids: list, pictures: list, rows: list, z: Tensor, is_start: bool, image) -> tuple[dict, Tensor]:
         """Return the network's arguments, of images like z, and where their paths start: at z, or of a bridge at the
         conditions, unless z `is_start`.
         """
@@ -254,12 +261,15 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
             start = bridge_start(condition, self.transformer.config.in_channels, image)
             z = z if is_start else start
         given = {"class_labels": torch.tensor(ids, dtype=torch.long), **condition}
+        given |= standardised_vectors(rows, self.config.vectors)
         return {name: tensor.to(device) for name, tensor in given.items()}, z.to(device)
 
-    def _driver(self, generator: Generators):
-        """Return what leads along the path."""
+    def _driver(self, generator: Generators, steps: int, **how):
+        """Return what leads along the path in these steps."""
         scheduler = self.scheduler
-        return scheduler if is_own(scheduler) else FlowMatchDriver(scheduler, self.config.objective, generator)
+        scheduler = scheduler if is_own(scheduler) else FlowMatchDriver(scheduler, self.config.objective, generator)
+        scheduler.set_timesteps(steps, **how)
+        return scheduler
 
     def _field(self, network: Callable, given: dict[str, Tensor], guidance_interval, on) -> Callable:
         """Return the guided prediction, of a network that is `given` this, as a function of z, t, and t on the host."""
@@ -318,13 +328,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
             if latents.shape != (batch, *shape):
                 raise ValueError(f"latents are {tuple(latents.shape)}, but these labels need {(batch, *shape)}")
             return latents.float()
-        if isinstance(generator, int):
-            raise ValueError(f"generator {generator}: give torch.Generator().manual_seed({generator})")
-        generators = generator if isinstance(generator, list | tuple) else [generator] * batch
-        if len(generators) != batch:
-            raise ValueError(f"{len(generators)} generators for {batch} images: give one, or one for each image")
-        if wrong := [g for g in generators if not (g is None or isinstance(g, torch.Generator))]:
-            raise ValueError(f"generator {wrong[0]!r}: give a torch.Generator, or a list with one for each image")
+        generators = checked_generators(generator, batch)
         device = self._execution_device
         draws = [torch.randn(shape, generator=g, device=g.device if g is not None else device) for g in generators]
         return torch.stack([draw.to(device) for draw in draws]) * self.config.objective["noise_scale"]

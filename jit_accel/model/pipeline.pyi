@@ -18,6 +18,7 @@ from jit_accel.model.carried_code import KeptCardMixin
 from jit_accel.model.lora_loading import LoraMixin
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import JiTTransformer2DModel
+from jit_accel.model.vector_arguments import Row
 
 T = TypeVar("T")
 Labels = Label | Sequence[Label] | Tensor | np.ndarray
@@ -43,6 +44,7 @@ class Options(TypedDict, total=False):
     guidance_on: str | None
     tile: int | None
     overlap: int | None
+    vectors: Sequence[Row] | Row | Tensor | np.ndarray
 
 class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
     config: Any  # type: ignore[assignment]
@@ -58,6 +60,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         method: str | None = None,
         objective: dict[str, Any] | None = None,
         guidance_on: str | None = None,
+        vectors: dict[str, list] | None = None,
     ) -> None: ...
     @property
     def components(self) -> dict[str, Any]: ...
@@ -194,6 +197,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         guidance_on: str | None = None,
         tile: int | None = None,
         overlap: int | None = None,
+        vectors: Sequence[Row] | Row | Tensor | np.ndarray = None,
     ) -> Images[list[Image.Image] | np.ndarray | Tensor] | tuple[list[Image.Image] | np.ndarray | Tensor]: ...
     def predict(self, z: Tensor, t: Tensor, labels: Tensor, weight: float) -> Tensor: ...
     def label_ids(self, class_labels: Labels) -> list[int]: ...

@@ -1,7 +1,7 @@
 """The JiT transformer (arXiv 2511.13720) as a diffusers model: a plain ViT on raw pixel patches."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -15,13 +15,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from jit_accel.base.errors import UserError
-from jit_accel.config.presets import parse_model_name, swiglu_width
+from jit_accel.config.presets import check_sizes, parse_model_name, swiglu_width
 from jit_accel.model.embeddings import (
     ConditionEmbedding,
     LabelEmbedding,
     PatchEmbedding,
     PatchProjection,
     TimestepEmbedding,
+    VectorEmbedding,
 )
 from jit_accel.model.functional import (
     call_frugally,
@@ -165,9 +166,11 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         condition_channels: int = 0,
         condition_bottleneck: int | None = None,
         condition_inject: str = "add",
+        vector_sizes: Sequence[int] = (),
+        has_several_labels: bool = False,
     ):
         super().__init__()
-        _check_sizes(img_size, patch_size, hidden_size, num_heads)
+        check_sizes(img_size, patch_size, hidden_size, num_heads)
         self.gradient_checkpointing = False
         self.t_embedder = TimestepEmbedding(hidden_size)
         self.y_embedder = LabelEmbedding(num_classes, hidden_size)
@@ -184,6 +187,8 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
             self.condition_embedder = ConditionEmbedding(
                 patch_size, condition_channels, condition_bottleneck, hidden_size
             )
+        if vector_sizes:
+            self.vector_embedder = VectorEmbedding(vector_sizes, hidden_size, in_context_len)
         self.reset_parameters()
 
     @classmethod
@@ -224,6 +229,8 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         nn.init.zeros_(self.final_layer.linear.weight)
         if self.config.condition_channels and self.config.condition_inject == "add":
             nn.init.zeros_(self.condition_embedder.proj2.weight)
+        if self.config.vector_sizes:
+            nn.init.zeros_(self.vector_embedder.mlp[2].weight)
 
     def forward(
         self,
@@ -233,15 +240,19 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         return_dict: bool = True,
         condition_image: Tensor | None = None,
         condition_mask: Tensor | None = None,
+        vectors: Tensor | None = None,
+        vector_mask: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Return the prediction `sample` (B, C, H, W) of x, e or v, whichever the network was trained for.
 
         Args:
             sample: (B, C, H, W), the noised image z; `ValueError` unless H and W are multiples of the patch size.
             timestep: (B,) or a scalar, t from 0 (noise) to 1 (clean); never bf16, too coarse near 1.
-            class_labels: (B,) in [0, num_classes]; `num_classes`, or None, is "no class".
+            class_labels: (B,) in [0, num_classes]; `num_classes`, or None, is "no class". Or (B, k): several classes,
+                filled up by -1.
             condition_image: (B, condition_channels, H, W) in [-1, 1], or None for no condition.
             condition_mask: (B,), False where an image's condition is left out; None: all are given.
+            vectors, vector_mask: (B, n), the numbers of all columns, standardised, and as for conditions.
         """
         config = self.config
         batch, _, height, width = sample.shape
@@ -257,7 +268,9 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
 
         # Computed in what layers return: weights may be stored in another dtype, as quantised ones are.
         y_emb = self.y_embedder(class_labels)
-        c = self.t_embedder(t, y_emb.dtype) + y_emb
+        c, y_token = self.t_embedder(t, y_emb.dtype) + y_emb, y_emb[:, None]
+        if config.vector_sizes:
+            c, y_token = self.vector_embedder(c, y_token, vectors, vector_mask)
         pixels = sample.to(y_emb.dtype)
         x = self.x_embedder(pixels) + position_table(config.hidden_size, grid, trained_grid, device)
         condition_grid = None
@@ -269,7 +282,7 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         for i, block in enumerate(self.blocks):
             if i == config.in_context_start and config.in_context_len > 0:
                 prefix = config.in_context_len
-                x = torch.cat([(y_emb[:, None] + self.in_context_posemb).to(x.dtype), x], dim=1)
+                x = torch.cat([(y_token + self.in_context_posemb).to(x.dtype), x], dim=1)
             rope = rope_table(head_dim, grid, trained_grid, prefix, device, condition_grid)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, x, c, rope)
@@ -304,20 +317,6 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         trained_grid = config.img_size // config.patch_size
         tokens = tokens + position_table(config.hidden_size, grid, trained_grid, x.device)
         return torch.cat([tokens, x], dim=1), grid
-
-
-def _check_sizes(img_size: int, patch_size: int, hidden_size: int, num_heads: int) -> None:
-    if img_size % patch_size:
-        lower = img_size // patch_size * patch_size
-        choices = " or ".join(str(n) for n in (lower, lower + patch_size) if n)
-        raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}: use {choices}")
-    if hidden_size % num_heads:
-        near = min(range(1, hidden_size + 1), key=lambda n: (hidden_size % n != 0, abs(n - num_heads)))
-        raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads}: use {near} heads")
-    if hidden_size // num_heads % 4:
-        rule = "but rotary embedding of rows and columns turns pairs in each half of a head: make it a multiple of 4"
-        given = f"hidden_size / num_heads is {hidden_size // num_heads}"
-        raise ValueError(f"{given}, {rule}, as hidden_size {num_heads * 64} does")
 
 
 def build_model(name: str, img_size: int, num_classes: int, **sizes) -> JiTTransformer2DModel:

@@ -1,6 +1,7 @@
 """Types of `transformer.py`: what a call of the network returns follows from `return_dict`."""
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, overload
 
@@ -39,6 +40,8 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         condition_channels: int = 0,
         condition_bottleneck: int | None = None,
         condition_inject: str = "add",
+        vector_sizes: Sequence[int] = (),
+        has_several_labels: bool = False,
     ) -> None: ...
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -61,6 +64,8 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         return_dict: bool = True,
         condition_image: Tensor | None = None,
         condition_mask: Tensor | None = None,
+        vectors: Tensor | None = None,
+        vector_mask: Tensor | None = None,
     ) -> NetworkOutput | tuple[Tensor]: ...
     @overload
     def __call__(
@@ -71,6 +76,8 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         return_dict: Literal[True] = True,
         condition_image: Tensor | None = None,
         condition_mask: Tensor | None = None,
+        vectors: Tensor | None = None,
+        vector_mask: Tensor | None = None,
     ) -> NetworkOutput: ...
     @overload
     def __call__(
@@ -82,6 +89,8 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         return_dict: Literal[False],
         condition_image: Tensor | None = None,
         condition_mask: Tensor | None = None,
+        vectors: Tensor | None = None,
+        vector_mask: Tensor | None = None,
     ) -> tuple[Tensor]: ...
     @overload
     def __call__(

@@ -157,6 +157,7 @@ def build_trainer(
     weights = initial.start if initial else None
     known = started(config, saved, weights)
     how = {"img_size": image_size(known), "val_images": config.run.val_images}
+    how["standards"] = initial and initial.pipeline.config.vectors
     source, held_out = open_data(config.data, config.condition, accelerator=accelerator, given=source, begun=run, **how)
     if initial and tuning.lora_rank:
         initial.labels_for(source)  # of other classes it says so better than `complete` would
@@ -169,6 +170,7 @@ def build_trainer(
         num_classes=max(source.num_classes or 0, len(source.class_names)) or None,
         is_labelled=source.is_labelled,
         condition_channels=degradation.channels(config.model.in_channels) if degradation else source.condition_channels,
+        has_vectors=source.vectors is not None,
         is_encoded=source.is_encoded,
         processes=accelerator.num_processes,
         accumulation=accelerator.gradient_accumulation_steps,
@@ -234,7 +236,7 @@ def assemble(
     network = accelerator.unwrap_model(model)
     averages = Ema(network, config.optim.ema_decays)
     class_names = [*tuning.class_names, *map(str, range(len(tuning.class_names), config.model.num_classes))]
-    pipeline = build_pipeline(network, config.objective, class_names, config.sample)
+    pipeline = build_pipeline(network, config.objective, class_names, config.sample, source.vector_record)
     pipeline.set_progress_bar_config(disable=True)
     how = {"seed": run.seed, "batch_size": config.optim.batch_size}
     stop = StopRequest()
@@ -299,7 +301,7 @@ def build_measures(
 def build_model(config: Config, source: Source, initial: Initial | None) -> tuple[JiTTransformer2DModel, Tuning]:
     """Return the network with its first weights, the same on every process, and how it stands to those of `initial`."""
     torch.manual_seed(config.run.seed)
-    model = build_network(config.model, config.condition, config.data.img_size)
+    model = build_network(config.model, config.condition, config.data.img_size, source.vector_record)
     tuning = tune(model, config.tune, config.objective.noise_scale, source, initial)
     if config.performance.gradient_checkpointing:
         model.enable_gradient_checkpointing()

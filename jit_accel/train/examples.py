@@ -24,7 +24,23 @@ class Examples:
 
     truth: np.ndarray  # uint8 (n, H, W, 3)
     labels: list[int]
-    conditions: Tensor  # (n, C, H, W) in [0, 1]
+    conditions: Tensor | None  # (n, C, H, W) in [0, 1]
+    vectors: list[list[float]] | None = None  # (n, k) in the units of the data
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The names of a sheet's rows."""
+        return ROWS if self.conditions is not None else ROWS[1:]
+
+    def given(self, places: list[int]) -> dict:
+        """Return what these examples give to `generate`."""
+        conditions = None if self.conditions is None else self.conditions[places]
+        vectors = None if self.vectors is None else [self.vectors[place] for place in places]
+        return {"conditions": conditions, "vectors": vectors}
+
+    def around(self, made: np.ndarray) -> list[np.ndarray]:
+        """Return pictures, uint8 (n, H, W, 3) each, for the rows of a sheet, with what was made of the examples."""
+        return [self.shown, made, self.truth] if self.conditions is not None else [made, self.truth]
 
     @property
     def shown(self) -> np.ndarray:
@@ -37,13 +53,15 @@ def choose_examples(
     source: Source, held_out: HeldOut | None, img_size: int, condition_from: str | None
 ) -> Examples | None:
     """Return a few images held out, else of those trained on; None without conditions. All processes together."""
-    if condition_from is None and not source.condition_channels:
+    if condition_from is None and not source.condition_channels and source.vectors is None:
         return None
     degradation = None if condition_from is None else degradation_of(condition_from)
     if held_out:
-        mine = zip(held_out.images[:COUNT], held_out.labels[:COUNT])
-        images, labels = zip(*[pair for pairs in gather_object([list(mine)]) for pair in pairs][:COUNT])
-        pixels = PixelBatch(torch.stack(images), torch.stack(labels), np.arange(len(images)))
+        found = (held_out.images, held_out.labels, held_out.vectors)
+        mine = zip(*(tensor[:COUNT] for tensor in found if tensor is not None))
+        parts = zip(*[one for some in gather_object([list(mine)]) for one in some][:COUNT])
+        images, labels, *vectors = map(torch.stack, parts)
+        pixels = PixelBatch(images, labels, np.arange(len(images)), vectors=vectors[0] if vectors else None)
         batch = ready(pixels, "cpu", degradation)
     else:
         count = min(COUNT, source.num_images)
@@ -51,4 +69,6 @@ def choose_examples(
         with contextlib.closing(batches(source, condition_from=condition_from, **how)) as loader:
             batch = next(loader)
     truth = ((batch.images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return Examples(truth, batch.labels.tolist(), (batch.condition + 1) / 2)
+    conditions = None if batch.condition is None else (batch.condition + 1) / 2
+    vectors = None if batch.vectors is None else source.vectors.restored(batch.vectors.numpy()).tolist()
+    return Examples(truth, batch.labels.tolist(), conditions, vectors)

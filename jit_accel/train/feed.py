@@ -23,7 +23,8 @@ from jit_accel.data.batches.degradations import degradation_of
 from jit_accel.data.batches.holdout import HeldOut, held_by_split, split_holdout
 from jit_accel.data.batches.loader import cores_per_process, worker_memory_gib
 from jit_accel.data.batches.ready_batches import WaitTime, batches, waiting_advice
-from jit_accel.data.formats.source import in_class_order
+from jit_accel.data.formats.numbers import Vectors
+from jit_accel.data.formats.source import in_class_order, standardised_as
 from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.data.reading.splits import ALL, have_common
 from jit_accel.monitor.metric_table import WAIT_FRACTION, WORKER_MEMORY
@@ -44,13 +45,16 @@ def open_data(
     accelerator: Accelerator,
     given: Source | None = None,
     begun: Mapping[str, Any] = MappingProxyType({}),
+    standards: Mapping | None = None,
 ) -> tuple[Source, HeldOut | None]:
     """Open the images to train on, unless given, and those held out; all processes get the same, or a `UserError`.
 
     begun: the checkpoint that the run goes on from, with the order of its classes, `class_names`, and the `fingerprint`
     of its images, which are all splits where they are not those of `data`: earlier versions knew fewer splits.
+    standards: the columns of numbers of the weights to start from; the run's own come first.
     """
-    names = ("data_format", "image_column", "label_column", "renumber_labels")
+    names = ("data_format", "image_column", "label_column", "renumber_labels", "vector_column")
+    standards = Vectors.of_record(begun.get("vectors") or standards)
     how = {name: getattr(data, name) for name in names}
     for name in ("condition_path", "condition_column"):
         how[name] = getattr(condition, name)
@@ -71,6 +75,7 @@ def open_data(
 
     def open_and_hold(split: str | None) -> tuple[Source, HeldOut | None]:
         source = in_class_order(given or open_split(split=split), begun.get("class_names") or ())
+        source = standardised_as(source, standards)
         if not data.holdout:
             return source, None
         part = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
@@ -229,7 +234,8 @@ class Validation:
         held, count = self.held_out, len(self.held_out.keys)
         if not count:
             grey = torch.full((1, *held.images.shape[1:]), 128, dtype=torch.uint8)
-            held = HeldOut(grey, torch.zeros(1, dtype=torch.int64), np.zeros(1, np.int64))
+            vectors = held.vectors if held.vectors is None else torch.zeros(1, held.vectors.shape[1])
+            held = HeldOut(grey, torch.zeros(1, dtype=torch.int64), np.zeros(1, np.int64), vectors)
         for start in range(0, self.most * self.draws, self.batch_size):
             numbers = torch.arange(start, min(start + self.batch_size, self.most * self.draws))
             draws, places = numbers // self.most, numbers % self.most
@@ -237,7 +243,8 @@ class Validation:
             places = places % len(held.keys)
             # another draw of an image is a neighbouring number, as different as any other
             positions = held.keys[places.numpy()] + draws.numpy()
-            batch = PixelBatch(held.images[places], held.labels[places], positions)
+            vectors = None if held.vectors is None else held.vectors[places]
+            batch = PixelBatch(held.images[places], held.labels[places], positions, vectors=vectors)
             yield ready(batch, self.accelerator.device, self.degradation), weights
 
     @torch.no_grad()

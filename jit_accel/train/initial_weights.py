@@ -87,7 +87,7 @@ class Transfer:
     new: dict[str, str] = field(default_factory=dict)  # name -> why
     resampled: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
-    is_added: bool = False  # the projection of conditions is new
+    added: set[str] = field(default_factory=set)  # parts for conditions that are new
 
     def in_words(self, path: str) -> str:
         """Return a line for each kind of fate."""
@@ -101,10 +101,15 @@ class Transfer:
 
 
 @torch.no_grad()
-def transfer(initial: Initial, model: JiTTransformer2DModel, names: Sequence[str] | None) -> Transfer:
-    """Copy into a fresh model, whose first classes have these names, all that fits of the source."""
+def transfer(
+    initial: Initial, model: JiTTransformer2DModel, names: Sequence[str] | None, vectors: Sequence[str] = ()
+) -> Transfer:
+    """Copy into a fresh model, with these names of first classes and columns of numbers, all that fits."""
     done = Transfer()
     given, into = initial.network.state_dict(), model.state_dict()
+    known = initial.pipeline.config.vectors
+    if known and list(known["names"]) != list(vectors):  # as wide, but of other things
+        given = {name: tensor for name, tensor in given.items() if not name.startswith("vector_embedder.")}
     old, new = initial.network.config.patch_size, model.config.patch_size
     if old != new:
         resampled = resample_patches(given, old, new)
@@ -116,7 +121,7 @@ def transfer(initial: Initial, model: JiTTransformer2DModel, names: Sequence[str
             _transfer_labels(initial, tensor, given[name], names, done)
         elif name not in given:
             done.new[name] = "the source has none"
-            done.is_added |= is_added(name)
+            done.added |= {name.partition(".")[0]} if is_added(name) else set()
         elif given[name].shape != tensor.shape:
             done.new[name] = f"{_shape(given[name])} in the source, {_shape(tensor)} here"
         else:
@@ -180,7 +185,8 @@ def tune(
     if initial is None:
         return Tuning(source.class_names)
     rank = settings.lora_rank
-    done = transfer(initial, model, None if rank else names_of(source, initial.class_names))
+    vectors = source.vectors.names if source.vectors else ()
+    done = transfer(initial, model, None if rank else names_of(source, initial.class_names), vectors)
     lines = done.in_words(initial.path).splitlines()
     old, new = initial.network.config, model.config
     if new.img_size != old.img_size:
@@ -197,7 +203,7 @@ def tune(
     how = "by name" if is_by_name else "by number: the data's take the place of the source's first ones"
     lines.append(f"  classes go {how}")
     alpha, dropout, targets = settings.lora_alpha, settings.lora_dropout, settings.lora_targets
-    how = {"alpha": alpha, "dropout": dropout, "targets": targets, "has_added": done.is_added}
+    how = {"alpha": alpha, "dropout": dropout, "targets": targets, "added": done.added}
     adapter = Adapter(model, rank=rank, **how)
     return Tuning(names, labels, adapter, initial.path, "\n".join(lines))
 

@@ -115,12 +115,12 @@ def write_results(
     def write() -> None:
         check_guard(output_dir)
         try:
-            if adapter and not adapter.has_added:  # alone it would be of no use
+            if adapter and not adapter.added:  # alone it would be of no use
                 adapter.save(trained, output_dir / LORA_FOLDER)
             draw_loss_curve(output_dir)
             network = type(pipeline.transformer).from_config(pipeline.transformer.config)
             network.load_state_dict(merged(frozen, trained, adapter.scale) if adapter else trained, strict=True)
-            settings = {name: pipeline.config[name] for name in ("class_names", *DEFAULTS)}
+            settings = {name: pipeline.config[name] for name in ("class_names", "vectors", *DEFAULTS)}
             with atomic_folder(output_dir / PIPELINE_FOLDER) as folder:
                 JiTPipeline(network, pipeline.scheduler, **settings).save_pretrained(folder, safe_serialization=True)
                 shutil.copy(sheet, folder / CARD_PICTURE)

@@ -27,7 +27,7 @@ from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.monitor.log import is_measured
 from jit_accel.monitor.metric_table import EVAL, UNGUIDED
 from jit_accel.train.averages import Ema
-from jit_accel.train.examples import ROWS, Examples
+from jit_accel.train.examples import Examples
 
 SAMPLES_PER_CLASS = 8
 MAX_CLASSES = 10
@@ -74,7 +74,7 @@ class SampleSheets(AveragedSamples):
         self.classes = [i * num_classes // count for i in range(count)]
         self.row_names = [legible(self.pipeline.config.class_names[label], label) for label in self.classes]
         if self.examples:
-            self.row_names = list(ROWS)
+            self.row_names = list(self.examples.rows)
         self.labels = self.examples.labels if self.examples else np.repeat(self.classes, SAMPLES_PER_CLASS).tolist()
         self.passes = self.passes_for(len(self.labels), None)
 
@@ -105,13 +105,13 @@ class SampleSheets(AveragedSamples):
                 num_inference_steps=steps,
                 batch_size=batch_size,
                 on_step=look,
-                conditions=examples.conditions[mine] if examples else None,
+                **(examples.given(mine) if examples else {}),
             )
         images = accelerator.gather(images.to(accelerator.device))[: len(labels)].cpu()
         if not accelerator.is_main_process:
             return {}
         pixels = images.permute(0, 2, 3, 1).unflatten(0, (-1, min(SAMPLES_PER_CLASS, len(labels)))).numpy()
-        pixels = [examples.shown, *pixels, examples.truth] if examples else pixels
+        pixels = examples.around(*pixels) if examples else pixels
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path, durable=False) as temporary:

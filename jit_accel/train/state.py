@@ -21,7 +21,8 @@ from jit_accel.train.results import describe_data
 # Settings that must agree between a checkpoint and the run that continues it; everything else may change.
 FIXED_SETTINGS = (
     *("model", "img_size", "num_classes", "prediction", "path", "optimizer", "ema_decays", "seed"),
-    *("image_column", "label_column", "renumber_labels", "holdout", "lora_rank", "lora_alpha", "lora_targets"),
+    *("image_column", "label_column", "vector_column", "renumber_labels", "holdout"),
+    *("lora_rank", "lora_alpha", "lora_targets"),
     *("condition_column", "condition_channels", "condition_inject", "condition_bottleneck"),
 )
 
@@ -103,6 +104,7 @@ class RunFacts:
             "experiment": experiment,
             "data": describe_data(source),
             "class_names": class_names,
+            "vectors": source.vector_record,
             "fingerprint": source.fingerprint,
             "base_identity": adapter and adapter.base_identity,
         }
@@ -146,7 +148,7 @@ class RunFacts:
         """Raise `UserError` where this run cannot continue the checkpoint at `path`, naming each difference."""
         settings = self.facts["settings"]
         with named_damage(path, "resume", "run"):
-            fixed = {name: SETTINGS[name].default for name in FIXED_SETTINGS} | saved["settings"]
+            fixed = {name: _recorded(SETTINGS[name].default) for name in FIXED_SETTINGS} | saved["settings"]
             differences = [
                 f"--{name} is {settings[name]}, the checkpoint has {fixed[name]}"
                 for name in FIXED_SETTINGS

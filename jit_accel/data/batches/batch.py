@@ -10,6 +10,7 @@ import torch
 from jit_accel.base.errors import UserError
 from jit_accel.data.batches.degradations import Degradation
 from jit_accel.data.formats.columns import IMAGE_CHANNELS
+from jit_accel.data.formats.numbers import Vectors
 
 MAX_SUBSTITUTES = 100  # images drawn to stand in for one that is bad
 
@@ -25,10 +26,12 @@ class PixelBatch:
     positions: np.ndarray  # int64 (B,): the images' numbers in the run, on which every random choice for them depends
     bad_images: list[str] = field(default_factory=list)  # "name: reason" of each that could not be decoded
     mirror: np.ndarray | None = None  # bool (B,): which images `ready` turns left to right
+    vectors: torch.Tensor | None = None  # float32 (B, n): numbers, standardised
 
     def pin_memory(self) -> "PixelBatch":
         """Return the same batch in page-locked memory."""
-        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+        names = [name for name in ("images", "labels", "vectors") if getattr(self, name) is not None]
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
 
 @dataclass
@@ -40,15 +43,18 @@ class Batch:
     positions: np.ndarray  # as in `PixelBatch`
     bad_images: list[str] = field(default_factory=list)
     condition: torch.Tensor | None = None  # float32 (B, C, H, W) in [-1, 1], on the device
+    vectors: torch.Tensor | None = None  # float32 (B, n): numbers, standardised, on the device
 
     @property
     def conditions(self) -> dict[str, torch.Tensor]:
         """The arguments of the network besides the label, by name."""
-        return {} if self.condition is None else {"condition_image": self.condition}
+        given = {"condition_image": self.condition, "vectors": self.vectors}
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        return [tensor for tensor in (self.images, self.labels, self.condition) if tensor is not None]
+        tensors = (self.images, self.labels, self.condition, self.vectors)
+        return [tensor for tensor in tensors if tensor is not None]
 
 
 def ready(batch: PixelBatch, device: torch.device | str, degradation: Degradation | None = None) -> Batch:
@@ -71,7 +77,18 @@ def ready(batch: PixelBatch, device: torch.device | str, degradation: Degradatio
         x, condition = x[:, :IMAGE_CHANNELS].contiguous(), x[:, IMAGE_CHANNELS:].contiguous()
     elif degradation:
         condition = degradation(x, batch.positions)
-    return Batch(x, labels, batch.positions, batch.bad_images, condition)
+    vectors = None if batch.vectors is None else batch.vectors.to(device, non_blocking=True)
+    return Batch(x, labels, batch.positions, batch.bad_images, condition, vectors)
+
+
+def labels_in(facts: np.ndarray) -> torch.Tensor:
+    """Return the labels, int64 (B,), among what `Images.read` returns."""
+    return torch.from_numpy(facts if facts.dtype.names is None else np.ascontiguousarray(facts["label"]))
+
+
+def vectors_in(facts: np.ndarray, vectors: Vectors | None) -> torch.Tensor | None:
+    """Return the numbers among them, standardised, float32 (B, n); None where there are none."""
+    return None if vectors is None else torch.from_numpy(vectors.standardised(facts["vectors"]))
 
 
 def empty_batch(shape: tuple[int, ...]) -> torch.Tensor:

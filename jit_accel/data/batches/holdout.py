@@ -12,20 +12,22 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.shared_tables import shared_arrays
+from jit_accel.data.batches.batch import labels_in, vectors_in
 from jit_accel.data.formats.source import Source, fingerprint_of
 from jit_accel.data.reading.content import announce_keys
-from jit_accel.data.reading.decode import BadImage, decode_row
+from jit_accel.data.reading.decode import BadImage, decode_row, facts_in_row
 from jit_accel.data.reading.images import SomeImages, Stream
 from jit_accel.data.reading.shards import Shard, remembered
 
 log = logging.getLogger(__name__)
-Decoded = tuple[int, np.ndarray, int]  # index, uint8 (3 + C, H, W), label
+Decoded = tuple[int, np.ndarray, Any]  # index, uint8 (3 + C, H, W), what else is known of it
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class HeldOut:
     images: torch.Tensor  # uint8 (k, 3 + C, H, W), as in `PixelBatch`
     labels: torch.Tensor  # int64 (k,)
     keys: np.ndarray  # int64 (k,), 0 or more: one an image, from which its noise and time follow
+    vectors: torch.Tensor | None = None  # float32 (k, n), standardised
 
 
 def split_holdout(
@@ -92,7 +95,7 @@ def held_by_split(
     """
     name = f"split {other.name} {other.fingerprint} {max_images}"
     found = shared_arrays(name, lambda: _smallest(_keys_by_unit(other), np.arange(other.num_images), max_images))
-    held = _read(other, found, img_size, slice(rank, None, world_size))
+    held = _read(replace(other, vectors=source.vectors), found, img_size, slice(rank, None, world_size))
     if not source.is_labelled:
         return replace(held, labels=torch.zeros_like(held.labels))
     number_of = {name: number for number, name in enumerate(source.class_names)}
@@ -122,17 +125,17 @@ def _read(source: Source, found: dict[str, np.ndarray], img_size: int, part: sli
         images = list(_read_images(source, chosen, img_size))
     shape = (len(images), source.channels, img_size, img_size)
     pixels = np.stack([one for _, one, _ in images]) if images else np.empty(shape, np.uint8)
-    labels = torch.tensor([label for *_, label in images], dtype=torch.int64)
-    keys = np.array([key_of[index] for index, *_ in images], np.uint64)
-    return HeldOut(torch.from_numpy(pixels), labels, (keys >> np.uint64(1)).astype(np.int64))
+    facts = np.array([of_image for *_, of_image in images], source.facts_type)
+    keys = (np.array([key_of[index] for index, *_ in images], np.uint64) >> np.uint64(1)).astype(np.int64)
+    return HeldOut(torch.from_numpy(pixels), labels_in(facts), keys, vectors_in(facts, source.vectors))
 
 
 def _read_images(source: Source, chosen: np.ndarray, img_size: int) -> Iterator[Decoded]:
     for index in chosen.tolist():
         out = np.empty((1, source.channels, img_size, img_size), np.uint8)
-        labels, bad = source.images.read(np.array([index]), out)
+        facts, bad = source.images.read(np.array([index]), out)
         if not bad:
-            yield index, out[0], int(labels[0])
+            yield index, out[0], facts[0]
 
 
 def _read_stream(stream: Stream, chosen: np.ndarray, ends: np.ndarray, img_size: int) -> Iterator[Decoded]:
@@ -145,7 +148,7 @@ def _read_stream(stream: Stream, chosen: np.ndarray, ends: np.ndarray, img_size:
         row = next(islice(rows, index - position, None))
         position = index + 1
         with contextlib.suppress(BadImage):
-            yield index, decode_row(row, columns, img_size), columns.label_of(row.get(columns.label))
+            yield index, decode_row(row, columns, img_size), facts_in_row(row, columns)
 
 
 def _keys_by_unit(source: Source) -> list[np.ndarray]:

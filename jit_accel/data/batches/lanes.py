@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, zip_longest
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from jit_accel.data import data_error
 from jit_accel.data.batches.batch import MAX_SUBSTITUTES, empty_batch
 from jit_accel.data.batches.order import StreamOrder, shares
 from jit_accel.data.formats.source import Source
-from jit_accel.data.reading.decode import BadImage, decode_row
+from jit_accel.data.reading.decode import BadImage, decode_row, facts_in_row
 from jit_accel.data.reading.images import Stream
 
 MAX_WINDOW_BYTES = 2**28  # so that photos of megabytes do not fill the memory
@@ -101,7 +102,7 @@ class BatchPart:
 
     places: np.ndarray  # int64 (k,), sorted
     images: torch.Tensor  # uint8 (k, 3 + C, H, W), as in `PixelBatch`
-    labels: np.ndarray  # int64 (k,)
+    facts: np.ndarray  # (k,) of `Columns.facts_type`
     bad_images: dict[int, str]  # {place: "name: reason"}, replaced by other images
 
 
@@ -114,7 +115,7 @@ class BatchPartReader(torch.utils.data.IterableDataset):
     def __init__(self, source: Source, order: StreamOrder, img_size: int, batches: Batches, number: int, count: int):
         self._source, self._stream, self._order, self._img_size = source, source.images, order, img_size
         self._batches, self._number, self._count = batches, number, count
-        self._first_readable: tuple[np.ndarray, int] | None = None
+        self._first_readable: tuple[np.ndarray, Any] | None = None
 
     def __iter__(self) -> Iterator[BatchPart | UserError]:
         lanes = LaneReader(self._source, self._order)
@@ -131,31 +132,31 @@ class BatchPartReader(torch.utils.data.IterableDataset):
         slots = np.argsort(np.argsort(mine))  # the images lie in the order of their places, and are read by lanes
         size = self._img_size
         pixels = empty_batch((len(mine), self._stream.channels, size, size))
-        part = BatchPart(np.sort(mine), pixels, np.empty(len(mine), np.int64), {})
+        facts = np.empty(len(mine), self._stream.columns.facts_type)
+        part = BatchPart(np.sort(mine), pixels, facts, {})
         images = part.images.numpy()
         columns = (slots, mine, *(values[mine] for values in by_place))
         for slot, place, epoch, lane, number, offset in zip(*(column.tolist() for column in columns)):
             window = lanes.window(epoch, lane, number)
             try:
-                images[slot], part.labels[slot] = self._decode(window, int(window.order[offset]))
+                images[slot], facts[slot] = self._decode(window, int(window.order[offset]))
             except BadImage as error:
                 part.bad_images[place] = str(error)
-                images[slot], part.labels[slot] = self._substitute(window, int(positions[place]), str(error))
+                images[slot], facts[slot] = self._substitute(window, int(positions[place]), str(error))
         return part
 
-    def _decode(self, window: OpenLane, index: int) -> tuple[np.ndarray, int]:
+    def _decode(self, window: OpenLane, index: int) -> tuple[np.ndarray, Any]:
         def name() -> str:
             unit, row = self._order.rows(window.epoch, window.first + index)
             return self._stream.name_of(int(unit), int(row))
 
         return self._decode_row(window.images[index], name)
 
-    def _decode_row(self, row: dict, name: Callable[[], str]) -> tuple[np.ndarray, int]:
+    def _decode_row(self, row: dict, name: Callable[[], str]) -> tuple[np.ndarray, Any]:
         columns = self._stream.columns
-        pixels = decode_row(row, columns, self._img_size, name)
-        return pixels, columns.label_of(row.get(columns.label))
+        return decode_row(row, columns, self._img_size, name), facts_in_row(row, columns, name)
 
-    def _substitute(self, window: OpenLane, position: int, reason: str) -> tuple[np.ndarray, int]:
+    def _substitute(self, window: OpenLane, position: int, reason: str) -> tuple[np.ndarray, Any]:
         """Return another image of the window for one that is bad, so that batches keep their shape."""
         draws = position * MAX_SUBSTITUTES + np.arange(MAX_SUBSTITUTES)
         chosen = rng.hash64(self._order.seed, "substitute", draws) % np.uint64(len(window.images))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import psutil
@@ -21,7 +22,14 @@ from jit_accel.base.errors import UserError
 from jit_accel.base.host import give_heap_back
 from jit_accel.data import data_error
 from jit_accel.data.batches import order
-from jit_accel.data.batches.batch import MAX_SUBSTITUTES, PixelBatch, check_labels, empty_batch
+from jit_accel.data.batches.batch import (
+    MAX_SUBSTITUTES,
+    PixelBatch,
+    check_labels,
+    empty_batch,
+    labels_in,
+    vectors_in,
+)
 from jit_accel.data.batches.lanes import BatchPart, BatchPartReader, images_in_a_window
 from jit_accel.data.formats.source import Source
 from jit_accel.data.reading.images import KeptImages
@@ -54,10 +62,10 @@ class ReadingTask:
         """Images of one micro-batch of all processes."""
         return self.world_size * self.batch_size
 
-    def batch(self, images: torch.Tensor, labels: np.ndarray, positions: np.ndarray, bad: list[str]) -> PixelBatch:
-        """Return a batch with the mirroring that follows from the positions."""
+    def batch(self, images: torch.Tensor, facts: np.ndarray, positions: np.ndarray, bad: list[str]) -> PixelBatch:
+        """Return a batch with the mirroring that follows from the positions; see `Images.read` for the facts."""
         mirror = order.flips(self.seed, positions) if self.horizontal_flip else None
-        return PixelBatch(images, torch.from_numpy(labels), positions, bad, mirror)
+        return PixelBatch(images, labels_in(facts), positions, bad, mirror, vectors_in(facts, self.source.vectors))
 
 
 def build_loader(source: Source, **how) -> "Loader":
@@ -166,22 +174,22 @@ class RandomAccessBatches(torch.utils.data.Dataset):
         pixels = empty_batch((task.batch_size, task.source.channels, task.img_size, task.img_size))
         images = pixels.numpy()
         indices = order.image_indices(task.seed, positions, self._num_images, task.order_kind)
-        labels, bad = self._images.read(indices, images)
+        facts, bad = self._images.read(indices, images)
         for place, reason in bad.items():
-            label = self._substitute(int(positions[place]), images[place : place + 1])
-            if label is None:
+            substituted = self._substitute(int(positions[place]), images[place : place + 1])
+            if substituted is None:
                 rule = f"an image and {MAX_SUBSTITUTES} substitutes drawn for it cannot be decoded ({reason}): "
                 return data_error(task.source.name, rule + "repair the data.")
-            labels[place] = label
-        return task.batch(pixels, labels, positions, list(bad.values()))
+            facts[place] = substituted
+        return task.batch(pixels, facts, positions, list(bad.values()))
 
-    def _substitute(self, position: int, out: np.ndarray) -> int | None:
+    def _substitute(self, position: int, out: np.ndarray) -> Any:
         """Read another image for a position whose own is bad, so that batches keep their shape: a pure function too."""
         draws = position * MAX_SUBSTITUTES + np.arange(MAX_SUBSTITUTES)
         for index in rng.hash64(self._task.seed, "substitute", draws) % np.uint64(self._num_images):
-            labels, bad = self._images.read(np.array([index], np.int64), out)
+            facts, bad = self._images.read(np.array([index], np.int64), out)
             if not bad:  # one that is bad as well is named at its own turn
-                return int(labels[0])
+                return facts[0]
         return None
 
 
@@ -235,15 +243,15 @@ class StreamLoader(Loader):
         bad = {place: reason for part in parts for place, reason in part.bad_images.items() if first <= place < end}
         reasons = [bad[place] for place in sorted(bad)]
         if len(parts) == 1:
-            return task.batch(parts[0].images, parts[0].labels, positions, reasons)
+            return task.batch(parts[0].images, parts[0].facts, positions, reasons)
         shape = (task.batch_size, task.source.channels, task.img_size, task.img_size)
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if task.pin_memory else empty_batch(shape)
-        labels = np.empty(task.batch_size, np.int64)
+        facts = np.empty(task.batch_size, parts[0].facts.dtype)
         for part in parts:
             here = slice(*np.searchsorted(part.places, [first, end]))
             places = part.places[here] - first
-            images.numpy()[places], labels[places] = part.images.numpy()[here], part.labels[here]
-        return task.batch(images, labels, positions[first:end], reasons)
+            images.numpy()[places], facts[places] = part.images.numpy()[here], part.facts[here]
+        return task.batch(images, facts, positions[first:end], reasons)
 
 
 def _batch_groups(task: ReadingTask, stream: order.StreamOrder, start: int, size: int) -> Iterator[np.ndarray]:

@@ -4,16 +4,18 @@ import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Features, Image, Value
 
 from jit_accel.base.errors import UserError, nearest
 from jit_accel.data import data_error
+from jit_accel.data.formats.numbers import vector_of
 from jit_accel.data.reading.splits import OTHERS, TEST, TRAIN, VALIDATION, choose_splits, split_of
 
 log = logging.getLogger(__name__)
@@ -47,13 +49,14 @@ class Columns:
     split: tuple[str, tuple[str | None, ...]] | None = None  # a column, and its values in the rows that are read
     joined: frozenset[str] | None = None  # endings like "seg.png" of pictures that are no samples; None: all with dots
     condition: str | None = None  # of a picture that goes with the image
+    vectors: tuple[str, ...] = ()  # columns of numbers
+    vector_sizes: tuple[int, ...] = ()  # how many numbers a row has in each
 
     @property
     def all(self) -> list[str]:
         """Return the names of the columns that are read."""
-        split = self.split and self.split[0]
-        names = (self.image, self.label, self.condition, self.key, self.name, split)
-        return [column for column in names if column is not None]
+        names = (self.image, self.label, self.condition, self.key, self.name, self.split and self.split[0])
+        return list(dict.fromkeys(column for column in (*names, *self.vectors) if column is not None))
 
     @property
     def pictures(self) -> list[str]:
@@ -64,6 +67,18 @@ class Columns:
     def channels(self) -> int:
         """Return the channels of what a row is decoded to, the image's first."""
         return IMAGE_CHANNELS * len(self.pictures)
+
+    @property
+    def facts_type(self) -> np.dtype:
+        """The type of what is read of an image beside its pixels: its class, and its numbers where there are any."""
+        return facts_type(sum(self.vector_sizes))
+
+    def facts_of(self, row: Mapping[str, Any]) -> Any:
+        """Return a value of this type. Raises `ValueError` for a row without the numbers that it should have."""
+        label = self.label_of(row.get(self.label))
+        if not self.vectors:
+            return label
+        return label, vector_of((name, row.get(name), n) for name, n in zip(self.vectors, self.vector_sizes))
 
     def chosen(self, table: pa.Table | pa.RecordBatch) -> pa.Table | pa.RecordBatch:
         """Return the rows of the splits that are read."""
@@ -90,6 +105,13 @@ class Columns:
         return -1 if value is None else int(value)
 
 
+def facts_type(num_numbers: int) -> np.dtype:
+    """Return the type of images' classes, int64, and of so many numbers beside them."""
+    if not num_numbers:
+        return np.dtype(np.int64)
+    return np.dtype([("label", np.int64), ("vectors", np.float64, (num_numbers,))])
+
+
 def features_of(schema: pa.Schema) -> dict[str, Any]:
     """Return the columns as HF datasets describes them, or by Arrow's type where it knows none like it."""
     found = {}
@@ -107,18 +129,20 @@ def find_columns(
     label_column: str | None,
     where: str,
     condition_column: str | None = None,
+    vector_columns: Sequence[str] = (),
 ) -> Columns:
     """Choose the image column and the label column, if any, by the user's names, else by type, else by name.
 
     UserError if a named column does not exist or holds something else, or no image column can be recognised.
     """
     names = ", ".join(features)
-    image_column, label_column, condition = (
+    image_column, label_column, condition, *vectors = (
         None if wanted is None else named_column(features, wanted, about, where)
         for about, wanted in (
             ("image_column", image_column),
             ("label_column", label_column),
             ("condition_column", condition_column),
+            *(("vector_column", name) for name in vector_columns),
         )
     )
     everything, features = features, {name: kind for name, kind in features.items() if name != condition}
@@ -133,7 +157,8 @@ def find_columns(
     if image is None:
         rule = f"none of the columns ({names}) is recognisable as the image: name it with --image_column."
         raise data_error(where, rule)
-    named = [name for name in LABEL_NAMES if name in features and name != image]
+    named = [name for name in LABEL_NAMES if name in features and name not in (image, *vectors)]
+    classes = [name for name in classes if name not in vectors]
     kinds = {name: kind for name in (*named, *classes) if (kind := label_kind(features[name]))}
     label = label_column or min(kinds, key=lambda name: kinds[name] == "float", default=None)  # floats may be scores
     is_image = not isinstance(features[image], pa.DataType)  # as which HF has no type
@@ -143,13 +168,17 @@ def find_columns(
         ("image_column", image, is_image, "images are JPEG, PNG, ... files as bytes"),
         ("label_column", label, is_label, "labels are class labels, whole numbers or text"),
         ("condition_column", condition, is_condition, "conditions are JPEG, PNG, ... files as bytes, or their paths"),
+        *(
+            ("vector_column", v, has_numbers(everything[v]), "numbers are floats, whole numbers or lists")
+            for v in vectors
+        ),
     ):
         if not is_fit:
             rule = f"its type is {everything[column]}; {rule}: choose another of the columns {names}."
             raise UserError(rule, about=about, value=column)
     if label is None and named:
         log.warning(_NO_CLASS, where, named[0], features[named[0]])
-    return Columns(image, label, condition=condition)
+    return Columns(image, label, condition=condition, vectors=tuple(vectors))
 
 
 def named_column(names: Iterable[str], wanted: str, about: str, where: str) -> str:
@@ -161,6 +190,11 @@ def named_column(names: Iterable[str], wanted: str, about: str, where: str) -> s
         rule = f"{where} has no such column; choose from {', '.join(names)}.{nearest(wanted, names)}"
         raise UserError(rule, about=about, value=wanted)
     return found
+
+
+def has_numbers(feature: Any) -> bool:
+    """Return True for a type whose values may be numbers, or lists of them; text may be, too."""
+    return label_kind(getattr(feature, "feature", feature)) is not None
 
 
 def _may_be_pictures(feature: Any) -> bool:

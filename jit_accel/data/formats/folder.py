@@ -13,13 +13,14 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.shared_tables import shared_table
 from jit_accel.data import data_error
 from jit_accel.data.formats.columns import Columns, named_classes
-from jit_accel.data.formats.metadata import labels_from_metadata, listed_paths
+from jit_accel.data.formats.metadata import listed_in_metadata, listed_paths
+from jit_accel.data.formats.numbers import tally_of, vectors_of_tallies
 from jit_accel.data.formats.partners import partners_by_name
 from jit_accel.data.formats.scan import (
     IMAGE_EXTENSIONS,
@@ -61,7 +62,7 @@ def is_known_image_folder(folder: str) -> bool:
 def open_folder(request: Request) -> Source:
     """Open a folder of images.
 
-    Labels come from metadata.csv or metadata.jsonl where there are any (see `labels_from_metadata`), else from the
+    Labels come from metadata.csv or metadata.jsonl where there are any (see `listed_in_metadata`), else from the
     names of the subfolders. A flat folder, or one with a single subfolder, is unlabelled: one class, of its name.
     Conditions are pictures of the same names in another folder, or those that a column of the metadata names.
     UserError if it is missing, has no images, has wrong metadata, or no condition where these are asked for.
@@ -78,9 +79,11 @@ def open_folder(request: Request) -> Source:
     facts = json.loads(table.schema.metadata[_FACTS])
     # HF would hash the whole table for a fingerprint
     dataset = Dataset(table, fingerprint=facts["identity"])
-    found = {name: name for name in ("label", "condition") if name in table.column_names}
-    columns = Columns("image", **found)
-    return source_of(root, "folder", TableImages(dataset, columns), tuple(facts["names"]), facts["identity"])
+    vectors = vectors_of_tallies(tuple(facts["tallies"]), [facts["tallies"].values()], root)
+    found = {name: own for name, own in _own_names(facts["tallies"]).items() if own in table.column_names}
+    sizes = {"vectors": vectors.names, "vector_sizes": vectors.sizes} if vectors else {}
+    images, names = TableImages(dataset, Columns(**found, **sizes)), tuple(facts["names"])
+    return source_of(root, "folder", images, names, facts["identity"], vectors=vectors)
 
 
 def _table_of_images(request: Request, where: str) -> pa.Table:
@@ -92,29 +95,33 @@ def _table_of_images(request: Request, where: str) -> pa.Table:
         raise data_error(root, _emptiness(scan))
     chosen = scan_of_splits(scan, request.split, root)
     if (scan := chosen.scan).metadata:
-        how = request.label_column, request.renumber_labels, request.condition_column
-        images, ids, names = labels_from_metadata(root, chosen, *how)
+        how = request.label_column, request.renumber_labels, request.condition_column, request.vector_column
+        images, ids, names, numbers = listed_in_metadata(root, chosen, *how)
     else:
         choose_splits({TRAIN: len(scan.images)}, chosen.split, root)
-        reason = "has no columns, without metadata.csv or metadata.jsonl"
-        request.refuse("label_column", "renumber_labels", "condition_column", reason=reason)
-        images, ids, names = _classify(root, scan.images, chosen.inner)
+        needing = "label_column", "renumber_labels", "condition_column", "vector_column"
+        request.refuse(*needing, reason="has no columns, without metadata.csv or metadata.jsonl")
+        (images, ids, names), numbers = _classify(root, scan.images, chosen.inner), pa.table({})
     identity = hash_strings(images, ["folder", str(len(images))])
     if scan.metadata and ids is not None:  # which class folders show in the paths
         identity = hash_strings(pa.chunked_array([pa.array(ids).cast(pa.string())]), ["metadata", identity])
     names = names or (os.path.basename(where) or "image",)
     # By columns: `Dataset.from_dict` would encode a million paths one by one
     paths = pc.binary_join_element_wise(where.rstrip("/"), images, "/")
-    features = Features({"image": Image(decode=False)})
-    table = {"image": _as_files(paths)}
+    own = _own_names(numbers.column_names)
+    features = Features({own["image"]: Image(decode=False)})
+    table = {own["image"]: _as_files(paths)}
     if ids is not None:
-        features["label"], table["label"] = ClassLabel(names=list(names)), pa.array(ids)
+        features[own["label"]], table[own["label"]] = ClassLabel(names=list(names)), pa.array(ids)
     if (found := _partners(request, scan.metadata, images)) is not None:
         partners, paths = found
         identity = hash_strings(pc.fill_null(partners, ""), ["condition", identity])
-        features["condition"], table["condition"] = Image(decode=False), _as_files(paths)
+        features[own["condition"]], table[own["condition"]] = Image(decode=False), _as_files(paths)
+    for name, column in zip(numbers.column_names, numbers.columns):
+        features[name], table[name] = List(Value("float64")), column
     schema = features.arrow_schema
-    facts = json.dumps({"names": names, "identity": identity})
+    tallies = {name: tally_of(numbers[name]) for name in numbers.column_names}
+    facts = json.dumps({"names": names, "identity": identity, "tallies": tallies})
     return pa.table(table).cast(schema.with_metadata(schema.metadata | {_FACTS: facts}))
 
 
@@ -144,6 +151,11 @@ def _partners(
         rule = f"none of the {first}: it must hold paths relative to the folder of the metadata file."
         raise UserError(rule, about="condition_column", value=column)
     return listed, pa.chunked_array([pa.array(paths, pa.string())])
+
+
+def _own_names(taken: Iterable[str]) -> dict[str, str]:
+    """Return what the columns of images, labels and conditions are called, other than those `taken` by numbers."""
+    return {name: f"{name} of the folder" if name in taken else name for name in ("image", "label", "condition")}
 
 
 def _classify(

@@ -6,8 +6,9 @@ import logging
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,7 @@ from jit_accel.data.formats.columns import (
     read_labels,
     split_column,
 )
+from jit_accel.data.formats.numbers import numbers_of
 from jit_accel.data.formats.scan import FolderScan, OfSplits
 
 log = logging.getLogger(__name__)
@@ -35,14 +37,24 @@ log = logging.getLogger(__name__)
 FILE_NAME = "file_name"
 
 
-def labels_from_metadata(
+class Listed(NamedTuple):
+    """Images that metadata files list, and what these say of them."""
+
+    images: pa.ChunkedArray  # relative paths, sorted
+    ids: np.ndarray | None  # their classes, int64 (N,); None for unlabelled ones
+    names: tuple[str, ...]  # of the classes; () for unlabelled ones
+    numbers: pa.Table  # for each column of numbers that is asked for a list of them, or null, an image
+
+
+def listed_in_metadata(
     root: str,
     chosen: OfSplits,
     label_column: str | None,
     renumber: bool = False,
     condition_column: str | None = None,
-) -> tuple[pa.ChunkedArray, np.ndarray | None, tuple[str, ...]]:
-    """Return the `chosen` images that the metadata files under `root` list, and their labels.
+    vector_columns: Sequence[str] = (),
+) -> Listed:
+    """Return the `chosen` images that the metadata files under `root` list, their labels, and their numbers.
 
     A metadata file speaks for its own folder and those below: its column `file_name` holds paths relative to it. The
     labels come from `label_column`, or from the first column named label, class, ...: whole numbers as they are, text
@@ -50,12 +62,12 @@ def labels_from_metadata(
     Listed files that are no images here are skipped, images that are not listed left out; both are counted and said.
     Not so images of other splits, by the names of folders, or by a column named split.
 
-    Returns relative paths, sorted; labels, int64 (N,), and the names of the classes, or None and () for unlabelled
-    images. UserError if a file cannot be read, lacks columns, gives one image two labels, or fits no image at all.
+    UserError if a file cannot be read, lacks columns, gives one image two labels, or fits no image at all.
     """
     scan, first_file = chosen.scan, os.path.join(root, chosen.scan.metadata[0])
-    tables = [_read(os.path.join(root, name), label_column) for name in scan.metadata]
-    columns = _find_columns(tables, first_file, label_column, condition_column)
+    needed = (FILE_NAME, *([label_column] if label_column else LABEL_NAMES), *vector_columns)
+    tables = [_read(os.path.join(root, name), needed) for name in scan.metadata]
+    columns = _find_columns(tables, first_file, label_column, condition_column, vector_columns)
     listed = [_paths(table, name) for table, name in zip(tables, scan.metadata)]
     shown = [_paths(table, name, condition_column) for table, name in zip(tables, scan.metadata) if condition_column]
     are_wanted = [pc.invert(_are_in(chosen.left_out, paths)) for paths in listed]
@@ -67,32 +79,47 @@ def labels_from_metadata(
     places = _places(paths, scan.images)
     others = pc.unique(_places(pa.chunked_array([*unwanted, *shown], pa.string()), scan.images).drop_null())
     _report(root, scan, paths, places, len(others))
+    is_there = places.is_valid()
+    rows, places = _numbers(tables, columns.vectors).filter(is_there), places.filter(is_there).to_numpy()
+    kept, first, which = np.unique(places, return_index=True, return_inverse=True)
+    images, numbers = scan.images.take(kept), rows.take(first)
+    if columns.vectors and not rows.equals(numbers.take(which)):
+        rule = f"{first_file} lists images twice, with different numbers: remove one of the rows."
+        raise UserError(rule, about="vector_column", value=" ".join(columns.vectors))
     if columns.label is None:
-        return scan.images.take(np.unique(places.drop_null().to_numpy())), None, ()
+        return Listed(images, None, (), numbers)
     parts = [table.column(columns.label) for table in tables]
     if len({of_file.type for of_file in parts}) > 1:  # numbers in one file and text in another are text
         parts = [of_file.cast(pa.string()) for of_file in parts]
-    is_there = places.is_valid()
     values = pa.chunked_array([chunk for of_file in parts for chunk in of_file.chunks], parts[0].type).filter(is_there)
     feature = features_of(pa.schema([(columns.label, values.type)]))[columns.label]
     found = pc.unique(values).to_pylist()
     columns, names = read_labels(feature, found, columns, first_file, label_column, renumber)
     if columns.label is None:
-        return scan.images.take(np.unique(places.drop_null().to_numpy())), None, ()
+        return Listed(images, None, (), numbers)
     if columns.label_ids is not None:
-        numbers = pa.array(list(columns.label_ids.values()))
-        values = numbers.take(pc.index_in(values, value_set=pa.array(list(columns.label_ids), values.type)))
-    places, ids = places.filter(is_there).to_numpy(), values.cast(pa.int64()).to_numpy()
-    kept, first, which = np.unique(places, return_index=True, return_inverse=True)
+        ids = pa.array(list(columns.label_ids.values()))
+        values = ids.take(pc.index_in(values, value_set=pa.array(list(columns.label_ids), values.type)))
+    ids = values.cast(pa.int64()).to_numpy()
     differing = np.unique(places[ids != ids[first][which]])
     if len(differing):
         rule = f"{first_file} lists {scan.images[int(differing[0])]} with two different labels"
         rule += f" ({len(differing)} such images): remove one of the rows."
         raise UserError(rule, about="label_column", value=columns.label)
-    return scan.images.take(kept), ids[first], names
+    return Listed(images, ids[first], names, numbers)
 
 
-def _read(file: str, label_column: str | None) -> pa.Table:
+def _numbers(tables: list[pa.Table], names: Sequence[str]) -> pa.Table:
+    """Return columns of numbers as lists of them, null where there are none."""
+    kind = pa.list_(pa.float64())
+    columns = {}
+    for name in names:
+        parts = [[numbers_of(value) for value in table.column(name).to_pylist()] for table in tables]
+        columns[name] = pa.chunked_array([pa.array(part, kind) for part in parts], kind)
+    return pa.table({"row": range(sum(map(len, tables)))} | columns).select(list(names))
+
+
+def _read(file: str, needed: Sequence[str]) -> pa.Table:
     """Return a metadata file, without the columns of which there are several of one name, if none of them is needed."""
     try:
         table = READERS[os.path.splitext(file)[1].lower()](file)
@@ -106,7 +133,7 @@ def _read(file: str, label_column: str | None) -> pa.Table:
         raise data_error(file, rule + "or rename the file if it is not meant for the images.")
     if not table.num_rows:
         raise data_error(file, "it lists no files: add rows, or remove it.")
-    for name in (FILE_NAME, *([label_column] if label_column else LABEL_NAMES)):
+    for name in needed:
         if counts[name] > 1:
             raise data_error(file, f"it has two columns named {name!r}: rename or remove one.")
         if counts[name] and pa.types.is_binary(table.schema.field(name).type):  # what Arrow makes of it
@@ -224,10 +251,12 @@ def _places(paths: pa.ChunkedArray, images: pa.ChunkedArray) -> pa.ChunkedArray:
     return places
 
 
-def _find_columns(tables: list[pa.Table], where: str, wanted: str | None, condition: str | None) -> Columns:
+def _find_columns(
+    tables: list[pa.Table], where: str, wanted: str | None, condition: str | None, vectors: Sequence[str]
+) -> Columns:
     shared = _shared(tables)
-    columns = find_columns(features_of(tables[0].select(shared).schema), FILE_NAME, wanted, where, condition)
-    if columns.label is None and not set(shared).difference({columns.condition}).intersection(LABEL_NAMES):
+    columns = find_columns(features_of(tables[0].select(shared).schema), FILE_NAME, wanted, where, condition, vectors)
+    if columns.label is None and not set(shared).difference({columns.condition, *vectors}).intersection(LABEL_NAMES):
         others = [name for name in shared if name not in (FILE_NAME, columns.condition)]
         others = ", ".join(others) or "no column but " + " and ".join([FILE_NAME, *columns.pictures[1:]])
         rule = "%s has no column of labels (%s): the images train unlabelled; name one with --label_column."

@@ -6,11 +6,13 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from datasets import Dataset, Image
 
 from jit_accel.base.errors import UserError
 from jit_accel.data import data_error
-from jit_accel.data.formats.columns import FOLDER, IMAGE_CHANNELS, Columns
+from jit_accel.data.formats.columns import FOLDER, IMAGE_CHANNELS, Columns, facts_type
+from jit_accel.data.formats.numbers import Vectors
 from jit_accel.data.reading.images import Images, Stream, TableImages
 from jit_accel.data.reading.shards import Shard
 from jit_accel.data.reading.splits import ALL, TRAIN, canonical
@@ -30,6 +32,7 @@ class Request:
     split: str | None = None  # None: train, where there are several
     condition_path: str | None = None  # a folder
     condition_column: str | None = None
+    vector_column: tuple[str, ...] = ()
 
     @property
     def other_split(self) -> list[str]:
@@ -40,8 +43,8 @@ class Request:
         """Raise UserError if one of these settings, which make no sense for what is at the path, is given."""
         for name in settings:
             value = getattr(self, name)
-            if value not in (None, False):
-                given = "true" if value is True else value
+            if value not in (None, False, ()):
+                given = "true" if value is True else " ".join(value) if isinstance(value, tuple) else value
                 raise UserError(f"{self.path} {reason}: leave the flag out.", about=name, value=given)
 
 
@@ -58,6 +61,17 @@ class Source:
     max_label: int | None  # None where `class_names` is ()
     is_labelled: bool = True  # False where all are of one class for lack of labels
     img_size: int | None = None  # side in pixels of images that are all squares of one size
+    vectors: Vectors | None = None  # the columns of numbers
+
+    @property
+    def vector_record(self) -> dict[str, list] | None:
+        """Return the columns of numbers, as checkpoints and pipelines keep them."""
+        return self.vectors and self.vectors.record()
+
+    @property
+    def facts_type(self) -> np.dtype:
+        """The type of what is read of an image beside its pixels, as of its `Columns`."""
+        return facts_type(len(self.vectors.mean) if self.vectors else 0)
 
     @property
     def streaming(self) -> bool:
@@ -85,7 +99,13 @@ class Source:
 
 
 def source_of(
-    name: str, format: str, images: Images | Stream, names: tuple[str, ...], identity: str, size: int | None = None
+    name: str,
+    format: str,
+    images: Images | Stream,
+    names: tuple[str, ...],
+    identity: str,
+    size: int | None = None,
+    vectors: Vectors | None = None,
 ) -> Source:
     """Return the data set of these images, squares of side `size` if that is given; UserError if there are none."""
     if condition := getattr(images, "columns", Columns("")).condition:
@@ -94,7 +114,8 @@ def source_of(
     if not count:
         raise data_error(name, "the data set has no rows: choose one with images.")
     max_label = len(names) - 1 if names else None
-    return Source(name, format, images, count, names, identity, max_label, images.is_labelled, size)
+    identity = fingerprint_of([identity, str(vectors)]) if vectors else identity
+    return Source(name, format, images, count, names, identity, max_label, images.is_labelled, size, vectors)
 
 
 def in_class_order(source: Source, names: Sequence[str]) -> Source:
@@ -117,6 +138,14 @@ def in_class_order(source: Source, names: Sequence[str]) -> Source:
     places, ids = {name: i for i, name in enumerate(then)}, columns.label_ids or {i: i for i in range(len(now))}
     columns = replace(columns, label_ids={label: places[now[i]] for label, i in ids.items()})
     return replace(source, images=replace(source.images, columns=columns), class_names=tuple(then))
+
+
+def standardised_as(source: Source, before: Vectors | None) -> Source:
+    """Return the data set with its numbers standardised as these were, where its columns have the same names."""
+    now = source.vectors
+    if before is None or now is None or (now.names, now.sizes) != (before.names, before.sizes):
+        return source
+    return replace(source, vectors=before)
 
 
 def table_images(dataset: Dataset, columns: Columns) -> TableImages:

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import datasets
@@ -42,6 +42,7 @@ def open_images(
     split: str | None = None,
     condition_path: str | os.PathLike | None = None,
     condition_column: str | None = None,
+    vector_column: Sequence[str] = (),
 ) -> Source:
     """Open `--data_path`: a folder of images, Parquet or tar files, their URLs (`https://host/shard-{000..009}.tar`),
     a saved or prepared data set, a Hub id (`owner/name:config@revision`), `builtin:NAME`.
@@ -54,6 +55,7 @@ def open_images(
         condition_path: a folder with a picture for each image, its condition, of the same relative name.
         condition_column: the column of the conditions; in metadata files it holds their paths, in tar files it is the
             ending of their members.
+        vector_column: names of columns of numbers, or lists of such, that are conditions.
 
     UserError for whatever is wrong with the path, the columns or the labels, found before any training.
     """
@@ -72,7 +74,8 @@ def open_images(
     if None not in (condition_path, condition_column):
         raise UserError("says the same as condition_path: give only one of them.", about="condition_column")
     place = None if condition_path is None else os.path.expanduser(os.fspath(condition_path))
-    how = image_column, label_column, streaming, renumber_labels, split, place, condition_column
+    vectors = (vector_column,) if isinstance(vector_column, str) else tuple(dict.fromkeys(vector_column))
+    how = image_column, label_column, streaming, renumber_labels, split, place, condition_column, vectors
     source = FORMATS[data_format](Request(path, *how))
     check_pairs(source, "condition_column" if condition_path is None else "condition_path", place or condition_column)
     return source

@@ -28,6 +28,7 @@ from jit_accel.data.formats.columns import (
     read_labels,
     split_column,
 )
+from jit_accel.data.formats.numbers import Tally, Vectors, tally_of, vectors_of_tallies
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
 from jit_accel.data.reading.images import ParquetReader, Stream
 from jit_accel.data.reading.servers import at_once
@@ -90,6 +91,7 @@ def open_tables(
         rule = f"two columns are named {twice!r}: rename one, or choose others with --image_column and --label_column."
         raise data_error(request.path, rule)
     columns, sizes = _of_splits(files, features, columns, split, request.path)
+    columns, vectors = _with_numbers(files, columns, request.path)
     feature = features.get(columns.label)
     values = _values_of_labels(files, columns, feature, request.renumber_labels)
     columns, names = read_labels(feature, values, columns, request.path, request.label_column, request.renumber_labels)
@@ -103,7 +105,7 @@ def open_tables(
         images = table_images(*_rows_of_splits(table, columns))
     else:
         images = parquet_stream(files, columns, features, sizes)
-    return _check_embedded(source_of(request.path, format, images, names, identity))
+    return _check_embedded(source_of(request.path, format, images, names, identity, vectors=vectors))
 
 
 def open_builtin(request: Request) -> Source:
@@ -160,13 +162,17 @@ def open_table(request: Request, format: str, dataset: Dataset, identity: str, s
     values = () if columns.label is None else dataset.unique(columns.label)
     feature, asked = dataset.features.get(columns.label), request.label_column
     columns, names = read_labels(feature, values, columns, request.path, asked, request.renumber_labels)
-    return _check_embedded(source_of(request.path, format, table_images(dataset, columns), names, identity))
+    tallies = [[tally_of(dataset.with_format("arrow")[name][:]) for name in columns.vectors]]
+    if vectors := vectors_of_tallies(columns.vectors, tallies, request.path):
+        columns = replace(columns, vector_sizes=vectors.sizes)
+    images = table_images(dataset, columns)
+    return _check_embedded(source_of(request.path, format, images, names, identity, vectors=vectors))
 
 
 def _find_columns(features: Mapping[str, Any], request: Request) -> Columns:
     request.refuse("condition_path", reason="is a table, whose conditions --condition_column names")
     how = request.image_column, request.label_column, request.path, request.condition_column
-    return find_columns(features, *how)
+    return find_columns(features, *how, request.vector_column)
 
 
 def _check_embedded(source: Source) -> Source:
@@ -302,11 +308,30 @@ def _bounds(files: Iterable[TableFile], column: str) -> set | None:
 
 
 def _different_values(shard: Shard, columns: Columns, file: TableFile) -> list:
-    wanted = [columns.label, *([columns.split[0]] if columns.split else [])]
+    return pc.unique(_read_columns(shard, columns, file, [columns.label])[columns.label]).to_pylist()
+
+
+def _with_numbers(files: Sequence[TableFile], columns: Columns, where: str) -> tuple[Columns, Vectors | None]:
+    """Return the columns with how many numbers each has, and the numbers' statistics, by reading theirs alone."""
+    file_of = {file.shard: file for file in files}
+
+    def look(shard: Shard) -> list[Tally]:
+        table = _read_columns(shard, columns, file_of[shard], columns.vectors)
+        return [tally_of(table[name]) for name in columns.vectors]
+
+    if not columns.vectors:
+        return columns, None
+    kind = f"parquet numbers {columns.vectors} {columns.split and columns.split[1]}"
+    vectors = vectors_of_tallies(columns.vectors, remembered(kind, list(file_of), look), where)
+    return replace(columns, vector_sizes=vectors.sizes), vectors
+
+
+def _read_columns(shard: Shard, columns: Columns, file: TableFile, names: Iterable[str]) -> pa.Table:
+    """Return these columns of a file, of the rows that are read."""
+    wanted = list(dict.fromkeys([*names, *([columns.split[0]] if columns.split else [])]))
     spans = file.spans((group for group in file.groups if group.num_rows), wanted) if shard.is_remote else ()
     with at_hand(shard, spans) as path:
-        table = columns.chosen(pq.read_table(path, columns=wanted, use_threads=False))
-    return pc.unique(table[columns.label]).to_pylist()
+        return columns.chosen(pq.read_table(path, columns=wanted, use_threads=False))
 
 
 def _load(addresses: list[str], features: Features, where: str) -> Dataset:

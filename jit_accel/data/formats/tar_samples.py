@@ -1,6 +1,8 @@
 """The samples in a tar file: neighbouring members with one stem, told apart from pictures with dots in their names."""
 
+import contextlib
 import itertools
+import json
 import logging
 import os
 import re
@@ -10,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from jit_accel.data import data_error
+from jit_accel.data.formats.columns import Columns
 from jit_accel.data.reading.shards import Shard, at_hand
 
 log = logging.getLogger(__name__)
@@ -109,3 +112,24 @@ def _members(file: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo, str,
 
 def is_image(key: str) -> bool:
     return key.rsplit(".", 1)[-1].lower() in IMAGE_KEYS
+
+
+def label_in(data: bytes, columns: Columns, where: str) -> float | str | None:
+    """Return the label in the bytes of a member; UserError for a .cls file that holds no number."""
+    if columns.label_key is not None:
+        value = load_json(data).get(columns.label_key)
+        return value if value is None or isinstance(value, int | float) else str(value)
+    with contextlib.suppress(ValueError):
+        if (number := float(data)).is_integer():
+            return int(number)
+    rule = f"the class {data[:40]!r} is not a whole number, as .cls files must hold: write class numbers, or put "
+    raise data_error(where, rule + 'the names in .json files under "label".')
+
+
+def load_json(data: bytes) -> dict:
+    """Return the entries of a .json member; {} where it is none."""
+    try:
+        entries = json.loads(data)
+    except ValueError:
+        return {}
+    return entries if isinstance(entries, dict) else {}

@@ -3,7 +3,6 @@
 HF's own reader decodes all members, of which any that is broken ends the reading, and skips rows by reading them.
 """
 
-import contextlib
 import itertools
 import json
 import logging
@@ -14,14 +13,14 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, List, Value
 from datasets.packaged_modules.webdataset.webdataset import IMAGE_EXTENSIONS
 
 from jit_accel.base.errors import UserError, nearest
-from jit_accel.data import data_error
 from jit_accel.data.formats.columns import FOLDER, Columns, named_classes, read_labels
+from jit_accel.data.formats.numbers import Tally, Vectors, numbers_of, tally_of, vectors_of_tallies
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
-from jit_accel.data.formats.tar_samples import IMAGE_KEYS, is_image, joined_endings, samples_in
+from jit_accel.data.formats.tar_samples import IMAGE_KEYS, is_image, joined_endings, label_in, load_json, samples_in
 from jit_accel.data.reading import servers
 from jit_accel.data.reading.images import Stream
 from jit_accel.data.reading.shards import Shard, at_hand, find_shards, remembered
@@ -67,12 +66,13 @@ def open_tars(request: Request, format: str = "webdataset", shards: Sequence[Sha
     else:
         asked, renumber = request.label_column, request.renumber_labels
         columns, names = read_labels(kind, values, columns, request.path, asked, renumber)
+    columns, vectors = _with_numbers(shards, columns, request.path)
     identity = fingerprint_of(["webdataset", str(sum(counts)), *request.other_split], shards)
     if request.streaming is False:
         images = table_images(_load(shards, columns, kind, identity), columns)
     else:
         images = Stream(tuple(shards), partial(_rows, columns), columns, np.array(counts, np.int64))
-    return source_of(request.path, format, images, names, identity)
+    return source_of(request.path, format, images, names, identity, vectors=vectors)
 
 
 def _report_unread(sample: dict[str, bytes], columns: Columns, where: str) -> None:
@@ -81,11 +81,11 @@ def _report_unread(sample: dict[str, bytes], columns: Columns, where: str) -> No
     if pictures := ", ".join(f".{key}" for key in sorted(joined.difference(columns.pictures))):
         rule = "--data_path %s: samples have several pictures; .%s is read and %s is not: --image_column chooses"
         log.warning(rule, where, columns.image, pictures)
-    used = {columns.image, columns.label}
+    used = {columns.image, columns.label, *(name.partition(".")[0] for name in columns.vectors)}
     others = [key for key in sample if key not in used and not is_image(key)]
     if others and columns.label == FOLDER:
         table = next((key for key in others if key.lower() == "json"), None)
-        found = f" (.{table} has {', '.join(_load_json(sample[table])) or 'no entries'})" if table else ""
+        found = f" (.{table} has {', '.join(load_json(sample[table])) or 'no entries'})" if table else ""
         rule = "--data_path %s: %s%s is not read: labels come from .cls files, from one of %s in .json files, or from "
         rule += "folders; --label_column names another entry"
         log.warning(rule, where, ", ".join(f".{key}" for key in others), found, ", ".join(JSON_LABELS))
@@ -132,14 +132,38 @@ def _find_columns(sample: dict[str, bytes], request: Request) -> Columns:
     if classes and (wanted or "cls").lower() == "cls":
         label = classes
     elif table:
-        entries = _load_json(sample[table])
+        entries = load_json(sample[table])
         label_key = next((key for key in ([wanted] if wanted else JSON_LABELS) if key in entries), None)
         label = table if label_key is not None else None
         keys += f" (in .json: {', '.join(entries)})"
     if wanted is not None and label is None:
         rule = f"the first sample of {request.path} consists of {keys}: choose from these."
         raise UserError(rule, about="label_column", value=wanted)
-    return Columns(image, label or FOLDER, label_key, any_image=any_image, condition=condition)
+    entries = load_json(sample[table]) if table else {}
+    for name in request.vector_column:
+        if name not in entries:
+            rule = f"numbers are entries of .json files, and that of the first sample of {request.path} has "
+            rule += f"{', '.join(entries) or 'none'}: choose from these.{nearest(name, entries)}"
+            raise UserError(rule, about="vector_column", value=name)
+    vectors = tuple(f"{table}.{name}" for name in request.vector_column)
+    return Columns(image, label or FOLDER, label_key, any_image=any_image, condition=condition, vectors=vectors)
+
+
+def _with_numbers(shards: Sequence[Shard], columns: Columns, where: str) -> tuple[Columns, Vectors | None]:
+    """Return the columns with how many numbers each has, and their statistics, from all samples, read now or before."""
+
+    def look(shard: Shard) -> list[Tally]:
+        with at_hand(shard) as path:
+            rows = [numbers for _, (image, *_), _, numbers in _read(columns, path, has_bytes=False) if image]
+        return [tally_of([row[name] for row in rows]) for name in columns.vectors]
+
+    if not columns.vectors:
+        return columns, None
+    joined = columns.joined if columns.joined is None else sorted(columns.joined)
+    kind = f"tar numbers {columns.vectors} {columns.image} {columns.any_image} {joined} {sorted(columns.left_out)}"
+    names = [name.partition(".")[2] for name in columns.vectors]
+    vectors = vectors_of_tallies(names, remembered(kind, shards, look), where)
+    return replace(columns, vector_sizes=vectors.sizes), vectors
 
 
 def _classes_of_folders(folders: dict[str, str], columns: Columns, where: str) -> tuple[Columns, tuple[str, ...]]:
@@ -168,7 +192,7 @@ def _listed_counts(shards: Sequence[Shard], columns: Columns, stem: str, sample:
     is_text = (
         "/" in stem
         if data is None or has_split_word(stem)
-        else isinstance(_label_in(data, columns, str(shards[0])), str)
+        else isinstance(label_in(data, columns, str(shards[0])), str)
     )
     if is_text or not shards[0].is_remote:
         return None
@@ -239,7 +263,7 @@ def _scan_one(shard: Shard, columns: Columns) -> dict[str, list]:
     """Return of each folder how many samples it has, the labels of those with images, how many lack one, and which."""
     found: dict[str, tuple] = {}
     with at_hand(shard) as path:
-        for stem, (image, *_), label in _read(columns, path, has_bytes=False):
+        for stem, (image, *_), label, _ in _read(columns, path, has_bytes=False):
             folder = _folder_of(stem)
             count, labels, lacking, example = found.get(folder, (0, {}, 0, ""))
             if image is None:
@@ -259,6 +283,7 @@ def _load(shards: Sequence[Shard], columns: Columns, kind: Value, version: str) 
     features = {name: Image(decode=False) for name in columns.pictures}
     if columns.label is not None:
         features[columns.label] = kind if columns.label_key is None else {columns.label_key: kind}
+    features |= {name: List(Value("float64")) for name in columns.vectors}
     states = [shard.identity() for shard in shards]
     how = {"shards": list(shards), "columns": columns, "version": (version, *map(str, states))}
     return Dataset.from_generator(_all_rows, features=Features(features), gen_kwargs=how)
@@ -271,9 +296,9 @@ def _all_rows(shards: list[Shard], columns: Columns, version: tuple[str, ...]) -
 
 
 def _rows(columns: Columns, file: str, _: int = 0, start: int = 0) -> Iterator[dict]:
-    """Yield the rows of a tar file from number `start` on, with the image, its condition and the label alone."""
-    for _, pictures, label in _read(columns, file, start):
-        row = dict(zip(columns.pictures, pictures))
+    """Yield the rows of a tar file from number `start` on, with pictures, label and numbers alone."""
+    for _, pictures, label, numbers in _read(columns, file, start):
+        row = dict(zip(columns.pictures, pictures)) | numbers
         if columns.label is not None:
             if isinstance(label, int | float):  # text, where some labels are
                 label = int(label) if columns.label_ids is None or label in columns.label_ids else str(label)
@@ -283,11 +308,13 @@ def _rows(columns: Columns, file: str, _: int = 0, start: int = 0) -> Iterator[d
 
 def _read(
     columns: Columns, file: str, start: int = 0, has_bytes: bool = True
-) -> Iterator[tuple[str, list[dict | None], float | str | None]]:
-    """Yield (stem, [image, condition, where there are such], label) of each sample from number `start` on."""
+) -> Iterator[tuple[str, list[dict | None], float | str | None, dict[str, list[float] | None]]]:
+    """Yield (stem, [image, condition, where there are such], label, numbers) of each sample from number `start` on."""
+    places = [(name, *name.split(".", 1)) for name in columns.vectors]
 
     def is_wanted(number: int, key: str) -> bool:
-        return number >= start and (key == columns.label or (has_bytes and is_image(key)))
+        is_told = key == columns.label or any(key == table for _, table, _ in places)
+        return number >= start and (is_told or (has_bytes and is_image(key)))
 
     samples = samples_in(file, columns.joined, is_wanted)
     if columns.left_out:
@@ -300,26 +327,8 @@ def _read(
         if columns.label == FOLDER:
             label = _folder_of(stem) if image else None
         elif data is not None:
-            label = _label_in(data, columns, f"{file}, {stem}.{columns.label}")
+            label = label_in(data, columns, f"{file}, {stem}.{columns.label}")
+        entries = {table: load_json(sample.get(table, b"")) for table in {table for _, table, _ in places}}
+        numbers = {name: numbers_of(entries[table].get(key)) for name, table, key in places}
         found = [image, *(key if key in sample else None for key in columns.pictures[1:])]
-        yield stem, [key and {"bytes": sample[key], "path": f"{stem}.{key}"} for key in found], label
-
-
-def _label_in(data: bytes, columns: Columns, where: str) -> float | str | None:
-    """Return the label in the bytes of a member; UserError for a .cls file that holds no number."""
-    if columns.label_key is not None:
-        value = _load_json(data).get(columns.label_key)
-        return value if value is None or isinstance(value, int | float) else str(value)
-    with contextlib.suppress(ValueError):
-        if (number := float(data)).is_integer():
-            return int(number)
-    rule = f"the class {data[:40]!r} is not a whole number, as .cls files must hold: write class numbers, or put "
-    raise data_error(where, rule + 'the names in .json files under "label".')
-
-
-def _load_json(data: bytes) -> dict:
-    try:
-        entries = json.loads(data)
-    except ValueError:
-        return {}
-    return entries if isinstance(entries, dict) else {}
+        yield stem, [key and {"bytes": sample[key], "path": f"{stem}.{key}"} for key in found], label, numbers

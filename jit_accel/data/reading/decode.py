@@ -135,6 +135,15 @@ def have_one_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
     return (is_reduced and is_rounded) or max(ratio, 1 / ratio) <= 1 + MOST_ASPECT_DIFFERENCE
 
 
+def facts_in_row(row: Mapping[str, Any], columns: Columns, fallback_name: Callable[[], str] = str) -> Any:
+    """Return what a row says of its image beside the pixels, of `columns.facts_type`; raises `BadImage` as above."""
+    try:
+        return columns.facts_of(row)
+    except ValueError as error:
+        name = columns.image_of(row.get(columns.image))[1]
+        raise BadImage(f"{name or fallback_name()}: {error}") from error
+
+
 def plain_jpeg(file: BinaryIO) -> np.ndarray | None:
     """Decode a JPEG to uint8 (H, W, 3), where simplejpeg is installed and gives what Pillow would, but sooner.
 

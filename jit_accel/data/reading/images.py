@@ -18,7 +18,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.data import data_error
 from jit_accel.data.formats.columns import IMAGE_CHANNELS, Columns
 from jit_accel.data.reading.content import announce_keys, file_keys, key_of
-from jit_accel.data.reading.decode import BadImage, decode_row
+from jit_accel.data.reading.decode import BadImage, decode_row, facts_in_row
 from jit_accel.data.reading.shards import Shard, Span, at_hand
 
 _KEYS_AT_ONCE = 4096
@@ -40,7 +40,8 @@ class Images(Protocol):
 
         With conditions `out` may have as many channels as `channels` says, of which these are the last.
 
-        Return the labels, int64 (B,), and {place in the batch: "name: reason"} of bad images.
+        Return what else is known of them, (B,) of `Columns.facts_type` (their labels, int64, where there are no
+        numbers), and {place in the batch: "name: reason"} of bad images.
         """
 
     def keys(self) -> np.ndarray:
@@ -69,15 +70,15 @@ class TableImages:
         """Decode and crop; see `Images.read`."""
         columns = self.columns if out.shape[1] == self.channels else replace(self.columns, condition=None)
         rows = self.dataset[indices.tolist()]
-        labels, bad = np.zeros(len(indices), np.int64), {}
+        facts, bad = np.zeros(len(indices), columns.facts_type), {}
         for i in range(len(indices)):
-            row = {name: values[i] for name, values in rows.items()}
+            row, name = {column: values[i] for column, values in rows.items()}, lambda i=i: f"image {indices[i]}"
             try:
-                out[i] = decode_row(row, columns, out.shape[-1], lambda i=i: f"image {indices[i]}")
+                facts[i] = facts_in_row(row, columns, name)
+                out[i] = decode_row(row, columns, out.shape[-1], name)
             except BadImage as error:
                 bad[i] = str(error)
-            labels[i] = columns.label_of(row.get(columns.label))
-        return labels, bad
+        return facts, bad
 
     def keys(self) -> np.ndarray:
         """Read both ends of every file that is new or changed, unless keys were stored; see `Images.keys`."""
@@ -138,20 +139,22 @@ class KeptImages:
     def __init__(self, images: Images, channels: int, side: int):
         self.images = images
         self.pixels = np.empty((len(images), channels, side, side), np.uint8)  # memory is taken as they come
-        self.labels, self.are_kept = np.empty(len(images), np.int64), np.zeros(len(images), bool)
+        self.facts: np.ndarray | None = None  # once their type is known
+        self.are_kept = np.zeros(len(images), bool)
 
     def read(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
         """See `Images.read`; what is bad is looked at anew each time."""
         places, bad = np.flatnonzero(~self.are_kept[indices]), {}
         if len(places):
             fresh = np.empty((len(places), *self.pixels.shape[1:]), np.uint8)
-            labels, reasons = self.images.read(indices[places], fresh)
-            self.pixels[indices[places]], self.labels[indices[places]] = fresh, labels
+            facts, reasons = self.images.read(indices[places], fresh)
+            self.facts = np.empty(len(self.pixels), facts.dtype) if self.facts is None else self.facts
+            self.pixels[indices[places]], self.facts[indices[places]] = fresh, facts
             self.are_kept[indices[places]] = True
             bad = {int(places[place]): reason for place, reason in reasons.items()}
             self.are_kept[indices[list(bad)]] = False
         out[:] = self.pixels[indices]
-        return self.labels[indices], bad
+        return self.facts[indices], bad
 
 
 @dataclass(frozen=True)
