@@ -46,7 +46,7 @@ class ImageFiles:
         self.pending: Iterator[None] = iter(())
 
     def path(self, image: ImageId) -> Path:
-        return self.folder / self.plan.folder(image.label) / f"{image.number:06d}.{self.extension}"
+        return self.folder / self.plan.folder(image.label) / f"{self.plan.file_name(image)}.{self.extension}"
 
     def prepare(self) -> None:
         """Make the class folders, and remove what a killed process left half-written. On one process alone."""

@@ -38,6 +38,7 @@ class SamplePlan:
     counts: tuple[int, ...]
     num_classes: int
     class_names: tuple[str, ...] | None = None
+    names: tuple[str, ...] = ()  # of the pictures that the images are made from, in turn
 
     @property
     def num_images(self) -> int:
@@ -50,6 +51,15 @@ class SamplePlan:
     def id_of(self, label: int, index: int) -> ImageId:
         """Return the `index`-th image of a class."""
         return ImageId(index if label == self.num_classes else number_of(label, index, self.num_classes), label)
+
+    def index_of(self, image: ImageId) -> int:
+        """Return the place of an image among those of its class."""
+        return image.number if image.label == self.num_classes else image.number // self.num_classes
+
+    def file_name(self, image: ImageId) -> str:
+        """Return the name of an image's file, without ending: its number, and the name of what it is made from."""
+        name = _plain(self.names[self.index_of(image) % len(self.names)]) if self.names else ""
+        return f"{image.number:06d}{'_' * bool(name)}{name}"
 
     def some(self, max_classes: int, max_images: int) -> list[tuple[int, list[ImageId]]]:
         """Return labels, evenly spread over the classes, each with its first images: to look at."""
@@ -72,10 +82,7 @@ class SamplePlan:
         if label == self.num_classes:
             return NO_CLASS
         number = f"{label:0{max(3, len(str(self.num_classes - 1)))}d}"
-        plain = unicodedata.normalize("NFC", self.class_names[label] if self.class_names else "")
-        # Letters with their accents, numbers; a file system's 255 bytes hold 40 of any
-        words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in plain).split()
-        name = "-".join(word for word in words if any(map(str.isalnum, word)))[:40].strip("-")
+        name = _plain(self.class_names[label] if self.class_names else "")
         return f"{number}_{name}" if name else number
 
     def classes(self) -> list[dict]:
@@ -86,9 +93,29 @@ class SamplePlan:
         ]
 
 
-def plan_images(config: SampleConfig, num_classes: int, class_names: Sequence[str] | None) -> SamplePlan:
-    """Return the plan that the settings ask for; raise `UserError` for a class that does not exist."""
+def _plain(name: str) -> str:
+    """Return a name that is safe on every file system: its letters, with their accents, and numbers."""
+    plain = unicodedata.normalize("NFC", name)
+    words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in plain).split()
+    # a file system's 255 bytes hold 40 of any
+    return "-".join(word for word in words if any(map(str.isalnum, word)))[:40].strip("-")
+
+
+def plan_images(
+    config: SampleConfig,
+    num_classes: int,
+    class_names: Sequence[str] | None,
+    num_conditions: int | None = None,
+    stems: Sequence[str] = (),
+) -> SamplePlan:
+    """Return the plan that the settings ask for; raise `UserError` for a class that does not exist.
+
+    num_conditions: how many pictures there are to show; None for a network that is shown nothing.
+    stems: the names of their files, without endings.
+    """
     labels = tuple(range(num_classes)) or (0,)  # without classes 0 is "no class"
+    if num_conditions and num_classes > 1:
+        labels = (num_classes,)
     if config.classes:
         # Commas divide names unless they belong to one.
         known = class_names or ()
@@ -98,13 +125,14 @@ def plan_images(config: SampleConfig, num_classes: int, class_names: Sequence[st
         if not labels:
             value = " ".join(config.classes)
             raise UserError("names no class: give some, or leave the flag out.", about="classes", value=value)
-    share, rest = divmod(config.num_images or DEFAULT_NUM_IMAGES, len(labels))
+    usual = DEFAULT_NUM_IMAGES if num_conditions is None else num_conditions * len(labels)
+    share, rest = divmod(config.num_images or usual, len(labels))
     counts = [config.images_per_class or share + (k < rest) for k in range(len(labels))]
     if sum(counts) > MOST_IMAGES:
         rule = f"{sum(counts):,} images are more than {MOST_IMAGES:,}: make them in several folders, each with its own "
         raise UserError(f"{rule}--seed.", about="images_per_class", value=config.images_per_class)
     kept = [(label, count) for label, count in zip(labels, counts) if count]
-    return SamplePlan(*zip(*kept), num_classes, tuple(class_names) if class_names else None)
+    return SamplePlan(*zip(*kept), num_classes, tuple(class_names) if class_names else None, tuple(stems))
 
 
 def label_of(name: str, num_classes: int, class_names: Sequence[str] | None) -> int:

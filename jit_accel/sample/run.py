@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from jit_accel.base.console import ImageProgress, say, warn
+from jit_accel.base.console import ImageProgress, redacted, say, warn
 from jit_accel.base.devices import DTYPES, chosen_precision, has_bf16
 from jit_accel.base.errors import Stopped, StopRequest, UserError
 from jit_accel.base.files import disk_errors, write_json
@@ -25,6 +25,7 @@ from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.precision import BlockWork, settle
 from jit_accel.model.scheduler import CALLS_PER_STEP
 from jit_accel.sample import image_files
+from jit_accel.sample.conditions import open_conditions
 from jit_accel.sample.image_plan import VERSION, ImageId, begun_precision, open_folder, plan_images
 from jit_accel.sample.settings import SampleConfig
 
@@ -48,13 +49,18 @@ def sample(config: SampleConfig) -> int:
     return 0
 
 
+# Settings of networks and schedulers that there were not when the first samples were made, and what they were then.
+LATER = {"condition_channels": 0, "condition_bottleneck": None, "condition_inject": "add", "path": "noise"}
+
+
 def fingerprint(pipeline: JiTPipeline) -> str:
     """Return 16 hex digits of a network's configuration and some values of each tensor; training changes all."""
     found = hashlib.sha256()
     for part in (pipeline.transformer, pipeline.scheduler):
         # diffusers' own entries, with an underscore, say where it lay and what wrote it
-        settings = sorted((name, value) for name, value in part.config.items() if not name.startswith("_"))
-        found.update(repr(settings).encode())
+        settings = {name: value for name, value in part.config.items() if not name.startswith("_")}
+        settings = {name: value for name, value in settings.items() if name not in LATER or value != LATER[name]}
+        found.update(repr(sorted(settings.items())).encode())
     for name, tensor in sorted(pipeline.transformer.state_dict().items()):
         values = tensor.flatten()[:: max(1, tensor.numel() // 1024)].float().cpu()
         found.update(name.encode() + values.numpy().tobytes())
@@ -67,12 +73,11 @@ class Sampling:
     def __init__(self, config: SampleConfig, accelerator: Accelerator, stop: StopRequest):
         self.config, self.accelerator, self.stop = config, accelerator, stop
         self.pipeline = pipeline = load_quietly(config.model, config.ema, accelerator.device, config.compile)
-        if pipeline.transformer.config.condition_channels:
-            rule = "was trained with a condition, which has no flag here: call it from Python, jit.load(...)(condition_"
-            raise UserError(f"{rule}image=...).", about="model", value=config.model)
-        self.plan = plan_images(config, pipeline.transformer.config.num_classes, pipeline.config.class_names)
         sides = [flag if getattr(config, flag) else "img_size" for flag in ("height", "width")]
         self.size = tuple(checked_side(pipeline, getattr(config, flag), flag) for flag in sides)
+        self.conditions = shown = open_conditions(config.condition_path, pipeline, self.size, config.model)
+        known = pipeline.transformer.config.num_classes, pipeline.config.class_names
+        self.plan = plan_images(config, *known, *((len(shown), shown.names) if shown else ()))
         settings = {field.name: getattr(config, field.name) for field in fields(SamplerSettings)}
         self.settings = SamplerSettings(**settings).completed(pipeline)
         for name in ("trajectory", "animation") if self.settings.method not in CALLS_PER_STEP else ():
@@ -103,7 +108,7 @@ class Sampling:
         how = {"height": height, "width": width, "mixed_precision": self.precision, "format": config.format}
         record = {  # of samples.json: what the images follow from, and which they are
             "version": VERSION,
-            "settings": {"seed": config.seed, **asdict(self.settings), **how},
+            "settings": {"seed": config.seed, **asdict(self.settings), **how, **self._shown()},
             "model": {"path": config.model, "ema": config.ema, "fingerprint": fingerprint(self.pipeline)},
             "num_images": self.plan.num_images,
             "classes": self.plan.classes(),
@@ -128,6 +133,13 @@ class Sampling:
             f"{self.folder}"
         )
         return missing
+
+    def _shown(self) -> dict[str, str]:
+        """Return what the network is shown, as it stands in samples.json."""
+        if not self.conditions:
+            return {}
+        source = self.conditions.source
+        return {"condition_path": f"{redacted(source.name)} ({source.num_images} images, {source.fingerprint})"}
 
     def _make(self, missing: Sequence[ImageId]) -> float:
         """Make images in rounds of a batch for each process; return images/s."""
@@ -168,6 +180,7 @@ class Sampling:
                     # Compiled code is for one size of batches.
                     batch_multiple=self.batch_size if self.config.compile else None,
                     on_step=on_step,
+                    conditions=self.conditions and self.conditions.read([self.plan.index_of(image) for image in ids]),
                 )
         except torch.OutOfMemoryError:
             rule = "does not fit into the memory of the device: use a smaller one."

@@ -22,6 +22,9 @@ class SampleConfig:
     """New folder for the images."""
     classes: tuple[str, ...] = ()
     """Names or numbers of classes, or none for images of no class (default: all classes)."""
+    condition_path: str | None = None
+    """Pictures to show to a model that was trained with conditions, as data_path of a training: a folder, ... (default:
+    none). One image is made of each, of no class unless classes are named; of larger counts they come round again."""
     images_per_class: int | None = None
     """Images of each class (default: those of num_images)."""
     num_images: int | None = None

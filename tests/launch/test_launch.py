@@ -648,8 +648,13 @@ def test_each_documented_command_runs(command, recorder, photos, tmp_path, monke
 
 def sample_a_little(flags: list[str], tmp_path: Path) -> None:
     """Run `jit_accel.sample` with these flags, but few images of a tiny model."""
-    pipeline = JiTPipeline(load_golden("tiny").model(), JiTScheduler())
-    pipeline.save_pretrained(tmp_path / "model")
+    network = load_golden("tiny").model()
+    if "--condition_path" in flags:
+        sizes = {name: size for name, size in network.config.items() if not name.startswith("_")}
+        network = type(network)(**sizes | {"condition_channels": 3})
+        flags[flags.index("--condition_path") + 1] = "builtin:fashion_mnist_test"
+        flags = [*flags, "--num_images", "2"]
+    JiTPipeline(network, JiTScheduler()).save_pretrained(tmp_path / "model")
     counts = {"--images_per_class": "1", "--num_images": "2"}
     words = [counts.get(before, word) for before, word in itertools.pairwise(["", *flags])]
     small = ("--num_inference_steps", "1", "--mixed_precision", "no")

@@ -442,3 +442,79 @@ def test_a_strip_shows_as_many_classes_as_it_can():
     assert [image.label for image in strip_images(SamplePlan(tuple(range(10)), (3,) * 10, 10), 6)] == [0, 1, 3, 5, 6, 8]
     assert strip_images(SamplePlan((4,), (3,), 10), 6) == [(4, 4), (14, 4), (24, 4)]
     assert len(strip_images(SamplePlan((1, 4), (9, 9), 10), 5)) == 5
+
+
+@pytest.fixture(scope="module")
+def enlarger(tmp_path_factory) -> str:
+    """A network that is shown a picture, and copies what it is shown at the first step."""
+    folder = tmp_path_factory.mktemp("enlarger") / "pipeline"
+    sizes = {name: size for name, size in load_golden("tiny").model().config.items() if not name.startswith("_")}
+    torch.manual_seed(0)
+    network = JiTTransformer2DModel(**sizes | {"condition_channels": 3})
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    JiTPipeline(network, JiTScheduler(), NAMES).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for i, name in enumerate(["b", "a one", "c"]):
+        pixels = np.full((24, 24, 3), 40 * i, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{name}.png")
+    return str(tmp_path / "pictures")
+
+
+def test_an_image_is_made_of_each_picture_and_bears_its_name(sample, enlarger, pictures, tmp_path):
+    assert sample("--model", enlarger, "--condition_path", pictures) == 0
+    made = sorted((tmp_path / "out").glob("*/*.png"))
+    assert [str(path.relative_to(tmp_path / "out")) for path in made] == [
+        "none/000000_a-one.png",
+        "none/000001_b.png",
+        "none/000002_c.png",
+    ]
+    shown = torch.stack([torch.full((3, 16, 16), 40 * i / 255) for i in (1, 0, 2)])
+    pipe = JiTPipeline.from_pretrained(enlarger)
+    ((_, expected),) = generate_batches(
+        pipe, range(3), labels=[None] * 3, conditions=shown, settings=SamplerSettings(2)
+    )
+    for path, image in zip(made, expected):
+        assert np.abs(np.asarray(Image.open(path)).astype(int) - image.permute(1, 2, 0).numpy()).max() <= 1
+    assert sample("--model", enlarger, "--condition_path", pictures, "--resume", "--num_images", "5") == 0
+    assert len(list((tmp_path / "out").glob("none/00000[34]_*.png"))) == 2  # they come round again
+    Image.new("RGB", (24, 24)).save(tmp_path / "pictures" / "d.png")
+    assert sample("--model", enlarger, "--condition_path", pictures, "--resume") == 2
+
+
+def test_classes_may_be_named_beside_pictures(sample, enlarger, pictures, tmp_path):
+    assert sample("--model", enlarger, "--condition_path", pictures, "--classes", "cat", "--images_per_class", "2") == 0
+    assert [path.name for path in sorted((tmp_path / "out").glob("005_cat/*.png"))] == [
+        "000005_a-one.png",
+        "000015_b.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "was trained with conditions: add --condition_path"),
+        (("--condition_path", "nowhere"), "--condition_path nowhere"),
+        (("--condition_path", "{pictures}", "--height", "32"), "are read from Python alone"),
+    ],
+)
+def test_pictures_that_cannot_be_shown_are_refused(sample, enlarger, pictures, tmp_path, capsys, flags, message):
+    assert sample("--model", enlarger, *(flag.format(pictures=pictures) for flag in flags)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_that_cannot_be_read_is_named(sample, enlarger, pictures, tmp_path, capsys):
+    (tmp_path / "pictures" / "b.png").write_bytes(b"broken")
+    assert sample("--model", enlarger, "--condition_path", pictures) == 2
+    assert "b.png" in capsys.readouterr().err
+
+
+def test_a_model_without_conditions_is_shown_nothing(sample, pictures, capsys):
+    assert sample("--condition_path", pictures) == 2
+    assert "was trained without conditions: leave it out" in capsys.readouterr().err

@@ -84,7 +84,7 @@ class TableImages:
         """Read both ends of every file that is new or changed, unless keys were stored; see `Images.keys`."""
         if self.columns.key:
             return self.dataset.with_format("arrow")[self.columns.key][:].to_numpy().astype(np.uint64)
-        if paths := self._paths():
+        if paths := self.paths():
             return file_keys(paths)
         announce_keys(len(self))
         tables = self.dataset.select_columns([self.columns.image]).with_format("arrow")
@@ -95,7 +95,7 @@ class TableImages:
                 keys[start : start + len(rows)] = list(pool.map(key_of, rows.combine_chunks()))
         return keys
 
-    def _paths(self) -> list[str]:
+    def paths(self) -> list[str]:
         """Return the images' files, or [] where any image is in the table itself."""
         if not isinstance(self.columns.image_of(self.dataset[0][self.columns.image])[0], str):
             return []
