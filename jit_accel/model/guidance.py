@@ -42,15 +42,19 @@ def guided_prediction(
         guided: the rows that have what is left out, where not all do; only these are computed with and without it.
     """
     if weight == 1 or (guided is not None and len(guided) == 0):
-        return network(z, t, **given, return_dict=False)[0].float()
+        return _output(network, z, t, **given)
     left = without(given, on, network.config.num_classes)
     if weight == 0:
-        return network(z, t, **left, return_dict=False)[0].float()
+        return _output(network, z, t, **left)
     some_z, some = (z, given) if guided is None else (z[guided], {name: v[guided] for name, v in given.items()})
     both = {name: torch.cat([left[name], some[name]]) for name in given}
-    outputs = network(torch.cat([z, some_z]), t, **both, return_dict=False)[0].float()
+    outputs = _output(network, torch.cat([z, some_z]), t, **both)
     unconditional, conditional = outputs.split([len(z), len(some_z)])
     # v is affine in the prediction of x, e or v at a given z and t, so mixing outputs is mixing velocities.
     if guided is None:
         return torch.lerp(unconditional, conditional, weight)
     return unconditional.index_copy(0, guided, torch.lerp(unconditional[guided], conditional, weight))
+
+
+def _output(network: Callable, z: Tensor, t: Tensor, class_labels: Tensor, **more: Tensor) -> Tensor:
+    return network(z, t, class_labels, **more, return_dict=False)[0].float()

@@ -29,7 +29,9 @@ class TiledNetwork:
         self.network, self.config, self.tile, self.overlap = network, network.config, tile, overlap
         self.at_once = at_once or WINDOWS_AT_ONCE
 
-    def __call__(self, sample: Tensor, timestep: Tensor, *, return_dict: bool = True, **given: Tensor) -> tuple[Tensor]:
+    def __call__(
+        self, sample: Tensor, timestep: Tensor, *labels: Tensor, return_dict: bool = True, **given: Tensor
+    ) -> tuple[Tensor]:
         """Return (output (B, C, H, W), float32); `given` are the network's arguments, (B, ...) each."""
         sides = sample.shape[-2:]
         if min(sides) < self.tile:
@@ -43,7 +45,8 @@ class TiledNetwork:
             some = places[first : first + self.at_once]
             rows = torch.tensor([row for row, _, _ in some], device=sample.device)
             told = {name: self._cut(value, some) if value.ndim == 4 else value[rows] for name, value in given.items()}
-            outputs = self.network(self._cut(sample, some), times[rows], **told, return_dict=False)[0].float()
+            shown = (self._cut(sample, some), times[rows], *(each[rows] for each in labels))
+            outputs = self.network(*shown, **told, return_dict=False)[0].float()
             for (row, top, left), output in zip(some, outputs):
                 rows_here, columns_here = slice(top, top + self.tile), slice(left, left + self.tile)
                 total[row, :, rows_here, columns_here] += weight * output

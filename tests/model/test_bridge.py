@@ -93,6 +93,17 @@ def test_a_batch_is_as_its_images_and_a_new_pipeline_of_the_parts_as_the_old_one
         pipe("cat", condition_image=pictures[0], latents=half, image=pictures[0], **how)
 
 
+def test_windows_of_a_large_picture_arrive_together(monkeypatch):
+    pipe, pictures = make_pipe(), torch.rand(2, 3, 16, 20, generator=GENERATOR(6))
+    how = {"height": 16, "width": 20, "tile": 8, "condition_image": pictures, "output_type": "latent"}
+
+    def forward(z, t, class_labels, condition_image, condition_mask, return_dict):
+        return (restored(condition_image),)
+
+    monkeypatch.setattr(pipe.transformer, "forward", forward)
+    assert torch.allclose(pipe([0, 1], 2, **how).images, restored(pictures * 2 - 1), atol=1e-4)
+
+
 def test_a_picture_of_another_size_is_fitted():
     pipe = make_pipe()
     how = {"num_inference_steps": 1, "output_type": "latent"}
