@@ -244,7 +244,7 @@ def assemble(
     sampled = {"pipeline": pipeline, "averages": averages, "accelerator": accelerator, "settings": config.sample, **how}
     sampled["stops"] = stops
     made_from = config.condition.condition_from
-    examples = choose_examples(source, held_out, config.data.img_size, made_from)
+    examples = choose_examples(source, held_out, config.data.img_size, made_from, tuning.labels_of)
     feed = Feed(config.data, made_from, source, accelerator, num_classes=config.model.num_classes, **how)
     validation = Validation(held_out, accelerator, config.optim.batch_size, made_from) if held_out else None
     measures = build_measures(config, source, validation, tuning, sampled)

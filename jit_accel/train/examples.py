@@ -1,6 +1,7 @@
 """A few images of the data with their conditions, to look at what a network makes of these."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from jit_accel.data.batches.batch import PixelBatch, ready
+from jit_accel.data.batches.batch import Batch, PixelBatch, ready
 from jit_accel.data.batches.degradations import degradation_of
 from jit_accel.data.batches.holdout import HeldOut
 from jit_accel.data.batches.ready_batches import batches
@@ -50,9 +51,16 @@ class Examples:
 
 
 def choose_examples(
-    source: Source, held_out: HeldOut | None, img_size: int, condition_from: str | None
+    source: Source,
+    held_out: HeldOut | None,
+    img_size: int,
+    condition_from: str | None,
+    labels_of: Callable[[Batch], Tensor],
 ) -> Examples | None:
-    """Return a few images held out, else of those trained on; None without conditions. All processes together."""
+    """Return a few images held out, else of those trained on; None without conditions. All processes together.
+
+    `labels_of` a batch gives its labels as the network knows them.
+    """
     if condition_from is None and not source.condition_channels and source.vectors is None:
         return None
     degradation = None if condition_from is None else degradation_of(condition_from)
@@ -71,4 +79,4 @@ def choose_examples(
     truth = ((batch.images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     conditions = None if batch.condition is None else (batch.condition + 1) / 2
     vectors = None if batch.vectors is None else source.vectors.restored(batch.vectors.numpy()).tolist()
-    return Examples(truth, batch.labels.tolist(), conditions, vectors)
+    return Examples(truth, labels_of(batch).tolist(), conditions, vectors)

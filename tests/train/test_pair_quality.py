@@ -1,12 +1,14 @@
 """The scores of restored images that a training measures on its way."""
 
+import os
 import shutil
+import signal
 import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_state, rows, train_group, train_here
+from helpers import Group, as_parquet, assert_same_state, rows, train_group, train_here
 
 import jit_accel as jit
 from jit_accel.data.batches.degradations import degradation_of
@@ -17,6 +19,7 @@ from jit_accel.monitor.log import read_metrics
 from jit_accel.report.charts import charts_of
 from jit_accel.report.runs import read_runs
 from jit_accel.train.pair_quality import PairQuality
+from jit_accel.train.samples import SampleSheets
 
 KEYS = [f"val/{name}{ending}" for ending in ("", "_untouched") for name in ("psnr", "ssim", "mae")]
 HOW = ("--condition_from", "downscale:4", "--holdout", "0.3", "--val_every_steps", "2", "--save_every_steps", "2")
@@ -146,4 +149,81 @@ def test_without_torchmetrics_it_is_said_before_the_first_step(images, tmp_path,
 def test_settings_that_do_not_fit_are_refused(images, tmp_path, capsys, flags, message):
     assert train_here("--data_path", str(images), "--output_dir", str(tmp_path / "out"), *flags) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_a_stream_are_scored_as_those_of_a_folder(run, images, tmp_path):
+    _, out = run
+    data = as_parquet(images, tmp_path / "tables", 2)
+    assert train_here("--data_path", str(data), *HOW, "--output_dir", str(tmp_path / "out")) == 0
+    assert measured(tmp_path / "out")[4][3:] == pytest.approx(measured(out)[4][3:], rel=1e-6)
+
+
+def test_a_stop_is_heeded_within_the_scoring_which_a_resume_makes_up_for(run, tmp_path, monkeypatch):
+    flags, out = run
+    values, calls = PairQuality.values, []
+
+    def stop_within(self):
+        if not calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(None)
+        return values(self)
+
+    monkeypatch.setattr(PairQuality, "values", stop_within)
+    assert train_here(*flags, "--output_dir", str(tmp_path / "out")) == 128 + signal.SIGTERM
+    assert (len(calls), measured(tmp_path / "out")) == (1, {})
+    assert train_here(*flags, "--output_dir", str(tmp_path / "out"), "--resume", "auto") == 0
+    assert measured(tmp_path / "out") == measured(out)
+
+
+@pytest.mark.multiprocess
+def test_scoring_that_fails_on_one_process_costs_its_values_alone(images, tmp_path):
+    flags = ("--data_path", str(images), *HOW, "--output_dir", str(tmp_path / "out"))
+    group = Group(flags, tmp_path / "log.txt", 2, {"TEST_SETUP": "test_pair_quality:_fail_on_one"})
+    assert group.wait() == [0, 0], group.output()
+    assert group.output().count("step 2 is not evaluated, and training goes on: process 1: OutOfMemoryError") == 1
+    assert list(measured(tmp_path / "out")) == [4]
+
+
+def _fail_on_one():
+    call, calls = PairScores.__call__, []
+
+    def fail_once(self, *pair):
+        calls.append(None)
+        if os.environ["RANK"] == "1" and len(calls) == 2:  # the first one is of the untouched conditions
+            raise torch.OutOfMemoryError("no memory")
+        return call(self, *pair)
+
+    PairScores.__call__ = fail_once
+
+
+def test_labels_are_those_of_the_network_that_an_adapter_stands_on(images, tmp_path):
+    """Whose classes may be more, and in another order."""
+    base, some = tmp_path / "base", tmp_path / "some"
+    how = ("--condition_from", "grey", "--ema_decays", "0.5", "--warmup_steps", "0")
+    assert train_here("--data_path", str(images), *how, "--max_steps", "2", "--output_dir", str(base)) == 0
+    for folder in sorted(images.iterdir())[2:]:
+        shutil.copytree(folder, some / folder.name)
+    flags = ("--data_path", str(some), *how, "--init_from", str(base), "--lora_rank", "1", "--max_steps", "1")
+    seen, draw = [], SampleSheets.draw
+
+    def noted(self, path):
+        seen.append(set(self.labels))
+        return draw(self, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SampleSheets, "draw", noted)
+        patch.setattr(PairQuality, "values", lambda self: seen.append(set(self.labels)) or {})
+        flags += ("--holdout", "0.3", "--output_dir", str(tmp_path / "out"))
+        assert train_here(*flags) == 0
+    assert seen == [{2, 3}, {2, 3}]
+
+
+def test_a_dry_run_counts_the_time_of_scores(run, tmp_path, capsys):
+    flags, _ = run
+    outlooks = []
+    for more in (("--paired_every_steps", "0"), ("--paired_every_steps", "1", "--num_inference_steps", "500")):
+        assert train_here(*flags, *more, "--dry_run", "--output_dir", str(tmp_path / "out")) == 0
+        outlooks.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Ahead:")))
+    assert "to sample and measure" in outlooks[1]
     assert not (tmp_path / "out").exists()
