@@ -70,6 +70,9 @@ def open_pairs(
     with renamed_settings(data_path="pairs"):
         source = open_images(path, split=split, **how)
     images, channels = open_image_set(source, "pairs", img_size, has_pairs=True), source.condition_channels
+    if pipeline.config.vectors:
+        rule = "was trained with numbers beside the pictures, which are not read here: score it from Python."
+        raise UserError(rule, about="model")
     if not channels:
         if made_from is None:
             rule = "has no condition, and the model's folder does not say how its training made them: add "

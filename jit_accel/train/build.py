@@ -293,8 +293,8 @@ def build_measures(
     if wanted.eval_every_steps:
         found["evaluate"] = SampleQuality(wanted, source, every=wanted.eval_every_steps, **sampled)
     if wanted.paired_every_steps and validation:
-        of_pairs = (validation.held_out, validation.degradation, tuning.labels_of, wanted.paired_images)
-        found["score"] = PairQuality(*of_pairs, every=wanted.paired_every_steps, **sampled)
+        known = validation.held_out, validation.degradation, source.vectors, tuning.labels_of
+        found["score"] = PairQuality(*known, wanted.paired_images, every=wanted.paired_every_steps, **sampled)
     return found
 
 

@@ -7,7 +7,6 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -18,7 +17,7 @@ from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.processes import on_all
 from jit_accel.base.spans import span
 from jit_accel.config.groups import STREAMING, ConditionConfig, DataConfig
-from jit_accel.data.batches.batch import Batch, PixelBatch, ready
+from jit_accel.data.batches.batch import Batch, ready
 from jit_accel.data.batches.degradations import degradation_of
 from jit_accel.data.batches.holdout import HeldOut, held_by_split, split_holdout
 from jit_accel.data.batches.loader import cores_per_process, worker_memory_gib
@@ -231,20 +230,12 @@ class Validation:
 
         Where a process has fewer images it goes on with its first ones, at weight 0; one without any has a grey one.
         """
-        held, count = self.held_out, len(self.held_out.keys)
-        if not count:
-            grey = torch.full((1, *held.images.shape[1:]), 128, dtype=torch.uint8)
-            vectors = held.vectors if held.vectors is None else torch.zeros(1, held.vectors.shape[1])
-            held = HeldOut(grey, torch.zeros(1, dtype=torch.int64), np.zeros(1, np.int64), vectors)
+        held, count = self.held_out.or_grey(), len(self.held_out.keys)
         for start in range(0, self.most * self.draws, self.batch_size):
             numbers = torch.arange(start, min(start + self.batch_size, self.most * self.draws))
             draws, places = numbers // self.most, numbers % self.most
             weights = (places < count).float()
-            places = places % len(held.keys)
-            # another draw of an image is a neighbouring number, as different as any other
-            positions = held.keys[places.numpy()] + draws.numpy()
-            vectors = None if held.vectors is None else held.vectors[places]
-            batch = PixelBatch(held.images[places], held.labels[places], positions, vectors=vectors)
+            batch = held.batch(places % len(held.keys), draws)
             yield ready(batch, self.accelerator.device, self.degradation), weights
 
     @torch.no_grad()

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -13,6 +12,7 @@ from jit_accel.base.processes import gather_rows, on_all
 from jit_accel.data.batches.batch import Batch, PixelBatch, ready
 from jit_accel.data.batches.degradations import Degradation
 from jit_accel.data.batches.holdout import HeldOut
+from jit_accel.data.formats.numbers import Vectors
 from jit_accel.evaluate.pair_scores import PairScores, means, untouched
 from jit_accel.model.generation import SamplerSettings, generate_batches
 from jit_accel.monitor.metric_table import PAIR_SCORE, UNTOUCHED
@@ -29,18 +29,20 @@ class PairQuality(SampleMeasure):
 
     held_out: HeldOut  # this process's
     degradation: Degradation | None  # what makes conditions of them
+    standards: Vectors | None  # of the numbers beside them
     labels_of: Callable[[Batch], Tensor]  # as the network knows them
     most: int  # images, of all processes together
 
     def __post_init__(self):
         self.scores = PairScores(about="paired_every_steps")
-        held, self.count, self.num_images = some_of(self.held_out, self.most, self.accelerator)
-        batch = ready(PixelBatch(held.images, held.labels, held.keys), "cpu", self.degradation)
+        chosen, self.count, self.num_images = some_of(self.held_out, self.most, self.accelerator)
+        batch = ready(chosen, "cpu", self.degradation)
         num_classes = self.pipeline.transformer.config.num_classes
-        self.keys = held.keys.tolist()
+        self.keys = batch.positions.tolist()
         self.labels = [label if label < num_classes else None for label in self.labels_of(batch).tolist()]
         self.truth = ((batch.images + 1) * 127.5).round().to(torch.uint8)
         self.conditions = (batch.condition + 1) / 2
+        self.vectors = None if batch.vectors is None else self.standards.restored(batch.vectors.numpy()).tolist()
         self.passes = self.passes_for(self.num_images, None)
         self.before = self._untouched()
         self.names = {PAIR_SCORE.format(name=name) for name in self.scores.names}
@@ -51,7 +53,8 @@ class PairQuality(SampleMeasure):
         rows = []
 
         def draw() -> None:
-            how = {"labels": self.labels, "conditions": self.conditions, "batch_size": batch_size, "seed": self.seed}
+            how = {"labels": self.labels, "conditions": self.conditions, "vectors": self.vectors}
+            how |= {"batch_size": batch_size, "seed": self.seed}
             with self.stops.looking(steps * -(-len(self.keys) // batch_size)) as look:
                 how |= {"settings": SamplerSettings(steps), "on_step": look}
                 for start, (_, images) in enumerate(generate_batches(self.pipeline, self.keys, **how)):
@@ -73,7 +76,7 @@ class PairQuality(SampleMeasure):
         return {PAIR_SCORE.format(name=name) + ending: value for name, value in found.items()}
 
 
-def some_of(held_out: HeldOut, most: int, accelerator) -> tuple[HeldOut, int, int]:
+def some_of(held_out: HeldOut, most: int, accelerator) -> tuple[PixelBatch, int, int]:
     """Return this process's part of the `most` images with the smallest keys, its size, and that of all parts.
 
     It is filled up by its first image, or a grey one, to the size of the largest: a sharded network needs all processes
@@ -82,10 +85,6 @@ def some_of(held_out: HeldOut, most: int, accelerator) -> tuple[HeldOut, int, in
     of_all = enumerate(gather_object([held_out.keys.tolist()]))
     chosen = sorted((key, rank, place) for rank, keys in of_all for place, key in enumerate(keys))[:most]
     mine = [place for _, rank, place in chosen if rank == accelerator.process_index]
-    largest, held = max(Counter(rank for _, rank, _ in chosen).values()), held_out
-    if not mine:
-        grey = torch.full((1, *held.images.shape[1:]), 128, dtype=torch.uint8)
-        held = HeldOut(grey, torch.zeros(1, dtype=torch.int64), np.zeros(1, np.int64))
+    largest = max(Counter(rank for _, rank, _ in chosen).values())
     places = torch.tensor(mine + [mine[0] if mine else 0] * (largest - len(mine)))
-    part = HeldOut(held.images[places], held.labels[places], held.keys[places.numpy()])
-    return part, len(mine), len(chosen)
+    return held_out.or_grey().batch(places), len(mine), len(chosen)

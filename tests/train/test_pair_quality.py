@@ -1,5 +1,6 @@
 """The scores of restored images that a training measures on its way."""
 
+import json
 import os
 import shutil
 import signal
@@ -8,12 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import Group, as_parquet, assert_same_state, rows, train_group, train_here
+from helpers import Group, as_parquet, assert_same_state, clothes, in_fresh_accelerate, rows, train_group, train_here
 
 import jit_accel as jit
 from jit_accel.data.batches.degradations import degradation_of
 from jit_accel.data.batches.holdout import split_holdout
 from jit_accel.data.formats.sources import open_images
+from jit_accel.evaluate import main as evaluate
 from jit_accel.evaluate.pair_scores import PairScores
 from jit_accel.monitor.log import read_metrics
 from jit_accel.report.charts import charts_of
@@ -217,6 +219,27 @@ def test_labels_are_those_of_the_network_that_an_adapter_stands_on(images, tmp_p
         flags += ("--holdout", "0.3", "--output_dir", str(tmp_path / "out"))
         assert train_here(*flags) == 0
     assert seen == [{2, 3}, {2, 3}]
+
+
+def test_pictures_with_numbers_are_scored_with_both(tmp_path):
+    root, out = clothes(tmp_path / "clothes"), tmp_path / "out"
+    files = sorted(root.rglob("*.png"))
+    lines = [{"file_name": f.relative_to(root).as_posix(), "label": f.parent.name} for f in files]
+    lines = [line | {"weight": n / 3} for n, line in enumerate(lines)]
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = ("--data_path", str(root), *HOW, "--vector_column", "weight", "--learning_rate", "0.1")
+    assert train_here(*flags, "--output_dir", str(out)) == 0
+    source = open_images(root, vector_column=("weight",))
+    pipe, (rest, held) = jit.load(out), split_holdout(source, 0.3, max_images=1024, img_size=28)
+    conditions = degradation_of("downscale:4")(held.images / 127.5 - 1, held.keys)
+    how = {"labels": held.labels.tolist(), "conditions": (conditions + 1) / 2, "num_inference_steps": 2}
+    vectors = rest.vectors.restored(held.vectors.numpy()).tolist()
+    scores, found = PairScores(), measured(out)[4][:3]
+    made, without = (jit.generate(pipe, held.keys.tolist(), vectors=some, **how) for some in (vectors, None))
+    assert scores(made, held.images).mean(0).tolist() == pytest.approx(found, rel=1e-5)
+    assert scores(without, held.images).mean(0).tolist() != pytest.approx(found, rel=1e-5)
+    with in_fresh_accelerate():
+        assert evaluate(["--model", str(out), "--pairs", str(root)]) == 2
 
 
 def test_a_dry_run_counts_the_time_of_scores(run, tmp_path, capsys):

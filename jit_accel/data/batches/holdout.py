@@ -19,7 +19,7 @@ import torch
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.shared_tables import shared_arrays
-from jit_accel.data.batches.batch import labels_in, vectors_in
+from jit_accel.data.batches.batch import PixelBatch, labels_in, vectors_in
 from jit_accel.data.formats.source import Source, fingerprint_of
 from jit_accel.data.reading.content import announce_keys
 from jit_accel.data.reading.decode import BadImage, decode_row, facts_in_row
@@ -38,6 +38,21 @@ class HeldOut:
     labels: torch.Tensor  # int64 (k,)
     keys: np.ndarray  # int64 (k,), 0 or more: one an image, from which its noise and time follow
     vectors: torch.Tensor | None = None  # float32 (k, n), standardised
+
+    def or_grey(self) -> "HeldOut":
+        """Return the same, or one grey image where there is none: a process must go along with the others."""
+        if len(self.keys):
+            return self
+        grey = torch.full((1, *self.images.shape[1:]), 128, dtype=torch.uint8)
+        known = (None if one is None else one.new_zeros(1, *one.shape[1:]) for one in (self.labels, self.vectors))
+        labels, vectors = known
+        return HeldOut(grey, labels, np.zeros(1, np.int64), vectors)
+
+    def batch(self, places: torch.Tensor, draws: torch.Tensor | int = 0) -> PixelBatch:
+        """Return the images at these places; another draw of one is a neighbouring number, as different as any."""
+        vectors = None if self.vectors is None else self.vectors[places]
+        positions = self.keys[places.numpy()] + np.asarray(draws)
+        return PixelBatch(self.images[places], self.labels[places], positions, vectors=vectors)
 
 
 def split_holdout(
