@@ -55,9 +55,11 @@ class ConditionConfig:
     """Make the condition of each image from the image itself: downscale:4, grey, blur:2.0, noise:0.1, mask:0.5 or
     jpeg:20 (default: no condition)."""
     condition_path: str | None = None
-    """Folder with the condition of each image: a picture of the same relative name, with any ending of images."""
+    """Folder with the condition of each image, a picture of the same relative name with any ending of images (default:
+    none)."""
     condition_column: str | None = None
-    """Column of the conditions: pictures, or in metadata.csv their paths; in tar files the ending, such as cond.png."""
+    """Column of the conditions: pictures, or in metadata.csv their paths; in tar files the ending, such as cond.png
+    (default: none)."""
     condition_channels: int = 0
     """Channels of the condition (default: from the data)."""
     condition_inject: Literal["add", "tokens"] = "add"

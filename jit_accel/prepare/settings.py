@@ -41,9 +41,11 @@ class PrepareConfig:
     label_column: str | None = None
     """Column of the class labels (default: label, cls, ... where present; else one class)."""
     condition_path: str | None = None
-    """Folder with the condition of each image, a picture of the same relative name, with any ending of images."""
+    """Folder with the condition of each image, a picture of the same relative name with any ending of images (default:
+    none)."""
     condition_column: str | None = None
-    """Column of the conditions: pictures, or in metadata.csv their paths; in tar files the ending, such as cond.png."""
+    """Column of the conditions: pictures, or in metadata.csv their paths; in tar files the ending, such as cond.png
+    (default: none)."""
     split: str | None = None
     """Split to prepare, where the data has several: train, train+validation, all, ... (default: train)."""
     renumber_labels: bool = False
