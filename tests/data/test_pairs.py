@@ -400,6 +400,26 @@ def test_metadata_names_partners_from_where_it_lies(tmp_path, loaders):
     assert torch.equal(batch.images[:, 3:], 255 - batch.images[:, :3])
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet", "parquet_table"])
+def test_pairs_may_have_numbers_as_well(tmp_path, loaders, kind):
+    if kind == "csv":
+        by_metadata(tmp_path, "jsonl")
+        file = tmp_path / "jsonl" / "metadata.jsonl"
+        rows = [json.loads(line) | {"age": float(n)} for n, line in enumerate(file.read_text().splitlines())]
+        file.write_text("\n".join(map(json.dumps, rows)))
+        source = open_images(file.parent, condition_column="target", vector_column=["age"])
+    else:
+        write(tmp_path / "t" / "0.parquet", b"")
+        numbers = table().append_column("age", pa.array([float(n) for n in range(N)]))
+        pq.write_table(numbers, tmp_path / "t" / "0.parquet", row_group_size=6)
+        how = {"streaming": kind == "parquet", "vector_column": ["age"]}
+        source = open_images(tmp_path / "t", condition_column="shown", **how)
+    batch = ready(next(loaders(source, batch_size=N, horizontal_flip=False)), "cpu")
+    numbers = ((batch.images[:, 0, 0, 0] + 1) * 127.5).round()
+    assert torch.allclose(batch.condition, -batch.images, atol=1e-6)
+    assert torch.allclose(batch.vectors[:, 0], (numbers - numbers.mean()) / numbers.std(unbiased=False), atol=1e-5)
+
+
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_table_may_hold_the_paths_of_its_conditions(tmp_path, loaders, streaming):
     _, negatives = two_folders(tmp_path)
@@ -454,6 +474,8 @@ def test_wrong_columns_are_refused_with_the_right_ones(tmp_path):
     text = (tmp_path / "csv" / "metadata.csv").read_text()
     (tmp_path / "csv" / "metadata.csv").write_text(text + "00.png,in/01.bmp,c0\n")
     assert "lists 00.png with two of them" in refusal(tmp_path / "csv", condition_column="target")
+    (tmp_path / "csv" / "metadata.csv").write_text("file_name,target,target\n00.png,in/00.bmp,in/01.bmp\n")
+    assert "two columns named 'target'" in refusal(tmp_path / "csv", condition_column="target")
     by_tars(tmp_path)
     assert "name the ending of the conditions" in refusal(tmp_path / "tar", condition_column="mask.png")
     assert "are no images" in refusal(tmp_path / "tar", condition_column="cls", label_column=None)

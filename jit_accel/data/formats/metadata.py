@@ -280,7 +280,7 @@ def listed_paths(root: str, metadata: list[str], images: pa.ChunkedArray, column
 
     UserError where one image has two.
     """
-    tables = [_read(os.path.join(root, name), column) for name in metadata]
+    tables = [_read(os.path.join(root, name), (FILE_NAME, column)) for name in metadata]
     listed, values = (
         pa.chunked_array([_paths(table, name, of) for table, name in zip(tables, metadata)], pa.string())
         for of in (FILE_NAME, column)
