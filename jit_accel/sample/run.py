@@ -1,6 +1,7 @@
 """From settings to images: every process makes its share, in step with the others."""
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from datetime import timedelta
@@ -21,7 +22,7 @@ from jit_accel.base.processes import on_all, on_main, process_group
 from jit_accel.data.formats.scan import SAMPLES_RECORD
 from jit_accel.model.generation import SamplerSettings, checked_side, generate_batches, share_of
 from jit_accel.model.loading import load_quietly
-from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.model.pipeline import COMPONENTS, JiTPipeline
 from jit_accel.model.precision import BlockWork, settle
 from jit_accel.model.scheduler import CALLS_PER_STEP
 from jit_accel.sample import image_files
@@ -49,8 +50,12 @@ def sample(config: SampleConfig) -> int:
     return 0
 
 
-# Settings of networks and schedulers that there were not when the first samples were made, and what they were then.
-LATER = {"condition_channels": 0, "condition_bottleneck": None, "condition_inject": "add", "path": "noise"}
+# The settings of networks and schedulers when the first samples were made; later ones count where they are no defaults.
+FIRST_SETTINGS = (
+    *("img_size", "patch_size", "hidden_size", "depth", "num_heads", "bottleneck_dim", "in_context_len"),
+    *("in_context_start", "num_classes", "mlp_ratio", "attn_dropout", "proj_dropout", "in_channels"),
+    *("prediction_type", "t_eps", "noise_scale", "solver"),
+)
 
 
 def fingerprint(pipeline: JiTPipeline) -> str:
@@ -59,7 +64,13 @@ def fingerprint(pipeline: JiTPipeline) -> str:
     for part in (pipeline.transformer, pipeline.scheduler):
         # diffusers' own entries, with an underscore, say where it lay and what wrote it
         settings = {name: value for name, value in part.config.items() if not name.startswith("_")}
-        settings = {name: value for name, value in settings.items() if name not in LATER or value != LATER[name]}
+        defaults = {
+            name: setting.default for name, setting in inspect.signature(type(part).__init__).parameters.items()
+        }
+        later = set(settings) & set(defaults) - set(FIRST_SETTINGS) if type(part) in COMPONENTS.values() else ()
+        for name in later:
+            if settings[name] == defaults[name] or (settings[name], defaults[name]) == ([], ()):  # as JSON has it
+                del settings[name]
         found.update(repr(sorted(settings.items())).encode())
     for name, tensor in sorted(pipeline.transformer.state_dict().items()):
         values = tensor.flatten()[:: max(1, tensor.numel() // 1024)].float().cpu()
