@@ -154,10 +154,10 @@ def evaluate_pairs(config: EvaluateConfig, accelerator, file: Path | None) -> No
     """Score what the model makes of conditions, keep the records, and draw a sheet of the first ones."""
     on_main(accelerator, lambda: records.read_records(file))
     names, distance = chosen_scores(config.metrics, config.features)
-    scores = on_all(accelerator, lambda: PairScores(names))
     features = config.features, accelerator.device, config.feature_weights
     network = on_all(accelerator, lambda: load_features(*features), in_turn=True) if distance else None
     candidate, img_size = open_candidate(config, accelerator)
+    scores = on_all(accelerator, lambda: PairScores(names, side=img_size))
     pipeline = candidate.pipeline(candidate.emas[0])
     given = ConditionConfig(*(getattr(config, name) for name in CONDITIONS))
     conditions = (

@@ -3,6 +3,7 @@
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from jit_accel.base.devices import full_float32
 from jit_accel.base.errors import UserError, lookup
 from jit_accel.evaluate.features import has_torch_fidelity
+from jit_accel.evaluate.perceptual import LEAST_SIDE, load_lpips
 
 MOST_DB = 100.0  # of equal images, whose PSNR is infinite; more than images of 8 bits that differ come to
 RESAMPLES = 1000
@@ -50,15 +52,25 @@ def _mae() -> Score:
     return score
 
 
-SCORES: dict[str, Callable[[], Score]] = {"psnr": _psnr, "ssim": _ssim, "mae": _mae}
+def _lpips() -> Score:
+    """Distance as AlexNet sees it, of images of 31 pixels and more."""
+    return load_lpips(Path(import_torchmetrics().__file__).parent / "image" / "lpips_models" / "alex.pth")
+
+
+SCORES: dict[str, Callable[[], Score]] = {"psnr": _psnr, "ssim": _ssim, "mae": _mae, "lpips": _lpips}
 
 
 class PairScores:
     """Scores by their names, of images uint8 (B, C, H, W) against truths of the same shape."""
 
-    def __init__(self, names: Sequence[str] = ("psnr", "ssim", "mae"), about: str = "metrics"):
-        """Raise `UserError`, about the setting `about`, for an unknown name, and without the package of the scores."""
+    def __init__(self, names: Sequence[str] = ("psnr", "ssim", "mae"), about: str = "metrics", side: int | None = None):
+        """Raise `UserError`, about the setting `about`, for an unknown name, without what a score needs, and for one
+        that cannot be taken of images of this `side` in pixels.
+        """
         makers = {name: lookup(SCORES, name, about) for name in names}
+        if "lpips" in names and (side or LEAST_SIDE) < LEAST_SIDE:
+            rule = f"is for images of {LEAST_SIDE} pixels and more, and these have {side}: leave it out."
+            raise UserError(rule, about=about, value="lpips")
         try:
             self._scores = {name: make() for name, make in makers.items()}
         except ImportError as error:

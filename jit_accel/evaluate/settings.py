@@ -16,7 +16,8 @@ FEATURES = dict.fromkeys((INCEPTION, EFFICIENTNET_LITE0))
 METHODS = {name: name for name in ("heun", "euler")}
 ALL = "all"
 CONDITIONS = ("condition_from", "condition_path", "condition_column")  # where those of `--pairs` come from
-PAIR_SCORES = dict.fromkeys(("psnr", "ssim", "mae"))  # of `--pairs`; the functions stand in `pair_scores.SCORES`
+PAIR_SCORES = dict.fromkeys(("psnr", "ssim", "mae", "lpips"))  # of `--pairs`; functions: `pair_scores.SCORES`
+USUAL_SCORES = ("psnr", "ssim", "mae")
 MAX_VALUES = 10_000
 
 
@@ -89,7 +90,7 @@ class EvaluateConfig:
     metrics: tuple[str, ...] = ()
     """Names: fid, sfid, inception_score, kid, precision, recall; or, with any features, fd, kd, precision, recall
     (default: all that the features and the reference allow). With --pairs: psnr, ssim, mae (the
-    default), and fd beside them."""
+    default), lpips, and fd beside them."""
     num_images: int = 50_000
     """Number of images to generate; image n is of class n % classes. Of --pairs so many at most."""
     batch_size: int = 64
@@ -187,7 +188,7 @@ def _check_pairs(config: EvaluateConfig) -> None:
 
 
 def chosen_scores(names: tuple[str, ...], features: str) -> tuple[tuple[str, ...], str | None]:
-    """Return the scores of pairs that `--metrics` names, all for none, and the Fréchet distance's name if it is there.
+    """Return the scores of pairs that `--metrics` names, else the usual ones, and the Fréchet distance's if named.
 
     Raises `UserError` for other names.
     """
@@ -195,7 +196,7 @@ def chosen_scores(names: tuple[str, ...], features: str) -> tuple[tuple[str, ...
     table = PAIR_SCORES | {metric.short: distance, distance: distance}
     wanted = {name: lookup(table, name, "metrics") for name in words(names)}
     scores = tuple(name for name in wanted if name in PAIR_SCORES)
-    return scores or tuple(PAIR_SCORES), distance if distance in wanted.values() else None
+    return scores or USUAL_SCORES, distance if distance in wanted.values() else None
 
 
 def metric_names(features: str) -> dict[str, ImageMetric]:

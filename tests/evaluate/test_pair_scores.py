@@ -1,5 +1,6 @@
 """Scores of images against those that they should be."""
 
+import importlib
 import math
 import sys
 
@@ -11,6 +12,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.data.batches.degradations import degradation_of
 from jit_accel.data.formats.sources import open_images
 from jit_accel.evaluate.pair_scores import PairScores, import_torchmetrics, means, untouched, with_intervals
+from jit_accel.evaluate.perceptual import ALEXNET_FILE, alexnet
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,42 @@ def test_the_untouched_scores_of_enlarged_clothes_are_known(factor, decibels):
     scores = PairScores(("psnr",))
     found = means(scores.names, scores(untouched((conditions + 1) / 2, truths), truths))
     assert found["psnr"] == pytest.approx(decibels, abs=0.05)
+
+
+@pytest.fixture
+def alexnet_weights(tmp_path, monkeypatch):
+    """Random weights in the place of AlexNet's; returns the layers."""
+    torch.manual_seed(0)
+    layers = alexnet()
+    file = tmp_path / "checkpoints" / ALEXNET_FILE
+    file.parent.mkdir()
+    torch.save({f"features.{name}": tensor for name, tensor in layers.state_dict().items()}, file)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    return layers
+
+
+def test_lpips_is_torchmetrics_with_the_same_weights(alexnet_weights, monkeypatch):
+    theirs = importlib.import_module(import_torchmetrics().__name__ + ".image.lpips")
+    monkeypatch.setattr(theirs, "_get_tv_model_features", lambda net, pretrained: alexnet_weights)
+    network = theirs._LPIPS(net="alex", pnet_rand=True)
+    draws = torch.Generator().manual_seed(1)
+    images, truths = (torch.randint(0, 256, (4, 3, 40, 31), dtype=torch.uint8, generator=draws) for _ in range(2))
+    expected = network(images / 255, truths / 255, normalize=True).flatten()
+    found = PairScores(("lpips",))(images, truths)[:, 0]
+    assert torch.allclose(found, expected.double(), rtol=1e-4)
+    assert (PairScores(("lpips",))(truths, truths) == 0).all()
+
+
+def test_lpips_refuses_what_it_cannot_do(alexnet_weights, tmp_path):
+    with pytest.raises(UserError, match="metrics lpips: is for images of 31 pixels and more, and these have 28"):
+        PairScores(("lpips",), side=28)
+    file = tmp_path / "checkpoints" / ALEXNET_FILE
+    torch.save({"other": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match=r"metrics .*not weights of AlexNet"):
+        PairScores(("lpips",))
+    file.unlink()
+    with pytest.raises(UserError, match=r"metrics lpips: its weights are not in .*never downloaded"):
+        PairScores(("lpips",))
 
 
 def test_what_is_missing_is_named(monkeypatch):
