@@ -271,7 +271,7 @@ def assemble(
         optimizers=optimizers,
         averages=averages,
         objective=objective(**vars(config.objective)),
-        aux=build_aux_losses(config.aux, config.objective, accelerator),
+        aux=build_aux_losses(config.aux, config.objective, plan.total_steps, accelerator),
         tuning=tuning,
         feed=feed,
         monitor=monitor,

@@ -3,6 +3,7 @@
 from accelerate import Accelerator
 from torch import Tensor
 
+from jit_accel.base.console import warn
 from jit_accel.base.errors import renamed_settings
 from jit_accel.base.processes import on_all
 from jit_accel.config.groups import AuxConfig, ObjectiveConfig
@@ -10,9 +11,17 @@ from jit_accel.evaluate.features import load_features
 from jit_accel.model.aux_losses import FEATURES, AuxLosses, Features, aux_losses_of
 
 
-def build_aux_losses(aux: AuxConfig, objective: ObjectiveConfig, accelerator: Accelerator) -> AuxLosses:
-    """Return the losses that are asked for. UserError for one that cannot be, and for features that cannot be had."""
+def build_aux_losses(
+    aux: AuxConfig, objective: ObjectiveConfig, total_steps: int, accelerator: Accelerator
+) -> AuxLosses:
+    """Return the losses that are asked for, of a run of so many steps.
+
+    UserError for one that cannot be, and for features that cannot be had.
+    """
     losses = aux_losses_of(aux.aux_loss)
+    for loss in losses:
+        if loss.from_step > total_steps and accelerator.is_main_process:
+            warn(f"--aux_loss {loss.name} begins with step {loss.from_step:,}, and the run ends with {total_steps:,}.")
     features = load_for_loss(aux, accelerator) if FEATURES in [loss.name for loss in losses] else None
     return AuxLosses(losses, objective.prediction, objective.t_eps, features)
 

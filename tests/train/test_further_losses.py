@@ -53,11 +53,12 @@ def test_a_resume_goes_on_bit_for_bit_across_the_step_that_a_loss_begins_with(ru
     assert [aux_of(row) for row in rows(tmp_path / "out")] == [aux_of(row) for row in rows(out)]
 
 
-def test_a_loss_that_has_not_begun_changes_nothing(images, tmp_path):
+def test_a_loss_that_has_not_begun_changes_nothing(images, tmp_path, capsys):
     for name, more in (("plain", ()), ("later", ("--aux_loss", "l1=1:3", "ssim=1:99"))):
         flags = ("--data_path", str(images), *more, "--max_steps", "2", "--learning_rate", "1e-2")
         assert train_here(*flags, "--warmup_steps", "0", "--output_dir", str(tmp_path / name)) == 0
     assert_same_state(tmp_path / "plain", tmp_path / "later")
+    assert "Warning: --aux_loss ssim begins with step 99, and the run ends with 2." in capsys.readouterr().err
 
 
 @pytest.mark.multiprocess
