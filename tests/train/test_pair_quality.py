@@ -250,3 +250,31 @@ def test_a_dry_run_counts_the_time_of_scores(run, tmp_path, capsys):
         outlooks.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Ahead:")))
     assert "to sample and measure" in outlooks[1]
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_bridge_restores_is_scored_and_does_not_depend_on_noise(images, tmp_path):
+    out = tmp_path / "out"
+    flags = ("--data_path", str(images), *HOW, "--path", "bridge")
+    assert train_here(*flags, "--output_dir", str(out)) == 0
+    found = measured(out)[4]
+    assert all(np.isfinite(found))
+    file = tmp_path / "found.json"
+    flags = ("--model", str(out), "--pairs", str(images), "--samples_each", "2", "--num_inference_steps", "2")
+    with in_fresh_accelerate():
+        assert evaluate([*flags, "--output", str(file)]) == 0
+    by_row = {record["scored"]: record["metrics"] for record in json.loads(file.read_text())}
+    assert by_row["sample"] == pytest.approx(by_row["mean of 2"], rel=1e-6)
+
+
+def test_trackers_get_the_scores_of_their_steps(images, tmp_path):
+    pytest.importorskip("tensorboard")
+    out = tmp_path / "out"
+    flags = ("--data_path", str(images), *HOW, "--report_to", "tensorboard", "--output_dir", str(out))
+    assert train_here(*flags) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = [EventAccumulator(str(file)).Reload() for file in out.rglob("events.out*")]
+    events = next(one for one in found if "train/loss" in one.Tags()["scalars"])
+    for place, key in enumerate(KEYS):
+        shown = {event.step: event.value for event in events.Scalars(key)}
+        assert shown == pytest.approx({step: values[place] for step, values in measured(out).items()}, rel=1e-5)
