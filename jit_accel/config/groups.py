@@ -23,7 +23,8 @@ class DataConfig:
     image_column: str | None = None
     """Column of the images (default: the one that holds images)."""
     label_column: str | None = None
-    """Column of the class labels, also in metadata.csv (default: label, cls, ... where present; else unlabelled)."""
+    """Column of the class labels, also in metadata.csv, or of lists of them, for images with several (default: label,
+    cls, ... where present; else unlabelled)."""
     vector_column: tuple[str, ...] = ()
     """Columns of numbers, or of lists of them, that the network is given as conditions (default: none)."""
     split: str | None = None

@@ -112,11 +112,16 @@ def _random_shares(
         out = np.empty((len(numbers), channels, img_size, img_size), np.uint8)
         facts, bad = images.read(numbers, out)
         good = np.setdiff1d(np.arange(len(numbers)), list(bad))
-        found = torch.from_numpy(numbers[good]), torch.from_numpy(out[good]), labels_in(facts[good])
+        found = torch.from_numpy(numbers[good]), torch.from_numpy(out[good]), _first_of(labels_in(facts[good]))
         return Share(*found, list(bad.values()))
 
     mine = np.arange(rank, len(images), world_size)
     return _ahead(read, (mine[start : start + batch_size] for start in range(0, len(mine), batch_size)))
+
+
+def _first_of(labels: Tensor) -> Tensor:
+    """Return the label of each image, the first of several."""
+    return labels if labels.ndim == 1 else labels[:, 0]
 
 
 def _stream_shares(
@@ -136,6 +141,7 @@ def _stream_shares(
             numbers.append(number)
             labels.append(columns.label_of(row.get(columns.label)))
         numbers, labels = (torch.tensor(values, dtype=torch.int64) for values in (numbers, labels))
+        labels = _first_of(labels)
         return Share(numbers, torch.from_numpy(out[: len(numbers)]), labels, bad)
 
     rows = _numbered_rows(stream, rank, world_size)

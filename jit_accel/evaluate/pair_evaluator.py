@@ -108,13 +108,12 @@ class PairEvaluator:
         """Return the scores of all pairs. UserError on all processes where none can be read, or one fails."""
         accelerator, place = self.accelerator, (self.accelerator.process_index, self.accelerator.num_processes)
         tally, bad_images = Tally(self.rows, self.scores, self.network), []
-        pairs_at_once = max(1, self.batch_size // self.samples_each)
 
         def score() -> None:
             total = -(-self.pairs.num_images // place[1])
             silent = not (self.show_progress and accelerator.is_main_process)
             with accelerator.autocast(), tqdm(total=total, unit="image", leave=False, disable=silent) as progress:
-                for part, bad in self.pairs.parts(pairs_at_once, *place):
+                for part, bad in self.pairs.parts(self.batch_size, *place):
                     bad_images.extend(bad)
                     if part is not None:
                         tally.add(part.numbers, self._pictures(part, pipeline, settings))
@@ -180,15 +179,14 @@ def evaluate_pairs(config: EvaluateConfig, accelerator, file: Path | None) -> No
             size, rule = network.sizes[MAIN], "compare distances only of as many images."
             report(f"Features:  {network.name}, {size:,} numbers, of fewer images: {rule}")
             about |= {} if config.few_on_card else {"on_card": False}
-    found, first, nothing = [], None, dict.fromkeys(asdict(Setting()))
+    found, nothing = [], dict.fromkeys(asdict(Setting()))
     for setting in sorted(candidate.settings(), key=lambda setting: setting.is_unguided):
         result = evaluator.measure(candidate.pipeline(setting.ema), SamplerSettings(**setting.sampling))
-        first = first or result.first
         for row, values in result.scores.items():
             place = asdict(setting) if row != UNTOUCHED else nothing
             record = {"scored": row, **about, **place, "num_images": result.num_images, "metrics": values}
             found += [] if record in found else [record]
-    on_main(accelerator, lambda: draw_first(first, (file.parent if file else Path()) / SHEET_FILE))
+    on_main(accelerator, lambda: draw_first(result.first, (file.parent if file else Path()) / SHEET_FILE))
     on_main(accelerator, lambda: records.keep(found, file, None if config.output else candidate.weights))
 
 

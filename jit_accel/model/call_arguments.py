@@ -17,15 +17,18 @@ from jit_accel.base.errors import nearest
 from jit_accel.model.guidance import GUIDED
 from jit_accel.model.scheduler import CALLS_PER_STEP, checked_choice
 
-Label = int | str | None
+Label = int | str | None | Sequence[int | str]  # the last where images have several
 Picture = Image.Image | np.ndarray | Tensor
 STRENGTH = 0.6  # where a call does not say
 
 
-def label_ids(class_labels: Label | Sequence[Label] | Tensor, num_classes: int, names: list[str] | None) -> list[int]:
+def label_ids(
+    class_labels: Label | Sequence[Label] | Tensor, num_classes: int, names: list[str] | None, has_several: bool = False
+) -> list[int | list[int]]:
     """Return class numbers, names or None, or a list of them, as the network's labels; `num_classes` is "no class".
 
-    None in place of a list means the one class of a network that was trained without labels, else "no class".
+    Of a network that `has_several`, each may be a list. None in place of a list means the one class of a network that
+    was trained without labels, else "no class".
     Raises `ValueError` for a label that the network does not know; the message says which it does.
     """
     if isinstance(class_labels, Tensor | np.ndarray | np.generic):
@@ -34,10 +37,27 @@ def label_ids(class_labels: Label | Sequence[Label] | Tensor, num_classes: int, 
         class_labels = [0 if num_classes == 1 else None]
     elif isinstance(class_labels, int | float | str):
         class_labels = [class_labels]
-    ids = [_label_id(label, num_classes, names) for label in class_labels]
+    ids = [_several_ids(label, num_classes, names, has_several) for label in class_labels]
     if not ids:
         raise ValueError("class_labels is empty: give a class for each image, such as [0, 1]")
     return ids
+
+
+def _several_ids(label: Label, num_classes: int, names: list[str] | None, has_several: bool) -> int | list[int]:
+    """Return the label of an image, or the list of those it has."""
+    parts = label.tolist() if isinstance(label, Tensor | np.ndarray) else label
+    if not has_several or not isinstance(parts, list | tuple):
+        return _label_id(label, num_classes, names)
+    found = list(dict.fromkeys(_label_id(part, num_classes, names) for part in parts))
+    return found or num_classes
+
+
+def labels_tensor(ids: Sequence[int | list[int]], num_classes: int) -> Tensor:
+    """Return labels as the network's argument, int64 (B,), or (B, k) where an image has several."""
+    rows = [label if isinstance(label, list) else [label] for label in ids]
+    most = max(map(len, rows))
+    filled = torch.tensor([[*row, *[num_classes] * (most - len(row))] for row in rows], dtype=torch.long)
+    return filled[:, 0] if most == 1 else filled
 
 
 def _label_id(label: Label, num_classes: int, names: list[str] | None) -> int:

@@ -136,7 +136,7 @@ def generate_batches(
     num_classes = pipeline.transformer.config.num_classes
     if labels is None:
         labels = [number % num_classes if num_classes else None for number in numbers]
-    if vectors is None and pipeline.config.vectors:
+    if vectors is None and pipeline.config.get("vectors"):  # carried code may know none
         vectors = [None] * len(numbers)
     if batch_multiple is None:
         batch_multiple = CPU_BATCH_MULTIPLE if pipeline.transformer.device.type == "cpu" else 1

@@ -25,7 +25,11 @@ PIPELINE_FOLDER = "pipeline"  # in a run's
 
 
 def build_network(
-    model: ModelConfig, condition: ConditionConfig, img_size: int, vectors: Mapping | None = None
+    model: ModelConfig,
+    condition: ConditionConfig,
+    img_size: int,
+    vectors: Mapping | None = None,
+    has_several_labels: bool = False,
 ) -> JiTTransformer2DModel:
     """Return the network of these settings, complete ones, with new weights; `vectors` as of `JiTPipeline`."""
     return build_model(
@@ -38,6 +42,7 @@ def build_network(
         condition_bottleneck=condition.condition_bottleneck,
         condition_inject=condition.condition_inject,
         vector_sizes=list(vectors["sizes"]) if vectors else None,
+        has_several_labels=has_several_labels,
     )
 
 
@@ -142,7 +147,8 @@ def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, about: str 
         if ema not in choices:
             raise UserError(f"{checkpoint} has {', '.join(choices)}.{nearest(ema, choices)}", about="ema", value=ema)
         with torch.device("meta"):
-            network = build_network(config.model, config.condition, config.data.img_size, run.get("vectors"))
+            facts = run.get("vectors"), run.get("has_several_labels", False)
+            network = build_network(config.model, config.condition, config.data.img_size, *facts)
         weights = load_tensors(checkpoint, UNAVERAGED if ema == UNAVERAGED else f"ema_{ema}", about)
         if config.tune.lora_rank:
             weights = merged(base_of(checkpoint, run), weights, config.tune.lora_alpha / config.tune.lora_rank)

@@ -29,6 +29,7 @@ from jit_accel.model.call_arguments import (
     conditions_of,
     guidance_weight,
     label_ids,
+    labels_tensor,
     repaint_mask,
     skipped_steps,
     start_images,
@@ -202,8 +203,8 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         """Return images of classes, or of conditions, made from noise or from images.
 
         Args:
-            class_labels: a class number, its name (case does not matter), or None for "no class"; or a list. Left
-                out, "no class"; but of a network with one class, as unlabelled data make it, that one.
+            class_labels: a class number, its name (case does not matter), or None for "no class"; or a list, for some
+                networks also of lists. Left out, "no class"; but of a network with one class that one.
             num_inference_steps, method: n ODE steps (50), by "heun", which calls the network 2n - 1 times, or "euler",
                 n times. None: the pipeline's own, as for guidance.
             guidance_scale, guidance_interval: weight of guidance where lo < t < hi, or t < hi if lo is 0; 1 is none.
@@ -260,7 +261,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         if self.config.objective.get("path") == "bridge":
             start = bridge_start(condition, self.transformer.config.in_channels, image)
             z = z if is_start else start
-        given = {"class_labels": torch.tensor(ids, dtype=torch.long), **condition}
+        given = {"class_labels": labels_tensor(ids, self.transformer.config.num_classes), **condition}
         given |= standardised_vectors(rows, self.config.vectors)
         return {name: tensor.to(device) for name, tensor in given.items()}, z.to(device)
 
@@ -306,9 +307,11 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         """Return the network's output for these labels under guidance, float32, by one call."""
         return guided_prediction(self.transformer, z, t, {"class_labels": labels}, weight)
 
-    def label_ids(self, class_labels: Label | Sequence[Label] | Tensor) -> list[int]:
+    def label_ids(self, class_labels: Label | Sequence[Label] | Tensor) -> list[int | list[int]]:
         """Return class numbers, names or None (or a list of them) as the network's labels."""
-        return label_ids(class_labels, self.transformer.config.num_classes, self.config.class_names)
+        config = self.transformer.config
+        several = config.get("has_several_labels", False)
+        return label_ids(class_labels, config.num_classes, self.config.class_names, several)
 
     def prepare_latents(
         self, batch: int, generator: Generators, latents: Tensor | None, height: int | None, width: int | None

@@ -286,7 +286,11 @@ def _paths_of(source: Source) -> pa.Array:
 def _open(config: PrepareConfig) -> Source:
     names = "data_format", "image_column", "label_column", "renumber_labels", "split"
     names += "condition_path", "condition_column"
-    return open_images(config.data_path, **{name: getattr(config, name) for name in names})
+    source = open_images(config.data_path, **{name: getattr(config, name) for name in names})
+    if source.most_labels is not None:
+        rule = "its rows hold lists of labels, and what is prepared has one label an image: train on the data as it is."
+        raise UserError(rule, about="label_column", value=config.label_column)
+    return source
 
 
 def _copies(folder: Path, shards: list[dict]) -> Iterator[tuple[str, str]]:

@@ -301,7 +301,8 @@ def build_measures(
 def build_model(config: Config, source: Source, initial: Initial | None) -> tuple[JiTTransformer2DModel, Tuning]:
     """Return the network with its first weights, the same on every process, and how it stands to those of `initial`."""
     torch.manual_seed(config.run.seed)
-    model = build_network(config.model, config.condition, config.data.img_size, source.vector_record)
+    facts = source.vector_record, source.most_labels is not None
+    model = build_network(config.model, config.condition, config.data.img_size, *facts)
     tuning = tune(model, config.tune, config.objective.noise_scale, source, initial)
     if config.performance.gradient_checkpointing:
         model.enable_gradient_checkpointing()

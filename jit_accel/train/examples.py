@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from jit_accel.data.batches.batch import Batch, PixelBatch, ready
+from jit_accel.data.batches.batch import Batch, PixelBatch, listed, ready
 from jit_accel.data.batches.degradations import degradation_of
 from jit_accel.data.batches.holdout import HeldOut
 from jit_accel.data.batches.ready_batches import batches
@@ -24,7 +24,7 @@ class Examples:
     """Images, their labels and their conditions; the same on all processes."""
 
     truth: np.ndarray  # uint8 (n, H, W, 3)
-    labels: list[int]
+    labels: list[int | list[int] | None]
     conditions: Tensor | None  # (n, C, H, W) in [0, 1]
     vectors: list[list[float]] | None = None  # (n, k) in the units of the data
 
@@ -79,4 +79,4 @@ def choose_examples(
     truth = ((batch.images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     conditions = None if batch.condition is None else (batch.condition + 1) / 2
     vectors = None if batch.vectors is None else source.vectors.restored(batch.vectors.numpy()).tolist()
-    return Examples(truth, labels_of(batch).tolist(), conditions, vectors)
+    return Examples(truth, listed(labels_of(batch)), conditions, vectors)

@@ -13,7 +13,7 @@ from torch import Tensor
 from jit_accel.base.errors import UserError
 from jit_accel.config.completion import Start
 from jit_accel.config.groups import TuneConfig
-from jit_accel.data.batches.batch import Batch
+from jit_accel.data.batches.batch import Batch, renumbered
 from jit_accel.data.formats.source import Source
 from jit_accel.model.loading import load_pipeline
 from jit_accel.model.lora import Adapter, is_added
@@ -174,8 +174,8 @@ class Tuning:
     notes: str = ""  # the fate of the weights, in words
 
     def labels_of(self, batch: Batch) -> Tensor:
-        """Return labels (B,) as the network knows them."""
-        return batch.labels if self.labels is None else self.labels.to(batch.labels.device)[batch.labels]
+        """Return labels, (B,) or (B, k), as the network knows them."""
+        return batch.labels if self.labels is None else renumbered(batch.labels, self.labels)
 
 
 def tune(

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from jit_accel.base.processes import gather_rows, on_all
-from jit_accel.data.batches.batch import Batch, PixelBatch, ready
+from jit_accel.data.batches.batch import Batch, PixelBatch, listed, ready
 from jit_accel.data.batches.degradations import Degradation
 from jit_accel.data.batches.holdout import HeldOut
 from jit_accel.data.formats.numbers import Vectors
@@ -39,7 +39,7 @@ class PairQuality(SampleMeasure):
         batch = ready(chosen, "cpu", self.degradation)
         num_classes = self.pipeline.transformer.config.num_classes
         self.keys = batch.positions.tolist()
-        self.labels = [label if label < num_classes else None for label in self.labels_of(batch).tolist()]
+        self.labels = [None if label == num_classes else label for label in listed(self.labels_of(batch))]
         self.truth = ((batch.images + 1) * 127.5).round().to(torch.uint8)
         self.conditions = (batch.condition + 1) / 2
         self.vectors = None if batch.vectors is None else self.standards.restored(batch.vectors.numpy()).tolist()

@@ -105,6 +105,7 @@ class RunFacts:
             "data": describe_data(source),
             "class_names": class_names,
             "vectors": source.vector_record,
+            "has_several_labels": source.most_labels is not None,
             "fingerprint": source.fingerprint,
             "base_identity": adapter and adapter.base_identity,
         }

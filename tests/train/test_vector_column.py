@@ -158,3 +158,24 @@ def test_settings_that_do_not_fit_are_refused(numbered, tmp_path, capsys, flags,
     assert train_here("--data_path", str(numbered), "--output_dir", str(tmp_path / "out"), *flags) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_images_with_several_labels_are_trained_on(numbered, tmp_path):
+    root = shutil.copytree(numbered, tmp_path / "data")
+    lines = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+    lines = [line | {"tags": ["even", "odd"][n % 2 :] if n % 3 else []} for n, line in enumerate(lines)]
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = ("--data_path", str(root), "--label_column", "tags", *COLUMNS, "--max_steps", "4", "--holdout", "0.2")
+    flags = (*flags, "--save_every_steps", "2", "--val_every_steps", "2", "--keep_checkpoints", "9")
+    assert train_here(*flags, "--output_dir", str(tmp_path / "out")) == 0
+    pipe, of_checkpoint = jit.load(tmp_path / "out"), jit.load(last_checkpoint(tmp_path / "out"))
+    for one in (pipe, of_checkpoint):
+        assert one.label_ids([["even", "odd"], "odd", None]) == [[0, 1], 1, 2]
+        assert one.transformer.config.has_several_labels
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "out", again, ignore=shutil.ignore_patterns("step_00000004*", "pipeline"))
+    assert train_here(*flags, "--output_dir", str(again), "--resume", "auto") == 0
+    assert_same_state(tmp_path / "out", again)
+    start = ("--data_path", str(root), "--label_column", "tags", "--init_from", str(tmp_path / "out"))
+    tuned = (*start, *COLUMNS, "--max_steps", "2", "--lora_rank", "1", "--output_dir", str(tmp_path / "lora"))
+    assert train_here(*tuned) == 0

@@ -22,7 +22,7 @@ class PixelBatch:
     images: (
         torch.Tensor
     )  # uint8 (B, 3 + C, H, W), 0..255; behind the image's channels are those of its condition, if any
-    labels: torch.Tensor  # int64 (B,)
+    labels: torch.Tensor  # int64 (B,), or (B, k) filled up by -1
     positions: np.ndarray  # int64 (B,): the images' numbers in the run, on which every random choice for them depends
     bad_images: list[str] = field(default_factory=list)  # "name: reason" of each that could not be decoded
     mirror: np.ndarray | None = None  # bool (B,): which images `ready` turns left to right
@@ -39,7 +39,7 @@ class Batch:
     """One micro-batch of one process, ready to be trained on."""
 
     images: torch.Tensor  # float32 (B, 3, H, W) in [-1, 1], on the device
-    labels: torch.Tensor  # int64 (B,), on the device
+    labels: torch.Tensor  # int64 (B,), or (B, k) filled up by -1, on the device
     positions: np.ndarray  # as in `PixelBatch`
     bad_images: list[str] = field(default_factory=list)
     condition: torch.Tensor | None = None  # float32 (B, C, H, W) in [-1, 1], on the device
@@ -82,8 +82,21 @@ def ready(batch: PixelBatch, device: torch.device | str, degradation: Degradatio
 
 
 def labels_in(facts: np.ndarray) -> torch.Tensor:
-    """Return the labels, int64 (B,), among what `Images.read` returns."""
+    """Return the labels, int64 (B,), or (B, k) of images that may have several, among what `Images.read` returns."""
     return torch.from_numpy(facts if facts.dtype.names is None else np.ascontiguousarray(facts["label"]))
+
+
+def renumbered(labels: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Return labels with the class that `numbers` has for each; -1 stays."""
+    found = numbers.to(labels.device)[labels]
+    return found if labels.ndim == 1 else found.where(labels >= 0, -1)
+
+
+def listed(labels: torch.Tensor) -> list:
+    """Return labels as a call of a pipeline takes them: of images that may have several, a list of each, or None."""
+    if labels.ndim == 1:
+        return labels.tolist()
+    return [[label for label in of_image if label >= 0] or None for of_image in labels.tolist()]
 
 
 def vectors_in(facts: np.ndarray, vectors: Vectors | None) -> torch.Tensor | None:
@@ -121,7 +134,7 @@ def _free_buffer(shape: tuple[int, ...]) -> np.ndarray:
 def check_labels(labels: np.ndarray, num_classes: int | None) -> None:
     """Raise `UserError` for a label that is negative or not below `num_classes`, which streams show only when read."""
     largest = labels.max()
-    if labels.min() < 0:
+    if labels.ndim == 1 and labels.min() < 0:
         rule = "an image of the stream has no label, or a negative one; labels are 0, 1, 2, ...: remove such images or "
         raise UserError(rule + "choose another column.", about="label_column")
     if num_classes is not None and largest >= num_classes:

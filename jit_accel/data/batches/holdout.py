@@ -19,7 +19,7 @@ import torch
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.shared_tables import shared_arrays
-from jit_accel.data.batches.batch import PixelBatch, labels_in, vectors_in
+from jit_accel.data.batches.batch import PixelBatch, labels_in, renumbered, vectors_in
 from jit_accel.data.formats.source import Source, fingerprint_of
 from jit_accel.data.reading.content import announce_keys
 from jit_accel.data.reading.decode import BadImage, decode_row, facts_in_row
@@ -35,7 +35,7 @@ class HeldOut:
     """One process's share of the held-out images."""
 
     images: torch.Tensor  # uint8 (k, 3 + C, H, W), as in `PixelBatch`
-    labels: torch.Tensor  # int64 (k,)
+    labels: torch.Tensor  # int64 (k,), or several of each as in `PixelBatch`
     keys: np.ndarray  # int64 (k,), 0 or more: one an image, from which its noise and time follow
     vectors: torch.Tensor | None = None  # float32 (k, n), standardised
 
@@ -120,7 +120,7 @@ def held_by_split(
         rule = f"that split has images of the class {unknown[0]}, which no image to train on has: choose another split."
         raise UserError(rule, about="split")
     numbers = [number_of.get(name, number) for number, name in enumerate(other.class_names)]
-    return replace(held, labels=torch.tensor(numbers)[held.labels]) if numbers else held
+    return replace(held, labels=renumbered(held.labels, torch.tensor(numbers))) if numbers else held
 
 
 def _smallest(by_unit: list[np.ndarray], held: np.ndarray, count: int) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ from datasets import ClassLabel, Features, Image, Value
 
 from jit_accel.base.errors import UserError, nearest
 from jit_accel.data import data_error
+from jit_accel.data.formats.label_lists import item_of
 from jit_accel.data.formats.numbers import vector_of
 from jit_accel.data.reading.splits import OTHERS, TEST, TRAIN, VALIDATION, choose_splits, split_of
 
@@ -51,6 +52,7 @@ class Columns:
     condition: str | None = None  # of a picture that goes with the image
     vectors: tuple[str, ...] = ()  # columns of numbers
     vector_sizes: tuple[int, ...] = ()  # how many numbers a row has in each
+    most_labels: int | None = None  # of a row, where the label column holds lists of them
 
     @property
     def all(self) -> list[str]:
@@ -70,14 +72,14 @@ class Columns:
 
     @property
     def facts_type(self) -> np.dtype:
-        """The type of what is read of an image beside its pixels: its class, and its numbers where there are any."""
-        return facts_type(sum(self.vector_sizes))
+        """The type of what is read of an image beside its pixels: its class or classes, and its numbers."""
+        return facts_type(sum(self.vector_sizes), self.most_labels)
 
     def facts_of(self, row: Mapping[str, Any]) -> Any:
         """Return a value of this type. Raises `ValueError` for a row without the numbers that it should have."""
         label = self.label_of(row.get(self.label))
         if not self.vectors:
-            return label
+            return label if self.most_labels is None else (label,)
         return label, vector_of((name, row.get(name), n) for name, n in zip(self.vectors, self.vector_sizes))
 
     def chosen(self, table: pa.Table | pa.RecordBatch) -> pa.Table | pa.RecordBatch:
@@ -94,22 +96,34 @@ class Columns:
             return (path or None) if data is None else data, path
         return value, value if isinstance(value, str) else ""
 
-    def label_of(self, value: Any) -> int:
-        """Return the class of one value of the label column; -1 where there is none."""
+    def label_of(self, value: Any) -> int | list[int]:
+        """Return the class of one value of the label column; -1 where there is none.
+
+        Of a column of lists it is the classes, filled up by -1. Raises `ValueError` for more than there may be.
+        """
         if self.label is None:
             return 0
         if self.label_key is not None:
             value = value.get(self.label_key) if isinstance(value, dict) else None
+        if self.most_labels is None:
+            return self._class_of(value)
+        found = list(dict.fromkeys(map(self._class_of, value or ())))
+        if len(found) > self.most_labels:
+            raise ValueError(f"it has {len(found)} labels, and none had more than {self.most_labels}")
+        return [*found, *[-1] * (self.most_labels - len(found))]
+
+    def _class_of(self, value: Any) -> int:
         if self.label_ids is not None:
             return self.label_ids.get(value, -1)
         return -1 if value is None else int(value)
 
 
-def facts_type(num_numbers: int) -> np.dtype:
-    """Return the type of images' classes, int64, and of so many numbers beside them."""
-    if not num_numbers:
+def facts_type(num_numbers: int, most_labels: int | None) -> np.dtype:
+    """Return the type of images' classes, int64, one or `most_labels`, and of so many numbers beside them."""
+    if not num_numbers and most_labels is None:
         return np.dtype(np.int64)
-    return np.dtype([("label", np.int64), ("vectors", np.float64, (num_numbers,))])
+    label = ("label", np.int64, () if most_labels is None else (most_labels,))
+    return np.dtype([label, ("vectors", np.float64, (num_numbers,))] if num_numbers else [label])
 
 
 def features_of(schema: pa.Schema) -> dict[str, Any]:
@@ -162,7 +176,8 @@ def find_columns(
     kinds = {name: kind for name in (*named, *classes) if (kind := label_kind(features[name]))}
     label = label_column or min(kinds, key=lambda name: kinds[name] == "float", default=None)  # floats may be scores
     is_image = not isinstance(features[image], pa.DataType)  # as which HF has no type
-    is_label = label is None or (label != image and label_kind(features[label]) is not None)
+    kind = label and label_kind(item_of(features[label]) if label_column else features[label])
+    is_label = label is None or (label != image and kind is not None)
     is_condition = condition is None or _may_be_pictures(everything[condition])
     for about, column, is_fit, rule in (
         ("image_column", image, is_image, "images are JPEG, PNG, ... files as bytes"),
@@ -194,7 +209,7 @@ def named_column(names: Iterable[str], wanted: str, about: str, where: str) -> s
 
 def has_numbers(feature: Any) -> bool:
     """Return True for a type whose values may be numbers, or lists of them; text may be, too."""
-    return label_kind(getattr(feature, "feature", feature)) is not None
+    return label_kind(item_of(feature)) is not None
 
 
 def _may_be_pictures(feature: Any) -> bool:

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterable
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
@@ -19,6 +18,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.base.shared_tables import shared_table
 from jit_accel.data import data_error
 from jit_accel.data.formats.columns import Columns, named_classes
+from jit_accel.data.formats.label_lists import different_labels
 from jit_accel.data.formats.metadata import listed_in_metadata, listed_paths
 from jit_accel.data.formats.numbers import tally_of, vectors_of_tallies
 from jit_accel.data.formats.partners import partners_by_name
@@ -81,7 +81,9 @@ def open_folder(request: Request) -> Source:
     dataset = Dataset(table, fingerprint=facts["identity"])
     vectors = vectors_of_tallies(tuple(facts["tallies"]), [facts["tallies"].values()], root)
     found = {name: own for name, own in _own_names(facts["tallies"]).items() if own in table.column_names}
-    sizes = {"vectors": vectors.names, "vector_sizes": vectors.sizes} if vectors else {}
+    sizes: dict = {"vectors": vectors.names, "vector_sizes": vectors.sizes} if vectors else {}
+    if "label" in found and pa.types.is_list(table.schema.field(found["label"]).type):
+        sizes["most_labels"] = different_labels(table[found["label"]])[1]
     images, names = TableImages(dataset, Columns(**found, **sizes)), tuple(facts["names"])
     return source_of(root, "folder", images, names, facts["identity"], vectors=vectors)
 
@@ -104,7 +106,8 @@ def _table_of_images(request: Request, where: str) -> pa.Table:
         (images, ids, names), numbers = _classify(root, scan.images, chosen.inner), pa.table({})
     identity = hash_strings(images, ["folder", str(len(images))])
     if scan.metadata and ids is not None:  # which class folders show in the paths
-        identity = hash_strings(pa.chunked_array([pa.array(ids).cast(pa.string())]), ["metadata", identity])
+        of_each = ids.cast(pa.string()) if pa.types.is_integer(ids.type) else pa.array(map(str, ids.to_pylist()))
+        identity = hash_strings(pa.chunked_array([of_each]), ["metadata", identity])
     names = names or (os.path.basename(where) or "image",)
     # By columns: `Dataset.from_dict` would encode a million paths one by one
     paths = pc.binary_join_element_wise(where.rstrip("/"), images, "/")
@@ -112,7 +115,9 @@ def _table_of_images(request: Request, where: str) -> pa.Table:
     features = Features({own["image"]: Image(decode=False)})
     table = {own["image"]: _as_files(paths)}
     if ids is not None:
-        features[own["label"]], table[own["label"]] = ClassLabel(names=list(names)), pa.array(ids)
+        kind = ClassLabel(names=list(names))
+        has_lists = pa.types.is_list(ids.type)
+        features[own["label"]], table[own["label"]] = List(kind) if has_lists else kind, ids
     if (found := _partners(request, scan.metadata, images)) is not None:
         partners, paths = found
         identity = hash_strings(pc.fill_null(partners, ""), ["condition", identity])
@@ -160,7 +165,7 @@ def _own_names(taken: Iterable[str]) -> dict[str, str]:
 
 def _classify(
     root: str, images: pa.ChunkedArray, inner: pa.ChunkedArray
-) -> tuple[pa.ChunkedArray, np.ndarray | None, tuple[str, ...]]:
+) -> tuple[pa.ChunkedArray, pa.Array | None, tuple[str, ...]]:
     """Return the images, and classes by the first folders of their `inner` paths; () where there is a single one."""
     is_in_folder = pc.greater_equal(pc.find_substring(inner, "/"), 0)
     in_folders = inner.filter(is_in_folder)
@@ -174,7 +179,7 @@ def _classify(
     if strays:
         log.warning("--data_path %s: %d images beside the class folders have no class: skipped", root, strays)
     places = pc.index_in(folders, value_set=pa.array(list(classes)))
-    return images.filter(is_in_folder), np.array(list(classes.values()))[places.to_numpy()], names
+    return images.filter(is_in_folder), pa.array(list(classes.values())).take(places.combine_chunks()), names
 
 
 def hash_strings(strings: pa.ChunkedArray, head: Iterable[str] = ()) -> str:

@@ -29,6 +29,7 @@ from jit_accel.data.formats.columns import (
     read_labels,
     split_column,
 )
+from jit_accel.data.formats.label_lists import different_labels, of_items
 from jit_accel.data.formats.numbers import numbers_of
 from jit_accel.data.formats.scan import FolderScan, OfSplits
 
@@ -41,7 +42,7 @@ class Listed(NamedTuple):
     """Images that metadata files list, and what these say of them."""
 
     images: pa.ChunkedArray  # relative paths, sorted
-    ids: np.ndarray | None  # their classes, int64 (N,); None for unlabelled ones
+    ids: pa.Array | None  # their classes, int64 (N,), or lists of them; None for unlabelled ones
     names: tuple[str, ...]  # of the classes; () for unlabelled ones
     numbers: pa.Table  # for each column of numbers that is asked for a list of them, or null, an image
 
@@ -88,25 +89,35 @@ def listed_in_metadata(
         raise UserError(rule, about="vector_column", value=" ".join(columns.vectors))
     if columns.label is None:
         return Listed(images, None, (), numbers)
-    parts = [table.column(columns.label) for table in tables]
-    if len({of_file.type for of_file in parts}) > 1:  # numbers in one file and text in another are text
-        parts = [of_file.cast(pa.string()) for of_file in parts]
-    values = pa.chunked_array([chunk for of_file in parts for chunk in of_file.chunks], parts[0].type).filter(is_there)
+    values = _as_one([table.column(columns.label) for table in tables]).filter(is_there)
     feature = features_of(pa.schema([(columns.label, values.type)]))[columns.label]
-    found = pc.unique(values).to_pylist()
+    columns, feature, found = of_items(columns, feature, [different_labels(values)])
     columns, names = read_labels(feature, found, columns, first_file, label_column, renumber)
     if columns.label is None:
         return Listed(images, None, (), numbers)
-    if columns.label_ids is not None:
+    if columns.most_labels is not None:
+        by_row = map(columns.label_of, values.to_pylist())
+        ids = pa.array([[label for label in labels if label >= 0] for labels in by_row], pa.list_(pa.int64()))
+    elif columns.label_ids is not None:
         ids = pa.array(list(columns.label_ids.values()))
-        values = ids.take(pc.index_in(values, value_set=pa.array(list(columns.label_ids), values.type)))
-    ids = values.cast(pa.int64()).to_numpy()
-    differing = np.unique(places[ids != ids[first][which]])
-    if len(differing):
-        rule = f"{first_file} lists {scan.images[int(differing[0])]} with two different labels"
+        ids = ids.take(pc.index_in(values, value_set=pa.array(list(columns.label_ids), values.type)))
+    else:
+        ids = values.cast(pa.int64())
+    ids = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+    again = np.flatnonzero(first[which] != np.arange(len(which)))  # rows about images that have one already
+    pairs = zip(places[again].tolist(), ids.take(again).to_pylist(), ids.take(first[which][again]).to_pylist())
+    if differing := sorted({place for place, now, then in pairs if now != then}):
+        rule = f"{first_file} lists {scan.images[differing[0]]} with two different labels"
         rule += f" ({len(differing)} such images): remove one of the rows."
         raise UserError(rule, about="label_column", value=columns.label)
-    return Listed(images, ids[first], names, numbers)
+    return Listed(images, ids.take(first), names, numbers)
+
+
+def _as_one(parts: list[pa.ChunkedArray]) -> pa.ChunkedArray:
+    """Return one column of those of several files; numbers in one and text in another are text."""
+    if len({of_file.type for of_file in parts}) > 1:
+        parts = [of_file.cast(pa.string()) for of_file in parts]
+    return pa.chunked_array([chunk for of_file in parts for chunk in of_file.chunks], parts[0].type)
 
 
 def _numbers(tables: list[pa.Table], names: Sequence[str]) -> pa.Table:

@@ -62,6 +62,7 @@ class Source:
     is_labelled: bool = True  # False where all are of one class for lack of labels
     img_size: int | None = None  # side in pixels of images that are all squares of one size
     vectors: Vectors | None = None  # the columns of numbers
+    most_labels: int | None = None  # of an image, where they may have several
 
     @property
     def vector_record(self) -> dict[str, list] | None:
@@ -71,7 +72,7 @@ class Source:
     @property
     def facts_type(self) -> np.dtype:
         """The type of what is read of an image beside its pixels, as of its `Columns`."""
-        return facts_type(len(self.vectors.mean) if self.vectors else 0)
+        return facts_type(len(self.vectors.mean) if self.vectors else 0, self.most_labels)
 
     @property
     def streaming(self) -> bool:
@@ -108,14 +109,16 @@ def source_of(
     vectors: Vectors | None = None,
 ) -> Source:
     """Return the data set of these images, squares of side `size` if that is given; UserError if there are none."""
-    if condition := getattr(images, "columns", Columns("")).condition:
+    columns = getattr(images, "columns", Columns(""))
+    if condition := columns.condition:
         identity = fingerprint_of([identity, "condition", condition])
     count = int(images.sizes.sum()) if isinstance(images, Stream) else len(images)
     if not count:
         raise data_error(name, "the data set has no rows: choose one with images.")
     max_label = len(names) - 1 if names else None
     identity = fingerprint_of([identity, str(vectors)]) if vectors else identity
-    return Source(name, format, images, count, names, identity, max_label, images.is_labelled, size, vectors)
+    given = name, format, images, count, names, identity, max_label, images.is_labelled
+    return Source(*given, img_size=size, vectors=vectors, most_labels=columns.most_labels)
 
 
 def in_class_order(source: Source, names: Sequence[str]) -> Source:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, Image, Value, concatenate_datasets
 
@@ -28,6 +27,7 @@ from jit_accel.data.formats.columns import (
     read_labels,
     split_column,
 )
+from jit_accel.data.formats.label_lists import different_labels, item_of, of_items
 from jit_accel.data.formats.numbers import Tally, Vectors, tally_of, vectors_of_tallies
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
 from jit_accel.data.reading.images import ParquetReader, Stream
@@ -92,8 +92,8 @@ def open_tables(
         raise data_error(request.path, rule)
     columns, sizes = _of_splits(files, features, columns, split, request.path)
     columns, vectors = _with_numbers(files, columns, request.path)
-    feature = features.get(columns.label)
-    values = _values_of_labels(files, columns, feature, request.renumber_labels)
+    values = _values_of_labels(files, columns, features.get(columns.label), request.renumber_labels)
+    columns, feature, values = of_items(columns, features.get(columns.label), values)
     columns, names = read_labels(feature, values, columns, request.path, request.label_column, request.renumber_labels)
     rows = int(sizes.sum())
     head, sized = (["hub", request.path], ()) if format == "hub" else (["parquet"], shards)
@@ -159,8 +159,12 @@ def open_table(request: Request, format: str, dataset: Dataset, identity: str, s
     if (values := choose_values(counts or {None: len(dataset)}, split, request.path)) is not None:
         columns, identity = replace(columns, split=(name, values)), fingerprint_of([identity, *map(str, values)])
         dataset, columns = _rows_of_splits(dataset, columns)
-    values = () if columns.label is None else dataset.unique(columns.label)
-    feature, asked = dataset.features.get(columns.label), request.label_column
+    feature, asked, values = dataset.features.get(columns.label), request.label_column, []
+    if item_of(feature) is not feature:
+        values = different_labels(dataset.with_format("arrow")[columns.label][:])
+    elif columns.label is not None:
+        values = dataset.unique(columns.label)
+    columns, feature, values = of_items(columns, feature, [values])
     columns, names = read_labels(feature, values, columns, request.path, asked, request.renumber_labels)
     tallies = [[tally_of(dataset.with_format("arrow")[name][:]) for name in columns.vectors]]
     if vectors := vectors_of_tallies(columns.vectors, tallies, request.path):
@@ -276,21 +280,24 @@ def _rows_of_splits(dataset: Dataset, columns: Columns) -> tuple[Dataset, Column
     return dataset.select(columns.chosen(table)["row"].to_numpy()), replace(columns, split=None)
 
 
-def _values_of_labels(files: Sequence[TableFile], columns: Columns, feature: Any, are_all: bool) -> set:
-    """Return the labels that differ by reading their column alone; of remote numbers those within the bounds of footers
-    unless `are_all` are wanted.
+def _values_of_labels(files: Sequence[TableFile], columns: Columns, feature: Any, are_all: bool) -> list[list]:
+    """Return the `different_labels` of parts by reading their column alone; of remote numbers those within the bounds
+    of footers unless `are_all` are wanted.
     """
     column, file_of = columns.label, {file.shard: file for file in files}
     if column is None:
-        return set()
+        return []
     if files[0].shard.is_remote and not are_all and label_kind(feature) in ("class", "int"):
         values = _bounds(files, column)
         if values is not None:
             numbers = [value for value in values if isinstance(value, int)] or [0]
-            return values | set(range(min(numbers), min(max(numbers), MAX_CLASSES)))
+            return [[*values], range(min(numbers), min(max(numbers), MAX_CLASSES))]
+
+    def look(shard: Shard) -> list:
+        return different_labels(_read_columns(shard, columns, file_of[shard], [column])[column])
+
     kind = " ".join(["parquet", column, *map(str, columns.split[1] if columns.split else ())])
-    found = remembered(kind, list(file_of), lambda shard: _different_values(shard, columns, file_of[shard]))
-    return set().union(*found)
+    return remembered(kind, list(file_of), look)
 
 
 def _bounds(files: Iterable[TableFile], column: str) -> set | None:
@@ -305,10 +312,6 @@ def _bounds(files: Iterable[TableFile], column: str) -> set | None:
                     return None
                 found |= {statistics.min, statistics.max} | ({None} if statistics.null_count else set())
     return found
-
-
-def _different_values(shard: Shard, columns: Columns, file: TableFile) -> list:
-    return pc.unique(_read_columns(shard, columns, file, [columns.label])[columns.label]).to_pylist()
 
 
 def _with_numbers(files: Sequence[TableFile], columns: Columns, where: str) -> tuple[Columns, Vectors | None]:

@@ -10,6 +10,7 @@ import tarfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from jit_accel.data import data_error
 from jit_accel.data.formats.columns import Columns
@@ -114,16 +115,22 @@ def is_image(key: str) -> bool:
     return key.rsplit(".", 1)[-1].lower() in IMAGE_KEYS
 
 
-def label_in(data: bytes, columns: Columns, where: str) -> float | str | None:
-    """Return the label in the bytes of a member; UserError for a .cls file that holds no number."""
+def label_in(data: bytes, columns: Columns, where: str) -> float | str | list | None:
+    """Return the label in the bytes of a member, or a list of them; UserError for a .cls file that holds no number."""
     if columns.label_key is not None:
         value = load_json(data).get(columns.label_key)
-        return value if value is None or isinstance(value, int | float) else str(value)
+        if columns.most_labels is None:
+            return _as_label(value)
+        return [_as_label(one) for one in (value if isinstance(value, list) else [] if value is None else [value])]
     with contextlib.suppress(ValueError):
         if (number := float(data)).is_integer():
             return int(number)
     rule = f"the class {data[:40]!r} is not a whole number, as .cls files must hold: write class numbers, or put "
     raise data_error(where, rule + 'the names in .json files under "label".')
+
+
+def _as_label(value: Any) -> float | str | None:
+    return value if value is None or isinstance(value, int | float) else str(value)
 
 
 def load_json(data: bytes) -> dict:

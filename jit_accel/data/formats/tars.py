@@ -145,8 +145,10 @@ def _find_columns(sample: dict[str, bytes], request: Request) -> Columns:
             rule = f"numbers are entries of .json files, and that of the first sample of {request.path} has "
             rule += f"{', '.join(entries) or 'none'}: choose from these.{nearest(name, entries)}"
             raise UserError(rule, about="vector_column", value=name)
-    vectors = tuple(f"{table}.{name}" for name in request.vector_column)
-    return Columns(image, label or FOLDER, label_key, any_image=any_image, condition=condition, vectors=vectors)
+    more = {"condition": condition, "vectors": tuple(f"{table}.{name}" for name in request.vector_column)}
+    if wanted is not None and isinstance(entries.get(label_key), list):
+        more["most_labels"] = 0  # until all are read
+    return Columns(image, label or FOLDER, label_key, any_image=any_image, **more)
 
 
 def _with_numbers(shards: Sequence[Shard], columns: Columns, where: str) -> tuple[Columns, Vectors | None]:
@@ -192,7 +194,7 @@ def _listed_counts(shards: Sequence[Shard], columns: Columns, stem: str, sample:
     is_text = (
         "/" in stem
         if data is None or has_split_word(stem)
-        else isinstance(label_in(data, columns, str(shards[0])), str)
+        else isinstance(label_in(data, columns, str(shards[0])), str | list)
     )
     if is_text or not shards[0].is_remote:
         return None
@@ -232,6 +234,7 @@ def _scan(
     """
     joined = columns.joined if columns.joined is None else sorted(columns.joined)
     kind = f"tar folders {columns.image} {columns.any_image} {columns.label} {columns.label_key} {joined}"
+    kind += " lists" * (columns.most_labels is not None)
     found = remembered(kind, shards, lambda shard: _scan_one(shard, columns))
     sizes: Counter = Counter()
     for facts in found:
@@ -243,10 +246,13 @@ def _scan(
         columns = replace(columns, left_out=frozenset(left_out))
     found = [{folder: of_folder for folder, of_folder in facts.items() if folder in kept} for facts in found]
     _report_lacking(shards, found)
-    values = {value for facts in found for _, labels, _, _ in facts.values() for value in labels}
+    labels = [label for facts in found for _, labels, _, _ in facts.values() for label in labels]
+    if columns.most_labels is not None:
+        columns = replace(columns, most_labels=max(1, *map(len, labels)))
+        labels = itertools.chain(*labels)
     pictured = {folder for facts in found for folder, (count, _, lacking, _) in facts.items() if count > lacking}
     counts = [sum(count for count, *_ in facts.values()) for facts in found]
-    return columns, counts, values, {folder: inner for folder, inner in kept.items() if folder in pictured}
+    return columns, counts, set(labels), {folder: inner for folder, inner in kept.items() if folder in pictured}
 
 
 def _report_lacking(shards: Sequence[Shard], found: Sequence[dict]) -> None:
@@ -269,7 +275,7 @@ def _scan_one(shard: Shard, columns: Columns) -> dict[str, list]:
             if image is None:
                 lacking, example = lacking + 1, example or stem
             if label is not None or (columns.label is not None and image is not None):
-                labels[label] = None
+                labels[label if columns.most_labels is None else tuple(label or ())] = None
             found[folder] = count + 1, labels, lacking, example
     return {folder: [count, list(labels), *rest] for folder, (count, labels, *rest) in found.items()}
 
@@ -282,6 +288,7 @@ def _load(shards: Sequence[Shard], columns: Columns, kind: Value, version: str) 
     """Return all samples as a table in the cache of HF datasets, which is made anew for each `version`."""
     features = {name: Image(decode=False) for name in columns.pictures}
     if columns.label is not None:
+        kind = kind if columns.most_labels is None else List(kind)
         features[columns.label] = kind if columns.label_key is None else {columns.label_key: kind}
     features |= {name: List(Value("float64")) for name in columns.vectors}
     states = [shard.identity() for shard in shards]
@@ -300,10 +307,16 @@ def _rows(columns: Columns, file: str, _: int = 0, start: int = 0) -> Iterator[d
     for _, pictures, label, numbers in _read(columns, file, start):
         row = dict(zip(columns.pictures, pictures)) | numbers
         if columns.label is not None:
-            if isinstance(label, int | float):  # text, where some labels are
-                label = int(label) if columns.label_ids is None or label in columns.label_ids else str(label)
+            label = [_as_known(one, columns) for one in label] if isinstance(label, list) else _as_known(label, columns)
             row[columns.label] = label if columns.label_key is None else {columns.label_key: label}
         yield row
+
+
+def _as_known(label: float | str | None, columns: Columns) -> int | str | None:
+    """Return a label as it is known: as text, where some labels are."""
+    if not isinstance(label, int | float):
+        return label
+    return int(label) if columns.label_ids is None or label in columns.label_ids else str(label)
 
 
 def _read(

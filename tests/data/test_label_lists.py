@@ -1,0 +1,165 @@
+"""Images with several labels: lists of classes in the label column, read alike from all formats."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from data_samples import image_folder, numbers_in, png, tar
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
+
+from jit_accel.base.errors import UserError
+from jit_accel.data import build_loader, open_images
+from jit_accel.data.batches.batch import check_labels, renumbered
+from jit_accel.data.batches.holdout import held_by_split, split_holdout
+from jit_accel.prepare import main as prepare
+
+COUNT = 20
+NAMES = ("cat", "dog", "old", "wet")
+
+
+def names_for(n: int) -> list[str]:
+    """Between none and all four of the names."""
+    return [name for bit, name in enumerate(NAMES) if n >> bit & 1]
+
+
+def rows(numbered: bool) -> list[list]:
+    return [[NAMES.index(name) for name in names_for(n)] if numbered else names_for(n) for n in range(COUNT)]
+
+
+def table(numbered: bool) -> Dataset:
+    kind = Value("int64") if numbered else Value("string")
+    images = [{"bytes": png(n), "path": f"{n:04d}.png"} for n in range(COUNT)]
+    given = {"image": images, "tags": rows(numbered), "age": [float(n) for n in range(COUNT)]}
+    return Dataset.from_dict(given, features=Features({"image": Image(), "tags": List(kind), "age": Value("float64")}))
+
+
+def in_folder(root, numbered: bool):
+    image_folder(root, COUNT)
+    files = [file.relative_to(root).as_posix() for file in sorted(root.rglob("*.png"))]
+    lines = [{"file_name": f, "tags": tags, "age": n} for n, (f, tags) in enumerate(zip(files, rows(numbered)))]
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def in_parquet(root, numbered: bool):
+    root.mkdir()
+    whole = table(numbered).with_format("arrow")[:]
+    pq.write_table(whole.slice(0, 12), root / "a.parquet", row_group_size=5)
+    pq.write_table(whole.slice(12), root / "b.parquet", row_group_size=5)
+
+
+def in_tars(root, numbered: bool):
+    members = {}
+    for n, tags in enumerate(rows(numbered)):
+        members[f"{n:04d}.png"] = png(n)
+        members[f"{n:04d}.json"] = json.dumps({"tags": tags, "age": n}).encode()
+    tar(root / "a.tar", dict(list(members.items())[:20]))
+    tar(root / "b.tar", dict(list(members.items())[20:]))
+
+
+WRITERS = {"folder": in_folder, "parquet": in_parquet, "tars": in_tars, "saved": lambda r, k: table(k).save_to_disk(r)}
+KINDS = [(name, None) for name in WRITERS] + [("parquet", False), ("tars", False)]
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize(("name", "streaming"), KINDS)
+def test_all_formats_give_each_image_its_labels(name, streaming, numbered, tmp_path, hf_cache):
+    WRITERS[name](tmp_path / "data", numbered)
+    for columns in ((), ("age",)):
+        source = open_images(tmp_path / "data", streaming=streaming, label_column="tags", vector_column=columns)
+        assert (source.num_classes, source.most_labels, source.is_labelled) == (4, 4, True)
+        assert numbered or source.class_names == NAMES
+        how = {"img_size": 4, "batch_size": 5, "seed": 0, "num_classes": 4}
+        loader, workers = build_loader(source, **how), build_loader(source, **how, num_workers=2)
+        seen = []
+        for _ in range(4):
+            batch, same = next(loader), next(workers)
+            assert torch.equal(batch.labels, same.labels)
+            images = numbers_in(batch.images)
+            found = [{NAMES[label] for label in labels if label >= 0} for labels in batch.labels.tolist()]
+            assert found == [set(names_for(n)) for n in images]
+            assert (batch.vectors is None) == (not columns)
+            seen += images
+        workers.close()
+        assert sorted(seen) == list(range(COUNT))
+
+
+def test_lists_are_read_where_they_are_asked_for_alone(tmp_path, caplog):
+    given = table(True).rename_column("tags", "labels")
+    given.save_to_disk(tmp_path)
+    assert not open_images(tmp_path).is_labelled
+    assert "which is no class" in caplog.text
+    assert open_images(tmp_path, label_column="labels").most_labels == 4
+
+
+def test_those_held_out_have_theirs(tmp_path):
+    in_parquet(tmp_path / "data", False)
+    source = open_images(tmp_path / "data", label_column="tags")
+    _, held = split_holdout(source, 0.4, max_images=99, img_size=4)
+    for labels, n in zip(held.labels.tolist(), numbers_in(held.images)):
+        assert {NAMES[label] for label in labels if label >= 0} == set(names_for(n))
+    in_folder(tmp_path / "other", False)
+    lines = [json.loads(line) for line in (tmp_path / "other" / "metadata.jsonl").read_text().splitlines()]
+    lines = [line | {"tags": [tag for tag in line["tags"] if tag != "cat"]} for line in lines]  # others move up
+    (tmp_path / "other" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    other = open_images(tmp_path / "other", label_column="tags")
+    assert other.num_classes == 3
+    held = held_by_split(source, other, max_images=99, img_size=4)
+    for labels, n in zip(held.labels.tolist(), numbers_in(held.images)):
+        assert {NAMES[label] for label in labels if label >= 0} == set(names_for(n)) - {"cat"}
+
+
+def test_one_label_written_twice_is_one(tmp_path):
+    given = {"image": [{"bytes": png(n), "path": None} for n in range(4)], "tags": [["a", "b", "a"], ["b"], [], None]}
+    kind = Features({"image": Image(), "tags": List(ClassLabel(names=["a", "b"]))})
+    given["tags"] = [tags and [["a", "b"].index(tag) for tag in tags] for tags in given["tags"]]
+    Dataset.from_dict(given, features=kind).save_to_disk(tmp_path)
+    source = open_images(tmp_path, label_column="tags")
+    assert source.class_names == ("a", "b")
+    batch = next(build_loader(source, img_size=4, batch_size=4, seed=0))
+    by_image = dict(zip(numbers_in(batch.images), batch.labels.tolist()))
+    assert by_image == {0: [0, 1, -1], 1: [1, -1, -1], 2: [-1, -1, -1], 3: [-1, -1, -1]}
+    check_labels(batch.labels.numpy(), 2)
+    with pytest.raises(UserError, match="the data has the label 1"):
+        check_labels(batch.labels.numpy(), 1)
+    turned = renumbered(batch.labels, torch.tensor([5, 6]))
+    assert dict(zip(numbers_in(batch.images), turned.tolist()))[0] == [5, 6, -1]
+
+
+def test_labels_may_be_numbered_anew(tmp_path):
+    tags = [[3], [3, 9], [9, 20], []]
+    table = pa.table({"image": [{"bytes": png(n), "path": f"{n}.png"} for n in range(4)], "tags": tags})
+    pq.write_table(table, tmp_path / "a.parquet")
+    source = open_images(tmp_path, label_column="tags", renumber_labels=True)
+    assert source.class_names == ("3", "9", "20")
+    batch = next(build_loader(source, img_size=4, batch_size=4, seed=0))
+    assert dict(zip(numbers_in(batch.images), batch.labels.tolist()))[2] == [1, 2]
+
+
+def test_two_rows_of_one_image_must_agree(tmp_path):
+    in_folder(tmp_path, False)
+    file = tmp_path / "metadata.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines, lines[3]]))
+    assert open_images(tmp_path, label_column="tags").num_images == COUNT
+    file.write_text("\n".join([*lines, json.dumps(json.loads(lines[3]) | {"tags": ["cat"]})]))
+    with pytest.raises(UserError, match="with two different labels"):
+        open_images(tmp_path, label_column="tags")
+
+
+def test_a_fingerprint_follows_from_the_lists(tmp_path):
+    in_folder(tmp_path, False)
+    before = open_images(tmp_path, label_column="tags").fingerprint
+    text = (tmp_path / "metadata.jsonl").read_text()
+    (tmp_path / "metadata.jsonl").write_text(text.replace('["cat", "dog"]', '["dog", "old"]'))
+    assert open_images(tmp_path, label_column="tags").fingerprint != before
+
+
+def test_what_is_prepared_has_one_label(tmp_path, capsys):
+    in_folder(tmp_path / "data", False)
+    flags = ("--data_path", str(tmp_path / "data"), "--label_column", "tags", "--img_size", "4")
+    assert prepare([*flags, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "--label_column tags: its rows hold lists of labels" in capsys.readouterr().err
+    assert np.all([not (tmp_path / "out").exists()])
