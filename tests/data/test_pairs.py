@@ -287,6 +287,20 @@ def test_bad_partners_in_a_stream_are_named_too(tmp_path, loaders):
     assert torch.equal(batch.images[:, 3:], 255 - batch.images[:, :3])
 
 
+def test_a_row_group_of_bad_partners_is_not_all_of_the_data(tmp_path, loaders):
+    rows = table().to_pylist()
+    for row in rows[:6]:
+        row["shown"] = None
+    (tmp_path / "bad").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, table().schema), tmp_path / "bad" / "0.parquet", row_group_size=2)
+    source = open_images(tmp_path / "bad", condition_column="shown")
+    assert len(next(loaders(source, batch_size=N)).bad_images) == 6
+    for row in rows:
+        row["shown"] = None
+    pq.write_table(pa.Table.from_pylist(rows, table().schema), tmp_path / "bad" / "0.parquet", row_group_size=2)
+    assert "none of the conditions looked at (20)" in refusal(tmp_path / "bad", condition_column="shown")
+
+
 def test_a_missing_member_is_a_bad_image_and_dots_in_names_do_no_harm(tmp_path, loaders):
     members = {}
     for n in range(6):

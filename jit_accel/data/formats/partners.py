@@ -82,9 +82,10 @@ def _some_rows(source: Source) -> Iterator[dict]:
     """Yield a few undecoded rows, from all over the data where that costs nothing."""
     images = source.images
     if isinstance(images, Stream):
-        # Of remote files, one that was fetched when the columns were looked for
-        unit = np.flatnonzero(images.sizes)[0] if images.files is None else images.sizes.argmax()
-        yield from islice(images.rows(int(unit)), _MOST_PAIRS)
+        # Of remote files, first one that was fetched when the columns were looked for
+        begun = 0 if images.files is None else int(images.sizes.argmax())
+        units = np.roll(np.arange(images.num_units), -begun).tolist()
+        yield from islice((row for unit in units for row in images.rows(unit)), _MOST_PAIRS)
     else:
         numbers = np.unique(np.linspace(0, len(images) - 1, _MOST_PAIRS).astype(int))
         yield from (images.dataset[number] for number in numbers.tolist())
