@@ -1,5 +1,6 @@
 """Pairs: a picture beside each image, its condition, from whatever kind of data, which stays with it everywhere."""
 
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from data_samples import refusal, tar
 from datasets import ClassLabel, Dataset, Features, Image
+from helpers import DEVICES
 from http_server import FailingServer
 from PIL import Image as PILImage
 
@@ -23,6 +25,7 @@ from jit_accel.data.formats.prepared import read_index
 from jit_accel.data.reading.decode import center_crop, have_one_aspect
 from jit_accel.evaluate.image_sets import open_image_set
 from jit_accel.prepare import main as prepare
+from jit_accel.prepare.encode import Encoded, Spool, write_part
 
 N, SIDE = 20, 8
 
@@ -198,6 +201,19 @@ def test_both_pictures_of_a_pair_are_mirrored_together(source):
         assert batch.images.shape == batch.condition.shape == (N, 3, SIDE, SIDE)
         assert torch.allclose(batch.condition, -batch.images, atol=1e-6)
         assert batch.images.is_contiguous()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_both_pictures_of_a_pair_arrive_on_a_device(device, tmp_path):
+    photos, negatives = two_folders(tmp_path)
+    source = open_images(photos, condition_path=negatives)
+    expected, found = (batches(source, img_size=SIDE, batch_size=6, device=where) for where in ("cpu", device))
+    with contextlib.closing(expected), contextlib.closing(found):
+        for _ in range(8):
+            there, here = next(found), next(expected)
+            assert there.condition.device.type == device
+            assert torch.equal(there.images.cpu(), here.images)
+            assert torch.equal(there.condition.cpu(), here.condition)
 
 
 def test_pairs_come_in_the_same_steps_however_they_are_read(source, loaders):
@@ -524,6 +540,18 @@ def test_a_store_of_pairs_can_be_read_smaller_or_without_the_conditions(tmp_path
         source.images.read(np.arange(N), both)
         source.images.read(np.arange(N), alone)
         assert np.array_equal(both[:, :3], alone)
+
+
+def test_parts_of_an_unfinished_older_preparation_go_with_newer_ones(tmp_path):
+    images = [Encoded(b"%d" % n, f"{n}.png", n, n) for n in range(4)]
+    write_part(tmp_path / "new", images[2:])
+    old = pa.Table.from_pylist([image._asdict() for image in images[:2]]).drop_columns(["condition"])
+    types = {name: pa.large_binary() if name == "data" else old.schema.field(name).type for name in old.column_names}
+    types["key"] = pa.uint64()
+    with pa.ipc.new_file(tmp_path / "old", pa.schema(list(types.items()))) as writer:
+        writer.write_table(old.cast(pa.schema(list(types.items()))))
+    spool = Spool([tmp_path / "old", tmp_path / "new"])
+    assert list(spool.images_at(np.arange(4))) == images
 
 
 def test_a_store_has_another_version_where_there_are_pairs(tmp_path, capsys):
