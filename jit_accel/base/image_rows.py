@@ -15,15 +15,16 @@ _WIDEST_NAME = 28  # letters
 def draw_rows(
     rows: Sequence[tuple[str, Sequence[np.ndarray]]], column_names: Sequence[str] = (), max_cell: int | None = None
 ) -> Image.Image:
-    """Draw images, uint8 (H, W, 3) of one size, in named rows, which may differ in length.
+    """Draw images, uint8 (H, W, 3) of one height, in named rows, which may differ in length and in width.
 
     Small images are magnified, those larger than `max_cell` pixels a side reduced to it.
     """
-    height, width = rows[0][1][0].shape[:2]
+    height, width = rows[0][1][0].shape[0], max(images[0].shape[1] for _, images in rows)
     zoom = -(-MIN_CELL_PIXELS // width)
     if max_cell and max(height, width) * zoom > max_cell:
         zoom = max_cell / max(height, width)
     cell_width, cell_height = max(1, round(width * zoom)), max(1, round(height * zoom))
+    widths = [max(1, round(images[0].shape[1] * zoom)) for _, images in rows]
     method = Image.Resampling.NEAREST if zoom >= 1 else Image.Resampling.BOX
     font_size = max(12, min(cell_width, cell_height) // 6)
     names = [_shortened(name) for name, _ in rows]
@@ -41,9 +42,18 @@ def draw_rows(
         place = (left - 8, y + cell_height // 2)
         draw.text(place, name, fill="black", font=font_for(name, font_size), anchor="rm")
         for column, image in enumerate(images):
-            picture = Image.fromarray(np.ascontiguousarray(image)).resize((cell_width, cell_height), method)
+            picture = Image.fromarray(np.ascontiguousarray(image)).resize((widths[row], cell_height), method)
             sheet.paste(picture, (left + column * step_x, y))
     return sheet
+
+
+def as_pictures(pixels: np.ndarray) -> np.ndarray:
+    """Return uint8 (..., H, W, C) as pictures (..., H, W, 3): one channel as grey, other counts as a row."""
+    channels = pixels.shape[-1]
+    if channels in (1, 3):
+        return pixels if channels == 3 else np.repeat(pixels, 3, axis=-1)
+    beside = np.moveaxis(pixels, -1, -2).reshape(*pixels.shape[:-2], channels * pixels.shape[-2])
+    return np.repeat(beside[..., None], 3, axis=-1)
 
 
 def without_paper(sheet: Image.Image) -> tuple[Image.Image, int]:

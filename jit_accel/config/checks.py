@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from jit_accel.base.errors import MOST, UserError, check_places, check_ranges, lookup, shown
 from jit_accel.config.groups import (
     DEFAULT_MODEL,
+    MOST_CHANNELS,
     MOST_CLASSES,
     MOST_IMAGES,
     MOST_PIXELS,
@@ -35,7 +36,8 @@ RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (lambda v: v >= 1, "at least 1", "shuffle_buffer batch_size gradient_accumulation_steps max_steps"),
     (lambda v: v >= 1, "at least 1", "lanes keep_checkpoints log_every_steps val_images paired_images"),
     (lambda v: v >= 1, "at least 1; leave it out to train all weights", "lora_rank"),
-    (lambda v: v == 3, "3: grey and transparent images are converted to RGB, so leave it out", "in_channels"),
+    (lambda v: 1 <= v <= MOST_CHANNELS, f"at least 1 and at most {MOST_CHANNELS}", "in_channels"),
+    (lambda v: -math.inf < v[0] < v[1] < math.inf, "two numbers, the smaller one first", "value_range"),
     (lambda v: 0 <= v <= MOST_WORKERS, f"0 or more and at most {MOST_WORKERS:,}", "num_workers"),
     (lambda v: v >= 0, "0 or more", "warmup_steps save_every_steps sample_every_steps val_every_steps"),
     (lambda v: v >= 0, "0 or more", "eval_every_steps paired_every_steps"),
@@ -127,6 +129,14 @@ def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
     if s.path == "bridge" and s.prediction == "e":
         rule = "would be the start, which of a --path bridge is known: it says nothing of the image; use x or v."
         yield "prediction", rule
+    if s.in_channels not in (1, 3):
+        rule = f"and images of --in_channels {s.in_channels} are neither: leave it out."
+        if s.eval_every_steps:
+            yield "eval_every_steps", f"compares features of grey or colour pictures, {rule}"
+        if any(loss.startswith("features") for loss in s.aux_loss):
+            yield "aux_loss", f"features are of grey or colour pictures, {rule}"
+        if (s.condition_from or "").startswith("jpeg"):
+            yield "condition_from", f"JPEGs are grey or colour pictures, {rule}"
     if s.aux_feature_weights is not None and not any(loss.startswith("features") for loss in s.aux_loss):
         yield "aux_feature_weights", "are of a loss that is not asked for: add --aux_loss features=0.05."
     if s.learning_rate is not None and s.min_learning_rate > s.learning_rate:

@@ -51,6 +51,7 @@ class Facts:
     is_labelled: bool = True  # else guidance towards the images' one class means nothing
     condition_channels: int = 0  # of what the data shows beside each image
     has_vectors: bool = False  # the data has numbers beside each image
+    value_range: tuple[float, float] | None = None  # of data that is not of 8 bits
     is_encoded: bool = True  # the images must be decoded
     processes: int = 1  # of the run, on all machines
     accumulation: int = 1  # and precision: what the accelerator was built with
@@ -110,6 +111,7 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         gradient_accumulation_steps=facts.accumulation,
         mixed_precision=facts.precision,
         condition_channels=config.condition.condition_channels or facts.condition_channels,
+        value_range=facts.value_range,
         output_dir=run_folder(config),
         resume=os.path.expanduser(config.run.resume),
         ema_decays=tuple(dict.fromkeys(optim.ema_decays or ("auto", *decays))),

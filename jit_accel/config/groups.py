@@ -6,6 +6,7 @@ from typing import Literal
 DEFAULT_MODEL = "JiT-B/16"
 # More is a slip of the finger; it would end in an overflow, or without memory.
 MOST_STEPS, MOST_IMAGES, MOST_PIXELS = 10_000, 10_000_000, 16_384
+MOST_CHANNELS = 64
 MOST_CLASSES, MOST_WORKERS = 1_000_000, 1024  # processes that decode
 UNAVERAGED = "model"  # in place of a decay: the weights themselves
 STREAMING = {"auto": None, "true": True, "false": False}
@@ -43,6 +44,8 @@ class DataConfig:
     """Mirror every second image, at random. Switch off for digits and text."""
     num_workers: int | None = None
     """Decoding processes per training process (default: by the number of cores)."""
+    value_range: tuple[float, float] | None = None
+    """Values of the data that become -1 and 1; needed for floats (default: 0 255, and 0 65535 of 16 bits)."""
     max_bad_images: float = 0.01
     """Stop when more than this share of the images cannot be decoded."""
     holdout: float | str = 0.0
@@ -76,7 +79,7 @@ class ModelConfig:
     num_classes: int | None = None
     """Number of classes (default: from the data)."""
     in_channels: int = 3
-    """Colour channels; always 3, other images are converted."""
+    """Channels of the images: 1 for grey, 3 for colour, to which pictures are converted; others are those of arrays."""
     proj_dropout: float | None = None
     """Dropout after attention and inside the MLP, middle half of the blocks (default: the size's, 0.2 for H, G)."""
     attn_dropout: float = 0.0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jit_accel.base.errors import UserError, lookup
 
 TIME_FEATURES = 256  # sinusoidal features of the time t
+GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601), as in Pillow's mode L
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ def measure(
         >>> found = measure(jit_accel.load("runs/flowers"), "photos", features="efficientnet_lite0", metrics="fd")
         >>> found["fd_efficientnet_lite0"]
     """
+    from jit_accel.evaluate.evaluator import pixels_of
     from jit_accel.evaluate.run import OneProcess, build_evaluator
     from jit_accel.model.generation import SamplerSettings, checked_side
 
@@ -90,7 +91,7 @@ def measure(
     check(config)
     evaluator = build_evaluator(config, OneProcess(), pipe.device, show_progress)
     side = checked_side(pipe, img_size)
-    real = evaluator.load_reference(config.reference, side)
+    real = evaluator.load_reference(config.reference, side, pixels=pixels_of(pipe))
     evaluator.keep_measurable(real, num_images, are_wanted=bool(config.metrics))
     settings = SamplerSettings(num_inference_steps, guidance_scale, guidance_interval, method)
     return evaluator.measure_pipeline(pipe, real, num_images, settings, seed, side)

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from jit_accel.base.console import say, warn
 from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.processes import gather_rows, on_all, on_main
+from jit_accel.data.formats.columns import COLOUR, PixelFormat
 from jit_accel.data.formats.sources import Source
 from jit_accel.evaluate.features import FeatureNetwork
-from jit_accel.evaluate.image_sets import ImageSet, find_array, open_image_set, read_reference
+from jit_accel.evaluate.image_sets import ImageSet, find_array, in_bytes, open_image_set, read_reference
 from jit_accel.evaluate.settings import ALL, EvaluateConfig, Setting, averages, axes_of, grid, metric_names
 from jit_accel.evaluate.statistics import Collector, ImageStatistics, hindrance, measured
 from jit_accel.model.checkpoints import MANIFEST, STATE
@@ -89,7 +90,7 @@ class Evaluator:
                 for share in shares:
                     bad_images.extend(share.bad_images)
                     if len(share.numbers):
-                        collector.add(share.numbers, self.network(share.images), share.labels)
+                        collector.add(share.numbers, self.network(in_bytes(share.images, images.pixels)), share.labels)
                     progress.update(len(share.numbers))
 
         with renamed_settings(data_path=about):
@@ -105,16 +106,24 @@ class Evaluator:
         return replace(statistics, fingerprint=images.fingerprint)
 
     def load_reference(
-        self, path: str | Source, img_size: int | None = None, split: str | None = None
+        self,
+        path: str | Source,
+        img_size: int | None = None,
+        split: str | None = None,
+        pixels: PixelFormat = COLOUR,
     ) -> ImageStatistics:
-        """Read statistics from a file, or measure images, cropped to `img_size` (None: the size that they have)."""
+        """Read statistics from a file, or measure images, cropped to `img_size` (None: the size that they have).
+
+        pixels: what those of a path are decoded to.
+        """
         about, found = "reference", None
         if isinstance(path, str) and path.endswith(".npz"):
             found = on_all(self.accelerator, lambda: read_reference(path, self.network))
             is_pairwise = any(metric_names(self.network.name)[name].is_pairwise for name in self.metrics)
             if found and (found.kept is not None or not is_pairwise or not find_array(path, about)):
                 return found
-        images = on_all(self.accelerator, lambda: open_image_set(path, about, img_size, split), in_turn=True)
+        how = about, img_size, split
+        images = on_all(self.accelerator, lambda: open_image_set(path, *how, pixels=pixels), in_turn=True)
         of_images = self.statistics_of_images(images, about)
         if found is None:
             name = path if isinstance(path, str) else path.name
@@ -148,6 +157,12 @@ class Evaluator:
         return tqdm(total=num_images, unit="image", leave=False, disable=is_silent)
 
 
+def pixels_of(pipeline: JiTPipeline) -> PixelFormat:
+    """Return the format of the images that a pipeline makes, which those to compare with are decoded to."""
+    value_range = pipeline.config.value_range
+    return PixelFormat(pipeline.transformer.config.in_channels, value_range=value_range and tuple(value_range))
+
+
 def open_candidate(config: EvaluateConfig, accelerator) -> tuple["Candidate", int]:
     """Return the model to measure, in the precision that suits it, and the side of its images in pixels.
 
@@ -160,6 +175,9 @@ def open_candidate(config: EvaluateConfig, accelerator) -> tuple["Candidate", in
         rule = "was trained with a condition, of which it makes images: give these as --pairs, not --reference."
         rule = rule if config.pairs is None else "was trained without a condition: measure it against --reference."
         raise UserError(rule, about="model", value=config.model)
+    if config.pairs is None and sizes.in_channels not in (1, 3):
+        rule = f"makes images of {sizes.in_channels} channels, and features are of grey or colour: compare them from "
+        raise UserError(rule + "Python, in measures of your own.", about="model", value=config.model)
     work = BlockWork.of(sizes, sizes.patch_size, img_size, img_size, config.batch_size, trains=False)
     times = settle_accelerator(accelerator, config.mixed_precision, work)
     if times and accelerator.is_main_process:

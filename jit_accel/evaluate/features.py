@@ -59,12 +59,21 @@ class FeatureNetwork:
     def __call__(self, images: Tensor) -> Layers:
         # Also in autocast, and where TF32 is allowed: the features' rounding is part of the distance.
         with torch.autocast(self.device.type, enabled=False), full_float32():
-            return self._forward(images.to(self.device))
+            return self._forward(in_colour(images).to(self.device))
 
     def with_gradient(self, images: Tensor) -> Tensor:
         """Return the "main" features (B, n) of images, float32 (B, 3, H, W) from 0 to 255, to which gradients flow."""
         with torch.autocast(self.device.type, enabled=False), full_float32():
-            return self._forward(images)[MAIN]
+            return self._forward(in_colour(images))[MAIN]
+
+
+def in_colour(images: Tensor) -> Tensor:
+    """Return images (B, 3, H, W), grey ones with their channel three times. UserError for other counts."""
+    channels = images.shape[1]
+    if channels not in (1, 3):
+        rule = f"the features are of colour or grey pictures, and the images have {channels} channels: compare them by "
+        raise UserError(f"{rule}scores of pairs, or with a measure of your own from Python.", about="features")
+    return images.expand(-1, 3, -1, -1) if channels == 1 else images
 
 
 def load_features(name: str, device: torch.device | str = "cpu", weights: str | None = None) -> FeatureNetwork:

@@ -24,7 +24,7 @@ from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.files import atomic_file, disk_errors, parse_json_line
 from jit_accel.data.batches.batch import labels_in
 from jit_accel.data.batches.loader import cores_per_process
-from jit_accel.data.formats.columns import IMAGE_CHANNELS
+from jit_accel.data.formats.columns import COLOUR, PixelFormat
 from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.data.reading.decode import BadImage, crop_pixels, decode_row
 from jit_accel.evaluate.features import MAIN, SPATIAL, FeatureNetwork
@@ -41,7 +41,7 @@ ABOUT = ("features", "weights_id", "num_images", "img_size", "label_counts")
 
 
 class Share(NamedTuple):
-    """A batch: numbers int64 (B,), images uint8 (B, C, S, S), labels int64 (B,), names of bad images; on the CPU."""
+    """A batch: numbers int64 (B,), images (B, C, S, S), labels int64 (B,), names of bad images; on the CPU."""
 
     numbers: Tensor
     images: Tensor
@@ -62,33 +62,52 @@ class ImageSet:
     img_size: int
     shares: Callable[[int, int, int], Iterator[Share]]
     fingerprint: str = ""
+    pixels: PixelFormat = COLOUR
 
 
 def open_image_set(
-    path: str | Source, about: str, img_size: int | None = None, split: str | None = None, *, has_pairs: bool = False
+    path: str | Source,
+    about: str,
+    img_size: int | None = None,
+    split: str | None = None,
+    *,
+    has_pairs: bool = False,
+    pixels: PixelFormat = COLOUR,
 ) -> ImageSet:
     """Open what `--data_path` of training may be, or an `.npz` with `arr_0`: uint8 (N, H, W, 3).
 
-    `img_size` None is that of the first image, if that is square. With `has_pairs` the channels of the data's
-    conditions come behind those of its images. Raises `UserError` about the setting of this name.
+    `img_size` None is that of the first image, if that is square; `pixels` is what a path is decoded to.
+    With `has_pairs` the channels of the data's conditions come behind those of its images. Raises `UserError`
+    about the setting of this name.
     """
     if isinstance(path, str) and path.endswith(".npz"):
         if (shape := find_array(path, about)) is None:
             rule = f"has no {ARRAY}, uint8 (N, H, W, 3): give a file with images."
             raise UserError(rule, about=about, value=path)
         name, (count, *first, _), fingerprint, read = path, shape, "", partial(_array_shares, path, about)
+        pixels = COLOUR
     else:
         with renamed_settings(data_path=about):
-            source = open_images(path, split=split) if isinstance(path, str) else path
+            how = {"split": split, "in_channels": pixels.channels, "value_range": pixels.value_range}
+            source = open_images(path, **how) if isinstance(path, str) else path
         name, count, fingerprint = source.name, source.num_images, source.fingerprint
         first = (source.img_size, source.img_size) if source.img_size else _first_size(source)
-        channels = source.channels if has_pairs else IMAGE_CHANNELS
-        read = partial(_stream_shares if source.streaming else _random_shares, source.images, channels)
+        pixels = source.pixels
+        how = pixels, source.channels if has_pairs else pixels.channels
+        read = partial(_stream_shares if source.streaming else _random_shares, source.images, *how)
     if img_size is None and (not first or first[0] != first[1]):
         rule = "the first image is not square: give a size to crop to as --img_size."
         raise UserError(rule, about=about, value=name)
     img_size = img_size or first[0]
-    return ImageSet(name, count, img_size, partial(read, img_size), fingerprint)
+    return ImageSet(name, count, img_size, partial(read, img_size), fingerprint, pixels)
+
+
+def in_bytes(images: Tensor, pixels: PixelFormat) -> Tensor:
+    """Return images of this format as uint8, 0 to 255."""
+    if pixels.value_range is None:
+        return images
+    low, high = pixels.value_range
+    return ((images - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
 
 
 def _first_size(source: Source) -> tuple[int, int] | None:
@@ -106,10 +125,10 @@ def _first_size(source: Source) -> tuple[int, int] | None:
 
 
 def _random_shares(
-    images, channels: int, img_size: int, batch_size: int, rank: int, world_size: int
+    images, pixels: PixelFormat, channels: int, img_size: int, batch_size: int, rank: int, world_size: int
 ) -> Iterator[Share]:
     def read(numbers: np.ndarray) -> Share:
-        out = np.empty((len(numbers), channels, img_size, img_size), np.uint8)
+        out = np.empty((len(numbers), channels, img_size, img_size), pixels.dtype)
         facts, bad = images.read(numbers, out)
         good = np.setdiff1d(np.arange(len(numbers)), list(bad))
         found = torch.from_numpy(numbers[good]), torch.from_numpy(out[good]), _first_of(labels_in(facts[good]))
@@ -125,13 +144,13 @@ def _first_of(labels: Tensor) -> Tensor:
 
 
 def _stream_shares(
-    stream, channels: int, img_size: int, batch_size: int, rank: int, world_size: int
+    stream, pixels: PixelFormat, channels: int, img_size: int, batch_size: int, rank: int, world_size: int
 ) -> Iterator[Share]:
-    columns = stream.columns if channels > IMAGE_CHANNELS else replace(stream.columns, condition=None)
+    columns = stream.columns if channels > pixels.channels else replace(stream.columns, condition=None)
 
     def read(rows: list[tuple[int, dict]]) -> Share:
         numbers, labels, bad = [], [], []
-        out = np.empty((len(rows), channels, img_size, img_size), np.uint8)
+        out = np.empty((len(rows), channels, img_size, img_size), pixels.dtype)
         for number, row in rows:
             try:
                 out[len(numbers)] = decode_row(row, columns, img_size, lambda number=number: f"image {number}")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from jit_accel.base.console import redacted, say, warn
 from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.files import atomic_file, disk_errors
-from jit_accel.base.image_rows import draw_rows
+from jit_accel.base.image_rows import as_pictures, draw_rows
 from jit_accel.base.processes import gather_rows, on_all, on_main
 from jit_accel.config.groups import ConditionConfig
 from jit_accel.evaluate import records
@@ -204,10 +204,7 @@ def recorded_conditions(model: str) -> ConditionConfig:
 def draw_first(first: dict[str, Tensor], path: Path) -> None:
     """Write the first pairs as a sheet: condition, output, truth."""
     names = {UNTOUCHED: "condition", SAMPLE: "output"}
-    rows = [(names.get(row, row), some.permute(0, 2, 3, 1)) for row, some in first.items()]
-    pictures = [
-        (name, (some if some.shape[-1] == 3 else some[..., :1].expand(-1, -1, -1, 3)).numpy()) for name, some in rows
-    ]
+    pictures = [(names.get(row, row), as_pictures(some.permute(0, 2, 3, 1).numpy())) for row, some in first.items()]
     with disk_errors("output", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path, durable=False) as temporary:

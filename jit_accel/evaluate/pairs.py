@@ -51,7 +51,8 @@ class Pairs:
     def _part(self, numbers: Tensor, pixels: Tensor, labels: Tensor | None) -> Part:
         digests = [hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in pixels.numpy()]
         keys = np.array([int.from_bytes(digest, "little") >> 1 for digest in digests], np.int64)
-        batch = ready(PixelBatch(pixels, torch.zeros(len(keys), dtype=torch.int64), keys), "cpu", self.degradation)
+        read = PixelBatch(pixels, torch.zeros(len(keys), dtype=torch.int64), keys, pixels=self.images.pixels)
+        batch = ready(read, "cpu", self.degradation)
         known = [None] * len(keys) if labels is None else [self.label_of(label) for label in labels.tolist()]
         truths = ((batch.images + 1) * 127.5).round().to(torch.uint8)
         return Part(numbers.tolist(), keys, known, truths, (batch.condition + 1) / 2)
@@ -68,7 +69,9 @@ def open_pairs(
     made_from, degradation, wanted = conditions.condition_from, None, pipeline.transformer.config
     how = {name: getattr(conditions, name) for name in ("condition_path", "condition_column")}
     with renamed_settings(data_path="pairs"):
-        source = open_images(path, split=split, **how)
+        source = open_images(
+            path, split=split, in_channels=wanted.in_channels, value_range=pipeline.config.value_range, **how
+        )
     images, channels = open_image_set(source, "pairs", img_size, has_pairs=True), source.condition_channels
     if pipeline.config.vectors:
         rule = "was trained with numbers beside the pictures, which are not read here: score it from Python."

@@ -18,8 +18,9 @@ from jit_accel.base.errors import UserError
 from jit_accel.base.files import disk_errors
 from jit_accel.base.host import keep_heap
 from jit_accel.base.processes import on_all, on_main, process_group
+from jit_accel.data.formats.columns import COLOUR
 from jit_accel.evaluate import records
-from jit_accel.evaluate.evaluator import Candidate, Evaluator, open_candidate
+from jit_accel.evaluate.evaluator import Candidate, Evaluator, open_candidate, pixels_of
 from jit_accel.evaluate.features import MAIN, load_features
 from jit_accel.evaluate.image_sets import ImageSet, open_image_set, save_reference
 from jit_accel.evaluate.pair_evaluator import evaluate_pairs
@@ -66,7 +67,8 @@ def evaluate(config: EvaluateConfig) -> int:
         elif config.images is not None:
             images = on_all(accelerator, lambda: open_image_set(config.images, "images", config.img_size), in_turn=True)
             num_images, img_size = images.num_images, images.img_size
-        reference = evaluator.load_reference(config.reference, img_size, config.split)
+        pixels = pixels_of(candidate.pipeline(candidate.emas[0])) if candidate else COLOUR
+        reference = evaluator.load_reference(config.reference, img_size, config.split, pixels)
         evaluation = Evaluation(config, evaluator, reference, img_size, candidate, file)
         if accelerator.is_main_process:
             evaluation.introduce(num_images)

@@ -1,4 +1,4 @@
-"""The arguments of a call of the pipeline: classes, guidance and steps, images to start from, and masks."""
+"""The arguments of a call of the pipeline: classes, guidance and steps; its pictures are in `picture_arguments.py`."""
 
 import math
 import operator
@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from jit_accel.base.errors import nearest
@@ -18,7 +16,6 @@ from jit_accel.model.guidance import GUIDED
 from jit_accel.model.scheduler import CALLS_PER_STEP, checked_choice
 
 Label = int | str | None | Sequence[int | str]  # the last where images have several
-Picture = Image.Image | np.ndarray | Tensor
 STRENGTH = 0.6  # where a call does not say
 
 
@@ -134,6 +131,17 @@ def checked_interval(interval: Sequence[float]) -> list[float]:
     return [low, high]
 
 
+def checked_range(values: Sequence[float]) -> list[float]:
+    """Return the values of data that are -1 and 1 to the network, [low, high]. Raises `ValueError`."""
+    try:
+        low, high = map(float, () if isinstance(values, str) else values)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"value_range {values} must be (low, high) with low < high, such as (-1024, 3071)")
+    return [low, high]
+
+
 def checked_scale(scale: float) -> float:
     """Return the weight of guidance as a float. Raises `ValueError`."""
     value = _as(float, scale)
@@ -179,6 +187,7 @@ DEFAULTS: dict[str, tuple[Callable, Any]] = {
     "num_inference_steps": (lambda steps: checked_count("num_inference_steps", steps), None),
     "method": (lambda name: checked_choice("method", name, CALLS_PER_STEP), None),
     "guidance_on": (lambda name: checked_choice("guidance_on", name, GUIDED), "both"),
+    "value_range": (checked_range, None),
 }
 
 
@@ -186,125 +195,6 @@ def checked_default(name: str, value):
     """Return a setting as a pipeline keeps it; None is as if it had never been given. Raises `ValueError`."""
     check, otherwise = DEFAULTS[name]
     return otherwise if value is None else check(value)
-
-
-def start_images(image: Picture | Sequence[Picture], size: tuple[int, int], batch: int) -> Tensor:
-    """Return images as the network sees them, (batch, 3, H, W) in [-1, 1]; one serves all of the batch.
-
-    They are PIL; arrays (H, W, 3) or (B, H, W, 3); tensors (3, H, W) or (B, 3, H, W); uint8, or floats in [0, 1]; or a
-    list of these. Those of another size (height, width) are cut to its shape around their middle, and resampled. Raises
-    `ValueError`: no image of this kind, values out of range, or not one image for each of the batch.
-    """
-    return _fitted("image", image, 3, size, batch) * 2 - 1
-
-
-def repaint_mask(mask: Picture | Sequence[Picture], size: tuple[int, int], batch: int) -> Tensor:
-    """Return (batch, 1, H, W), True where a mask, as for `start_images` or (H, W), is at least half white."""
-    return _fitted("mask_image", mask, 1, size, batch) >= 0.5
-
-
-def condition_pictures(given: Picture | Sequence[Picture | None] | None, channels: int, labels: int) -> list:
-    """Return the conditions of a call, (channels, H, W) in [0, 1] or None each, as many as `labels` where these are
-    several; [] for a network that knows no conditions. Raises `ValueError`.
-    """
-    if channels == 0:
-        if given is not None:
-            raise ValueError("condition_image: the network was trained without one: leave it out")
-        return []
-    if given is None:
-        rule = "is not given, and the network was trained with one: give a picture for each image, or [None] for none"
-        raise ValueError(f"condition_image {rule}")
-    found = []
-    for picture in given if isinstance(given, list | tuple) else [given]:
-        found += [None] if picture is None else _pixels("condition_image", picture, channels)
-    if not found or (len(found) != labels and 1 not in (len(found), labels)):
-        rule = "give one, one for each label, or one label"
-        raise ValueError(f"{len(found)} pictures as condition_image for {labels} labels: {rule}")
-    return found * labels if len(found) == 1 else found
-
-
-def conditions_of(pictures: list[Tensor | None], size: tuple[int, int]) -> dict[str, Tensor]:
-    """Return conditions as the network's arguments, cut to the shape of `size` and resampled; {} for none at all."""
-    given = [picture for picture in pictures if picture is not None]
-    if not given:
-        return {}
-    none = torch.zeros(len(given[0]), *size)
-    fitted = [none if picture is None else _resized(picture, size) * 2 - 1 for picture in pictures]
-    mask = torch.tensor([picture is not None for picture in pictures])
-    return {"condition_image": torch.stack(fitted), "condition_mask": mask}
-
-
-def bridge_start(given: Mapping[str, Tensor], channels: int, image) -> Tensor:
-    """Return where a path starts that leads from the condition, among the network's arguments, to the image.
-
-    Raises `ValueError` where an image has none, or one of other channels, and for an `image` to start from as well.
-    """
-    if image is not None:
-        rule = "this network starts at its condition, not at noise, which an image could take a part of"
-        raise ValueError(f"image: {rule}: give the picture as condition_image, and leave image and mask_image out")
-    if "condition_image" not in given or not given["condition_mask"].all():
-        raise ValueError("condition_image: this network starts at it: give a picture for each image, and no None")
-    condition = given["condition_image"]
-    if condition.shape[1] != channels:
-        rule = f"has {condition.shape[1]} channels, and the images {channels}: a path leads between equally many"
-        raise ValueError(f"condition_image {rule}")
-    return condition
-
-
-def _fitted(name: str, given, channels: int, size: tuple[int, int], batch: int) -> Tensor:
-    pictures = given if isinstance(given, list | tuple) else [given]
-    tensors = [_resized(part, size) for picture in pictures for part in _pixels(name, picture, channels)]
-    if len(tensors) == 1:
-        tensors *= batch
-    if len(tensors) != batch:
-        raise ValueError(f"{len(tensors)} pictures as {name} for {batch} images: give one, or one for each image")
-    return torch.stack(tensors)
-
-
-def _pixels(name: str, picture: Picture, channels: int) -> Tensor:
-    """Return (B, channels, H, W), float32 in [0, 1]."""
-    pixels = _channels_first(name, picture, channels)
-    is_bytes = pixels.dtype == torch.uint8 and not (name == "mask_image" and pixels.max() <= 1)  # also of 0 and 1
-    kind, pixels = pixels.dtype, pixels.float() / 255 if is_bytes else pixels.float()
-    if pixels.ndim == 2 or (channels == 1 and pixels.ndim == 3 and pixels.shape[0] not in (1, 3)):
-        pixels = pixels.unsqueeze(-3)
-    pixels = pixels[None] if pixels.ndim == 3 else pixels
-    if pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
-        wanted = "arrays (H, W, 3) or (B, H, W, 3), or tensors (3, H, W) or (B, 3, H, W)"
-        raise ValueError(f"{name} has the shape {tuple(picture.shape)}: give {wanted}")
-    low, high = pixels.min().item(), pixels.max().item()
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f"{name} has values from {low:g} to {high:g} ({kind}): give uint8, or floats from 0 to 1")
-    return pixels.mean(1, keepdim=True) if channels == 1 else pixels.expand(-1, 3, -1, -1)
-
-
-def _channels_first(name: str, picture: Picture, channels: int) -> Tensor:
-    if isinstance(picture, Image.Image):
-        if picture.mode.startswith(("I", "F")):  # Pillow cuts such values off at 255
-            remedy = "give 8 bits a channel, or an array of floats from 0 to 1"
-            raise ValueError(f"{name} has the mode {picture.mode}: {remedy}")
-        picture = np.array(ImageOps.exif_transpose(picture).convert("RGB" if channels == 3 else "L"))
-    if isinstance(picture, Tensor):
-        return picture.detach()
-    if not isinstance(picture, np.ndarray):
-        raise ValueError(f"{name} of {type(picture).__name__}: give a PIL image, an array or a tensor, or a list")
-    if picture.ndim > 2 and picture.shape[-1] == 4:
-        form = "black and white (H, W)" if channels == 1 else "RGB (H, W, 3)"
-        raise ValueError(f"{name} has the shape {picture.shape}, with an alpha channel: give it as {form}")
-    pixels = torch.from_numpy(np.ascontiguousarray(picture))
-    return pixels.movedim(-1, -3) if pixels.ndim > 2 and pixels.shape[-1] in (1, 3) else pixels
-
-
-def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut (C, H, W) around the middle to the shape of `size`, and resample it where the size differs."""
-    height, width = pixels.shape[-2:]
-    if (height, width) == tuple(size):
-        return pixels
-    scale = min(height / size[0], width / size[1])
-    cut = [max(1, round(side * scale)) for side in size]
-    top, left = (height - cut[0]) // 2, (width - cut[1]) // 2
-    pixels = pixels[None, :, top : top + cut[0], left : left + cut[1]]
-    return F.interpolate(pixels, size, mode="bicubic", antialias=True)[0].clamp(0, 1)
 
 
 def callback_tensors(callback: Callable | None, names: Sequence[str]) -> Sequence[str]:

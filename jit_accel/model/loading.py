@@ -36,6 +36,7 @@ def build_network(
         model.model,
         img_size,
         model.num_classes,
+        in_channels=model.in_channels,
         proj_dropout=model.proj_dropout,
         attn_dropout=model.attn_dropout,
         condition_channels=condition.condition_channels,
@@ -52,11 +53,13 @@ def build_pipeline(
     class_names: list[str] | None,
     sample: SheetConfig,
     vectors: Mapping | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> JiTPipeline:
     """Return the pipeline of a network that is or was trained with these settings."""
     network.pipeline_settings = {}  # of the pipeline that weights to start from came from
     scheduler = JiTScheduler(objective.prediction, objective.t_eps, objective.noise_scale, path=objective.path)
-    own = {"guidance_scale": sample.guidance_scale, "guidance_on": sample.guidance_on, "vectors": vectors}
+    own = {"guidance_scale": sample.guidance_scale, "guidance_on": sample.guidance_on}
+    own |= {"vectors": vectors, "value_range": value_range}
     return JiTPipeline(network, scheduler, class_names, **own)
 
 
@@ -153,7 +156,7 @@ def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, about: str 
         if config.tune.lora_rank:
             weights = merged(base_of(checkpoint, run), weights, config.tune.lora_alpha / config.tune.lora_rank)
         network.load_state_dict(weights, strict=True, assign=True)
-        how = run.get("class_names"), config.sample, run.get("vectors")
+        how = run.get("class_names"), config.sample, run.get("vectors"), config.data.value_range
         return build_pipeline(network.eval(), config.objective, *how)
 
 

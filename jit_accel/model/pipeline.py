@@ -2,12 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub import snapshot_download
@@ -16,8 +15,6 @@ from torch import Tensor
 from jit_accel.model.call_arguments import (
     DEFAULTS,
     Label,
-    Picture,
-    bridge_start,
     callback_tensors,
     checked_count,
     checked_default,
@@ -25,36 +22,34 @@ from jit_accel.model.call_arguments import (
     checked_interval,
     checked_names,
     checked_scale,
-    condition_pictures,
-    conditions_of,
     guidance_weight,
     label_ids,
     labels_tensor,
-    repaint_mask,
     skipped_steps,
-    start_images,
 )
 from jit_accel.model.carried_code import INDEX_FILE, KeptCardMixin, carry_code
 from jit_accel.model.guidance import GUIDED, guided_prediction, rows_with
 from jit_accel.model.lora_loading import LoraMixin
-from jit_accel.model.scheduler import FlowMatchDriver, JiTScheduler, checked_choice, is_own
+from jit_accel.model.picture_arguments import (
+    Picture,
+    bridge_start,
+    checked_output,
+    condition_pictures,
+    conditions_of,
+    output_of,
+    repaint_mask,
+    start_images,
+)
+from jit_accel.model.scheduler import FlowMatchDriver, JiTScheduler, checked_choice, is_own, objective_of
 from jit_accel.model.tiles import tiled
 from jit_accel.model.transformer import JiTTransformer2DModel, evaluating
 from jit_accel.model.vector_arguments import Row, checked_columns, spread, standardised_vectors, vectors_asked
 
 Generators = torch.Generator | list[torch.Generator] | None
-OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 COMPONENTS = {"transformer": JiTTransformer2DModel, "scheduler": JiTScheduler}
-OBJECTIVE = ("prediction_type", "t_eps", "noise_scale", "path")  # of a `JiTScheduler`
 SETTINGS = ("class_names", "vectors", "objective", *DEFAULTS)
 STEPS = 50  # where neither the call nor the pipeline says
 DOWNLOAD_SETTINGS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
-
-
-def objective_of(config: Mapping) -> dict:
-    """Return what a scheduler's settings say of its network; the path only where it is not that from noise."""
-    found = {name: config[name] for name in OBJECTIVE if name in config}
-    return {name: value for name, value in found.items() if (name, value) != ("path", "noise")}  # which is older
 
 
 class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
@@ -67,8 +62,8 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
             otherwise. They are kept in `model_index.json` with the class names.
         objective: what the network was trained with, where the scheduler is no `JiTScheduler`, which knows it:
             {"prediction_type": "x", "t_eps": 0.05, "noise_scale": 1.0}; of a bridge also {"path": "bridge"}.
-        vectors: the columns of numbers that the network takes: {"names", "sizes", "mean", "std"}, lists; the latter two
-            of each number.
+        vectors: the columns of numbers that the network takes: {"names", "sizes", "mean", "std"}, lists.
+        value_range: the values of the data that were -1 and 1 to the network; arrays are in these units, in and out.
 
     What is left out is as in the pipeline that the network was in last, so `JiTPipeline(**pipe.components)` is like it.
 
@@ -94,10 +89,11 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         objective: dict | None = None,
         guidance_on: str | None = None,
         vectors: dict | None = None,
+        value_range: list[float] | tuple[float, float] | None = None,
     ):
         super().__init__()
         own = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "method": method}
-        own |= {"guidance_on": guidance_on, "vectors": vectors}
+        own |= {"guidance_on": guidance_on, "vectors": vectors, "value_range": value_range}
         own |= {"num_inference_steps": num_inference_steps, "class_names": class_names, "objective": objective}
         before = getattr(transformer, "pipeline_settings", {})
         own = {name: before.get(name) if value is None else value for name, value in own.items()}
@@ -105,8 +101,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         vectors = checked_columns(own.pop("vectors"), transformer.config.get("vector_sizes") or ())
         objective = JiTScheduler(**(own.pop("objective") or {})).config
         own = {name: checked_default(name, value) for name, value in own.items()}
-        own |= {"class_names": names, "vectors": vectors}
-        self.register_to_config(objective=objective_of(objective), **own)
+        self.register_to_config(objective=objective_of(objective), class_names=names, vectors=vectors, **own)
         self.register_modules(transformer=transformer, scheduler=scheduler)
         _ = self.components  # so that the network knows them
         self._interrupt, self._num_timesteps, self._guidance_scale = False, 0, own["guidance_scale"]
@@ -210,8 +205,8 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
             guidance_scale, guidance_interval: weight of guidance where lo < t < hi, or t < hi if lo is 0; 1 is none.
             generator: one generator draws the images' noise one after the other, so the n-th image is the same at any
                 batch size; or a list with one for each image. A CPU generator gives the same noise on every device.
-            latents: (B, 3, H, W), what the ODE starts from: noise, already scaled, instead of `generator`.
-            output_type: "pil"; "pt" (B, 3, H, W) or "np" (B, H, W, 3) in [0, 1]; "latent", unclamped, at t = 1.
+            latents: (B, C, H, W), what the ODE starts from: noise, already scaled, instead of `generator`.
+            output_type: "pil"; "pt" (B, C, H, W) in [0, 1]; "np" (B, H, W, C) so or in `value_range`; "latent", raw.
             callback_on_step_end: called as `(pipe, step, t, {"latents": z})` after each ODE step, with the t that the
                 step began at; may return `{"latents": z}` to replace the state, or set `pipe._interrupt = True`.
             height, width: pixels, multiples of the patch size; None: those of `latents`, else the training size.
@@ -221,15 +216,15 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
             strength: how much of the way from `image` is made anew, in (0, 1]: that share of the steps is run, from
                 the image noised to t = 1 - strength. 1 ignores the image. None: 0.6.
             mask_image: white is repainted, black stays as in `image`.
-            condition_image: what the network sees beside the noise, and a bridge starts from: a picture as for `image`,
-                one for each label, or several for one label; None in a list is "no condition".
+            condition_image: what the network sees beside the noise, and a bridge starts from: as `image`, one for each
+                label, or several for one label; None in a list is "no condition".
             guidance_on: what guidance leaves out to compare with: "label", "condition" or "both". None: the pipeline's.
             tile, overlap: pixels. The network sees a large picture in squares that overlap so far (a quarter of them).
             vectors: an image's numbers in the units of the data, a list or {name: number or list}; or a list of these.
 
         Raises `ValueError` for what does not fit; the message says what would.
         """
-        checked_choice("output_type", output_type, OUTPUT_TYPES)
+        checked_output(output_type, self.transformer.config.in_channels)
         steps = self.config.num_inference_steps or STEPS if num_inference_steps is None else num_inference_steps
         steps = checked_count("num_inference_steps", steps)
         skipped = skipped_steps(steps, image, strength, mask_image)
@@ -242,14 +237,15 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         scheduler = self._driver(generator, steps, device=z.device, method=self.solver_name(method), skip_steps=skipped)
         z, keep_known = self._start(scheduler, z, image, mask_image)
         z = self._solve(scheduler, z, field, keep_known, callback_on_step_end, asked)
-        images = VaeImageProcessor().postprocess(z, output_type)
+        images = output_of(z, output_type, self.config.value_range)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _asked(self, class_labels, condition_image, vectors, copies: int) -> tuple[list[int], list, list]:
         """Return the label of each image, its condition and its numbers ([] where the network knows none)."""
         ids, copies = self.label_ids(class_labels), checked_count("num_images_per_label", copies)
-        pictures = condition_pictures(condition_image, self.transformer.config.condition_channels, len(ids))
+        channels = self.transformer.config.condition_channels
+        pictures = condition_pictures(condition_image, channels, len(ids), self.config.value_range)
         rows = vectors_asked(vectors, self.config.vectors, max(len(ids), len(pictures)))
         return spread((ids, pictures, rows), copies)
 
@@ -316,7 +312,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
     def prepare_latents(
         self, batch: int, generator: Generators, latents: Tensor | None, height: int | None, width: int | None
     ) -> Tensor:
-        """Return the start of the ODE (batch, 3, H, W), float32: `latents`, or noise at the scheduler's scale."""
+        """Return the start of the ODE (batch, C, H, W), float32: `latents`, or noise at the scheduler's scale."""
         config = self.transformer.config
         if latents is not None and not (isinstance(latents, Tensor) and latents.ndim == 4):
             kind = f"shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
@@ -341,7 +337,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         if image is None:
             return noise, lambda z, t: z
         batch, size = len(noise), tuple(noise.shape[-2:])
-        original = start_images(image, size, batch).to(noise.device)
+        original = start_images(image, size, batch, noise.shape[1], self.config.value_range).to(noise.device)
         z = scheduler.add_noise(original, noise, torch.tensor([scheduler.next_time]))
         if mask_image is None:
             return z, lambda z, t: z

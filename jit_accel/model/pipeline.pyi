@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import Self, Unpack
 
-from jit_accel.model.call_arguments import Label, Picture
+from jit_accel.model.call_arguments import Label
 from jit_accel.model.carried_code import KeptCardMixin
 from jit_accel.model.lora_loading import LoraMixin
+from jit_accel.model.picture_arguments import Picture
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import JiTTransformer2DModel
 from jit_accel.model.vector_arguments import Row
@@ -24,7 +25,6 @@ T = TypeVar("T")
 Labels = Label | Sequence[Label] | Tensor | np.ndarray
 Generators = torch.Generator | list[torch.Generator] | None
 Steps, Number, Interval, Noise = int | None, float | None, Sequence[float] | None, Tensor | None
-OUTPUT_TYPES: tuple[str, ...]
 COMPONENTS: dict[str, type]
 STEPS: int
 
@@ -61,6 +61,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         objective: dict[str, Any] | None = None,
         guidance_on: str | None = None,
         vectors: dict[str, list] | None = None,
+        value_range: list[float] | tuple[float, float] | None = None,
     ) -> None: ...
     @property
     def components(self) -> dict[str, Any]: ...

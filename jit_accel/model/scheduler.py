@@ -14,6 +14,7 @@ from torch import Tensor
 from jit_accel.base.errors import nearest
 from jit_accel.model.spaces import PATHS, SPACES, convert, in_float32, noised
 
+OBJECTIVE = ("prediction_type", "t_eps", "noise_scale", "path")  # of a `JiTScheduler`
 CALLS_PER_STEP = {"euler": 1, "heun": 2}
 
 
@@ -150,6 +151,12 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+
+def objective_of(config: Mapping) -> dict:
+    """Return what a scheduler's settings say of its network; the path only where it is not that from noise."""
+    found = {name: config[name] for name in OBJECTIVE if name in config}
+    return {name: value for name, value in found.items() if (name, value) != ("path", "noise")}  # which is older
 
 
 def is_own(scheduler) -> bool:

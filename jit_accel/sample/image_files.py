@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_file, remove_leftovers
-from jit_accel.base.image_rows import draw_rows
+from jit_accel.base.image_rows import as_pictures, draw_rows
 from jit_accel.model.generation import generators
 from jit_accel.sample.image_plan import ImageId, SamplePlan
 
@@ -65,7 +65,7 @@ class ImageFiles:
         return missing
 
     def write(self, ids: Sequence[ImageId], images: np.ndarray) -> None:
-        """Begin to write images uint8 (B, H, W, 3), when the ones before are written; raise what `flush` does."""
+        """Begin to write images uint8 (B, H, W, 1 or 3), when the ones before are written; raise what `flush` does."""
         self.flush()
         self.pending = self.pool.map(self._write, ids, images)
 
@@ -87,7 +87,8 @@ class ImageFiles:
         return f"{self.folder} ({len(self.plan.labels):,} folder{'s' * (len(self.plan.labels) > 1)})"
 
     def _write(self, image: ImageId, pixels: np.ndarray) -> None:
-        _save(self.path(image), Image.fromarray(pixels), **ENCODINGS[self.extension])
+        picture = Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0])
+        _save(self.path(image), picture, **ENCODINGS[self.extension])
 
 
 def is_whole(path: Path, size: tuple[int, int]) -> bool:
@@ -208,8 +209,8 @@ def start_noise(pipeline, seed: int, numbers: list[int], height: int, width: int
 
 
 def pixels(z: Tensor) -> np.ndarray:
-    """Return (B, 3, H, W) in [-1, 1], clamped, as uint8 (B, H, W, 3)."""
-    return ((z / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    """Return (B, C, H, W) in [-1, 1], clamped, as pictures uint8 (B, H, W, 3)."""
+    return as_pictures(((z / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
 
 
 def spread(num_steps: int, most: int) -> list[int]:

@@ -84,6 +84,9 @@ class Sampling:
     def __init__(self, config: SampleConfig, accelerator: Accelerator, stop: StopRequest):
         self.config, self.accelerator, self.stop = config, accelerator, stop
         self.pipeline = pipeline = load_quietly(config.model, config.ema, accelerator.device, config.compile)
+        if (channels := pipeline.transformer.config.in_channels) not in (1, 3):
+            rule = f"makes images of {channels} channels, which are no pictures: call it from Python, with "
+            raise UserError(f"{rule}output_type='np'.", about="model", value=config.model)
         sides = [flag if getattr(config, flag) else "img_size" for flag in ("height", "width")]
         self.size = tuple(checked_side(pipeline, getattr(config, flag), flag) for flag in sides)
         self.conditions = shown = open_conditions(config.condition_path, pipeline, self.size, config.model)
@@ -175,7 +178,7 @@ class Sampling:
             self.store.write(batch, self._draw(batch, self._stop_here) if batch else ())
 
     def _draw(self, ids: Sequence[ImageId], on_step) -> np.ndarray:
-        """Return images uint8 (B, H, W, 3)."""
+        """Return images uint8 (B, H, W, C)."""
         dtype, no_class = DTYPES.get(self.precision), self.plan.num_classes
         try:
             with torch.autocast(self.accelerator.device.type, dtype, enabled=dtype is not None):

@@ -156,7 +156,7 @@ def build_trainer(
     saved = run.get("settings", {})
     weights = initial.start if initial else None
     known = started(config, saved, weights)
-    how = {"img_size": image_size(known), "val_images": config.run.val_images}
+    how = {"img_size": image_size(known), "val_images": config.run.val_images, "in_channels": known.model.in_channels}
     how["standards"] = initial and initial.pipeline.config.vectors
     source, held_out = open_data(config.data, config.condition, accelerator=accelerator, given=source, begun=run, **how)
     if initial and tuning.lora_rank:
@@ -171,6 +171,7 @@ def build_trainer(
         is_labelled=source.is_labelled,
         condition_channels=degradation.channels(config.model.in_channels) if degradation else source.condition_channels,
         has_vectors=source.vectors is not None,
+        value_range=source.pixels.value_range,
         is_encoded=source.is_encoded,
         processes=accelerator.num_processes,
         accumulation=accelerator.gradient_accumulation_steps,
@@ -236,7 +237,8 @@ def assemble(
     network = accelerator.unwrap_model(model)
     averages = Ema(network, config.optim.ema_decays)
     class_names = [*tuning.class_names, *map(str, range(len(tuning.class_names), config.model.num_classes))]
-    pipeline = build_pipeline(network, config.objective, class_names, config.sample, source.vector_record)
+    kept = source.vector_record, config.data.value_range
+    pipeline = build_pipeline(network, config.objective, class_names, config.sample, *kept)
     pipeline.set_progress_bar_config(disable=True)
     how = {"seed": run.seed, "batch_size": config.optim.batch_size}
     stop = StopRequest()

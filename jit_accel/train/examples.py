@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from jit_accel.base.image_rows import as_pictures
 from jit_accel.data.batches.batch import Batch, PixelBatch, listed, ready
 from jit_accel.data.batches.degradations import degradation_of
 from jit_accel.data.batches.holdout import HeldOut
@@ -46,8 +47,7 @@ class Examples:
     @property
     def shown(self) -> np.ndarray:
         """The conditions as pictures, uint8 (n, H, W, 3)."""
-        pixels = (self.conditions * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-        return (pixels if pixels.shape[-1] == 3 else pixels[..., :1].expand(-1, -1, -1, 3)).numpy()
+        return as_pictures((self.conditions * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
 
 
 def choose_examples(
@@ -69,7 +69,8 @@ def choose_examples(
         mine = zip(*(tensor[:COUNT] for tensor in found if tensor is not None))
         parts = zip(*[one for some in gather_object([list(mine)]) for one in some][:COUNT])
         images, labels, *vectors = map(torch.stack, parts)
-        pixels = PixelBatch(images, labels, np.arange(len(images)), vectors=vectors[0] if vectors else None)
+        vectors = vectors[0] if vectors else None
+        pixels = PixelBatch(images, labels, np.arange(len(images)), vectors=vectors, pixels=source.pixels)
         batch = ready(pixels, "cpu", degradation)
     else:
         count = min(COUNT, source.num_images)
@@ -79,4 +80,4 @@ def choose_examples(
     truth = ((batch.images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     conditions = None if batch.condition is None else (batch.condition + 1) / 2
     vectors = None if batch.vectors is None else source.vectors.restored(batch.vectors.numpy()).tolist()
-    return Examples(truth, listed(labels_of(batch)), conditions, vectors)
+    return Examples(as_pictures(truth), listed(labels_of(batch)), conditions, vectors)

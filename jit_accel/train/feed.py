@@ -40,6 +40,7 @@ def open_data(
     condition: ConditionConfig,
     *,
     img_size: int,
+    in_channels: int,
     val_images: int,
     accelerator: Accelerator,
     given: Source | None = None,
@@ -60,6 +61,9 @@ def open_data(
         if given and how[name] is not None:
             rule = "the images were opened before: open them with their conditions."
             raise UserError(rule, about=name, value=how[name])
+    how |= {"in_channels": in_channels, "value_range": data.value_range}
+    if given:
+        refuse_other_pixels(given, in_channels, data.value_range)
     open_split = partial(open_images, data.data_path, streaming=STREAMING[data.streaming], **how)
 
     def open_as_begun() -> tuple[Source, HeldOut | None]:
@@ -98,6 +102,17 @@ def open_data(
         held_out = None
     refuse_other_images(data, source)
     return source, held_out
+
+
+def refuse_other_pixels(given: Source, in_channels: int, value_range: tuple[float, float] | None) -> None:
+    """Raise `UserError` where images that were opened before have other channels, or another range, than is asked."""
+    pixels = given.pixels
+    if pixels.channels != in_channels:
+        rule = f"the images were opened before, with {pixels.channels}: give the same, or open them with in_channels."
+        raise UserError(rule, about="in_channels", value=in_channels)
+    if value_range not in (None, pixels.value_range):
+        rule = "the images were opened before, with another: open them with value_range, and leave it out here."
+        raise UserError(rule, about="value_range", value=value_range)
 
 
 def refuse_other_images(data: DataConfig, source: Source) -> None:

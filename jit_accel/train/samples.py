@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from jit_accel.base.console import say, warn
 from jit_accel.base.errors import UserError, message_of, renamed_settings
 from jit_accel.base.files import atomic_file
-from jit_accel.base.image_rows import draw_rows, legible
+from jit_accel.base.image_rows import as_pictures, draw_rows, legible
 from jit_accel.base.processes import SharedStop, on_all, on_main
 from jit_accel.config.groups import EvalConfig, SheetConfig
 from jit_accel.data.formats.sources import Source, open_images
@@ -110,7 +110,8 @@ class SampleSheets(AveragedSamples):
         images = accelerator.gather(images.to(accelerator.device))[: len(labels)].cpu()
         if not accelerator.is_main_process:
             return {}
-        pixels = images.permute(0, 2, 3, 1).unflatten(0, (-1, min(SAMPLES_PER_CLASS, len(labels)))).numpy()
+        pictures = as_pictures(images.permute(0, 2, 3, 1).numpy())
+        pixels = pictures.reshape(-1, min(SAMPLES_PER_CLASS, len(labels)), *pictures.shape[1:])
         pixels = examples.around(*pixels) if examples else pixels
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +184,9 @@ class SampleQuality(SampleMeasure):
             if path is not None and path.endswith(".npz"):
                 self.images, self.reference = path, on_all(accelerator, lambda: read_reference(path, network))
             elif path is not None:
-                self.images = on_all(accelerator, lambda: open_images(path), in_turn=True)
+                sizes = self.pipeline.transformer.config
+                how = {"in_channels": sizes.in_channels, "value_range": self.pipeline.config.value_range}
+                self.images = on_all(accelerator, lambda: open_images(path, **how), in_turn=True)
         metrics = tuple(name for name, metric in metric_names(network.name).items() if metric.short in MEASURED)
         # No gradients are kept, so that the batch of the training has room for guidance's double one.
         self.evaluator = Evaluator(network, accelerator, metrics, max(8, self.batch_size))

@@ -77,7 +77,7 @@ def test_each_setting_has_one_name():
         (["--model", "JiT-Q/4"], r"model JiT-Q: unknown; choose from JiT-Ti, JiT-S, JiT-B"),
         (["--model", "JiT-B"], r"model JiT-B: .*add the patch size"),
         (["--model", "JiT-B/16", "--img_size", "250"], r"img_size 250: must be a multiple .* 16 .*use 240 or 256"),
-        (["--in_channels", "1"], r"in_channels 1: must be 3"),
+        (["--in_channels", "0"], r"in_channels 0: must be at least 1"),
         (["--epochs", "2", "--max_steps", "3"], r"epochs 2.0: says the same as --max_steps 3: give only one"),
         (["--warmup_epochs", "2", "--warmup_steps", "3"], r"give only one"),
         (["--epochs", "2", "--warmup_epochs", "3"], r"warmup_epochs 3.0: must not be longer .*shorten"),

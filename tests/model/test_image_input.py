@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from test_pipeline import count_calls, make_pipe, seeded
 
-from jit_accel.model.call_arguments import repaint_mask, start_images
+from jit_accel.model.picture_arguments import repaint_mask, start_images
 
 METHODS = pytest.mark.parametrize("method", ["heun", "euler"])
 

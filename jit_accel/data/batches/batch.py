@@ -9,7 +9,7 @@ import torch
 
 from jit_accel.base.errors import UserError
 from jit_accel.data.batches.degradations import Degradation
-from jit_accel.data.formats.columns import IMAGE_CHANNELS
+from jit_accel.data.formats.columns import COLOUR, PixelFormat
 from jit_accel.data.formats.numbers import Vectors
 
 MAX_SUBSTITUTES = 100  # images drawn to stand in for one that is bad
@@ -19,14 +19,13 @@ MAX_SUBSTITUTES = 100  # images drawn to stand in for one that is bad
 class PixelBatch:
     """One micro-batch of one process as a loader reads it."""
 
-    images: (
-        torch.Tensor
-    )  # uint8 (B, 3 + C, H, W), 0..255; behind the image's channels are those of its condition, if any
+    images: torch.Tensor  # (B, C + C', H, W) as `pixels` says; behind an image's C are those of its condition, if any
     labels: torch.Tensor  # int64 (B,), or (B, k) filled up by -1
     positions: np.ndarray  # int64 (B,): the images' numbers in the run, on which every random choice for them depends
     bad_images: list[str] = field(default_factory=list)  # "name: reason" of each that could not be decoded
     mirror: np.ndarray | None = None  # bool (B,): which images `ready` turns left to right
     vectors: torch.Tensor | None = None  # float32 (B, n): numbers, standardised
+    pixels: PixelFormat = COLOUR
 
     def pin_memory(self) -> "PixelBatch":
         """Return the same batch in page-locked memory."""
@@ -38,7 +37,7 @@ class PixelBatch:
 class Batch:
     """One micro-batch of one process, ready to be trained on."""
 
-    images: torch.Tensor  # float32 (B, 3, H, W) in [-1, 1], on the device
+    images: torch.Tensor  # float32 (B, C, H, W) in [-1, 1], on the device
     labels: torch.Tensor  # int64 (B,), or (B, k) filled up by -1, on the device
     positions: np.ndarray  # as in `PixelBatch`
     bad_images: list[str] = field(default_factory=list)
@@ -71,10 +70,14 @@ def ready(batch: PixelBatch, device: torch.device | str, degradation: Degradatio
         for place in np.flatnonzero(batch.mirror):
             x[place] = x[place].flip(-1)
     labels = batch.labels.to(device, non_blocking=True)
-    x = x.div_(127.5).sub_(1)
-    condition = None
-    if x.shape[1] > IMAGE_CHANNELS:
-        x, condition = x[:, :IMAGE_CHANNELS].contiguous(), x[:, IMAGE_CHANNELS:].contiguous()
+    if batch.pixels.value_range is None:
+        x = x.div_(127.5).sub_(1)
+    else:
+        low, high = batch.pixels.value_range
+        x = ((x - low) * (2 / (high - low)) - 1).clamp_(-1, 1)
+    condition, channels = None, batch.pixels.channels
+    if x.shape[1] > channels:
+        x, condition = x[:, :channels].contiguous(), x[:, channels:].contiguous()
     elif degradation:
         condition = degradation(x, batch.positions)
     vectors = None if batch.vectors is None else batch.vectors.to(device, non_blocking=True)
@@ -104,12 +107,12 @@ def vectors_in(facts: np.ndarray, vectors: Vectors | None) -> torch.Tensor | Non
     return None if vectors is None else torch.from_numpy(vectors.standardised(facts["vectors"]))
 
 
-def empty_batch(shape: tuple[int, ...]) -> torch.Tensor:
-    """Uninitialised uint8 memory for a batch; in a worker shared with the main process, which spares a copy."""
+def empty_batch(shape: tuple[int, ...], dtype: np.dtype = COLOUR.dtype) -> torch.Tensor:
+    """Uninitialised memory for a batch; in a worker shared with the main process, which spares a copy."""
     if torch.utils.data.get_worker_info() is None:
-        return torch.from_numpy(_free_buffer(shape))
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's default_collate does
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+        return torch.from_numpy(_free_buffer(shape, dtype))
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)  # as torch's default_collate does
+    return torch.from_numpy(np.empty(0, dtype)).set_(storage).view(shape)
 
 
 def _references(arrays: list[np.ndarray]) -> list[int]:
@@ -121,12 +124,12 @@ _MOST_BUFFERS = 4
 (_WHEN_FREE,) = _references([np.empty(0)])  # versions of Python count differently
 
 
-def _free_buffer(shape: tuple[int, ...]) -> np.ndarray:
+def _free_buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Memory of a batch that nobody holds any more: new pages would cost as much as filling them."""
     for place, references in enumerate(_references(_buffers)):
-        if references == _WHEN_FREE and _buffers[place].shape == shape:
+        if references == _WHEN_FREE and (_buffers[place].shape, _buffers[place].dtype) == (shape, dtype):
             return _buffers[place]
-    _buffers.append(np.empty(shape, np.uint8))
+    _buffers.append(np.empty(shape, dtype))
     del _buffers[:-_MOST_BUFFERS]
     return _buffers[-1]
 

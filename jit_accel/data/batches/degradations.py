@@ -16,8 +16,8 @@ from torch import Tensor
 
 from jit_accel.base import rng
 from jit_accel.base.errors import UserError, lookup
+from jit_accel.config.presets import GREY_WEIGHTS
 
-GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601), as in Pillow's mode L
 Degrading = Callable[[Tensor, float, np.ndarray], Tensor]
 
 

@@ -20,6 +20,7 @@ import torch
 from jit_accel.base.errors import UserError
 from jit_accel.base.shared_tables import shared_arrays
 from jit_accel.data.batches.batch import PixelBatch, labels_in, renumbered, vectors_in
+from jit_accel.data.formats.columns import COLOUR, PixelFormat
 from jit_accel.data.formats.source import Source, fingerprint_of
 from jit_accel.data.reading.content import announce_keys
 from jit_accel.data.reading.decode import BadImage, decode_row, facts_in_row
@@ -34,25 +35,26 @@ Decoded = tuple[int, np.ndarray, Any]  # index, uint8 (3 + C, H, W), what else i
 class HeldOut:
     """One process's share of the held-out images."""
 
-    images: torch.Tensor  # uint8 (k, 3 + C, H, W), as in `PixelBatch`
+    images: torch.Tensor  # (k, C + C', H, W), as in `PixelBatch`
     labels: torch.Tensor  # int64 (k,), or several of each as in `PixelBatch`
     keys: np.ndarray  # int64 (k,), 0 or more: one an image, from which its noise and time follow
     vectors: torch.Tensor | None = None  # float32 (k, n), standardised
+    pixels: PixelFormat = COLOUR
 
     def or_grey(self) -> "HeldOut":
         """Return the same, or one grey image where there is none: a process must go along with the others."""
         if len(self.keys):
             return self
-        grey = torch.full((1, *self.images.shape[1:]), 128, dtype=torch.uint8)
+        grey = torch.full((1, *self.images.shape[1:]), 128, dtype=self.images.dtype)
         known = (None if one is None else one.new_zeros(1, *one.shape[1:]) for one in (self.labels, self.vectors))
         labels, vectors = known
-        return HeldOut(grey, labels, np.zeros(1, np.int64), vectors)
+        return HeldOut(grey, labels, np.zeros(1, np.int64), vectors, self.pixels)
 
     def batch(self, places: torch.Tensor, draws: torch.Tensor | int = 0) -> PixelBatch:
         """Return the images at these places; another draw of one is a neighbouring number, as different as any."""
         vectors = None if self.vectors is None else self.vectors[places]
         positions = self.keys[places.numpy()] + np.asarray(draws)
-        return PixelBatch(self.images[places], self.labels[places], positions, vectors=vectors)
+        return PixelBatch(self.images[places], self.labels[places], positions, vectors=vectors, pixels=self.pixels)
 
 
 def split_holdout(
@@ -139,15 +141,16 @@ def _read(source: Source, found: dict[str, np.ndarray], img_size: int, part: sli
     else:
         images = list(_read_images(source, chosen, img_size))
     shape = (len(images), source.channels, img_size, img_size)
-    pixels = np.stack([one for _, one, _ in images]) if images else np.empty(shape, np.uint8)
+    pixels = np.stack([one for _, one, _ in images]) if images else np.empty(shape, source.pixels.dtype)
     facts = np.array([of_image for *_, of_image in images], source.facts_type)
     keys = (np.array([key_of[index] for index, *_ in images], np.uint64) >> np.uint64(1)).astype(np.int64)
-    return HeldOut(torch.from_numpy(pixels), labels_in(facts), keys, vectors_in(facts, source.vectors))
+    vectors = vectors_in(facts, source.vectors)
+    return HeldOut(torch.from_numpy(pixels), labels_in(facts), keys, vectors, source.pixels)
 
 
 def _read_images(source: Source, chosen: np.ndarray, img_size: int) -> Iterator[Decoded]:
     for index in chosen.tolist():
-        out = np.empty((1, source.channels, img_size, img_size), np.uint8)
+        out = np.empty((1, source.channels, img_size, img_size), source.pixels.dtype)
         facts, bad = source.images.read(np.array([index]), out)
         if not bad:
             yield index, out[0], facts[0]

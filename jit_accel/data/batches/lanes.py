@@ -131,7 +131,7 @@ class BatchPartReader(torch.utils.data.IterableDataset):
         mine = shares(by_place.lane, self._count)[self._number]
         slots = np.argsort(np.argsort(mine))  # the images lie in the order of their places, and are read by lanes
         size = self._img_size
-        pixels = empty_batch((len(mine), self._stream.channels, size, size))
+        pixels = empty_batch((len(mine), self._stream.channels, size, size), self._source.pixels.dtype)
         facts = np.empty(len(mine), self._stream.columns.facts_type)
         part = BatchPart(np.sort(mine), pixels, facts, {})
         images = part.images.numpy()

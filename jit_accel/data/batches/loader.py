@@ -65,7 +65,8 @@ class ReadingTask:
     def batch(self, images: torch.Tensor, facts: np.ndarray, positions: np.ndarray, bad: list[str]) -> PixelBatch:
         """Return a batch with the mirroring that follows from the positions; see `Images.read` for the facts."""
         mirror = order.flips(self.seed, positions) if self.horizontal_flip else None
-        return PixelBatch(images, labels_in(facts), positions, bad, mirror, vectors_in(facts, self.source.vectors))
+        vectors = vectors_in(facts, self.source.vectors)
+        return PixelBatch(images, labels_in(facts), positions, bad, mirror, vectors, self.source.pixels)
 
 
 def build_loader(source: Source, **how) -> "Loader":
@@ -163,15 +164,17 @@ class RandomAccessBatches(torch.utils.data.Dataset):
 
     def __init__(self, task: ReadingTask):
         self._task, self._images, self._num_images = task, task.source.images, task.source.num_images
-        num_bytes = task.source.channels * self._num_images * task.img_size**2
+        dtype = task.source.pixels.dtype
+        num_bytes = task.source.channels * self._num_images * task.img_size**2 * dtype.itemsize
         if task.source.is_encoded and num_bytes <= MOST_KEPT_BYTES:
-            self._images = KeptImages(self._images, task.source.channels, task.img_size)
+            self._images = KeptImages(self._images, task.source.channels, task.img_size, dtype)
 
     def __getitem__(self, base: int) -> PixelBatch | UserError:
         """Return a UserError instead of raising it: torch would bury its message under a worker's traceback."""
         task = self._task
         positions = order.batch_positions(base, task.rank, task.batch_size)
-        pixels = empty_batch((task.batch_size, task.source.channels, task.img_size, task.img_size))
+        shape = (task.batch_size, task.source.channels, task.img_size, task.img_size)
+        pixels = empty_batch(shape, task.source.pixels.dtype)
         images = pixels.numpy()
         indices = order.image_indices(task.seed, positions, self._num_images, task.order_kind)
         facts, bad = self._images.read(indices, images)
@@ -245,7 +248,9 @@ class StreamLoader(Loader):
         if len(parts) == 1:
             return task.batch(parts[0].images, parts[0].facts, positions, reasons)
         shape = (task.batch_size, task.source.channels, task.img_size, task.img_size)
-        images = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if task.pin_memory else empty_batch(shape)
+        dtype = parts[0].images.dtype
+        pinned = torch.empty(shape, dtype=dtype, pin_memory=True) if task.pin_memory else None
+        images = empty_batch(shape, task.source.pixels.dtype) if pinned is None else pinned
         facts = np.empty(task.batch_size, parts[0].facts.dtype)
         for part in parts:
             here = slice(*np.searchsorted(part.places, [first, end]))

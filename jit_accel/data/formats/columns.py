@@ -21,7 +21,7 @@ from jit_accel.data.reading.splits import OTHERS, TEST, TRAIN, VALIDATION, choos
 
 log = logging.getLogger(__name__)
 
-IMAGE_CHANNELS = 3  # of a picture that is read; those of its condition come behind them
+IMAGE_CHANNELS = 3  # of a picture that is read as colour
 IMAGE_NAMES = ("image", "img", "png", "jpg", "jpeg", "webp", "picture", "photo", "pixel_values", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label", "category", "class_label", "target")
 SPLIT_NAMES = ("split", "subset", "partition", "set", "dataset", "data set")  # of columns of splits, in any case
@@ -32,6 +32,23 @@ _NO_CLASS = (
     "--data_path %s: the column %r is %s, which is no class: the images train unlabelled. Write it as whole numbers or "
     "text, or name another column with --label_column"
 )
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """The numbers that images are decoded to: how many channels, and in what range."""
+
+    channels: int = IMAGE_CHANNELS  # of an image; those of its condition, if it has one, come behind them
+    condition_channels: int = IMAGE_CHANNELS
+    value_range: tuple[float, float] | None = None  # as float32, in the data's units; None: uint8, 0 to 255
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Return the type of the numbers."""
+        return np.dtype(np.uint8 if self.value_range is None else np.float32)
+
+
+COLOUR = PixelFormat()
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,7 @@ class Columns:
     vectors: tuple[str, ...] = ()  # columns of numbers
     vector_sizes: tuple[int, ...] = ()  # how many numbers a row has in each
     most_labels: int | None = None  # of a row, where the label column holds lists of them
+    pixels: PixelFormat = COLOUR  # to which pictures are decoded
 
     @property
     def all(self) -> list[str]:
@@ -68,7 +86,7 @@ class Columns:
     @property
     def channels(self) -> int:
         """Return the channels of what a row is decoded to, the image's first."""
-        return IMAGE_CHANNELS * len(self.pictures)
+        return self.pixels.channels + (0 if self.condition is None else self.pixels.condition_channels)
 
     @property
     def facts_type(self) -> np.dtype:

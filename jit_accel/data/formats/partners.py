@@ -2,18 +2,15 @@
 
 import logging
 import os
-from collections.abc import Iterator
-from itertools import islice
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from jit_accel.base.errors import UserError, renamed_settings
+from jit_accel.data.formats.pixel_format import some_rows
 from jit_accel.data.formats.scan import scan_folder
 from jit_accel.data.formats.source import Source
 from jit_accel.data.reading.decode import BadCondition, BadImage, OtherAspect, decode_row
-from jit_accel.data.reading.images import Stream
 from jit_accel.data.reading.shards import missing_path
 
 log = logging.getLogger(__name__)
@@ -62,7 +59,7 @@ def check_pairs(source: Source, about: str, value: str | None) -> None:
     columns, reasons = getattr(source.images, "columns", None), []
     if columns is None or columns.condition is None:
         return
-    for row in _some_rows(source):
+    for row in some_rows(source, _MOST_PAIRS):
         try:
             decode_row(row, columns, _SIDE)
             return
@@ -76,16 +73,3 @@ def check_pairs(source: Source, about: str, value: str | None) -> None:
     if reasons:
         rule = f"none of the conditions looked at ({len(reasons)}) can be used, the first: {reasons[0]}. Repair them, "
         raise UserError(rule + "or name others.", about=about, value=value)
-
-
-def _some_rows(source: Source) -> Iterator[dict]:
-    """Yield a few undecoded rows, from all over the data where that costs nothing."""
-    images = source.images
-    if isinstance(images, Stream):
-        # Of remote files, first one that was fetched when the columns were looked for
-        begun = 0 if images.files is None else int(images.sizes.argmax())
-        units = np.roll(np.arange(images.num_units), -begun).tolist()
-        yield from islice((row for unit in units for row in images.rows(unit)), _MOST_PAIRS)
-    else:
-        numbers = np.unique(np.linspace(0, len(images) - 1, _MOST_PAIRS).astype(int))
-        yield from (images.dataset[number] for number in numbers.tolist())

@@ -7,7 +7,7 @@ import posixpath
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jit_accel.base.findings import findings_file, read_findings, write_findings
+from jit_accel.data.reading.arrays import ARRAY_EXTENSIONS
 from jit_accel.data.reading.cache import RACY_NS
 from jit_accel.data.reading.splits import choose_folders, has_split_word
 
@@ -73,6 +74,8 @@ def known_scan(root: str) -> FolderScan | None:
     facts = json.loads(table.schema.metadata[b"scan"])
     if "own" not in facts:  # as those of earlier versions, which took what we wrote for images
         return None
+    if not len(table) and ARRAY_EXTENSIONS & facts["other_endings"].keys():  # nor did these know arrays
+        return None
     try:
         changes = [_changed_ns(os.stat(os.path.join(root, prefix))) for prefix in facts["directories"]]
     except OSError:  # one is gone
@@ -94,9 +97,19 @@ def _changed_ns(info: os.stat_result) -> int:
 
 
 def walk_folder(root: str) -> FolderScan:
-    """Walk `root`, following links but no loops; hidden files and folders are ignored."""
+    """Walk `root`, following links but no loops; hidden files and folders are ignored.
+
+    Arrays (.npy, .npz) are its images where there are no pictures, beside which they often are something else.
+    """
+    scan = _walked(root, IMAGE_EXTENSIONS)
+    if not len(scan.images) and ARRAY_EXTENSIONS & scan.other_endings.keys():
+        return _walked(root, ARRAY_EXTENSIONS)
+    return scan
+
+
+def _walked(root: str, endings: Set[str]) -> FolderScan:
     scan = FolderScan()
-    paths = _walk(root, scan)
+    paths = _walk(root, scan, endings)
     # By chunks, so that a million of them are never Python objects all at once.
     chunks = iter(lambda: list(itertools.islice(paths, _PATHS_PER_CHUNK)), [])
     scan.images = pa.chunked_array([pa.array(some, pa.string()) for some in chunks], pa.string())
@@ -108,7 +121,7 @@ def has_images(root: str) -> bool:
     return next(_walk(root, FolderScan()), None) is not None
 
 
-def _walk(root: str, scan: FolderScan) -> Iterator[str]:
+def _walk(root: str, scan: FolderScan, endings: Set[str] = IMAGE_EXTENSIONS) -> Iterator[str]:
     """Yield the images in the order of their whole paths."""
     stack: list = [("", ())]  # paths of images, and (path, ancestors) of folders
     while stack:
@@ -124,7 +137,7 @@ def _walk(root: str, scan: FolderScan) -> Iterator[str]:
             if identity in ancestors:  # a link back up; links to elsewhere are followed
                 continue
             scan.is_settled &= 0 < info.st_mtime_ns < time.time_ns() - RACY_NS  # 0: a file system that keeps none
-            files, folders = _list(folder, prefix, scan)
+            files, folders = _list(folder, prefix, scan, endings)
         except OSError as error:
             scan.unreadable.append(f"{folder} ({error.strerror})")
             scan.doubtful.append(prefix)
@@ -136,7 +149,7 @@ def _walk(root: str, scan: FolderScan) -> Iterator[str]:
         stack += [(prefix + name, inside) if name.endswith("/") else prefix + name for name in names]
 
 
-def _list(folder: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[str]]:
+def _list(folder: str, prefix: str, scan: FolderScan, endings: Set[str]) -> tuple[list[str], list[str]]:
     """Return the names of the images and of the folders in a folder."""
     files, folders, marks, found = [], [], set(), FolderScan()
     with os.scandir(folder) as entries:
@@ -152,7 +165,7 @@ def _list(folder: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[s
                 folders.append(name)
             elif kind == "file" and name.lower() in METADATA_NAMES:
                 found.metadata.append(prefix + name)
-            elif kind != "folder" and ending not in IMAGE_EXTENSIONS and (ending or kind == "file"):
+            elif kind != "folder" and ending not in endings and (ending or kind == "file"):
                 found.other_endings[ending or "no ending"] += 1
                 if len(scan.others) + len(found.others) < MOST_OTHERS and is_utf8(name):
                     found.others.append(prefix + name)

@@ -11,7 +11,7 @@ from datasets import Dataset, Image
 
 from jit_accel.base.errors import UserError
 from jit_accel.data import data_error
-from jit_accel.data.formats.columns import FOLDER, IMAGE_CHANNELS, Columns, facts_type
+from jit_accel.data.formats.columns import COLOUR, FOLDER, IMAGE_CHANNELS, Columns, PixelFormat, facts_type
 from jit_accel.data.formats.numbers import Vectors
 from jit_accel.data.reading.images import Images, Stream, TableImages
 from jit_accel.data.reading.shards import Shard
@@ -63,6 +63,7 @@ class Source:
     img_size: int | None = None  # side in pixels of images that are all squares of one size
     vectors: Vectors | None = None  # the columns of numbers
     most_labels: int | None = None  # of an image, where they may have several
+    pixels: PixelFormat = COLOUR  # of what is read
 
     @property
     def vector_record(self) -> dict[str, list] | None:
@@ -91,7 +92,7 @@ class Source:
     @property
     def condition_channels(self) -> int:
         """Return the channels of the pictures that go with the images; 0 where there are none."""
-        return self.channels - IMAGE_CHANNELS
+        return self.channels - self.pixels.channels
 
     @property
     def num_classes(self) -> int | None:

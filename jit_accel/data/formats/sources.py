@@ -14,8 +14,10 @@ import pyarrow as pa
 from jit_accel.base.errors import UserError, lookup
 from jit_accel.base.shared_tables import shared_table
 from jit_accel.data import data_error
+from jit_accel.data.formats.columns import IMAGE_CHANNELS
 from jit_accel.data.formats.folder import is_about_images, is_known_image_folder, open_folder
 from jit_accel.data.formats.partners import check_pairs
+from jit_accel.data.formats.pixel_format import in_format
 from jit_accel.data.formats.prepared import is_prepared, open_prepared
 from jit_accel.data.formats.scan import has_images
 from jit_accel.data.formats.source import Request, Source, fingerprint_of
@@ -43,6 +45,8 @@ def open_images(
     condition_path: str | os.PathLike | None = None,
     condition_column: str | None = None,
     vector_column: Sequence[str] = (),
+    in_channels: int = IMAGE_CHANNELS,
+    value_range: tuple[float, float] | None = None,
 ) -> Source:
     """Open `--data_path`: a folder of images, Parquet or tar files, their URLs (`https://host/shard-{000..009}.tar`),
     a saved or prepared data set, a Hub id (`owner/name:config@revision`), `builtin:NAME`.
@@ -56,6 +60,9 @@ def open_images(
         condition_column: the column of the conditions; in metadata files it holds their paths, in tar files it is the
             ending of their members.
         vector_column: names of columns of numbers, or lists of such, that are conditions.
+        in_channels: 1 for grey, 3 for colour, to which pictures are converted; others are those of arrays (.npy, .npz),
+            or of TIFFs with as many bands.
+        value_range: the values that become -1 and 1 (None: those of 8 or of 16 bits); needed for floats.
 
     UserError for whatever is wrong with the path, the columns or the labels, found before any training.
     """
@@ -77,6 +84,7 @@ def open_images(
     vectors = (vector_column,) if isinstance(vector_column, str) else tuple(dict.fromkeys(vector_column))
     how = image_column, label_column, streaming, renumber_labels, split, place, condition_column, vectors
     source = FORMATS[data_format](Request(path, *how))
+    source = in_format(source, in_channels, value_range and tuple(map(float, value_range)))
     check_pairs(source, "condition_column" if condition_path is None else "condition_path", place or condition_column)
     return source
 

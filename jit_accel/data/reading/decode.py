@@ -1,4 +1,4 @@
-"""Bytes to pixels: any usual picture becomes one uint8 RGB square, or a `BadImage`."""
+"""Bytes to pixels: any usual picture, or array, becomes one square of a `PixelFormat`, or a `BadImage`."""
 
 import contextlib
 import io
@@ -12,11 +12,18 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from jit_accel.data.formats.columns import IMAGE_CHANNELS, Columns
+from jit_accel.data.formats.columns import COLOUR, Columns, PixelFormat
+from jit_accel.data.reading.arrays import (
+    BadImage,
+    channels_first,
+    first_numbers,
+    in_units,
+    is_array,
+    numbers_of,
+    read_array,
+)
+from jit_accel.data.reading.crop import bands_of, center_crop, crop_pixels, fast_crop, pixels_of
 
-# Up to this ratio of the sides the crop is exactly ADM's; beyond it (strips, scans of receipts) the picture
-# is cropped first, because ADM's order would blow a 1 x 5000 line up to a 64 x 320,000 image.
-MAX_EXACT_ASPECT = 16
 # Pillow reads more, but EPS by starting an interpreter, and others are no pictures of one's own.
 Image.init()
 _KNOWN = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000"]
@@ -34,10 +41,6 @@ except ImportError:  # the extra "fast"
 _JPEG_START = b"\xff\xd8\xff"
 
 
-class BadImage(Exception):
-    """These bytes are no picture that can be trained on. The message is a short reason."""
-
-
 class BadCondition(BadImage):
     """The picture that goes with an image is bad, and so both are."""
 
@@ -47,35 +50,48 @@ class OtherAspect(BadCondition):
 
 
 class Decoded(NamedTuple):
-    """A decoded square, uint8 (3, S, S), and the width and height of what it was cut out of."""
+    """A decoded square (C, S, S), and the width and height of what it was cut out of."""
 
     pixels: np.ndarray
     size: tuple[int, int]
 
 
-def decode_image(data: bytes | str | os.PathLike | None, size: int, fast: bool = False) -> np.ndarray:
-    """Decode an image file (its bytes, or its path) to uint8 (3, size, size), RGB, by ADM's centre crop.
+def decode_image(
+    data: bytes | str | os.PathLike | None, size: int, fast: bool = False, pixels: PixelFormat = COLOUR
+) -> np.ndarray:
+    """Decode an image file (its bytes, or its path) to (C, size, size) by ADM's centre crop: uint8 RGB, or as `pixels`.
 
-    With `fast` the crop is `fast_crop`, and JPEGs are decoded at half, a quarter or an eighth of their size where that
-    is enough. The EXIF orientation is applied; of an animation the first frame is taken; transparency is composited on
+    One channel is grey, as Pillow's L; other counts than 1 and 3 are those of arrays, or of the bands or pages of a
+    TIFF. With `fast` the crop is `fast_crop`, and JPEGs are decoded at half, a quarter or an eighth of their size where
+    that is enough. The EXIF orientation is applied; of an animation the first frame is taken; transparency is put on
     white; 16-bit grey is scaled to 8 bits; CMYK, palette and the like are converted as Pillow does. Up to 179 million
     pixels (twice Pillow's limit, which cameras of 100 megapixels pass) are decoded.
 
     BadImage if empty, unreadable, truncated, no image, no file, a decompression bomb, or of floating-point pixels.
     """
-    return decode_sized(data, size, fast).pixels
+    return decode_sized(data, size, fast, pixels).pixels
 
 
-def decode_sized(data: bytes | str | os.PathLike | None, size: int, fast: bool = False) -> Decoded:
-    """`decode_image`, with the size that the whole picture has, upright."""
+def decode_sized(
+    data: bytes | str | os.PathLike | None,
+    size: int,
+    fast: bool = False,
+    pixels: PixelFormat = COLOUR,
+    is_condition: bool = False,
+) -> Decoded:
+    """`decode_image`, with the size that the whole picture has, upright; nested lists are taken for arrays."""
     if data is None or (isinstance(data, bytes) and not data):
         raise BadImage("empty")
+    channels = pixels.condition_channels if is_condition else pixels.channels
+    wanted = (size, channels, pixels.value_range, is_condition)
     try:
+        if isinstance(data, list):
+            return _cut(first_numbers(data), *wanted)
         with _opened(data) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's about damaged EXIF, large images, palettes: one a file
-            plain = None if fast else plain_jpeg(file)
+            plain = None if fast or channels != 3 or pixels.value_range else plain_jpeg(file)
             if plain is None:
-                return _decode(file, size, fast)
+                return _decode(file, fast, *wanted)
             return Decoded(crop_pixels(plain.transpose(2, 0, 1), size), plain.shape[1::-1])
     except BadImage:
         raise
@@ -83,10 +99,37 @@ def decode_sized(data: bytes | str | os.PathLike | None, size: int, fast: bool =
         raise BadImage(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}") from error
 
 
+def raw_numbers(data: Any) -> np.ndarray | Image.Image:
+    """Return an array, or a picture with other numbers than 8 bits or of many pages, as numbers; another as it is.
+
+    BadImage for what cannot be read.
+    """
+    if data is None or data in (b"", []):
+        raise BadImage("empty")
+    try:
+        if isinstance(data, list):
+            return first_numbers(data)
+        with _opened(data) as file:
+            if is_array(file.read(12)):
+                file.seek(0)
+                return read_array(file)
+            file.seek(0)
+            image = Image.open(file, formats=_FORMATS)
+            is_plain = not image.mode.startswith(("I", "F")) and getattr(image, "n_frames", 1) == 1
+            if is_plain and len(image.getbands()) <= 3:
+                image.load()
+                return image
+            return numbers_of(image)
+    except BadImage:
+        raise
+    except Exception as error:  # decoders raise anything on damaged files
+        raise BadImage(str(error)) from error
+
+
 def decode_row(
     row: Mapping[str, Any], columns: Columns, img_size: int, fallback_name: Callable[[], str] = str
 ) -> np.ndarray:
-    """Decode the image of a row to uint8 (3, img_size, img_size), and its condition, if it has one, to three more.
+    """Decode the image of a row to (C, img_size, img_size), and behind it its condition, if it has one.
 
     Raises `BadImage` with the message "name: reason"; `fallback_name` is asked for where it has no name of its own.
     """
@@ -94,22 +137,29 @@ def decode_row(
     try:
         if columns.condition is not None:
             decode = partial(_decode_value, columns=columns, img_size=img_size)
-            return decode_pair(data, *columns.image_of(row.get(columns.condition)), decode)
+            condition = columns.image_of(row.get(columns.condition))
+            return decode_pair(data, *condition, decode, partial(decode, is_condition=True))
         if columns.raw_size is not None:  # fifty times as fast as decoding: each call counts
             return crop_pixels(pixels_of(data, columns.raw_size), img_size)
-        return decode_image(data, img_size)
+        return decode_image(data, img_size, pixels=columns.pixels)
     except BadImage as error:
         raise type(error)(f"{name or fallback_name()}: {error}") from error
 
 
-def _decode_value(data: bytes | str | None, columns: Columns, img_size: int) -> Decoded:
+def _decode_value(data: bytes | str | None, columns: Columns, img_size: int, is_condition: bool = False) -> Decoded:
     if columns.raw_size is None:
-        return decode_sized(data, img_size)
+        return decode_sized(data, img_size, False, columns.pixels, is_condition)
     return Decoded(crop_pixels(pixels_of(data, columns.raw_size), img_size), (columns.raw_size, columns.raw_size))
 
 
-def decode_pair(image: Any, condition: Any, name: str, decode: Callable[[Any], Decoded]) -> np.ndarray:
-    """Decode an image and the condition `name` that goes with it to uint8 (6, S, S), the image's channels first.
+def decode_pair(
+    image: Any,
+    condition: Any,
+    name: str,
+    decode: Callable[[Any], Decoded],
+    decode_condition: Callable[[Any], Decoded] | None = None,
+) -> np.ndarray:
+    """Decode an image and the condition `name` that goes with it to (C, S, S), the image's channels first.
 
     BadImage if one of them is bad; BadCondition if it is the condition, or that is missing or of another aspect.
     """
@@ -117,7 +167,7 @@ def decode_pair(image: Any, condition: Any, name: str, decode: Callable[[Any], D
     if condition is None:
         raise BadCondition("its condition is missing")
     try:
-        shown, other = decode(condition)
+        shown, other = (decode_condition or decode)(condition)
     except BadImage as error:
         raise BadCondition(f"its condition {name}: {error}" if name else f"its condition: {error}") from error
     if not have_one_aspect(size, other):
@@ -163,14 +213,6 @@ def plain_jpeg(file: BinaryIO) -> np.ndarray | None:
         return None
 
 
-def _planes(image: Image.Image) -> np.ndarray:
-    """uint8 (3, H, W). Pillow takes the colours apart twice as fast as NumPy transposes them."""
-    pixels = np.empty((3, image.height, image.width), np.uint8)
-    for plane, band in zip(pixels, image.split()):
-        plane[:] = band
-    return pixels
-
-
 def _opened(data: bytes | str | os.PathLike) -> BinaryIO:
     if isinstance(data, bytes):
         return io.BytesIO(data)
@@ -183,7 +225,9 @@ def _opened(data: bytes | str | os.PathLike) -> BinaryIO:
     raise BadImage("neither a file nor a link to one")
 
 
-def _decode(file: BinaryIO, size: int, fast: bool) -> Decoded:
+def _decode(
+    file: BinaryIO, fast: bool, size: int, channels: int, value_range: tuple[float, float] | None, is_condition: bool
+) -> Decoded:
     try:
         image = Image.open(file, formats=_FORMATS)
         if image.format == "PNG":  # Pillow decodes pixels without a look at their checksums
@@ -195,19 +239,40 @@ def _decode(file: BinaryIO, size: int, fast: bool) -> Decoded:
         head = file.read(12)
         if not head:
             raise BadImage("empty") from error
+        if is_array(head):
+            file.seek(0)
+            return _cut(read_array(file), size, channels, value_range, is_condition)
         if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
             raise BadImage("HEIC, which cannot be decoded here: convert it to JPEG or PNG") from error
         raise BadImage(f"{type(error).__name__}: not an image") from error
     with image:
         full_size, is_turned = image.size, False
-        if fast:
+        is_plain = value_range is None and channels in (1, 3)
+        if fast and is_plain:
             image.draft(None, (size, size))
         with contextlib.suppress(Exception):  # damaged EXIF does not make pixels bad; damaged pixels fail again
             is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
             ImageOps.exif_transpose(image, in_place=True)
-        upright = to_rgb(image)
+        if not is_plain:
+            has_bits = channels in (1, 3) and not image.mode.startswith(("I", "F"))
+            numbers = np.asarray(to_grey(image) if channels == 1 else to_rgb(image)) if has_bits else numbers_of(image)
+            return _cut(numbers, size, channels, value_range, is_condition)
+        upright = to_rgb(image) if channels == 3 else to_grey(image)
         cropped = fast_crop(upright, size, full_size) if fast else center_crop(upright, size)
-        return Decoded(_planes(cropped), full_size[::-1] if is_turned else full_size)
+        return Decoded(bands_of(cropped), full_size[::-1] if is_turned else full_size)
+
+
+def _cut(
+    numbers: np.ndarray, size: int, channels: int, value_range: tuple[float, float] | None, is_condition: bool
+) -> Decoded:
+    """Return the square of an array that has as many channels, or is grey in place of colour or the other way."""
+    planes = channels_first(numbers, channels)
+    return Decoded(crop_pixels(in_units(planes, value_range, is_condition), size), planes.shape[:0:-1])
+
+
+def to_grey(image: Image.Image) -> Image.Image:
+    """Convert any Pillow mode to L, as `to_rgb` does to RGB."""
+    return image if image.mode == "L" and "transparency" not in image.info else to_rgb(image).convert("L")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -216,7 +281,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if mode == "RGB" and "transparency" not in image.info:
         return image
     if mode == "F":
-        raise BadImage("floating-point pixels have no agreed range; save the image with 8 or 16 bits")
+        raise BadImage(
+            "floating-point pixels have no agreed range; save the image with 8 or 16 bits, or say it: --value_range"
+        )
     if mode.startswith("I"):  # 16-bit grey; Pillow < 10.3 opens it as 32-bit "I" with the same values
         grey = np.clip(np.asarray(image).astype(np.float64), 0, 65535)
         return Image.fromarray(np.rint(grey / 257).astype(np.uint8)).convert("RGB")
@@ -225,58 +292,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop: halve with a box filter while the shorter side is at least twice `size`, scale it to `size`
-    bicubically, cut out the centre. Exact up to an aspect ratio of 16; one of `size` x `size` comes back unchanged.
-    """
-    if image.size == (size, size):
-        return image
-    longest = MAX_EXACT_ASPECT * min(image.size)
-    if max(image.size) > longest:
-        image = _cut_out(image, min(image.width, longest), min(image.height, longest))
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    return _cut_out(image.resize((width, height), Image.Resampling.BICUBIC), size, size)
-
-
-def _cut_out(image: Image.Image, width: int, height: int) -> Image.Image:
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def fast_crop(image: Image.Image, size: int, full_size: tuple[int, int]) -> Image.Image:
-    """About what `center_crop` returns: the centre square alone is scaled, in one step.
-
-    `full_size` is width and height as stored, on which it depends how the exact crop rounds: half a pixel is visible.
-    """
-    halved = sorted(full_size)
-    while halved[0] >= 2 * size:
-        halved = [side // 2 for side in halved]
-    longer = max(size, round(halved[1] * (size / halved[0])))
-    start, scale = (longer - size) // 2 / longer, max(image.size)
-    along, across = (start * scale, start * scale + size / longer * scale), (0, min(image.size))
-    (left, right), (top, bottom) = (along, across) if image.width >= image.height else (across, along)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom), reducing_gap=2.0)
-
-
-def crop_pixels(pixels: np.ndarray, size: int) -> np.ndarray:
-    """`center_crop` of uint8 (3, H, W): uint8 (3, size, size), the same array where there is nothing to do.
-
-    Of several pictures, uint8 (3 n, H, W), each is cropped.
-    """
-    if pixels.shape[1:] == (size, size):
-        return pixels
-    if len(pixels) > IMAGE_CHANNELS:
-        return np.concatenate([crop_pixels(one, size) for one in np.split(pixels, len(pixels) // IMAGE_CHANNELS)])
-    return _planes(center_crop(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))), size))
-
-
-def pixels_of(data: bytes | None, size: int) -> np.ndarray:
-    """Stored pixels as uint8 (3, size, size), read-only and without a copy; BadImage if of another length."""
-    if data is None or len(data) != 3 * size * size:
-        raise BadImage(f"{len(data or b'')} bytes where {size} x {size} pixels have {3 * size * size}")
-    return np.frombuffer(data, np.uint8).reshape(3, size, size)

@@ -36,7 +36,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
-        """Read images `indices`, int64 (B,), into `out`, uint8 (B, 3, size, size), RGB; where bad it is undefined.
+        """Read images `indices`, int64 (B,), into `out` (B, C, size, size), undefined where bad.
 
         With conditions `out` may have as many channels as `channels` says, of which these are the last.
 
@@ -136,9 +136,9 @@ class SomeImages:
 class KeptImages:
     """The images of `images`, cropped to squares of a side, each of which is decoded once and then kept."""
 
-    def __init__(self, images: Images, channels: int, side: int):
+    def __init__(self, images: Images, channels: int, side: int, dtype: np.dtype | type = np.uint8):
         self.images = images
-        self.pixels = np.empty((len(images), channels, side, side), np.uint8)  # memory is taken as they come
+        self.pixels = np.empty((len(images), channels, side, side), dtype)  # memory is taken as they come
         self.facts: np.ndarray | None = None  # once their type is known
         self.are_kept = np.zeros(len(images), bool)
 
@@ -146,7 +146,7 @@ class KeptImages:
         """See `Images.read`; what is bad is looked at anew each time."""
         places, bad = np.flatnonzero(~self.are_kept[indices]), {}
         if len(places):
-            fresh = np.empty((len(places), *self.pixels.shape[1:]), np.uint8)
+            fresh = np.empty((len(places), *self.pixels.shape[1:]), self.pixels.dtype)
             facts, reasons = self.images.read(indices[places], fresh)
             self.facts = np.empty(len(self.pixels), facts.dtype) if self.facts is None else self.facts
             self.pixels[indices[places]], self.facts[indices[places]] = fresh, facts
