@@ -11,9 +11,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jit_accel.base.console import redacted
 from jit_accel.base.files import write_text
 from jit_accel.config.groups import EvalConfig, HealthConfig, HubConfig, TrackingConfig
-from jit_accel.model.call_arguments import is_number
+from jit_accel.model.call_arguments import checked_names, is_number
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.model.vector_arguments import usual_row
 
 CARD_FILE = "README.md"
 CARD_PICTURE = "samples.png"
@@ -32,7 +33,7 @@ A JiT pixel-space diffusion transformer ([arXiv 2511.13720](https://arxiv.org/ab
 ```python
 import torch
 from jit_accel import JiTPipeline
-
+{imports}
 pipe = JiTPipeline.from_pretrained("{place}")
 image = pipe({example}, generator=torch.Generator().manual_seed(0)).images[0]
 image.save("sample.png")
@@ -78,8 +79,8 @@ def training_card(pipeline: JiTPipeline, record: Mapping, decay: str) -> str:
     images = f"{record['num_images']:,}" if record["num_images"] else "streamed"
     data = str(record["data_path"]).rstrip("/").rpartition("/")[2]
     return _card(
-        pipeline.transformer.config.num_classes,
-        pipeline.config.class_names,
+        pipeline.transformer.config,
+        pipeline.config,
         title=f"{record['model']}, {record['img_size']} px",
         origin=f",\ntrained with jit_accel on {images} images of `{_inline(data)}` for {record['total_steps']:,} steps",
         picture=f"\n![samples]({CARD_PICTURE})\n",
@@ -97,8 +98,8 @@ def conversion_card(pipeline: JiTPipeline, name: str, set_name: str, facts: Mapp
     sampling |= {name: objective[name] for name in ("noise_scale", "t_eps")}
     sampling |= {name: pipeline.config[name] for name in ("guidance_scale", "guidance_interval")}
     return _card(
-        config.num_classes,
-        pipeline.config.class_names,
+        config,
+        pipeline.config,
         title=f"{name}, {config.img_size} px",
         made="Origin",
         sentence=f"Converted with `python -m jit_accel.convert`. Weights: {_inline(set_name)}.",
@@ -109,10 +110,9 @@ def conversion_card(pipeline: JiTPipeline, name: str, set_name: str, facts: Mapp
 def _bare_card(folder: Path) -> str:
     """Return a card for a folder that came without one, from its configuration files alone."""
     network = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-    names = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")).get("class_names") or []
     return _card(
-        network["num_classes"],
-        [names[number] for number in sorted(names, key=int)] if isinstance(names, dict) else names,
+        network,
+        json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")),
         title=f"JiT, {network['img_size']} px",
         made="Network",
         sentence="Its configuration:",
@@ -120,12 +120,19 @@ def _bare_card(folder: Path) -> str:
     )
 
 
-def _card(num_classes: int, names: list[str] | None, *, settings: Mapping, **texts: str) -> str:
-    """Return a card from the texts of `BODY` that are not the same for all."""
-    names = names or []
+def _card(network: Mapping, own: Mapping, *, settings: Mapping, **texts: str) -> str:
+    """Return a card from the configurations of network and pipeline, and the texts of `BODY` that are not the same for
+    all.
+    """
+    num_classes, names = network["num_classes"], checked_names(own.get("class_names"), network["num_classes"]) or []
     shown = ", ".join(map(_inline, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     numbers = f"{num_classes} numbers, without names" if num_classes else "none"
     example = json.dumps(names[:1] or [0], ensure_ascii=False) if num_classes else "[None]"
+    imports = ""
+    if network.get("condition_channels"):
+        imports, example = "from PIL import Image\n", f'{example}, condition_image=Image.open("condition.png")'
+    if columns := own.get("vectors"):
+        example += f", vectors={json.dumps(usual_row(columns), ensure_ascii=False)}"
     # Whatever has a slash may be a path, but for the model's name.
     rows = [
         f"| {name} | {_inline(value)} |"
@@ -133,7 +140,7 @@ def _card(num_classes: int, names: list[str] | None, *, settings: Mapping, **tex
         if value is not None and (name == "model" or not {"/", "\\"} & set(str(value)))
     ]
     texts = {"origin": "", "picture": "", **texts, "settings": "\n".join(rows)}
-    body = BODY.format(place=PLACEHOLDER, example=example, names=shown or numbers, **texts)
+    body = BODY.format(place=PLACEHOLDER, imports=imports, example=example, names=shown or numbers, **texts)
     data = ModelCardData(library_name="diffusers", pipeline_tag=TASK, tags=TAGS)
     return redacted(f"---\n{data.to_yaml()}\n---\n\n{body}")
 

@@ -29,6 +29,15 @@ def checked_columns(columns: Mapping | None, sizes: Sequence[int]) -> dict | Non
     return {name: list(columns[name]) for name in ("names", "sizes", "mean", "std")}
 
 
+def usual_row(columns: Mapping) -> dict[str, float | list[float]]:
+    """Return the mean of each column by its name, in three digits, as a call takes them."""
+    means, row = iter(columns["mean"]), {}
+    for name, size in zip(columns["names"], columns["sizes"]):
+        numbers = [float(f"{next(means):.3g}") for _ in range(size)]
+        row[name] = numbers if size > 1 else numbers[0]
+    return row
+
+
 def vectors_asked(
     given: Sequence[Row] | Row | Tensor | np.ndarray, columns: Mapping | None, labels: int
 ) -> list[list[float] | None]:

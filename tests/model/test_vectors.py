@@ -1,12 +1,16 @@
 """A network that is given numbers beside the noise, guidance on them, and calls with numbers."""
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
 
 from jit_accel import JiTPipeline, JiTScheduler, JiTTransformer2DModel
 from jit_accel.config.costs import num_params
 from jit_accel.config.presets import forward_macs
+from jit_accel.model.card import conversion_card
 from jit_accel.model.generation import generate
 from jit_accel.model.objective import Objective
 
@@ -246,3 +250,50 @@ def test_a_pipeline_is_kept_with_its_columns(tmp_path):
     how = {"num_inference_steps": 2, "vectors": {"age": 44, "place": [1e9, 1]}, "output_type": "pt"}
     made = [p(1, generator=torch.Generator().manual_seed(0), **how).images for p in (pipe, again)]
     assert torch.equal(*made)
+
+
+def test_a_card_shows_a_call_with_all_that_the_network_wants():
+    pipe = JiTPipeline(build(vector_sizes=[1, 2], condition_channels=3), JiTScheduler(), vectors=COLUMNS)
+    card = conversion_card(pipe, "JiT", "model", {})
+    (call,) = (line for line in card.splitlines() if line.startswith("image = "))
+    assert 'condition_image=Image.open("condition.png"), vectors={"age": 40.0, "place": [1000000000.0, 0.0]}' in call
+    assert "from PIL import Image\n" in card
+    made = []
+    scope = {"pipe": lambda *args, **how: made.append((args, how)), "torch": torch, "Image": PIL.Image}
+    with pytest.raises((FileNotFoundError, AttributeError)):
+        exec(call, scope)
+    exec(call.replace('Image.open("condition.png")', "None").replace(".images[0]", ""), scope)
+    assert made[0][1]["vectors"] == {"age": 40.0, "place": [1e9, 0.0]}
+
+
+def test_the_code_of_a_folder_knows_numbers_and_several_labels_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    network = build(vector_sizes=[1, 2], condition_channels=3, has_several_labels=True)
+    pipe = JiTPipeline(network, JiTScheduler(), ["cat", "dog", "cow"], vectors=COLUMNS, guidance_scale=2.0)
+    pipe.set_progress_bar_config(disable=True)
+    folder = tmp_path / "pipeline"
+    pipe.save_pretrained(folder)
+    for file in folder.rglob("*.py"):
+        file.write_text(file.read_text().replace('import_module("jit_accel', 'import_module("gone'))
+    carried = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
+    carried.set_progress_bar_config(disable=True)
+    assert not isinstance(carried, JiTPipeline)
+    picture, noise = torch.rand(3, 8, 8), torch.randn(2, 3, 8, 8)
+    how = {"vectors": [{"age": 44, "place": [1e9, 1]}, None], "condition_image": [picture, None], "latents": noise}
+    made = [p([["cat", "cow"], "dog"], 2, **how, output_type="pt").images for p in (pipe, carried)]
+    assert torch.equal(*made)
+    with pytest.raises(ValueError, match="vectors is not given"):
+        carried(0, 1, condition_image=picture)
+
+
+def test_numbers_go_with_windows_of_a_large_picture():
+    pipe, noise = make_pipe(), torch.randn(2, 3, 16, 12)
+    rows = [[41, 1e9, -1], None]
+    how = {"latents": noise, "guidance_scale": 2.0, "guidance_on": "condition", "output_type": "pt", "tile": 8}
+    both = pipe([0, 1], 2, vectors=rows, **how).images
+    for n in range(2):
+        alone = pipe(n, 2, vectors=rows[n : n + 1], **how | {"latents": noise[n : n + 1]}).images
+        assert torch.allclose(alone[0], both[n], atol=1e-5)
+    other = pipe([0, 1], 2, vectors=[[0, 1e9, -1], None], **how).images
+    assert not torch.allclose(other[0], both[0], atol=1e-3)
+    assert torch.allclose(other[1], both[1], atol=1e-5)

@@ -123,14 +123,12 @@ class Columns:
             return 0
         if self.label_key is not None:
             value = value.get(self.label_key) if isinstance(value, dict) else None
-        if self.most_labels is None:
-            return self._class_of(value)
-        found = list(dict.fromkeys(map(self._class_of, value or ())))
-        if len(found) > self.most_labels:
-            raise ValueError(f"it has {len(found)} labels, and none had more than {self.most_labels}")
-        return [*found, *[-1] * (self.most_labels - len(found))]
-
-    def _class_of(self, value: Any) -> int:
+        if self.most_labels is not None:
+            one_each = replace(self, label_key=None, most_labels=None)
+            found = list(dict.fromkeys(map(one_each.label_of, value or ())))
+            if len(found) > self.most_labels:
+                raise ValueError(f"it has {len(found)} labels, and none had more than {self.most_labels}")
+            return [*found, *[-1] * (self.most_labels - len(found))]
         if self.label_ids is not None:
             return self.label_ids.get(value, -1)
         return -1 if value is None else int(value)
