@@ -491,6 +491,12 @@ def test_wrong_columns_are_refused_with_the_right_ones(tmp_path):
     assert "no such column; choose from image, shown, label" in refusal(parquet, condition_column="shwon")
     assert "conditions are JPEG, PNG" in refusal(parquet, condition_column="label")
     assert "already" in refusal(parquet, condition_column="image", image_column="image")
+    captions = table().set_column(1, "caption", pa.array(["a  shoe " * 900] * N))
+    write(tmp_path / "captions" / "0.parquet", b"")
+    pq.write_table(captions, tmp_path / "captions" / "0.parquet")
+    said = refusal(tmp_path / "captions", condition_column="caption")
+    assert "none of the conditions looked at (20) can be used, the first: 0.png: its condition " in said
+    assert len(said) < 1000
     assert "--condition_column names" in refusal(parquet, condition_path=tmp_path)
     by_metadata(tmp_path, "csv")
     assert "no such column" in refusal(tmp_path / "csv", condition_column="targets")

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from jit_accel.base.errors import LONGEST_VALUE
 from jit_accel.data.formats.columns import COLOUR, Columns, PixelFormat
 from jit_accel.data.reading.arrays import (
     BadImage,
@@ -164,15 +165,16 @@ def decode_pair(
     BadImage if one of them is bad; BadCondition if it is the condition, or that is missing or of another aspect.
     """
     pixels, size = decode(image)
+    whose = f"its condition {name[-LONGEST_VALUE:]}" if name else "its condition"
     if condition is None:
-        raise BadCondition("its condition is missing")
+        raise BadCondition(f"{whose} is missing")
     try:
         shown, other = (decode_condition or decode)(condition)
     except BadImage as error:
-        raise BadCondition(f"its condition {name}: {error}" if name else f"its condition: {error}") from error
+        raise BadCondition(f"{whose}: {error}") from error
     if not have_one_aspect(size, other):
-        words = "its condition {} has {} x {} pixels, another aspect than the image's {} x {}"
-        raise OtherAspect(words.format(name, *other, *size).replace("  ", " "))
+        words = f"{whose} has {other[0]} x {other[1]} pixels, another aspect than the image's"
+        raise OtherAspect(f"{words} {size[0]} x {size[1]}")
     return np.concatenate([pixels, shown])
 
 
