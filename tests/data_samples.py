@@ -4,6 +4,7 @@ import io
 import tarfile
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -98,3 +99,13 @@ def refusal(*args, **kwargs) -> str:
     with pytest.raises(UserError) as caught:
         open_images(*args, **kwargs)
     return str(caught.value)
+
+
+def as_hub(monkeypatch, kind, *files):
+    """Let the Hub's data sets consist of these files."""
+
+    def instead(real):
+        return lambda path, **how: real(kind, data_files=list(map(str, files)), **how)
+
+    for name in ("load_dataset", "load_dataset_builder"):
+        monkeypatch.setattr(datasets, name, instead(getattr(datasets, name)))

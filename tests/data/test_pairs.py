@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from data_samples import refusal, tar
+from data_samples import as_hub, refusal, tar
 from datasets import ClassLabel, Dataset, Features, Image
 from helpers import DEVICES
 from http_server import FailingServer
@@ -459,6 +459,23 @@ def test_a_table_may_hold_the_paths_of_its_conditions(tmp_path, loaders, streami
     batch = next(loaders(open_images(tmp_path / "t", condition_column="shown", streaming=streaming), batch_size=N))
     assert not batch.bad_images
     assert torch.equal(batch.images[:, 3:], 255 - batch.images[:, :3])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset", "imagefolder"])
+def test_pairs_of_the_hub(tmp_path, loaders, monkeypatch, kind):
+    opened = KINDS[{"parquet": "parquet", "webdataset": "tar", "imagefolder": "csv"}[kind]](tmp_path)
+    column = {"parquet": "shown", "webdataset": "cond.png", "imagefolder": "target"}[kind]
+    if kind == "imagefolder":  # in whose metadata names of such columns make pictures of them
+        file = tmp_path / "csv" / "metadata.csv"
+        file.write_text(file.read_text().replace("target", "target_file_name", 1))
+    files = sorted(path for path in tmp_path.joinpath(opened.name).rglob("*") if path.is_file())
+    as_hub(monkeypatch, kind, *files)
+    for streaming in (None, False):
+        source = open_images("someone/pairs", condition_column=column, streaming=streaming)
+        assert (source.format, source.num_images, source.condition_channels) == ("hub", N, 3)
+        batch = next(loaders(source, batch_size=N))
+        assert not batch.bad_images
+        assert torch.equal(batch.images[:, 3:], 255 - batch.images[:, :3])
 
 
 def test_splits_have_their_pairs_in_one_folder(tmp_path):

@@ -9,7 +9,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_samples import image_folder, labels_by_number, parquet, png, refusal, tar
+from data_samples import as_hub, image_folder, labels_by_number, parquet, png, refusal, tar
 from datasets import ClassLabel, Value
 
 from jit_accel.data import open_images
@@ -165,16 +165,6 @@ def test_a_saved_data_set_is_read(tmp_path):
         assert (source.format, source.streaming, source.num_images) == ("saved", False, 6)
         assert source.class_names == ("even", "odd")
         assert labels_by_number(source) == {n: n % 2 for n in range(6)}
-
-
-def as_hub(monkeypatch, kind, *files):
-    """Let the Hub's data sets consist of these files."""
-
-    def instead(real):
-        return lambda path, **how: real(kind, data_files=list(map(str, files)), **how)
-
-    for name in ("load_dataset", "load_dataset_builder"):
-        monkeypatch.setattr(datasets, name, instead(getattr(datasets, name)))
 
 
 def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
