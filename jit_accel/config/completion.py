@@ -111,7 +111,7 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         gradient_accumulation_steps=facts.accumulation,
         mixed_precision=facts.precision,
         condition_channels=config.condition.condition_channels or facts.condition_channels,
-        value_range=facts.value_range,
+        value_range=facts.value_range or config.data.value_range,
         output_dir=run_folder(config),
         resume=os.path.expanduser(config.run.resume),
         ema_decays=tuple(dict.fromkeys(optim.ema_decays or ("auto", *decays))),

@@ -183,7 +183,8 @@ def write_folder(result: Converted, folder: Path) -> None:
         network = JiTTransformer2DModel(**result.config)
     network.load_state_dict(result.weights, strict=True, assign=True)
     scheduler = JiTScheduler(*(settings[name] for name in ("prediction", "t_eps", "noise_scale", "solver")))
-    pipeline = JiTPipeline(network.eval(), scheduler, **{name: settings[name] for name in ("class_names", *DEFAULTS)})
+    kept = {name: settings.get(name, opened.stated.get(name)) for name in ("class_names", *DEFAULTS)}
+    pipeline = JiTPipeline(network.eval(), scheduler, **kept)
     pipeline.save_pretrained(folder, safe_serialization=True)
     if opened.path and (opened.path / INDEX_FILE).is_file() and makes_the_same_images(result):
         for file in (file for pattern in BELONGINGS for file in opened.path.glob(pattern)):

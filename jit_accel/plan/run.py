@@ -77,7 +77,15 @@ def plan(settings: PlanConfig, training: Sequence[str]) -> int:
     completed, lengths, _ = complete(parse_args(["--data_path", NO_PATH, "--", *training, *divided]), facts)
     optim, model = completed.optim, completed.model
     sizes, patch_size = parse_model_name(model.model)
-    of_work = (sizes, patch_size, completed.data.img_size, classes, optim.optimizer, len(optim.ema_decays))
+    sizes = replace(sizes, in_channels=model.in_channels)
+    of_work = (
+        sizes,
+        patch_size,
+        completed.data.img_size,
+        classes,
+        optim.optimizer,
+        len(optim.ema_decays),
+    )
     work = Workload(*of_work, precision, model.proj_dropout)
     machines = machines_of(settings, precision)
     asked_batch = config.optim.batch_size if share == config.optim.batch_size * accumulation else share

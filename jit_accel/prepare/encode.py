@@ -16,9 +16,10 @@ from PIL import Image
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_file
-from jit_accel.data.formats.columns import IMAGE_CHANNELS, Columns
+from jit_accel.data.formats.columns import COLOUR, IMAGE_CHANNELS, Columns
 from jit_accel.data.formats.prepared import PixelStore
 from jit_accel.data.formats.source import Source
+from jit_accel.data.formats.sources import open_images
 from jit_accel.data.reading.content import key_of
 from jit_accel.data.reading.decode import BadImage, Decoded, crop_pixels, decode_pair, decode_sized, pixels_of
 from jit_accel.data.reading.images import Stream
@@ -178,6 +179,25 @@ def batched(images: Iterable[Encoded], most_images: int, most_bytes: int) -> Ite
         num_bytes += size
     if batch:
         yield batch
+
+
+def open_source(config: PrepareConfig) -> Source:
+    """Open what is to be prepared. UserError for data that no store can hold."""
+    names = "data_format", "image_column", "label_column", "renumber_labels", "split"
+    names += "condition_path", "condition_column"
+    try:
+        source = open_images(config.data_path, **{name: getattr(config, name) for name in names})
+    except UserError as error:
+        if error.about not in ("in_channels", "value_range"):  # which there are no flags for
+            raise
+        source = None
+    if source is None or source.pixels != COLOUR:
+        rule = "holds numbers of more than 8 bits, and what is prepared is colour of 8: train on it as it is."
+        raise UserError(rule, about="data_path", value=config.data_path)
+    if source.most_labels is not None:
+        rule = "its rows hold lists of labels, and what is prepared has one label an image: train on the data as it is."
+        raise UserError(rule, about="label_column", value=config.label_column)
+    return source
 
 
 @dataclass

@@ -36,9 +36,17 @@ from jit_accel.data.formats.columns import numbered_classes
 from jit_accel.data.formats.prepared import INDEX, PAIRS_VERSION, STORE_FORMAT, STORE_VERSION, files_of
 from jit_accel.data.formats.scan import scan_folder, scan_of_splits
 from jit_accel.data.formats.source import Source
-from jit_accel.data.formats.sources import open_images
 from jit_accel.data.reading.splits import ALL
-from jit_accel.prepare.encode import Encoded, Spool, encode_all, originals_at, originals_of, parts_of, write_part
+from jit_accel.prepare.encode import (
+    Encoded,
+    Spool,
+    encode_all,
+    open_source,
+    originals_at,
+    originals_of,
+    parts_of,
+    write_part,
+)
 from jit_accel.prepare.output import Layout, OutputFolder, draw_classes, draw_sheet, verify, write_shard
 from jit_accel.prepare.settings import PrepareConfig
 
@@ -63,7 +71,7 @@ def prepare(config: PrepareConfig) -> int:
         return verify(config.verify)
     output = OutputFolder(config.output_dir)
     output.check_place(os.path.expanduser(config.data_path))
-    source = _open(config)
+    source = open_source(config)
     recorded = config.recorded(_fingerprint(source))
     if source.format == "folder" and list(source.class_names) != sorted(source.class_names):
         recorded["class_names"] = list(source.class_names)  # which earlier versions sorted as text
@@ -266,7 +274,7 @@ def _left_out(work: Work) -> Iterator[tuple[str, str]]:
         logging.disable(logging.WARNING)  # which were said before
         try:
             others = set(scan_of_splits(scan, work.config.split, work.source.name).left_out)
-            listed = set(_paths_of(_open(replace(work.config, split=ALL))).to_pylist()) if scan.metadata else ()
+            listed = set(_paths_of(open_source(replace(work.config, split=ALL))).to_pylist()) if scan.metadata else ()
         except UserError:  # in metadata of another split
             listed = ()
         finally:
@@ -281,16 +289,6 @@ def _left_out(work: Work) -> Iterator[tuple[str, str]]:
 
 def _paths_of(source: Source) -> pa.Array:
     return source.images.dataset.data.column("image").combine_chunks().field("path")
-
-
-def _open(config: PrepareConfig) -> Source:
-    names = "data_format", "image_column", "label_column", "renumber_labels", "split"
-    names += "condition_path", "condition_column"
-    source = open_images(config.data_path, **{name: getattr(config, name) for name in names})
-    if source.most_labels is not None:
-        rule = "its rows hold lists of labels, and what is prepared has one label an image: train on the data as it is."
-        raise UserError(rule, about="label_column", value=config.label_column)
-    return source
 
 
 def _copies(folder: Path, shards: list[dict]) -> Iterator[tuple[str, str]]:
