@@ -36,10 +36,11 @@ RECORDED_PACKAGES = ("torch", "accelerate", "diffusers", "datasets", "numpy", "w
 
 
 def describe_data(source: Source) -> str:
-    """Return a data set's name, size and classes in words."""
+    """Return a data set's name, size, classes and columns of numbers in words."""
     classes = f"{source.num_classes or 'unknown number of'} classes" if source.is_labelled else "unlabelled"
+    numbers = f", with {', '.join(source.vectors.names)}" if source.vectors else ""
     pairs = "images with conditions" if source.condition_channels else "images"
-    return f"{redacted(source.name)} ({source.num_images:,} {pairs}, {classes})"
+    return f"{redacted(source.name)} ({source.num_images:,} {pairs}, {classes}{numbers})"
 
 
 def record_run(facts: dict, plan: Plan, network: torch.nn.Module, accelerator) -> dict:

@@ -157,6 +157,16 @@ def test_a_fingerprint_follows_from_the_lists(tmp_path):
     assert open_images(tmp_path, label_column="tags").fingerprint != before
 
 
+def test_lists_without_any_label_are_refused(tmp_path):
+    given = {"image": [{"bytes": png(n), "path": None} for n in range(4)], "tags": [[], None, [], []]}
+    Dataset.from_dict(given, features=Features({"image": Image(), "tags": List(Value("string"))})).save_to_disk(
+        tmp_path
+    )
+    with pytest.raises(UserError, match=r"no image of .* has a label there") as caught:
+        open_images(tmp_path, label_column="tags")
+    assert (caught.value.about, caught.value.value) == ("label_column", "tags")
+
+
 def test_what_is_prepared_has_one_label(tmp_path, capsys):
     in_folder(tmp_path / "data", False)
     flags = ("--data_path", str(tmp_path / "data"), "--label_column", "tags", "--img_size", "4")

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_samples import image_folder, numbers_in, png, tar
 from datasets import Dataset
+from http_server import FailingServer
 
 import jit_accel as jit
 from jit_accel.base.errors import UserError
@@ -144,6 +145,23 @@ def test_a_resume_in_the_middle_goes_on_with_the_same_numbers(tmp_path):
         again = build_loader(source, **how)
         again.load_state_dict(loader.state_dict())
         assert all((next(again).vectors == batch.vectors).all() for batch in whole[2:])
+
+
+@pytest.mark.parametrize(("name", "ending"), [("parquet", "parquet"), ("tars", "tar")])
+def test_numbers_and_labels_come_from_servers(name, ending, tmp_path):
+    WRITERS[name](tmp_path / "data")
+    server = FailingServer(tmp_path / "data")
+    try:
+        here, there = (
+            open_images(path, vector_column=("age", "place"), label_column="label")
+            for path in (tmp_path / "data", f"{server.url}/{{a,b}}.{ending}")
+        )
+        assert there.vectors == here.vectors
+        for one, other in zip(batches_of(here), batches_of(there)):
+            assert (one.vectors == other.vectors).all()
+            assert (one.labels == other.labels).all()
+    finally:
+        server.go_away()
 
 
 def test_large_numbers_keep_their_differences(tmp_path):

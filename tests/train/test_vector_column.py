@@ -76,11 +76,12 @@ def test_a_resume_with_other_columns_is_refused(run, capsys):
     assert "--vector_column is ['weight'], the checkpoint has ['weight', 'place']" in capsys.readouterr().err
 
 
-def test_two_processes_take_the_steps_of_one(numbered, tmp_path):
+@pytest.mark.parametrize("environment", [None, {"TEST_FSDP2_PRECISION": "no"}])
+def test_two_processes_take_the_steps_of_one(numbered, tmp_path, environment):
     flags = ("--data_path", str(numbered), *COLUMNS, "--max_steps", "2", "--output_dir")
     one, two = (tmp_path / name for name in ("one", "two"))
     train_group(tmp_path, *flags, str(one), "--gradient_accumulation_steps", "2")
-    train_group(tmp_path, *flags, str(two), num_processes=2)
+    train_group(tmp_path, *flags, str(two), num_processes=2, environment=environment)
     for name, tensor in state(one).items():
         if name.startswith("model/"):
             assert torch.allclose(state(two)[name], tensor, atol=1e-5), name

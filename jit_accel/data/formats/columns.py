@@ -300,6 +300,7 @@ def read_labels(
     least, largest = min(numbers, default=0), max(numbers, default=0)
     problems = {
         f"some images of {where} have no label: label or remove them, or choose another column.": None in values,
+        f"no image of {where} has a label there: choose another column.": not values and columns.most_labels,
         f"in {where} some labels are text and others are numbers ({odd[:1]} is no "
         f"{'text' if kind == 'text' else 'number'}): write all in one type.": odd,
         f"{where} has the label {least}; labels are 0, 1, 2, ... (-1 marks unlabelled images, as in test splits): "
