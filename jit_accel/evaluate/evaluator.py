@@ -18,8 +18,9 @@ from jit_accel.base.processes import gather_rows, on_all, on_main
 from jit_accel.data.formats.columns import COLOUR, PixelFormat
 from jit_accel.data.formats.sources import Source
 from jit_accel.evaluate.features import FeatureNetwork
+from jit_accel.evaluate.flag_values import ALL, averages
 from jit_accel.evaluate.image_sets import ImageSet, find_array, in_bytes, open_image_set, read_reference
-from jit_accel.evaluate.settings import ALL, EvaluateConfig, Setting, averages, axes_of, grid, metric_names
+from jit_accel.evaluate.settings import EvaluateConfig, Setting, axes_of, grid, metric_names
 from jit_accel.evaluate.statistics import Collector, ImageStatistics, hindrance, measured
 from jit_accel.model.checkpoints import MANIFEST, STATE
 from jit_accel.model.generation import SamplerSettings, checked_side, generate_batches, share_of

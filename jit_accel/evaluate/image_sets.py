@@ -41,12 +41,21 @@ ABOUT = ("features", "weights_id", "num_images", "img_size", "label_counts")
 
 
 class Share(NamedTuple):
-    """A batch: numbers int64 (B,), images (B, C, S, S), labels int64 (B,), names of bad images; on the CPU."""
+    """A batch: numbers int64 (B,), images (B, C, S, S), what else is known of them (B,), names of bad images.
+
+    All is on the CPU. The facts are of the data set's `facts_type`, or None.
+    """
 
     numbers: Tensor
     images: Tensor
-    labels: Tensor | None
+    facts: np.ndarray | None
     bad_images: list[str]
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The label of each image, int64 (B,), the first of several."""
+        labels = None if self.facts is None else labels_in(self.facts)
+        return labels if labels is None or labels.ndim == 1 else labels[:, 0]
 
 
 @dataclass(frozen=True)
@@ -131,16 +140,10 @@ def _random_shares(
         out = np.empty((len(numbers), channels, img_size, img_size), pixels.dtype)
         facts, bad = images.read(numbers, out)
         good = np.setdiff1d(np.arange(len(numbers)), list(bad))
-        found = torch.from_numpy(numbers[good]), torch.from_numpy(out[good]), _first_of(labels_in(facts[good]))
-        return Share(*found, list(bad.values()))
+        return Share(torch.from_numpy(numbers[good]), torch.from_numpy(out[good]), facts[good], list(bad.values()))
 
     mine = np.arange(rank, len(images), world_size)
     return _ahead(read, (mine[start : start + batch_size] for start in range(0, len(mine), batch_size)))
-
-
-def _first_of(labels: Tensor) -> Tensor:
-    """Return the label of each image, the first of several."""
-    return labels if labels.ndim == 1 else labels[:, 0]
 
 
 def _stream_shares(
@@ -149,19 +152,21 @@ def _stream_shares(
     columns = stream.columns if channels > pixels.channels else replace(stream.columns, condition=None)
 
     def read(rows: list[tuple[int, dict]]) -> Share:
-        numbers, labels, bad = [], [], []
+        numbers, bad, facts = [], [], np.empty(len(rows), columns.facts_type)
         out = np.empty((len(rows), channels, img_size, img_size), pixels.dtype)
         for number, row in rows:
             try:
                 out[len(numbers)] = decode_row(row, columns, img_size, lambda number=number: f"image {number}")
+                facts[len(numbers)] = columns.facts_of(row)
             except BadImage as error:
                 bad.append(str(error))
                 continue
+            except ValueError as error:  # of what is known of it
+                bad.append(f"image {number}: {error}")
+                continue
             numbers.append(number)
-            labels.append(columns.label_of(row.get(columns.label)))
-        numbers, labels = (torch.tensor(values, dtype=torch.int64) for values in (numbers, labels))
-        labels = _first_of(labels)
-        return Share(numbers, torch.from_numpy(out[: len(numbers)]), labels, bad)
+        count = len(numbers)
+        return Share(torch.tensor(numbers, dtype=torch.int64), torch.from_numpy(out[:count]), facts[:count], bad)
 
     rows = _numbered_rows(stream, rank, world_size)
     return _ahead(read, iter(lambda: list(islice(rows, batch_size)), []))

@@ -40,7 +40,7 @@ class PairResult:
     first: dict[str, Tensor]
 
 
-class Tally:
+class ScoreTally:
     """The scores of one process's pairs by their rows, and the features of their pictures where there is a network."""
 
     def __init__(self, rows: list[str], scores: PairScores, network: FeatureNetwork | None):
@@ -107,13 +107,14 @@ class PairEvaluator:
     def measure(self, pipeline: JiTPipeline, settings: SamplerSettings) -> PairResult:
         """Return the scores of all pairs. UserError on all processes where none can be read, or one fails."""
         accelerator, place = self.accelerator, (self.accelerator.process_index, self.accelerator.num_processes)
-        tally, bad_images = Tally(self.rows, self.scores, self.network), []
+        tally, bad_images = ScoreTally(self.rows, self.scores, self.network), []
+        pairs_at_once = max(1, self.batch_size // self.samples_each)
 
         def score() -> None:
             total = -(-self.pairs.num_images // place[1])
             silent = not (self.show_progress and accelerator.is_main_process)
             with accelerator.autocast(), tqdm(total=total, unit="image", leave=False, disable=silent) as progress:
-                for part, bad in self.pairs.parts(self.batch_size, *place):
+                for part, bad in self.pairs.parts(pairs_at_once, *place):
                     bad_images.extend(bad)
                     if part is not None:
                         tally.add(part.numbers, self._pictures(part, pipeline, settings))
@@ -137,6 +138,7 @@ class PairEvaluator:
             seed=self.seed,
             labels=[label for label in part.labels for _ in range(count)],
             conditions=part.conditions.repeat_interleave(count, 0),
+            vectors=part.vectors and [vector for vector in part.vectors for _ in range(count)],
             settings=settings,
             batch_size=self.batch_size,
             height=height,
@@ -163,8 +165,9 @@ def evaluate_pairs(config: EvaluateConfig, accelerator, file: Path | None) -> No
     conditions = (
         given if given != ConditionConfig() else on_main(accelerator, lambda: recorded_conditions(config.model))
     )
-    opening = config.pairs, config.split, conditions, pipeline, img_size, config.num_images
-    pairs = on_all(accelerator, lambda: open_pairs(*opening), in_turn=True)
+    opening = config.pairs, conditions, pipeline, img_size, config.num_images
+    how = {"split": config.split, "label_column": config.label_column}
+    pairs = on_all(accelerator, lambda: open_pairs(*opening, **how), in_turn=True)
     how = config.samples_each, config.batch_size, config.seed, network, distance
     evaluator = PairEvaluator(pairs, scores, accelerator, *how, show_progress=True)
     report = say if accelerator.is_main_process else lambda line: None
@@ -179,14 +182,15 @@ def evaluate_pairs(config: EvaluateConfig, accelerator, file: Path | None) -> No
             size, rule = network.sizes[MAIN], "compare distances only of as many images."
             report(f"Features:  {network.name}, {size:,} numbers, of fewer images: {rule}")
             about |= {} if config.few_on_card else {"on_card": False}
-    found, nothing = [], dict.fromkeys(asdict(Setting()))
+    found, first, nothing = [], None, dict.fromkeys(asdict(Setting()))
     for setting in sorted(candidate.settings(), key=lambda setting: setting.is_unguided):
         result = evaluator.measure(candidate.pipeline(setting.ema), SamplerSettings(**setting.sampling))
+        first = first or result.first
         for row, values in result.scores.items():
             place = asdict(setting) if row != UNTOUCHED else nothing
             record = {"scored": row, **about, **place, "num_images": result.num_images, "metrics": values}
             found += [] if record in found else [record]
-    on_main(accelerator, lambda: draw_first(result.first, (file.parent if file else Path()) / SHEET_FILE))
+    on_main(accelerator, lambda: draw_first(first, (file.parent if file else Path()) / SHEET_FILE))
     on_main(accelerator, lambda: records.keep(found, file, None if config.output else candidate.weights))
 
 

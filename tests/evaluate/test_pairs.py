@@ -34,6 +34,7 @@ def run(images, tmp_path_factory):
     """A run that learns to enlarge."""
     out = tmp_path_factory.mktemp("run") / "out"
     flags = ("--condition_from", "downscale:4", "--max_steps", "2", "--save_every_steps", "2", "--ema_decays", "0")
+    flags += ("--learning_rate", "0.1", "--warmup_steps", "0")  # so that guidance makes a difference
     assert train_here("--data_path", str(images), *flags, "--output_dir", str(out)) == 0
     return out
 
@@ -60,7 +61,7 @@ def test_the_scores_are_those_of_images_made_by_hand(run, images, tmp_path, caps
     assert list(found) == ["untouched", "sample", "mean of 3"]
     assert {record["num_images"] for record in found.values()} == {44}
     assert {record["condition_from"] for record in found.values()} == {"downscale:4"}
-    pairs = open_pairs(str(images), None, ENLARGED, pipe := jit.load(run), 28, 50_000)
+    pairs = open_pairs(str(images), ENLARGED, pipe := jit.load(run), 28, 50_000)
     scores, sums = PairScores(), {row: [] for row in found}
     for part, _ in pairs.parts(64, 0, 1):
         how = {"labels": part.labels, "conditions": part.conditions, "num_inference_steps": 2, "method": "euler"}
@@ -181,7 +182,7 @@ def test_the_distance_of_restored_images_from_the_truths_is_measured_too(run, im
     assert not any("fd_tiny_low" in record["metrics"] for record in found.values())
     network, pipe = load_features("tiny"), jit.load(run)
     sums = {row: Moments(16) for row in ("truth", "untouched", "sample")}
-    for part, _ in open_pairs(str(images), None, ENLARGED, pipe, 28, 50_000).parts(64, 0, 1):
+    for part, _ in open_pairs(str(images), ENLARGED, pipe, 28, 50_000).parts(64, 0, 1):
         how = {"labels": part.labels, "conditions": part.conditions, "num_inference_steps": 2, "method": "euler"}
         sums["sample"].add(network(jit.generate(pipe, part.keys.tolist(), **how))["main"])
         sums["truth"].add(network(part.truths)["main"])
@@ -270,9 +271,25 @@ def test_what_does_not_fit_is_refused(run, plain, images, tmp_path, monkeypatch,
     assert "Traceback" not in errors
 
 
+def test_the_python_function_that_measures_refuses_conditions(run, images):
+    with pytest.raises(UserError, match=r"pipe: was trained with a condition: score it with .* --pairs"):
+        jit.measure(jit.load(run), images)
+
+
+def test_the_sheet_shows_the_settings_asked_for_where_others_are_measured_too(run, images, tmp_path):
+    flags, sheets = ("--model", str(run), "--pairs", str(images), "--num_images", "4"), []
+    for more in (("--guidance_scale", "9"), ("--guidance_scale", "9", "--no_unguided"), ()):
+        found = tmp_path / "found.json"
+        found.unlink(missing_ok=True)
+        evaluate(tmp_path, *flags, *more)
+        assert len(json.loads(found.read_text())) == (3 if more and "--no_unguided" not in more else 2)
+        sheets.append(Image.open(tmp_path / "pairs.png").tobytes())
+    assert sheets[0] == sheets[1] != sheets[2]
+
+
 def test_samples_of_a_condition_differ_and_the_first_is_the_same_however_many(run, images):
     pipe = jit.load(run)
-    pairs = open_pairs(str(images), None, ENLARGED, pipe, 28, 5)
+    pairs = open_pairs(str(images), ENLARGED, pipe, 28, 5)
     with in_fresh_accelerate():
         accelerator = Accelerator(cpu=True)
         how = SamplerSettings(2, method="euler")

@@ -12,11 +12,13 @@ import torch
 from helpers import Group, as_parquet, assert_same_state, clothes, in_fresh_accelerate, rows, train_group, train_here
 
 import jit_accel as jit
+from jit_accel.config.groups import ConditionConfig
 from jit_accel.data.batches.degradations import degradation_of
 from jit_accel.data.batches.holdout import split_holdout
 from jit_accel.data.formats.sources import open_images
 from jit_accel.evaluate import main as evaluate
 from jit_accel.evaluate.pair_scores import PairScores
+from jit_accel.evaluate.pairs import open_pairs
 from jit_accel.monitor.log import read_metrics
 from jit_accel.report.charts import charts_of
 from jit_accel.report.runs import read_runs
@@ -221,7 +223,7 @@ def test_labels_are_those_of_the_network_that_an_adapter_stands_on(images, tmp_p
     assert seen == [{2, 3}, {2, 3}]
 
 
-def test_pictures_with_numbers_are_scored_with_both(tmp_path):
+def test_pictures_with_numbers_are_scored_with_both(tmp_path, capsys):
     root, out = clothes(tmp_path / "clothes"), tmp_path / "out"
     files = sorted(root.rglob("*.png"))
     lines = [{"file_name": f.relative_to(root).as_posix(), "label": f.parent.name} for f in files]
@@ -238,8 +240,19 @@ def test_pictures_with_numbers_are_scored_with_both(tmp_path):
     made, without = (jit.generate(pipe, held.keys.tolist(), vectors=some, **how) for some in (vectors, None))
     assert scores(made, held.images).mean(0).tolist() == pytest.approx(found, rel=1e-5)
     assert scores(without, held.images).mean(0).tolist() != pytest.approx(found, rel=1e-5)
+    flags = ("--model", str(out), "--pairs", str(root), "--num_inference_steps", "2", "--output")
     with in_fresh_accelerate():
-        assert evaluate(["--model", str(out), "--pairs", str(root)]) == 2
+        assert evaluate([*flags, str(tmp_path / "found.json")]) == 0
+    (_, record), sums = json.loads((tmp_path / "found.json").read_text()), []
+    for part, _ in open_pairs(str(root), ConditionConfig("downscale:4"), pipe, 28, 99).parts(64, 0, 1):
+        assert len(part.vectors) == 44
+        how |= {"labels": part.labels, "conditions": part.conditions, "vectors": part.vectors}
+        sums.append(scores(jit.generate(pipe, part.keys.tolist(), **how), part.truths))
+    assert record["metrics"]["psnr"] == pytest.approx(float(torch.cat(sums).mean(0)[0]), rel=1e-5)
+    (root / "metadata.jsonl").write_text("\n".join(json.dumps(line | {"weight": [1, 2]}) for line in lines))
+    with in_fresh_accelerate():
+        assert evaluate([*flags, str(tmp_path / "found.json")]) == 2
+    assert "--pairs" in capsys.readouterr().err
 
 
 def test_a_dry_run_counts_the_time_of_scores(run, tmp_path, capsys):
