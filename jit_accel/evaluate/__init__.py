@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from jit_accel.base.errors import UserError
 from jit_accel.config.command_line import exit_code_of, importing_torch, parse_flags
 from jit_accel.evaluate.flag_values import words
 from jit_accel.evaluate.settings import EvaluateConfig, check
@@ -68,8 +67,7 @@ def measure(
         The values by the metrics' names: {"fid": 12.3, "kid": 0.004, "kid_std": 0.001, ...}.
 
     Raises:
-        UserError: the data or the features cannot be had, or they do not allow a metric that was asked for; or the
-            pipeline wants a condition.
+        UserError: data or features cannot be had, or do not allow a metric asked for; or the pipeline wants conditions.
 
     Example:
         >>> found = measure(jit_accel.load("runs/flowers"), "photos", features="efficientnet_lite0", metrics="fd")
@@ -92,9 +90,6 @@ def measure(
         max_features=max_features,
     )
     check(config)
-    if pipe.transformer.config.condition_channels:
-        rule = "was trained with a condition: score it with python -m jit_accel.evaluate --pairs."
-        raise UserError(rule, about="pipe")
     evaluator = build_evaluator(config, OneProcess(), pipe.device, show_progress)
     side = checked_side(pipe, img_size)
     real = evaluator.load_reference(config.reference, side, pixels=pixels_of(pipe))

@@ -160,6 +160,10 @@ def evaluate_pairs(config: EvaluateConfig, accelerator, file: Path | None) -> No
     network = on_all(accelerator, lambda: load_features(*features), in_turn=True) if distance else None
     candidate, img_size = open_candidate(config, accelerator)
     scores = on_all(accelerator, lambda: PairScores(names, side=img_size))
+    channels = candidate.pipeline(candidate.emas[0]).transformer.config.in_channels
+    if channels not in (1, 3) and (by_network := distance or next((name for name in names if name == "lpips"), None)):
+        rule = f"is for grey or colour, and the model makes images of {channels} channels: leave it out."
+        raise UserError(rule, about="metrics", value=by_network)
     pipeline = candidate.pipeline(candidate.emas[0])
     given = ConditionConfig(*(getattr(config, name) for name in CONDITIONS))
     conditions = (
