@@ -137,6 +137,16 @@ def test_a_bridge_is_trained_kept_and_resumed(images, tmp_path):
     assert_same_state(out, tmp_path / "same")
 
 
+def test_a_bridge_of_grey_images_has_all_losses(images, tmp_path):
+    flags = ("--data_path", str(images), *BRIDGE, *ALL, "--in_channels", "1", "--max_steps", "3")
+    assert train_here(*flags, "--output_dir", str(tmp_path)) == 0
+    assert len(aux_of(rows(tmp_path)[2])) == 4
+    pipe = jit.load(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    how = {"num_inference_steps": 1, "output_type": "pt"}
+    assert pipe(0, condition_image=torch.rand(1, 28, 28), **how).images.shape == (1, 1, 28, 28)
+
+
 def test_the_noise_is_no_part_of_a_bridge(images, tmp_path):
     """At 512 px the noise of a path from noise would be doubled."""
     flags = ("--data_path", str(images), *BRIDGE, "--model", "JiT-XS/128", "--img_size", "512", "--max_steps", "1")
@@ -156,6 +166,7 @@ def test_the_noise_is_no_part_of_a_bridge(images, tmp_path):
             ("--aux_loss", "features=1", "--aux_feature_weights", "no.safetensors"),
             "--aux_feature_weights no.safetensors: cannot be read",
         ),
+        (("--aux_loss", "features=1", "--in_channels", "4"), "--aux_loss features=1: features are of grey or colour"),
         (("--path", "bridge"), "--path bridge: the path starts at the condition, and there is none"),
         (
             ("--path", "bridge", "--condition_from", "grey"),
