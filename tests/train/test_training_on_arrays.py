@@ -1,8 +1,10 @@
 """Trainings on grey images and on arrays."""
 
+import shutil
+
 import numpy as np
 import pytest
-from helpers import assert_same_state, last_checkpoint, rows, state, train_here
+from helpers import assert_same_state, last_checkpoint, rows, train_here
 from PIL import Image
 
 import jit_accel as jit
@@ -57,9 +59,9 @@ def test_their_sheet_is_a_row_of_channels(run):
 
 def test_they_resume_bit_for_bit(run, arrays, tmp_path):
     out = tmp_path / "out"
-    assert train_here(*flags(arrays, out, "--max_steps", "2", "--val_every_steps", "2")) == 0
+    shutil.copytree(run, out, ignore=shutil.ignore_patterns("step_00000004*", "pipeline"))
     assert train_here(*flags(arrays, out, "--max_steps", "4", "--val_every_steps", "2", "--resume", "auto")) == 0
-    assert_same_state(state(out), state(run))
+    assert_same_state(out, run)
 
 
 def test_a_run_is_not_continued_in_another_range(run, arrays, capsys):

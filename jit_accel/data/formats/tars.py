@@ -22,6 +22,7 @@ from jit_accel.data.formats.numbers import Tally, Vectors, numbers_of, tally_of,
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
 from jit_accel.data.formats.tar_samples import IMAGE_KEYS, is_image, joined_endings, label_in, load_json, samples_in
 from jit_accel.data.reading import servers
+from jit_accel.data.reading.arrays import ARRAY_EXTENSIONS
 from jit_accel.data.reading.images import Stream
 from jit_accel.data.reading.shards import Shard, at_hand, find_shards, remembered
 from jit_accel.data.reading.splits import ALL, TRAIN, choose_folders, choose_splits, has_split_word
@@ -51,7 +52,7 @@ def open_tars(request: Request, format: str = "webdataset", shards: Sequence[Sha
     columns = replace(_find_columns(sample, request), joined=joined)
     _report_unread(sample, columns, request.path)
     for about, key in zip(("image_column", "condition_column"), columns.pictures):
-        if key.rsplit(".", 1)[-1].lower() not in IMAGE_EXTENSIONS:
+        if "." + (ending := key.rsplit(".", 1)[-1].lower()) not in ARRAY_EXTENSIONS and ending not in IMAGE_EXTENSIONS:
             rule = f"the members .{key} of {request.path} are no images: choose another ending."
             raise UserError(rule, about=about, value=key)
     counts, values, kind, folders = _listed_counts(shards, columns, stem, sample), set(), Value("int64"), {}
