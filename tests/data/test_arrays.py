@@ -1,15 +1,20 @@
 """Images of one channel, and of arrays: their numbers, their range, and what is refused."""
 
 import io
+import tarfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Array3D, Dataset, Features, Value
 from PIL import Image
 
 import jit_accel as jit
 from jit_accel.base.errors import UserError
 from jit_accel.data.batches.batch import PixelBatch, ready
+from jit_accel.data.batches.holdout import split_holdout
 from jit_accel.data.formats.columns import PixelFormat
 from jit_accel.data.reading.crop import center_crop, crop_pixels
 from jit_accel.data.reading.decode import BadImage, decode_image
@@ -207,9 +212,6 @@ def test_uint8_batches_are_ready_bit_for_bit():
 
 
 def test_streams_of_grey_pictures_and_arrays(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     arrays = [RNG.integers(0, 256, (8, 8), np.uint8) for _ in range(6)]
     table = pa.table({"image": [as_png(array) for array in arrays], "label": list(range(6))})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
@@ -220,8 +222,6 @@ def test_streams_of_grey_pictures_and_arrays(tmp_path):
 
 
 def test_holdout_of_floats(tmp_path):
-    from jit_accel.data.batches.holdout import split_holdout
-
     arrays = [RNG.uniform(0, 9, (8, 8)) for _ in range(30)]
     source = jit.open_images(save(tmp_path, arrays), in_channels=1, value_range=(0, 9))
     rest, held = split_holdout(source, 0.3, max_images=8, img_size=8)
@@ -231,3 +231,50 @@ def test_holdout_of_floats(tmp_path):
     batch = ready(held.batch(torch.arange(len(held.keys))), "cpu")
     expected = np.stack([arrays[int(source.class_names[label])] for label in held.labels])[:, None] / 4.5 - 1
     np.testing.assert_allclose(batch.images, expected, atol=1e-6)
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """The same twelve arrays (2, 8, 8) in tar files, and as bytes, nested lists and `Array3D` in tables."""
+    folder, arrays = tmp_path_factory.mktemp("tables"), [RNG.uniform(-1, 1, (2, 8, 8)).astype("f4") for _ in range(12)]
+    labels = list(range(12))
+    with tarfile.open(folder / "tar.tar", "w") as tar:
+        for number, array in enumerate(arrays):
+            for name, data in ((f"{number:02}.npy", npy(array)), (f"{number:02}.cls", str(number).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    for name, values in (("bytes", [npy(array) for array in arrays]), ("lists", [array.tolist() for array in arrays])):
+        pq.write_table(pa.table({"npy": values, "label": labels}), folder / f"{name}.parquet", row_group_size=5)
+    features = Features({"npy": Array3D((2, 8, 8), "float32"), "label": Value("int64")})
+    Dataset.from_dict({"npy": arrays, "label": labels}, features=features).to_parquet(str(folder / "typed.parquet"))
+    return folder, arrays
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("name", ["tar.tar", "bytes.parquet", "lists.parquet", "typed.parquet"])
+def test_arrays_in_tables_and_tar_files_are_those_of_folders(tables, name, streaming):
+    folder, arrays = tables
+    how = {"image_column": "npy", "in_channels": 2, "value_range": (-1, 1), "streaming": streaming}
+    source = jit.open_images(folder / name, **how)
+    np.testing.assert_allclose(by_label(source), np.stack(arrays), atol=1e-6)
+    rest, held = split_holdout(source, 0.4, max_images=8, img_size=8)
+    assert 0 < len(held.keys) == 12 - rest.num_images
+    expected = np.stack([arrays[label] for label in held.labels])
+    np.testing.assert_allclose(ready(held.batch(torch.arange(len(held.keys))), "cpu").images, expected, atol=1e-6)
+
+
+def test_a_resumed_stream_of_arrays_goes_on_bit_for_bit(tables):
+    how = {"image_column": "npy", "in_channels": 2, "value_range": (-1, 1)}
+    source = jit.open_images(tables[0] / "lists.parquet", **how)
+    loader, again = (jit.batches(source, img_size=4, batch_size=5, seed=1) for _ in range(2))
+    next(loader)
+    again.load_state_dict(loader.state_dict())
+    for _ in range(4):
+        assert torch.equal(next(loader).images, next(again).images)

@@ -30,6 +30,7 @@ from jit_accel.data.formats.columns import (
 from jit_accel.data.formats.label_lists import different_labels, item_of, of_items
 from jit_accel.data.formats.numbers import Tally, Vectors, tally_of, vectors_of_tallies
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
+from jit_accel.data.reading.arrays import is_nested
 from jit_accel.data.reading.images import ParquetReader, Stream
 from jit_accel.data.reading.servers import at_once
 from jit_accel.data.reading.shards import LocalShard, Shard, Span, at_hand, find_shards, missing_path, remembered
@@ -184,7 +185,8 @@ def _check_embedded(source: Source) -> Source:
     images, columns = source.images, source.images.columns
     row = next(images.rows(int(images.sizes.argmax())), {}) if isinstance(images, Stream) else images.dataset[0]
     data, path = columns.image_of(row.get(columns.image))
-    if isinstance(data, (bytes, memoryview)) or (data is None and not path):  # one bad image is not a bad table
+    # One bad image is not a bad table
+    if isinstance(data, (bytes, memoryview)) or (data is None and not path) or is_nested(data):
         return source
     if not isinstance(data, str):
         rule = f"it holds values like {str(data)[:40]} in {source.name}, which are no encoded images (the bytes of a "

@@ -328,7 +328,7 @@ def _read(
 
     def is_wanted(number: int, key: str) -> bool:
         is_told = key == columns.label or any(key == table for _, table, _ in places)
-        return number >= start and (is_told or (has_bytes and is_image(key)))
+        return number >= start and (is_told or (has_bytes and (is_image(key) or key in columns.pictures)))
 
     samples = samples_in(file, columns.joined, is_wanted)
     if columns.left_out:

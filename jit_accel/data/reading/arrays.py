@@ -131,7 +131,12 @@ def planes_of(pixels: np.ndarray) -> Iterator[Image.Image]:
         yield Image.fromarray(np.ascontiguousarray(plane))
 
 
-def first_numbers(value: Any) -> np.ndarray:
+def is_nested(value: Any) -> bool:
+    """Return whether a value of a table is nested lists, as arrays are there."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], list)
+
+
+def numbers_in(value: Any) -> np.ndarray:
     """Return numbers that a table's row holds as nested lists. BadImage where these are no array."""
     try:
         found = np.asarray(value)

@@ -47,11 +47,15 @@ def _key(size: int, start: bytes, end: bytes) -> int:
 
 def key_of(value: pa.Scalar | dict | bytes | str | None) -> int:
     """`content_key` of one undecoded value of an image column; of what cannot be read the largest number."""
+    if isinstance(value, pa.ListScalar | pa.LargeListScalar | pa.ExtensionScalar):
+        value = value.as_py()
     if isinstance(value, pa.StructScalar):
         value = value["bytes"] if value["bytes"].is_valid else value["path"]
     if isinstance(value, pa.Scalar):
         is_text = pa.types.is_string(value.type) or not value.is_valid
         value = value.as_py() if is_text else memoryview(value.as_buffer())  # not copied: only its ends count
+    elif isinstance(value, list):  # an array in a table
+        value = np.asarray(value).tobytes()
     elif isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     return patient_file_key(value) if isinstance(value, str) else content_key(value or b"")

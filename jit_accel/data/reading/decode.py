@@ -17,9 +17,9 @@ from jit_accel.data.formats.columns import COLOUR, Columns, PixelFormat
 from jit_accel.data.reading.arrays import (
     BadImage,
     channels_first,
-    first_numbers,
     in_units,
     is_array,
+    numbers_in,
     numbers_of,
     read_array,
 )
@@ -87,7 +87,7 @@ def decode_sized(
     wanted = (size, channels, pixels.value_range, is_condition)
     try:
         if isinstance(data, list):
-            return _cut(first_numbers(data), *wanted)
+            return _cut(numbers_in(data), *wanted)
         with _opened(data) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's about damaged EXIF, large images, palettes: one a file
             plain = None if fast or channels != 3 or pixels.value_range else plain_jpeg(file)
@@ -109,7 +109,7 @@ def raw_numbers(data: Any) -> np.ndarray | Image.Image:
         raise BadImage("empty")
     try:
         if isinstance(data, list):
-            return first_numbers(data)
+            return numbers_in(data)
         with _opened(data) as file:
             if is_array(file.read(12)):
                 file.seek(0)
