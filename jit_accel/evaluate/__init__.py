@@ -73,7 +73,7 @@ def measure(
         >>> found = measure(jit_accel.load("runs/flowers"), "photos", features="efficientnet_lite0", metrics="fd")
         >>> found["fd_efficientnet_lite0"]
     """
-    from jit_accel.evaluate.evaluator import pixels_of
+    from jit_accel.evaluate.evaluator import pixels_of, refuse_conditions
     from jit_accel.evaluate.run import OneProcess, build_evaluator
     from jit_accel.model.generation import SamplerSettings, checked_side
 
@@ -90,6 +90,7 @@ def measure(
         max_features=max_features,
     )
     check(config)
+    refuse_conditions(pipe)
     evaluator = build_evaluator(config, OneProcess(), pipe.device, show_progress)
     side = checked_side(pipe, img_size)
     real = evaluator.load_reference(config.reference, side, pixels=pixels_of(pipe))

@@ -61,9 +61,6 @@ class Evaluator:
         All processes make equally many calls of the network. `img_size` None: the training size. `looking` gives the
         pipeline's `callback_on_step_end`, and is left as soon as this process has made its images, or failed.
         """
-        if pipeline.transformer.config.condition_channels:
-            rule = "was trained with a condition: score it with python -m jit_accel.evaluate --pairs."
-            raise UserError(rule, about="pipe")
         processes, side = self.accelerator.num_processes, img_size or pipeline.transformer.config.img_size
         padded = range(-(-num_images // processes) * processes)  # those from num_images on only fill batches up
         numbers = share_of(padded, self.accelerator.process_index, processes)
@@ -159,6 +156,13 @@ class Evaluator:
     def _progress(self, num_images: int) -> tqdm:
         is_silent = not (self.show_progress and self.accelerator.is_main_process)
         return tqdm(total=num_images, unit="image", leave=False, disable=is_silent)
+
+
+def refuse_conditions(pipeline: JiTPipeline) -> None:
+    """Raise `UserError` for a network that makes its images of conditions."""
+    if pipeline.transformer.config.condition_channels:
+        rule = "was trained with a condition: score it with python -m jit_accel.evaluate --pairs."
+        raise UserError(rule, about="pipe")
 
 
 def pixels_of(pipeline: JiTPipeline) -> PixelFormat:
