@@ -8,12 +8,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from data_samples import tar
-from helpers import Group, in_fresh_accelerate, train_here
+from helpers import Group, clothes, in_fresh_accelerate, train_here
 from PIL import Image, ImageOps
 
 import jit_accel as jit
 from jit_accel.base.errors import UserError
 from jit_accel.config.groups import ConditionConfig
+from jit_accel.data.batches.degradations import degradation_of
 from jit_accel.data.formats.sources import open_images
 from jit_accel.evaluate import main
 from jit_accel.evaluate.features import load_features
@@ -300,3 +301,50 @@ def test_samples_of_a_condition_differ_and_the_first_is_the_same_however_many(ru
     assert not torch.equal(one.first["sample"], other.first["sample"])
     assert one.scores["untouched"]["psnr"] == other.scores["untouched"]["psnr"]
     assert not np.array_equal(one.first["sample"], three.first["mean of 3"])
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_images_of_any_channels_and_range_are_scored(tmp_path, capsys, channels):
+    data, out, draws = tmp_path / "arrays", tmp_path / "out", np.random.default_rng(0)
+    data.mkdir()
+    for number in range(24):
+        coarse = draws.normal(size=(7, 7, channels)).repeat(4, 0).repeat(4, 1)
+        np.save(data / f"{number:02d}.npy", (40 * coarse).clip(-100, 300).astype(np.float32))
+    flags = ("--data_path", str(data), "--in_channels", str(channels), "--value_range", "-100", "300")
+    flags += ("--condition_from", "downscale:4", "--holdout", "0.3", "--max_steps", "2", "--output_dir", str(out))
+    assert train_here(*flags) == 0
+    trained = read_metrics(out)[-1]
+    found = evaluate(tmp_path, "--model", str(out), "--pairs", str(data))
+    assert found["sample"]["num_images"] == 24
+    arrays = np.stack([np.load(file) for file in sorted(data.iterdir())])
+    truths = torch.from_numpy(((arrays + 100) / 400 * 255).round()).permute(0, 3, 1, 2)
+    conditions = degradation_of("downscale:4")(truths / 127.5 - 1, np.arange(24))
+    expected = ((conditions + 1) * 127.5 - truths).abs().mean() / 255
+    assert found["untouched"]["metrics"]["mae"] == pytest.approx(float(expected), abs=1e-3)
+    assert trained["val/mae_untouched"] == pytest.approx(float(expected), rel=0.5)
+    sheet = Image.open(tmp_path / "pairs.png")
+    assert (sheet.width > 10 * sheet.height) == (channels == 5)  # whose channels lie side by side
+    if channels == 5:
+        with in_fresh_accelerate():
+            assert main(["--model", str(out), "--pairs", str(data), "--metrics", "lpips", "--img_size", "56"]) == 2
+        assert "--metrics lpips" in capsys.readouterr().err
+
+
+def test_several_labels_are_given_to_the_network(tmp_path):
+    root, out = clothes(tmp_path / "clothes"), tmp_path / "out"
+    files = sorted(root.rglob("*.png"))
+    lines = [
+        {"file_name": f.relative_to(root).as_posix(), "tags": [f.parent.name, "wet"][: 1 + n % 2]}
+        for n, f in enumerate(files)
+    ]
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = ("--data_path", str(root), "--label_column", "tags", "--condition_from", "grey", "--holdout", "0.3")
+    assert train_here(*flags, "--max_steps", "2", "--output_dir", str(out)) == 0
+    assert "val/psnr" in read_metrics(out)[-1]
+    pipe = jit.load(out)
+    pairs = open_pairs(str(root), ConditionConfig("grey"), pipe, 28, 99, label_column="tags")
+    ((part, _),) = pairs.parts(64, 0, 1)
+    wet = pipe.label_ids(["wet"])[0]
+    assert [wet in label for label in part.labels] == [n % 2 == 1 for n in range(44)]
+    found = evaluate(tmp_path, "--model", str(out), "--pairs", str(root), "--label_column", "tags")
+    assert found["sample"]["num_images"] == 44
