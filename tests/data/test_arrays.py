@@ -191,6 +191,39 @@ def test_arrays_beside_pictures_are_no_images(tmp_path):
     assert jit.open_images(str(tmp_path)).num_images == 1
 
 
+@pytest.mark.parametrize("images_are", ["png", "npy"])
+def test_conditions_of_16_bits_leave_images_of_8_as_they_are(tmp_path, images_are):
+    random = np.random.default_rng(0)
+    photos, depths = random.integers(0, 256, (4, 8, 8, 3), np.uint8), random.integers(0, 2**16, (4, 8, 8), np.uint16)
+    for name in ("photos", "depths"):
+        (tmp_path / name).mkdir()
+    for n in range(4):
+        photos[n, 0, 0] = n
+        if images_are == "png":
+            Image.fromarray(photos[n]).save(tmp_path / "photos" / f"{n}.png")
+        else:
+            np.save(tmp_path / "photos" / f"{n}.npy", photos[n])
+        Image.fromarray(depths[n]).save(tmp_path / "depths" / f"{n}.tif")
+    source = jit.open_images(tmp_path / "photos", condition_path=tmp_path / "depths")
+    batch = next(jit.batches(source, img_size=8, batch_size=4, horizontal_flip=False))
+    for image, condition in zip(batch.images, batch.condition):
+        n = round((float(image[0, 0, 0]) + 1) * 127.5)
+        np.testing.assert_allclose(image, photos[n].transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+        np.testing.assert_allclose(condition[0], depths[n] / 32767.5 - 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("value_range", [None, (0, 1)])
+def test_one_range_does_not_hold_for_images_of_8_bits_and_conditions_of_floats(tmp_path, value_range):
+    for name in ("photos", "heights"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "photos" / "0.png")
+    np.save(tmp_path / "heights" / "0.npy", np.random.default_rng(0).random((8, 8), np.float32))
+    how = {"condition_path": tmp_path / "heights"}
+    with pytest.raises(jit.UserError, match="the values 0 to 255, and their conditions are float32"):
+        jit.open_images(tmp_path / "photos", value_range=value_range, **how)
+    assert jit.open_images(tmp_path / "photos", value_range=(0, 255), **how).condition_channels == 1
+
+
 def test_a_condition_may_have_another_number_of_channels_and_range(tmp_path):
     arrays = [RNG.uniform(-1, 5, (8, 8)).astype(np.float32) for _ in range(4)]
     pictures = [RNG.integers(0, 256, (8, 8, 3), np.uint8) for _ in range(4)]

@@ -84,8 +84,11 @@ def _format_of(
     source: Source, images: list, conditions: list, in_channels: int, value_range: tuple[float, float] | None
 ) -> PixelFormat:
     first = images[0]
+    _refuse_two_ranges(source, images, conditions, value_range)
     if value_range is None:
-        value_range = _range_of(source, images, in_channels) or _range_of(source, conditions, IMAGE_CHANNELS)
+        value_range = _range_of(source, images)
+        if value_range is None and _range_of(source, conditions):
+            value_range = own_range(np.dtype(np.uint8))  # of the images, as floats: conditions lose no bits
     try:
         if isinstance(first, np.ndarray):
             channels_first(first, in_channels)
@@ -103,7 +106,17 @@ def _format_of(
     return PixelFormat(in_channels, shown, value_range)
 
 
-def _range_of(source: Source, found: list, in_channels: int) -> tuple[float, float] | None:
+def _refuse_two_ranges(source: Source, images: list, conditions: list, value_range: tuple[float, float] | None) -> None:
+    """Raise `UserError` for conditions of floats beside images of a range of their own, unless that is given."""
+    floats = [given.dtype for given in conditions if isinstance(given, np.ndarray) and own_range(given.dtype) is None]
+    own = own_range(getattr(images[0], "dtype", np.dtype(np.uint8)))
+    if floats and own and value_range != own:
+        rule = f"the images of {source.name} have the values {own[0]:g} to {own[1]:g}, and their conditions are "
+        rule += f"{floats[0]}, of which no range is known: bring these to the same range (--value_range {own[0]:g} "
+        raise UserError(f"{rule}{own[1]:g}), or save them with 8 or 16 bits.", about="value_range", value=value_range)
+
+
+def _range_of(source: Source, found: list) -> tuple[float, float] | None:
     """Return the range of 16 bits, or None for 8. UserError for floats, which names the values of the first images."""
     arrays = [numbers for numbers in found if isinstance(numbers, np.ndarray)]
     if not arrays:
