@@ -107,15 +107,16 @@ def transfer(
     """Copy into a fresh model, with these names of first classes and columns of numbers, all that fits."""
     done = Transfer()
     given, into = initial.network.state_dict(), model.state_dict()
-    known = initial.pipeline.config.vectors
-    if known and list(known["names"]) != list(vectors):  # as wide, but of other things
-        given = {name: tensor for name, tensor in given.items() if not name.startswith("vector_embedder.")}
+    known, others = initial.pipeline.config.vectors, []
+    if known and list(known["names"]) != list(vectors):  # perhaps as wide, but of other things
+        others = [name for name in given if name.startswith("vector_embedder.")]
+        given = {name: tensor for name, tensor in given.items() if name not in others}
     old, new = initial.network.config.patch_size, model.config.patch_size
     if old != new:
         resampled = resample_patches(given, old, new)
         done.resampled = [name for name, tensor in resampled.items() if tensor.shape == into[name].shape]
         given |= resampled
-    done.dropped = [name for name in given if name not in into]
+    done.dropped = [*others, *(name for name in given if name not in into)]
     for name, tensor in into.items():
         if name == LABELS and name in given:
             _transfer_labels(initial, tensor, given[name], names, done)
@@ -228,7 +229,9 @@ def refuse_what_an_adapter_cannot_learn(initial: Initial, done: Transfer, model:
         misfits.append(f"in_context_start {old.in_context_start} against {new.in_context_start}")
     if misfits:
         rule = f"an adapter needs all of {initial.path} as it is, but this does not fit: {'; '.join(misfits)}: "
-        remedy = "leave out --model and --num_classes, or --lora_rank to train all weights."
+        known = initial.pipeline.config.vectors
+        numbers = f", give --vector_column {' '.join(known['names'])}" if known else ""
+        remedy = f"leave out --model and --num_classes{numbers}, or leave out --lora_rank to train all weights."
         raise UserError(rule + remedy, about="lora_rank")
 
 

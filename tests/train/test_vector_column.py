@@ -121,6 +121,16 @@ def test_numbers_keep_the_meaning_that_the_source_gave_them(run, numbered, tmp_p
     assert jit.load(tmp_path / "turned").config.vectors["names"] == ["place", "weight"]
 
 
+@pytest.mark.parametrize("columns", [(), ("--vector_column", "place", "weight"), ("--vector_column", "weight")])
+def test_an_adapter_needs_the_numbers_of_its_source(run, numbered, tmp_path, capsys, columns):
+    flags = ("--data_path", str(numbered), "--init_from", str(run[1]), "--lora_rank", "1", "--max_steps", "2")
+    assert train_here(*flags, *columns, "--output_dir", str(tmp_path / "out")) == 2
+    assert "give --vector_column weight place, or leave out --lora_rank" in capsys.readouterr().err
+    plain = [flag for flag in flags if flag not in ("--lora_rank", "1")]
+    assert train_here(*plain, *columns, "--output_dir", str(tmp_path / "out")) == 0
+    assert "dropped: vector_embedder." in capsys.readouterr().out
+
+
 def test_a_training_with_numbers_is_evaluated(numbered, tmp_path, tiny):
     flags = (
         "--data_path",
