@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers import Group, assert_same_state, last_checkpoint, rows, train_group, train_here
 
-from jit_accel import JiTPipeline
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import load_features
+from jit_accel.model import pipeline as pipelines
 from jit_accel.model.generation import SamplerSettings
 from jit_accel.model.loading import load_pipeline
 from jit_accel.monitor.log import read_metrics
@@ -111,20 +111,20 @@ def test_a_run_told_to_stop_evaluates_only_when_it_goes_on(run, images, tmp_path
 
 def test_a_stop_is_heeded_within_a_sheet_and_an_evaluation(run, images, tmp_path, monkeypatch):
     out, place, told, calls = tmp_path / "run", ["sheet"], [], []
-    predict, measure = JiTPipeline.predict, Evaluator.measure_pipeline
+    predict, measure = pipelines.guided_prediction, Evaluator.measure_pipeline
 
-    def predict_and_be_told(self, *args):
+    def predict_and_be_told(*args):
         calls.append(place[0])
         if place[0] not in told:
             told.append(place[0])
             os.kill(os.getpid(), signal.SIGTERM)
-        return predict(self, *args)
+        return predict(*args)
 
     def measure_there(self, *args, **kwargs):
         place[0] = "evaluation"
         return measure(self, *args, **kwargs)
 
-    monkeypatch.setattr(JiTPipeline, "predict", predict_and_be_told)
+    monkeypatch.setattr(pipelines, "guided_prediction", predict_and_be_told)
     monkeypatch.setattr(Evaluator, "measure_pipeline", measure_there)
     command = ("--data_path", str(images), "--output_dir", str(out), *EVAL, "--sample_every_steps", "3")
     assert train_here(*command) == 128 + signal.SIGTERM
@@ -154,14 +154,14 @@ def test_two_processes_leave_an_evaluation_together_and_measure_it_later(alone, 
 
 def _stop_one_within():
     tiny_features.install()
-    predict = JiTPipeline.predict
+    predict = pipelines.guided_prediction
 
-    def predict_and_be_told(self, *args):
+    def predict_and_be_told(*args):
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGUSR1)
-        return predict(self, *args)
+        return predict(*args)
 
-    JiTPipeline.predict = predict_and_be_told
+    pipelines.guided_prediction = predict_and_be_told
 
 
 @pytest.mark.multiprocess
@@ -180,18 +180,18 @@ def test_an_evaluation_that_fails_on_one_process_costs_its_values_alone(images, 
 
 def _fail_on_one():
     tiny_features.install()
-    predict, measure, calls = JiTPipeline.predict, Evaluator.measure_pipeline, []
+    predict, measure, calls = pipelines.guided_prediction, Evaluator.measure_pipeline, []
 
     def measure_noted(self, *args, **kwargs):
         calls.append("evaluation")
         return measure(self, *args, **kwargs)
 
-    def predict_once_not(self, *args):
+    def predict_once_not(*args):
         if os.environ["RANK"] == "1" and calls == ["evaluation"]:
             raise torch.OutOfMemoryError("no memory")
-        return predict(self, *args)
+        return predict(*args)
 
-    Evaluator.measure_pipeline, JiTPipeline.predict = measure_noted, predict_once_not
+    Evaluator.measure_pipeline, pipelines.guided_prediction = measure_noted, predict_once_not
 
 
 def test_a_dry_run_finds_a_wrong_reference(images, tmp_path, capsys):
