@@ -29,6 +29,7 @@ from jit_accel.evaluate.statistics import ImageStatistics
 from jit_accel.evaluate.sweep import Measured, Outcome, SweepLog, sweep
 from jit_accel.model.card import EVALUATION_FILE
 from jit_accel.model.generation import SamplerSettings
+from jit_accel.model.vector_arguments import note_of_none
 
 UNBALANCED = 0.1  # the share of a reference's images that would have to be of other classes
 GO_ON = "give the same command again"
@@ -143,6 +144,8 @@ class Evaluation:
         if reference.img_size and img_size and reference.img_size != img_size:
             problem = f"of images of {reference.img_size} px, but those measured have {img_size} px"
             warn(f"--reference {reference.name}: {problem}: make a reference of that size (--img_size {img_size}).")
+        if is_model and (note := note_of_none(self.candidate.pipeline(self.candidate.emas[0]).config.vectors)):
+            warn(note)
         if is_model and (share := imbalance(reference.label_counts)) > UNBALANCED:
             problem = "its classes differ in size, the model's images do not; for equal classes"
             remedy = "of its images would have to be others, and that is part of the distance."

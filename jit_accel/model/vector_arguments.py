@@ -38,6 +38,14 @@ def usual_row(columns: Mapping) -> dict[str, float | list[float]]:
     return row
 
 
+def note_of_none(columns: Mapping | None) -> str | None:
+    """Return what is to be said where images are made without the numbers that a network was trained with."""
+    if not columns:
+        return None
+    names = ", ".join(columns["names"])
+    return f"the model was trained with numbers ({names}), and these images have none: jit.generate takes vectors=."
+
+
 def vectors_asked(
     given: Sequence[Row] | Row | Tensor | np.ndarray, columns: Mapping | None, labels: int
 ) -> list[list[float] | None]:

@@ -25,6 +25,7 @@ from jit_accel.model.loading import load_quietly
 from jit_accel.model.pipeline import COMPONENTS, JiTPipeline
 from jit_accel.model.precision import BlockWork, settle
 from jit_accel.model.scheduler import CALLS_PER_STEP
+from jit_accel.model.vector_arguments import note_of_none
 from jit_accel.sample import image_files
 from jit_accel.sample.conditions import open_conditions
 from jit_accel.sample.image_plan import VERSION, ImageId, begun_precision, open_folder, plan_images
@@ -131,6 +132,8 @@ class Sampling:
             open_folder(self.folder, record, config.resume)
             if self.precision == "bf16" and not has_bf16(self.accelerator.device):
                 warn("this device only emulates bf16, up to a hundred times slower: use --mixed_precision no.")
+            if note := note_of_none(self.pipeline.config.vectors):
+                warn(note)
             self.store.prepare()
             missing = self.store.missing(self._stop_here)
             write_json(self.folder / SAMPLES_RECORD, record)  # last: a command that is refused changes nothing

@@ -6,12 +6,23 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_state, clothes, last_checkpoint, rows, state, train_group, train_here
+from helpers import (
+    assert_same_state,
+    clothes,
+    in_fresh_accelerate,
+    last_checkpoint,
+    rows,
+    state,
+    train_group,
+    train_here,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
 import jit_accel as jit
+from jit_accel.evaluate import main as evaluate
 from jit_accel.model.checkpoints import read_run
+from jit_accel.sample import main as sample
 
 COLUMNS = ("--vector_column", "weight", "place")
 
@@ -145,6 +156,17 @@ def test_a_training_with_numbers_is_evaluated(numbered, tmp_path, tiny):
     )
     assert train_here(*flags, "--eval_features", "tiny", "--output_dir", str(tmp_path / "out")) == 0
     assert any(key.startswith("eval/") for key in rows(tmp_path / "out")[-1])
+
+
+def test_images_that_programs_make_have_no_numbers_which_is_said(run, numbered, tmp_path, capsys, tiny):
+    how = ("--model", str(run[1]), "--num_inference_steps", "1", "--num_images", "4")
+    with in_fresh_accelerate():
+        assert sample([*how, "--output_dir", str(tmp_path / "samples")]) == 0
+    assert "the model was trained with numbers (weight, place), and these images have none" in capsys.readouterr().err
+    how = (*how, "--features", "tiny", "--reference", str(numbered), "--img_size", "28")
+    with in_fresh_accelerate():
+        assert evaluate([*how, "--output", str(tmp_path / "found.json")]) == 0
+    assert "the model was trained with numbers (weight, place)" in capsys.readouterr().err
 
 
 def test_too_many_without_numbers_end_the_run(numbered, tmp_path, capsys):

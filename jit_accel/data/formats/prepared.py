@@ -52,7 +52,7 @@ def open_prepared(request: Request) -> Source:
     reason = "was prepared, its columns are known"
     names = "image_column", "label_column", "renumber_labels", "condition_path", "condition_column"
     request.refuse(*names, reason=reason)
-    request.refuse("vector_column", reason="was prepared, without numbers")
+    request.refuse("vector_column", reason="was prepared, and only what it was made of has numbers")
     index = read_index(folder)
     choose_splits({TRAIN: index["num_images"]}, request.split, folder)
     names, has_pairs = tuple(index["class_names"]), index["version"] == PAIRS_VERSION
