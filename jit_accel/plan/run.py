@@ -12,7 +12,9 @@ from jit_accel.config.checks import model_name
 from jit_accel.config.command_line import parse_args
 from jit_accel.config.completion import Facts, complete
 from jit_accel.config.costs import FLOAT32, GIB
+from jit_accel.config.groups import ConditionConfig
 from jit_accel.config.presets import forward_macs, parse_model_name
+from jit_accel.data.batches.degradations import degradation_of
 from jit_accel.plan.gpus import GPUS, Gpu
 from jit_accel.plan.memory import Division, Memory, Workload, bytes_of_block, bytes_of_checkpoint, in_gib, memory_of
 from jit_accel.plan.settings import PlanConfig
@@ -28,6 +30,7 @@ SHARDINGS = {
 USABLE_SHARE = 0.92
 NO_PATH = "IMAGES"  # stands for a --data_path that is not given
 IMAGENET_CLASSES = 1000
+OF_CONDITION = ("condition_channels", "condition_bottleneck", "condition_inject")
 COLUMNS = ("weights", "moments", "averages", "gradients", "activations", "peak")
 
 
@@ -60,6 +63,13 @@ class Machines:
         return case.memory.peak <= USABLE_SHARE * self.gpu.memory_gb * GB
 
 
+def channels_of(condition: ConditionConfig, in_channels: int) -> int:
+    """Return the channels of the condition that the settings name, 3 where only the data could tell; 0 for none."""
+    if condition.condition_from:
+        return degradation_of(condition.condition_from).channels(in_channels)
+    return (condition.condition_channels or 3) if condition.condition_path or condition.condition_column else 0
+
+
 def plan(settings: PlanConfig, training: Sequence[str]) -> int:
     """Say what a training with these flags takes. Returns the exit code: 0 it fits, also divided otherwise; 1 not."""
     config = parse_args(["--data_path", NO_PATH, "--", *training])
@@ -73,11 +83,13 @@ def plan(settings: PlanConfig, training: Sequence[str]) -> int:
     share, precision = global_batch // count, config.performance.mixed_precision or "bf16"
     divided = ["--batch_size", str(share), "--gradient_accumulation_steps", "1"]
     classes = config.model.num_classes or IMAGENET_CLASSES
-    facts = Facts(settings.num_images, classes, processes=count, precision=precision, is_good_at_bf16=True)
+    how = {"condition_channels": channels_of(config.condition, config.model.in_channels), "processes": count}
+    facts = Facts(settings.num_images, classes, precision=precision, is_good_at_bf16=True, **how)
     completed, lengths, _ = complete(parse_args(["--data_path", NO_PATH, "--", *training, *divided]), facts)
     optim, model = completed.optim, completed.model
     sizes, patch_size = parse_model_name(model.model)
-    sizes = replace(sizes, in_channels=model.in_channels)
+    condition = {name: getattr(completed.condition, name) for name in OF_CONDITION}
+    sizes = replace(sizes, in_channels=model.in_channels, **condition)
     of_work = (
         sizes,
         patch_size,

@@ -220,6 +220,18 @@ def test_the_recommended_command_is_the_asked_training_divided_otherwise(capsys,
         assert "--parallelism_config_dp_replicate_size" in words
 
 
+def test_a_condition_is_planned_for(capsys):
+    how = ("--gpu", "H100", "--num_gpus", "1", "--model", "JiT-B/16")
+    for channels, flags in ((0, ()), (1, ("--condition_from", "grey"))):
+        with torch.device("meta"):
+            network = transformer.build_model("JiT-B/16", 256, 1000, condition_channels=channels)
+        count = sum(p.numel() for p in network.parameters()) / 1e6
+        assert f"{count:.1f} M weights" in planned(capsys, *how, *flags)[1]
+    assert planned(capsys, *how, "--condition_from", "blur:2.0", "--path", "bridge")[0] == 0
+    beside = planned(capsys, *how, "--condition_path", "folder", "--condition_inject", "tokens")[1]
+    assert "50.9 G multiply-adds" in beside  # a block sees the picture's tokens, too: 25.2 G without
+
+
 def test_what_fits_nowhere_is_said_with_a_remedy(capsys):
     code, out, _ = planned(capsys, "--model", "JiT-G/8", "--img_size", "512", "--gpu", "L4", "--num_gpus", "1")
     assert code == 1
