@@ -36,7 +36,7 @@ from jit_accel import JiTPipeline
 {imports}
 pipe = JiTPipeline.from_pretrained("{place}")
 image = pipe({example}, generator=torch.Generator().manual_seed(0)).images[0]
-image.save("sample.png")
+{save}
 ```
 
 Without jit_accel, the folder's own code does: `DiffusionPipeline.from_pretrained("{place}", custom_pipeline="{place}",
@@ -133,6 +133,12 @@ def _card(network: Mapping, own: Mapping, *, settings: Mapping, **texts: str) ->
         imports, example = "from PIL import Image\n", f'{example}, condition_image=Image.open("condition.png")'
     if columns := own.get("vectors"):
         example += f", vectors={json.dumps(usual_row(columns), ensure_ascii=False)}"
+    save = 'image.save("sample.png")'
+    if network.get("in_channels", 3) not in (1, 3) or own.get(
+        "value_range"
+    ):  # arrays, in the data's units if it has any
+        imports, example = f"import numpy as np\n{imports}", f'{example}, output_type="np"'
+        save = 'np.save("sample.npy", image)'
     # Whatever has a slash may be a path, but for the model's name.
     rows = [
         f"| {name} | {_inline(value)} |"
@@ -140,7 +146,7 @@ def _card(network: Mapping, own: Mapping, *, settings: Mapping, **texts: str) ->
         if value is not None and (name == "model" or not {"/", "\\"} & set(str(value)))
     ]
     texts = {"origin": "", "picture": "", **texts, "settings": "\n".join(rows)}
-    body = BODY.format(place=PLACEHOLDER, imports=imports, example=example, names=shown or numbers, **texts)
+    body = BODY.format(place=PLACEHOLDER, imports=imports, example=example, save=save, names=shown or numbers, **texts)
     data = ModelCardData(library_name="diffusers", pipeline_tag=TASK, tags=TAGS)
     return redacted(f"---\n{data.to_yaml()}\n---\n\n{body}")
 

@@ -114,3 +114,23 @@ def test_conditions_have_channels_and_ranges_of_their_own():
 def test_ranges_that_are_none_are_refused(value_range):
     with pytest.raises(ValueError, match="value_range"):
         make_pipe(1, value_range)
+
+
+@pytest.mark.parametrize(("channels", "value_range", "saves"), [(1, None, "png"), (4, None, "npy"), (1, CT, "npy")])
+def test_a_card_shows_a_call_that_works(channels, value_range, saves):
+    from jit_accel.model.card import conversion_card
+
+    pipe = make_pipe(channels, value_range)
+    card = conversion_card(pipe, "JiT", "model", {})
+    program = card.split("```python")[1].split("```")[0]
+    assert (f'"sample.{saves}"' in program, ('output_type="np"' in program)) == (True, saves == "npy")
+
+
+def test_features_of_grey_pictures_are_those_of_their_colour():
+    from jit_accel.base.errors import UserError
+    from jit_accel.evaluate.features import in_colour
+
+    grey = torch.arange(32).view(2, 1, 4, 4)
+    assert torch.equal(in_colour(grey), torch.cat([grey] * 3, 1))
+    with pytest.raises(UserError, match="2 channels"):
+        in_colour(torch.zeros(1, 2, 4, 4))
