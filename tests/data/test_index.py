@@ -295,7 +295,7 @@ def make_tables(root):
 
 
 @pytest.mark.parametrize(
-    ("make", "module", "look"), [(make_tars, tars, "_scan_one"), (make_tables, tables, "_different_values")]
+    ("make", "module", "look"), [(make_tars, tars, "_scan_one"), (make_tables, tables, "_read_columns")]
 )
 def test_of_files_only_new_and_changed_ones_are_looked_into(tmp_path, monkeypatch, make, module, look):
     looked, real = [], getattr(module, look)
