@@ -27,7 +27,7 @@ from jit_accel.monitor.log import read_metrics
 from jit_accel.prepare import main as prepare
 
 ENLARGED = ConditionConfig("downscale:4")
-FAST = ("--num_inference_steps", "2", "--method", "euler")
+FAST = ("--num_inference_steps", "2", "--method", "euler", "--mixed_precision", "no")
 
 
 @pytest.fixture(scope="module")

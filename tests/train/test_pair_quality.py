@@ -240,7 +240,17 @@ def test_pictures_with_numbers_are_scored_with_both(tmp_path, capsys):
     made, without = (jit.generate(pipe, held.keys.tolist(), vectors=some, **how) for some in (vectors, None))
     assert scores(made, held.images).mean(0).tolist() == pytest.approx(found, rel=1e-5)
     assert scores(without, held.images).mean(0).tolist() != pytest.approx(found, rel=1e-5)
-    flags = ("--model", str(out), "--pairs", str(root), "--num_inference_steps", "2", "--output")
+    flags = (
+        "--model",
+        str(out),
+        "--pairs",
+        str(root),
+        "--num_inference_steps",
+        "2",
+        "--mixed_precision",
+        "no",
+        "--output",
+    )
     with in_fresh_accelerate():
         assert evaluate([*flags, str(tmp_path / "found.json")]) == 0
     (_, record), sums = json.loads((tmp_path / "found.json").read_text()), []
