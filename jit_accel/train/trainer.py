@@ -19,7 +19,7 @@ from jit_accel.base.spans import span
 from jit_accel.base.watchdog import Watchdog
 from jit_accel.config.completion import Plan
 from jit_accel.config.groups import OptimConfig, RunConfig
-from jit_accel.data.batches.batch import Batch
+from jit_accel.data.batches.batch import Batch, arguments_of
 from jit_accel.model.aux_losses import AuxLosses
 from jit_accel.model.checkpointer import Checkpointer
 from jit_accel.model.checkpoints import load_parts, read_run
@@ -188,7 +188,7 @@ class Trainer:
         torch.manual_seed(int(rng.hash64(self.seed, "dropout", batch.positions[0])) >> 1)
         labels, num_classes = self.tuning.labels_of(batch), self.network.config.num_classes
         labels = self.objective.dropped(self.seed, batch.positions, labels, num_classes)
-        conditions = self.objective.left_out(self.seed, batch.positions, batch.conditions)
+        conditions = self.objective.left_out(self.seed, batch.positions, arguments_of(batch))
         model = self.aux.watched(self.model, self.step + 1)
         losses, t = self.objective.drawn_losses(model, batch.images, labels, self.seed, batch.positions, conditions)
         self.monitor.record_by_t(t, losses)
@@ -210,7 +210,7 @@ class Trainer:
         def losses_of(batch: Batch) -> Tensor:
             self.watch.go_on()
             labels = self.tuning.labels_of(batch)
-            drawn = (labels, self.validation.seed, batch.positions, batch.conditions)
+            drawn = (labels, self.validation.seed, batch.positions, arguments_of(batch))
             return self.objective.drawn_losses(self.model, batch.images, *drawn)[0]
 
         self.model.eval()

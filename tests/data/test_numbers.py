@@ -14,6 +14,7 @@ from http_server import FailingServer
 import jit_accel as jit
 from jit_accel.base.errors import UserError
 from jit_accel.data import build_loader, open_images
+from jit_accel.data.batches.batch import arguments_of
 from jit_accel.data.batches.holdout import held_by_split, split_holdout
 from jit_accel.data.formats.numbers import Vectors, numbers_of, summed, tally_of
 from jit_accel.data.formats.source import standardised_as
@@ -203,7 +204,7 @@ def test_public_batches_bring_them(tmp_path):
     in_folder(tmp_path)
     batch = next(jit.batches(jit.open_images(tmp_path, vector_column=["age"]), img_size=4, batch_size=4))
     assert batch.vectors.shape == (4, 1)
-    assert set(batch.conditions) == {"vectors"}
+    assert set(arguments_of(batch)) == {"vectors"}
 
 
 def test_the_numbers_are_part_of_the_fingerprint(tmp_path):

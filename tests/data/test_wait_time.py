@@ -197,6 +197,7 @@ def test_a_training_that_waits_says_so_once_and_how_to_mend_it(images, tmp_path,
         return read(*args)
 
     monkeypatch.setattr(TableImages, "read", read_slowly)
+    monkeypatch.setattr("jit_accel.data.batches.loader.MOST_KEPT_BYTES", 0)  # read each time
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "out"), "--max_steps", "33"]
     assert helpers.train_here(*flags, "--log_every_steps", "10") == 0
     found = metrics(tmp_path / "out")

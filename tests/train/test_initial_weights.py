@@ -272,5 +272,6 @@ def test_a_pipeline_without_a_run_or_names_serves_as_source(images, tmp_path, ca
 
 
 def test_labels_are_looked_up_on_the_device_of_the_batch():
-    batch = Batch(torch.empty(3, 3, 4, 4), torch.zeros(3, dtype=torch.int64, device="meta"), torch.arange(3))
+    labels = torch.zeros(3, dtype=torch.int64, device="meta")
+    batch = Batch(torch.empty(3, 3, 4, 4), labels, torch.arange(3), [], None, None)
     assert Tuning((), torch.arange(5)).labels_of(batch).device.type == "meta"

@@ -40,20 +40,15 @@ class Batch:
     images: torch.Tensor  # float32 (B, C, H, W) in [-1, 1], on the device
     labels: torch.Tensor  # int64 (B,), or (B, k) filled up by -1, on the device
     positions: np.ndarray  # as in `PixelBatch`
-    bad_images: list[str] = field(default_factory=list)
-    condition: torch.Tensor | None = None  # float32 (B, C, H, W) in [-1, 1], on the device
-    vectors: torch.Tensor | None = None  # float32 (B, n): numbers, standardised, on the device
+    bad_images: list[str]
+    condition: torch.Tensor | None  # float32 (B, C, H, W) in [-1, 1], on the device
+    vectors: torch.Tensor | None  # float32 (B, n): numbers, standardised, on the device
 
-    @property
-    def conditions(self) -> dict[str, torch.Tensor]:
-        """The arguments of the network besides the label, by name."""
-        given = {"condition_image": self.condition, "vectors": self.vectors}
-        return {name: tensor for name, tensor in given.items() if tensor is not None}
 
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        tensors = (self.images, self.labels, self.condition, self.vectors)
-        return [tensor for tensor in tensors if tensor is not None]
+def arguments_of(batch: Batch) -> dict[str, torch.Tensor]:
+    """Return the arguments of the network besides the label, by name."""
+    given = {"condition_image": batch.condition, "vectors": batch.vectors}
+    return {name: tensor for name, tensor in given.items() if tensor is not None}
 
 
 def ready(batch: PixelBatch, device: torch.device | str, degradation: Degradation | None = None) -> Batch:

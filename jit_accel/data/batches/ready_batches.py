@@ -115,7 +115,7 @@ class ReadyBatches:
         if copied is not None:  # what the caller does next on the device waits for the copy, and not the caller
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(copied)
-            for tensor in batch.tensors:
+            for tensor in filter(torch.is_tensor, vars(batch).values()):
                 tensor.record_stream(stream)  # its memory must not be given to another copy before that is over
         return batch
 
