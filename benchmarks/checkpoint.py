@@ -35,7 +35,7 @@ class Training:
     """A network of 256 px that is trained on one image, with AdamW and an average."""
 
     def __init__(self, model: str, device: str):
-        self.network = build_model(model, 256, 1000, 0.0, 0.0).to(device)
+        self.network = build_model(model, 256, 1000, proj_dropout=0.0, attn_dropout=0.0).to(device)
         self.optimizers = build_optimizers(self.network, OptimConfig())
         self.averages = Ema(self.network, ["0.9999"])
         self.inputs = torch.randn(1, 3, 256, 256, device=device), torch.tensor([0.5]).to(device), torch.tensor([3])

@@ -120,7 +120,7 @@ def sharded(model: str, shape: tuple[int, ...] | None, rank: int) -> tuple[float
     dist.init_process_group("fake", rank=rank, world_size=PROCESSES, store=FakeStore())
     try:
         with torch.device("meta"):
-            network = build_model(model, 256, 1000, 0.0, 0.0)
+            network = build_model(model, 256, 1000, proj_dropout=0.0, attn_dropout=0.0)
         if shape:
             names = ("replicated", "sharded")[-len(shape) :]
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)

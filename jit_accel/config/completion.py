@@ -50,6 +50,7 @@ class Facts:
     num_classes: int | None = None  # None: only reading the data would show them
     is_labelled: bool = True  # else guidance towards the images' one class means nothing
     condition_channels: int = 0  # of what the data shows beside each image
+    has_scores: bool = True  # the package that scores pairs is there
     has_vectors: bool = False  # the data has numbers beside each image
     value_range: tuple[float, float] | None = None  # of data that is not of 8 bits
     is_encoded: bool = True  # the images must be decoded
@@ -254,8 +255,9 @@ def _refuse_other_conditions(config: Config, facts: Facts) -> None:
 
 def _paired_every_steps(config: Config, facts: Facts, plan: Plan) -> int | None:
     """Return how often scores of pairs are measured where that is left open; None without pairs."""
-    has_pairs = facts.condition_channels and config.data.holdout
-    return (config.run.val_every_steps or plan.total_steps) if has_pairs else None
+    if not (facts.condition_channels and config.data.holdout):
+        return None
+    return (config.run.val_every_steps or plan.total_steps) if facts.has_scores else 0
 
 
 def _num_classes(given: int | None, data_classes: int | None) -> int:

@@ -235,7 +235,7 @@ class EvalConfig:
     """Steps of the ODE solver (Heun) for these images (default: those of the samples)."""
     paired_every_steps: int | None = None
     """Interval of val/psnr, val/ssim and val/mae: scores of what the averaged weights make of held-out conditions;
-    also at the end. 0 = never (default: with a condition and a holdout, val_every_steps)."""
+    also at the end. 0 = never (default: with a condition, a holdout and the extra eval, val_every_steps)."""
     paired_images: int = 64
     """How many images of the holdout to score."""
 

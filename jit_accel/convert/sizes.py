@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jit_accel.base.errors import UserError
-from jit_accel.config.presets import PRESETS, swiglu_width
+from jit_accel.config.presets import PRESETS, Preset, swiglu_width
 from jit_accel.model import functional
 from jit_accel.model.call_arguments import is_number
 from jit_accel.model.pipeline import JiTPipeline
@@ -144,6 +144,8 @@ def sizes_of_shapes(weights: Mapping[str, Tensor]) -> dict:
         "num_classes": classes,
         "mlp_ratio": mlp_ratio(hidden, inner),
         "in_channels": channels,
+        # Conditions are another matter: their weights are refused.
+        **{name: getattr(Preset, name) for name in ("condition_channels", "condition_bottleneck", "condition_inject")},
     }
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,7 @@ def build_trainer(
         is_labelled=source.is_labelled,
         condition_channels=degradation.channels(config.model.in_channels) if degradation else source.condition_channels,
         has_vectors=source.vectors is not None,
+        has_scores=find_spec("torchmetrics") is not None,
         value_range=source.pixels.value_range,
         is_encoded=source.is_encoded,
         processes=accelerator.num_processes,

@@ -561,7 +561,7 @@ def test_features_are_of_full_float32_whatever_is_allowed_elsewhere(monkeypatch)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        FeatureNetwork("", {}, "", torch.device("cpu"), forward)(torch.zeros(1))
+        FeatureNetwork("", {}, "", torch.device("cpu"), forward)(torch.zeros(1, 3, 1, 1))
         assert seen == [(False, "highest")]
         assert torch.backends.cudnn.allow_tf32
         assert torch.get_float32_matmul_precision() == "high"

@@ -13,6 +13,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -38,7 +39,15 @@ from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.base.errors import UserError
 from jit_accel.config.command_line import parse_args, read_recipe
 from jit_accel.config.completion import Facts, complete, plan_run
-from jit_accel.config.groups import ConditionConfig, EvalConfig, HealthConfig, HubConfig, TrackingConfig, TuneConfig
+from jit_accel.config.groups import (
+    AuxConfig,
+    ConditionConfig,
+    EvalConfig,
+    HealthConfig,
+    HubConfig,
+    TrackingConfig,
+    TuneConfig,
+)
 from jit_accel.config.identity import run_folder
 from jit_accel.config.settings import SETTINGS, Config
 from jit_accel.convert import main as convert
@@ -134,6 +143,7 @@ NOT_IN_RECIPES = {
     *(
         "data_path",
         "data_format",
+        "value_range",
         "split",
         "renumber_labels",
         "image_column",
@@ -149,11 +159,11 @@ NOT_IN_RECIPES = {
     *("output_dir", "resume", "dry_run"),
     *(
         field.name
-        for group in (ConditionConfig, EvalConfig, HealthConfig, HubConfig, TrackingConfig, TuneConfig)
+        for group in (AuxConfig, ConditionConfig, EvalConfig, HealthConfig, HubConfig, TrackingConfig, TuneConfig)
         for field in fields(group)
     ),
     # Of no effect where there is no condition, or no further loss.
-    *("condition_drop_prob", "guidance_on", "path", "aux_loss", "aux_features", "aux_feature_weights"),
+    *("condition_drop_prob", "guidance_on", "path"),
 }
 
 
@@ -309,6 +319,13 @@ def try_here(flags: list[str], photos: Path, tmp_path: Path, monkeypatch) -> Non
         *("--dry_run", "--model", model, "--batch_size", "2", "--gradient_accumulation_steps", "1"),
         *("--num_workers", "0", "--mixed_precision", "no", "--no_compile", "--output_dir", str(tmp_path / "run")),
     ]
+    if config.condition.condition_path:
+        small += ["--condition_path", str(photos)]
+        photos = shutil.copytree(photos, tmp_path / "images")
+    if columns := config.condition.vector_column:
+        photos = shutil.copytree(photos, tmp_path / "listed")
+        lines = [",".join([str(path.relative_to(photos)), *["1"] * len(columns)]) for path in photos.glob("*/*.png")]
+        (photos / "metadata.csv").write_text("\n".join([",".join(["file_name", *columns]), *lines]))
     if not config.data.data_path.startswith("builtin:"):
         small += ["--data_path", str(photos)]
     assert train_exactly(*flags, *small) == 0
@@ -681,7 +698,11 @@ def evaluate_a_little(flags: list[str], photos: Path, tmp_path: Path, monkeypatc
     for name in list(LOADERS):
         monkeypatch.setitem(LOADERS, name, load_toy)
     monkeypatch.chdir(tmp_path)
-    JiTPipeline(build_model("JiT-XS/7", img_size=28, num_classes=2), JiTScheduler()).save_pretrained("model")
+    shown = {"condition_channels": 3} if "--pairs" in flags else {}
+    network = build_model("JiT-XS/7", img_size=28, num_classes=10 if shown else 2, **shown)
+    JiTPipeline(network, JiTScheduler()).save_pretrained("model")
+    if shown:
+        flags = [*flags, "--condition_from", "downscale:4"]
     places = {"--model": "model", "--reference": str(photos), "--images": str(photos), "--num_images": "2"}
     words = [places.get(before, word) for before, word in itertools.pairwise(["", *flags])]
     words = ["1,2" if re.fullmatch(r"[\d.]+:[\d.]+:[\d.]+", word) else word for word in words]

@@ -288,7 +288,8 @@ def test_everything_arrives(server, training):
     scores = (
         f"eval/{name}{how}" for name in ("fid", "inception_score", "fd_efficientnet_lite0") for how in ("", "_unguided")
     )
-    best = dict.fromkeys(("val/loss", "ema/val_loss", *scores), "step")
+    pairs = ("val/psnr", "val/ssim", "val/mae")
+    best = dict.fromkeys(("val/loss", "ema/val_loss", *pairs, *scores), "step")
     assert axes == rooms | best | dict.fromkeys(
         ("train/epoch_loss", "train/epoch_time", "train/samples_per_second", "train/best_loss"), "train/epoch"
     )
