@@ -161,8 +161,13 @@ def _is_loop(path: str) -> bool:
 
 
 def within(low: int, high: int, *names: str) -> list[tuple[str, Callable[..., bool], str]]:
-    """Return the ranges, for `check_ranges`, of settings that are whole numbers from `low` to `high`."""
-    return [(name, range(low, high + 1).__contains__, f"at least {low} and at most {high:,}") for name in names]
+    """Return the ranges, for `check_ranges`, of settings that are whole numbers, or lists of them, in bounds."""
+    allowed = range(low, high + 1)
+
+    def holds(value: int | Sequence[int]) -> bool:
+        return all(part in allowed for part in (value if isinstance(value, Sequence) else (value,)))
+
+    return [(name, holds, f"at least {low} and at most {high:,}") for name in names]
 
 
 def changed_settings(then: Mapping, now: Mapping, words: Mapping[str, str] | None = None) -> list[str]:

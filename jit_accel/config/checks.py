@@ -19,7 +19,7 @@ from jit_accel.config.groups import (
     TRACKERS,
     HubConfig,
 )
-from jit_accel.config.presets import parse_model_name
+from jit_accel.config.presets import parse_model_name, sides_of, sizes_near
 from jit_accel.config.settings import SETTINGS, Config
 
 LORA_TARGETS = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
@@ -28,7 +28,11 @@ MOST_PROFILED = 100  # steps
 
 # What holds, in words, and for which settings. None means "not given" and passes.
 RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
-    (lambda v: 1 <= v <= MOST_PIXELS, f"at least 1 and at most {MOST_PIXELS:,}", "img_size"),
+    (
+        lambda v: all(1 <= side <= MOST_PIXELS for side in sides_of(v)),
+        f"at least 1 and at most {MOST_PIXELS:,}",
+        "img_size",
+    ),
     (lambda v: 1 <= v <= MOST_STEPS, f"at least 1 and at most {MOST_STEPS:,}", "num_inference_steps"),
     (lambda v: 1 <= v <= MOST_STEPS, f"at least 1 and at most {MOST_STEPS:,}", "eval_num_inference_steps"),
     (lambda v: 2 <= v <= MOST_IMAGES, f"at least 2 and at most {MOST_IMAGES:,}", "eval_images"),
@@ -69,17 +73,12 @@ def check(config: Config) -> None:
     check_places(values)
     check_ranges(values, ((name, holds, rule) for holds, rule, names in RANGES for name in names.split()))
     patch, size = parse_model_name(name)[1] if name else 1, image_size(config)
-    if size > MOST_PIXELS:
+    if max(sides_of(size)) > MOST_PIXELS:
         rule = f"16 patches a side are {size:,} pixels, and images may have {MOST_PIXELS:,}: choose a smaller patch."
         raise UserError(rule, about="model", value=name)
-    if size % patch:
-        below, above = size // patch * patch, (size // patch + 1) * patch
-        raise UserError(
-            f"must be a multiple of the patch size {patch} ({name}): "
-            f"use {f'{below} or ' if below else ''}{above}, or a model with another patch size.",
-            about="img_size",
-            value=size,
-        )
+    if near := sizes_near(size, patch):
+        rule = f"must be a multiple of the patch size {patch} ({name}): use {near}, or a model with another patch size."
+        raise UserError(rule, about="img_size", value=shown(size))
     if (text := config.run.profile_steps) is not None and steps_of(text) is None:
         rule = f"must be two numbers: 10:15 are the steps 10 to 14; {MOST_PROFILED} at most, since memory holds them."
         raise UserError(rule, about="profile_steps", value=text)
@@ -188,8 +187,8 @@ def model_name(config: Config) -> str | None:
     return config.model.model or (None if config.tune.init_from else DEFAULT_MODEL)
 
 
-def image_size(config: Config) -> int:
-    """Return the training resolution in pixels: as set, or 16 patches a side as in the paper (256 tokens)."""
+def image_size(config: Config) -> int | tuple[int, int]:
+    """Return the size of the training images in pixels: as set, or 16 patches a side as in the paper (256 tokens)."""
     return config.data.img_size or 16 * parse_model_name(config.model.model or DEFAULT_MODEL)[1]
 
 

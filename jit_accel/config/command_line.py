@@ -251,6 +251,7 @@ def _spelled(name: str, words: Words, kind: Any) -> Words:
     kinds = alternatives(kind)
     is_list, has_choices = (any(get_origin(each) is origin for each in kinds) for origin in (tuple, Literal))
     word = words[0].strip().lower() if len(words) == 1 else None
+    is_list = is_list and not (int in kinds and words and len(_items(name, words[0])) == len(words) == 1)
     is_open = word in OPEN or (word in OFF and not is_list and not has_choices)
     if is_open and type(None) in kinds and str not in kinds:
         words = ["None"]

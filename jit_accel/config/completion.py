@@ -11,7 +11,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.config.checks import LORA_TARGETS, check, image_size, model_name, steps_of
 from jit_accel.config.groups import OptimConfig
 from jit_accel.config.identity import run_folder, run_name
-from jit_accel.config.presets import PRESETS, Preset, parse_model_name
+from jit_accel.config.presets import PRESETS, Preset, parse_model_name, plain_size, sizes_near, usual_noise_scale
 from jit_accel.config.settings import Config
 
 PAPER_EPOCHS, PAPER_WARMUP_EPOCHS = 200.0, 5.0
@@ -96,7 +96,7 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         "num_workers": max(0, min(USUAL_WORKERS, facts.cores - 1)) if facts.is_encoded else 0,
         "num_classes": _num_classes(config.model.num_classes, facts.num_classes),
         "proj_dropout": preset.proj_dropout,
-        "noise_scale": 1.0 if config.objective.path == "bridge" else max(1.0, size / 256),
+        "noise_scale": 1.0 if config.objective.path == "bridge" else usual_noise_scale(size),
         "learning_rate": default_rate(config, plan)[0],
         "guidance_scale": guidance if facts.is_labelled and not facts.condition_channels else 1.0,
         "paired_every_steps": _paired_every_steps(config, facts, plan),
@@ -202,10 +202,11 @@ def _of_start(config: Config, start: Start) -> dict[str, Any]:
             f"predicts {start.prediction}, and --prediction is {config.objective.prediction}: its last layer would "
             f"mean something else: use --prediction {start.prediction}."
         )
-    size = config.data.img_size or (network["img_size"] if network["img_size"] % patch == 0 else 16 * patch)
+    trained = plain_size(network["img_size"])
+    size = config.data.img_size or (16 * patch if sizes_near(trained, patch) else trained)
     settings: dict[str, Any] = {"model": model, "img_size": size}
     is_noisy = config.objective.path == "noise"
-    if size == network["img_size"] and config.objective.noise_scale is None and is_noisy:
+    if size == trained and config.objective.noise_scale is None and is_noisy:
         settings["noise_scale"] = start.noise_scale
     if config.tune.lora_rank and config.model.num_classes is None:
         settings["num_classes"] = network["num_classes"]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from jit_accel.config.presets import settle_size
+
 DEFAULT_MODEL = "JiT-B/16"
 # More is a slip of the finger; it would end in an overflow, or without memory.
 MOST_STEPS, MOST_IMAGES, MOST_PIXELS = 10_000, 10_000_000, 16_384
@@ -38,8 +40,9 @@ class DataConfig:
     """Images of a lane of a stream that are shuffled together; held undecoded, about 256 MiB at most."""
     lanes: int | None = None
     """Parts of a stream that are read side by side, on which its order depends (default: about eight a process)."""
-    img_size: int | None = None
-    """Side of the square training images in pixels (default: 16 patches, or that of init_from)."""
+    img_size: int | tuple[int, int] | None = None
+    """Side of the square training images in pixels, or their height and width (default: 16 patches, or that of
+    init_from)."""
     horizontal_flip: bool = True
     """Mirror every second image, at random. Switch off for digits and text."""
     num_workers: int | None = None
@@ -51,6 +54,8 @@ class DataConfig:
     holdout: float | str = 0.0
     """Share of the images to keep from the training, by a hash of their content, for val/loss; such as 0.02. Or the
     split that val/loss is measured on, such as validation."""
+
+    __post_init__ = settle_size
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,8 @@ class ObjectiveConfig:
     P_std: float = 0.8
     """Standard deviation of logit(t)."""
     noise_scale: float | None = None
-    """Standard deviation of the noise (default: img_size / 256, at least 1; at init_from's img_size, its own)."""
+    """Standard deviation of the noise (default: img_size / 256, at least 1, and of a rectangle that
+    of the square of its area; at init_from's img_size, its own)."""
     t_eps: float = 0.05
     """Lower bound of 1 - t (and of t) where it divides."""
     path: Literal["noise", "bridge"] = "noise"

@@ -10,6 +10,7 @@ from pathlib import Path
 from jit_accel.base.console import redacted
 from jit_accel.config.checks import image_size, model_name
 from jit_accel.config.groups import DataConfig, EvalConfig, HealthConfig, HubConfig, TrackingConfig
+from jit_accel.config.presets import in_pixels
 from jit_accel.config.settings import Config
 
 # Settings that leave the trained weights as they are.
@@ -68,7 +69,7 @@ def default_folder(config: Config) -> str:
     if data in ("", ".", "..", "~"):
         data = Path(config.data.data_path).expanduser().resolve().name or "data"
     if model := model_name(config):
-        trained = f"{model}-{image_size(config)}px"
+        trained = f"{model}-{in_pixels(image_size(config))}px"
     else:
         source = config.tune.init_from.rstrip("/").removesuffix("/pipeline").rpartition("/")[2]
         trained = f"from-{source}" + (f"-lora{config.tune.lora_rank}" if config.tune.lora_rank else "")

@@ -1,13 +1,62 @@
 """The sizes of JiT. A new size is a row here."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jit_accel.base.errors import UserError, lookup
+from jit_accel.base.errors import UserError, lookup, shown
 
 TIME_FEATURES = 256  # sinusoidal features of the time t
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601), as in Pillow's mode L
+
+Size = int | Sequence[int]  # of images in pixels: the side of a square, or height and width
+
+
+def sides_of(size: Size) -> tuple[int, int]:
+    """Return the height and width of a size."""
+    if isinstance(size, Sequence):
+        height, width = size
+        return height, width
+    return size, size
+
+
+def grid_of(size: Size, patch_size: int) -> tuple[int, int]:
+    """Return the rows and columns of an image's patches."""
+    height, width = sides_of(size)
+    return height // patch_size, width // patch_size
+
+
+def plain_size(size: Size) -> int | tuple[int, int]:
+    """Return a size in the one form that is recorded: a square's side, or (height, width)."""
+    height, width = sides_of(size)
+    return height if height == width else (height, width)
+
+
+def settle_size(settings) -> None:
+    """Give the `img_size` of new settings, which may be open, that form."""
+    if settings.img_size is not None:
+        object.__setattr__(settings, "img_size", plain_size(settings.img_size))
+
+
+def in_pixels(size: Size) -> str:
+    """Return a size in words: `64` of a square, else `64x96`."""
+    return "x".join(map(str, size)) if isinstance(size, Sequence) else str(size)
+
+
+def sizes_near(size: Size, multiple: int) -> str | None:
+    """Return the nearest sizes whose sides are multiples of this, as flags take them; None where the size is one."""
+    if not any(side % multiple for side in sides_of(size)):
+        return None
+    lower = [side // multiple * multiple for side in sides_of(size)]
+    upper = [-(-side // multiple) * multiple for side in sides_of(size)]
+    written = (plain_size(sides) if isinstance(size, int) else sides for sides in (lower, upper) if all(sides))
+    return " or ".join(map(shown, written))
+
+
+def usual_noise_scale(size: Size) -> float:
+    """Return the noise's scale for images of this size: as for a square of the same area (2511.13720)."""
+    return max(1.0, math.sqrt(math.prod(sides_of(size))) / 256)
 
 
 @dataclass(frozen=True)
@@ -48,12 +97,10 @@ def parse_model_name(name: str) -> tuple[Preset, int]:
     return preset, int(patch)
 
 
-def check_sizes(img_size: int, patch_size: int, hidden_size: int, num_heads: int) -> None:
+def check_sizes(img_size: Size, patch_size: int, hidden_size: int, num_heads: int) -> None:
     """Raise `ValueError` for sizes of a network that do not fit together."""
-    if img_size % patch_size:
-        lower = img_size // patch_size * patch_size
-        choices = " or ".join(str(n) for n in (lower, lower + patch_size) if n)
-        raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}: use {choices}")
+    if near := sizes_near(img_size, patch_size):
+        raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}: use {near}")
     if hidden_size % num_heads:
         near = min(range(1, hidden_size + 1), key=lambda n: (hidden_size % n != 0, abs(n - num_heads)))
         raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads}: use {near} heads")

@@ -37,7 +37,7 @@ def measure(
     features: str = "inception",
     feature_weights: str | None = None,
     metrics: str | Sequence[str] = (),
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
@@ -59,7 +59,7 @@ def measure(
         features: the network to compare by: inception, or efficientnet_lite0, which needs no download.
         feature_weights: file of the network's weights (None: torch hub's cache, or a package).
         metrics: such as fid or, with any features, fd, kd, precision, recall; (): all that can be measured.
-        img_size: in pixels (None: the model's).
+        img_size: in pixels, or height and width (None: the model's).
         num_inference_steps, guidance_scale, guidance_interval, method: None for the pipeline's own.
         max_features: most images of each side to compare one by one for kd, precision and recall.
 
@@ -75,7 +75,7 @@ def measure(
     """
     from jit_accel.evaluate.evaluator import pixels_of, refuse_conditions
     from jit_accel.evaluate.run import OneProcess, build_evaluator
-    from jit_accel.model.generation import SamplerSettings, checked_side
+    from jit_accel.model.generation import SamplerSettings, checked_size
 
     config = EvaluateConfig(
         model="",
@@ -92,8 +92,8 @@ def measure(
     check(config)
     refuse_conditions(pipe)
     evaluator = build_evaluator(config, OneProcess(), pipe.device, show_progress)
-    side = checked_side(pipe, img_size)
-    real = evaluator.load_reference(config.reference, side, pixels=pixels_of(pipe))
+    size = checked_size(pipe, img_size)
+    real = evaluator.load_reference(config.reference, size, pixels=pixels_of(pipe))
     evaluator.keep_measurable(real, num_images, are_wanted=bool(config.metrics))
     settings = SamplerSettings(num_inference_steps, guidance_scale, guidance_interval, method)
-    return evaluator.measure_pipeline(pipe, real, num_images, settings, seed, side)
+    return evaluator.measure_pipeline(pipe, real, num_images, settings, seed, size)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from jit_accel.base.console import say, warn
 from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.processes import gather_rows, on_all, on_main
+from jit_accel.config.presets import Size, plain_size, sides_of
 from jit_accel.data.formats.columns import COLOUR, PixelFormat
 from jit_accel.data.formats.sources import Source
 from jit_accel.evaluate.features import FeatureNetwork
@@ -23,7 +24,7 @@ from jit_accel.evaluate.image_sets import ImageSet, find_array, in_bytes, open_i
 from jit_accel.evaluate.settings import EvaluateConfig, Setting, axes_of, grid, metric_names
 from jit_accel.evaluate.statistics import Collector, ImageStatistics, hindrance, measured
 from jit_accel.model.checkpoints import MANIFEST, STATE
-from jit_accel.model.generation import SamplerSettings, checked_side, generate_batches, share_of
+from jit_accel.model.generation import SamplerSettings, checked_size, generate_batches, share_of
 from jit_accel.model.loading import averages_of, find_checkpoint_in, find_pipeline_in, load_quietly
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.precision import BlockWork, settle_accelerator
@@ -53,7 +54,7 @@ class Evaluator:
         num_images: int,
         settings: SamplerSettings,
         seed: int = 0,
-        img_size: int | None = None,
+        img_size: Size | None = None,
         looking: Callable[[], AbstractContextManager[Callable | None]] = nullcontext,
     ) -> dict[str, float]:
         """Return `compare` of images 0 to `num_images` - 1 of this seed, of class number % classes; nothing is stored.
@@ -61,11 +62,12 @@ class Evaluator:
         All processes make equally many calls of the network. `img_size` None: the training size. `looking` gives the
         pipeline's `callback_on_step_end`, and is left as soon as this process has made its images, or failed.
         """
-        processes, side = self.accelerator.num_processes, img_size or pipeline.transformer.config.img_size
+        processes, size = self.accelerator.num_processes, img_size or plain_size(pipeline.transformer.config.img_size)
         padded = range(-(-num_images // processes) * processes)  # those from num_images on only fill batches up
         numbers = share_of(padded, self.accelerator.process_index, processes)
         collector = Collector(self.network, num_images, self.metrics, self.max_features)
-        how = {"seed": seed, "settings": settings, "batch_size": self.batch_size, "height": side, "width": side}
+        how = {"seed": seed, "settings": settings, "batch_size": self.batch_size}
+        how |= zip(("height", "width"), sides_of(size))
 
         def draw() -> None:
             # In autocast features and sums keep their float32 and float64.
@@ -78,7 +80,7 @@ class Evaluator:
             draw()  # a process that fails must end: the others wait inside the network and cannot hear of it
         else:
             on_all(self.accelerator, draw)
-        return self.compare(collector.finish(self.accelerator, img_size=side), reference)
+        return self.compare(collector.finish(self.accelerator, img_size=size), reference)
 
     def statistics_of_images(self, images: ImageSet, about: str = "images") -> ImageStatistics:
         """Read each image once, every process its share; UserError if hardly anything in the data can be read."""
@@ -109,7 +111,7 @@ class Evaluator:
     def load_reference(
         self,
         path: str | Source,
-        img_size: int | None = None,
+        img_size: Size | None = None,
         split: str | None = None,
         pixels: PixelFormat = COLOUR,
     ) -> ImageStatistics:
@@ -171,14 +173,14 @@ def pixels_of(pipeline: JiTPipeline) -> PixelFormat:
     return PixelFormat(pipeline.transformer.config.in_channels, value_range=value_range and tuple(value_range))
 
 
-def open_candidate(config: EvaluateConfig, accelerator) -> tuple["Candidate", int]:
-    """Return the model to measure, in the precision that suits it, and the side of its images in pixels.
+def open_candidate(config: EvaluateConfig, accelerator) -> tuple["Candidate", Size]:
+    """Return the model to measure, in the precision that suits it, and the size of its images in pixels.
 
     Raises `UserError` for a model with a condition where there are no `--pairs`, and for one without where there are.
     """
     candidate = Candidate(config, accelerator)
     pipeline = candidate.pipeline(candidate.emas[0])
-    img_size, sizes = checked_side(pipeline, config.img_size), pipeline.transformer.config
+    img_size, sizes = checked_size(pipeline, config.img_size), pipeline.transformer.config
     if (sizes.condition_channels > 0) != (config.pairs is not None):
         rule = "was trained with a condition, of which it makes images: give these as --pairs, not --reference."
         rule = rule if config.pairs is None else "was trained without a condition: measure it against --reference."
@@ -186,7 +188,7 @@ def open_candidate(config: EvaluateConfig, accelerator) -> tuple["Candidate", in
     if config.pairs is None and sizes.in_channels not in (1, 3):
         rule = f"makes images of {sizes.in_channels} channels, and features are of grey or colour: compare them from "
         raise UserError(rule + "Python, in measures of your own.", about="model", value=config.model)
-    work = BlockWork.of(sizes, sizes.patch_size, img_size, img_size, config.batch_size, trains=False)
+    work = BlockWork.of(sizes, sizes.patch_size, *sides_of(img_size), config.batch_size, trains=False)
     times = settle_accelerator(accelerator, config.mixed_precision, work)
     if times and accelerator.is_main_process:
         say(f"Precision: {accelerator.mixed_precision} ({times.in_words()})")

@@ -22,6 +22,7 @@ from torch import Tensor
 from jit_accel.base.console import redacted
 from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.files import atomic_file, disk_errors, parse_json_line
+from jit_accel.config.presets import Size, plain_size, sides_of
 from jit_accel.data.batches.batch import labels_in
 from jit_accel.data.batches.loader import cores_per_process
 from jit_accel.data.formats.columns import COLOUR, PixelFormat
@@ -62,13 +63,13 @@ class Share(NamedTuple):
 class ImageSet:
     """Images that were opened but not read.
 
-    img_size: the side in pixels to which they are scaled and cropped as for training. `shares(batch_size, rank,
+    img_size: to which they are scaled and cropped as for training. `shares(batch_size, rank,
     world_size)` reads them; all numbers differ, and are below `num_images`. fingerprint: of the data set, if any.
     """
 
     name: str
     num_images: int
-    img_size: int
+    img_size: Size
     shares: Callable[[int, int, int], Iterator[Share]]
     fingerprint: str = ""
     pixels: PixelFormat = COLOUR
@@ -77,7 +78,7 @@ class ImageSet:
 def open_image_set(
     path: str | Source,
     about: str,
-    img_size: int | None = None,
+    img_size: Size | None = None,
     split: str | None = None,
     *,
     has_pairs: bool = False,
@@ -93,21 +94,20 @@ def open_image_set(
         if (shape := find_array(path, about)) is None:
             rule = f"has no {ARRAY}, uint8 (N, H, W, 3): give a file with images."
             raise UserError(rule, about=about, value=path)
-        name, (count, *first, _), fingerprint, read = path, shape, "", partial(_array_shares, path, about)
-        pixels = COLOUR
+        name, (count, *sides, _), fingerprint, read = path, shape, "", partial(_array_shares, path, about)
+        pixels, first = COLOUR, plain_size(sides)
     else:
         with renamed_settings(data_path=about):
             how = {"split": split, "in_channels": pixels.channels, "value_range": pixels.value_range}
             source = open_images(path, **how) if isinstance(path, str) else path
         name, count, fingerprint = source.name, source.num_images, source.fingerprint
-        first = (source.img_size, source.img_size) if source.img_size else _first_size(source)
+        first = source.img_size or _first_size(source)
         pixels = source.pixels
         how = pixels, source.channels if has_pairs else pixels.channels
         read = partial(_stream_shares if source.streaming else _random_shares, source.images, *how)
-    if img_size is None and (not first or first[0] != first[1]):
+    if (img_size := plain_size(img_size) if img_size else first) is None:
         rule = "the first image is not square: give a size to crop to as --img_size."
         raise UserError(rule, about=about, value=name)
-    img_size = img_size or first[0]
     return ImageSet(name, count, img_size, partial(read, img_size), fingerprint, pixels)
 
 
@@ -119,7 +119,8 @@ def in_bytes(images: Tensor, pixels: PixelFormat) -> Tensor:
     return ((images - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
 
 
-def _first_size(source: Source) -> tuple[int, int] | None:
+def _first_size(source: Source) -> int | None:
+    """Return the side of the first image, if that is square."""
     images = source.images
     if source.streaming:  # some units may be empty
         row = next(images.training_rows(int(images.sizes.argmax())), None)
@@ -129,15 +130,15 @@ def _first_size(source: Source) -> tuple[int, int] | None:
         data, _ = images.columns.image_of(row[images.columns.image])
         file = io.BytesIO(data) if isinstance(data, bytes) else data
         with suppress(OSError, ValueError, TypeError), Image.open(file) as image:
-            return image.size
+            return image.width if image.width == image.height else None
     return None
 
 
 def _random_shares(
-    images, pixels: PixelFormat, channels: int, img_size: int, batch_size: int, rank: int, world_size: int
+    images, pixels: PixelFormat, channels: int, img_size: Size, batch_size: int, rank: int, world_size: int
 ) -> Iterator[Share]:
     def read(numbers: np.ndarray) -> Share:
-        out = np.empty((len(numbers), channels, img_size, img_size), pixels.dtype)
+        out = np.empty((len(numbers), channels, *sides_of(img_size)), pixels.dtype)
         facts, bad = images.read(numbers, out)
         good = np.setdiff1d(np.arange(len(numbers)), list(bad))
         return Share(torch.from_numpy(numbers[good]), torch.from_numpy(out[good]), facts[good], list(bad.values()))
@@ -147,13 +148,13 @@ def _random_shares(
 
 
 def _stream_shares(
-    stream, pixels: PixelFormat, channels: int, img_size: int, batch_size: int, rank: int, world_size: int
+    stream, pixels: PixelFormat, channels: int, img_size: Size, batch_size: int, rank: int, world_size: int
 ) -> Iterator[Share]:
     columns = stream.columns if channels > pixels.channels else replace(stream.columns, condition=None)
 
     def read(rows: list[tuple[int, dict]]) -> Share:
         numbers, bad, facts = [], [], np.empty(len(rows), columns.facts_type)
-        out = np.empty((len(rows), channels, img_size, img_size), pixels.dtype)
+        out = np.empty((len(rows), channels, *sides_of(img_size)), pixels.dtype)
         for number, row in rows:
             try:
                 out[len(numbers)] = decode_row(row, columns, img_size, lambda number=number: f"image {number}")
@@ -220,7 +221,9 @@ def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     return read(file)
 
 
-def _array_shares(path: str, about: str, img_size: int, batch_size: int, rank: int, world_size: int) -> Iterator[Share]:
+def _array_shares(
+    path: str, about: str, img_size: Size, batch_size: int, rank: int, world_size: int
+) -> Iterator[Share]:
     """Read the array bit by bit; every n-th batch is this process's."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{ARRAY}.npy") as file:
@@ -231,8 +234,8 @@ def _array_shares(path: str, about: str, img_size: int, batch_size: int, rank: i
                 if number % world_size != rank:
                     continue
                 images = np.frombuffer(data, np.uint8).reshape(size, height, width, 3).transpose(0, 3, 1, 2)
-                squares = np.stack([crop_pixels(image, img_size) for image in images])
-                yield Share(torch.arange(start, start + size), torch.from_numpy(squares), None, [])
+                cropped = np.stack([crop_pixels(image, img_size) for image in images])
+                yield Share(torch.arange(start, start + size), torch.from_numpy(cropped), None, [])
     except BROKEN as error:
         rule = f"{ARRAY} cannot be read to its end ({_reason(error)}): make it again."
         raise UserError(rule, about=about, value=path) from None
@@ -294,11 +297,12 @@ def _checked_about(arrays: dict[str, np.ndarray], wrong: Callable[[str], UserErr
     about = parse_json_line(str(arrays["about"]).encode())
     if about is None or about.get("maker") != MAKER:
         raise wrong("its description is not one of ours: make it again.")
-    counts, sizes = about.get("label_counts") or [], (about.get("num_images"), about.get("img_size"))
+    counts, size = about.get("label_counts") or [], about.get("img_size")
+    sizes = (about.get("num_images"), *(size if isinstance(size, list) and len(size) == 2 else [size]))
     numbers = [*counts, *(size for size in sizes if size is not None)] if isinstance(counts, list) else [None]
     if not all(type(number) is int and number >= 0 for number in numbers) or 0 in sizes:
         raise wrong("its description has counts that are not whole numbers: make it again.")
-    return about | {"label_counts": tuple(counts)}
+    return about | {"label_counts": tuple(counts), "img_size": size and plain_size(size)}
 
 
 def _checked_gaussian(arrays: dict, layer: str, size: int, wrong: Callable[[str], UserError]) -> Gaussian:

@@ -16,6 +16,7 @@ from jit_accel.base.files import atomic_file, disk_errors
 from jit_accel.base.image_rows import as_pictures, draw_rows
 from jit_accel.base.processes import gather_rows, on_all, on_main
 from jit_accel.config.groups import ConditionConfig
+from jit_accel.config.presets import in_pixels, sides_of
 from jit_accel.evaluate import records
 from jit_accel.evaluate.evaluator import open_candidate
 from jit_accel.evaluate.features import MAIN, FeatureNetwork, load_features
@@ -159,7 +160,7 @@ def evaluate_pairs(config: EvaluateConfig, accelerator, file: Path | None) -> No
     features = config.features, accelerator.device, config.feature_weights
     network = on_all(accelerator, lambda: load_features(*features), in_turn=True) if distance else None
     candidate, img_size = open_candidate(config, accelerator)
-    scores = on_all(accelerator, lambda: PairScores(names, side=img_size))
+    scores = on_all(accelerator, lambda: PairScores(names, side=min(sides_of(img_size))))
     channels = candidate.pipeline(candidate.emas[0]).transformer.config.in_channels
     if channels not in (1, 3) and (by_network := distance or next((name for name in names if name == "lpips"), None)):
         rule = f"is for grey or colour, and the model makes images of {channels} channels: leave it out."
@@ -176,7 +177,9 @@ def evaluate_pairs(config: EvaluateConfig, accelerator, file: Path | None) -> No
     evaluator = PairEvaluator(pairs, scores, accelerator, *how, show_progress=True)
     report = say if accelerator.is_main_process else lambda line: None
     made_from = conditions.condition_from if pairs.degradation else "the data's"
-    report(f"Pairs:     {pairs.images.name}, {pairs.num_images:,} images, {img_size} px; condition {made_from}")
+    report(
+        f"Pairs:     {pairs.images.name}, {pairs.num_images:,} images, {in_pixels(img_size)} px; condition {made_from}"
+    )
     about = {"model": config.model, "seed": config.seed, "mixed_precision": accelerator.mixed_precision}
     about |= {"pairs": redacted(pairs.images.name), "condition_from": made_from, "img_size": img_size}
     about |= {"samples_each": config.samples_each, "num_processes": accelerator.num_processes}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.config.groups import ConditionConfig
+from jit_accel.config.presets import Size, sides_of
 from jit_accel.data.batches.batch import PixelBatch, labels_in, listed, ready
 from jit_accel.data.batches.degradations import Degradation, check_size, degradation_of
 from jit_accel.data.formats.numbers import Vectors
@@ -67,7 +68,7 @@ def open_pairs(
     path: str,
     conditions: ConditionConfig,
     pipeline: JiTPipeline,
-    img_size: int,
+    img_size: Size,
     most: int,
     *,
     split: str | None = None,
@@ -96,7 +97,7 @@ def open_pairs(
                 f"{rule}--condition_path, --condition_column or --condition_from.", about="pairs", value=path
             )
         degradation = degradation_of(made_from)
-        check_size(degradation, (img_size, img_size))
+        check_size(degradation, sides_of(img_size))
         channels = degradation.channels(wanted.in_channels)
     if channels != wanted.condition_channels:
         rule = f"the conditions have {channels} channels, and the model was trained with {wanted.condition_channels}: "

@@ -14,10 +14,11 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from jit_accel.base.console import redacted, say, warn
 from jit_accel.base.devices import chosen_precision
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import UserError, shown
 from jit_accel.base.files import disk_errors
 from jit_accel.base.host import keep_heap
 from jit_accel.base.processes import on_all, on_main, process_group
+from jit_accel.config.presets import Size, in_pixels
 from jit_accel.data.formats.columns import COLOUR
 from jit_accel.evaluate import records
 from jit_accel.evaluate.evaluator import Candidate, Evaluator, open_candidate, pixels_of
@@ -113,7 +114,7 @@ def reference_fingerprint(reference: ImageStatistics) -> str:
     path = Path(reference.name).expanduser()
     if path.suffix == ".npz" and path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    size = f"({reference.num_images}, {reference.img_size} px)"
+    size = f"({reference.num_images}, {in_pixels(reference.img_size)} px)"
     return f"{redacted(reference.name)} {size} {reference.fingerprint}".rstrip()
 
 
@@ -124,7 +125,7 @@ class Evaluation:
     config: EvaluateConfig
     evaluator: Evaluator
     reference: ImageStatistics
-    img_size: int | None
+    img_size: Size | None
     candidate: Candidate | None
     file: Path | None
 
@@ -133,7 +134,7 @@ class Evaluation:
         network, reference, img_size = self.evaluator.network, self.reference, self.img_size
         features, is_model = network.sizes[MAIN], self.candidate is not None
         real = "?" if reference.num_images is None else f"{reference.num_images:,}"
-        size = f", {reference.img_size} px" if reference.img_size else ""
+        size = f", {in_pixels(reference.img_size)} px" if reference.img_size else ""
         say(f"Reference: {reference.name}, {real} images{size}; features {network.name}, {features} numbers")
         sides = (("reference", reference.num_images), ("num_images" if is_model else "images", num_images))
         for flag, number in sides:
@@ -142,8 +143,9 @@ class Evaluation:
                 remedy = "compare only with others of as many images."
                 warn(f"--{flag}: {problem}distance of few images is too large: {remedy}")
         if reference.img_size and img_size and reference.img_size != img_size:
-            problem = f"of images of {reference.img_size} px, but those measured have {img_size} px"
-            warn(f"--reference {reference.name}: {problem}: make a reference of that size (--img_size {img_size}).")
+            sizes = in_pixels(reference.img_size), in_pixels(img_size)
+            problem = "of images of {} px, but those measured have {} px: make a reference of that size".format(*sizes)
+            warn(f"--reference {reference.name}: {problem} (--img_size {shown(img_size)}).")
         if is_model and (note := note_of_none(self.candidate.pipeline(self.candidate.emas[0]).config.vectors)):
             warn(note)
         if is_model and (share := imbalance(reference.label_counts)) > UNBALANCED:

@@ -94,8 +94,8 @@ class EvaluateConfig:
     """Number of images to generate; image n is of class n % classes. Of --pairs so many at most."""
     batch_size: int = 64
     """Images that a process works on together."""
-    img_size: int | None = None
-    """Side in pixels to crop images to (default: the model's, or that of the images)."""
+    img_size: int | tuple[int, int] | None = None
+    """Side in pixels, or height and width, to crop images to (default: the model's, or that of the images)."""
     max_features: int = 10_000
     """Number of images, drawn at random, to compare one by one for KID, precision and recall."""
     seed: int = 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jit_accel.base.processes import gather_rows
+from jit_accel.config.presets import Size
 from jit_accel.evaluate.features import (
     FIDELITY_REMEDY,
     LOGITS,
@@ -60,7 +61,7 @@ class ImageStatistics:
     kept: Tensor | None = None
     scores: Tensor | None = None
     num_images: int | None = None
-    img_size: int | None = None
+    img_size: Size | None = None
     label_counts: tuple[int, ...] = ()
     fingerprint: str = ""
 
@@ -163,7 +164,7 @@ class Collector:
         if labels is not None:
             self.labels.append(labels.clamp(min=0))
 
-    def finish(self, accelerator, name: str = "", img_size: int | None = None) -> ImageStatistics:
+    def finish(self, accelerator, name: str = "", img_size: Size | None = None) -> ImageStatistics:
         """Return the statistics of all processes' images, the same on all."""
         gaussians = {layer: moments.gaussian(accelerator) for layer, moments in self.moments.items()}
         kept = None

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jit_accel.base.console import redacted
 from jit_accel.base.files import write_text
 from jit_accel.config.groups import EvalConfig, HealthConfig, HubConfig, TrackingConfig
+from jit_accel.config.presets import in_pixels
 from jit_accel.model.call_arguments import checked_names, is_number
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.pipeline import JiTPipeline
@@ -81,7 +82,7 @@ def training_card(pipeline: JiTPipeline, record: Mapping, decay: str) -> str:
     return _card(
         pipeline.transformer.config,
         pipeline.config,
-        title=f"{record['model']}, {record['img_size']} px",
+        title=f"{record['model']}, {in_pixels(record['img_size'])} px",
         origin=f",\ntrained with jit_accel on {images} images of `{_inline(data)}` for {record['total_steps']:,} steps",
         picture=f"\n![samples]({CARD_PICTURE})\n",
         made="Training",
@@ -100,7 +101,7 @@ def conversion_card(pipeline: JiTPipeline, name: str, set_name: str, facts: Mapp
     return _card(
         config,
         pipeline.config,
-        title=f"{name}, {config.img_size} px",
+        title=f"{name}, {in_pixels(config.img_size)} px",
         made="Origin",
         sentence=f"Converted with `python -m jit_accel.convert`. Weights: {_inline(set_name)}.",
         settings={**{k: v for k, v in config.items() if not k.startswith("_")}, **sampling, **facts},
@@ -113,7 +114,7 @@ def _bare_card(folder: Path) -> str:
     return _card(
         network,
         json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")),
-        title=f"JiT, {network['img_size']} px",
+        title=f"JiT, {in_pixels(network['img_size'])} px",
         made="Network",
         sentence="Its configuration:",
         settings={name: value for name, value in network.items() if not name.startswith("_")},

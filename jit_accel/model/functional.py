@@ -13,17 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from jit_accel.config.presets import TIME_FEATURES
+from jit_accel.config.presets import TIME_FEATURES, Size, sides_of
 from jit_accel.model.spaces import in_float32
 
 NORM_EPS = 1e-6
 
 
-def _grid_angles(dim: int, grid: tuple[int, int], trained_grid: int) -> tuple[Tensor, Tensor]:
+def _grid_angles(dim: int, grid: tuple[int, int], trained_grid: Size) -> tuple[Tensor, Tensor]:
     """Return the angles of each token's row and of its column, each (N, dim), float64."""
     omega = 10000.0 ** (-torch.arange(dim, dtype=torch.float64, device="cpu") / dim)
     # Another image size sees the positions of the training size, spread evenly: nothing is extrapolated.
-    axes = (torch.arange(n, dtype=torch.float64, device="cpu") * (trained_grid / n) for n in grid)
+    pairs = zip(grid, sides_of(trained_grid))
+    axes = (torch.arange(n, dtype=torch.float64, device="cpu") * (trained / n) for n, trained in pairs)
     rows, columns = (torch.outer(axis, omega) for axis in axes)
     return rows[:, None].expand(-1, grid[1], -1).flatten(0, 1), columns.repeat(grid[0], 1)
 
@@ -43,7 +44,7 @@ def fixed_table(compute):
 
 
 @fixed_table
-def position_table(dim: int, grid: tuple[int, int], trained_grid: int, device: torch.device) -> Tensor:
+def position_table(dim: int, grid: tuple[int, int], trained_grid: Size, device: torch.device) -> Tensor:
     """Return the fixed 2-D sin-cos embedding (1, N, dim): column index in the first half, row index in the second."""
     rows, columns = _grid_angles(dim // 4, grid, trained_grid)
     return _constant(torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], 1)[None], device)
@@ -53,7 +54,7 @@ def position_table(dim: int, grid: tuple[int, int], trained_grid: int, device: t
 def rope_table(
     head_dim: int,
     grid: tuple[int, int],
-    trained_grid: int,
+    trained_grid: Size,
     prefix: int,
     device: torch.device,
     condition_grid: tuple[int, int] | None = None,

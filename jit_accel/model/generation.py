@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from jit_accel.base import rng
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import UserError, shown
+from jit_accel.config.presets import Size, plain_size, sizes_near
 from jit_accel.model.pipeline import STEPS, JiTPipeline
 from jit_accel.model.scheduler import CALLS_PER_STEP, is_own
 
@@ -40,14 +41,12 @@ class SamplerSettings:
         )
 
 
-def checked_side(pipeline: JiTPipeline, side: int | None, about: str = "img_size") -> int:
-    """Return a side in pixels of images to make, None being as trained; UserError if it is no multiple of the patch."""
-    patch, side = pipeline.transformer.config.patch_size, side or pipeline.transformer.config.img_size
-    if side % patch:
-        lower = side // patch * patch
-        choices = " or ".join(str(n) for n in (lower, lower + patch) if n)
-        raise UserError(f"must be a multiple of the patch size, {patch}: use {choices}.", about=about, value=side)
-    return side
+def checked_size(pipeline: JiTPipeline, size: Size | None, about: str = "img_size") -> int | tuple[int, int]:
+    """Return the size in pixels of images to make, None being as trained; UserError if it has no whole patches."""
+    patch, size = pipeline.transformer.config.patch_size, plain_size(size or pipeline.transformer.config.img_size)
+    if near := sizes_near(size, patch):
+        raise UserError(f"must be a multiple of the patch size, {patch}: use {near}.", about=about, value=shown(size))
+    return size
 
 
 def number_of(label: int, index: int, num_classes: int) -> int:

@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
+from jit_accel.config.presets import sides_of
 from jit_accel.model.call_arguments import (
     DEFAULTS,
     Label,
@@ -317,7 +318,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         if latents is not None and not (isinstance(latents, Tensor) and latents.ndim == 4):
             kind = f"shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
             raise ValueError(f"latents of {kind}: give a tensor (B, {config.in_channels}, H, W)")
-        natural = (config.img_size,) * 2 if latents is None else latents.shape[-2:]
+        natural = sides_of(config.img_size) if latents is None else latents.shape[-2:]
         given = zip(("height", "width"), (height, width), natural)
         size = tuple(own if side is None else checked_count(name, side) for name, side, own in given)
         shape = (config.in_channels, *size)

@@ -189,7 +189,7 @@ def constant_block(sizes, device: torch.device) -> JiTBlock:
 
 def run_block(block: JiTBlock, precision: str, work: BlockWork) -> None:
     """Pass the work through a block on the CPU once."""
-    rope = rope_table(work.hidden_size // work.num_heads, (1, work.tokens), work.tokens, 0, torch.device("cpu"))
+    rope = rope_table(work.hidden_size // work.num_heads, (1, work.tokens), (1, work.tokens), 0, torch.device("cpu"))
     x = torch.ones(work.images, work.tokens, work.hidden_size, requires_grad=work.trains)
     dtype = DTYPES.get(precision)
     with torch.set_grad_enabled(work.trains), torch.autocast("cpu", dtype, enabled=dtype is not None):

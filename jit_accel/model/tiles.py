@@ -10,6 +10,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from jit_accel.config.presets import sides_of
+
 WINDOWS_AT_ONCE = 16
 
 
@@ -23,7 +25,8 @@ class TiledNetwork:
     def __init__(self, network: Callable, tile: int, overlap: int, at_once: int | None = None):
         patch = network.config.patch_size
         if tile < patch or tile % patch:
-            raise ValueError(f"tile {tile} must be a multiple of the patch, {patch}, such as {network.config.img_size}")
+            side = min(sides_of(network.config.img_size))
+            raise ValueError(f"tile {tile} must be a multiple of the patch, {patch}, such as {side}")
         if not 0 <= overlap < tile:
             raise ValueError(f"overlap {overlap} must be at least 0 and below the tile, {tile}")
         self.network, self.config, self.tile, self.overlap = network, network.config, tile, overlap

@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from jit_accel.base.errors import UserError
-from jit_accel.config.presets import check_sizes, parse_model_name, swiglu_width
+from jit_accel.config.presets import Size, check_sizes, grid_of, parse_model_name, plain_size, swiglu_width
 from jit_accel.model.embeddings import (
     ConditionEmbedding,
     LabelEmbedding,
@@ -150,7 +150,7 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
     @register_to_config
     def __init__(
         self,
-        img_size: int,
+        img_size: int | Sequence[int],
         patch_size: int,
         hidden_size: int,
         depth: int,
@@ -259,8 +259,8 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         if height % config.patch_size or width % config.patch_size:
             rule = f"cannot be cut into patches: make both sides a multiple of {config.patch_size}"
             raise ValueError(f"an image of {height} x {width} pixels {rule}")
-        grid = (height // config.patch_size, width // config.patch_size)
-        trained_grid = config.img_size // config.patch_size
+        grid = grid_of((height, width), config.patch_size)
+        trained_grid = grid_of(config.img_size, config.patch_size)
         device = sample.device
         t = torch.as_tensor(timestep, dtype=torch.float32, device=device).expand(batch)
         if class_labels is None:
@@ -313,17 +313,19 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         tokens = self.condition_embedder(condition.to(pixels.dtype), mask)
         if is_added:
             return x + tokens, None
-        grid = tuple(side // config.patch_size for side in condition.shape[2:])
-        trained_grid = config.img_size // config.patch_size
+        grid = grid_of(condition.shape[2:], config.patch_size)
+        trained_grid = grid_of(config.img_size, config.patch_size)
         tokens = tokens + position_table(config.hidden_size, grid, trained_grid, x.device)
         return torch.cat([tokens, x], dim=1), grid
 
 
-def build_model(name: str, img_size: int, num_classes: int, **sizes) -> JiTTransformer2DModel:
+def build_model(name: str, img_size: Size, num_classes: int, **sizes) -> JiTTransformer2DModel:
     """Return a freshly initialised model of a name such as `JiT-B/16`; of `sizes` None means the preset's."""
     preset, patch_size = parse_model_name(name)
     sizes = asdict(preset) | {name: size for name, size in sizes.items() if size is not None}
-    return JiTTransformer2DModel(img_size=img_size, patch_size=patch_size, num_classes=num_classes, **sizes)
+    size = plain_size(img_size)
+    sizes["img_size"] = list(size) if isinstance(size, tuple) else size  # a list, as in files
+    return JiTTransformer2DModel(patch_size=patch_size, num_classes=num_classes, **sizes)
 
 
 @contextmanager

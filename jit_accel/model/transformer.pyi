@@ -24,7 +24,7 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
     blocks: nn.ModuleList
     def __init__(
         self,
-        img_size: int,
+        img_size: int | Sequence[int],
         patch_size: int,
         hidden_size: int,
         depth: int,
@@ -101,5 +101,5 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> NetworkOutput | tuple[Tensor]: ...
 
-def build_model(name: str, img_size: int, num_classes: int, **sizes: Any) -> JiTTransformer2DModel: ...
+def build_model(name: str, img_size: int | Sequence[int], num_classes: int, **sizes: Any) -> JiTTransformer2DModel: ...
 def evaluating(module: nn.Module) -> AbstractContextManager[None]: ...

@@ -18,7 +18,7 @@ from jit_accel.base.errors import message_of
 from jit_accel.base.spans import span
 from jit_accel.config.completion import Plan
 from jit_accel.config.groups import HealthConfig, TrackingConfig
-from jit_accel.config.presets import forward_macs
+from jit_accel.config.presets import forward_macs, sides_of
 from jit_accel.monitor import metric_table as table
 from jit_accel.monitor.health import Event, Health
 from jit_accel.monitor.log import MetricsLog, Progress, ReportProcess, leave_failure
@@ -89,7 +89,7 @@ class Monitor:
         self.health = Health(health, must_fall=is_untrained, has_scaler=accelerator.scaler is not None)
         sizes, is_adapted = network.config, any(not p.requires_grad for p in network.parameters())
         flops_per_mac = LORA_FLOPS_PER_FORWARD_MAC if is_adapted else TRAIN_FLOPS_PER_FORWARD_MAC
-        self.flops_per_image = flops_per_mac * forward_macs(sizes, sizes.patch_size, sizes.img_size, sizes.img_size)
+        self.flops_per_image = flops_per_mac * forward_macs(sizes, sizes.patch_size, *sides_of(sizes.img_size))
         self.peak_flops = peak_flops(device_name(accelerator.device), precision)
 
     def open(self, step: int, record: dict, is_other_training: bool = False) -> None:

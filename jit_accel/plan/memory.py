@@ -13,7 +13,7 @@ from jit_accel.config.costs import (
     moments_of,
     num_params,
 )
-from jit_accel.config.presets import Preset, block_tokens, swiglu_width
+from jit_accel.config.presets import Preset, Size, block_tokens, grid_of, swiglu_width
 
 # What a block keeps of a token, bytes: per channel of the residual stream, and per channel inside of SwiGLU. GPUs run
 # the plain formulas, CPUs those by hand, which make some of it again; q, k, norms and the residual stream are float32
@@ -31,7 +31,7 @@ class Workload:
 
     sizes: Preset
     patch_size: int
-    img_size: int
+    img_size: Size
     num_classes: int
     optimizer: str = "adamw"
     averages: int = 1
@@ -55,7 +55,7 @@ class Workload:
     @property
     def length(self) -> int:
         """Tokens of an image, with those of its class."""
-        return block_tokens(self.sizes, (self.img_size // self.patch_size) ** 2) + self.sizes.in_context_len
+        return block_tokens(self.sizes, math.prod(grid_of(self.img_size, self.patch_size))) + self.sizes.in_context_len
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jit_accel.config.command_line import parse_args
 from jit_accel.config.completion import Facts, complete
 from jit_accel.config.costs import FLOAT32, GIB
 from jit_accel.config.groups import ConditionConfig
-from jit_accel.config.presets import forward_macs, parse_model_name
+from jit_accel.config.presets import forward_macs, in_pixels, parse_model_name, sides_of
 from jit_accel.data.batches.degradations import degradation_of
 from jit_accel.plan.gpus import GPUS, Gpu
 from jit_accel.plan.memory import Division, Memory, Workload, bytes_of_block, bytes_of_checkpoint, in_gib, memory_of
@@ -162,9 +162,9 @@ def divisors(number: int) -> list[int]:
 
 
 def say_asked(work: Workload, machines: Machines, model: str, global_batch: int, steps: int) -> None:
-    macs = forward_macs(work.sizes, work.patch_size, work.img_size, work.img_size)
+    macs = forward_macs(work.sizes, work.patch_size, *sides_of(work.img_size))
     where = f"{machines.count} x {machines.name}" + (f" on {machines.nodes} machines" if machines.nodes > 1 else "")
-    say(f"{model} at {work.img_size} px on {where}: {steps:,} steps of {global_batch:,} images")
+    say(f"{model} at {in_pixels(work.img_size)} px on {where}: {steps:,} steps of {global_batch:,} images")
     size = f"{work.num_params / 1e6:,.1f} M weights, {work.averages} averages"
     say(f"  {size}, {macs / 1e9:,.1f} G multiply-adds an image")
 

@@ -1,7 +1,7 @@
 """The time of a step, by arithmetic: matrix products at a share of the peak, and what travels between processes."""
 
 from jit_accel.config.costs import FLOAT32, passes_of_step
-from jit_accel.config.presets import forward_macs
+from jit_accel.config.presets import forward_macs, sides_of
 from jit_accel.plan.gpus import Gpu
 from jit_accel.plan.memory import Division, Workload
 
@@ -15,7 +15,7 @@ def step_seconds(work: Workload, layout: Division, gpu: Gpu, nodes: int, flops: 
     flops: FLOP/s that a GPU reaches.
     """
     passes = passes_of_step(is_all_trained=True, recompute=layout.recompute)
-    macs = forward_macs(work.sizes, work.patch_size, work.img_size, work.img_size)
+    macs = forward_macs(work.sizes, work.patch_size, *sides_of(work.img_size))
     products = 2 * macs * passes * layout.batch_size * layout.accumulation / flops
     # Weights that are gathered for the forward pass travel beside it, all else beside the backward pass, and gradients
     # that are not sharded beside the last one alone.

@@ -16,6 +16,7 @@ from PIL import Image
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_file
+from jit_accel.config.presets import sides_of
 from jit_accel.data.formats.columns import COLOUR, IMAGE_CHANNELS, Columns
 from jit_accel.data.formats.prepared import PixelStore
 from jit_accel.data.formats.source import Source
@@ -70,7 +71,7 @@ def originals_at(source: Source, indices: np.ndarray) -> Iterator[Original]:
     images = source.images
     for block in np.split(indices, range(_BLOCK, len(indices), _BLOCK)):
         if isinstance(images, PixelStore):
-            pixels = np.empty((len(block), images.channels, images.img_size, images.img_size), np.uint8)
+            pixels = np.empty((len(block), images.channels, *sides_of(images.img_size)), np.uint8)
             labels, _ = images.read(block, pixels)
             keys, names = images.keys()[block].tolist(), images.names()[block]
             images_alone, conditions = pixels[:, :IMAGE_CHANNELS], [(one, "") for one in pixels[:, IMAGE_CHANNELS:]]

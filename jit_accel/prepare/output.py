@@ -23,6 +23,7 @@ from tqdm import tqdm
 from jit_accel.base.errors import UserError, changed_settings
 from jit_accel.base.files import atomic_file, disk_errors, move, sync, write_json
 from jit_accel.base.image_rows import font_file, font_for, legible
+from jit_accel.config.presets import Size, sides_of
 from jit_accel.data.formats.columns import IMAGE_CHANNELS, Columns
 from jit_accel.data.formats.prepared import INDEX, STORE_VERSION, UNFINISHED, files_of, read_index, sha256_of
 from jit_accel.data.reading.decode import decode_row
@@ -165,7 +166,7 @@ class Layout:
     """The columns and sizes that the shards of one store have in common."""
 
     encoding: str
-    img_size: int
+    img_size: Size
     class_names: tuple[str, ...]
     is_labelled: bool
     channels: int = IMAGE_CHANNELS
@@ -240,7 +241,7 @@ def _write_pixels(path: Path, table: Path, images: Iterator[Encoded], layout: La
 
 def _write_header(file, num_images: int, layout: Layout) -> None:
     """Write the head of a .npy, in which NumPy leaves room for the first number to grow: it keeps its length."""
-    shape = (num_images, layout.channels, layout.img_size, layout.img_size)
+    shape = (num_images, layout.channels, *sides_of(layout.img_size))
     description = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, description)
 
@@ -262,7 +263,7 @@ def _described(path: Path) -> dict:
 
 
 def first_images(folder: Path, shards: list[dict], layout: Layout, count: int) -> Iterator[tuple[np.ndarray, str]]:
-    """Yield the first `count` images of a store, uint8 (channels, S, S), with the name of its class, "" for none."""
+    """Yield the first `count` images of a store, uint8 (channels, H, W), with the name of its class, "" for none."""
     condition = "condition" if layout.channels > IMAGE_CHANNELS else None
     columns = Columns("image", raw_size=layout.img_size if layout.encoding == "raw" else None, condition=condition)
     for shard in shards:
@@ -281,22 +282,23 @@ def first_images(folder: Path, shards: list[dict], layout: Layout, count: int) -
 def draw_sheet(folder: Path, shards: list[dict], layout: Layout) -> None:
     """Write `preview.png`: up to 8 x 8 images, each with its class below, and left of it its condition, if any."""
     images = list(first_images(folder, shards, layout, SHEET_SIDE**2))
-    size = layout.img_size
-    cell = min(size * -(-_MIN_CELL_PIXELS // size), _MAX_CELL_PIXELS)
-    width = cell * layout.channels // IMAGE_CHANNELS
+    side, size = max(sides_of(layout.img_size)), layout.img_size
+    cell = min(side * -(-_MIN_CELL_PIXELS // side), _MAX_CELL_PIXELS)
+    height, width = (max(1, round(own * cell / side)) for own in sides_of(size))
+    width = width * layout.channels // IMAGE_CHANNELS
     line, gap = 16, 4
     columns = min(SHEET_SIDE, len(images))
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (cell + line + gap) + gap), "white")
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + line + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    method = Image.Resampling.NEAREST if cell >= size else Image.Resampling.BOX
+    method = Image.Resampling.NEAREST if cell >= side else Image.Resampling.BOX
     for i, (image, name) in enumerate(images):
-        left, top = gap + i % columns * (width + gap), gap + i // columns * (cell + line + gap)
+        left, top = gap + i % columns * (width + gap), gap + i // columns * (height + line + gap)
         parts = np.split(image, layout.channels // IMAGE_CHANNELS)
         picture = Image.fromarray(np.concatenate(parts[::-1], 2).transpose(1, 2, 0).copy())
-        sheet.paste(picture.resize((width, cell), method), (left, top))
+        sheet.paste(picture.resize((width, height), method), (left, top))
         font = font_for(name, 12)
-        draw.text((left, top + cell), _shortened(name, font, width), fill="black", font=font)
+        draw.text((left, top + height), _shortened(name, font, width), fill="black", font=font)
     sheet.save(folder / "preview.png")
 
 

@@ -7,6 +7,7 @@ order: it is decoded, cropped and encoded into a spool first, from which the sha
 import csv
 import hashlib
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -31,6 +32,7 @@ from jit_accel.base import rng
 from jit_accel.base.console import redacted
 from jit_accel.base.errors import Stopped, StopRequest, UserError
 from jit_accel.base.files import atomic_file, write_json
+from jit_accel.config.presets import in_pixels, sides_of
 from jit_accel.data.batches.loader import num_cores
 from jit_accel.data.formats.columns import numbered_classes
 from jit_accel.data.formats.prepared import INDEX, PAIRS_VERSION, STORE_FORMAT, STORE_VERSION, files_of
@@ -109,8 +111,8 @@ def _summary(index: dict) -> str:
     labelled = f"{len(index['class_names']):,} classes" if index["is_labelled"] else "no classes"
     skipped = f"{index['num_skipped']:,} skipped" + (f" (see {INDEX})" if index["num_skipped"] else "")
     return (
-        f"{index['num_images']:,} images of {index['img_size']} px, {labelled}, {index['num_bytes'] / 1e6:,.1f} MB as "
-        f"{index['encoding']}, {skipped}"
+        f"{index['num_images']:,} images of {in_pixels(index['img_size'])} px, {labelled}, "
+        f"{index['num_bytes'] / 1e6:,.1f} MB as {index['encoding']}, {skipped}"
     )
 
 
@@ -119,7 +121,9 @@ def _make(
 ) -> tuple[dict, int]:
     """Make the store; return its index, and how many images were read."""
     if config.format in ("uint8", "raw"):  # the size is known beforehand: the pixels, twice with a spool
-        output.check_space(source.num_images * source.channels * config.img_size**2 * (2 if source.streaming else 1))
+        output.check_space(
+            source.num_images * source.channels * math.prod(sides_of(config.img_size)) * (2 if source.streaming else 1)
+        )
     work, names, num_read = Work(config, source, output.work), source.class_names, None
     if source.streaming:
         spool, num_read = _fill_spool(work, stop)
@@ -337,6 +341,7 @@ def _card(index: dict) -> str:
     """Return a README that makes HF datasets and the Hub take the shards, and not the pictures, for the data."""
     return (
         "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: shard-*.parquet\n---\n\n"
-        f"{index['num_images']:,} images of {index['img_size']} px in a shuffled order, made by `jit_accel.prepare`.\n"
+        f"{index['num_images']:,} images of {in_pixels(index['img_size'])} px in a shuffled order, made by "
+        "`jit_accel.prepare`.\n"
         "`index.json` has the classes, the checksums and the settings.\n"
     )

@@ -1,10 +1,12 @@
 """The settings of `jit_accel.prepare`; imports no torch, so that `--help` answers at once."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from jit_accel.base.errors import UserError, check_ranges, within
 from jit_accel.config.groups import MOST_WORKERS
+from jit_accel.config.presets import settle_size, sides_of
 
 SHARD_BYTES = 2**28
 MOST_PIXELS_TO_STORE = 1_000_000  # a side, whose bytes are then held against the room on the disk
@@ -26,8 +28,8 @@ class PrepareConfig:
     what this program made (required, unless verify is given)."""
     output_dir: str | None = None
     """New folder for the shards (required, unless verify is given)."""
-    img_size: int = 256
-    """Side of the square images in pixels."""
+    img_size: int | tuple[int, int] = 256
+    """Side of the square images in pixels, or their height and width."""
     format: Literal["uint8", "raw", "jpeg", "png", "webp"] = "uint8"
     """uint8: memory-mapped pixels, random access, the fastest to read. The others are Parquet, streamed: raw pixels;
     JPEG (without chroma subsampling), about a fifth of their size; PNG, lossless, half; WebP, a tenth."""
@@ -64,6 +66,8 @@ class PrepareConfig:
     verify: str | None = None
     """Instead of preparing, compare the checksums of this folder with its index.json (default: none)."""
 
+    __post_init__ = settle_size
+
     def recorded(self, source_fingerprint: str) -> dict:
         """Return what the result depends on."""
         left_out = ("data_path", "data_format", "split", "condition_path", "output_dir", "num_workers", "verify")
@@ -81,7 +85,7 @@ class PrepareConfig:
         """Return how many of `num_images` images go into one shard, where each has so many channels."""
         if self.shard_images is not None:
             return self.shard_images
-        num_bytes = num_images * _BYTES_PER_PIXEL[self.format] * self.img_size**2 * channels / 3
+        num_bytes = num_images * _BYTES_PER_PIXEL[self.format] * math.prod(sides_of(self.img_size)) * channels / 3
         by_bytes = -(-int(num_bytes) // SHARD_BYTES)
         shards = max(by_bytes, min(FEWEST_SHARDS, num_images // FEWEST_IMAGES_A_SHARD), 1)
         return -(-num_images // shards)

@@ -16,6 +16,7 @@ from PIL import Image
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_file, disk_errors
 from jit_accel.base.image_rows import without_paper
+from jit_accel.config.presets import in_pixels
 from jit_accel.config.settings import GROUPS, SETTINGS
 from jit_accel.monitor import metric_table as metrics
 from jit_accel.monitor.health import KINDS
@@ -91,7 +92,7 @@ def facts(run: Run) -> list[str]:
         parameters = f" ({short(counts['num_parameters'])} parameters)" if "num_parameters" in counts else ""
         found.append(f"{known['model']}{parameters}")
     if known.get("img_size"):
-        found.append(f"{known['img_size']} px")
+        found.append(f"{in_pixels(known['img_size'])} px")
     if known.get("data_path"):
         images = f" ({counts['num_images']:,} images)" if "num_images" in counts else ""
         found.append(f"{known['data_path']}{images}")

@@ -19,8 +19,9 @@ from jit_accel.base.errors import Stopped, StopRequest, UserError
 from jit_accel.base.files import disk_errors, write_json
 from jit_accel.base.host import keep_heap
 from jit_accel.base.processes import on_all, on_main, process_group
+from jit_accel.config.presets import sides_of
 from jit_accel.data.formats.scan import SAMPLES_RECORD
-from jit_accel.model.generation import SamplerSettings, checked_side, generate_batches, share_of
+from jit_accel.model.generation import SamplerSettings, checked_size, generate_batches, share_of
 from jit_accel.model.loading import load_quietly
 from jit_accel.model.pipeline import COMPONENTS, JiTPipeline
 from jit_accel.model.precision import BlockWork, settle
@@ -89,7 +90,9 @@ class Sampling:
             rule = f"makes images of {channels} channels, which are no pictures: call it from Python, with "
             raise UserError(f"{rule}output_type='np'.", about="model", value=config.model)
         sides = [flag if getattr(config, flag) else "img_size" for flag in ("height", "width")]
-        self.size = tuple(checked_side(pipeline, getattr(config, flag), flag) for flag in sides)
+        trained = sides_of(config.img_size or pipeline.transformer.config.img_size)
+        asked = (getattr(config, flag) or side for flag, side in zip(("height", "width"), trained))
+        self.size = tuple(checked_size(pipeline, side, flag) for side, flag in zip(asked, sides))
         self.conditions = shown = open_conditions(config.condition_path, pipeline, self.size, config.model)
         known = pipeline.transformer.config.num_classes, pipeline.config.class_names
         self.plan = plan_images(config, *known, *((len(shown), shown.names) if shown else ()))

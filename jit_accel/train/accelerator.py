@@ -24,6 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from jit_accel.base.devices import DTYPES, chosen_device, chosen_precision
 from jit_accel.base.errors import UserError, lookup, message_of
+from jit_accel.config.presets import sides_of
 from jit_accel.model.transformer import JiTBlock
 
 # Variables that accelerate's launcher sets for what this training cannot do.
@@ -213,7 +214,7 @@ def settle_buckets(model: torch.nn.Module, batch_size: int, accelerator: Acceler
     if accelerator.distributed_type == DistributedType.FSDP or accelerator.num_processes <= 2:
         return
     sizes = accelerator.unwrap_model(model).config
-    pixels = torch.zeros(batch_size, sizes.in_channels, sizes.img_size, sizes.img_size, device=accelerator.device)
+    pixels = torch.zeros(batch_size, sizes.in_channels, *sides_of(sizes.img_size), device=accelerator.device)
     model.train()
     model(pixels, pixels[:, 0, 0, 0], pixels[:, 0, 0, 0].long()).sample.sum().backward()
     model.zero_grad(set_to_none=True)

@@ -23,7 +23,7 @@ from jit_accel.base.watchdog import Watchdog
 from jit_accel.config.checks import image_size
 from jit_accel.config.completion import Facts, Plan, complete, rate_in_words, started
 from jit_accel.config.identity import experiment_of, in_folder, is_named, run_folder
-from jit_accel.config.presets import parse_model_name
+from jit_accel.config.presets import in_pixels, parse_model_name, sides_of
 from jit_accel.config.settings import Config
 from jit_accel.data.batches.degradations import Degradation, check_size, degradation_of
 from jit_accel.data.batches.holdout import HeldOut
@@ -205,14 +205,14 @@ def degradation_to_learn(config: Config) -> Degradation | None:
     if config.condition.condition_from is None:
         return None
     degradation = degradation_of(config.condition.condition_from)
-    check_size(degradation, (image_size(config),) * 2)
+    check_size(degradation, sides_of(image_size(config)))
     return degradation
 
 
 def settle_precision(config: Config, accelerator: Accelerator, before: Mapping[str, Any]) -> BlockTimes | None:
     """Let a CPU compute as is asked for, else as the run did `before`, else in what is faster; return the times."""
-    (preset, patch_size), side = parse_model_name(config.model.model), image_size(config)
-    work = BlockWork.of(preset, patch_size, side, side, config.optim.batch_size, trains=True)
+    (preset, patch_size), size = parse_model_name(config.model.model), image_size(config)
+    work = BlockWork.of(preset, patch_size, *sides_of(size), config.optim.batch_size, trains=True)
     kept = before.get("mixed_precision")
     return settle_accelerator(accelerator, config.performance.mixed_precision, work, kept)
 
@@ -336,7 +336,7 @@ def introduce(
     held_out = f"; val/loss on {validated} of those held out" if validated else ""
     why = f" ({times.in_words()})" if times else ""
     say(
-        f"Data:   {describe_data(source)}, {config.data.img_size} px{held_out}\n"
+        f"Data:   {describe_data(source)}, {in_pixels(config.data.img_size)} px{held_out}\n"
         f"Model:  {config.model.model}, {parameters:,} parameters{adapter}, predicts {config.objective.prediction}, "
         f"loss in {' and '.join((config.objective.loss_space, *config.aux.aux_loss))}\n"
         f"Device: {accelerator.num_processes} x {device_name(accelerator.device)}, "

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from jit_accel.base.image_rows import as_pictures
+from jit_accel.config.presets import Size
 from jit_accel.data.batches.batch import Batch, PixelBatch, listed, ready
 from jit_accel.data.batches.degradations import degradation_of
 from jit_accel.data.batches.holdout import HeldOut
@@ -53,7 +54,7 @@ class Examples:
 def choose_examples(
     source: Source,
     held_out: HeldOut | None,
-    img_size: int,
+    img_size: Size,
     condition_from: str | None,
     labels_of: Callable[[Batch], Tensor],
 ) -> Examples | None:

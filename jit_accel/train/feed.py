@@ -17,6 +17,7 @@ from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.processes import on_all
 from jit_accel.base.spans import span
 from jit_accel.config.groups import STREAMING, ConditionConfig, DataConfig
+from jit_accel.config.presets import Size
 from jit_accel.data.batches.batch import Batch, ready
 from jit_accel.data.batches.degradations import degradation_of
 from jit_accel.data.batches.holdout import HeldOut, held_by_split, split_holdout
@@ -39,7 +40,7 @@ def open_data(
     data: DataConfig,
     condition: ConditionConfig,
     *,
-    img_size: int,
+    img_size: Size,
     in_channels: int,
     val_images: int,
     accelerator: Accelerator,

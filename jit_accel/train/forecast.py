@@ -26,7 +26,7 @@ from jit_accel.config.costs import (
     passes_of_step,
 )
 from jit_accel.config.groups import OptimConfig
-from jit_accel.config.presets import block_macs, block_tokens, forward_macs
+from jit_accel.config.presets import block_macs, block_tokens, forward_macs, grid_of, sides_of
 from jit_accel.model.functional import rope_table
 from jit_accel.model.precision import constant_block
 from jit_accel.monitor.metrics import local_part, now
@@ -65,9 +65,10 @@ def try_block(sizes, most_images: int, device: torch.device, autocast, optim: Op
     It has weights of its own and draws nothing at random: no run is changed by it.
     """
     block = constant_block(sizes, device)
-    side, dim = sizes.img_size // sizes.patch_size, sizes.hidden_size
-    length = block_tokens(sizes, side * side) + sizes.in_context_len
-    rope = rope_table(dim // sizes.num_heads, (side, side), side, length - side * side, device)
+    grid, dim = grid_of(sizes.img_size, sizes.patch_size), sizes.hidden_size
+    tokens = math.prod(grid)
+    length = block_tokens(sizes, tokens) + sizes.in_context_len
+    rope = rope_table(dim // sizes.num_heads, grid, grid, length - tokens, device)
     weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
 
     def run(images: int) -> tuple[float, int]:
@@ -115,8 +116,8 @@ def cost_of_step(
     sizes, batch, params = network.config, optim.batch_size, trainable(network)
     counts = [(local_part(p).numel(), optim.optimizer == "muon" and is_block_matrix(name, p)) for name, p in params]
     trained = sum(count for count, _ in counts)
-    length = block_tokens(sizes, (sizes.img_size // sizes.patch_size) ** 2) + sizes.in_context_len
-    blocks = forward_macs(sizes, sizes.patch_size, sizes.img_size, sizes.img_size) / block_macs(sizes, length)
+    length = block_tokens(sizes, math.prod(grid_of(sizes.img_size, sizes.patch_size))) + sizes.in_context_len
+    blocks = forward_macs(sizes, sizes.patch_size, *sides_of(sizes.img_size)) / block_macs(sizes, length)
     recompute, is_all_trained = network.gradient_checkpointing, len(params) == len(list(network.parameters()))
     passes = passes_of_step(is_all_trained=is_all_trained, recompute=recompute)
     residual = FLOAT32 * batch * length * sizes.hidden_size

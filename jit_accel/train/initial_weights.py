@@ -13,6 +13,7 @@ from torch import Tensor
 from jit_accel.base.errors import UserError
 from jit_accel.config.completion import Start
 from jit_accel.config.groups import TuneConfig
+from jit_accel.config.presets import in_pixels, plain_size
 from jit_accel.data.batches.batch import Batch, renumbered
 from jit_accel.data.formats.source import Source
 from jit_accel.model.loading import load_pipeline
@@ -190,8 +191,9 @@ def tune(
     done = transfer(initial, model, None if rank else names_of(source, initial.class_names), vectors)
     lines = done.in_words(initial.path).splitlines()
     old, new = initial.network.config, model.config
-    if new.img_size != old.img_size:
-        lines.append(f"  {new.img_size} px instead of {old.img_size}: positions are computed, no weight depends on it")
+    after, before = (in_pixels(plain_size(config.img_size)) for config in (new, old))
+    if after != before:
+        lines.append(f"  {after} px instead of {before}: positions are computed, no weight depends on it")
     if (scale := initial.start.noise_scale) != noise_scale:
         lines.append(f"  --noise_scale {noise_scale:g} instead of {scale:g}")
     if old.in_context_start != new.in_context_start:

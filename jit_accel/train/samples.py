@@ -16,6 +16,7 @@ from jit_accel.base.files import atomic_file
 from jit_accel.base.image_rows import as_pictures, draw_rows, legible
 from jit_accel.base.processes import SharedStop, on_all, on_main
 from jit_accel.config.groups import EvalConfig, SheetConfig
+from jit_accel.config.presets import Size, plain_size
 from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import load_features
@@ -171,7 +172,7 @@ class SampleQuality(SampleMeasure):
 
     def __post_init__(self):
         accelerator, wanted, path = self.accelerator, self.evaluation, self.evaluation.eval_reference
-        self.img_size = self.pipeline.transformer.config.img_size
+        self.img_size = plain_size(self.pipeline.transformer.config.img_size)
         self.num_images = wanted.eval_images
         self.passes = self.passes_for(self.num_images, wanted.eval_num_inference_steps, 1.0)
         with renamed_settings(**NAMES):
@@ -217,7 +218,7 @@ class SampleQuality(SampleMeasure):
             for name in self.evaluator.metrics
         }
 
-    def _statistics_of(self, source: Source, img_size: int) -> ImageStatistics:
+    def _statistics_of(self, source: Source, img_size: Size) -> ImageStatistics:
         """Return what an earlier start of this run measured, or measure it now."""
         network, path = self.evaluator.network, self.output_dir / REFERENCE_FILE
         follows_from = (source.fingerprint, img_size, network.name, network.weights_id)

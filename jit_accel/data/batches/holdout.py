@@ -19,6 +19,7 @@ import torch
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.shared_tables import shared_arrays
+from jit_accel.config.presets import Size, sides_of
 from jit_accel.data.batches.batch import PixelBatch, labels_in, renumbered, vectors_in
 from jit_accel.data.formats.columns import COLOUR, PixelFormat
 from jit_accel.data.formats.source import Source, fingerprint_of
@@ -58,7 +59,7 @@ class HeldOut:
 
 
 def split_holdout(
-    source: Source, share: float, *, max_images: int, img_size: int, rank: int = 0, world_size: int = 1
+    source: Source, share: float, *, max_images: int, img_size: Size, rank: int = 0, world_size: int = 1
 ) -> tuple[Source, HeldOut | None]:
     """Take a share of the images out of `source`, and read those `max_images` of them with the smallest keys.
 
@@ -104,7 +105,7 @@ def _divided(source: Source, limit: np.uint64, max_images: int) -> dict[str, np.
 
 
 def held_by_split(
-    source: Source, other: Source, *, max_images: int, img_size: int, rank: int = 0, world_size: int = 1
+    source: Source, other: Source, *, max_images: int, img_size: Size, rank: int = 0, world_size: int = 1
 ) -> HeldOut:
     """Read those images of another split that `split_holdout` would, with the classes of `source` by their names.
 
@@ -133,14 +134,14 @@ def _smallest(by_unit: list[np.ndarray], held: np.ndarray, count: int) -> dict[s
     return {"chosen": chosen, "keys": keys[chosen], "ends": ends}
 
 
-def _read(source: Source, found: dict[str, np.ndarray], img_size: int, part: slice) -> HeldOut:
+def _read(source: Source, found: dict[str, np.ndarray], img_size: Size, part: slice) -> HeldOut:
     """Read `part` of the images that `_smallest` has found."""
     chosen, key_of = found["chosen"][part], dict(zip(found["chosen"].tolist(), found["keys"]))
     if source.streaming:
         images = list(_read_stream(source.images, np.sort(chosen), found["ends"], img_size))
     else:
         images = list(_read_images(source, chosen, img_size))
-    shape = (len(images), source.channels, img_size, img_size)
+    shape = (len(images), source.channels, *sides_of(img_size))
     pixels = np.stack([one for _, one, _ in images]) if images else np.empty(shape, source.pixels.dtype)
     facts = np.array([of_image for *_, of_image in images], source.facts_type)
     keys = (np.array([key_of[index] for index, *_ in images], np.uint64) >> np.uint64(1)).astype(np.int64)
@@ -148,15 +149,15 @@ def _read(source: Source, found: dict[str, np.ndarray], img_size: int, part: sli
     return HeldOut(torch.from_numpy(pixels), labels_in(facts), keys, vectors, source.pixels)
 
 
-def _read_images(source: Source, chosen: np.ndarray, img_size: int) -> Iterator[Decoded]:
+def _read_images(source: Source, chosen: np.ndarray, img_size: Size) -> Iterator[Decoded]:
     for index in chosen.tolist():
-        out = np.empty((1, source.channels, img_size, img_size), source.pixels.dtype)
+        out = np.empty((1, source.channels, *sides_of(img_size)), source.pixels.dtype)
         facts, bad = source.images.read(np.array([index]), out)
         if not bad:
             yield index, out[0], facts[0]
 
 
-def _read_stream(stream: Stream, chosen: np.ndarray, ends: np.ndarray, img_size: int) -> Iterator[Decoded]:
+def _read_stream(stream: Stream, chosen: np.ndarray, ends: np.ndarray, img_size: Size) -> Iterator[Decoded]:
     """Read the images of these numbers, which are sorted; `ends`: of each unit the number behind its last image."""
     columns, unit, rows, position = stream.columns, -1, iter(()), 0
     for index in chosen.tolist():

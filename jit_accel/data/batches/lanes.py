@@ -12,6 +12,7 @@ import torch
 
 from jit_accel.base import rng
 from jit_accel.base.errors import UserError
+from jit_accel.config.presets import Size, sides_of
 from jit_accel.data import data_error
 from jit_accel.data.batches.batch import MAX_SUBSTITUTES, empty_batch
 from jit_accel.data.batches.order import StreamOrder, shares
@@ -112,7 +113,7 @@ class BatchPartReader(torch.utils.data.IterableDataset):
     A UserError is an item and not raised: torch would bury its message under a worker's traceback.
     """
 
-    def __init__(self, source: Source, order: StreamOrder, img_size: int, batches: Batches, number: int, count: int):
+    def __init__(self, source: Source, order: StreamOrder, img_size: Size, batches: Batches, number: int, count: int):
         self._source, self._stream, self._order, self._img_size = source, source.images, order, img_size
         self._batches, self._number, self._count = batches, number, count
         self._first_readable: tuple[np.ndarray, Any] | None = None
@@ -130,8 +131,8 @@ class BatchPartReader(torch.utils.data.IterableDataset):
         by_place = self._order.places(positions)
         mine = shares(by_place.lane, self._count)[self._number]
         slots = np.argsort(np.argsort(mine))  # the images lie in the order of their places, and are read by lanes
-        size = self._img_size
-        pixels = empty_batch((len(mine), self._stream.channels, size, size), self._source.pixels.dtype)
+        shape = (len(mine), self._stream.channels, *sides_of(self._img_size))
+        pixels = empty_batch(shape, self._source.pixels.dtype)
         facts = np.empty(len(mine), self._stream.columns.facts_type)
         part = BatchPart(np.sort(mine), pixels, facts, {})
         images = part.images.numpy()

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from operator import gt
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from jit_accel.base import rng
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import UserError, shown
 from jit_accel.base.host import give_heap_back
+from jit_accel.config.presets import Size, in_pixels, sides_of
 from jit_accel.data import data_error
 from jit_accel.data.batches import order
 from jit_accel.data.batches.batch import (
@@ -44,7 +47,7 @@ class ReadingTask:
     """One process's share of the endless batches of a data set."""
 
     source: Source
-    img_size: int  # side in pixels to which images are cropped
+    img_size: Size  # in pixels, to which images are cropped
     batch_size: int  # images a batch, of this process, which is `rank` of `world_size`
     seed: int
     rank: int = 0
@@ -77,10 +80,11 @@ def build_loader(source: Source, **how) -> "Loader":
     prepared smaller than `img_size`.
     """
     task = ReadingTask(source=source, **how)
-    if source.img_size is not None and task.img_size > source.img_size:
-        rule = f"the images of {source.name} were prepared with {source.img_size} px, and would have to be enlarged: "
-        rule += f"prepare them again with --img_size {task.img_size}, or train at {source.img_size}."
-        raise UserError(rule, about="img_size", value=task.img_size)
+    if source.img_size is not None and any(map(gt, sides_of(task.img_size), sides_of(source.img_size))):
+        stored, wanted = in_pixels(source.img_size), shown(task.img_size)
+        rule = f"the images of {source.name} were prepared with {stored} px, and would have to be enlarged: prepare "
+        rule += f"them again with --img_size {wanted}, or train at {shown(source.img_size)}."
+        raise UserError(rule, about="img_size", value=wanted)
     return StreamLoader(task) if source.streaming else Loader(task)
 
 
@@ -165,7 +169,7 @@ class RandomAccessBatches(torch.utils.data.Dataset):
     def __init__(self, task: ReadingTask):
         self._task, self._images, self._num_images = task, task.source.images, task.source.num_images
         dtype = task.source.pixels.dtype
-        num_bytes = task.source.channels * self._num_images * task.img_size**2 * dtype.itemsize
+        num_bytes = task.source.channels * self._num_images * math.prod(sides_of(task.img_size)) * dtype.itemsize
         if task.source.is_encoded and num_bytes <= MOST_KEPT_BYTES:
             self._images = KeptImages(self._images, task.source.channels, task.img_size, dtype)
 
@@ -173,7 +177,7 @@ class RandomAccessBatches(torch.utils.data.Dataset):
         """Return a UserError instead of raising it: torch would bury its message under a worker's traceback."""
         task = self._task
         positions = order.batch_positions(base, task.rank, task.batch_size)
-        shape = (task.batch_size, task.source.channels, task.img_size, task.img_size)
+        shape = (task.batch_size, task.source.channels, *sides_of(task.img_size))
         pixels = empty_batch(shape, task.source.pixels.dtype)
         images = pixels.numpy()
         indices = order.image_indices(task.seed, positions, self._num_images, task.order_kind)
@@ -247,7 +251,7 @@ class StreamLoader(Loader):
         reasons = [bad[place] for place in sorted(bad)]
         if len(parts) == 1:
             return task.batch(parts[0].images, parts[0].facts, positions, reasons)
-        shape = (task.batch_size, task.source.channels, task.img_size, task.img_size)
+        shape = (task.batch_size, task.source.channels, *sides_of(task.img_size))
         dtype = parts[0].images.dtype
         pinned = torch.empty(shape, dtype=dtype, pin_memory=True) if task.pin_memory else None
         images = empty_batch(shape, task.source.pixels.dtype) if pinned is None else pinned

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from jit_accel.base.errors import UserError, check_ranges
+from jit_accel.config.presets import sides_of
 from jit_accel.data.batches.batch import Batch, ready
 from jit_accel.data.batches.degradations import Degradation, degradation_of
 from jit_accel.data.batches.loader import build_loader
@@ -26,7 +27,7 @@ _ENOUGH_S = 10.0
 def batches(
     source: Source,
     *,
-    img_size: int,
+    img_size: int | tuple[int, int],
     batch_size: int,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -36,7 +37,7 @@ def batches(
     """Return an endless iterator of the batches that a training sees: images in [-1, 1], labels and positions.
 
     Args:
-        img_size: side in pixels to which images are cropped.
+        img_size: to which images are cropped: the side in pixels, or height and width.
         batch_size: images a batch, of this process.
         seed: of the order, of the mirroring, and of what is random about conditions.
         condition_from: what makes conditions of the images, such as "downscale:4", where they have none.
@@ -45,7 +46,7 @@ def batches(
     UserError if a number is below 1, the images were prepared smaller than `img_size`, or they have conditions already.
     """
     counts = {"img_size": img_size, "batch_size": batch_size, "lanes": how.get("lanes")}
-    check_ranges(counts, [(name, lambda count: count >= 1, "at least 1") for name in counts])
+    check_ranges(counts, [(name, lambda count: min(sides_of(count)) >= 1, "at least 1") for name in counts])
     how = {"pin_memory": torch.device(device).type == "cuda", **how}
     degradation = None if condition_from is None else degradation_of(condition_from, seed)
     if degradation and source.condition_channels:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Features, Image, Value
 
 from jit_accel.base.errors import UserError, nearest
+from jit_accel.config.presets import Size
 from jit_accel.data import data_error
 from jit_accel.data.formats.label_lists import item_of
 from jit_accel.data.formats.numbers import vector_of
@@ -59,7 +60,7 @@ class Columns:
     label: str | None = None
     label_key: str | None = None  # where the label column holds JSON objects
     label_ids: dict[str | int, int] | None = None  # the class of each label, where that is not the label itself
-    raw_size: int | None = None  # where images are bare pixels: uint8 (3, raw_size, raw_size)
+    raw_size: Size | None = None  # where images are bare pixels: uint8 (3, H, W)
     key: str | None = None  # where `content_key` was stored
     name: str | None = None  # where names are not stored with the images
     any_image: bool = False  # a sample of a tar file without `image` may have one of another ending

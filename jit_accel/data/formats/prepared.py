@@ -1,4 +1,4 @@
-"""The stores that `python -m jit_accel.prepare` writes: squares of one size, shuffled once, and an `index.json`."""
+"""The stores that `python -m jit_accel.prepare` writes: images of one size, shuffled once, and an `index.json`."""
 
 import hashlib
 import json
@@ -15,6 +15,7 @@ import torch
 
 from jit_accel.base.errors import UserError
 from jit_accel.base.shared_tables import shared_arrays
+from jit_accel.config.presets import Size, plain_size, sides_of
 from jit_accel.data.formats.columns import IMAGE_CHANNELS, Columns, features_of
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
 from jit_accel.data.formats.tables import open_file, parquet_stream
@@ -32,7 +33,6 @@ _TABLE_SHARD = _FILE | {"images": int, "row_groups": [int]}
 _PIXELS_SHARD = _FILE | {"images": int, "table": _FILE}  # of encoding uint8
 _INDEX = {  # the fields that are used, and their types
     "encoding": str,
-    "img_size": int,
     "num_images": int,
     "num_bytes": int,
     "num_skipped": int,
@@ -82,10 +82,10 @@ def open_prepared(request: Request) -> Source:
 
 @dataclass(frozen=True)
 class PixelStore:
-    """Squares of uint8 pixels in memory-mapped files, opened where and when they are first read."""
+    """Images of uint8 pixels, of one size, in memory-mapped files, opened where and when they are first read."""
 
     folder: str
-    img_size: int
+    img_size: Size
     shards: tuple[tuple[str, str, int], ...]  # array, table of labels, keys and names, number of images
     is_labelled: bool = True
     channels: int = IMAGE_CHANNELS  # and behind those of an image the ones of its condition, if there is any
@@ -98,16 +98,17 @@ class PixelStore:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def read(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
-        """Copy pixels; see `Images.read`. Into a smaller `out` the squares are scaled, as `center_crop` does."""
+        """Copy pixels; see `Images.read`. Into a smaller `out` they are scaled, as `center_crop` does."""
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         rows = indices - self._starts[shards]
-        is_scaled, has_all = out.shape[-1] != self.img_size, out.shape[1] == self.channels
+        size = out.shape[2:]
+        is_scaled, has_all = size != sides_of(self.img_size), out.shape[1] == self.channels
         if not is_scaled and has_all and len(shards) and (shards == shards[0]).all() and out.flags.c_contiguous:
             np.take(self._pixels(int(shards[0])), rows, axis=0, out=out, mode="clip")  # "raise" makes a copy first
         else:
             for place, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist())):
                 pixels = self._pixels(shard)[row, : out.shape[1]]
-                out[place] = crop_pixels(pixels, out.shape[-1]) if is_scaled else pixels
+                out[place] = crop_pixels(pixels, size) if is_scaled else pixels
         return self.labels()[indices], {}
 
     def labels(self) -> np.ndarray:
@@ -128,7 +129,7 @@ class PixelStore:
 
     @cached_property
     def _pixels(self) -> Callable[[int], np.ndarray]:
-        """Return the pixels of a shard, uint8 (N, channels, S, S), read-only; mapped when they are first asked for."""
+        """Return the pixels of a shard, uint8 (N, channels, H, W), read-only; mapped when they are first asked for."""
         return cache(lambda shard: _map_array(Path(self.folder) / self.shards[shard][0]))
 
     @cached_property
@@ -218,6 +219,8 @@ def files_of(index: dict) -> list[dict]:
 def _check_index(index: dict) -> None:
     """Raise ValueError for what is missing or of another type, and for files elsewhere than in the folder."""
     _check_shape(index, _INDEX, INDEX)
+    _check_shape(sides := index["img_size"], [int] if isinstance(sides, list) else int, "img_size")
+    index["img_size"] = plain_size(sides)
     if not index["shards"]:
         raise ValueError("shards is empty")
     _check_shape(index["shards"], [_PIXELS_SHARD if index["encoding"] == "uint8" else _TABLE_SHARD], "shards")

@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset, Image
 
 from jit_accel.base.errors import UserError
+from jit_accel.config.presets import Size
 from jit_accel.data import data_error
 from jit_accel.data.formats.columns import COLOUR, FOLDER, IMAGE_CHANNELS, Columns, PixelFormat, facts_type
 from jit_accel.data.formats.numbers import Vectors
@@ -60,7 +61,7 @@ class Source:
     fingerprint: str  # of names, sizes and counts; stays when the data moves elsewhere
     max_label: int | None  # None where `class_names` is ()
     is_labelled: bool = True  # False where all are of one class for lack of labels
-    img_size: int | None = None  # side in pixels of images that are all squares of one size
+    img_size: Size | None = None  # in pixels, of images that are all of one size
     vectors: Vectors | None = None  # the columns of numbers
     most_labels: int | None = None  # of an image, where they may have several
     pixels: PixelFormat = COLOUR  # of what is read
@@ -106,10 +107,10 @@ def source_of(
     images: Images | Stream,
     names: tuple[str, ...],
     identity: str,
-    size: int | None = None,
+    size: Size | None = None,
     vectors: Vectors | None = None,
 ) -> Source:
-    """Return the data set of these images, squares of side `size` if that is given; UserError if there are none."""
+    """Return the data set of these images, all of one `size` if that is given; UserError if there are none."""
     columns = getattr(images, "columns", Columns(""))
     if condition := columns.condition:
         identity = fingerprint_of([identity, "condition", condition])

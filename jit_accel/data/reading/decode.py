@@ -1,4 +1,4 @@
-"""Bytes to pixels: any usual picture, or array, becomes one square of a `PixelFormat`, or a `BadImage`."""
+"""Bytes to pixels: any usual picture, or array, becomes one of a size and a `PixelFormat`, or a `BadImage`."""
 
 import contextlib
 import io
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from jit_accel.base.errors import LONGEST_VALUE
+from jit_accel.config.presets import Size, sides_of
 from jit_accel.data.formats.columns import COLOUR, Columns, PixelFormat
 from jit_accel.data.reading.arrays import (
     BadImage,
@@ -51,16 +52,16 @@ class OtherAspect(BadCondition):
 
 
 class Decoded(NamedTuple):
-    """A decoded square (C, S, S), and the width and height of what it was cut out of."""
+    """Decoded pixels (C, H, W), and the width and height of what it was cut out of."""
 
     pixels: np.ndarray
     size: tuple[int, int]
 
 
 def decode_image(
-    data: bytes | str | os.PathLike | None, size: int, fast: bool = False, pixels: PixelFormat = COLOUR
+    data: bytes | str | os.PathLike | None, size: Size, fast: bool = False, pixels: PixelFormat = COLOUR
 ) -> np.ndarray:
-    """Decode an image file (its bytes, or its path) to (C, size, size) by ADM's centre crop: uint8 RGB, or as `pixels`.
+    """Decode an image file (its bytes, or its path) to (C, H, W) by ADM's centre crop: uint8 RGB, or as `pixels`.
 
     One channel is grey, as Pillow's L; other counts than 1 and 3 are those of arrays, or of the bands or pages of a
     TIFF. With `fast` the crop is `fast_crop`, and JPEGs are decoded at half, a quarter or an eighth of their size where
@@ -75,7 +76,7 @@ def decode_image(
 
 def decode_sized(
     data: bytes | str | os.PathLike | None,
-    size: int,
+    size: Size,
     fast: bool = False,
     pixels: PixelFormat = COLOUR,
     is_condition: bool = False,
@@ -128,9 +129,9 @@ def raw_numbers(data: Any) -> np.ndarray | Image.Image:
 
 
 def decode_row(
-    row: Mapping[str, Any], columns: Columns, img_size: int, fallback_name: Callable[[], str] = str
+    row: Mapping[str, Any], columns: Columns, img_size: Size, fallback_name: Callable[[], str] = str
 ) -> np.ndarray:
-    """Decode the image of a row to (C, img_size, img_size), and behind it its condition, if it has one.
+    """Decode the image of a row to (C, H, W) of this size, and behind it its condition, if it has one.
 
     Raises `BadImage` with the message "name: reason"; `fallback_name` is asked for where it has no name of its own.
     """
@@ -147,10 +148,11 @@ def decode_row(
         raise type(error)(f"{name or fallback_name()}: {error}") from error
 
 
-def _decode_value(data: bytes | str | None, columns: Columns, img_size: int, is_condition: bool = False) -> Decoded:
+def _decode_value(data: bytes | str | None, columns: Columns, img_size: Size, is_condition: bool = False) -> Decoded:
     if columns.raw_size is None:
         return decode_sized(data, img_size, False, columns.pixels, is_condition)
-    return Decoded(crop_pixels(pixels_of(data, columns.raw_size), img_size), (columns.raw_size, columns.raw_size))
+    height, width = sides_of(columns.raw_size)
+    return Decoded(crop_pixels(pixels_of(data, columns.raw_size), img_size), (width, height))
 
 
 def decode_pair(
@@ -160,7 +162,7 @@ def decode_pair(
     decode: Callable[[Any], Decoded],
     decode_condition: Callable[[Any], Decoded] | None = None,
 ) -> np.ndarray:
-    """Decode an image and the condition `name` that goes with it to (C, S, S), the image's channels first.
+    """Decode an image and the condition `name` that goes with it to (C, H, W), the image's channels first.
 
     BadImage if one of them is bad; BadCondition if it is the condition, or that is missing or of another aspect.
     """
@@ -230,7 +232,7 @@ def _opened(data: bytes | str | os.PathLike) -> BinaryIO:
 
 
 def _decode(
-    file: BinaryIO, fast: bool, size: int, channels: int, value_range: tuple[float, float] | None, is_condition: bool
+    file: BinaryIO, fast: bool, size: Size, channels: int, value_range: tuple[float, float] | None, is_condition: bool
 ) -> Decoded:
     try:
         image = Image.open(file, formats=_FORMATS)
@@ -252,10 +254,11 @@ def _decode(
     with image:
         full_size, is_turned = image.size, False
         is_plain = value_range is None and channels in (1, 3)
-        if fast and is_plain:
-            image.draft(None, (size, size))
         with contextlib.suppress(Exception):  # damaged EXIF does not make pixels bad; damaged pixels fail again
             is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        if fast and is_plain:
+            image.draft(None, sides_of(size)[:: 1 if is_turned else -1])
+        with contextlib.suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
         if not is_plain:
             has_bits = channels in (1, 3) and not image.mode.startswith(("I", "F"))
@@ -267,9 +270,9 @@ def _decode(
 
 
 def _cut(
-    numbers: np.ndarray, size: int, channels: int, value_range: tuple[float, float] | None, is_condition: bool
+    numbers: np.ndarray, size: Size, channels: int, value_range: tuple[float, float] | None, is_condition: bool
 ) -> Decoded:
-    """Return the square of an array that has as many channels, or is grey in place of colour or the other way."""
+    """Return what is cut out of an array that has as many channels, or is grey in place of colour or the other way."""
     planes = channels_first(numbers, channels)
     return Decoded(crop_pixels(in_units(planes, value_range, is_condition), size), planes.shape[:0:-1])
 

@@ -15,6 +15,7 @@ from datasets import Dataset, Features, IterableDataset
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from jit_accel.base.errors import UserError
+from jit_accel.config.presets import Size, sides_of
 from jit_accel.data import data_error
 from jit_accel.data.formats.columns import IMAGE_CHANNELS, Columns
 from jit_accel.data.reading.content import announce_keys, file_keys, key_of
@@ -36,7 +37,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
-        """Read images `indices`, int64 (B,), into `out` (B, C, size, size), undefined where bad.
+        """Read images `indices`, int64 (B,), into `out` (B, C, H, W), undefined where bad.
 
         With conditions `out` may have as many channels as `channels` says, of which these are the last.
 
@@ -75,7 +76,7 @@ class TableImages:
             row, name = {column: values[i] for column, values in rows.items()}, lambda i=i: f"image {indices[i]}"
             try:
                 facts[i] = facts_in_row(row, columns, name)
-                out[i] = decode_row(row, columns, out.shape[-1], name)
+                out[i] = decode_row(row, columns, out.shape[2:], name)
             except BadImage as error:
                 bad[i] = str(error)
         return facts, bad
@@ -134,11 +135,11 @@ class SomeImages:
 
 
 class KeptImages:
-    """The images of `images`, cropped to squares of a side, each of which is decoded once and then kept."""
+    """The images of `images`, cropped to one size, each of which is decoded once and then kept."""
 
-    def __init__(self, images: Images, channels: int, side: int, dtype: np.dtype | type = np.uint8):
+    def __init__(self, images: Images, channels: int, size: Size, dtype: np.dtype | type = np.uint8):
         self.images = images
-        self.pixels = np.empty((len(images), channels, side, side), dtype)  # memory is taken as they come
+        self.pixels = np.empty((len(images), channels, *sides_of(size)), dtype)  # memory is taken as they come
         self.facts: np.ndarray | None = None  # once their type is known
         self.are_kept = np.zeros(len(images), bool)
 
