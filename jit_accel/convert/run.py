@@ -17,6 +17,7 @@ from torch import Tensor
 from jit_accel.base.console import say, warn
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_file, atomic_folder, disk_error, disk_errors
+from jit_accel.config.presets import in_pixels
 from jit_accel.convert import sizes
 from jit_accel.convert.inputs import Input, open_input
 from jit_accel.convert.settings import FOLDER, ConvertConfig, given_flags, read_class_names, target_kind
@@ -158,7 +159,7 @@ def describe(place: str, result: Converted) -> None:
     low, high = settings["guidance_interval"]
     say(
         f"Input:   {place}, weights: {result.opened.set_name}\n"
-        f"Network: {sizes.model_name(config)} at {config['img_size']} px, {number:,} parameters, "
+        f"Network: {sizes.model_name(config)} at {in_pixels(config['img_size'])} px, {number:,} parameters, "
         f"{config['num_classes']} classes, {config['num_heads']} heads, "
         f"class tokens before block {config['in_context_start']}\n"
         f"Samples: predicts {settings['prediction']}, noise scale {settings['noise_scale']:g}, "

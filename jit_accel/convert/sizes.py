@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from jit_accel.base.errors import UserError
-from jit_accel.config.presets import PRESETS, Preset, swiglu_width
+from jit_accel.base.errors import UserError, shown
+from jit_accel.config.presets import PRESETS, Preset, Size, grid_of, sizes_near, swiglu_width, usual_noise_scale
 from jit_accel.model import functional
 from jit_accel.model.call_arguments import is_number
 from jit_accel.model.pipeline import JiTPipeline
@@ -43,6 +43,7 @@ SIZES = (
 # What may be stated, and when it is believed.
 BELIEVED = {
     **dict.fromkeys(SIZES, _is_count),
+    "img_size": lambda v: _is_count(v) or (_are(_is_count, v) and len(v) == 2),
     **dict.fromkeys(("attn_dropout", "proj_dropout"), lambda v: is_number(v) and 0 <= v < 1),
     **dict.fromkeys(("mlp_ratio", "noise_scale"), lambda v: is_number(v) and v > 0),
     **dict.fromkeys(("solver", "method"), lambda v: v in tuple(CALLS_PER_STEP)),
@@ -90,10 +91,12 @@ def network_config(
     preset = preset_of(sizes)
     if positions is not None:
         side = math.isqrt(positions.shape[1]) if positions.ndim == 3 else 0
-        if not side or side * side != positions.shape[1]:
+        known, patch = stated.get("img_size"), sizes["patch_size"]
+        is_stated = isinstance(known, list | tuple) and math.prod(grid_of(known, patch)) == positions.shape[1]
+        if not is_stated and (not side or side * side != positions.shape[1]):
             rule = f"pos_embed has the shape {tuple(positions.shape)}, which is no square image's."
             raise UserError(rule, about="input")
-        sizes["img_size"] = side * sizes["patch_size"]
+        sizes["img_size"] = known if is_stated else side * patch
     notes = []
     for name, size in ((name, sizes[name]) for name in SIZES if name in sizes):
         if flags.get(name, size) != size:
@@ -170,7 +173,7 @@ def model_name(config: Mapping) -> str:
     return f"{name}/{config['patch_size']}"
 
 
-def _image_size(sizes: Mapping, preset: str | None, stated: Mapping, flags: Mapping, notes: list[str]) -> int:
+def _image_size(sizes: Mapping, preset: str | None, stated: Mapping, flags: Mapping, notes: list[str]) -> Size:
     patch = sizes["patch_size"]
     size = flags.get("img_size", stated.get("img_size"))
     if size is None:
@@ -179,8 +182,8 @@ def _image_size(sizes: Mapping, preset: str | None, stated: Mapping, flags: Mapp
             raise UserError(rule, about="img_size")
         size = PATCHES_A_SIDE * patch
         notes.append(f"image size {size}: 16 patches a side, as in the paper; --img_size says otherwise.")
-    if size % patch or not size:
-        raise UserError(f"must be a multiple of the patch size, {patch}.", about="img_size", value=size)
+    if not size or sizes_near(size, patch):
+        raise UserError(f"must be a multiple of the patch size, {patch}.", about="img_size", value=shown(size))
     return size
 
 
@@ -235,13 +238,13 @@ def check_fit(weights: Mapping[str, Tensor], positions: Tensor | None, config: M
 
 def position_table(config: Mapping) -> Tensor:
     """Return the reference's `pos_embed` (1, N, D), float32."""
-    grid = config["img_size"] // config["patch_size"]
-    return functional.position_table(config["hidden_size"], (grid, grid), grid, torch.device("cpu"))
+    grid = grid_of(config["img_size"], config["patch_size"])
+    return functional.position_table(config["hidden_size"], grid, grid, torch.device("cpu"))
 
 
 def paper_guidance(config: Mapping) -> float | None:
     """Return the paper's guidance for a network of this configuration; None for sizes that it does not have."""
-    return PAPER_GUIDANCE.get(preset_of(config), (None, None))[config["img_size"] >= 512]
+    return PAPER_GUIDANCE.get(preset_of(config), (None, None))[usual_noise_scale(config["img_size"]) >= 2]
 
 
 def sampling_settings(config: Mapping, stated: Mapping, flags: Mapping) -> dict:
@@ -249,7 +252,7 @@ def sampling_settings(config: Mapping, stated: Mapping, flags: Mapping) -> dict:
     guidance = paper_guidance(config) or DEFAULT_GUIDANCE
     paper = {
         "prediction": "x",
-        "noise_scale": max(1.0, config["img_size"] / 256),
+        "noise_scale": usual_noise_scale(config["img_size"]),
         "t_eps": 0.05,
         "solver": "heun",
         "guidance_scale": guidance if config["num_classes"] > 1 else 1.0,

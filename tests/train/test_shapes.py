@@ -13,10 +13,13 @@ from PIL import Image
 
 import jit_accel as jit
 from jit_accel.base.image_rows import GAP_PIXELS
+from jit_accel.config.command_line import parse_args
 from jit_accel.config.groups import OptimConfig
 from jit_accel.config.identity import default_folder
+from jit_accel.convert import main as convert
 from jit_accel.evaluate import main as evaluate
 from jit_accel.model.transformer import build_model
+from jit_accel.plan import main as plan
 from jit_accel.sample import main as sample
 from jit_accel.train.forecast import try_block
 
@@ -186,3 +189,48 @@ def test_a_block_of_a_rectangle_costs_what_one_of_as_many_patches_does():
         config = build_model("JiT-Ti/7", size, 4).config
         trials.append(try_block(config, 2, torch.device("cpu"), contextlib.nullcontext, optim))
     assert trials[0].image_bytes == trials[1].image_bytes
+
+
+def test_a_rectangle_s_weights_are_converted_there_and_back(run, tmp_path):
+    for source, target in ((run / "pipeline", tmp_path / "x.pth"), (tmp_path / "x.pth", tmp_path / "back")):
+        assert convert(["--input", str(source), "--output", str(target)]) == 0
+    pipes = [jit.load(place) for place in (run / "pipeline", tmp_path / "back")]
+    drawn = [jit.generate(pipe, range(2), num_inference_steps=1) for pipe in pipes]
+    assert drawn[0].shape == (2, 3, 28, 14)
+    assert torch.equal(*drawn)
+
+
+def test_a_plan_counts_patches(capsys):
+    answers = []
+    for size in ("256", "128 512"):
+        assert plan(["--model", "JiT-B/16", "--img_size", *size.split(), "--gpu", "H100"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert "JiT-B/16 at 128x512 px on" in answers[1]
+    assert "--img_size 128 512" in answers[1]
+    assert answers[1].replace("128x512", "256").replace("128 512", "256") == answers[0]
+
+
+def test_settings_of_files_python_and_flags_are_the_same(tmp_path):
+    (tmp_path / "run.yaml").write_text("data_path: x\nmodel: JiT-B/16\nimg_size: [64, 96]\n")
+    given = ["--data_path", "x", "--model", "JiT-B/16", "--img_size"]
+    forms = [["64", "96"], ["64,96"], ["[64, 96]"], ["(64, 96)"], ["64 96"]]
+    found = [parse_args([*given, *words]) for words in forms]
+    found += [parse_args(["--config", str(tmp_path / "run.yaml")])]
+    found += [jit.Config.of(data_path="x", model="JiT-B/16", img_size=size) for size in ((64, 96), [64, 96])]
+    assert all(config == found[0] for config in found)
+    assert found[0].recorded()["img_size"] == [64, 96]
+    assert jit.Config.of_record(found[0].recorded()) == found[0]
+    for words, size in ((["64", "64"], 64), (["64"], 64), (["64.0"], 64), (["off"], None), (["none"], None)):
+        assert parse_args([*given, *words]).data.img_size == size
+
+
+@pytest.mark.parametrize("size", [(64,), (64, 96, 32), (64.0, 96), (True, 96), "64"])
+def test_what_is_no_size_is_refused(size):
+    with pytest.raises(jit.UserError, match=r"^img_size .*must be of the type int \| tuple"):
+        jit.Config.of(data_path="x", img_size=size)
+
+
+@pytest.mark.parametrize("size", [(0, 96), (64, 16385), (-16, 16)])
+def test_a_side_out_of_range_is_refused(size):
+    with pytest.raises(jit.UserError, match=r"^img_size -?\d+ \d+: must be at least 1 and at most 16,384"):
+        jit.Config.of(data_path="x", img_size=size)
