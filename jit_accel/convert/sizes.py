@@ -40,6 +40,7 @@ SIZES = (
     *("img_size", "patch_size", "hidden_size", "depth", "num_heads", "bottleneck_dim", "in_context_len"),
     *("in_context_start", "num_classes", "in_channels"),
 )
+OF_CONDITIONS = ("condition_channels", "condition_bottleneck", "condition_inject", "vector_sizes")
 # What may be stated, and when it is believed.
 BELIEVED = {
     **dict.fromkeys(SIZES, _is_count),
@@ -147,8 +148,7 @@ def sizes_of_shapes(weights: Mapping[str, Tensor]) -> dict:
         "num_classes": classes,
         "mlp_ratio": mlp_ratio(hidden, inner),
         "in_channels": channels,
-        # Conditions are another matter: their weights are refused.
-        **{name: getattr(Preset, name) for name in ("condition_channels", "condition_bottleneck", "condition_inject")},
+        **{name: getattr(Preset, name) for name in OF_CONDITIONS},  # whose weights are refused
     }
 
 

@@ -144,6 +144,7 @@ NOT_IN_RECIPES = {
         "data_path",
         "data_format",
         "value_range",
+        "vector_column",
         "split",
         "renumber_labels",
         "image_column",
@@ -322,7 +323,7 @@ def try_here(flags: list[str], photos: Path, tmp_path: Path, monkeypatch) -> Non
     if config.condition.condition_path:
         small += ["--condition_path", str(photos)]
         photos = shutil.copytree(photos, tmp_path / "images")
-    if columns := config.condition.vector_column:
+    if columns := config.data.vector_column:
         photos = shutil.copytree(photos, tmp_path / "listed")
         lines = [",".join([str(path.relative_to(photos)), *["1"] * len(columns)]) for path in photos.glob("*/*.png")]
         (photos / "metadata.csv").write_text("\n".join([",".join(["file_name", *columns]), *lines]))
