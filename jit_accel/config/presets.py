@@ -14,11 +14,12 @@ Size = int | Sequence[int]  # of images in pixels: the side of a square, or heig
 
 
 def sides_of(size: Size) -> tuple[int, int]:
-    """Return the height and width of a size."""
-    if isinstance(size, Sequence):
-        height, width = size
-        return height, width
-    return size, size
+    """Return the height and width of a size. Raises `ValueError` for other counts of numbers."""
+    if not isinstance(size, Sequence):
+        return size, size
+    if len(size) != 2:
+        raise ValueError(f"img_size {shown(size)}: give the side of a square, or height and width")
+    return size[0], size[1]
 
 
 def grid_of(size: Size, patch_size: int) -> tuple[int, int]:

@@ -41,8 +41,8 @@ class SampleConfig:
     """Guidance acts at times LO < t < HI (default: the pipeline's, 0.1 1)."""
     method: Literal["heun", "euler"] | None = None
     """Solver of the ODE (default: the pipeline's, heun)."""
-    img_size: int | None = None
-    """Side of the images in pixels (default: as trained)."""
+    img_size: int | tuple[int, int] | None = None
+    """Side of the images in pixels, or their height and width (default: as trained)."""
     height: int | None = None
     """Instead of img_size, for images that are not square (default: img_size)."""
     width: int | None = None

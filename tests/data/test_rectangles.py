@@ -191,6 +191,8 @@ def test_sizes_that_are_none_are_refused(images):
     for size in ((28, 0), 0, (-1, 4)):
         with pytest.raises(UserError, match="img_size"):
             jit.batches(open_images(images), img_size=size, batch_size=4)
+    with pytest.raises(ValueError, match="img_size 28 14 3: give the side of a square, or height and width"):
+        jit.batches(open_images(images), img_size=(28, 14, 3), batch_size=4)
 
 
 def test_numbered_folders_are_read_at_any_size(tmp_path):

@@ -123,6 +123,9 @@ def test_pictures_are_sampled_and_evaluated_as_rectangles(run, images, tmp_path,
     assert sample([*how, "--output_dir", str(tmp_path / "npz"), "--num_images", "8", "--format", "npz"]) == 0
     with np.load(tmp_path / "npz" / "samples.npz") as file:
         assert file["arr_0"].shape == (8, 28, 14, 3)
+    flags = ("--output_dir", str(tmp_path / "other"), "--num_images", "4", "--img_size", "14", "21")
+    assert sample([*how, *flags]) == 0
+    assert {Image.open(path).size for path in (tmp_path / "other").rglob("*/*.png")} == {(21, 14)}
     assert sample([*how, "--output_dir", str(tmp_path / "wide"), "--num_images", "4", "--width", "28", "--grid"]) == 0
     assert {Image.open(path).size for path in (tmp_path / "wide").rglob("*/*.png")} == {(28, 28)}
     measure = ("--features", "tiny", "--metrics", "fd", "--mixed_precision", "no")
