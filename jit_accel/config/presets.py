@@ -15,7 +15,7 @@ Size = int | Sequence[int]  # of images in pixels: the side of a square, or heig
 
 def sides_of(size: Size) -> tuple[int, int]:
     """Return the height and width of a size. Raises `ValueError` for other counts of numbers."""
-    if not isinstance(size, Sequence):
+    if type(size) is int or not isinstance(size, Sequence):  # the former is sooner, and asked of each image
         return size, size
     if len(size) != 2:
         raise ValueError(f"img_size {shown(size)}: give the side of a square, or height and width")
