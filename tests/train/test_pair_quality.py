@@ -132,12 +132,13 @@ def test_without_torchmetrics_it_is_said_before_the_first_step(images, tmp_path,
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
     flags = ("--data_path", str(images), *HOW, "--output_dir", str(tmp_path / "out"))
-    assert train_here(*flags) == 2
+    assert train_here(*flags, "--paired_every_steps", "2") == 2
     errors = capsys.readouterr().err
     assert "--paired_every_steps" in errors
     assert "pip install 'jit_accel[eval]'" in errors
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
-    assert train_here(*flags, "--paired_every_steps", "0") == 0
+    assert train_here(*flags) == 0  # where nobody asks for scores there are none
+    assert not measured(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
