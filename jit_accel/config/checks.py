@@ -54,7 +54,7 @@ RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (lambda v: 0 <= v <= 1, "a share between 0 and 1", "max_bad_images"),
     (lambda v: isinstance(v, str) or 0 <= v <= 0.5, "a share between 0 (none) and 0.5, or a split's name", "holdout"),
     (lambda v: 0 <= v <= 1, "a probability between 0 and 1", "label_drop_prob condition_drop_prob"),
-    (lambda v: 0 <= v <= 64, "at least 1 and at most 64, or 0 for those of the data", "condition_channels"),
+    (lambda v: 0 <= v <= MOST_CHANNELS, f"at most {MOST_CHANNELS}, or 0 for those of the data", "condition_channels"),
     (lambda v: v >= 1, "at least 1; leave it out for none", "condition_bottleneck"),
     (lambda v: all(0 <= beta < 1 for beta in v), "two numbers in [0, 1)", "adam_betas"),
     (lambda v: v >= 0, "positive, or 0 for no clipping", "max_grad_norm"),

@@ -26,10 +26,6 @@ class Conditions:
     def __len__(self) -> int:
         return self.source.num_images
 
-    def name(self, index: int) -> str:
-        """Return the name of the file of the `index`-th one, "" where it has none."""
-        return self.names[index % len(self)] if self.names else ""
-
     def read(self, indices: Sequence[int]) -> Tensor:
         """Return pictures, (B, channels, H, W) in [0, 1]. Raises `UserError` for one that cannot be read."""
         pixels = np.empty((len(indices), 3, *self.size), np.uint8)
@@ -44,7 +40,7 @@ class Conditions:
 def open_conditions(path: str | None, pipeline: JiTPipeline, size: tuple[int, int], model: str) -> Conditions | None:
     """Open what the network is shown; None for one that is shown nothing.
 
-    Raises `UserError`: there are conditions for the one and not for the other, or none of that shape can be read.
+    Raises `UserError`: there are conditions for the one and not for the other, or they are no pictures.
     """
     channels = pipeline.transformer.config.condition_channels
     if not channels:
@@ -56,8 +52,8 @@ def open_conditions(path: str | None, pipeline: JiTPipeline, size: tuple[int, in
     if path is None:
         rule = "was trained with conditions: add --condition_path, a folder of pictures to show it."
         raise UserError(rule, about="model", value=model)
-    if channels not in (1, 3) or size[0] != size[1]:
-        rule = f"conditions of {channels} channels and {size[0]} x {size[1]} pixels are read from Python alone: "
+    if channels not in (1, 3):
+        rule = f"conditions of {channels} channels are read from Python alone: "
         raise UserError(f"{rule}jit.load(...)(condition_image=...).", about="condition_path", value=path)
     with renamed_settings(data_path="condition_path"):
         source = open_images(path, streaming=False)

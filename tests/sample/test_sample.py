@@ -500,13 +500,23 @@ def test_classes_may_be_named_beside_pictures(sample, enlarger, pictures, tmp_pa
     [
         ((), "was trained with conditions: add --condition_path"),
         (("--condition_path", "nowhere"), "--condition_path nowhere"),
-        (("--condition_path", "{pictures}", "--height", "32"), "are read from Python alone"),
+        (("--model", "{two_channels}", "--condition_path", "{pictures}"), "are read from Python alone"),
     ],
 )
 def test_pictures_that_cannot_be_shown_are_refused(sample, enlarger, pictures, tmp_path, capsys, flags, message):
-    assert sample("--model", enlarger, *(flag.format(pictures=pictures) for flag in flags)) == 2
+    if "{two_channels}" in flags:
+        sizes = JiTPipeline.from_pretrained(enlarger).transformer.config
+        sizes = {name: sizes[name] for name in sizes if not name.startswith("_")} | {"condition_channels": 2}
+        JiTPipeline(JiTTransformer2DModel(**sizes), JiTScheduler()).save_pretrained(tmp_path / "two")
+    places = {"pictures": pictures, "two_channels": tmp_path / "two"}
+    assert sample("--model", enlarger, *(flag.format(**places) for flag in flags)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_are_shown_in_the_shape_of_the_images(sample, enlarger, pictures, tmp_path):
+    assert sample("--model", enlarger, "--condition_path", pictures, "--height", "16", "--width", "32") == 0
+    assert {Image.open(path).size for path in (tmp_path / "out").glob("none/*.png")} == {(32, 16)}
 
 
 def test_a_picture_that_cannot_be_read_is_named(sample, enlarger, pictures, tmp_path, capsys):
