@@ -45,6 +45,8 @@ class DataConfig:
     init_from)."""
     horizontal_flip: bool = True
     """Mirror every second image, at random. Switch off for digits and text."""
+    crop: Literal["center", "random"] = "center"
+    """Where a picture is cut whose sides have another ratio than the images: in its middle, or elsewhere each time."""
     num_workers: int | None = None
     """Decoding processes per training process (default: by the number of cores)."""
     value_range: tuple[float, float] | None = None

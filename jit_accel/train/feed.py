@@ -32,7 +32,7 @@ from jit_accel.monitor.metrics import of_each_process
 
 log = logging.getLogger(__name__)
 
-SETTINGS_OF_BATCHES = ("img_size", "num_workers", "horizontal_flip", "shuffle_buffer", "lanes")
+SETTINGS_OF_BATCHES = ("img_size", "num_workers", "horizontal_flip", "crop", "shuffle_buffer", "lanes")
 MIN_DRAWS = 256  # of the validation: one time and noise an image say little when there are few
 
 
@@ -203,6 +203,7 @@ class Feed:
             is_encoded=self.source.is_encoded,
             is_prepared=self.source.format == "prepared",
             has_conditions=self.source.condition_channels > 0,
+            crop=self.data.crop,
         )
         return share, advice
 

@@ -137,6 +137,7 @@ def test_a_share_is_told_of_enough_steps_and_not_of_the_start(clock):
         ({}, "--num_workers 7 (now 2)"),
         ({"num_workers": 7}, "python -m jit_accel.prepare --data_path photos --format uint8 --output_dir FOLDER"),
         ({"cores": 1, "num_workers": 0}, "python -m jit_accel.prepare"),
+        ({"num_workers": 7, "crop": "random"}, "and train with --crop center"),
         ({"num_workers": 7, "is_prepared": True}, "--format uint8, which needs no decoding"),
         ({"is_encoded": False, "num_workers": 0}, "--num_workers 7"),
         ({"is_encoded": False, "num_workers": 7}, "disk"),

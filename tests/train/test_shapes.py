@@ -90,6 +90,19 @@ def test_a_stream_and_two_processes_take_the_steps_of_one(images, tmp_path):
             assert torch.allclose(state(two)[name], tensor, atol=1e-5), name
 
 
+def test_crops_at_random_places_go_on_alike_on_two_processes(images, tmp_path, capsys):
+    flags = ("--data_path", str(images), *TALL, *KEPT, "--crop", "random", "--output_dir")
+    one, two = (str(tmp_path / name) for name in ("one", "two"))
+    assert train_here(*flags, one, "--gradient_accumulation_steps", "2") == 0
+    shutil.copytree(one, two, ignore=shutil.ignore_patterns("step_00000004*", "pipeline"))
+    assert "Resumed from" in train_group(tmp_path, *flags, two, "--resume", "auto", num_processes=2)
+    for name, tensor in state(Path(one)).items():
+        assert torch.allclose(tensor, state(Path(two))[name], atol=1e-5), name
+    capsys.readouterr()
+    assert train_here(*flags, two, "--crop", "center", "--resume", "auto", "--max_steps", "5") == 0
+    assert "--crop was random and is center now" in capsys.readouterr().err
+
+
 def test_weights_of_one_shape_start_another(run, images, tmp_path, capsys):
     flags = ("--data_path", str(images), "--init_from", str(run), "--max_steps", "2", "--output_dir")
     assert train_here(*flags, str(tmp_path / "square"), "--img_size", "28") == 0

@@ -113,9 +113,18 @@ class BatchPartReader(torch.utils.data.IterableDataset):
     A UserError is an item and not raised: torch would bury its message under a worker's traceback.
     """
 
-    def __init__(self, source: Source, order: StreamOrder, img_size: Size, batches: Batches, number: int, count: int):
+    def __init__(
+        self,
+        source: Source,
+        order: StreamOrder,
+        img_size: Size,
+        batches: Batches,
+        crops: Callable[[np.ndarray], np.ndarray | None],
+        number: int,
+        count: int,
+    ):
         self._source, self._stream, self._order, self._img_size = source, source.images, order, img_size
-        self._batches, self._number, self._count = batches, number, count
+        self._batches, self._crops, self._number, self._count = batches, crops, number, count
         self._first_readable: tuple[np.ndarray, Any] | None = None
 
     def __iter__(self) -> Iterator[BatchPart | UserError]:
@@ -137,33 +146,35 @@ class BatchPartReader(torch.utils.data.IterableDataset):
         part = BatchPart(np.sort(mine), pixels, facts, {})
         images = part.images.numpy()
         columns = (slots, mine, *(values[mine] for values in by_place))
-        for slot, place, epoch, lane, number, offset in zip(*(column.tolist() for column in columns)):
+        crops = self._crops(positions[mine])
+        crops = [None] * len(mine) if crops is None else crops.tolist()
+        for slot, place, epoch, lane, number, offset, at in zip(*(column.tolist() for column in columns), crops):
             window = lanes.window(epoch, lane, number)
             try:
-                images[slot], facts[slot] = self._decode(window, int(window.order[offset]))
+                images[slot], facts[slot] = self._decode(window, int(window.order[offset]), at)
             except BadImage as error:
                 part.bad_images[place] = str(error)
-                images[slot], facts[slot] = self._substitute(window, int(positions[place]), str(error))
+                images[slot], facts[slot] = self._substitute(window, int(positions[place]), at, str(error))
         return part
 
-    def _decode(self, window: OpenLane, index: int) -> tuple[np.ndarray, Any]:
+    def _decode(self, window: OpenLane, index: int, at: float | None) -> tuple[np.ndarray, Any]:
         def name() -> str:
             unit, row = self._order.rows(window.epoch, window.first + index)
             return self._stream.name_of(int(unit), int(row))
 
-        return self._decode_row(window.images[index], name)
+        return self._decode_row(window.images[index], name, at)
 
-    def _decode_row(self, row: dict, name: Callable[[], str]) -> tuple[np.ndarray, Any]:
+    def _decode_row(self, row: dict, name: Callable[[], str], at: float | None = None) -> tuple[np.ndarray, Any]:
         columns = self._stream.columns
-        return decode_row(row, columns, self._img_size, name), facts_in_row(row, columns, name)
+        return decode_row(row, columns, self._img_size, name, at), facts_in_row(row, columns, name)
 
-    def _substitute(self, window: OpenLane, position: int, reason: str) -> tuple[np.ndarray, Any]:
+    def _substitute(self, window: OpenLane, position: int, at: float | None, reason: str) -> tuple[np.ndarray, Any]:
         """Return another image of the window for one that is bad, so that batches keep their shape."""
         draws = position * MAX_SUBSTITUTES + np.arange(MAX_SUBSTITUTES)
         chosen = rng.hash64(self._order.seed, "substitute", draws) % np.uint64(len(window.images))
         for index in chosen.tolist():
             with contextlib.suppress(BadImage):  # it is named at its own turn
-                return self._decode(window, index)
+                return self._decode(window, index, at)
         if self._first_readable is not None:
             return self._first_readable
         stream = self._stream

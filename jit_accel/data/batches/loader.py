@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from jit_accel.base import rng
-from jit_accel.base.errors import UserError, shown
+from jit_accel.base.errors import UserError, lookup, shown
 from jit_accel.base.host import give_heap_back
 from jit_accel.config.presets import Size, in_pixels, sides_of
 from jit_accel.data import data_error
@@ -35,7 +35,7 @@ from jit_accel.data.batches.batch import (
 )
 from jit_accel.data.batches.lanes import BatchPart, BatchPartReader, images_in_a_window
 from jit_accel.data.formats.source import Source
-from jit_accel.data.reading.images import KeptImages
+from jit_accel.data.reading.images import KeptImages, Read, check_crops
 
 log = logging.getLogger(__name__)
 MOST_KEPT_BYTES = 2**26  # pixels of all images, which each worker then keeps
@@ -54,6 +54,7 @@ class ReadingTask:
     world_size: int = 1
     num_workers: int = 0  # processes that decode; 0 decodes in this one
     horizontal_flip: bool = True
+    crop: str = "center"  # or "random": where it lies follows from the position in the run
     shuffle_buffer: int = 1024  # images of a lane of a stream that are shuffled together; fewer where they are large
     lanes: int | None = None  # of a stream; None for about eight a process
     num_classes: int | None = None  # labels from here on are refused with a `UserError` when they are met
@@ -64,6 +65,10 @@ class ReadingTask:
     def step_images(self) -> int:
         """Images of one micro-batch of all processes."""
         return self.world_size * self.batch_size
+
+    def crops(self, positions: np.ndarray) -> np.ndarray | None:
+        """Return where the images at these positions are cropped; see `Images.read`."""
+        return order.CROPS[self.crop](self.seed, positions)
 
     def batch(self, images: torch.Tensor, facts: np.ndarray, positions: np.ndarray, bad: list[str]) -> PixelBatch:
         """Return a batch with the mirroring that follows from the positions; see `Images.read` for the facts."""
@@ -77,14 +82,17 @@ def build_loader(source: Source, **how) -> "Loader":
 
     Each image comes exactly once an epoch, in an order that follows from the seed and the data (of a stream also from
     `lanes` and `shuffle_buffer`), and not from the numbers of processes and workers. UserError if the images were
-    prepared smaller than `img_size`.
+    prepared smaller than `img_size`, or leave random crops nothing to choose.
     """
     task = ReadingTask(source=source, **how)
+    lookup(order.CROPS, task.crop, "crop")
     if source.img_size is not None and any(map(gt, sides_of(task.img_size), sides_of(source.img_size))):
         stored, wanted = in_pixels(source.img_size), shown(task.img_size)
         rule = f"the images of {source.name} were prepared with {stored} px, and would have to be enlarged: prepare "
         rule += f"them again with --img_size {wanted}, or train at {shown(source.img_size)}."
         raise UserError(rule, about="img_size", value=wanted)
+    if task.crop != "center":
+        check_crops(source.images, source.img_size, task.img_size, of=source.name)
     return StreamLoader(task) if source.streaming else Loader(task)
 
 
@@ -170,7 +178,7 @@ class RandomAccessBatches(torch.utils.data.Dataset):
         self._task, self._images, self._num_images = task, task.source.images, task.source.num_images
         dtype = task.source.pixels.dtype
         num_bytes = task.source.channels * self._num_images * math.prod(sides_of(task.img_size)) * dtype.itemsize
-        if task.source.is_encoded and num_bytes <= MOST_KEPT_BYTES:
+        if task.crop == "center" and task.source.is_encoded and num_bytes <= MOST_KEPT_BYTES:
             self._images = KeptImages(self._images, task.source.channels, task.img_size, dtype)
 
     def __getitem__(self, base: int) -> PixelBatch | UserError:
@@ -181,7 +189,7 @@ class RandomAccessBatches(torch.utils.data.Dataset):
         pixels = empty_batch(shape, task.source.pixels.dtype)
         images = pixels.numpy()
         indices = order.image_indices(task.seed, positions, self._num_images, task.order_kind)
-        facts, bad = self._images.read(indices, images)
+        facts, bad = self._read(indices, images, positions)
         for place, reason in bad.items():
             substituted = self._substitute(int(positions[place]), images[place : place + 1])
             if substituted is None:
@@ -194,10 +202,14 @@ class RandomAccessBatches(torch.utils.data.Dataset):
         """Read another image for a position whose own is bad, so that batches keep their shape: a pure function too."""
         draws = position * MAX_SUBSTITUTES + np.arange(MAX_SUBSTITUTES)
         for index in rng.hash64(self._task.seed, "substitute", draws) % np.uint64(self._num_images):
-            facts, bad = self._images.read(np.array([index], np.int64), out)
+            facts, bad = self._read(np.array([index], np.int64), out, np.array([position]))
             if not bad:  # one that is bad as well is named at its own turn
                 return facts[0]
         return None
+
+    def _read(self, indices: np.ndarray, out: np.ndarray, positions: np.ndarray) -> Read:
+        at = self._task.crops(positions)
+        return self._images.read(indices, out) if at is None else self._images.read(indices, out, at)
 
 
 class StreamLoader(Loader):
@@ -234,7 +246,8 @@ class StreamLoader(Loader):
         task, count = self._task, max(1, self._task.num_workers)
         # A message is a part of as many batches as there are workers, and so about as large as a batch.
         groups = partial(_batch_groups, task, self._order, position, count)
-        readers = [BatchPartReader(task.source, self._order, task.img_size, groups, n, count) for n in range(count)]
+        what = (task.source, self._order, task.img_size, groups, task.crops)
+        readers = [BatchPartReader(*what, number, count) for number in range(count)]
         if task.num_workers:  # a loader of one worker each: HF divides the shards among the workers that it sees
             readers = [make_loader(reader, num_workers=1) for reader in readers]
         for positions, *parts in zip(groups(), *readers):

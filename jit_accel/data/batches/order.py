@@ -59,6 +59,18 @@ def flips(seed: int, positions) -> np.ndarray:
     return rng.uniform(seed, "flip", positions) < 0.5
 
 
+def middle(seed: int, positions) -> None:
+    """Return None: the crops of all images lie in their middle."""
+
+
+def anywhere(seed: int, positions) -> np.ndarray:
+    """Return for each position where the crop of its image lies, between the two ends of the room there is: float64."""
+    return rng.uniform(seed, "crop", positions)
+
+
+CROPS = {"center": middle, "random": anywhere}
+
+
 class Place(NamedTuple):
     """The images at `offset` in the shuffled order of `window` of `lane` in `epoch`: int64 (k,) each."""
 

@@ -41,9 +41,11 @@ def batches(
         batch_size: images a batch, of this process.
         seed: of the order, of the mirroring, and of what is random about conditions.
         condition_from: what makes conditions of the images, such as "downscale:4", where they have none.
-        how: further fields of `ReadingTask`, such as `num_workers`, `horizontal_flip`, `rank` and `world_size`.
+        how: further fields of `ReadingTask`, such as `num_workers`, `horizontal_flip`, `crop="random"`, `rank` and
+            `world_size`.
 
-    UserError if a number is below 1, the images were prepared smaller than `img_size`, or they have conditions already.
+    UserError if a number is below 1, the images were prepared smaller than `img_size`, or leave random crops nothing to
+    choose, or they have conditions already.
     """
     counts = {"img_size": img_size, "batch_size": batch_size, "lanes": how.get("lanes")}
     check_ranges(counts, [(name, lambda count: min(sides_of(count)) >= 1, "at least 1") for name in counts])
@@ -240,6 +242,7 @@ def waiting_advice(
     is_encoded: bool,
     is_prepared: bool,
     has_conditions: bool = False,
+    crop: str = "center",
 ) -> str:
     """Return what to do about training that waits for its data, where a process has so many `cores` for itself."""
     spare = cores - 1  # one is for the training itself
@@ -250,7 +253,8 @@ def waiting_advice(
         return f"--num_workers {spare} (now {num_workers}) uses all cores."
     if is_encoded:
         command = f"python -m jit_accel.prepare --data_path {shlex.quote(data_path)} --format uint8 --output_dir FOLDER"
-        remedy = f"decode once and for all with `{command}`{', and the flag of the conditions' * has_conditions}."
+        remedy = f"decode once and for all with `{command}`{', and the flag of the conditions' * has_conditions}"
+        remedy += "." if crop == "center" else f", and train with --crop center: --crop {crop} decodes an image anew."
         if is_prepared:
             remedy = "prepare the data with --format uint8, which needs no decoding, or train at a smaller --img_size."
         return f"all cores decode already: {remedy}"

@@ -20,6 +20,7 @@ from jit_accel.data.formats.columns import IMAGE_CHANNELS, Columns, features_of
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
 from jit_accel.data.formats.tables import open_file, parquet_stream
 from jit_accel.data.reading.decode import crop_pixels
+from jit_accel.data.reading.images import Read
 from jit_accel.data.reading.servers import at_once
 from jit_accel.data.reading.shards import LocalShard, missing_path
 from jit_accel.data.reading.splits import TRAIN, choose_splits
@@ -97,7 +98,7 @@ class PixelStore:
     def __getstate__(self) -> dict:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def read(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+    def read(self, indices: np.ndarray, out: np.ndarray, at: np.ndarray | None = None) -> Read:
         """Copy pixels; see `Images.read`. Into a smaller `out` they are scaled, as `center_crop` does."""
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         rows = indices - self._starts[shards]
@@ -108,7 +109,8 @@ class PixelStore:
         else:
             for place, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist())):
                 pixels = self._pixels(shard)[row, : out.shape[1]]
-                out[place] = crop_pixels(pixels, size) if is_scaled else pixels
+                spot = None if at is None else at[place]
+                out[place] = crop_pixels(pixels, size, spot) if is_scaled else pixels
         return self.labels()[indices], {}
 
     def labels(self) -> np.ndarray:

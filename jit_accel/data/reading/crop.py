@@ -21,9 +21,9 @@ def bands_of(image: Image.Image) -> np.ndarray:
     return pixels
 
 
-def center_crop(image: Image.Image, size: Size) -> Image.Image:
+def center_crop(image: Image.Image, size: Size, at: float | None = None) -> Image.Image:
     """ADM's crop: halve with a box filter while both sides are at least twice those of `size`, scale bicubically until
-    it just covers `size`, cut out the centre.
+    it just covers `size`, cut out the centre. Or what lies elsewhere: `at` 0 is left or top, 1 right or bottom.
 
     Exact up to an aspect ratio of 16, in units of that of `size`; one of this size comes back unchanged.
     """
@@ -33,17 +33,25 @@ def center_crop(image: Image.Image, size: Size) -> Image.Image:
     widest = max(1, MAX_EXACT_ASPECT * image.height * width // height)
     tallest = max(1, MAX_EXACT_ASPECT * image.width * height // width)
     if image.width > widest or image.height > tallest:
-        image = _cut_out(image, min(image.width, widest), min(image.height, tallest))
+        image = _cut_out(image, min(image.width, widest), min(image.height, tallest), at)
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
     covering = round(image.width * scale), round(image.height * scale)
-    return _cut_out(image.resize(covering, Image.Resampling.BICUBIC), width, height)
+    return _cut_out(image.resize(covering, Image.Resampling.BICUBIC), width, height, at)
 
 
-def _cut_out(image: Image.Image, width: int, height: int) -> Image.Image:
-    left, top = (image.width - width) // 2, (image.height - height) // 2
+def _cut_out(image: Image.Image, width: int, height: int, at: float | None) -> Image.Image:
+    rooms = image.width - width, image.height - height
+    left, top = (room // 2 if at is None else min(room, int(at * (room + 1))) for room in rooms)
     return image.crop((left, top, left + width, top + height))
+
+
+def has_room(stored: Size, size: Size) -> bool:
+    """Return whether a picture of the size `stored` is longer than `size` on one side once it just covers that."""
+    sides, wanted = sides_of(stored), sides_of(size)
+    scale = max(target / side for side, target in zip(sides, wanted))
+    return any(round(side * scale) > target for side, target in zip(sides, wanted))
 
 
 def fast_crop(image: Image.Image, size: Size, full_size: tuple[int, int]) -> Image.Image:
@@ -65,7 +73,7 @@ def fast_crop(image: Image.Image, size: Size, full_size: tuple[int, int]) -> Ima
     return image.resize(wanted, Image.Resampling.BICUBIC, box=(left, top, right, bottom), reducing_gap=2.0)
 
 
-def crop_pixels(pixels: np.ndarray, size: Size) -> np.ndarray:
+def crop_pixels(pixels: np.ndarray, size: Size, at: float | None = None) -> np.ndarray:
     """`center_crop` of (C, H, W), uint8 or float32: (C, height, width), the same array where there is nothing to do.
 
     Other counts than colour's three are cropped channel by channel.
@@ -73,8 +81,8 @@ def crop_pixels(pixels: np.ndarray, size: Size) -> np.ndarray:
     if pixels.shape[1:] == sides_of(size):
         return pixels
     if len(pixels) != IMAGE_CHANNELS or pixels.dtype != np.uint8:
-        return np.stack([np.asarray(center_crop(plane, size)) for plane in planes_of(pixels)])
-    return bands_of(center_crop(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))), size))
+        return np.stack([np.asarray(center_crop(plane, size, at)) for plane in planes_of(pixels)])
+    return bands_of(center_crop(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))), size, at))
 
 
 def pixels_of(data: bytes | None, size: Size) -> np.ndarray:

@@ -80,12 +80,16 @@ def decode_sized(
     fast: bool = False,
     pixels: PixelFormat = COLOUR,
     is_condition: bool = False,
+    at: float | None = None,
 ) -> Decoded:
-    """`decode_image`, with the size that the whole picture has, upright; nested lists are taken for arrays."""
+    """`decode_image`, with the size that the whole picture has, upright; nested lists are taken for arrays.
+
+    at: where the crop lies, which `fast_crop` cannot choose; see `center_crop`.
+    """
     if data is None or (isinstance(data, bytes) and not data):
         raise BadImage("empty")
     channels = pixels.condition_channels if is_condition else pixels.channels
-    wanted = (size, channels, pixels.value_range, is_condition)
+    wanted = (size, channels, pixels.value_range, is_condition, at)
     try:
         if isinstance(data, list):
             return _cut(numbers_in(data), *wanted)
@@ -94,7 +98,7 @@ def decode_sized(
             plain = None if fast or channels != 3 or pixels.value_range else plain_jpeg(file)
             if plain is None:
                 return _decode(file, fast, *wanted)
-            return Decoded(crop_pixels(plain.transpose(2, 0, 1), size), plain.shape[1::-1])
+            return Decoded(crop_pixels(plain.transpose(2, 0, 1), size, at), plain.shape[1::-1])
     except BadImage:
         raise
     except Exception as error:  # decoders raise anything on damaged files
@@ -129,30 +133,36 @@ def raw_numbers(data: Any) -> np.ndarray | Image.Image:
 
 
 def decode_row(
-    row: Mapping[str, Any], columns: Columns, img_size: Size, fallback_name: Callable[[], str] = str
+    row: Mapping[str, Any],
+    columns: Columns,
+    img_size: Size,
+    fallback_name: Callable[[], str] = str,
+    at: float | None = None,
 ) -> np.ndarray:
-    """Decode the image of a row to (C, H, W) of this size, and behind it its condition, if it has one.
+    """Decode the image of a row to (C, H, W) of this size, and behind it its condition, if it has one, cropped alike.
 
     Raises `BadImage` with the message "name: reason"; `fallback_name` is asked for where it has no name of its own.
     """
     data, name = columns.image_of(row.get(columns.image))
     try:
         if columns.condition is not None:
-            decode = partial(_decode_value, columns=columns, img_size=img_size)
+            decode = partial(_decode_value, columns=columns, img_size=img_size, at=at)
             condition = columns.image_of(row.get(columns.condition))
             return decode_pair(data, *condition, decode, partial(decode, is_condition=True))
         if columns.raw_size is not None:  # fifty times as fast as decoding: each call counts
-            return crop_pixels(pixels_of(data, columns.raw_size), img_size)
-        return decode_image(data, img_size, pixels=columns.pixels)
+            return crop_pixels(pixels_of(data, columns.raw_size), img_size, at)
+        return decode_sized(data, img_size, pixels=columns.pixels, at=at).pixels
     except BadImage as error:
         raise type(error)(f"{name or fallback_name()}: {error}") from error
 
 
-def _decode_value(data: bytes | str | None, columns: Columns, img_size: Size, is_condition: bool = False) -> Decoded:
+def _decode_value(
+    data: bytes | str | None, columns: Columns, img_size: Size, at: float | None, is_condition: bool = False
+) -> Decoded:
     if columns.raw_size is None:
-        return decode_sized(data, img_size, False, columns.pixels, is_condition)
+        return decode_sized(data, img_size, False, columns.pixels, is_condition, at)
     height, width = sides_of(columns.raw_size)
-    return Decoded(crop_pixels(pixels_of(data, columns.raw_size), img_size), (width, height))
+    return Decoded(crop_pixels(pixels_of(data, columns.raw_size), img_size, at), (width, height))
 
 
 def decode_pair(
@@ -232,7 +242,13 @@ def _opened(data: bytes | str | os.PathLike) -> BinaryIO:
 
 
 def _decode(
-    file: BinaryIO, fast: bool, size: Size, channels: int, value_range: tuple[float, float] | None, is_condition: bool
+    file: BinaryIO,
+    fast: bool,
+    size: Size,
+    channels: int,
+    value_range: tuple[float, float] | None,
+    is_condition: bool,
+    at: float | None,
 ) -> Decoded:
     try:
         image = Image.open(file, formats=_FORMATS)
@@ -247,7 +263,7 @@ def _decode(
             raise BadImage("empty") from error
         if is_array(head):
             file.seek(0)
-            return _cut(read_array(file), size, channels, value_range, is_condition)
+            return _cut(read_array(file), size, channels, value_range, is_condition, at)
         if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
             raise BadImage("HEIC, which cannot be decoded here: convert it to JPEG or PNG") from error
         raise BadImage(f"{type(error).__name__}: not an image") from error
@@ -263,18 +279,23 @@ def _decode(
         if not is_plain:
             has_bits = channels in (1, 3) and not image.mode.startswith(("I", "F"))
             numbers = np.asarray(to_grey(image) if channels == 1 else to_rgb(image)) if has_bits else numbers_of(image)
-            return _cut(numbers, size, channels, value_range, is_condition)
+            return _cut(numbers, size, channels, value_range, is_condition, at)
         upright = to_rgb(image) if channels == 3 else to_grey(image)
-        cropped = fast_crop(upright, size, full_size) if fast else center_crop(upright, size)
+        cropped = fast_crop(upright, size, full_size) if fast else center_crop(upright, size, at)
         return Decoded(bands_of(cropped), full_size[::-1] if is_turned else full_size)
 
 
 def _cut(
-    numbers: np.ndarray, size: Size, channels: int, value_range: tuple[float, float] | None, is_condition: bool
+    numbers: np.ndarray,
+    size: Size,
+    channels: int,
+    value_range: tuple[float, float] | None,
+    is_condition: bool,
+    at: float | None,
 ) -> Decoded:
     """Return what is cut out of an array that has as many channels, or is grey in place of colour or the other way."""
     planes = channels_first(numbers, channels)
-    return Decoded(crop_pixels(in_units(planes, value_range, is_condition), size), planes.shape[:0:-1])
+    return Decoded(crop_pixels(in_units(planes, value_range, is_condition), size, at), planes.shape[:0:-1])
 
 
 def to_grey(image: Image.Image) -> Image.Image:

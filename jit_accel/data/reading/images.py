@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from itertools import islice
 from typing import Protocol
 
@@ -14,11 +15,12 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, IterableDataset
 from pyarrow.dataset import ParquetFragmentScanOptions
 
-from jit_accel.base.errors import UserError
-from jit_accel.config.presets import Size, sides_of
+from jit_accel.base.errors import UserError, shown
+from jit_accel.config.presets import Size, in_pixels, sides_of
 from jit_accel.data import data_error
 from jit_accel.data.formats.columns import IMAGE_CHANNELS, Columns
 from jit_accel.data.reading.content import announce_keys, file_keys, key_of
+from jit_accel.data.reading.crop import has_room
 from jit_accel.data.reading.decode import BadImage, decode_row, facts_in_row
 from jit_accel.data.reading.shards import Shard, Span, at_hand
 
@@ -28,16 +30,22 @@ _MOST_OPEN_FILES = 32
 _SCAN = ParquetFragmentScanOptions(pre_buffer=False)  # which saves a fifth of the time, and memory
 
 
+Read = tuple[np.ndarray, dict[int, str]]  # as `Images.read` returns it
+
+
 class Images(Protocol):
     """Images that can be read in any order.
 
-    Where no image needs decoding, `is_encoded` is there and False; `channels`, where conditions go with them.
+    Where no image needs decoding, `is_encoded` is there and False; `channels`, where conditions go with them. `read`
+    may be without `at` where no crops at random places are asked for.
     """
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+    def read(self, indices: np.ndarray, out: np.ndarray, at: np.ndarray | None = None) -> Read:
         """Read images `indices`, int64 (B,), into `out` (B, C, H, W), undefined where bad.
+
+        at: where the crop of each lies, 0..1, float64 (B,), as `center_crop` takes it; None for the centre.
 
         With conditions `out` may have as many channels as `channels` says, of which these are the last.
 
@@ -67,7 +75,7 @@ class TableImages:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def read(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+    def read(self, indices: np.ndarray, out: np.ndarray, at: np.ndarray | None = None) -> Read:
         """Decode and crop; see `Images.read`."""
         columns = self.columns if out.shape[1] == self.channels else replace(self.columns, condition=None)
         rows = self.dataset[indices.tolist()]
@@ -76,7 +84,7 @@ class TableImages:
             row, name = {column: values[i] for column, values in rows.items()}, lambda i=i: f"image {indices[i]}"
             try:
                 facts[i] = facts_in_row(row, columns, name)
-                out[i] = decode_row(row, columns, out.shape[2:], name)
+                out[i] = decode_row(row, columns, out.shape[2:], name, None if at is None else at[i])
             except BadImage as error:
                 bad[i] = str(error)
         return facts, bad
@@ -125,9 +133,9 @@ class SomeImages:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+    def read(self, indices: np.ndarray, out: np.ndarray, *at: np.ndarray) -> Read:
         """See `Images.read`."""
-        return self.images.read(self.indices[indices], out)
+        return self.images.read(self.indices[indices], out, *at)
 
     def keys(self) -> np.ndarray:
         """See `Images.keys`."""
@@ -135,7 +143,7 @@ class SomeImages:
 
 
 class KeptImages:
-    """The images of `images`, cropped to one size, each of which is decoded once and then kept."""
+    """The images of `images`, their centres cropped to one size, each of which is decoded once and then kept."""
 
     def __init__(self, images: Images, channels: int, size: Size, dtype: np.dtype | type = np.uint8):
         self.images = images
@@ -143,7 +151,7 @@ class KeptImages:
         self.facts: np.ndarray | None = None  # once their type is known
         self.are_kept = np.zeros(len(images), bool)
 
-    def read(self, indices: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+    def read(self, indices: np.ndarray, out: np.ndarray) -> Read:
         """See `Images.read`; what is bad is looked at anew each time."""
         places, bad = np.flatnonzero(~self.are_kept[indices]), {}
         if len(places):
@@ -156,6 +164,24 @@ class KeptImages:
             self.are_kept[indices[list(bad)]] = False
         out[:] = self.pixels[indices]
         return self.facts[indices], bad
+
+
+def check_crops(images: "Images | Stream", stored: Size | None, size: Size, *, of: str) -> None:
+    """Raise `UserError` where crops of this size at random places cannot be read, or leave nothing to choose.
+
+    stored: the one size that all images have, if it is known.
+    """
+    while isinstance(images, SomeImages):
+        images = images.images
+    if not isinstance(images, Stream) and "at" not in signature(images.read).parameters:
+        rule = f"the `read` of {of} takes no places of crops: give it an argument `at`, as Images.read has, or use "
+        raise UserError(rule + "--crop center.", about="crop", value="random")
+    if stored is not None and not has_room(stored, size):
+        height, width = sides_of(size)
+        rule = f"the images of {of} were prepared with {in_pixels(stored)} px, of which --img_size {shown(size)} cuts "
+        rule += "nothing off: train on what they were prepared from, prepare them longer, such as with "
+        rule += f"--img_size {height} {width + width // 2}, or use --crop center."
+        raise UserError(rule, about="crop", value="random")
 
 
 @dataclass(frozen=True)
