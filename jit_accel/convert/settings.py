@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from jit_accel.base.errors import UserError, check_ranges
+from jit_accel.base.errors import UserError, check_ranges, within
 from jit_accel.config.checks import check_hub
-from jit_accel.config.groups import HubConfig
+from jit_accel.config.groups import MOST_PIXELS, HubConfig
+from jit_accel.config.presets import settle_size
 
 # What the name of --output ends in, and what is written then; other names are folders.
 TARGET_KINDS = {".pth": "pth", ".pt": "pth", ".safetensors": "safetensors"}
@@ -27,12 +28,15 @@ class NetworkFlags:
     """Block before which the class tokens join in, counted from 0 (default: the preset's with these sizes)."""
     patch_size: int | None = None
     """Side of a patch in pixels (default: from the shape of the patch embedding)."""
-    img_size: int | None = None
-    """Side of the training images in pixels (default: from pos_embed; without one 16 patches)."""
+    img_size: int | tuple[int, int] | None = None
+    """Side of the training images in pixels, or their height and width (default: from pos_embed; without one 16
+    patches a side)."""
     proj_dropout: float | None = None
     """Dropout for a training that goes on (default: the checkpoint's or the preset's)."""
     attn_dropout: float | None = None
     """The same on the attention weights (default: likewise)."""
+
+    __post_init__ = settle_size
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ class ConvertConfig:
 
 
 RANGES = [
-    *((name, lambda v: v >= 1, "at least 1") for name in ("num_heads", "patch_size", "img_size")),
+    *((name, lambda v: v >= 1, "at least 1") for name in ("num_heads", "patch_size")),
+    *within(1, MOST_PIXELS, "img_size"),
     *((name, lambda v: 0 <= v < 1, "in [0, 1)") for name in ("proj_dropout", "attn_dropout")),
     ("in_context_start", lambda v: v >= 0, "0 or more"),
     ("noise_scale", lambda v: 0 < v < math.inf, "positive"),

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from jit_accel.base.errors import UserError, shown
-from jit_accel.config.presets import PRESETS, Preset, Size, grid_of, sizes_near, swiglu_width, usual_noise_scale
+from jit_accel.config.presets import (
+    PRESETS,
+    Preset,
+    Size,
+    grid_of,
+    plain_size,
+    sizes_near,
+    swiglu_width,
+    usual_noise_scale,
+)
 from jit_accel.model import functional
 from jit_accel.model.call_arguments import is_number
 from jit_accel.model.pipeline import JiTPipeline
@@ -22,8 +31,8 @@ PAPER_GUIDANCE = {"JiT-B": (3.0, 3.0), "JiT-L": (2.4, 2.5), "JiT-H": (2.2, 2.3),
 DEFAULT_GUIDANCE = 2.0
 # Flags, and where in the weights their sizes are seen.
 SHOWN_BY = {
-    "num_heads": "blocks.0.attn.q_norm.weight",
-    "patch_size": "x_embedder.proj1.weight",
+    "num_heads": "shape of blocks.0.attn.q_norm.weight",
+    "patch_size": "shape of x_embedder.proj1.weight",
     "img_size": "pos_embed",
 }
 
@@ -70,7 +79,8 @@ def from_arguments(arguments: Mapping) -> dict:
     values = {ARGUMENT_NAMES.get(name, name): value for name, value in arguments.items() if isinstance(name, str)}
     if "interval_min" in values and "interval_max" in values:
         values.setdefault("guidance_interval", (values["interval_min"], values["interval_max"]))
-    return {name: values[name] for name, holds in BELIEVED.items() if name in values and holds(values[name])}
+    found = {name: values[name] for name, holds in BELIEVED.items() if name in values and holds(values[name])}
+    return found | ({"img_size": plain_size(found["img_size"])} if "img_size" in found else {})
 
 
 def from_pipeline(pipeline: JiTPipeline) -> dict:
@@ -91,20 +101,16 @@ def network_config(
     sizes = sizes_of_shapes(weights)
     preset = preset_of(sizes)
     if positions is not None:
-        side = math.isqrt(positions.shape[1]) if positions.ndim == 3 else 0
-        known, patch = stated.get("img_size"), sizes["patch_size"]
-        is_stated = isinstance(known, list | tuple) and math.prod(grid_of(known, patch)) == positions.shape[1]
-        if not is_stated and (not side or side * side != positions.shape[1]):
-            rule = f"pos_embed has the shape {tuple(positions.shape)}, which is no square image's."
-            raise UserError(rule, about="input")
-        sizes["img_size"] = known if is_stated else side * patch
+        sizes["img_size"] = _size_of_positions(positions, sizes["patch_size"])
     notes = []
     for name, size in ((name, sizes[name]) for name in SIZES if name in sizes):
         if flags.get(name, size) != size:
-            rule = f"the weights say {size} (shape of {SHOWN_BY[name]}): leave the flag out."
-            raise UserError(rule, about=name, value=flags[name])
+            rule = f"the weights say {shown(size)} ({SHOWN_BY[name]}): leave the flag out."
+            raise UserError(rule, about=name, value=shown(flags[name]))
         if stated.get(name, size) != size:
-            notes.append(f"the checkpoint says {name} {stated[name]}, its weights have {size}, which counts.")
+            notes.append(
+                f"the checkpoint says {name} {shown(stated[name])}, its weights have {shown(size)}, which counts."
+            )
     if "model" in stated and stated["model"] not in (preset, model_name(sizes)):
         notes.append(f"the checkpoint says {stated['model']}, its weights are a {model_name(sizes)}, which counts.")
     if "img_size" not in sizes:
@@ -114,6 +120,22 @@ def network_config(
         sizes[name] = flags.get(name, stated.get(name, getattr(PRESETS.get(preset), name, 0.0)))
     check_fit(weights, positions, sizes)
     return sizes, notes
+
+
+def _size_of_positions(positions: Tensor, patch: int) -> Size:
+    """Return the size of the images whose `pos_embed` (1, N, D) this may be: its first half repeats in each row."""
+    if positions.ndim != 3 or positions.shape[1] < 1 or positions.shape[2] < 2:
+        raise _not_a_jit(f"pos_embed has the shape {tuple(positions.shape)}")
+    of_columns = positions[0, :, : positions.shape[2] // 2].float()
+    is_first = (of_columns - of_columns[0]).abs().amax(1) <= _rounding(positions)
+    starts = is_first.nonzero().flatten().tolist()
+    columns = starts[1] if len(starts) > 1 else len(is_first)
+    return plain_size((len(is_first) // columns * patch, columns * patch))
+
+
+def _rounding(positions: Tensor) -> float:
+    """Return how far the table may be off: half-precision copies are as good as their type."""
+    return max(1e-4, torch.finfo(positions.dtype).eps)
 
 
 def _not_a_jit(problem: str, model: str = "JiT") -> UserError:
@@ -229,10 +251,8 @@ def check_fit(weights: Mapping[str, Tensor], positions: Tensor | None, config: M
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise _not_a_jit("; ".join(problems[:6]) + more, model_name(config))
     if positions is not None:
-        table = position_table(config)
-        # Half-precision copies of the table are as good as their type.
-        tolerance = max(1e-4, torch.finfo(positions.dtype).eps)
-        if positions.shape != table.shape or not torch.allclose(positions.float(), table, rtol=0, atol=tolerance):
+        table, close = position_table(config), {"rtol": 0, "atol": _rounding(positions)}
+        if positions.shape != table.shape or not torch.allclose(positions.float(), table, **close):
             raise _not_a_jit("pos_embed is not the fixed 2-D sin-cos table")
 
 

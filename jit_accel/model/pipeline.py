@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from jit_accel.config.presets import sides_of
+from jit_accel.config.presets import Size, sides_of
 from jit_accel.model.call_arguments import (
     DEFAULTS,
     Label,
@@ -192,8 +192,8 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         mask_image: Picture | Sequence[Picture] | None = None,
         condition_image: Picture | Sequence[Picture | None] | None = None,
         guidance_on: str | None = None,
-        tile: int | None = None,
-        overlap: int | None = None,
+        tile: Size | None = None,
+        overlap: Size | None = None,
         vectors: Sequence[Row] | Row | Tensor = None,
     ) -> ImagePipelineOutput | tuple:
         """Return images of classes, or of conditions, made from noise or from images.
@@ -220,7 +220,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
             condition_image: what the network sees beside the noise, and a bridge starts from: as `image`, one for each
                 label, or several for one label; None in a list is "no condition".
             guidance_on: what guidance leaves out to compare with: "label", "condition" or "both". None: the pipeline's.
-            tile, overlap: pixels. The network sees a large picture in squares that overlap so far (a quarter of them).
+            tile, overlap: pixels, or (height, width), of windows through which the network sees a large picture.
             vectors: an image's numbers in the units of the data, a list or {name: number or list}; or a list of these.
 
         Raises `ValueError` for what does not fit; the message says what would.

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import Self, Unpack
 
+from jit_accel.config.presets import Size
 from jit_accel.model.call_arguments import Label
 from jit_accel.model.carried_code import KeptCardMixin
 from jit_accel.model.lora_loading import LoraMixin
@@ -42,8 +43,8 @@ class Options(TypedDict, total=False):
     mask_image: Picture | Sequence[Picture] | None
     condition_image: Picture | Sequence[Picture | None] | None
     guidance_on: str | None
-    tile: int | None
-    overlap: int | None
+    tile: Size | None
+    overlap: Size | None
     vectors: Sequence[Row] | Row | Tensor | np.ndarray
 
 class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
@@ -196,8 +197,8 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         mask_image: Picture | Sequence[Picture] | None = None,
         condition_image: Picture | Sequence[Picture | None] | None = None,
         guidance_on: str | None = None,
-        tile: int | None = None,
-        overlap: int | None = None,
+        tile: Size | None = None,
+        overlap: Size | None = None,
         vectors: Sequence[Row] | Row | Tensor | np.ndarray = None,
     ) -> Images[list[Image.Image] | np.ndarray | Tensor] | tuple[list[Image.Image] | np.ndarray | Tensor]: ...
     def predict(self, z: Tensor, t: Tensor, labels: Tensor, weight: float) -> Tensor: ...

@@ -26,11 +26,12 @@ from torch import serialization
 from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.base.errors import UserError
 from jit_accel.config.groups import HubConfig
-from jit_accel.config.presets import PRESETS
+from jit_accel.config.presets import PRESETS, sides_of
 from jit_accel.convert import main
 from jit_accel.convert.run import written_whole
 from jit_accel.convert.settings import FOLDER, NetworkFlags, SamplingFlags, read_class_names
 from jit_accel.convert.sizes import from_arguments, network_config, sampling_settings
+from jit_accel.model.functional import position_table
 from jit_accel.model.loading import load_pipeline
 from jit_accel.model.transformer import JiTTransformer2DModel
 
@@ -453,6 +454,18 @@ def test_any_width_of_the_mlp_is_found(mlp_ratio):
     assert {n: t.shape for n, t in rebuilt.items()} == {n: t.shape for n, t in weights.items()}
 
 
+@pytest.mark.parametrize("img_size", [(8, 12), (12, 8), (4, 20), (20, 4), 8, 4])
+def test_sizes_of_rectangles_are_found_and_stated(img_size):
+    sizes = {"hidden_size": 48, "depth": 1, "num_heads": 3, "bottleneck_dim": 8, "in_context_len": 0}
+    sizes |= {"patch_size": 4, "num_classes": 1, "in_context_start": 0, "img_size": img_size}
+    weights, _ = empty_weights(**sizes)
+    grid = tuple(side // 4 for side in sides_of(img_size))
+    for dtype in (torch.float32, torch.bfloat16):
+        positions = position_table(48, grid, grid, torch.device("cpu")).to(dtype)
+        assert network_config(weights, positions, {}, {})[0]["img_size"] == img_size
+    assert network_config(weights, None, {}, {"img_size": img_size})[0]["img_size"] == img_size
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_the_golden_networks_sizes_are_found(file):
     golden = load_golden(file)
@@ -470,6 +483,7 @@ def test_the_golden_networks_sizes_are_found(file):
         (("--in_context_start", "4"), "below the number of blocks, 4"),
         ((*CONTEXT, "--num_heads", "3"), "the weights say 4"),
         ((*CONTEXT, "--img_size", "32"), "the weights say 16"),
+        ((*CONTEXT, "--img_size", "16", "32"), "the weights say 16"),
         ((*CONTEXT, "--patch_size", "8"), "the weights say 4"),
         ((*CONTEXT, "--weights", "ema3"), "model, ema1 (decay 0.9999), ema2 (decay 0.9996)"),
         ((*CONTEXT, "--noise_scale", "0"), "must be positive"),
@@ -553,7 +567,8 @@ def test_class_tokens_that_weights_do_not_have_do_not_start_anywhere():
             "table of classes has no row",
         ),
         (lambda w: w.update({"net.pos_embed": torch.zeros(1, 16, 96)}), "not the fixed 2-D sin-cos table"),
-        (lambda w: w.update({"net.pos_embed": torch.zeros(1, 15, 96)}), "no square image"),
+        (lambda w: w.update({"net.pos_embed": torch.zeros(1, 15, 96)}), "not the fixed 2-D sin-cos table"),
+        (lambda w: w.update({"net.pos_embed": torch.zeros(1, 0, 96)}), "pos_embed has the shape (1, 0, 96)"),
         (lambda w: w.update({"module.blocks.0.norm1.weight": torch.zeros(96)}), "there twice"),
         (lambda w: w.update({"net.t_embedder.mlp.0.bias": torch.zeros(96, dtype=torch.int8)}), "floating-point"),
         (lambda w: w.update({"net.t_embedder.mlp.0.bias": torch.zeros(96, device="meta")}), "meta torch.float32"),

@@ -18,7 +18,8 @@ def test_windows_cover_a_side_and_overlap_enough(side, overlap):
     assert all(8 - (b - a) >= overlap for a, b in pairwise(found))
 
 
-def test_what_looks_at_single_pixels_does_not_see_the_windows():
+@pytest.mark.parametrize(("tile", "overlap"), [(8, 3), ((8, 12), 3), ((12, 4), (5, 0)), ([20, 8], (0, 7))])
+def test_what_looks_at_single_pixels_does_not_see_the_windows(tile, overlap):
     class Pixelwise:
         config = build().config
 
@@ -28,7 +29,7 @@ def test_what_looks_at_single_pixels_does_not_see_the_windows():
     z, condition, labels = torch.randn(2, 3, 20, 13), torch.randn(2, 3, 20, 13), torch.tensor([1, 5])
     given = {"condition_image": condition, "class_labels": labels, "return_dict": False}
     t = torch.tensor([0.25, 0.5])
-    found = TiledNetwork(Pixelwise(), 8, 3)(z, t, **given)[0]
+    found = TiledNetwork(Pixelwise(), tile, overlap)(z, t, **given)[0]
     assert torch.allclose(found, Pixelwise()(z, t, **given)[0], atol=1e-5)
 
 
@@ -63,12 +64,21 @@ def test_one_window_is_the_picture(pipe):
     assert torch.allclose(draw(pipe, 8, 8, tile=8, overlap=2), draw(pipe, 8, 8), atol=1e-6)
 
 
-def test_windows_at_once_change_nothing(pipe, monkeypatch):
-    found = draw(pipe, 24, 16, tile=8, overlap=4)
+def test_one_rectangle_is_the_picture(pipe):
+    assert torch.allclose(draw(pipe, 8, 12, tile=(8, 12)), draw(pipe, 8, 12), atol=1e-6)
+
+
+def test_a_side_alone_is_that_of_a_square(pipe):
+    assert torch.equal(draw(pipe, 16, 12, tile=(8, 8), overlap=(2, 2)), draw(pipe, 16, 12, tile=8))
+
+
+@pytest.mark.parametrize(("tile", "overlap"), [(8, 4), ((12, 8), (4, 2))])
+def test_windows_at_once_change_nothing(pipe, monkeypatch, tile, overlap):
+    found = draw(pipe, 24, 16, tile=tile, overlap=overlap)
     assert found.shape == (2, 3, 24, 16)
     for count in (1, 3, 100):
         monkeypatch.setattr("jit_accel.model.tiles.WINDOWS_AT_ONCE", count)
-        assert torch.allclose(draw(pipe, 24, 16, tile=8, overlap=4), found, atol=1e-5)
+        assert torch.allclose(draw(pipe, 24, 16, tile=tile, overlap=overlap), found, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +89,10 @@ def test_windows_at_once_change_nothing(pipe, monkeypatch):
         ({"tile": 24}, "tile 24 is larger than the picture, 24 x 16"),
         ({"overlap": 4}, "overlap without tile"),
         ({"tile": 8.5}, "tile 8.5 must be a whole number"),
+        ({"tile": (8, 6)}, "tile 8 6 must be a multiple of the patch, 4"),
+        ({"tile": (8, 12), "overlap": (2, 12)}, "overlap 2 12 must be at least 0 and below the tile, 8 12"),
+        ({"tile": (8, 8, 8)}, r"tile 8 8 8 must be a whole number of pixels, or \(height, width\)"),
+        ({"tile": (8, 20)}, "tile 8 20 is larger than the picture, 24 x 16"),
     ],
 )
 def test_what_makes_no_windows_is_refused(pipe, how, message):
