@@ -17,6 +17,7 @@ from jit_accel.config.presets import TIME_FEATURES, Size, sides_of
 from jit_accel.model.spaces import in_float32
 
 NORM_EPS = 1e-6
+LONG_ATTENTION = 64  # tokens from which a CPU's attention is faster in bf16
 
 
 def _grid_angles(dim: int, grid: tuple[int, int], trained_grid: Size) -> tuple[Tensor, Tensor]:
@@ -92,15 +93,18 @@ def modulated_rms_norm(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) 
     return torch.addcmul(bias, F.rms_norm(x, x.shape[-1:], eps=NORM_EPS), gain).to(shift.dtype)
 
 
-def normalised_and_rotated(x: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Return RMSNorm(x) over each head, each neighbouring pair of channels turned by its token's angle, in float32.
+def normalised_and_rotated(
+    x: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return RMSNorm(x) over each head, each neighbouring pair of channels turned by its token's angle.
 
-    x is (B, T, heads, head_dim); rope is (cos, sin), each (T, 1, head_dim / 2).
+    x is (B, T, heads, head_dim); rope is (cos, sin), each (T, 1, head_dim / 2). All is computed in float32, and
+    returned in it or in `dtype`.
     """
     weight = in_float32(weight)
     if _by_hand(x):
-        return _NormalisedAndRotated.apply(x, weight, _turns(*rope))
-    return rotate_pairs(F.rms_norm(in_float32(x), x.shape[-1:], eps=NORM_EPS) * weight, *rope)
+        return _NormalisedAndRotated.apply(x, weight, _turns(*rope), dtype)
+    return rotate_pairs(F.rms_norm(in_float32(x), x.shape[-1:], eps=NORM_EPS) * weight, *rope).to(dtype or weight.dtype)
 
 
 @fixed_table
@@ -112,6 +116,20 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each neighbouring pair of channels of x, `(a, b) -> (a cos - b sin, b cos + a sin)`."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+
+
+def suits_bf16_attention(v: Tensor) -> bool:
+    """Return whether `attention_in_bf16` is faster than SDPA in float32, for values v (B, T, heads, head_dim)."""
+    return v.dtype == torch.bfloat16 and v.shape[1] >= LONG_ATTENTION and _by_hand(v)
+
+
+def attention_in_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(head_dim)) v of bf16 tensors (B, T, heads, head_dim) on a CPU.
+
+    The softmax is in float32. Forward it is PyTorch's kernel, whose backward makes little use of a processor's matrix
+    units: that is written as matrix products.
+    """
+    return _AttentionInBf16.apply(q, k, v)
 
 
 def gated_silu(x: Tensor) -> Tensor:
@@ -178,28 +196,60 @@ class _ModulatedRMSNorm(torch.autograd.Function):
 
 class _NormalisedAndRotated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, turns: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, turns: Tensor, dtype: torch.dtype | None) -> Tensor:
         wide = in_float32(x)
         inverse = _inverse_rms(wide)
         ctx.save_for_backward(x, inverse, weight, turns)
-        return _turned((wide * inverse).mul_(weight), turns)
+        return _turned((wide * inverse).mul_(weight), turns).to(dtype or wide.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, inverse, weight, turns = ctx.saved_tensors
         normalised = in_float32(x) * inverse
-        grad = _turned(grad.clone(memory_format=torch.contiguous_format), turns.conj())
+        grad = grad.to(normalised.dtype, copy=True, memory_format=torch.contiguous_format)
+        grad = _turned(grad, turns.conj())
         product = grad * normalised
         along = torch.matmul(product, weight[:, None]).div_(x.shape[-1])
         grad_x = grad.mul_(weight).addcmul_(normalised, along, value=-1).mul_(inverse)
-        return grad_x.to(x.dtype), product.sum((0, 1, 2)), None
+        return grad_x.to(x.dtype), product.sum((0, 1, 2)), None, None
 
 
 def _turned(x: Tensor, turns: Tensor) -> Tensor:
     """Turn neighbouring channels of x, in place, as complex numbers."""
     torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turns)
     return x
+
+
+class _AttentionInBf16(torch.autograd.Function):
+    MOST_SCORES = 2**22  # at once: 16 MiB of float32, which large processors keep in their caches
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first)
+        ctx.save_for_backward(q, k, v, out, log_sum)
+        return out.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        *qkv, out, log_sum = ctx.saved_tensors
+        batch, length, heads, width = qkv[0].shape
+        q, k, v, grad = (x.transpose(1, 2).reshape(-1, length, width) for x in (*qkv, grad))
+        along = (grad * out.reshape(grad.shape)).sum(-1, keepdim=True, dtype=torch.float32)
+        log_sum, scale = log_sum.reshape(-1, length, 1), width**-0.5
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        step = max(1, _AttentionInBf16.MOST_SCORES // length**2)
+        for some in (slice(first, first + step) for first in range(0, len(q), step)):
+            scores = torch.baddbmm(log_sum[some], q[some].float(), k[some].float().mT, beta=-1, alpha=scale)
+            weights = scores.exp_()
+            torch.bmm(weights.to(grad.dtype).mT, grad[some], out=grads[2][some])
+            grad_weights = torch.bmm(grad[some], v[some].mT).float()
+            grad_scores = grad_weights.sub_(along[some]).mul_(weights).to(grad.dtype)
+            torch.bmm(grad_scores, k[some], out=grads[0][some]).mul_(scale)
+            torch.bmm(grad_scores.mT, q[some], out=grads[1][some]).mul_(scale)
+        return tuple(x.view(batch, heads, length, width).transpose(1, 2) for x in grads)
 
 
 class _GatedSiLU(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """The JiT transformer (arXiv 2511.13720) as a diffusers model: a plain ViT on raw pixel patches."""
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,12 +26,14 @@ from jit_accel.model.embeddings import (
     VectorEmbedding,
 )
 from jit_accel.model.functional import (
+    attention_in_bf16,
     call_frugally,
     gated_silu,
     modulated_rms_norm,
     normalised_and_rotated,
     position_table,
     rope_table,
+    suits_bf16_attention,
 )
 from jit_accel.model.saved_weights import SavedWeightsMixin
 
@@ -52,8 +55,8 @@ class RMSNorm(nn.Module):
 class RotatedRMSNorm(RMSNorm):
     """A norm of queries or keys, fused with their rotation."""
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        return normalised_and_rotated(x, self.weight, rope)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        return normalised_and_rotated(x, self.weight, rope, dtype)
 
 
 class AttentionProcessor:
@@ -63,15 +66,16 @@ class AttentionProcessor:
 
     def __call__(self, attn: "Attention", x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = call_frugally(attn.qkv, x).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
-        q, k = attn.q_norm(q, rope), attn.k_norm(k, rope)
         dropout = attn.attn_dropout if attn.training else 0.0
         attend = functools.partial(dispatch_attention_fn, dropout_p=dropout, backend=self._attention_backend)
-        if v.device.type == "cpu":
-            # SDPA in bf16 is slower than in float32 on CPUs, and autocast would choose bf16.
-            with torch.autocast("cpu", enabled=False):
-                out = attend(q, k, v.float())
-        else:
-            out = attend(q.to(v.dtype), k.to(v.dtype), v)
+        is_cpu, dtype = v.device.type == "cpu", v.dtype
+        if is_cpu and not dropout and self._attention_backend is None and suits_bf16_attention(v):
+            attend = attention_in_bf16
+        elif is_cpu:  # where SDPA is faster in float32, and autocast would choose bf16
+            dtype = torch.float32
+        q, k = attn.q_norm(q, rope, dtype), attn.k_norm(k, rope, dtype)
+        with torch.autocast("cpu", enabled=False) if is_cpu else contextlib.nullcontext():
+            out = attend(q, k, v.to(dtype))
         return attn.proj_dropout(attn.proj(out.flatten(2).to(x.dtype)))
 
 

@@ -170,3 +170,33 @@ def test_a_step_of_the_papers_formulation_has_the_loss_of_the_objective(monkeypa
     for old, new, kept in zip(before, step.model.parameters(), average):
         assert torch.allclose(kept, (old + new) / 2, atol=1e-6)
     assert any(not torch.equal(old, new) for old, new in zip(before, step.model.parameters()))
+
+
+@pytest.mark.parametrize("most", [2**22, 2 * 70**2, 1])
+def test_attention_in_bf16_is_that_of_exact_numbers_up_to_rounding(monkeypatch, most):
+    """Of inputs that bf16 holds, outputs and gradients differ from float64's by what bf16 rounds."""
+    monkeypatch.setattr(functional._AttentionInBf16, "MOST_SCORES", most)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = torch.randn(4, 2, 70, 3, 16, generator=generator).bfloat16()
+    kept = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = functional.attention_in_bf16(*kept)
+    out.backward(grad)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    weights = torch.softmax(torch.einsum("bqhc,bkhc->bhqk", *exact[:2]) / 4, dim=-1)
+    expected = torch.einsum("bhqk,bkhc->bqhc", weights, exact[2])
+    expected.backward(grad.double())
+    for found, true in zip([out, *(x.grad for x in kept)], [expected, *(x.grad for x in exact)], strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found.double() - true).norm() < 0.008 * true.norm()
+
+
+def test_long_attention_of_a_network_in_bf16_is_close_to_float32(monkeypatch):
+    """The gradients of a whole network in autocast are as close to float32's as with SDPA in float32."""
+    exact = results(small_model)
+    errors = {}
+    for length in (1, 10**9):
+        monkeypatch.setattr(functional, "LONG_ATTENTION", length)
+        found = results(small_model, dtype=torch.bfloat16)
+        errors[length] = torch.cat([(a - b).flatten() for a, b in zip(found, exact)]).norm()
+    assert errors[1] != errors[10**9]  # both were tried
+    assert errors[1] < 1.2 * errors[10**9]
