@@ -1,5 +1,6 @@
 """Images with several labels: lists of classes in the label column, read alike from all formats."""
 
+import csv
 import json
 
 import numpy as np
@@ -43,6 +44,19 @@ def in_folder(root, numbered: bool):
     (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
+def in_csv(root, numbered: bool, written=json.dumps):
+    image_folder(root, COUNT)
+    files = [file.relative_to(root).as_posix() for file in sorted(root.rglob("*.png"))]
+    with open(root / "metadata.csv", "w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["file_name", "tags", "age"])
+        lines.writerows([f, written(tags) if tags else "", n] for n, (f, tags) in enumerate(zip(files, rows(numbered))))
+
+
+def in_csv_of_pandas(root, numbered: bool):
+    in_csv(root, numbered, repr)
+
+
 def in_parquet(root, numbered: bool):
     root.mkdir()
     whole = table(numbered).with_format("arrow")[:]
@@ -59,7 +73,14 @@ def in_tars(root, numbered: bool):
     tar(root / "b.tar", dict(list(members.items())[20:]))
 
 
-WRITERS = {"folder": in_folder, "parquet": in_parquet, "tars": in_tars, "saved": lambda r, k: table(k).save_to_disk(r)}
+WRITERS = {
+    "folder": in_folder,
+    "csv": in_csv,
+    "pandas": in_csv_of_pandas,
+    "parquet": in_parquet,
+    "tars": in_tars,
+    "saved": lambda root, numbered: table(numbered).save_to_disk(root),
+}
 KINDS = [(name, None) for name in WRITERS] + [("parquet", False), ("tars", False)]
 
 
@@ -173,3 +194,31 @@ def test_what_is_prepared_has_one_label(tmp_path, capsys):
     assert prepare([*flags, "--output_dir", str(tmp_path / "out")]) == 2
     assert "--label_column tags: its rows hold lists of labels" in capsys.readouterr().err
     assert np.all([not (tmp_path / "out").exists()])
+
+
+def listed(root, *cells: str) -> None:
+    """Images, each with a cell of a column `tags` in metadata.csv."""
+    image_folder(root, len(cells), 1)
+    with open(root / "metadata.csv", "w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["file_name", "tags"])
+        lines.writerows([f"c0/{n:04d}.png", cell] for n, cell in enumerate(cells))
+
+
+@pytest.mark.parametrize("cell", ["[0.5]", "[a]", '[["a"]]', "[true]", "[" * 5000 + "]", '["a" + "b"]'])
+def test_a_cell_that_is_no_list_is_told(tmp_path, cell):
+    listed(tmp_path, "[0, 1]", cell)
+    with pytest.raises(UserError, match=r"is no list of labels, such as .*: repair the cell"):
+        open_images(tmp_path, label_column="tags")
+
+
+def test_text_without_brackets_everywhere_is_one_label_each(tmp_path):
+    listed(tmp_path, '["a"]', "b")
+    source = open_images(tmp_path, label_column="tags")
+    assert (source.class_names, source.most_labels) == (('["a"]', "b"), None)
+
+
+def test_numbers_and_names_in_lists_are_names(tmp_path):
+    listed(tmp_path, '[1, "a"]', "[2]", "")
+    source = open_images(tmp_path, label_column="tags")
+    assert (source.class_names, source.most_labels) == (("1", "2", "a"), 2)

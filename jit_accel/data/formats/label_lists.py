@@ -1,5 +1,7 @@
 """Columns whose rows hold lists of labels, for images that have several."""
 
+import ast
+import json
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -12,6 +14,35 @@ AnyColumns = TypeVar("AnyColumns")
 def item_of(feature: Any) -> Any:
     """Return the type of a list's items; any other type as it is."""
     return getattr(feature, "feature", feature)
+
+
+def parsed_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column of text as lists where each of its cells has the brackets of one; any other column as it is.
+
+    A cell is JSON or, as pandas writes lists, Python. Raises `ValueError` for one that is no list of labels.
+    """
+    if not pa.types.is_string(column.type):
+        return column
+    cells = [cell and cell.strip() for cell in column.to_pylist()]
+    if not any(cells) or not all(cell[0] + cell[-1] == "[]" for cell in cells if cell):
+        return column
+    lists = [_parsed(cell) if cell else None for cell in cells]
+    if len({type(label) for labels in lists for label in labels or ()}) > 1:  # as elsewhere in such files
+        lists = [labels and list(map(str, labels)) for labels in lists]
+    return pa.chunked_array([pa.array(lists)])
+
+
+def _parsed(cell: str) -> list[str | int]:
+    try:
+        try:
+            labels = json.loads(cell)
+        except ValueError:
+            labels = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        labels = None
+    if not isinstance(labels, list) or not all(type(label) in (str, int) for label in labels):
+        raise ValueError(f'{cell!r} is no list of labels, such as ["cat", "wet"] or [0, 3]')
+    return labels
 
 
 def different_labels(column: pa.Array | pa.ChunkedArray) -> list:

@@ -29,7 +29,7 @@ from jit_accel.data.formats.columns import (
     read_labels,
     split_column,
 )
-from jit_accel.data.formats.label_lists import different_labels, of_items
+from jit_accel.data.formats.label_lists import different_labels, of_items, parsed_lists
 from jit_accel.data.formats.numbers import numbers_of
 from jit_accel.data.formats.scan import FolderScan, OfSplits
 
@@ -67,7 +67,7 @@ def listed_in_metadata(
     """
     scan, first_file = chosen.scan, os.path.join(root, chosen.scan.metadata[0])
     needed = (FILE_NAME, *([label_column] if label_column else LABEL_NAMES), *vector_columns)
-    tables = [_read(os.path.join(root, name), needed) for name in scan.metadata]
+    tables = [_read(os.path.join(root, name), needed, label_column) for name in scan.metadata]
     columns = _find_columns(tables, first_file, label_column, condition_column, vector_columns)
     listed = [_paths(table, name) for table, name in zip(tables, scan.metadata)]
     shown = [_paths(table, name, condition_column) for table, name in zip(tables, scan.metadata) if condition_column]
@@ -130,8 +130,11 @@ def _numbers(tables: list[pa.Table], names: Sequence[str]) -> pa.Table:
     return pa.table({"row": range(sum(map(len, tables)))} | columns).select(list(names))
 
 
-def _read(file: str, needed: Sequence[str]) -> pa.Table:
-    """Return a metadata file, without the columns of which there are several of one name, if none of them is needed."""
+def _read(file: str, needed: Sequence[str], label_column: str | None = None) -> pa.Table:
+    """Return a metadata file, without the columns of which there are several of one name, if none of them is needed.
+
+    In the `label_column` that users name, text in brackets is lists.
+    """
     try:
         table = READERS[os.path.splitext(file)[1].lower()](file)
         counts = Counter(table.column_names)
@@ -150,7 +153,14 @@ def _read(file: str, needed: Sequence[str]) -> pa.Table:
         if counts[name] and pa.types.is_binary(table.schema.field(name).type):  # what Arrow makes of it
             rule = f"its column {name!r} is not in UTF-8 but in another encoding, such as Latin-1: save it as UTF-8."
             raise data_error(file, rule)
-    return table.select([number for number, name in enumerate(table.column_names) if counts[name] == 1])
+    table = table.select([number for number, name in enumerate(table.column_names) if counts[name] == 1])
+    if label_column not in table.column_names:
+        return table
+    try:
+        labels = parsed_lists(table.column(label_column))
+    except (ValueError, pa.ArrowException) as error:
+        raise data_error(file, f"its column {label_column!r} has lists, and {error}: repair the cell.") from error
+    return table.set_column(table.column_names.index(label_column), label_column, labels)
 
 
 def _foreign_encoding(file: str) -> str | None:
