@@ -21,7 +21,7 @@ from jit_accel.config.presets import (
 from jit_accel.model import functional
 from jit_accel.model.call_arguments import is_number
 from jit_accel.model.pipeline import JiTPipeline
-from jit_accel.model.scheduler import CALLS_PER_STEP
+from jit_accel.model.solvers import SOLVERS
 from jit_accel.model.spaces import SPACES
 from jit_accel.model.transformer import JiTTransformer2DModel
 
@@ -56,7 +56,7 @@ BELIEVED = {
     "img_size": lambda v: _is_count(v) or (_are(_is_count, v) and len(v) == 2),
     **dict.fromkeys(("attn_dropout", "proj_dropout"), lambda v: is_number(v) and 0 <= v < 1),
     **dict.fromkeys(("mlp_ratio", "noise_scale"), lambda v: is_number(v) and v > 0),
-    **dict.fromkeys(("solver", "method"), lambda v: v in tuple(CALLS_PER_STEP)),
+    **dict.fromkeys(("solver", "method"), lambda v: v in tuple(SOLVERS)),
     "model": lambda v: isinstance(v, str) and v.partition("/")[0] in PRESETS,
     "prediction": lambda v: v in SPACES,
     "t_eps": lambda v: is_number(v) and 0 < v < 1,

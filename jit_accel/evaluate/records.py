@@ -28,7 +28,7 @@ from jit_accel.model.card import CARD_FILE, EVALUATION_FILE, refresh_card
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.checkpoints import complete_checkpoints
 from jit_accel.model.loading import PIPELINE_FOLDER, averages_of, pipeline_of_checkpoint, write_defaults
-from jit_accel.model.scheduler import CALLS_PER_STEP
+from jit_accel.model.solvers import SOLVERS
 
 _SETTINGS = {  # header in the table, and how a value is written
     "scored": ("", "{}"),
@@ -305,7 +305,7 @@ def write_winner(checkpoint: Path | None, folder: Path, outcome: Outcome) -> str
                 if not (place / path.name).exists():
                     (shutil.copytree if path.is_dir() else shutil.copy2)(path, place / path.name)
         found = {name: value for name, value in setting.sampling.items() if value is not None}
-        if setting.method not in CALLS_PER_STEP:
+        if setting.method not in SOLVERS:
             del found["method"]  # the folder's scheduler, one of diffusers
         write_defaults(place, **found)
         change_card(place, write_card)

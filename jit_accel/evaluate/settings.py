@@ -12,7 +12,7 @@ from jit_accel.evaluate.flag_values import ALL, intervals, numbers, words
 
 INCEPTION, EFFICIENTNET_LITE0 = "inception", "efficientnet_lite0"
 FEATURES = dict.fromkeys((INCEPTION, EFFICIENTNET_LITE0))
-METHODS = {name: name for name in ("heun", "euler")}
+METHODS = {name: name for name in ("heun", "euler", "ab2", "etd2")}  # as `SOLVERS`
 CONDITIONS = ("condition_from", "condition_path", "condition_column")  # where those of `--pairs` come from
 PAIR_SCORES = dict.fromkeys(("psnr", "ssim", "mae", "lpips"))  # of `--pairs`; functions: `pair_scores.SCORES`
 USUAL_SCORES = ("psnr", "ssim", "mae")
@@ -109,7 +109,7 @@ class EvaluateConfig:
     """Interval of t with guidance, low:high, such as 0.1:1.0 (default: the pipeline's own); several for a sweep:
     0.1:1.0,0:1."""
     method: tuple[str, ...] = ()
-    """Solver of the ODE, heun or euler (default: the pipeline's own); both for a sweep."""
+    """Solver of the ODE, heun, euler, ab2 or etd2 (default: the pipeline's own); several for a sweep."""
     sweep_images: int | None = None
     """Number of images that each setting of a sweep is measured on (default: a tenth of --num_images)."""
     sweep_top: int = 3

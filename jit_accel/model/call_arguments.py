@@ -13,7 +13,8 @@ from torch import Tensor
 
 from jit_accel.base.errors import nearest
 from jit_accel.model.guidance import GUIDED
-from jit_accel.model.scheduler import CALLS_PER_STEP, checked_choice
+from jit_accel.model.scheduler import checked_choice
+from jit_accel.model.solvers import SOLVERS
 
 Label = int | str | None | Sequence[int | str]  # the last where images have several
 STRENGTH = 0.6  # where a call does not say
@@ -185,7 +186,7 @@ DEFAULTS: dict[str, tuple[Callable, Any]] = {
     "guidance_scale": (checked_scale, 1.0),
     "guidance_interval": (checked_interval, [0.1, 1.0]),
     "num_inference_steps": (lambda steps: checked_count("num_inference_steps", steps), None),
-    "method": (lambda name: checked_choice("method", name, CALLS_PER_STEP), None),
+    "method": (lambda name: checked_choice("method", name, SOLVERS), None),
     "guidance_on": (lambda name: checked_choice("guidance_on", name, GUIDED), "both"),
     "value_range": (checked_range, None),
 }

@@ -10,7 +10,8 @@ from jit_accel.base import rng
 from jit_accel.base.errors import UserError, shown
 from jit_accel.config.presets import Size, plain_size, sizes_near
 from jit_accel.model.pipeline import STEPS, JiTPipeline
-from jit_accel.model.scheduler import CALLS_PER_STEP, is_own
+from jit_accel.model.scheduler import is_own
+from jit_accel.model.solvers import SOLVERS
 
 # Matrix kernels of CPUs round the last rows of other batches differently. With torch 2.13 on AMD EPYC sizes of 4, 8, 12
 # agree in every bit; others differ in the last one, which changes a few of 100,000 values of the pictures by 1.
@@ -29,7 +30,7 @@ class SamplerSettings:
     def completed(self, pipeline: JiTPipeline) -> "SamplerSettings":
         """Return them with the pipeline's own in place of None. UserError for a method that its scheduler has not."""
         method = pipeline.solver_name(self.method)
-        if (method in CALLS_PER_STEP) != is_own(pipeline.scheduler):
+        if (method in SOLVERS) != is_own(pipeline.scheduler):
             rule = f"the model's scheduler is {pipeline.solver_name()}: leave it out."
             raise UserError(rule, about="method", value=method)
         found = {name: pipeline.config[name] if value is None else value for name, value in asdict(self).items()}

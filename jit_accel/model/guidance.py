@@ -56,5 +56,25 @@ def guided_prediction(
     return unconditional.index_copy(0, guided, torch.lerp(unconditional[guided], conditional, weight))
 
 
+class GuidedField:
+    """The prediction of a network that is `given` its arguments, under guidance, as a function of z and t.
+
+    The `weight` of a time t on the host is looked up at each call: callbacks change it.
+    """
+
+    def __init__(self, network: Callable, given: Mapping[str, Tensor], on: str, weight: Callable[[float], float]):
+        self._network, self._given, self._on, self._weight = network, given, on, weight
+        self._guided = rows_with(given, on, network.config.num_classes)
+        self._last_weight: float | None = None
+
+    def __call__(self, z: Tensor, t: Tensor, t_host: float) -> Tensor:
+        self._last_weight = weight = self._weight(t_host)
+        return guided_prediction(self._network, z, t, self._given, weight, self._on, self._guided)
+
+    def jumps_at(self, t_host: float) -> bool:
+        """Return whether guidance has another weight than in the call before."""
+        return self._last_weight not in (None, self._weight(t_host))
+
+
 def _output(network: Callable, z: Tensor, t: Tensor, class_labels: Tensor, **more: Tensor) -> Tensor:
     return network(z, t, class_labels, **more, return_dict=False)[0].float()

@@ -29,7 +29,7 @@ from jit_accel.model.call_arguments import (
     skipped_steps,
 )
 from jit_accel.model.carried_code import INDEX_FILE, KeptCardMixin, carry_code
-from jit_accel.model.guidance import GUIDED, guided_prediction, rows_with
+from jit_accel.model.guidance import GUIDED, GuidedField, guided_prediction
 from jit_accel.model.lora_loading import LoraMixin
 from jit_accel.model.picture_arguments import (
     Picture,
@@ -202,7 +202,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
             class_labels: a class number, its name (case does not matter), or None for "no class"; or a list, for some
                 networks also of lists. Left out, "no class"; but of a network with one class that one.
             num_inference_steps, method: n ODE steps (50), by "heun", which calls the network 2n - 1 times, or "euler",
-                n times. None: the pipeline's own, as for guidance.
+                "ab2" or "etd2", n times. None: the pipeline's own, as for guidance.
             guidance_scale, guidance_interval: weight of guidance where lo < t < hi, or t < hi if lo is 0; 1 is none.
             generator: one generator draws the images' noise one after the other, so the n-th image is the same at any
                 batch size; or a list with one for each image. A CPU generator gives the same noise on every device.
@@ -269,23 +269,22 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         scheduler.set_timesteps(steps, **how)
         return scheduler
 
-    def _field(self, network: Callable, given: dict[str, Tensor], guidance_interval, on) -> Callable:
+    def _field(self, network: Callable, given: dict[str, Tensor], guidance_interval, on) -> GuidedField:
         """Return the guided prediction, of a network that is `given` this, as a function of z, t, and t on the host."""
         interval = checked_interval(self.config.guidance_interval if guidance_interval is None else guidance_interval)
         on = self.config.guidance_on if on is None else checked_choice("guidance_on", on, GUIDED)
-        guided = rows_with(given, on, self.transformer.config.num_classes)
-        # The scale is looked up at each call of the network: callbacks change it.
-        return lambda z, t, t_host: guided_prediction(
-            network, z, t, given, guidance_weight(t_host, self._guidance_scale, interval), on, guided
-        )
+        return GuidedField(network, given, on, lambda t: guidance_weight(t, self._guidance_scale, interval))
 
-    def _solve(self, scheduler, z: Tensor, field: Callable, keep_known: Callable, callback, asked) -> Tensor:
+    def _solve(self, scheduler, z: Tensor, field: GuidedField, keep_known: Callable, callback, asked) -> Tensor:
         """Run the steps that the scheduler is set to, from z at their first t, along the network's output `field`."""
         self._interrupt, self._num_timesteps = False, scheduler.num_steps
         steps_done, start_t = 0, None
+        forget_history = getattr(scheduler, "forget_history", lambda: None)  # older code of a folder has none
         with evaluating(self.transformer), self.progress_bar(total=scheduler.num_steps) as progress:
             for t_host, t in zip(scheduler.call_times, scheduler.timesteps):
                 start_t = start_t if scheduler.mid_step else t
+                if field.jumps_at(t_host):
+                    forget_history()
                 z = scheduler.step(field(z, t, t_host), t, z).prev_sample
                 # also between the calls of a Heun step: the network never sees what is known off its path
                 z = keep_known(z, scheduler.next_time)
@@ -293,7 +292,10 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
                     continue
                 if callback is not None:
                     given = {"latents": z} if "latents" in asked else {}
-                    z = (callback(self, steps_done, start_t, given) or {}).get("latents", z).float()
+                    state = (callback(self, steps_done, start_t, given) or {}).get("latents", z)
+                    if state is not z:
+                        forget_history()
+                    z = state.float()
                 steps_done += 1
                 progress.update()
                 if self._interrupt:

@@ -1,4 +1,4 @@
-"""The sampler's ODE as a diffusers scheduler: Euler and Heun from noise (t = 0) to a clean image (t = 1)."""
+"""The sampler's ODE as a diffusers scheduler: from noise (t = 0) to a clean image (t = 1)."""
 
 import copy
 import inspect
@@ -12,10 +12,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from jit_accel.base.errors import nearest
+from jit_accel.model.solvers import SOLVERS
 from jit_accel.model.spaces import PATHS, SPACES, convert, in_float32, noised
 
 OBJECTIVE = ("prediction_type", "t_eps", "noise_scale", "path")  # of a `JiTScheduler`
-CALLS_PER_STEP = {"euler": 1, "heun": 2}
 
 
 def checked_choice(setting: str, name: str, choices: Collection[str]) -> str:
@@ -27,16 +27,16 @@ def checked_choice(setting: str, name: str, choices: Collection[str]) -> str:
 
 
 class JiTScheduler(SchedulerMixin, ConfigMixin):
-    """Euler, or Heun whose last step is Euler, in equal steps of t.
+    """One of `SOLVERS` in equal steps of t; the last step of Heun is Euler's, and the first of those with a history.
 
     A model call at each of `timesteps`, in order, each followed by `step`. With Heun the sample between the two
     calls of a step (`mid_step`) is the Euler guess at the step's end: hand it back as the next sample.
 
     Args:
         prediction_type: what the network predicts: x (clean image), e (noise) or v (velocity).
-        t_eps: floor of 1 - t (of t, for e) in the conversion to a velocity.
+        t_eps: floor of 1 - t (of t, for e) in the conversion to a velocity, which etd2 does without.
         noise_scale: standard deviation of the noise the network was trained with.
-        solver: "heun" or "euler", where `set_timesteps` does not say.
+        solver: a name of `SOLVERS`, where `set_timesteps` does not say.
         path: where the trajectory starts: at "noise", or, for a "bridge", at the condition.
 
     Raises `ValueError` for an unknown prediction type, solver or path.
@@ -53,7 +53,7 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
     ):
         checked_choice("prediction_type", prediction_type, SPACES)
         checked_choice("path", path, PATHS)
-        checked_choice("solver", solver, CALLS_PER_STEP)
+        checked_choice("solver", solver, SOLVERS)
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0)
         self._forget(solver)
@@ -63,6 +63,11 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
         self._calls: list[tuple[float, float, bool]] = []  # (t, step size, is Heun's second call)
         self._next_call = 0
         self._start: tuple[Tensor, Tensor] | None = None  # of a Heun step: sample and velocity
+        self.forget_history()
+
+    def forget_history(self) -> None:
+        """Let the next step be as the first: for callers whose field jumps here, as where guidance sets in."""
+        self._history: tuple[float, Tensor] | None = None  # t of the call before, and what the solver keeps of it
 
     @classmethod
     def _get_compatibles(cls) -> list[type]:
@@ -74,8 +79,8 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def order(self) -> int:
-        """Order of convergence, and model calls a step (but the last), of the current solver."""
-        return CALLS_PER_STEP[self.method]
+        """Model calls a step (but the last) of the current solver."""
+        return SOLVERS[self.method].calls
 
     @property
     def mid_step(self) -> bool:
@@ -96,12 +101,12 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Start a new trajectory of `num_inference_steps` equal steps, of which the first `skip_steps` are left out.
 
-        Euler calls the model once for each step, Heun twice but for the last. Raises `ValueError` for fewer than one
+        Heun calls the model twice for each step but the last, the others once. Raises `ValueError` for fewer than one
         step and for an unknown method.
         """
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps {num_inference_steps} must be at least 1; the paper takes 50")
-        self._forget(checked_choice("method", method or self.config.solver, CALLS_PER_STEP))
+        self._forget(checked_choice("method", method or self.config.solver, SOLVERS))
         self.num_inference_steps = num_inference_steps
         self.num_steps = num_inference_steps - skip_steps  # of this trajectory
         # The float32 grid of the reference, so that t falls on the same side of a guidance interval's end.
@@ -135,8 +140,12 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
         self._next_call += 1
         sample = in_float32(sample)
         # 1/(1-t), and 1/t for e, diverge at the ends; t_eps is the paper's clamp (2511.13720, Algorithm 2).
-        v = convert(in_float32(model_output), sample, t, self.config.prediction_type, "v", self.config.t_eps)
-        if second:
+        kind, solver = self.config.prediction_type, SOLVERS[self.method]
+        v = convert(in_float32(model_output), sample, t, kind, solver.space, self.config.t_eps)
+        if solver.advance is not None:
+            moved = solver.advance(sample, v, t, self.next_time, self._history)
+            self._history = t, v
+        elif second:
             start, start_velocity = self._start
             moved, self._start = start + (step_size / 2) * (start_velocity + v), None
         else:

@@ -11,8 +11,6 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 from typing_extensions import Self
 
-CALLS_PER_STEP: dict[str, int]
-
 def checked_choice(setting: str, name: str, choices: Collection[str]) -> str: ...
 
 class JiTScheduler(SchedulerMixin, ConfigMixin):
@@ -52,6 +50,7 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
         method: str | None = None,
         skip_steps: int = 0,
     ) -> None: ...
+    def forget_history(self) -> None: ...
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor: ...
     @overload
     def step(

@@ -25,7 +25,7 @@ from jit_accel.model.generation import SamplerSettings, checked_size, generate_b
 from jit_accel.model.loading import load_quietly
 from jit_accel.model.pipeline import COMPONENTS, JiTPipeline
 from jit_accel.model.precision import BlockWork, settle
-from jit_accel.model.scheduler import CALLS_PER_STEP
+from jit_accel.model.solvers import SOLVERS
 from jit_accel.model.vector_arguments import note_of_none
 from jit_accel.sample import image_files
 from jit_accel.sample.conditions import open_conditions
@@ -98,7 +98,7 @@ class Sampling:
         self.plan = plan_images(config, *known, *((len(shown), shown.names) if shown else ()))
         settings = {field.name: getattr(config, field.name) for field in fields(SamplerSettings)}
         self.settings = SamplerSettings(**settings).completed(pipeline)
-        for name in ("trajectory", "animation") if self.settings.method not in CALLS_PER_STEP else ():
+        for name in ("trajectory", "animation") if self.settings.method not in SOLVERS else ():
             if getattr(config, name):
                 raise UserError("shows equal steps, not those of the model's scheduler: leave it out.", about=name)
         self.folder = Path(config.output_dir).expanduser()

@@ -34,12 +34,12 @@ class SampleConfig:
     batch_size: int | None = None
     """Images at once in each process (default: 64; on a CPU 16)."""
     num_inference_steps: int | None = None
-    """Steps of the ODE (default: the pipeline's, 50). Heun calls the network 2n - 1 times, Euler n times."""
+    """Steps of the ODE (default: the pipeline's, 50). Heun calls the network 2n - 1 times, the others n times."""
     guidance_scale: float | None = None
     """Weight of classifier-free guidance; 1: none, at half the cost (default: the pipeline's)."""
     guidance_interval: tuple[float, float] | None = None
     """Guidance acts at times LO < t < HI (default: the pipeline's, 0.1 1)."""
-    method: Literal["heun", "euler"] | None = None
+    method: Literal["heun", "euler", "ab2", "etd2"] | None = None
     """Solver of the ODE (default: the pipeline's, heun)."""
     img_size: int | tuple[int, int] | None = None
     """Side of the images in pixels, or their height and width (default: as trained)."""

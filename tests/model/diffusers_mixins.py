@@ -24,6 +24,7 @@ from tests.schedulers.test_schedulers import SchedulerCommonTest
 from tests.testing_utils import torch_device
 
 from jit_accel import JiTPipeline, JiTScheduler, JiTTransformer2DModel
+from jit_accel.model.solvers import SOLVERS
 
 SIZES = {"img_size": 16, "patch_size": 4, "hidden_size": 32, "depth": 2, "num_heads": 4, "bottleneck_dim": 16}
 SIZES |= {"in_context_len": 4, "in_context_start": 1, "num_classes": 10}
@@ -123,7 +124,7 @@ class TestScheduler(SchedulerCommonTest):
         return {"t_eps": 0.05} | given
 
     def test_settings(self):
-        for solver in ("euler", "heun"):
+        for solver in SOLVERS:
             self.check_over_configs(solver=solver)
         for prediction in "xev":
             self.check_over_configs(prediction_type=prediction)

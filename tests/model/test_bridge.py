@@ -38,7 +38,9 @@ def make_pipe(kind="x", **settings):
 
 
 @pytest.mark.parametrize("kind", ["x", "v"])
-@pytest.mark.parametrize(("steps", "method"), [(1, "euler"), (1, "heun"), (3, "euler"), (4, "heun")])
+@pytest.mark.parametrize(
+    ("steps", "method"), [(1, "euler"), (1, "heun"), (3, "euler"), (4, "heun"), (5, "ab2"), (5, "etd2")]
+)
 def test_who_knows_the_image_arrives_there_in_any_number_of_steps(kind, steps, method, monkeypatch):
     pipe, pictures = make_pipe(kind), torch.rand(2, 3, 8, 8, generator=GENERATOR(1))
 

@@ -13,6 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
 
 from jit_accel import JiTPipeline, JiTScheduler, JiTTransformer2DModel
+from jit_accel.model.solvers import SOLVERS
 
 SIZES = {"img_size": 16, "patch_size": 4, "hidden_size": 32, "depth": 2, "num_heads": 4, "bottleneck_dim": 16}
 SIZES |= {"in_context_len": 4, "in_context_start": 1, "num_classes": 10}
@@ -191,7 +192,7 @@ def test_an_adapter_takes_the_place_of_another_without_new_layers(adapted, tmp_p
 # ---- the scheduler
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_a_scheduler_comes_back_and_steps_the_same(tmp_path, solver):
     scheduler = JiTScheduler(solver=solver, noise_scale=2.0)
     scheduler.save_pretrained(tmp_path)

@@ -5,8 +5,9 @@ from PIL import Image
 from test_pipeline import count_calls, make_pipe, seeded
 
 from jit_accel.model.picture_arguments import repaint_mask, start_images
+from jit_accel.model.solvers import SOLVERS
 
-METHODS = pytest.mark.parametrize("method", ["heun", "euler"])
+METHODS = pytest.mark.parametrize("method", SOLVERS)
 
 
 @pytest.fixture

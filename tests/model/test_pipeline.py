@@ -71,6 +71,23 @@ def test_guidance_costs_double_only_where_it_acts(pipe):
     assert calls == [(0, 2), (0.25, 2), (0.5, 4), (0.75, 4)]
 
 
+@pytest.mark.parametrize("method", ["ab2", "etd2"])
+def test_a_history_ends_where_guidance_begins_and_ends(pipe, method):
+    z = start = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    interval = (0.3, 0.7)
+    found = pipe([0, 1], 8, 3.0, interval, method, latents=start, output_type="latent").images
+    scheduler, before = JiTScheduler.from_config(pipe.scheduler.config), None
+    scheduler.set_timesteps(8, method=method)
+    for t in scheduler.timesteps:
+        weight = 3.0 if interval[0] < t < interval[1] else 1.0
+        if before not in (None, weight):
+            scheduler.forget_history()
+        before = weight
+        with torch.no_grad():
+            z = scheduler.step(pipe.predict(z, t, torch.tensor([0, 1]), weight), t, z).prev_sample
+    assert torch.equal(found, z)
+
+
 @pytest.mark.parametrize(
     ("labels", "scale", "batch"),
     [

@@ -1,12 +1,16 @@
 import math
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from jit_accel.evaluate.settings import METHODS
 from jit_accel.model.scheduler import JiTScheduler
+from jit_accel.model.solvers import SOLVERS
 from jit_accel.model.spaces import convert
+from jit_accel.sample.settings import SampleConfig
 
 DATA_STD, DATA_MEAN = 0.7, 0.4
 
@@ -24,8 +28,8 @@ def integrate(scheduler, z, steps, method, predict=gaussian_x):
     return z
 
 
-@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
-def test_solvers_converge_at_their_order(method, order):
+@pytest.mark.parametrize("method", SOLVERS)
+def test_solvers_converge_at_their_order(method):
     # The flow of a Gaussian is affine: z at t = 1 is mean + std * z at t = 0. Small t_eps: the clamp is not the flow.
     scheduler = JiTScheduler(t_eps=1e-4)
     z0 = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(1, 1, 3, 3)
@@ -33,10 +37,10 @@ def test_solvers_converge_at_their_order(method, order):
         (integrate(scheduler, z0, n, method) - (DATA_MEAN + DATA_STD * z0)).abs().max().item() for n in (32, 64, 128)
     ]
     observed = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
-    assert observed == pytest.approx([order] * 2, abs=0.15)
+    assert observed == pytest.approx([SOLVERS[method].order] * 2, abs=0.15)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_three_kinds_of_prediction_take_the_same_path(solver):
     z0 = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -65,13 +69,72 @@ def test_velocities_are_clamped_where_they_would_diverge():
     assert convert(one, zero, 0.99, "v", "v", 0.05) is one
 
 
-@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("method", SOLVERS)
 def test_timesteps_are_the_model_calls(method):
     scheduler = JiTScheduler()
     scheduler.set_timesteps(4, method=method)
-    expected = [0, 0.25, 0.5, 0.75] if method == "euler" else [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+    expected = [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75] if method == "heun" else [0, 0.25, 0.5, 0.75]
     assert scheduler.timesteps.tolist() == expected == scheduler.call_times
-    assert scheduler.order == {"euler": 1, "heun": 2}[method]
+    assert scheduler.order == (2 if method == "heun" else 1)
+
+
+def test_all_programs_know_the_same_solvers():
+    assert set(METHODS) == set(get_args(get_args(SampleConfig.__annotations__["method"])[0])) == set(SOLVERS)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 8, 40])
+def test_etd2_is_exact_where_x_changes_linearly_with_t(steps):
+    """The first step knows no slope: there x stays."""
+    z, x, slope = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scheduler, first = JiTScheduler(), 1 / steps
+    scheduler.set_timesteps(steps, method="etd2")
+    for t in scheduler.call_times:
+        z = scheduler.step(x + slope * t, t, z).prev_sample
+        if t == 0:
+            at_first = z
+        elif scheduler.next_time < 1:  # z / (1 - t) grows by the integral of x / (1 - t)^2
+            end, t0 = scheduler.next_time, scheduler.call_times[1]
+            grown = (x + slope) * (1 / (1 - end) - 1 / (1 - t0)) - slope * math.log((1 - t0) / (1 - end))
+            assert torch.allclose(z, (1 - end) * (at_first / (1 - first) + grown), atol=1e-5)
+    assert torch.allclose(z, x + slope, atol=1e-6)
+
+
+def test_etd2_ends_on_an_x_that_stays_and_a_clamped_velocity_near_it():
+    z, x = torch.randn(2, 5, dtype=torch.float64)
+    for steps in (1, 7, 50):
+        assert torch.allclose(integrate(JiTScheduler(), z, steps, "etd2", lambda z, t: x), x, atol=1e-6)
+    left = math.exp(-1) * 0.05
+    found = integrate(JiTScheduler(), z, 2000, "ab2", lambda z, t: x)
+    assert torch.allclose(found, left * z + (1 - left) * x, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["ab2", "etd2"])
+def test_a_forgotten_history_makes_the_next_step_a_first_one(method):
+    z = torch.randn(1, 3, 2, 2, dtype=torch.float64)
+    scheduler = JiTScheduler()
+    scheduler.set_timesteps(4, method=method)
+    kept = scheduler.step(gaussian_x(z, 0.0), 0.0, z).prev_sample
+    scheduler.forget_history()
+    found = scheduler.step(gaussian_x(kept, 0.25), 0.25, kept).prev_sample
+    scheduler.set_timesteps(4, method=method, skip_steps=1)
+    assert torch.equal(found, scheduler.step(gaussian_x(kept, 0.25), 0.25, kept).prev_sample)
+    scheduler.set_timesteps(4, method="euler", skip_steps=1)
+    euler = scheduler.step(gaussian_x(kept, 0.25), 0.25, kept).prev_sample
+    assert torch.allclose(found, euler, atol=1e-6)  # t_eps is far
+
+
+def test_many_steps_in_bf16_are_not_worse_than_few():
+    def rounded(z, t):
+        return gaussian_x(z.bfloat16().double(), t).bfloat16()
+
+    z = torch.linspace(-2, 2, 64, dtype=torch.float64).reshape(1, 1, 8, 8)
+    for method in SOLVERS:
+        exact = integrate(JiTScheduler(), z, 4000, method)
+        few, many = (
+            (integrate(JiTScheduler(), z.float(), steps, method, rounded).double() - exact).square().mean().sqrt()
+            for steps in (50, 300)
+        )
+        assert many < 1.05 * few, method
 
 
 def test_euler_is_that_of_diffusers():

@@ -30,6 +30,7 @@ from torch import nn
 
 from jit_accel import JiTPipeline, JiTScheduler, JiTTransformer2DModel, UserError
 from jit_accel.model.loading import load_pipeline
+from jit_accel.model.solvers import SOLVERS
 
 CPU = torch.device("cpu")
 
@@ -296,9 +297,7 @@ def test_the_components_of_a_pipeline_make_its_like():
 # ---- a call, seen by callbacks
 
 
-@pytest.mark.parametrize(
-    "scheduler", ["heun", "euler", FlowMatchEulerDiscreteScheduler(), FlowMatchHeunDiscreteScheduler()]
-)
+@pytest.mark.parametrize("scheduler", [*SOLVERS, FlowMatchEulerDiscreteScheduler(), FlowMatchHeunDiscreteScheduler()])
 @pytest.mark.parametrize("image", [None, torch.full((3, 16, 16), 0.5)])
 def test_callbacks_and_num_timesteps_count_steps_for_every_solver(pipe, scheduler, image):
     method, seen = scheduler, []
@@ -315,7 +314,7 @@ def test_callbacks_and_num_timesteps_count_steps_for_every_solver(pipe, schedule
     assert all(a[2] < b[2] for a, b in itertools.pairwise(seen))
 
 
-@pytest.mark.parametrize("method", ["heun", "euler"])
+@pytest.mark.parametrize("method", SOLVERS)
 @pytest.mark.parametrize("name", ["guidance_scale", "_guidance_scale"])
 def test_guidance_that_a_callback_changes_acts_from_the_next_step(pipe, method, name):
     scales = []
@@ -344,6 +343,8 @@ def test_guidance_that_a_callback_changes_acts_from_the_next_step(pipe, method, 
     [
         ("heun", 2),
         ("euler", 1),
+        ("ab2", 1),
+        ("etd2", 1),
         (FlowMatchEulerDiscreteScheduler(), 1),
         (FlowMatchHeunDiscreteScheduler(), 2),
         (UniPCMultistepScheduler(use_flow_sigmas=True), 1),
