@@ -4,8 +4,8 @@ import contextlib
 import io
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +17,9 @@ from PIL import Image
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_file
 from jit_accel.config.presets import sides_of
-from jit_accel.data.formats.columns import COLOUR, IMAGE_CHANNELS, Columns
-from jit_accel.data.formats.prepared import PixelStore
+from jit_accel.data.formats.columns import COLOUR, Columns, PixelFormat
+from jit_accel.data.formats.pixel_store import PixelStore
+from jit_accel.data.formats.prepared import MAPPED
 from jit_accel.data.formats.source import Source
 from jit_accel.data.formats.sources import open_images
 from jit_accel.data.reading.content import key_of
@@ -36,20 +37,26 @@ FEWEST_PARTS = 32  # for processes to share
 MOST_CUTS = 8  # of one unit: what comes before a cut is read in vain
 _TYPES = {"data": "large_binary", "name": "string", "label": "int64", "key": "uint64", "reason": "string"}
 _TYPES["condition"] = "large_binary"
-_SCHEMA = pa.schema([(name, getattr(pa, type)()) for name, type in _TYPES.items()])  # as the fields of `Encoded`
+_FIELDS = {name: getattr(pa, type)() for name, type in _TYPES.items()}  # as the fields of `Encoded`
+_FIELDS["vectors"] = pa.list_(pa.float64())
 
 
 Picture = bytes | str | np.ndarray | None
 
 
+Label = int | list[int]  # the latter where images may have several
+
+
 class Original(NamedTuple):
-    """One image of the source: its encoded bytes, the path of its file, or pixels, uint8 (3, H, W)."""
+    """One image of the source: its encoded bytes, the path of its file, or numbers (C, H, W)."""
 
     image: Picture
     name: str
-    label: int
+    label: Label
     key: int | None
     condition: tuple[Picture, str] | None = None  # and its name, where images have conditions
+    vectors: list[float] | None = None
+    problem: str = ""  # in what is known of it, for which it is left out
 
 
 class Encoded(NamedTuple):
@@ -60,10 +67,11 @@ class Encoded(NamedTuple):
 
     data: bytes | None
     name: str
-    label: int
+    label: Label
     key: int
     reason: str = ""
     condition: bytes | None = None
+    vectors: list[float] | None = None  # its numbers, in the units of the data
 
 
 def originals_at(source: Source, indices: np.ndarray) -> Iterator[Original]:
@@ -71,12 +79,14 @@ def originals_at(source: Source, indices: np.ndarray) -> Iterator[Original]:
     images = source.images
     for block in np.split(indices, range(_BLOCK, len(indices), _BLOCK)):
         if isinstance(images, PixelStore):
-            pixels = np.empty((len(block), images.channels, *sides_of(images.img_size)), np.uint8)
-            labels, _ = images.read(block, pixels)
+            pixels = np.empty((len(block), images.channels, *sides_of(images.img_size)), source.pixels.dtype)
+            facts, _ = images.read(block, pixels)
             keys, names = images.keys()[block].tolist(), images.names()[block]
-            images_alone, conditions = pixels[:, :IMAGE_CHANNELS], [(one, "") for one in pixels[:, IMAGE_CHANNELS:]]
-            conditions = conditions if source.condition_channels else [None] * len(block)
-            yield from map(Original, images_alone, names, labels.tolist(), keys, conditions)
+            for numbers, fact, key, name in zip(pixels, facts.tolist(), keys, names):
+                alone, shown = np.split(numbers, [source.pixels.channels])
+                label, vectors = _parts_of(fact)
+                condition = (shown, "") if source.condition_channels else None
+                yield Original(alone, name, label, key, condition, vectors)
             continue
         rows = images.dataset[block.tolist()]
         for i, index in enumerate(block.tolist()):
@@ -94,37 +104,53 @@ def _original(columns: Columns, row: dict, number: str) -> Original:
     pictures = [columns.image_of(row[column]) for column in columns.pictures]
     name = row.get(columns.name) or pictures[0][1] or number
     if columns.raw_size is not None:
-        with contextlib.suppress(BadImage):  # bytes that are no pixels are no encoded image either
-            pictures = [(pixels_of(data, columns.raw_size), of) for data, of in pictures]
-    label, key = columns.label_of(row.get(columns.label)), row.get(columns.key)
-    return Original(pictures[0][0], name, label, key, *pictures[1:])
+        for place, (data, of) in enumerate(pictures):
+            with contextlib.suppress(BadImage):  # bytes that are no pixels are no encoded image either
+                pictures[place] = pixels_of(data, columns.raw_size, columns.pixels, place > 0), of
+    key, condition = row.get(columns.key), pictures[1] if len(pictures) > 1 else None
+    try:
+        label, vectors = _parts_of(columns.facts_of(row))
+    except ValueError as error:
+        return Original(pictures[0][0], name, 0, key, condition, problem=str(error))
+    return Original(pictures[0][0], name, label, key, condition, vectors)
 
 
-def encode(original: Original, config: PrepareConfig, root: str) -> Encoded:
-    """Decode, crop, encode. Names of files under the folder `root` are made relative to it."""
+def _parts_of(fact: int | tuple) -> tuple[Label, list[float] | None]:
+    """Return the label, or labels, and the numbers in a value of a data set's `facts_type`."""
+    label, *vectors = fact if isinstance(fact, tuple) else (fact,)
+    if not isinstance(label, int):
+        label = [int(one) for one in label if one >= 0]
+    return label, list(vectors[0]) if vectors else None
+
+
+def encode(original: Original, config: PrepareConfig, root: str, pixels: PixelFormat = COLOUR) -> Encoded:
+    """Decode to numbers of this format, crop, encode. Names of files under the folder `root` are made relative."""
     name = original.name.removeprefix(root)
 
-    def decode(picture: Picture) -> Decoded:
+    def decode(picture: Picture, is_condition: bool = False) -> Decoded:
         if isinstance(picture, np.ndarray):
             return Decoded(crop_pixels(picture, config.img_size), picture.shape[:0:-1])
-        return decode_sized(picture, config.img_size, fast=config.resize == "fast")
+        return decode_sized(picture, config.img_size, config.resize == "fast", pixels, is_condition)
 
     try:
-        if original.label < 0:
+        if original.problem:
+            raise BadImage(original.problem)
+        if original.label == -1:
             raise BadImage("it has no label")
         if original.condition is None:
-            pixels = decode(original.image).pixels
+            numbers = decode(original.image).pixels
         else:
-            pixels = decode_pair(original.image, *original.condition, decode)
+            numbers = decode_pair(original.image, *original.condition, decode, partial(decode, is_condition=True))
         key = key_of(original.image) if original.key is None else original.key
     except BadImage as error:
         reason = str(error)
-        return Encoded(None, name, 0, 0, reason.replace(root, ""))
-    if config.format == "uint8":
-        return Encoded(pixels.tobytes(), name, original.label, key)
-    parts = np.split(pixels, len(pixels) // IMAGE_CHANNELS)
-    data, *condition = (encoded_bytes(part, config.format, config.resolved_quality) for part in parts)
-    return Encoded(data, name, original.label, key, "", *condition)
+        return Encoded(None, name, [] if isinstance(original.label, list) else 0, 0, reason.replace(root, ""))
+    if config.format in MAPPED:
+        data, condition = stored_numbers(numbers, config.format).tobytes(), ()
+    else:
+        parts = np.split(numbers, [pixels.channels])[: 1 if original.condition is None else 2]
+        data, *condition = (encoded_bytes(part, config.format, config.resolved_quality) for part in parts)
+    return Encoded(data, name, original.label, key, "", *condition or [None], original.vectors)
 
 
 def encode_all(originals: Iterable[Original], config: PrepareConfig, source: Source) -> Iterator[Encoded]:
@@ -132,21 +158,32 @@ def encode_all(originals: Iterable[Original], config: PrepareConfig, source: Sou
     root = os.path.join(os.path.abspath(source.name), "") if source.format == "folder" else ""
     try:
         for original in originals:
-            yield encode(original, config, root)
+            yield encode(original, config, root, source.pixels)
     except (OSError, pa.ArrowException) as error:
         rule = f"cannot be read ({error}). What is finished is kept: repair it and run the same command again."
         raise UserError(rule, about="data_path", value=config.data_path) from error
 
 
+def stored_numbers(numbers: np.ndarray, dtype: str) -> np.ndarray:
+    """Return numbers in the type that they are stored in, rounded and cut off where that is of whole ones."""
+    if numbers.dtype == dtype:
+        return numbers
+    ends = np.iinfo(dtype)
+    return np.rint(numbers).clip(ends.min, ends.max).astype(dtype)
+
+
 def encoded_bytes(pixels: np.ndarray, format: str, quality: int | None) -> bytes:
-    """Return pixels, uint8 (3, S, S), as they are stored; WebP of quality 100 is lossless."""
+    """Return pixels (C, H, W) as they are stored; WebP of quality 100 is lossless, PNGs of floats have 16 bits."""
     if format not in _OPTIONS:
         return pixels.tobytes()
     options = _OPTIONS[format] | ({} if quality is None else {"quality": quality})
     if format == "webp":
         options["lossless"] = quality == 100
+    if pixels.dtype != np.uint8:
+        pixels = stored_numbers(pixels, "uint16")
+    planes = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, format.upper(), **options)
+    Image.fromarray(np.ascontiguousarray(planes)).save(buffer, format.upper(), **options)
     return buffer.getvalue()
 
 
@@ -161,11 +198,17 @@ def parts_of(stream: Stream) -> list[list[tuple[int, int, int]]]:
     return [pieces[len(pieces) * n // count : len(pieces) * (n + 1) // count] for n in range(count)]
 
 
-def write_part(path: Path, images: Iterable[Encoded]) -> None:
+def write_part(path: Path, images: Iterable[Encoded], most_labels: int | None = None) -> None:
     """Write a part that is there whole or not at all."""
-    with atomic_file(path) as temporary, open(temporary, "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+    schema = _schema(most_labels)
+    with atomic_file(path) as temporary, open(temporary, "wb") as file, pa.ipc.new_file(file, schema) as writer:
         for batch in batched(images, 2**16, 2**24):
-            writer.write_batch(pa.RecordBatch.from_pylist([image._asdict() for image in batch], _SCHEMA))
+            writer.write_batch(pa.RecordBatch.from_pylist([image._asdict() for image in batch], schema))
+
+
+def _schema(most_labels: int | None) -> pa.Schema:
+    """Return the columns of a spool; labels are lists of them where images may have several."""
+    return pa.schema(_FIELDS if most_labels is None else _FIELDS | {"label": pa.list_(pa.int64())})
 
 
 def batched(images: Iterable[Encoded], most_images: int, most_bytes: int) -> Iterator[list[Encoded]]:
@@ -183,22 +226,40 @@ def batched(images: Iterable[Encoded], most_images: int, most_bytes: int) -> Ite
 
 
 def open_source(config: PrepareConfig) -> Source:
-    """Open what is to be prepared. UserError for data that no store can hold."""
-    names = "data_format", "image_column", "label_column", "renumber_labels", "split"
-    names += "condition_path", "condition_column"
-    try:
-        source = open_images(config.data_path, **{name: getattr(config, name) for name in names})
-    except UserError as error:
-        if error.about not in ("in_channels", "value_range"):  # which there are no flags for
-            raise
-        source = None
-    if source is None or source.pixels != COLOUR:
-        rule = "holds numbers of more than 8 bits, and what is prepared is colour of 8: train on it as it is."
-        raise UserError(rule, about="data_path", value=config.data_path)
-    if source.most_labels is not None:
-        rule = "its rows hold lists of labels, and what is prepared has one label an image: train on the data as it is."
-        raise UserError(rule, about="label_column", value=config.label_column)
-    return source
+    """Open what is to be prepared. UserError for data that is not there, or not as the settings say."""
+    names = "data_format", "image_column", "label_column", "renumber_labels", "split", "vector_column"
+    names += "condition_path", "condition_column", "in_channels", "value_range"
+    return open_images(config.data_path, **{name: getattr(config, name) for name in names})
+
+
+def with_format(config: PrepareConfig, source: Source) -> PrepareConfig:
+    """Return the settings with a format that holds the numbers of this data; UserError where the one given does not."""
+    pixels, wanted = source.pixels, config.format
+    channels = {pixels.channels} | ({pixels.condition_channels} if source.condition_channels else set())
+    if pixels.value_range is None:
+        if wanted in MAPPED[1:]:
+            rule = f"the images of {source.name} have 8 bits: use uint8, which is the default."
+        elif wanted in _OPTIONS and not channels <= {1, 3}:
+            rule = f"holds 1 or 3 channels, and there are {max(channels)}: use uint8 or raw."
+        else:
+            return replace(config, format=wanted or "uint8")
+        raise UserError(rule, about="format", value=wanted)
+    low, high = pixels.value_range
+    ends = np.iinfo("int16" if wanted == "int16" else "uint16")
+    if wanted in ("uint16", "int16", "png"):
+        if wanted == "png" and channels != {1}:
+            rule = f"holds 16 bits of 1 channel alone, and there are {max(channels)}"
+        elif wanted == "png" and source.condition_channels and (low, high) != (0, ends.max):
+            rule = "holds conditions of 16 bits beside such images alone"
+        elif low < ends.min or high > ends.max or high - low < 255:
+            rule = f"holds whole numbers from {ends.min} to {ends.max}, and the values go from {low:g} to {high:g}"
+        else:
+            return config
+    elif wanted in (None, "float32", "raw"):
+        return replace(config, format=wanted or "float32")
+    else:
+        rule = f"holds numbers of 8 bits, and those of {source.name} have more"
+    raise UserError(f"{rule}: use float32 or raw.", about="format", value=wanted)
 
 
 @dataclass
@@ -214,8 +275,8 @@ class Spool:
     def table(self) -> pa.Table:
         """All images, also those that are left out, mapped into memory."""
         files = [pa.ipc.open_file(pa.memory_map(str(part))) for part in self.parts]
-        tables = [file.read_all() for file in files] or [_SCHEMA.empty_table()]
-        return pa.concat_tables(tables, promote_options="default")  # older parts have no conditions
+        tables = [file.read_all() for file in files] or [_schema(None).empty_table()]
+        return pa.concat_tables(tables, promote_options="default")  # older parts have fewer columns
 
     @cached_property
     def kept(self) -> np.ndarray:

@@ -15,25 +15,28 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Features, Value
+from datasets import ClassLabel, Features, List, Value
 from filelock import FileLock, Timeout
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from jit_accel.base.errors import UserError, changed_settings
 from jit_accel.base.files import atomic_file, disk_errors, move, sync, write_json
-from jit_accel.base.image_rows import font_file, font_for, legible
 from jit_accel.config.presets import Size, sides_of
-from jit_accel.data.formats.columns import IMAGE_CHANNELS, Columns
-from jit_accel.data.formats.prepared import INDEX, STORE_VERSION, UNFINISHED, files_of, read_index, sha256_of
-from jit_accel.data.reading.decode import decode_row
+from jit_accel.data.formats.prepared import (
+    INDEX,
+    MAPPED,
+    STORE_VERSION,
+    UNFINISHED,
+    StoreFacts,
+    files_of,
+    number_columns,
+    read_index,
+    sha256_of,
+)
 from jit_accel.prepare.encode import Encoded, batched
 
 ROW_GROUP_IMAGES = 256  # small, because streams shuffle row groups
 ROW_GROUP_BYTES = 2**24
-SHEET_SIDE = 8  # images
-_MIN_CELL_PIXELS, _MAX_CELL_PIXELS = 96, 256
-_MOST_NAMED_CLASSES = 60
 _LOCK_PATIENCE_S = 5  # workers of a killed run leave within a second
 _MOST_TRIES = 100  # where no folder can be made, as below /proc, each fails
 
@@ -169,13 +172,13 @@ class Layout:
     img_size: Size
     class_names: tuple[str, ...]
     is_labelled: bool
-    channels: int = IMAGE_CHANNELS
+    facts: StoreFacts
 
     @property
     def pictures(self) -> dict[str, str]:
         """Return the columns of pictures, and the fields of `Encoded` that are in them."""
-        found = {"image": "data"} | ({"condition": "condition"} if self.channels > IMAGE_CHANNELS else {})
-        return {} if self.encoding == "uint8" else found
+        found = {"image": "data"} | ({"condition": "condition"} if self.facts.has_pairs else {})
+        return {} if self.encoding in MAPPED else found
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -184,11 +187,24 @@ class Layout:
         for name in self.pictures:
             columns[name] = Value("binary") if self.encoding == "raw" else datasets.Image()
         if self.is_labelled:
-            columns["label"] = ClassLabel(names=list(self.class_names))
+            kind = ClassLabel(names=list(self.class_names))
+            columns["label"] = kind if self.facts.most_labels is None else List(kind)
         columns["key"] = Value("uint64")
-        if self.encoding in ("uint8", "raw"):
+        if self.encoding in (*MAPPED, "raw"):
             columns["name"] = Value("string")
+        for name, size in self._numbers:
+            columns[name] = Value("float64") if size == 1 else List(Value("float64"))
         return Features(columns).arrow_schema
+
+    @property
+    def _numbers(self) -> list[tuple[str, int]]:
+        """Return the columns of numbers, and how many each has."""
+        vectors = self.facts.vectors
+        return list(zip(number_columns(vectors.names), vectors.sizes)) if vectors else []
+
+    def labels_of(self, label: int | list[int] | None) -> list[int]:
+        """Return the classes of an image."""
+        return label if isinstance(label, list) else [label] if self.is_labelled else []
 
     def table(self, images: list[Encoded]) -> pa.Table:
         columns = {name: [getattr(image, name) for image in images] for name in ("label", "key", "name")}
@@ -196,6 +212,10 @@ class Layout:
             columns[name] = [getattr(image, field) for image in images]
             if self.encoding != "raw":
                 columns[name] = [{"bytes": data, "path": image.name} for data, image in zip(columns[name], images)]
+        start = 0
+        for name, size in self._numbers:
+            values = [image.vectors[start : start + size] for image in images]
+            columns[name], start = [value[0] for value in values] if size == 1 else values, start + size
         return pa.Table.from_pydict(columns, schema=self.schema)
 
 
@@ -213,11 +233,11 @@ def write_shard(folder: Path, number: int, images: Iterable[Encoded], layout: La
             if image.data is None:
                 skipped.append({"name": image.name, "reason": image.reason})
             else:
-                counts[image.label] += 1
+                counts.update(image.label if isinstance(image.label, list) else [image.label])
                 yield image
 
     table = shard_file(folder, number, "parquet")
-    if layout.encoding == "uint8":
+    if layout.encoding in MAPPED:
         entry = _write_pixels(shard_file(folder, number, "npy"), table, kept(), layout)
     else:
         entry = _write_table(table, kept(), layout)
@@ -241,8 +261,8 @@ def _write_pixels(path: Path, table: Path, images: Iterator[Encoded], layout: La
 
 def _write_header(file, num_images: int, layout: Layout) -> None:
     """Write the head of a .npy, in which NumPy leaves room for the first number to grow: it keeps its length."""
-    shape = (num_images, layout.channels, *sides_of(layout.img_size))
-    description = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    shape = (num_images, layout.facts.channels, *sides_of(layout.img_size))
+    description = {"descr": np.dtype(layout.encoding).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, description)
 
 
@@ -260,76 +280,3 @@ def _write_table(path: Path, images: Iterator[Encoded], layout: Layout) -> dict:
 
 def _described(path: Path) -> dict:
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def first_images(folder: Path, shards: list[dict], layout: Layout, count: int) -> Iterator[tuple[np.ndarray, str]]:
-    """Yield the first `count` images of a store, uint8 (channels, H, W), with the name of its class, "" for none."""
-    condition = "condition" if layout.channels > IMAGE_CHANNELS else None
-    columns = Columns("image", raw_size=layout.img_size if layout.encoding == "raw" else None, condition=condition)
-    for shard in shards:
-        with pq.ParquetFile(folder / shard.get("table", shard)["file"]) as parquet:
-            rows = next(parquet.iter_batches(count, use_threads=False)).to_pylist()
-        if layout.encoding == "uint8":
-            images = np.load(folder / shard["file"], mmap_mode="r")
-        else:
-            images = (decode_row(row, columns, layout.img_size) for row in rows)
-        for row, image in zip(rows, images):
-            yield image, legible(layout.class_names[row["label"]], row["label"]) if layout.is_labelled else ""
-        if (count := count - len(rows)) <= 0:
-            return
-
-
-def draw_sheet(folder: Path, shards: list[dict], layout: Layout) -> None:
-    """Write `preview.png`: up to 8 x 8 images, each with its class below, and left of it its condition, if any."""
-    images = list(first_images(folder, shards, layout, SHEET_SIDE**2))
-    side, size = max(sides_of(layout.img_size)), layout.img_size
-    cell = min(side * -(-_MIN_CELL_PIXELS // side), _MAX_CELL_PIXELS)
-    height, width = (max(1, round(own * cell / side)) for own in sides_of(size))
-    width = width * layout.channels // IMAGE_CHANNELS
-    line, gap = 16, 4
-    columns = min(SHEET_SIDE, len(images))
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + line + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    method = Image.Resampling.NEAREST if cell >= side else Image.Resampling.BOX
-    for i, (image, name) in enumerate(images):
-        left, top = gap + i % columns * (width + gap), gap + i // columns * (height + line + gap)
-        parts = np.split(image, layout.channels // IMAGE_CHANNELS)
-        picture = Image.fromarray(np.concatenate(parts[::-1], 2).transpose(1, 2, 0).copy())
-        sheet.paste(picture.resize((width, height), method), (left, top))
-        font = font_for(name, 12)
-        draw.text((left, top + height), _shortened(name, font, width), fill="black", font=font)
-    sheet.save(folder / "preview.png")
-
-
-def _shortened(name: str, font, width: int) -> str:
-    name = shown = " ".join(name.split())
-    while name and font.getlength(shown) > width:
-        name = name[:-1]
-        shown = name + "..."
-    return shown
-
-
-def draw_classes(folder: Path, counts: dict[str, int]) -> None:
-    """Write `classes.png`: how many images each class has; many classes are sorted by size and not named."""
-    from matplotlib.figure import Figure
-
-    named = len(counts) <= _MOST_NAMED_CLASSES
-    names, values = [legible(name, i) for i, name in enumerate(counts)], list(counts.values())
-    figure = Figure((8, max(2.0, 0.22 * len(names) + 1) if named else 4), dpi=100)
-    axes = figure.subplots()
-    if named:
-        short = [name if len(name) <= 30 else name[:29] + "…" for name in names]
-        axes.barh(range(len(names)), values)
-        axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in short])
-        for text, name in zip(axes.get_yticklabels(), short):
-            if file := font_file(name):
-                text.set_fontproperties(Path(file))
-        axes.invert_yaxis()
-        axes.set_xlabel("images")
-    else:
-        axes.fill_between(range(len(values)), sorted(values, reverse=True), step="mid")
-        axes.set(xlabel="classes, the largest first", ylabel="images", ylim=(0, None))
-    axes.set_title(f"{sum(values):,} images in {len(values):,} classes")
-    figure.tight_layout()
-    figure.savefig(folder / "classes.png")

@@ -4,9 +4,7 @@ A source with random access is read in the shuffled order, a shard at a time. A 
 order: it is decoded, cropped and encoded into a spool first, from which the shards are then put together.
 """
 
-import csv
 import hashlib
-import logging
 import math
 import multiprocessing
 import os
@@ -24,21 +22,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
 from jit_accel.base import rng
 from jit_accel.base.console import redacted
 from jit_accel.base.errors import Stopped, StopRequest, UserError
-from jit_accel.base.files import atomic_file, write_json
+from jit_accel.base.files import write_json
 from jit_accel.config.presets import in_pixels, sides_of
 from jit_accel.data.batches.loader import num_cores
 from jit_accel.data.formats.columns import numbered_classes
-from jit_accel.data.formats.prepared import INDEX, PAIRS_VERSION, STORE_FORMAT, STORE_VERSION, files_of
-from jit_accel.data.formats.scan import scan_folder, scan_of_splits
+from jit_accel.data.formats.prepared import INDEX, MAPPED, STORE_FORMAT, StoreFacts, files_of
 from jit_accel.data.formats.source import Source
-from jit_accel.data.reading.splits import ALL
 from jit_accel.prepare.encode import (
     Encoded,
     Spool,
@@ -47,9 +42,12 @@ from jit_accel.prepare.encode import (
     originals_at,
     originals_of,
     parts_of,
+    with_format,
     write_part,
 )
-from jit_accel.prepare.output import Layout, OutputFolder, draw_classes, draw_sheet, verify, write_shard
+from jit_accel.prepare.output import Layout, OutputFolder, verify, write_shard
+from jit_accel.prepare.preview import draw_classes, draw_sheet
+from jit_accel.prepare.problems import write_problems
 from jit_accel.prepare.settings import PrepareConfig
 
 _POLL_S = 0.2
@@ -74,6 +72,7 @@ def prepare(config: PrepareConfig) -> int:
     output = OutputFolder(config.output_dir)
     output.check_place(os.path.expanduser(config.data_path))
     source = open_source(config)
+    config = with_format(config, source)
     recorded = config.recorded(_fingerprint(source))
     if source.format == "folder" and list(source.class_names) != sorted(source.class_names):
         recorded["class_names"] = list(source.class_names)  # which earlier versions sorted as text
@@ -120,22 +119,26 @@ def _make(
     config: PrepareConfig, source: Source, output: OutputFolder, recorded: dict, stop: StopRequest
 ) -> tuple[dict, int]:
     """Make the store; return its index, and how many images were read."""
-    if config.format in ("uint8", "raw"):  # the size is known beforehand: the pixels, twice with a spool
-        output.check_space(
-            source.num_images * source.channels * math.prod(sides_of(config.img_size)) * (2 if source.streaming else 1)
-        )
+    number_bytes = source.pixels.dtype.itemsize
+    if config.format in (*MAPPED, "raw"):  # the size is known beforehand: the pixels, twice with a spool
+        stored = number_bytes if config.format == "raw" else np.dtype(config.format).itemsize
+        num_bytes = source.num_images * source.channels * math.prod(sides_of(config.img_size)) * stored
+        output.check_space(num_bytes * (2 if source.streaming else 1))
     work, names, num_read = Work(config, source, output.work), source.class_names, None
     if source.streaming:
         spool, num_read = _fill_spool(work, stop)
-        largest = max(spool.table["label"].unique().to_pylist(), default=-1)
+        found = spool.table["label"]
+        found = found if source.most_labels is None else pc.list_flatten(found)
+        largest = max(found.unique().to_pylist(), default=-1)
         names = names or numbered_classes(largest + 1) or ("image",)
         work = replace(work, spool=spool)
-    layout = Layout(config.format, config.img_size, names, source.is_labelled, source.channels)
+    facts = StoreFacts(source.pixels, source.condition_channels > 0, source.vectors, source.most_labels)
+    layout = Layout(config.format, config.img_size, names, source.is_labelled, facts)
     work = replace(work, layout=layout)
     num_images = len(source.images if work.spool is None else work.spool)
     # Sorting hashes, as order.epoch_permutation does, but for another purpose than an epoch of the training.
     order = np.argsort(rng.hash64(config.seed, "prepare", np.arange(num_images)), kind="stable")
-    size = config.images_a_shard(num_images, source.channels) or 1
+    size = config.images_a_shard(num_images, source.channels, number_bytes) or 1
     shards = [order[start : start + size] for start in range(0, num_images, size)]
     missing = [(number, numbers) for number, numbers in enumerate(shards) if output.entry(number) is None]
     done = num_images - sum(len(numbers) for _, numbers in missing)
@@ -211,7 +214,8 @@ def _call(function: Callable, job: tuple) -> None:
 def fill_part(work: Work, path: Path, pieces: list[tuple]) -> None:
     """In a worker: a part of the spool."""
     originals = (original for piece in pieces for original in originals_of(work.source, *piece))
-    write_part(path, _counted(encode_all(originals, work.config, work.source)))
+    images = _counted(encode_all(originals, work.config, work.source))
+    write_part(path, images, work.source.most_labels)
 
 
 def make_shard(work: Work, number: int, numbers: np.ndarray) -> None:
@@ -247,70 +251,11 @@ def _finish(work: Work, output: OutputFolder, num_shards: int, recorded: dict) -
     output.publish([file["file"] for file in files_of(index)])
     draw_sheet(output.path, shards, layout)
     draw_classes(output.path, index["class_counts"])
-    if layout.encoding != "uint8":
+    if layout.encoding not in MAPPED:
         (output.path / "README.md").write_text(_card(index), encoding="utf-8")
-    write_problems(output.path, shards, work, skipped)
+    write_problems(output.path, shards, work.config, work.source, skipped)
     write_json(output.path / INDEX, index)
     return index
-
-
-def write_problems(folder: Path, shards: list[dict], work: Work, skipped: list[dict]) -> None:
-    """Write `problems.csv`: files that are no images, that are left out, or copies of others."""
-    found = [(image["name"], image["reason"]) for image in skipped] + list(_copies(folder, shards))
-    if work.source.format == "folder":
-        found += _left_out(work)
-    if found:
-        path = folder / "problems.csv"
-        with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([("file", "problem"), *sorted(found)])
-        print(f"{len(found):,} files are no images, left out, or copies of others: see {path}.")
-
-
-def _left_out(work: Work) -> Iterator[tuple[str, str]]:
-    """Yield the files of a folder that are not prepared, each with the reason."""
-    scan, root = scan_folder(work.source.name), os.path.join(os.path.abspath(work.source.name), "")
-    yield from ((name, "no image, by its ending") for name in scan.others)
-    for text in scan.unreadable:
-        path, _, reason = text.rpartition(" (")
-        yield path.removeprefix(os.path.join(work.source.name, "")), reason[:-1]
-    used = _paths_of(work.source)
-    if len(used) < len(scan.images):
-        logging.disable(logging.WARNING)  # which were said before
-        try:
-            others = set(scan_of_splits(scan, work.config.split, work.source.name).left_out)
-            listed = set(_paths_of(open_source(replace(work.config, split=ALL))).to_pylist()) if scan.metadata else ()
-        except UserError:  # in metadata of another split
-            listed = ()
-        finally:
-            logging.disable(logging.NOTSET)
-        unused = pc.binary_join_element_wise(root, scan.images, "")
-        for path in unused.filter(pc.invert(pc.is_in(unused, value_set=used))).to_pylist():
-            name = path.removeprefix(root)
-            is_of_another = path in listed or os.path.join(os.path.dirname(name), "") in others
-            missing = "not listed in the metadata" if scan.metadata else "in no class folder, as others are"
-            yield name, "of another split" if is_of_another else missing
-
-
-def _paths_of(source: Source) -> pa.Array:
-    return source.images.dataset.data.column("image").combine_chunks().field("path")
-
-
-def _copies(folder: Path, shards: list[dict]) -> Iterator[tuple[str, str]]:
-    """Yield the names of images that are stored twice or more, all but the first, which is named with them."""
-    names, keys, first = [], [], {}
-    for shard in shards:
-        with pq.ParquetFile(folder / shard.get("table", shard)["file"]) as parquet:
-            table = parquet.read(["key", "name", "image.path"], use_threads=False).flatten()
-        keys.append(table["key"].to_numpy())
-        names.append(table["image.path" if "image.path" in table.column_names else "name"])
-    keys, names = np.concatenate(keys), pa.chunked_array([chunk for some in names for chunk in some.chunks])
-    _, which, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    is_repeated = counts[which] > 1
-    for name, key in sorted(zip(names.filter(pa.array(is_repeated)).to_pylist(), keys[is_repeated].tolist())):
-        if key in first:
-            other = "another image of this name" if first[key] == name else first[key]
-            yield name, f"a copy of {other} (the same size, beginning and end); both are stored"
-        first.setdefault(key, name)
 
 
 def _index(work: Work, entries: list[dict], skipped: list[dict], recorded: dict) -> dict:
@@ -321,9 +266,10 @@ def _index(work: Work, entries: list[dict], skipped: list[dict], recorded: dict)
     source = work.source
     return {
         "format": STORE_FORMAT,
-        "version": PAIRS_VERSION if source.condition_channels else STORE_VERSION,
+        "version": layout.facts.version,
         "encoding": layout.encoding,
         "img_size": layout.img_size,
+        **layout.facts.record(layout.encoding),
         "num_images": sum(shard["images"] for shard in shards),
         "num_bytes": sum(file["bytes"] for file in files_of({"shards": shards})),
         "num_skipped": len(skipped),

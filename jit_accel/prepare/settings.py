@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from jit_accel.base.errors import UserError, check_ranges, within
-from jit_accel.config.groups import MOST_WORKERS
+from jit_accel.config.groups import MOST_CHANNELS, MOST_WORKERS
 from jit_accel.config.presets import settle_size, sides_of
 
 SHARD_BYTES = 2**28
@@ -16,7 +16,16 @@ LOSSY = ("jpeg", "webp")
 DEFAULT_QUALITY = 95
 
 # Bytes a pixel, to choose the number of shards by
-_BYTES_PER_PIXEL = {"uint8": 3.0, "raw": 3.0, "png": 1.5, "jpeg": 0.6, "webp": 0.3}
+_BYTES_PER_PIXEL = {"uint8": 3.0, "uint16": 6.0, "int16": 6.0, "float32": 12.0, "png": 1.5, "jpeg": 0.6, "webp": 0.3}
+
+# Settings that older stores do not have, as they are where they change nothing
+_LATER = {
+    "renumber_labels": False,
+    "condition_column": None,
+    "vector_column": (),
+    "in_channels": 3,
+    "value_range": None,
+}
 
 
 @dataclass(frozen=True)
@@ -30,9 +39,10 @@ class PrepareConfig:
     """New folder for the shards (required, unless verify is given)."""
     img_size: int | tuple[int, int] = 256
     """Side of the square images in pixels, or their height and width."""
-    format: Literal["uint8", "raw", "jpeg", "png", "webp"] = "uint8"
-    """uint8: memory-mapped pixels, random access, the fastest to read. The others are Parquet, streamed: raw pixels;
-    JPEG (without chroma subsampling), about a fifth of their size; PNG, lossless, half; WebP, a tenth."""
+    format: Literal["uint8", "uint16", "int16", "float32", "raw", "jpeg", "png", "webp"] | None = None
+    """uint8, float32: memory-mapped pixels, random access, the fastest to read (default: uint8; float32 of 16 bits and
+    floats, of which uint16 and int16 round what was scaled, in half the size). The others are Parquet, streamed: raw
+    pixels; JPEG (without chroma subsampling), about a fifth of their size; PNG, lossless, half; WebP, a tenth."""
     quality: int | None = None
     """Quality of JPEG and WebP, 1 to 100 (default: 95); WebP of 100 is lossless."""
     data_format: str = "auto"
@@ -41,7 +51,14 @@ class PrepareConfig:
     image_column: str | None = None
     """Column of the images (default: the one that holds images)."""
     label_column: str | None = None
-    """Column of the class labels (default: label, cls, ... where present; else one class)."""
+    """Column of the class labels, or of lists of them (default: label, cls, ... where present; else one class)."""
+    vector_column: tuple[str, ...] = ()
+    """Columns of numbers, or of lists of them, to keep as conditions (default: none)."""
+    in_channels: int = 3
+    """Channels of the images: 1 for grey, 3 for colour, to which pictures are converted; others are those of arrays."""
+    value_range: tuple[float, float] | None = None
+    """Values of the data that become -1 and 1 in a training; needed for floats (default: 0 255, and 0 65535 of 16
+    bits)."""
     condition_path: str | None = None
     """Folder with the condition of each image, a picture of the same relative name with any ending of images (default:
     none)."""
@@ -72,8 +89,8 @@ class PrepareConfig:
         """Return what the result depends on."""
         left_out = ("data_path", "data_format", "split", "condition_path", "output_dir", "num_workers", "verify")
         settings = {name: value for name, value in asdict(self).items() if name not in left_out}
-        for name in ("renumber_labels", "condition_column"):
-            if not settings[name]:  # as if there were no such setting, which older stores do not have
+        for name, usual in _LATER.items():
+            if settings[name] == usual:  # as if there were no such setting, which older stores do not have
                 del settings[name]
         return {**settings, "quality": self.resolved_quality, "source_fingerprint": source_fingerprint}
 
@@ -81,11 +98,15 @@ class PrepareConfig:
     def resolved_quality(self) -> int | None:
         return (self.quality or DEFAULT_QUALITY) if self.format in LOSSY else None
 
-    def images_a_shard(self, num_images: int, channels: int = 3) -> int:
-        """Return how many of `num_images` images go into one shard, where each has so many channels."""
+    def images_a_shard(self, num_images: int, channels: int = 3, number_bytes: int = 1) -> int:
+        """Return how many of `num_images` images go into one shard, where each has so many channels.
+
+        number_bytes: of one number, where they are stored as they are decoded.
+        """
         if self.shard_images is not None:
             return self.shard_images
-        num_bytes = num_images * _BYTES_PER_PIXEL[self.format] * math.prod(sides_of(self.img_size)) * channels / 3
+        size = 3.0 * number_bytes if self.format == "raw" else _BYTES_PER_PIXEL[self.format or "uint8"]
+        num_bytes = num_images * size * math.prod(sides_of(self.img_size)) * channels / 3
         by_bytes = -(-int(num_bytes) // SHARD_BYTES)
         shards = max(by_bytes, min(FEWEST_SHARDS, num_images // FEWEST_IMAGES_A_SHARD), 1)
         return -(-num_images // shards)
@@ -97,6 +118,8 @@ RANGES = [
     ("shard_images", lambda v: v >= 1, "at least 1"),
     ("quality", lambda v: 1 <= v <= 100, "from 1 to 100"),
     ("seed", lambda v: 0 <= v < 2**63, "0 or more and at most a 63-bit number"),
+    *within(1, MOST_CHANNELS, "in_channels"),
+    ("value_range", lambda v: -math.inf < v[0] < v[1] < math.inf, "two numbers, the smaller one first"),
 ]
 
 
@@ -112,5 +135,5 @@ def check(config: PrepareConfig) -> None:
             raise UserError("not given; preparing needs --data_path and --output_dir.", about=flag)
     check_ranges(vars(config), RANGES)
     if config.quality is not None and config.format not in LOSSY:
-        rule = f"--format {config.format} has none: leave the flag out."
+        rule = f"--format {config.format or 'uint8'} has none: leave the flag out."
         raise UserError(rule, about="quality", value=config.quality)

@@ -3,7 +3,6 @@
 import csv
 import json
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +14,6 @@ from jit_accel.base.errors import UserError
 from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches.batch import check_labels, renumbered
 from jit_accel.data.batches.holdout import held_by_split, split_holdout
-from jit_accel.prepare import main as prepare
 
 COUNT = 20
 NAMES = ("cat", "dog", "old", "wet")
@@ -186,14 +184,6 @@ def test_lists_without_any_label_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no image of .* has a label there") as caught:
         open_images(tmp_path, label_column="tags")
     assert (caught.value.about, caught.value.value) == ("label_column", "tags")
-
-
-def test_what_is_prepared_has_one_label(tmp_path, capsys):
-    in_folder(tmp_path / "data", False)
-    flags = ("--data_path", str(tmp_path / "data"), "--label_column", "tags", "--img_size", "4")
-    assert prepare([*flags, "--output_dir", str(tmp_path / "out")]) == 2
-    assert "--label_column tags: its rows hold lists of labels" in capsys.readouterr().err
-    assert np.all([not (tmp_path / "out").exists()])
 
 
 def listed(root, *cells: str) -> None:

@@ -40,7 +40,7 @@ from jit_accel.data.formats.prepared import PixelStore, read_index
 from jit_accel.data.formats.sources import open_images
 from jit_accel.data.reading.content import content_key, file_key
 from jit_accel.data.reading.decode import center_crop, decode_image
-from jit_accel.prepare import main, output, run
+from jit_accel.prepare import main, output, preview, run
 from jit_accel.prepare.output import verify
 from jit_accel.prepare.settings import PrepareConfig
 
@@ -171,7 +171,7 @@ def test_pictures_to_look_at(stores, sources, tmp_path, monkeypatch):
     with Image.open(stores["uint8"] / "preview.png") as sheet, Image.open(stores["png"] / "preview.png") as same:
         assert sheet.size[0] > 8 * SIZE
         assert sheet.tobytes() == same.tobytes()
-    monkeypatch.setattr(run, "draw_classes", output.draw_classes)
+    monkeypatch.setattr(run, "draw_classes", preview.draw_classes)
     prepare(sources["folder"], tmp_path)
     with Image.open(tmp_path / "classes.png") as chart:
         chart.verify()

@@ -120,8 +120,11 @@ def test_a_source_of_ones_own_says_its_channels(arrays, tmp_path):
         jit.fit(config, source=source)
 
 
-def test_prepare_refuses_what_no_store_holds(arrays, capsys, tmp_path):
+def test_a_store_trains_as_its_source(run, arrays, tmp_path):
     from jit_accel.prepare import main
 
-    assert main(["--data_path", str(arrays), "--output_dir", str(tmp_path / "out"), "--img_size", "28"]) == 2
-    assert "train on it as it is" in capsys.readouterr().err
+    store = tmp_path / "store"
+    how = ("--in_channels", "2", "--value_range", *RANGE, "--img_size", "28")
+    assert main(["--data_path", str(arrays), "--output_dir", str(store), *how]) == 0
+    assert train_here(*flags(store, tmp_path / "out", "--max_steps", "2")) == 0
+    assert jit.load(tmp_path / "out").config.value_range == [-5.0, 20.0]

@@ -60,7 +60,7 @@ class Columns:
     label: str | None = None
     label_key: str | None = None  # where the label column holds JSON objects
     label_ids: dict[str | int, int] | None = None  # the class of each label, where that is not the label itself
-    raw_size: Size | None = None  # where images are bare pixels: uint8 (3, H, W)
+    raw_size: Size | None = None  # where images are bare numbers (C, H, W), as `pixels` says
     key: str | None = None  # where `content_key` was stored
     name: str | None = None  # where names are not stored with the images
     any_image: bool = False  # a sample of a tar file without `image` may have one of another ending

@@ -34,6 +34,13 @@ class Vectors:
         """Return them as plain lists, for files."""
         return {name: list(values) for name, values in asdict(self).items()}
 
+    def chosen(self, names: Sequence[str]) -> "Vectors":
+        """Return the columns of these names alone, in this order."""
+        starts = np.cumsum([0, *self.sizes])
+        spans = [slice(*starts[i : i + 2].tolist()) for i in map(self.names.index, names)]
+        sizes = tuple(span.stop - span.start for span in spans)
+        return Vectors(tuple(names), sizes, *(sum((all[span] for span in spans), ()) for all in (self.mean, self.std)))
+
     def standardised(self, values: np.ndarray) -> np.ndarray:
         """Return numbers in the units of the data, float64 (B, n), as the network sees them, float32 (B, n)."""
         return ((values - np.array(self.mean)) / np.array(self.std)).astype(np.float32)

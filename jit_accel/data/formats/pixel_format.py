@@ -26,12 +26,8 @@ def in_format(source: Source, in_channels: int, value_range: tuple[float, float]
     UserError where its first images do not have them, and for floats whose range is not given.
     """
     columns, is_usual = getattr(source.images, "columns", None), in_channels == IMAGE_CHANNELS and value_range is None
-    if columns is None or columns.raw_size is not None:
-        if is_usual:
-            return source
-        about, value = ("value_range", value_range) if in_channels == IMAGE_CHANNELS else ("in_channels", in_channels)
-        rule = f"{source.name} holds prepared pixels, which are colour of 8 bits: give the images that it was made of, "
-        raise UserError(rule + "or prepare them with --format png.", about=about, value=value)
+    if columns is None or columns.raw_size is not None or source.pixels != COLOUR:
+        return _of_store(source, in_channels, value_range)
     if is_usual and not _may_be_arrays(source, columns):
         return source
     images, conditions = [], []
@@ -47,6 +43,27 @@ def in_format(source: Source, in_channels: int, value_range: tuple[float, float]
         return source
     identity = fingerprint_of([source.fingerprint, *map(str, (pixels.channels, pixels.value_range))])
     images = replace(source.images, columns=replace(columns, pixels=pixels))
+    return replace(source, images=images, pixels=pixels, fingerprint=identity)
+
+
+def _of_store(source: Source, in_channels: int, value_range: tuple[float, float] | None) -> Source:
+    """Return prepared numbers as asked for. UserError where they are others."""
+    stored = source.pixels
+    if in_channels != stored.channels:
+        rule = f"the images of {source.name} were prepared with {stored.channels}: give --in_channels "
+        rule += f"{stored.channels}, or prepare them anew."
+        raise UserError(rule, about="in_channels", value=in_channels)
+    if value_range in (None, stored.value_range):
+        return source
+    if stored.value_range is None or source.condition_channels:
+        own = stored.value_range or own_range(np.dtype(np.uint8))
+        rule = f"the images of {source.name} were prepared with the range {own[0]:g} {own[1]:g}: leave it out, or "
+        raise UserError(rule + "prepare them anew.", about="value_range", value=value_range)
+    pixels = replace(stored, value_range=value_range)
+    images = source.images
+    if hasattr(images, "columns"):
+        images = replace(images, columns=replace(images.columns, pixels=pixels))
+    identity = fingerprint_of([source.fingerprint, *map(str, (pixels.channels, value_range))])
     return replace(source, images=images, pixels=pixels, fingerprint=identity)
 
 

@@ -3,24 +3,22 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import cache, cached_property, partial
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.parquet as pq
-import torch
 
-from jit_accel.base.errors import UserError
-from jit_accel.base.shared_tables import shared_arrays
-from jit_accel.config.presets import Size, plain_size, sides_of
-from jit_accel.data.formats.columns import IMAGE_CHANNELS, Columns, features_of
+from jit_accel.base.errors import UserError, lookup
+from jit_accel.config.presets import Size, plain_size
+from jit_accel.data.formats.columns import COLOUR, IMAGE_CHANNELS, Columns, PixelFormat, features_of
+from jit_accel.data.formats.numbers import Vectors
+from jit_accel.data.formats.pixel_store import PixelStore
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
 from jit_accel.data.formats.tables import open_file, parquet_stream
-from jit_accel.data.reading.decode import crop_pixels
-from jit_accel.data.reading.images import Read
 from jit_accel.data.reading.servers import at_once
 from jit_accel.data.reading.shards import LocalShard, missing_path
 from jit_accel.data.reading.splits import TRAIN, choose_splits
@@ -28,7 +26,10 @@ from jit_accel.data.reading.splits import TRAIN, choose_splits
 INDEX = "index.json"
 UNFINISHED = ".unfinished"
 STORE_FORMAT = "jit_accel.prepared"
-STORE_VERSION, PAIRS_VERSION = 1, 2  # of images alone, as from the beginning, and with conditions
+# Of images alone, as from the beginning; with conditions; with a record of their numbers, and of others beside them
+STORE_VERSION, PAIRS_VERSION, FACTS_VERSION = VERSIONS = 1, 2, 3
+MAPPED = ("uint8", "uint16", "int16", "float32")  # encodings that are memory-mapped, by the type of their numbers
+OWN_COLUMNS = ("image", "condition", "label", "key", "name")
 _FILE = {"file": str, "bytes": int, "sha256": str}
 _TABLE_SHARD = _FILE | {"images": int, "row_groups": [int]}
 _PIXELS_SHARD = _FILE | {"images": int, "table": _FILE}  # of encoding uint8
@@ -45,31 +46,75 @@ _INDEX = {  # the fields that are used, and their types
 _WORDS = {str: "text", int: "natural number", bool: "true or false", dict: "object", list: "list"}
 
 
+@dataclass(frozen=True)
+class StoreFacts:
+    """The facts that a store's `index.json` has of its images besides their size and classes."""
+
+    pixels: PixelFormat = COLOUR
+    has_pairs: bool = False
+    vectors: Vectors | None = None  # as of all rows of what was prepared
+    most_labels: int | None = None  # of an image, where they may have several
+
+    @classmethod
+    def of(cls, index: dict) -> "StoreFacts":
+        """Return what an index of any version says."""
+        if index["version"] != FACTS_VERSION:
+            return cls(has_pairs=index["version"] == PAIRS_VERSION)
+        pixels, shown = index["pixels"], index["pixels"]["condition_channels"]
+        given = pixels["channels"], shown or IMAGE_CHANNELS, pixels["value_range"] and tuple(pixels["value_range"])
+        return cls(PixelFormat(*given), shown > 0, Vectors.of_record(index["vectors"]), index["most_labels"])
+
+    @property
+    def channels(self) -> int:
+        """Return the channels that are stored of an image, and of its condition, if it has one."""
+        return self.pixels.channels + self.has_pairs * self.pixels.condition_channels
+
+    @property
+    def version(self) -> int:
+        """Return the oldest version of an index that can say this."""
+        if self == StoreFacts(has_pairs=self.has_pairs):
+            return PAIRS_VERSION if self.has_pairs else STORE_VERSION
+        return FACTS_VERSION
+
+    def record(self, encoding: str) -> dict[str, Any]:
+        """Return the entries of an index that say this."""
+        if self.version != FACTS_VERSION:
+            return {}
+        pixels = {"channels": self.pixels.channels, "value_range": self.pixels.value_range}
+        pixels["condition_channels"] = self.channels - self.pixels.channels
+        pixels["dtype"] = encoding if encoding in MAPPED else str(self.pixels.dtype)
+        return {"pixels": pixels, "vectors": self.vectors and self.vectors.record(), "most_labels": self.most_labels}
+
+
+def number_columns(names: Iterable[str]) -> list[str]:
+    """Return the names that columns of numbers have in the tables of a store, beside its own."""
+    return [f"{name} of the data" if name in OWN_COLUMNS else name for name in names]
+
+
 def open_prepared(request: Request) -> Source:
-    """Open a folder written by `jit_accel.prepare`: memory-mapped uint8, or Parquet as a stream."""
+    """Open a folder written by `jit_accel.prepare`: memory-mapped numbers, or Parquet as a stream."""
     folder = request.path
     if not os.path.isdir(folder):
         raise missing_path(folder)
-    reason = "was prepared, its columns are known"
-    names = "image_column", "label_column", "renumber_labels", "condition_path", "condition_column"
-    request.refuse(*names, reason=reason)
-    request.refuse("vector_column", reason="was prepared, and only what it was made of has numbers")
     index = read_index(folder)
+    as_prepared = request.label_column is None or request.label_column != index["settings"].get("label_column")
+    names = "image_column", *(["label_column"] if as_prepared else []), "renumber_labels"
+    request.refuse(*names, "condition_path", "condition_column", reason="was prepared, its columns are known")
     choose_splits({TRAIN: index["num_images"]}, request.split, folder)
-    names, has_pairs = tuple(index["class_names"]), index["version"] == PAIRS_VERSION
+    facts, names = _as_asked(StoreFacts.of(index), request), tuple(index["class_names"])
     identity = fingerprint_of(
         [index["format"], index["encoding"], str(index["img_size"]), *names, *(s["sha256"] for s in index["shards"])]
     )
-    if index["encoding"] == "uint8":
+    vectors = facts.vectors
+    numbers = tuple(zip(number_columns(vectors.names), vectors.sizes)) if vectors else ()
+    if index["encoding"] in MAPPED:
         request.refuse("streaming", reason="holds memory-mapped pixels, which are read by random access")
         shards = tuple((shard["file"], shard["table"]["file"], shard["images"]) for shard in index["shards"])
-        channels = IMAGE_CHANNELS * (1 + has_pairs)
-        images = PixelStore(os.path.abspath(folder), index["img_size"], shards, index["is_labelled"], channels)
-        images.labels()  # now, when processes share them
+        given = os.path.abspath(folder), index["img_size"], shards, index["is_labelled"]
+        images = PixelStore(*given, facts.channels, facts.pixels, numbers, facts.most_labels)
+        images.facts(np.empty(0, np.int64))  # now, when processes share them
     else:
-        raw = {"raw_size": index["img_size"], "name": "name"} if index["encoding"] == "raw" else {}
-        raw |= {"condition": "condition"} if has_pairs else {}
-        columns = Columns("image", "label" if index["is_labelled"] else None, key="key", **raw)
+        columns = columns_of(index["encoding"], index["img_size"], index["is_labelled"], facts)
         paths = [os.path.join(os.path.abspath(folder), shard["file"]) for shard in index["shards"]]
         if request.streaming is False:
             how = {"data_files": paths, "split": "train", "columns": columns.all}
@@ -78,91 +123,29 @@ def open_prepared(request: Request) -> Source:
             files = at_once(open_file, map(LocalShard, paths))
             images = parquet_stream(files, columns, features_of(files[0].schema))
     names = names if index["is_labelled"] else ("image",)
-    return source_of(folder, "prepared", images, names, identity, index["img_size"])
+    source = source_of(folder, "prepared", images, names, identity, index["img_size"], vectors)
+    return replace(source, pixels=facts.pixels, most_labels=facts.most_labels)
 
 
-@dataclass(frozen=True)
-class PixelStore:
-    """Images of uint8 pixels, of one size, in memory-mapped files, opened where and when they are first read."""
-
-    folder: str
-    img_size: Size
-    shards: tuple[tuple[str, str, int], ...]  # array, table of labels, keys and names, number of images
-    is_labelled: bool = True
-    channels: int = IMAGE_CHANNELS  # and behind those of an image the ones of its condition, if there is any
-    is_encoded = False
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getstate__(self) -> dict:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def read(self, indices: np.ndarray, out: np.ndarray, at: np.ndarray | None = None) -> Read:
-        """Copy pixels; see `Images.read`. Into a smaller `out` they are scaled, as `center_crop` does."""
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        rows = indices - self._starts[shards]
-        size = out.shape[2:]
-        is_scaled, has_all = size != sides_of(self.img_size), out.shape[1] == self.channels
-        if not is_scaled and has_all and len(shards) and (shards == shards[0]).all() and out.flags.c_contiguous:
-            np.take(self._pixels(int(shards[0])), rows, axis=0, out=out, mode="clip")  # "raise" makes a copy first
-        else:
-            for place, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist())):
-                pixels = self._pixels(shard)[row, : out.shape[1]]
-                spot = None if at is None else at[place]
-                out[place] = crop_pixels(pixels, size, spot) if is_scaled else pixels
-        return self.labels()[indices], {}
-
-    def labels(self) -> np.ndarray:
-        """Return the classes, int64 (n,)."""
-        return self._column("label")
-
-    def keys(self) -> np.ndarray:
-        """Return the `content_key` of the file that each image was made of, uint64 (n,)."""
-        return self._column("key")
-
-    def names(self) -> np.ndarray:
-        """Return the name that each image had in its source, str (n,)."""
-        return self._column("name")
-
-    @cached_property
-    def _starts(self) -> np.ndarray:
-        return np.cumsum([0, *(count for *_, count in self.shards)])
-
-    @cached_property
-    def _pixels(self) -> Callable[[int], np.ndarray]:
-        """Return the pixels of a shard, uint8 (N, channels, H, W), read-only; mapped when they are first asked for."""
-        return cache(lambda shard: _map_array(Path(self.folder) / self.shards[shard][0]))
-
-    @cached_property
-    def _column(self) -> Callable[[str], np.ndarray]:
-        return cache(self._read_column)
-
-    def _read_column(self, name: str) -> np.ndarray:
-        if name == "label":
-            how = f"labels of {self.folder}", lambda: {name: self._read_parts(name)}
-            return shared_arrays(*how)[name] if self.is_labelled else np.zeros(len(self), np.int64)
-        return self._read_parts(name)
-
-    def _read_parts(self, name: str) -> np.ndarray:
-        parts = []
-        for _, table, _ in self.shards:
-            with pq.ParquetFile(Path(self.folder) / table) as parquet:  # `read_table` takes eight times as long
-                parts.append(parquet.read([name], use_threads=False)[0].to_numpy())
-        return np.concatenate(parts)
+def columns_of(encoding: str, img_size: Size, is_labelled: bool, facts: StoreFacts) -> Columns:
+    """Return the columns that the rows of a store's tables are read by."""
+    raw = {"raw_size": img_size, "name": "name"} if encoding == "raw" else {}
+    raw |= {"condition": "condition"} if facts.has_pairs else {}
+    if facts.vectors:
+        raw |= {"vectors": tuple(number_columns(facts.vectors.names)), "vector_sizes": facts.vectors.sizes}
+    label = "label" if is_labelled else None
+    return Columns("image", label, key="key", most_labels=facts.most_labels, pixels=facts.pixels, **raw)
 
 
-def _map_array(path: Path) -> np.ndarray:
-    """Map a .npy file of uint8, C order. NumPy's own way keeps a file open for each, of which 1,024 are allowed."""
-    with open(path, "rb") as file:
-        np.lib.format.read_magic(file)
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        start = file.tell()
-    assert (dtype, is_fortran) == (np.uint8, False), f"{path}: {dtype}, not uint8 in C order"
-    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
-    array = mapped[start : start + int(np.prod(shape))].reshape(shape)
-    array.setflags(write=False)
-    return array
+def _as_asked(facts: StoreFacts, request: Request) -> StoreFacts:
+    """Return them with the columns of numbers that are asked for, in their order. UserError for one that is missing."""
+    if facts.vectors is None:
+        request.refuse("vector_column", reason="was prepared without --vector_column, and has no numbers")
+    if not request.vector_column:
+        return facts
+    for name in request.vector_column:
+        lookup(dict.fromkeys(facts.vectors.names), name, "vector_column", rule=f"no column of {request.path}")
+    return replace(facts, vectors=facts.vectors.chosen(request.vector_column))
 
 
 def is_prepared(folder: str | os.PathLike) -> bool:
@@ -190,15 +173,13 @@ def read_index(folder: str | os.PathLike, about: str = "data_path") -> dict:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         version = index["version"] if index["format"] == STORE_FORMAT else None
-        is_known = version in (STORE_VERSION, PAIRS_VERSION)
+        is_known = version in VERSIONS
         if is_known:
             _check_index(index)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise problem(f"its {INDEX} is damaged ({error}): prepare the images again.") from None
     if not is_known:
-        rule = (
-            f"its {INDEX} has the version {version}, this program reads {STORE_VERSION} and {PAIRS_VERSION}: prepare "
-        )
+        rule = f"its {INDEX} has the version {version}, this program reads {VERSIONS[0]} to {VERSIONS[-1]}: prepare "
         rule += "the images again, "
         raise problem(rule + "or update jit_accel.")
     again = "copy it again, or prepare the images again."
@@ -225,7 +206,10 @@ def _check_index(index: dict) -> None:
     index["img_size"] = plain_size(sides)
     if not index["shards"]:
         raise ValueError("shards is empty")
-    _check_shape(index["shards"], [_PIXELS_SHARD if index["encoding"] == "uint8" else _TABLE_SHARD], "shards")
+    _check_shape(index["shards"], [_PIXELS_SHARD if index["encoding"] in MAPPED else _TABLE_SHARD], "shards")
+    if index["version"] == FACTS_VERSION:
+        _check_shape(index, {"pixels": {"channels": int, "condition_channels": int}}, INDEX)
+        StoreFacts.of(index)
     for name in (file["file"] for file in files_of(index)):
         if name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
             raise ValueError(f"{name!r} is no name of a file in this folder")

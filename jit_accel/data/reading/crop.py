@@ -1,10 +1,12 @@
 """Squares, or rectangles, cut out of pictures, and of arrays: as ADM does, or in one step."""
 
+import math
+
 import numpy as np
 from PIL import Image
 
 from jit_accel.config.presets import Size, sides_of
-from jit_accel.data.formats.columns import IMAGE_CHANNELS
+from jit_accel.data.formats.columns import COLOUR, IMAGE_CHANNELS, PixelFormat
 from jit_accel.data.reading.arrays import BadImage, planes_of
 
 # Up to this ratio of the sides the crop is exactly ADM's; beyond it (strips, scans of receipts) the picture
@@ -85,9 +87,10 @@ def crop_pixels(pixels: np.ndarray, size: Size, at: float | None = None) -> np.n
     return bands_of(center_crop(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))), size, at))
 
 
-def pixels_of(data: bytes | None, size: Size) -> np.ndarray:
-    """Stored pixels as uint8 (3, height, width), read-only and without a copy; BadImage if of another length."""
-    height, width = sides_of(size)
-    if data is None or len(data) != 3 * height * width:
-        raise BadImage(f"{len(data or b'')} bytes where {height} x {width} pixels have {3 * height * width}")
-    return np.frombuffer(data, np.uint8).reshape(3, height, width)
+def pixels_of(data: bytes | None, size: Size, pixels: PixelFormat = COLOUR, is_condition: bool = False) -> np.ndarray:
+    """Return stored numbers, (C, height, width) of the format's type, without a copy; BadImage if of another length."""
+    shape = pixels.condition_channels if is_condition else pixels.channels, *sides_of(size)
+    if data is None or len(data) != math.prod(shape) * pixels.dtype.itemsize:
+        wanted = math.prod(shape) * pixels.dtype.itemsize
+        raise BadImage(f"{len(data or b'')} bytes where {' x '.join(map(str, shape[1:]))} pixels have {wanted}")
+    return np.frombuffer(data, pixels.dtype).reshape(shape)

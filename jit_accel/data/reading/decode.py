@@ -150,7 +150,7 @@ def decode_row(
             condition = columns.image_of(row.get(columns.condition))
             return decode_pair(data, *condition, decode, partial(decode, is_condition=True))
         if columns.raw_size is not None:  # fifty times as fast as decoding: each call counts
-            return crop_pixels(pixels_of(data, columns.raw_size), img_size, at)
+            return crop_pixels(pixels_of(data, columns.raw_size, columns.pixels), img_size, at)
         return decode_sized(data, img_size, pixels=columns.pixels, at=at).pixels
     except BadImage as error:
         raise type(error)(f"{name or fallback_name()}: {error}") from error
@@ -161,8 +161,8 @@ def _decode_value(
 ) -> Decoded:
     if columns.raw_size is None:
         return decode_sized(data, img_size, False, columns.pixels, is_condition, at)
-    height, width = sides_of(columns.raw_size)
-    return Decoded(crop_pixels(pixels_of(data, columns.raw_size), img_size, at), (width, height))
+    stored = pixels_of(data, columns.raw_size, columns.pixels, is_condition)
+    return Decoded(crop_pixels(stored, img_size, at), stored.shape[:0:-1])
 
 
 def decode_pair(
