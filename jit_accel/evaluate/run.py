@@ -146,7 +146,8 @@ class Evaluation:
             sizes = in_pixels(reference.img_size), in_pixels(img_size)
             problem = "of images of {} px, but those measured have {} px: make a reference of that size".format(*sizes)
             warn(f"--reference {reference.name}: {problem} (--img_size {shown(img_size)}).")
-        if is_model and (note := note_of_none(self.candidate.pipeline(self.candidate.emas[0]).config.vectors)):
+        columns = self.candidate.pipeline(self.candidate.emas[0]).config.vectors if is_model else None
+        if note := note_of_none(columns, "jit.generate takes vectors="):
             warn(note)
         if is_model and (share := imbalance(reference.label_counts)) > UNBALANCED:
             problem = "its classes differ in size, the model's images do not; for equal classes"

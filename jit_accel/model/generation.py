@@ -123,6 +123,7 @@ def generate_batches(
     on_step: Callable | None = None,
     conditions: Tensor | None = None,
     vectors: Sequence | None = None,
+    as_bytes: bool = True,
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Yield (numbers, images uint8 (B, 3, H, W) on the pipeline's device), `batch_size` of them at a time.
 
@@ -132,6 +133,7 @@ def generate_batches(
         on_step: the pipeline's `callback_on_step_end`.
         conditions: that of each image, (len(numbers), C, H, W) in [0, 1].
         vectors: the numbers of each image, in the units of the data; left out, no image has any.
+        as_bytes: False for images of float32 in [0, 1].
     """
     num_classes = pipeline.transformer.config.num_classes
     if labels is None:
@@ -154,4 +156,4 @@ def generate_batches(
             **({} if conditions is None else {"condition_image": conditions[filled]}),  # carried code may know none
             **({} if vectors is None else {"vectors": [vectors[i] for i in filled]}),
         ).images[: len(part)]
-        yield part, (images * 255).round().to(torch.uint8)
+        yield part, (images * 255).round().to(torch.uint8) if as_bytes else images

@@ -38,12 +38,15 @@ def usual_row(columns: Mapping) -> dict[str, float | list[float]]:
     return row
 
 
-def note_of_none(columns: Mapping | None) -> str | None:
-    """Return what is to be said where images are made without the numbers that a network was trained with."""
+def note_of_none(columns: Mapping | None, remedy: str) -> str | None:
+    """Return what is to be said where images are made without the numbers that a network was trained with.
+
+    The remedy is a sentence without its full stop.
+    """
     if not columns:
         return None
     names = ", ".join(columns["names"])
-    return f"the model was trained with numbers ({names}), and these images have none: jit.generate takes vectors=."
+    return f"the model was trained with numbers ({names}), and these images have none: {remedy}."
 
 
 def vectors_asked(

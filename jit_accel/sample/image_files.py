@@ -60,9 +60,13 @@ class ImageFiles:
         missing = []
         for image in self.plan.ids():
             stop_here()
-            if not is_whole(self.path(image), self.size):
+            if not self.is_whole(self.path(image)):
                 missing.append(image)
         return missing
+
+    def is_whole(self, path: Path) -> bool:
+        """Return whether a file is an image of the plan's size, to its end."""
+        return is_whole(path, self.size)
 
     def write(self, ids: Sequence[ImageId], images: np.ndarray) -> None:
         """Begin to write images uint8 (B, H, W, 1 or 3), when the ones before are written; raise what `flush` does."""

@@ -21,7 +21,7 @@ VERSION = 1
 
 
 class ImageId(NamedTuple):
-    """An image to make. `label` is `num_classes` for an image of no class."""
+    """An image to make. `label` is `num_classes` for an image of no class, and larger for one of several classes."""
 
     number: int
     label: int
@@ -31,7 +31,8 @@ class ImageId(NamedTuple):
 class SamplePlan:
     """`counts` images of `labels`, in ascending order.
 
-    The i-th image of class c has the number i * num_classes + c, whichever are chosen; that of no class the number i.
+    The i-th image of class c has the number i * num_classes + c, whichever are chosen; that of no class, or of several
+    (see `label_of_several`), the number i.
     """
 
     labels: tuple[int, ...]
@@ -50,11 +51,11 @@ class SamplePlan:
 
     def id_of(self, label: int, index: int) -> ImageId:
         """Return the `index`-th image of a class."""
-        return ImageId(index if label == self.num_classes else number_of(label, index, self.num_classes), label)
+        return ImageId(index if label >= self.num_classes else number_of(label, index, self.num_classes), label)
 
     def index_of(self, image: ImageId) -> int:
         """Return the place of an image among those of its class."""
-        return image.number if image.label == self.num_classes else image.number // self.num_classes
+        return image.number if image.label >= self.num_classes else image.number // self.num_classes
 
     def file_name(self, image: ImageId) -> str:
         """Return the name of an image's file, without ending: its number, and the name of what it is made from."""
@@ -71,6 +72,8 @@ class SamplePlan:
     def name(self, label: int) -> str:
         """Return the class as people know it."""
         names = self.class_names or range(self.num_classes)
+        if label > self.num_classes:
+            return "+".join(str(names[one]) for one in classes_of(label, self.num_classes))
         return NO_CLASS if label == self.num_classes else str(names[label])
 
     def legible(self, label: int) -> str:
@@ -81,8 +84,9 @@ class SamplePlan:
         """Return the name of the class's folder, safe on every file system and distinct: the label comes first."""
         if label == self.num_classes:
             return NO_CLASS
-        number = f"{label:0{max(3, len(str(self.num_classes - 1)))}d}"
-        name = _plain(self.class_names[label] if self.class_names else "")
+        labels = classes_of(label, self.num_classes)
+        number = "+".join(f"{one:0{max(3, len(str(self.num_classes - 1)))}d}" for one in labels)
+        name = _plain(" ".join(self.class_names[one] for one in labels) if self.class_names else "")
         return f"{number}_{name}" if name else number
 
     def classes(self) -> list[dict]:
@@ -101,31 +105,51 @@ def _plain(name: str) -> str:
     return "-".join(word for word in words if any(map(str.isalnum, word)))[:40].strip("-")
 
 
+def label_of_several(labels: Sequence[int], num_classes: int) -> int:
+    """Return the number above `num_classes` that stands for two classes or more: their digits to a base above it."""
+    found = 0
+    for label in sorted(set(labels)):
+        found = found * (num_classes + 1) + label + 1
+    return found
+
+
+def classes_of(label: int, num_classes: int) -> list[int]:
+    """Return the classes of an image: none, one, or those that `label_of_several` made a number of."""
+    if label <= num_classes:
+        return [label] if label < num_classes else []
+    found = []
+    while label:
+        label, digit = divmod(label, num_classes + 1)
+        found.insert(0, digit - 1)
+    return found
+
+
 def plan_images(
     config: SampleConfig,
     num_classes: int,
     class_names: Sequence[str] | None,
-    num_conditions: int | None = None,
+    num_given: int | None = None,
     stems: Sequence[str] = (),
+    has_several: bool = False,
 ) -> SamplePlan:
     """Return the plan that the settings ask for; raise `UserError` for a class that does not exist.
 
-    num_conditions: how many pictures there are to show; None for a network that is shown nothing.
-    stems: the names of their files, without endings.
+    num_given: how many pictures or rows of numbers there are to make images of; None for none.
+    stems: the names of the pictures' files, without endings. has_several: images may have several classes.
     """
     labels = tuple(range(num_classes)) or (0,)  # without classes 0 is "no class"
-    if num_conditions and num_classes > 1:
+    if num_given and num_classes > 1:
         labels = (num_classes,)
     if config.classes:
         # Commas divide names unless they belong to one.
         known = class_names or ()
         parts = [word.split(",") if find_name(word, known) is None else [word] for word in config.classes]
         names = [part.strip() for words in parts for part in words if part.strip()]
-        labels = tuple(sorted({label_of(name, num_classes, class_names) for name in names}))
+        labels = tuple(sorted({labels_of(name, num_classes, class_names, has_several) for name in names}))
         if not labels:
             value = " ".join(config.classes)
             raise UserError("names no class: give some, or leave the flag out.", about="classes", value=value)
-    usual = DEFAULT_NUM_IMAGES if num_conditions is None else num_conditions * len(labels)
+    usual = DEFAULT_NUM_IMAGES if num_given is None else num_given * len(labels)
     share, rest = divmod(config.num_images or usual, len(labels))
     counts = [config.images_per_class or share + (k < rest) for k in range(len(labels))]
     if sum(counts) > MOST_IMAGES:
@@ -133,6 +157,20 @@ def plan_images(
         raise UserError(f"{rule}--seed.", about="images_per_class", value=config.images_per_class)
     kept = [(label, count) for label, count in zip(labels, counts) if count]
     return SamplePlan(*zip(*kept), num_classes, tuple(class_names) if class_names else None, tuple(stems))
+
+
+def labels_of(name: str, num_classes: int, class_names: Sequence[str] | None, has_several: bool) -> int:
+    """Return the label of a class, or of several with + between them, unless a name has it."""
+    parts = [part.strip() for part in name.split("+")]
+    if len(parts) == 1 or find_name(name, class_names or ()) is not None:
+        return label_of(name, num_classes, class_names)
+    if not has_several:
+        rule = "the model was trained with one class an image: name one."
+        raise UserError(rule, about="classes", value=name)
+    found = {label_of(part, num_classes, class_names) for part in parts}
+    if num_classes in found or "" in parts:
+        raise UserError("names no class beside others: leave that out.", about="classes", value=name)
+    return label_of_several(list(found), num_classes) if len(found) > 1 else found.pop()
 
 
 def label_of(name: str, num_classes: int, class_names: Sequence[str] | None) -> int:

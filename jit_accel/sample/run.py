@@ -28,8 +28,18 @@ from jit_accel.model.precision import BlockWork, settle
 from jit_accel.model.solvers import SOLVERS
 from jit_accel.model.vector_arguments import note_of_none
 from jit_accel.sample import image_files
+from jit_accel.sample.array_files import ArrayFiles
 from jit_accel.sample.conditions import open_conditions
-from jit_accel.sample.image_plan import VERSION, ImageId, begun_precision, open_folder, plan_images
+from jit_accel.sample.given_numbers import open_numbers
+from jit_accel.sample.image_plan import (
+    VERSION,
+    ImageId,
+    SamplePlan,
+    begun_precision,
+    classes_of,
+    open_folder,
+    plan_images,
+)
 from jit_accel.sample.settings import SampleConfig
 
 
@@ -86,16 +96,19 @@ class Sampling:
     def __init__(self, config: SampleConfig, accelerator: Accelerator, stop: StopRequest):
         self.config, self.accelerator, self.stop = config, accelerator, stop
         self.pipeline = pipeline = load_quietly(config.model, config.ema, accelerator.device, config.compile)
-        if (channels := pipeline.transformer.config.in_channels) not in (1, 3):
-            rule = f"makes images of {channels} channels, which are no pictures: call it from Python, with "
-            raise UserError(f"{rule}output_type='np'.", about="model", value=config.model)
+        channels, self.value_range = pipeline.transformer.config.in_channels, pipeline.config.get("value_range")
+        self.format = config.format or ("png" if channels in (1, 3) else "npy")
+        if channels not in (1, 3) and self.format != "npy":
+            rule = f"the model makes images of {channels} channels, which are no pictures: use npy, the default here."
+            raise UserError(rule, about="format", value=self.format)
         sides = [flag if getattr(config, flag) else "img_size" for flag in ("height", "width")]
         trained = sides_of(config.img_size or pipeline.transformer.config.img_size)
         asked = (getattr(config, flag) or side for flag, side in zip(("height", "width"), trained))
         self.size = tuple(checked_size(pipeline, side, flag) for side, flag in zip(asked, sides))
         self.conditions = shown = open_conditions(config.condition_path, pipeline, self.size, config.model)
-        known = pipeline.transformer.config.num_classes, pipeline.config.class_names
-        self.plan = plan_images(config, *known, *((len(shown), shown.names) if shown else ()))
+        self.columns = pipeline.config.get("vectors")
+        self.numbers = open_numbers(config.vectors, self.columns, config.model)
+        self.plan = self._planned(len(shown) if shown else 0, shown.names if shown else ())
         settings = {field.name: getattr(config, field.name) for field in fields(SamplerSettings)}
         self.settings = SamplerSettings(**settings).completed(pipeline)
         for name in ("trajectory", "animation") if self.settings.method not in SOLVERS else ():
@@ -104,9 +117,22 @@ class Sampling:
         self.folder = Path(config.output_dir).expanduser()
         self.batch_size = config.batch_size or (16 if accelerator.device.type == "cpu" else 64)
         place = self.folder, self.plan, self.size
-        is_npz = config.format == "npz"
-        self.store = image_files.NpzFile(*place) if is_npz else image_files.ImageFiles(*place, config.format)
+        self.store = {
+            "npz": lambda: image_files.NpzFile(*place),
+            "npy": lambda: ArrayFiles(*place, channels, self.value_range),
+        }.get(self.format, lambda: image_files.ImageFiles(*place, self.format))()
         self.writing = partial(disk_errors, "output_dir", self.folder, "run the same command again with --resume")
+
+    def _planned(self, num_pictures: int, stems: Sequence[str]) -> SamplePlan:
+        """Return the images to make. Raises `UserError`."""
+        config, sizes = self.config, self.pipeline.transformer.config
+        num_given = max(num_pictures, len(self.numbers) if self.numbers and self.numbers.is_file else 0) or None
+        several = sizes.get("has_several_labels", False)  # carried code may know none
+        plan = plan_images(config, sizes.num_classes, self.pipeline.config.class_names, num_given, stems, several)
+        if self.format == "npz" and max(plan.labels) > plan.num_classes:
+            rule = "holds one class an image: use another format for images with several."
+            raise UserError(rule, about="format", value="npz")
+        return plan
 
     def run(self) -> None:
         """Make what is missing, and the pictures."""
@@ -123,7 +149,7 @@ class Sampling:
     def _begin(self) -> list[ImageId]:
         """Open the folder; return what is missing in it."""
         config, (height, width) = self.config, self.size
-        how = {"height": height, "width": width, "mixed_precision": self.precision, "format": config.format}
+        how = {"height": height, "width": width, "mixed_precision": self.precision, "format": self.format}
         record = {  # of samples.json: what the images follow from, and which they are
             "version": VERSION,
             "settings": {"seed": config.seed, **asdict(self.settings), **how, **self._shown()},
@@ -135,7 +161,7 @@ class Sampling:
             open_folder(self.folder, record, config.resume)
             if self.precision == "bf16" and not has_bf16(self.accelerator.device):
                 warn("this device only emulates bf16, up to a hundred times slower: use --mixed_precision no.")
-            if note := note_of_none(self.pipeline.config.vectors):
+            if not self.numbers and (note := note_of_none(self.columns, "--vectors gives them")):
                 warn(note)
             self.store.prepare()
             missing = self.store.missing(self._stop_here)
@@ -156,10 +182,11 @@ class Sampling:
 
     def _shown(self) -> dict[str, str]:
         """Return what the network is shown, as it stands in samples.json."""
-        if not self.conditions:
-            return {}
-        source = self.conditions.source
-        return {"condition_path": f"{redacted(source.name)} ({source.num_images} images, {source.fingerprint})"}
+        found = {"vectors": self.numbers and self.numbers.record} if self.columns else {}
+        if self.conditions:
+            source = self.conditions.source
+            found["condition_path"] = f"{redacted(source.name)} ({source.num_images} images, {source.fingerprint})"
+        return found
 
     def _make(self, missing: Sequence[ImageId]) -> float:
         """Make images in rounds of a batch for each process; return images/s."""
@@ -168,7 +195,7 @@ class Sampling:
         with ImageProgress("sample", total, total - len(missing), self.accelerator.is_main_process) as progress:
             # Images of no class are not guided: in batches of their own all rows of a batch are, or none.
             for has_class in (True, False):
-                ids = [image for image in missing if (image.label < self.plan.num_classes) == has_class]
+                ids = [image for image in missing if (image.label != self.plan.num_classes) == has_class]
                 mine = share_of(ids, rank, world_size)
                 for start in range(0, len(ids), self.batch_size * world_size):
                     first = start // world_size
@@ -184,15 +211,16 @@ class Sampling:
             self.store.write(batch, self._draw(batch, self._stop_here) if batch else ())
 
     def _draw(self, ids: Sequence[ImageId], on_step) -> np.ndarray:
-        """Return images uint8 (B, H, W, C)."""
-        dtype, no_class = DTYPES.get(self.precision), self.plan.num_classes
+        """Return images (B, H, W, C), uint8, or as the data has them where they are to be arrays in a range."""
+        dtype, in_units = DTYPES.get(self.precision), self.format == "npy" and self.value_range is not None
+        places = [self.plan.index_of(image) for image in ids]
         try:
             with torch.autocast(self.accelerator.device.type, dtype, enabled=dtype is not None):
                 ((_, images),) = generate_batches(
                     self.pipeline,
                     [image.number for image in ids],
                     seed=self.config.seed,
-                    labels=[None if image.label == no_class else image.label for image in ids],
+                    labels=[self._label_of(image) for image in ids],
                     settings=self.settings,
                     batch_size=len(ids),
                     height=self.size[0],
@@ -200,12 +228,22 @@ class Sampling:
                     # Compiled code is for one size of batches.
                     batch_multiple=self.batch_size if self.config.compile else None,
                     on_step=on_step,
-                    conditions=self.conditions and self.conditions.read([self.plan.index_of(image) for image in ids]),
+                    conditions=self.conditions and self.conditions.read(places),
+                    vectors=self.numbers and self.numbers.read(places),
+                    as_bytes=not in_units,
                 )
         except torch.OutOfMemoryError:
             rule = "does not fit into the memory of the device: use a smaller one."
             raise UserError(rule, about="batch_size", value=self.batch_size) from None
+        if in_units:
+            low, high = self.value_range
+            images = images * (high - low) + low
         return images.permute(0, 2, 3, 1).cpu().numpy()
+
+    def _label_of(self, image: ImageId) -> int | list[int] | None:
+        """Return the label of an image as a call of the pipeline takes it."""
+        classes = classes_of(image.label, self.plan.num_classes)
+        return classes if len(classes) > 1 else classes[0] if classes else None
 
     def _stop_here(self, *_) -> dict:
         self.stop.raise_if_asked()

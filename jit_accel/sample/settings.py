@@ -21,7 +21,11 @@ class SampleConfig:
     output_dir: str = "samples"
     """New folder for the images."""
     classes: tuple[str, ...] = ()
-    """Names or numbers of classes, or none for images of no class (default: all classes)."""
+    """Names or numbers of classes, or none for images of no class (default: all classes); cat+wet for images with
+    several, of a model that was trained with such."""
+    vectors: tuple[str, ...] = ()
+    """Numbers to give to a model that was trained with some, in the units of its data: age=34 pose=0.2,-0.1, or a .csv,
+    .tsv or .jsonl file with a row for each image, which come round again (default: none)."""
     condition_path: str | None = None
     """Pictures to show to a model that was trained with conditions, as data_path of a training: a folder, ... (default:
     none). One image is made of each, of no class unless classes are named; of larger counts they come round again."""
@@ -51,9 +55,10 @@ class SampleConfig:
     """Precision of the network; the ODE is float32 always (default: accelerate's, else what is faster here)."""
     compile: bool = False
     """Compile the network's blocks: faster after a slower start."""
-    format: Literal["png", "webp", "npz"] = "png"
+    format: Literal["png", "webp", "npz", "npy"] | None = None
     """png, webp (lossless): a file for each image, in class folders that --data_path reads. npz: one file
-    samples.npz with arr_0, uint8 (N, H, W, 3), and arr_1, the labels, as ADM's evaluator reads it."""
+    samples.npz with arr_0, uint8 (N, H, W, 3), and arr_1, the labels, as ADM's evaluator reads it. npy: arrays
+    (H, W, C), in the units of the data (default: png; npy where the images are neither grey nor colour)."""
     resume: bool = False
     """Go on in output_dir: make what is missing or broken there; with larger counts more images, but for a finished
     .npz."""
