@@ -633,7 +633,8 @@ def test_two_processes_measure_what_one_does_and_fail_together(alone, network, s
     flags = [*FLAGS, "--model", str(saved), "--guidance_scale", "3", "--reference", str(folder)]
     assert main([*flags, "--output", str(tmp_path / "one.json")]) == 0
     printed = capsys.readouterr()
-    assert printed.out.splitlines()[1].split()[:6] == ["guidance", "interval", "steps", "images", "fid", "sfid"]
+    heads = [line.split()[:6] for line in printed.out.splitlines()]  # below what is said of the precision, of some CPUs
+    assert ["guidance", "interval", "steps", "images", "fid", "sfid"] in heads
     assert "do not determine a covariance" in printed.err
 
     log = tmp_path / "log.txt"
