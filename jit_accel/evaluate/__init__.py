@@ -52,7 +52,8 @@ def measure(
     The numbers are those of `python -m jit_accel.evaluate` with the same settings.
 
     Args:
-        pipe: makes image n of class n % classes from noise that follows from `seed` and n; on any device.
+        pipe: makes image n of class n % classes from noise that follows from `seed` and n; on any device. Where it was
+            trained with numbers, or several labels, and the reference has such, they are those of its images.
         reference: the real images: whatever `--data_path` of training may be, a data set that `open_images` opened, or
             an `.npz` of statistics (of `--make_reference`, ADM's, JiT's).
         num_images: of the pipeline, 2 or more; distances of few images are too large.
@@ -93,7 +94,7 @@ def measure(
     refuse_conditions(pipe)
     evaluator = build_evaluator(config, OneProcess(), pipe.device, show_progress)
     size = checked_size(pipe, img_size)
-    real = evaluator.load_reference(config.reference, size, pixels=pixels_of(pipe))
+    real = evaluator.load_reference(config.reference, size, pixels=pixels_of(pipe), shown_to=pipe)
     evaluator.keep_measurable(real, num_images, are_wanted=bool(config.metrics))
     settings = SamplerSettings(num_inference_steps, guidance_scale, guidance_interval, method)
     return evaluator.measure_pipeline(pipe, real, num_images, settings, seed, size)

@@ -21,6 +21,7 @@ from jit_accel.data.formats.sources import Source
 from jit_accel.evaluate.features import FeatureNetwork
 from jit_accel.evaluate.flag_values import ALL, averages
 from jit_accel.evaluate.image_sets import ImageSet, find_array, in_bytes, open_image_set, read_reference
+from jit_accel.evaluate.reference_facts import FactsTally, fits, open_with_facts
 from jit_accel.evaluate.settings import EvaluateConfig, Setting, axes_of, grid, metric_names
 from jit_accel.evaluate.statistics import Collector, ImageStatistics, hindrance, measured
 from jit_accel.model.checkpoints import MANIFEST, STATE
@@ -59,6 +60,8 @@ class Evaluator:
     ) -> dict[str, float]:
         """Return `compare` of images 0 to `num_images` - 1 of this seed, of class number % classes; nothing is stored.
 
+        Where the reference has facts, an image has the labels and numbers of one of its images.
+
         All processes make equally many calls of the network. `img_size` None: the training size. `looking` gives the
         pipeline's `callback_on_step_end`, and is left as soon as this process has made its images, or failed.
         """
@@ -66,7 +69,8 @@ class Evaluator:
         padded = range(-(-num_images // processes) * processes)  # those from num_images on only fill batches up
         numbers = share_of(padded, self.accelerator.process_index, processes)
         collector = Collector(self.network, num_images, self.metrics, self.max_features)
-        how = {"seed": seed, "settings": settings, "batch_size": self.batch_size}
+        how: dict[str, Any] = {"seed": seed, "settings": settings, "batch_size": self.batch_size}
+        how |= reference.facts.drawn(numbers, seed) if reference and reference.facts else {}
         how |= zip(("height", "width"), sides_of(size))
 
         def draw() -> None:
@@ -82,7 +86,9 @@ class Evaluator:
             on_all(self.accelerator, draw)
         return self.compare(collector.finish(self.accelerator, img_size=size), reference)
 
-    def statistics_of_images(self, images: ImageSet, about: str = "images") -> ImageStatistics:
+    def statistics_of_images(
+        self, images: ImageSet, about: str = "images", tally: FactsTally | None = None
+    ) -> ImageStatistics:
         """Read each image once, every process its share; UserError if hardly anything in the data can be read."""
         collector = Collector(self.network, images.num_images, self.metrics, self.max_features)
         accelerator, bad_images = self.accelerator, []
@@ -92,6 +98,8 @@ class Evaluator:
             with self._progress(images.num_images // accelerator.num_processes) as progress:
                 for share in shares:
                     bad_images.extend(share.bad_images)
+                    if tally:
+                        tally.add(share)
                     if len(share.numbers):
                         collector.add(share.numbers, self.network(in_bytes(share.images, images.pixels)), share.labels)
                     progress.update(len(share.numbers))
@@ -106,7 +114,7 @@ class Evaluator:
         if statistics.num_images < 2:
             rule = f"has {statistics.num_images} images, too few to compare."
             raise UserError(rule, about=about, value=images.name)
-        return replace(statistics, fingerprint=images.fingerprint)
+        return replace(statistics, fingerprint=images.fingerprint, facts=tally and tally.finish(accelerator))
 
     def load_reference(
         self,
@@ -114,10 +122,13 @@ class Evaluator:
         img_size: Size | None = None,
         split: str | None = None,
         pixels: PixelFormat = COLOUR,
+        shown_to: JiTPipeline | None = None,
+        label_column: str | None = None,
     ) -> ImageStatistics:
         """Read statistics from a file, or measure images, cropped to `img_size` (None: the size that they have).
 
-        pixels: what those of a path are decoded to.
+        pixels: what those of a path are decoded to. shown_to: the model whose images are to be given the numbers, or
+        several labels, of these, if it was trained with such. label_column: of a path.
         """
         about, found = "reference", None
         if isinstance(path, str) and path.endswith(".npz"):
@@ -125,9 +136,13 @@ class Evaluator:
             is_pairwise = any(metric_names(self.network.name)[name].is_pairwise for name in self.metrics)
             if found and (found.kept is not None or not is_pairwise or not find_array(path, about)):
                 return found
-        how = about, img_size, split
-        images = on_all(self.accelerator, lambda: open_image_set(path, *how, pixels=pixels), in_turn=True)
-        of_images = self.statistics_of_images(images, about)
+        how, opened, tally = (about, img_size, split), path, None
+        if shown_to and not (isinstance(path, str) and path.endswith(".npz")):
+            wanted = {"split": split, "label_column": label_column, "pixels": pixels}
+            opened = on_all(self.accelerator, lambda: open_with_facts(path, shown_to, **wanted), in_turn=True)
+            tally = FactsTally(opened, shown_to) if fits(opened, shown_to) else None
+        images = on_all(self.accelerator, lambda: open_image_set(opened, *how, pixels=pixels), in_turn=True)
+        of_images = self.statistics_of_images(images, about, tally)
         if found is None:
             name = path if isinstance(path, str) else path.name
             return replace(of_images, name=f"{name} ({split})" if split else name)

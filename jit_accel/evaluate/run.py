@@ -69,8 +69,10 @@ def evaluate(config: EvaluateConfig) -> int:
         elif config.images is not None:
             images = on_all(accelerator, lambda: open_image_set(config.images, "images", config.img_size), in_turn=True)
             num_images, img_size = images.num_images, images.img_size
-        pixels = pixels_of(candidate.pipeline(candidate.emas[0])) if candidate else COLOUR
-        reference = evaluator.load_reference(config.reference, img_size, config.split, pixels)
+        pipeline = candidate.pipeline(candidate.emas[0]) if candidate else None
+        given = config.split, pixels_of(pipeline) if pipeline else COLOUR, pipeline, config.label_column
+        reference = evaluator.load_reference(config.reference, img_size, *given)
+        del pipeline  # a sweep loads others in its place
         evaluation = Evaluation(config, evaluator, reference, img_size, candidate, file)
         if accelerator.is_main_process:
             evaluation.introduce(num_images)
@@ -147,9 +149,13 @@ class Evaluation:
             problem = "of images of {} px, but those measured have {} px: make a reference of that size".format(*sizes)
             warn(f"--reference {reference.name}: {problem} (--img_size {shown(img_size)}).")
         columns = self.candidate.pipeline(self.candidate.emas[0]).config.vectors if is_model else None
-        if note := note_of_none(columns, "jit.generate takes vectors="):
-            warn(note)
-        if is_model and (share := imbalance(reference.label_counts)) > UNBALANCED:
+        facts = reference.facts
+        if columns and not (facts and facts.vectors):
+            warn(note_of_none(columns, "name images with such columns as --reference"))
+        elif facts:
+            given = " and ".join(name for name in ("labels", "vectors") if getattr(facts, name))
+            say(f"Images:    have the {given.replace('vectors', 'numbers')} of the reference's images, each in turn")
+        if is_model and not (facts and facts.labels) and (share := imbalance(reference.label_counts)) > UNBALANCED:
             problem = "its classes differ in size, the model's images do not; for equal classes"
             remedy = "of its images would have to be others, and that is part of the distance."
             warn(f"--reference {reference.name}: {problem} {share:.0%} {remedy}")

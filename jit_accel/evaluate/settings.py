@@ -75,7 +75,7 @@ class EvaluateConfig:
     condition_column: str | None = None
     """Column of the conditions of --pairs, as in training (default: that of the training, if any)."""
     label_column: str | None = None
-    """Column of the labels of --pairs (default: label, cls, ... where present)."""
+    """Column of the labels of --pairs, or of --reference (default: label, cls, ... where present)."""
     samples_each: int = 1
     """Images made of each condition; of several their mean is scored too."""
     ema: tuple[str, ...] = ()
@@ -91,7 +91,8 @@ class EvaluateConfig:
     (default: all that the features and the reference allow). With --pairs: psnr, ssim, mae (the
     default), lpips, and fd beside them."""
     num_images: int = 50_000
-    """Number of images to generate; image n is of class n % classes. Of --pairs so many at most."""
+    """Number of images to generate; image n is of class n % classes, or has the numbers and labels of one of the
+    reference's images. Of --pairs so many at most."""
     batch_size: int = 64
     """Images that a process works on together."""
     img_size: int | tuple[int, int] | None = None
@@ -143,7 +144,7 @@ def check(config: EvaluateConfig) -> None:
     check_ranges(vars(config), RANGES)
     if config.pairs is not None:
         return _check_pairs(config)
-    for flag, otherwise in (*((name, None) for name in (*CONDITIONS, "label_column")), ("samples_each", 1)):
+    for flag, otherwise in (*((name, None) for name in CONDITIONS), ("samples_each", 1)):
         if (value := getattr(config, flag)) != otherwise:
             raise UserError("is for conditions: add --pairs.", about=flag, value=value)
     chosen = chosen_metrics(config.features, config.metrics)
@@ -153,8 +154,12 @@ def check(config: EvaluateConfig) -> None:
         raise UserError("does not go with --model: give the one or the other.", about="images", value=config.images)
     if config.model is None and config.images is None and config.make_reference is None:
         raise UserError("not given: name what makes the images, or measure others with --images.", about="model")
-    if config.split is not None and config.reference.endswith(".npz"):
-        raise UserError("a file as --reference has no splits: leave it out.", about="split", value=config.split)
+    for flag, what in (("split", "splits"), ("label_column", "columns")):
+        if (value := getattr(config, flag)) is not None and config.reference.endswith(".npz"):
+            raise UserError(f"a file as --reference has no {what}: leave it out.", about=flag, value=value)
+    if config.label_column is not None and config.model is None:
+        rule = "says which labels --model is given, and there is none: leave it out."
+        raise UserError(rule, about="label_column", value=config.label_column)
     if config.make_reference is not None and not config.make_reference.endswith(".npz"):
         raise UserError("must end in .npz.", about="make_reference", value=config.make_reference)
     axes_of(config)

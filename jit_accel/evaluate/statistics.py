@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jit_accel.base.processes import gather_rows
 from jit_accel.config.presets import Size
+from jit_accel.data.batches.order import image_indices
 from jit_accel.evaluate.features import (
     FIDELITY_REMEDY,
     LOGITS,
@@ -44,6 +45,24 @@ class Gaussian:
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
+@dataclass(frozen=True)
+class ReferenceFacts:
+    """Facts of a reference's images, in their order, as `generate_batches` takes them; None for what is not known."""
+
+    labels: list[int | list[int] | None] | None
+    vectors: list[list[float]] | None
+
+    def drawn(self, numbers: list[int], seed: int) -> dict[str, list]:
+        """Return the arguments of images by number: those of the reference's images, each in turn, in a shuffled order.
+
+        Which one an image has follows from the seed and its number.
+        """
+        known = {"labels": self.labels, "vectors": self.vectors}
+        count = len(next(values for values in known.values() if values is not None))
+        places = image_indices(seed, np.asarray(numbers, np.int64), count).tolist()
+        return {name: [values[place] for place in places] for name, values in known.items() if values is not None}
+
+
 @dataclass
 class ImageStatistics:
     """Everything that the metrics need of a set of images, measured or read from a file.
@@ -51,7 +70,7 @@ class ImageStatistics:
     features, weights_id: of the network. gaussians: by layer. kept: float32 (n, D) on the CPU, the main features of
     some or all images, in the order of their numbers. scores: Inception Scores of the parts, float64. num_images: None
     where a file does not say. label_counts: images of each class, () where they are not known. fingerprint: of the
-    data set that was measured.
+    data set that was measured. facts: what a model's images are given of its images.
     """
 
     features: str
@@ -64,6 +83,7 @@ class ImageStatistics:
     img_size: Size | None = None
     label_counts: tuple[int, ...] = ()
     fingerprint: str = ""
+    facts: ReferenceFacts | None = None
 
 
 class Moments:

@@ -158,15 +158,17 @@ def test_a_training_with_numbers_is_evaluated(numbered, tmp_path, tiny):
     assert any(key.startswith("eval/") for key in rows(tmp_path / "out")[-1])
 
 
-def test_images_that_programs_make_have_no_numbers_which_is_said(run, numbered, tmp_path, capsys, tiny):
+def test_images_that_are_made_without_numbers_are_spoken_of(run, numbered, tmp_path, capsys, tiny):
     how = ("--model", str(run[1]), "--num_inference_steps", "1", "--num_images", "4")
     with in_fresh_accelerate():
         assert sample([*how, "--output_dir", str(tmp_path / "samples")]) == 0
-    assert "the model was trained with numbers (weight, place), and these images have none" in capsys.readouterr().err
-    how = (*how, "--features", "tiny", "--reference", str(numbered), "--img_size", "28")
+    said = "the model was trained with numbers (weight, place), and these images have none: "
+    assert said + "--vectors gives them" in capsys.readouterr().err
+    plain = clothes(tmp_path / "plain")
+    how = (*how, "--features", "tiny", "--reference", str(plain), "--img_size", "28")
     with in_fresh_accelerate():
         assert evaluate([*how, "--output", str(tmp_path / "found.json")]) == 0
-    assert "the model was trained with numbers (weight, place)" in capsys.readouterr().err
+    assert said + "name images with such columns" in capsys.readouterr().err
 
 
 def test_too_many_without_numbers_end_the_run(numbered, tmp_path, capsys):
