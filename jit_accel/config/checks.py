@@ -18,6 +18,7 @@ from jit_accel.config.groups import (
     MOST_WORKERS,
     TRACKERS,
     HubConfig,
+    problem_of_raw,
 )
 from jit_accel.config.presets import parse_model_name, sides_of, sizes_near
 from jit_accel.config.settings import SETTINGS, Config
@@ -85,6 +86,7 @@ def check(config: Config) -> None:
     for name in config.tracking.report_to:
         if ":" not in name:  # else it is imported where training begins
             lookup(dict.fromkeys(TRACKERS), name, "report_to")
+    _refuse(_contradictions_of_data, values)
     _refuse(_contradictions, values)
     check_hub(config.hub)
 
@@ -94,17 +96,23 @@ def check_hub(hub: HubConfig) -> None:
     _refuse(_contradictions_of_hub, vars(hub))
 
 
-def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
-    """Yield the setting to blame, and the rule with the remedy, for each way in which settings do not fit together."""
+def _contradictions_of_data(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
+    """Yield as `_contradictions` does, of what the data is."""
     if not s.data_path.strip():
         yield "data_path", "is empty: give a folder of images, or what else --help lists."
-    if s.init_from is not None and not s.init_from.strip():
-        yield "init_from", "is empty: give a pipeline folder, a run, a checkpoint or a Hub id."
     made = [name for name in ("condition_from", "condition_path", "condition_column") if getattr(s, name) is not None]
     if len(made) > 1:
         yield made[1], f"says where conditions come from, as --{made[0]} {getattr(s, made[0])} does: give one of them."
+    if problem := problem_of_raw(s.raw_shape, s.raw_dtype):
+        yield problem
     if "" in s.vector_column or len(set(s.vector_column)) < len(s.vector_column):
         yield "vector_column", "names a column twice, or none: give each once."
+
+
+def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
+    """Yield the setting to blame, and the rule with the remedy, for each way in which settings do not fit together."""
+    if s.init_from is not None and not s.init_from.strip():
+        yield "init_from", "is empty: give a pipeline folder, a run, a checkpoint or a Hub id."
     for name in ("lora_alpha", "lora_dropout", "lora_targets"):
         if s.lora_rank is None and getattr(s, name):
             yield name, "is for an adapter: add --lora_rank, such as 16."

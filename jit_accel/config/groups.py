@@ -1,7 +1,7 @@
 """The groups of settings, each with its default and what `--help` says of it, below."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from jit_accel.config.presets import settle_size
 
@@ -16,6 +16,24 @@ STREAMING = {"auto": None, "true": True, "false": False}
 TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow", "aim", "comet_ml", "clearml", "dvclive", "swanlab")
 
 
+RawType = Literal["uint8", "uint16", "int16", "int32", "float16", "float32", "float64"]
+
+
+def problem_of_raw(shape: tuple[int, ...], dtype: str | None) -> tuple[str, str] | None:
+    """Return which of `raw_shape` and `raw_dtype` is wrong, and the rule; None where none is."""
+    if not shape and dtype is None:
+        return None
+    if not shape:
+        return "raw_dtype", "is the type of bare bytes, whose shape is not given: add --raw_shape, such as 256 256 3."
+    if len(shape) not in (2, 3) or min(shape) < 1:
+        return "raw_shape", "must be H W, H W C or C H W, whole numbers from 1 on, such as 256 256 3."
+    if dtype is None:
+        return "raw_shape", "needs the type of the numbers: add --raw_dtype, such as uint16."
+    if dtype not in get_args(RawType):
+        return "raw_dtype", f"is no type of numbers here; choose from {', '.join(get_args(RawType))}."
+    return None
+
+
 @dataclass(frozen=True)
 class DataConfig:
     data_path: str
@@ -28,6 +46,10 @@ class DataConfig:
     label_column: str | None = None
     """Column of the class labels, also in metadata.csv, or of lists of them, for images with several (default: label,
     cls, ... where present; else unlabelled)."""
+    raw_shape: tuple[int, ...] = ()
+    """Shape of images that are bare bytes in a table, with no file format: H W, H W C or C H W (default: none are)."""
+    raw_dtype: RawType | None = None
+    """Type of their numbers, the low byte first (default: none; required with raw_shape)."""
     vector_column: tuple[str, ...] = ()
     """Columns of numbers, or of lists of them, that the network is given as conditions (default: none)."""
     split: str | None = None

@@ -1,6 +1,5 @@
 """From images of the source to the bytes that are stored; those of a stream, read in its order, wait in a spool."""
 
-import contextlib
 import io
 import os
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from jit_accel.data.formats.pixel_store import PixelStore
 from jit_accel.data.formats.prepared import MAPPED
 from jit_accel.data.formats.source import Source
 from jit_accel.data.formats.sources import open_images
+from jit_accel.data.reading.arrays import channels_first, in_units
 from jit_accel.data.reading.content import key_of
 from jit_accel.data.reading.decode import BadImage, Decoded, crop_pixels, decode_pair, decode_sized, pixels_of
 from jit_accel.data.reading.images import Stream
@@ -102,17 +102,31 @@ def originals_of(source: Source, unit: int, start: int, stop: int) -> Iterator[O
 
 def _original(columns: Columns, row: dict, number: str) -> Original:
     pictures = [columns.image_of(row[column]) for column in columns.pictures]
-    name = row.get(columns.name) or pictures[0][1] or number
-    if columns.raw_size is not None:
-        for place, (data, of) in enumerate(pictures):
-            with contextlib.suppress(BadImage):  # bytes that are no pixels are no encoded image either
-                pictures[place] = pixels_of(data, columns.raw_size, columns.pixels, place > 0), of
-    key, condition = row.get(columns.key), pictures[1] if len(pictures) > 1 else None
+    name, key, problem = row.get(columns.name) or pictures[0][1] or number, row.get(columns.key), ""
+    if columns.arrays[0] and key is None:
+        key = key_of(pictures[0][0])  # before it is an array
+    for place, (data, of) in enumerate(pictures):
+        try:
+            pictures[place] = _numbers(data, columns, place > 0), of
+        except BadImage as error:
+            problem = problem or f"its condition: {error}" if place else str(error)
+    label, vectors = 0, None
     try:
         label, vectors = _parts_of(columns.facts_of(row))
     except ValueError as error:
-        return Original(pictures[0][0], name, 0, key, condition, problem=str(error))
-    return Original(pictures[0][0], name, label, key, condition, vectors)
+        problem = str(error)
+    return Original(pictures[0][0], name, label, key, pictures[1] if len(pictures) > 1 else None, vectors, problem)
+
+
+def _numbers(data: Picture | list, columns: Columns, is_condition: bool) -> Picture | list:
+    """Return numbers of a table as (C, H, W), in the format that they are read in; a file as it is; or `BadImage`."""
+    if columns.raw_size is not None:
+        return pixels_of(data, columns.raw_size, columns.pixels, is_condition)
+    kind, pixels = columns.arrays[is_condition], columns.pixels
+    if not kind or not isinstance(found := kind.read(data), np.ndarray):
+        return data
+    planes = channels_first(found, pixels.condition_channels if is_condition else pixels.channels)
+    return in_units(planes, pixels.value_range, is_condition)
 
 
 def _parts_of(fact: int | tuple) -> tuple[Label, list[float] | None]:
@@ -228,7 +242,7 @@ def batched(images: Iterable[Encoded], most_images: int, most_bytes: int) -> Ite
 def open_source(config: PrepareConfig) -> Source:
     """Open what is to be prepared. UserError for data that is not there, or not as the settings say."""
     names = "data_format", "image_column", "label_column", "renumber_labels", "split", "vector_column"
-    names += "condition_path", "condition_column", "in_channels", "value_range"
+    names += "condition_path", "condition_column", "in_channels", "value_range", "raw_shape", "raw_dtype"
     return open_images(config.data_path, **{name: getattr(config, name) for name in names})
 
 

@@ -4,8 +4,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from jit_accel.base.errors import UserError, check_ranges, within
-from jit_accel.config.groups import MOST_CHANNELS, MOST_WORKERS
+from jit_accel.base.errors import UserError, check_ranges, shown, within
+from jit_accel.config.groups import MOST_CHANNELS, MOST_WORKERS, RawType, problem_of_raw
 from jit_accel.config.presets import settle_size, sides_of
 
 SHARD_BYTES = 2**28
@@ -23,6 +23,8 @@ _LATER = {
     "renumber_labels": False,
     "condition_column": None,
     "vector_column": (),
+    "raw_shape": (),
+    "raw_dtype": None,
     "in_channels": 3,
     "value_range": None,
 }
@@ -52,6 +54,10 @@ class PrepareConfig:
     """Column of the images (default: the one that holds images)."""
     label_column: str | None = None
     """Column of the class labels, or of lists of them (default: label, cls, ... where present; else one class)."""
+    raw_shape: tuple[int, ...] = ()
+    """Shape of images that are bare bytes in a table, with no file format: H W, H W C or C H W (default: none are)."""
+    raw_dtype: RawType | None = None
+    """Type of their numbers, the low byte first (default: none; required with raw_shape)."""
     vector_column: tuple[str, ...] = ()
     """Columns of numbers, or of lists of them, to keep as conditions (default: none)."""
     in_channels: int = 3
@@ -134,6 +140,9 @@ def check(config: PrepareConfig) -> None:
         if not getattr(config, flag):
             raise UserError("not given; preparing needs --data_path and --output_dir.", about=flag)
     check_ranges(vars(config), RANGES)
+    if problem := problem_of_raw(config.raw_shape, config.raw_dtype):
+        about, rule = problem
+        raise UserError(rule, about=about, value=shown(getattr(config, about)))
     if config.quality is not None and config.format not in LOSSY:
         rule = f"--format {config.format or 'uint8'} has none: leave the flag out."
         raise UserError(rule, about="quality", value=config.quality)

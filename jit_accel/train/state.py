@@ -22,7 +22,7 @@ from jit_accel.train.results import describe_data
 FIXED_SETTINGS = (
     *("model", "img_size", "num_classes", "prediction", "path", "optimizer", "ema_decays", "seed"),
     *("image_column", "label_column", "vector_column", "renumber_labels", "holdout"),
-    *("lora_rank", "lora_alpha", "lora_targets", "in_channels", "value_range"),
+    *("lora_rank", "lora_alpha", "lora_targets", "in_channels", "value_range", "raw_shape", "raw_dtype"),
     *("condition_column", "condition_channels", "condition_inject", "condition_bottleneck"),
 )
 

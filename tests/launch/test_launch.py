@@ -145,6 +145,8 @@ NOT_IN_RECIPES = {
         "data_format",
         "value_range",
         "vector_column",
+        "raw_shape",
+        "raw_dtype",
         "split",
         "renumber_labels",
         "image_column",

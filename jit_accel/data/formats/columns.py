@@ -3,7 +3,6 @@
 import logging
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,22 +10,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Features, Image, Value
+from datasets import Array2D, Array3D, ClassLabel, Features, Image, Value
 
 from jit_accel.base.errors import UserError, nearest
 from jit_accel.config.presets import Size
 from jit_accel.data import data_error
 from jit_accel.data.formats.label_lists import item_of
 from jit_accel.data.formats.numbers import vector_of
-from jit_accel.data.reading.splits import OTHERS, TEST, TRAIN, VALIDATION, choose_splits, split_of
+from jit_accel.data.reading.arrays import ArrayType
 
 log = logging.getLogger(__name__)
 
 IMAGE_CHANNELS = 3  # of a picture that is read as colour
 IMAGE_NAMES = ("image", "img", "png", "jpg", "jpeg", "webp", "picture", "photo", "pixel_values", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label", "category", "class_label", "target")
-SPLIT_NAMES = ("split", "subset", "partition", "set", "dataset", "data set")  # of columns of splits, in any case
-MOST_SPLITS = 100  # a column with more values, of a file or row group, says something else
 FOLDER = "/"  # in place of a label column: the label is the folder in a tar file that a sample is in
 MAX_CLASSES = 1_000_000  # more distinct numbers than this are ids, not classes
 _NO_CLASS = (
@@ -72,6 +69,7 @@ class Columns:
     vector_sizes: tuple[int, ...] = ()  # how many numbers a row has in each
     most_labels: int | None = None  # of a row, where the label column holds lists of them
     pixels: PixelFormat = COLOUR  # to which pictures are decoded
+    arrays: tuple[ArrayType | None, ArrayType | None] = (None, None)  # of the image and the condition, if no files
 
     @property
     def all(self) -> list[str]:
@@ -181,9 +179,10 @@ def find_columns(
         rule = "is the column of the images or of the labels already: choose another."
         raise UserError(rule, about="condition_column", value=condition)
     typed = [name for name, feature in features.items() if isinstance(feature, Image)]
+    arrays = [name for name, feature in features.items() if isinstance(feature, Array2D | Array3D)]
     classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     by_name = [name for name in IMAGE_NAMES if name in features and name not in classes]
-    guesses = [*(name for name in by_name if name in typed), *typed, *by_name, None]
+    guesses = [*(name for name in by_name if name in typed), *typed, *by_name, *arrays, None]
     image = image_column or guesses[0]
     if image is None:
         rule = f"none of the columns ({names}) is recognisable as the image: name it with --image_column."
@@ -234,36 +233,6 @@ def _may_be_pictures(feature: Any) -> bool:
     if isinstance(feature, Value):
         return any(word in feature.dtype for word in ("string", "binary"))
     return isinstance(feature, Image) or (isinstance(feature, Mapping) and bool(feature.keys() & {"bytes", "path"}))
-
-
-def split_column(features: Mapping[str, Any]) -> str | None:
-    """Return the column that may say of what split an image is; None where there is none."""
-    spelled = {name.lower().replace("_", " "): name for name in features if label_kind(features[name]) == "text"}
-    return next((spelled[name] for name in SPLIT_NAMES if name in spelled), None)
-
-
-def counts_of(column: pa.ChunkedArray) -> dict[str | None, int]:
-    """Return the rows of each value of a `split_column`; {} for more values than there are splits."""
-    counts = pc.value_counts(column.cast(pa.string()))
-    return {item["values"]: item["counts"] for item in counts.to_pylist()} if len(counts) <= MOST_SPLITS else {}
-
-
-def choose_values(counts: Mapping[str | None, int], wanted: str | None, where: str) -> tuple[str | None, ...] | None:
-    """Return the values of a `split_column` in rows of the splits that `--split` means; None where that is all rows.
-
-    `counts`: the rows of each value, {} without such a column. Without a word for a split it says nothing of that; see
-    `choose_splits`.
-    """
-    splits = {value: split_of(value.strip()) if value else OTHERS for value in counts}
-    sizes: Counter = Counter()
-    for value, split in splits.items():
-        sizes[split] += counts[value]
-    if not sizes.keys() & {TRAIN, VALIDATION, TEST}:
-        sizes = Counter({TRAIN: sum(counts.values())})
-        splits = dict.fromkeys(counts, TRAIN)
-    chosen = choose_splits(sizes, wanted, where)
-    kept = tuple(value for value, split in splits.items() if split in chosen)
-    return kept if len(kept) < len(counts) else None
 
 
 def label_kind(feature: Any) -> str | None:

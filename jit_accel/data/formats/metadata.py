@@ -21,17 +21,15 @@ from jit_accel.data import data_error
 from jit_accel.data.formats.columns import (
     LABEL_NAMES,
     Columns,
-    choose_values,
-    counts_of,
     features_of,
     find_columns,
     named_column,
     read_labels,
-    split_column,
 )
 from jit_accel.data.formats.label_lists import different_labels, of_items, parsed_lists
 from jit_accel.data.formats.numbers import numbers_of
 from jit_accel.data.formats.scan import FolderScan, OfSplits
+from jit_accel.data.formats.split_columns import choose_values, counts_of, split_column
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from jit_accel.base.errors import UserError
 from jit_accel.data.formats.columns import COLOUR, IMAGE_CHANNELS, Columns, PixelFormat
 from jit_accel.data.formats.source import Source, fingerprint_of
-from jit_accel.data.reading.arrays import ARRAY_EXTENSIONS, BadImage, channels_first, channels_of, own_range
+from jit_accel.data.reading.arrays import ARRAY_EXTENSIONS, ArrayType, BadImage, channels_first, channels_of, own_range
 from jit_accel.data.reading.decode import raw_numbers
 from jit_accel.data.reading.images import Stream
 
@@ -32,8 +32,8 @@ def in_format(source: Source, in_channels: int, value_range: tuple[float, float]
         return source
     images, conditions = [], []
     for row in some_rows(source, _MOST_ROWS):
-        images += _looked_at(row, columns, columns.image)
-        conditions += _looked_at(row, columns, columns.condition)
+        images += _looked_at(row, columns, columns.image, columns.arrays[0])
+        conditions += _looked_at(row, columns, columns.condition, columns.arrays[1])
         if len(images) >= _MOST_IMAGES:
             break
     pixels = PixelFormat(in_channels, value_range=value_range)
@@ -82,6 +82,8 @@ def some_rows(source: Source, most: int) -> Iterator[dict]:
 
 def _may_be_arrays(source: Source, columns: Columns) -> bool:
     """Return whether names show that images or conditions may be other than pictures of 8 bits; nothing is read."""
+    if any(kind and kind.dtype != "uint8" for kind in columns.arrays):
+        return True
     if isinstance(source.images, Stream):
         return any(name.rsplit(".", 1)[-1] in ("npy", "npz") for name in columns.pictures)
     row = source.images.dataset[0]
@@ -89,10 +91,11 @@ def _may_be_arrays(source: Source, columns: Columns) -> bool:
     return any(isinstance(data, list) or os.path.splitext(name)[1].lower() in _SHOWING for data, name in found)
 
 
-def _looked_at(row: dict, columns: Columns, name: str | None) -> list[np.ndarray | Image.Image]:
+def _looked_at(row: dict, columns: Columns, name: str | None, kind: ArrayType | None) -> list[np.ndarray | Image.Image]:
     """Return the picture of a row, or the numbers of an array; [] where it is bad, or there is none."""
     try:
-        return [] if name is None else [raw_numbers(columns.image_of(row.get(name))[0])]
+        data = None if name is None else columns.image_of(row.get(name))[0]
+        return [] if name is None else [raw_numbers(kind.read(data) if kind else data)]
     except BadImage:  # which the training counts
         return []
 

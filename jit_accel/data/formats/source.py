@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from datasets import Dataset, Image
 
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import UserError, shown
 from jit_accel.config.presets import Size
 from jit_accel.data import data_error
 from jit_accel.data.formats.columns import COLOUR, FOLDER, IMAGE_CHANNELS, Columns, PixelFormat, facts_type
@@ -34,6 +34,8 @@ class Request:
     condition_path: str | None = None  # a folder
     condition_column: str | None = None
     vector_column: tuple[str, ...] = ()
+    raw_shape: tuple[int, ...] = ()  # of images that are bare bytes
+    raw_dtype: str | None = None
 
     @property
     def other_split(self) -> list[str]:
@@ -45,7 +47,7 @@ class Request:
         for name in settings:
             value = getattr(self, name)
             if value not in (None, False, ()):
-                given = "true" if value is True else " ".join(value) if isinstance(value, tuple) else value
+                given = "true" if value is True else shown(value)
                 raise UserError(f"{self.path} {reason}: leave the flag out.", about=name, value=given)
 
 
@@ -114,6 +116,8 @@ def source_of(
     columns = getattr(images, "columns", Columns(""))
     if condition := columns.condition:
         identity = fingerprint_of([identity, "condition", condition])
+    if columns.arrays[0] and columns.arrays[0].shape:
+        identity = fingerprint_of([identity, str(columns.arrays[0])])
     count = int(images.sizes.sum()) if isinstance(images, Stream) else len(images)
     if not count:
         raise data_error(name, "the data set has no rows: choose one with images.")

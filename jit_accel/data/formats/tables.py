@@ -16,20 +16,19 @@ from datasets import Dataset, DatasetDict, Features, Image, Value, concatenate_d
 
 from jit_accel.base.errors import UserError, lookup
 from jit_accel.data import data_error
+from jit_accel.data.formats.array_columns import with_arrays
 from jit_accel.data.formats.columns import (
     MAX_CLASSES,
     Columns,
-    choose_values,
-    counts_of,
     features_of,
     find_columns,
     label_kind,
     read_labels,
-    split_column,
 )
 from jit_accel.data.formats.label_lists import different_labels, item_of, of_items
 from jit_accel.data.formats.numbers import Tally, Vectors, tally_of, vectors_of_tallies
 from jit_accel.data.formats.source import Request, Source, fingerprint_of, source_of, table_images
+from jit_accel.data.formats.split_columns import choose_values, counts_of, split_column
 from jit_accel.data.reading.arrays import is_nested
 from jit_accel.data.reading.images import ParquetReader, Stream
 from jit_accel.data.reading.servers import at_once
@@ -177,7 +176,7 @@ def open_table(request: Request, format: str, dataset: Dataset, identity: str, s
 def _find_columns(features: Mapping[str, Any], request: Request) -> Columns:
     request.refuse("condition_path", reason="is a table, whose conditions --condition_column names")
     how = request.image_column, request.label_column, request.path, request.condition_column
-    return find_columns(features, *how, request.vector_column)
+    return with_arrays(find_columns(features, *how, request.vector_column), features, request)
 
 
 def _check_embedded(source: Source) -> Source:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -17,6 +18,26 @@ _WHOLE = {np.dtype(np.uint8): (0.0, 255.0), np.dtype(np.uint16): (0.0, 65535.0)}
 
 class BadImage(Exception):
     """These bytes are no picture that can be trained on. The message is a short reason."""
+
+
+@dataclass(frozen=True)
+class ArrayType:
+    """The numbers of a table's column that holds no files: nested lists, or, where there is a shape, bare bytes."""
+
+    dtype: str
+    shape: tuple[int, ...] | None = None  # (H, W), (H, W, C) or (C, H, W), in C order, the low byte of a number first
+
+    def read(self, value: Any) -> Any:
+        """Return the array in a value of the column; None, and what is neither, as it is. BadImage for another size."""
+        if isinstance(value, list):
+            return numbers_in(value, self.dtype)
+        if self.shape is None or not isinstance(value, bytes | memoryview):
+            return value
+        dtype = np.dtype(self.dtype).newbyteorder("<")
+        if len(value) != (wanted := math.prod(self.shape) * dtype.itemsize):
+            shape = " x ".join(map(str, self.shape))
+            raise BadImage(f"{len(value):,} bytes where {shape} numbers of {self.dtype} have {wanted:,}")
+        return np.frombuffer(value, dtype).reshape(self.shape).astype(self.dtype, copy=False)
 
 
 def is_array(head: bytes) -> bool:
@@ -136,11 +157,11 @@ def is_nested(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], list)
 
 
-def numbers_in(value: Any) -> np.ndarray:
+def numbers_in(value: Any, dtype: str | None = None) -> np.ndarray:
     """Return numbers that a table's row holds as nested lists. BadImage where these are no array."""
     try:
-        found = np.asarray(value)
-    except ValueError:
+        found = np.asarray(value, dtype)
+    except (ValueError, TypeError, OverflowError):
         found = np.empty((), object)
     if found.dtype.kind not in "biuf" or found.ndim not in (2, 3) or not found.size:
         raise BadImage("lists that are no array (H, W), (H, W, C) or (C, H, W)")

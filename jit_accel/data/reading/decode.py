@@ -91,7 +91,7 @@ def decode_sized(
     channels = pixels.condition_channels if is_condition else pixels.channels
     wanted = (size, channels, pixels.value_range, is_condition, at)
     try:
-        if isinstance(data, list):
+        if isinstance(data, list | np.ndarray):
             return _cut(numbers_in(data), *wanted)
         with _opened(data) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's about damaged EXIF, large images, palettes: one a file
@@ -110,10 +110,10 @@ def raw_numbers(data: Any) -> np.ndarray | Image.Image:
 
     BadImage for what cannot be read.
     """
-    if data is None or data in (b"", []):
+    if data is None or (isinstance(data, bytes | list) and not data):
         raise BadImage("empty")
     try:
-        if isinstance(data, list):
+        if isinstance(data, list | np.ndarray):
             return numbers_in(data)
         with _opened(data) as file:
             if is_array(file.read(12)):
@@ -151,7 +151,7 @@ def decode_row(
             return decode_pair(data, *condition, decode, partial(decode, is_condition=True))
         if columns.raw_size is not None:  # fifty times as fast as decoding: each call counts
             return crop_pixels(pixels_of(data, columns.raw_size, columns.pixels), img_size, at)
-        return decode_sized(data, img_size, pixels=columns.pixels, at=at).pixels
+        return _decode_value(data, columns, img_size, at).pixels
     except BadImage as error:
         raise type(error)(f"{name or fallback_name()}: {error}") from error
 
@@ -160,6 +160,7 @@ def _decode_value(
     data: bytes | str | None, columns: Columns, img_size: Size, at: float | None, is_condition: bool = False
 ) -> Decoded:
     if columns.raw_size is None:
+        data = kind.read(data) if (kind := columns.arrays[is_condition]) else data
         return decode_sized(data, img_size, False, columns.pixels, is_condition, at)
     stored = pixels_of(data, columns.raw_size, columns.pixels, is_condition)
     return Decoded(crop_pixels(stored, img_size, at), stored.shape[:0:-1])
