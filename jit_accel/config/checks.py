@@ -19,6 +19,7 @@ from jit_accel.config.groups import (
     TRACKERS,
     HubConfig,
     problem_of_raw,
+    problem_of_separator,
 )
 from jit_accel.config.presets import parse_model_name, sides_of, sizes_near
 from jit_accel.config.settings import SETTINGS, Config
@@ -103,6 +104,8 @@ def _contradictions_of_data(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
     made = [name for name in ("condition_from", "condition_path", "condition_column") if getattr(s, name) is not None]
     if len(made) > 1:
         yield made[1], f"says where conditions come from, as --{made[0]} {getattr(s, made[0])} does: give one of them."
+    if problem := problem_of_separator(s.label_separator, s.label_column):
+        yield "label_separator", problem
     if problem := problem_of_raw(s.raw_shape, s.raw_dtype):
         yield problem
     if "" in s.vector_column or len(set(s.vector_column)) < len(s.vector_column):

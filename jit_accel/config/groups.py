@@ -19,6 +19,17 @@ TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow", "aim", "comet_ml", "cle
 RawType = Literal["uint8", "uint16", "int16", "int32", "float16", "float32", "float64"]
 
 
+def problem_of_separator(separator: str | None, label_column: str | None) -> str | None:
+    """Return what is wrong with a `label_separator`; None where nothing is."""
+    if separator is None:
+        return None
+    if not separator.strip() and separator != " ":
+        return "is empty: give what stands between labels, such as ';'."
+    if label_column is None:
+        return "says what is in the cells of a column: name it with --label_column."
+    return None
+
+
 def problem_of_raw(shape: tuple[int, ...], dtype: str | None) -> tuple[str, str] | None:
     """Return which of `raw_shape` and `raw_dtype` is wrong, and the rule; None where none is."""
     if not shape and dtype is None:
@@ -46,6 +57,9 @@ class DataConfig:
     label_column: str | None = None
     """Column of the class labels, also in metadata.csv, or of lists of them, for images with several (default: label,
     cls, ... where present; else unlabelled)."""
+    label_separator: str | None = None
+    """What stands between labels in the cells of label_column, where these hold several, in metadata.csv and its kin,
+    such as ";"; JSON lists are read too (default: a cell is one label)."""
     raw_shape: tuple[int, ...] = ()
     """Shape of images that are bare bytes in a table, with no file format: H W, H W C or C H W (default: none are)."""
     raw_dtype: RawType | None = None

@@ -242,7 +242,15 @@ def batched(images: Iterable[Encoded], most_images: int, most_bytes: int) -> Ite
 def open_source(config: PrepareConfig) -> Source:
     """Open what is to be prepared. UserError for data that is not there, or not as the settings say."""
     names = "data_format", "image_column", "label_column", "renumber_labels", "split", "vector_column"
-    names += "condition_path", "condition_column", "in_channels", "value_range", "raw_shape", "raw_dtype"
+    names += (
+        "condition_path",
+        "condition_column",
+        "in_channels",
+        "value_range",
+        "raw_shape",
+        "raw_dtype",
+        "label_separator",
+    )
     return open_images(config.data_path, **{name: getattr(config, name) for name in names})
 
 

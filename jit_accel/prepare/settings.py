@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from jit_accel.base.errors import UserError, check_ranges, shown, within
-from jit_accel.config.groups import MOST_CHANNELS, MOST_WORKERS, RawType, problem_of_raw
+from jit_accel.config.groups import MOST_CHANNELS, MOST_WORKERS, RawType, problem_of_raw, problem_of_separator
 from jit_accel.config.presets import settle_size, sides_of
 
 SHARD_BYTES = 2**28
@@ -25,6 +25,7 @@ _LATER = {
     "vector_column": (),
     "raw_shape": (),
     "raw_dtype": None,
+    "label_separator": None,
     "in_channels": 3,
     "value_range": None,
 }
@@ -54,6 +55,9 @@ class PrepareConfig:
     """Column of the images (default: the one that holds images)."""
     label_column: str | None = None
     """Column of the class labels, or of lists of them (default: label, cls, ... where present; else one class)."""
+    label_separator: str | None = None
+    """What stands between labels in the cells of label_column, where these hold several, in metadata.csv and its kin,
+    such as ";"; JSON lists are read too (default: a cell is one label)."""
     raw_shape: tuple[int, ...] = ()
     """Shape of images that are bare bytes in a table, with no file format: H W, H W C or C H W (default: none are)."""
     raw_dtype: RawType | None = None
@@ -140,6 +144,8 @@ def check(config: PrepareConfig) -> None:
         if not getattr(config, flag):
             raise UserError("not given; preparing needs --data_path and --output_dir.", about=flag)
     check_ranges(vars(config), RANGES)
+    if rule := problem_of_separator(config.label_separator, config.label_column):
+        raise UserError(rule, about="label_separator", value=config.label_separator)
     if problem := problem_of_raw(config.raw_shape, config.raw_dtype):
         about, rule = problem
         raise UserError(rule, about=about, value=shown(getattr(config, about)))

@@ -55,7 +55,7 @@ def open_data(
     standards: the columns of numbers of the weights to start from; the run's own come first.
     """
     names = ("data_format", "image_column", "label_column", "renumber_labels", "vector_column")
-    names += ("raw_shape", "raw_dtype")
+    names += ("raw_shape", "raw_dtype", "label_separator")
     standards = Vectors.of_record(begun.get("vectors") or standards)
     how = {name: getattr(data, name) for name in names}
     for name in ("condition_path", "condition_column"):

@@ -21,7 +21,7 @@ from jit_accel.train.results import describe_data
 # Settings that must agree between a checkpoint and the run that continues it; everything else may change.
 FIXED_SETTINGS = (
     *("model", "img_size", "num_classes", "prediction", "path", "optimizer", "ema_decays", "seed"),
-    *("image_column", "label_column", "vector_column", "renumber_labels", "holdout"),
+    *("image_column", "label_column", "vector_column", "renumber_labels", "holdout", "label_separator"),
     *("lora_rank", "lora_alpha", "lora_targets", "in_channels", "value_range", "raw_shape", "raw_dtype"),
     *("condition_column", "condition_channels", "condition_inject", "condition_bottleneck"),
 )

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -212,3 +213,68 @@ def test_numbers_and_names_in_lists_are_names(tmp_path):
     listed(tmp_path, '[1, "a"]', "[2]", "")
     source = open_images(tmp_path, label_column="tags")
     assert (source.class_names, source.most_labels) == (("1", "2", "a"), 2)
+
+
+def in_cells(root, cells, ending="csv"):
+    image_folder(root, len(cells))
+    files = [file.relative_to(root).as_posix() for file in sorted(root.rglob("*.png"))]
+    mark = "\t" if ending == "tsv" else ","
+    with open(root / f"metadata.{ending}", "w", newline="") as file:
+        csv.writer(file, delimiter=mark).writerows([("file_name", "tags"), *zip(files, cells)])
+    return root
+
+
+def labels_of(source):
+    out = np.empty((source.num_images, 3, 4, 4), np.uint8)
+    labels = source.images.read(np.arange(source.num_images), out)[0]["label"].tolist()
+    return [sorted(label for label in row if label >= 0) for row in labels]
+
+
+@pytest.mark.parametrize(
+    ("cells", "separator", "names", "labels"),
+    [
+        (["cat;wet", " dog ", "", ";wet; cat", "dog;;dog"], ";", ("cat", "dog", "wet"), [[0, 2], [1], [], [0, 2], [1]]),
+        (["cat, wet", "dog", "wet"], ",", ("cat", "dog", "wet"), [[0, 2], [1], [2]]),
+        (['["a;b", "cat"]', "cat;a", "[old];a"], ";", ("[old]", "a", "a;b", "cat"), [[2, 3], [1, 3], [0, 1]]),
+        (["0|3", "1", "", "[2, 1]"], "|", ("0", "1", "2", "3"), [[0, 3], [1], [], [1, 2]]),
+        (["3", "1", "0"], ";", ("0", "1", "2", "3"), [[3], [1], [0]]),
+        (["0;x", "1", "x"], ";", ("0", "1", "x"), [[0, 2], [1], [2]]),
+    ],
+)
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_cells_are_taken_apart_where_that_is_asked_for(cells, separator, names, labels, ending, tmp_path):
+    root = in_cells(tmp_path / "data", cells, ending)
+    source = open_images(root, label_column="tags", label_separator=separator)
+    assert (source.class_names, labels_of(source)) == (names, labels)
+    assert source.most_labels == max(map(len, labels))
+
+
+def test_a_cell_is_one_class_where_it_is_not(tmp_path):
+    source = open_images(in_cells(tmp_path / "data", ["cat;wet", "dog"]), label_column="tags")
+    assert (source.class_names, source.most_labels) == (("cat;wet", "dog"), None)
+
+
+def test_lists_that_are_there_stay(tmp_path):
+    in_folder(tmp_path / "data", False)
+    plain, same = (open_images(tmp_path / "data", label_column="tags", label_separator=mark) for mark in (None, ";"))
+    assert (plain.fingerprint, labels_of(plain)) == (same.fingerprint, labels_of(same))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"label_separator": ";"}, "name it with --label_column"),
+        ({"label_separator": "", "label_column": "tags"}, "is empty: give what stands between labels"),
+        ({"label_separator": ";", "label_column": "tgas"}, "did you mean 'tags'"),
+    ],
+)
+def test_a_separator_that_says_nothing_is_refused(how, message, tmp_path):
+    with pytest.raises(UserError) as caught:
+        open_images(in_cells(tmp_path / "data", ["cat;wet", "dog"]), **how)
+    assert message.lower() in str(caught.value).lower()
+
+
+def test_tables_have_no_cells_to_take_apart(tmp_path):
+    in_parquet(tmp_path / "data", False)
+    with pytest.raises(UserError, match="has no metadata files, whose cells may hold several labels"):
+        open_images(tmp_path / "data", label_column="tags", label_separator=";")

@@ -147,6 +147,7 @@ NOT_IN_RECIPES = {
         "vector_column",
         "raw_shape",
         "raw_dtype",
+        "label_separator",
         "split",
         "renumber_labels",
         "image_column",

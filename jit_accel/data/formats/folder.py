@@ -98,10 +98,11 @@ def _table_of_images(request: Request, where: str) -> pa.Table:
     chosen = scan_of_splits(scan, request.split, root)
     if (scan := chosen.scan).metadata:
         how = request.label_column, request.renumber_labels, request.condition_column, request.vector_column
+        how = *how, request.label_separator
         images, ids, names, numbers = listed_in_metadata(root, chosen, *how)
     else:
         choose_splits({TRAIN: len(scan.images)}, chosen.split, root)
-        needing = "label_column", "renumber_labels", "condition_column", "vector_column"
+        needing = "label_column", "renumber_labels", "condition_column", "vector_column", "label_separator"
         request.refuse(*needing, reason="has no columns, without metadata.csv or metadata.jsonl")
         (images, ids, names), numbers = _classify(root, scan.images, chosen.inner), pa.table({})
     identity = hash_strings(images, ["folder", str(len(images))])

@@ -1,7 +1,10 @@
 """Columns whose rows hold lists of labels, for images that have several."""
 
 import ast
+import contextlib
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -9,6 +12,33 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 AnyColumns = TypeVar("AnyColumns")
+
+
+def split_cells(columns: Sequence[pa.ChunkedArray], separator: str) -> list[pa.Array | pa.ChunkedArray]:
+    """Return columns of text as lists of the labels in each cell: of numbers, where all of them are whole ones.
+
+    A cell that is a JSON list is that; others are cut at the separator, without the spaces around a label. An empty one
+    has no label. Columns that are lists already stay.
+    """
+    found = [None if hasattr(column.type, "value_type") else _lists_in(column, separator) for column in columns]
+    labels = [label for rows in found if rows for row in rows for label in row]
+    are_numbers = all(re.fullmatch(r"-?\d{1,18}", label) for label in labels)
+    kind = pa.list_(pa.int64() if are_numbers else pa.string())
+    return [
+        column if rows is None else pa.array([list(map(int, row)) if are_numbers else row for row in rows], kind)
+        for column, rows in zip(columns, found)
+    ]
+
+
+def _lists_in(column: pa.ChunkedArray, separator: str) -> list[list[str]]:
+    return [_labels_in(cell or "", separator) for cell in column.cast(pa.string()).to_pylist()]
+
+
+def _labels_in(cell: str, separator: str) -> list[str]:
+    with contextlib.suppress(ValueError):  # else it is a name that begins so
+        if (text := cell.strip())[:1] + text[-1:] == "[]":
+            return list(map(str, _parsed(text)))
+    return [label for part in cell.split(separator) if (label := part.strip())]
 
 
 def item_of(feature: Any) -> Any:

@@ -26,7 +26,7 @@ from jit_accel.data.formats.columns import (
     named_column,
     read_labels,
 )
-from jit_accel.data.formats.label_lists import different_labels, of_items, parsed_lists
+from jit_accel.data.formats.label_lists import different_labels, of_items, parsed_lists, split_cells
 from jit_accel.data.formats.numbers import numbers_of
 from jit_accel.data.formats.scan import FolderScan, OfSplits
 from jit_accel.data.formats.split_columns import choose_values, counts_of, split_column
@@ -52,6 +52,7 @@ def listed_in_metadata(
     renumber: bool = False,
     condition_column: str | None = None,
     vector_columns: Sequence[str] = (),
+    label_separator: str | None = None,
 ) -> Listed:
     """Return the `chosen` images that the metadata files under `root` list, their labels, and their numbers.
 
@@ -65,7 +66,11 @@ def listed_in_metadata(
     """
     scan, first_file = chosen.scan, os.path.join(root, chosen.scan.metadata[0])
     needed = (FILE_NAME, *([label_column] if label_column else LABEL_NAMES), *vector_columns)
-    tables = [_read(os.path.join(root, name), needed, label_column) for name in scan.metadata]
+    in_brackets = label_column if label_separator is None else None
+    tables = [_read(os.path.join(root, name), needed, in_brackets) for name in scan.metadata]
+    if label_separator is not None:
+        name = named_column(_shared(tables), label_column, "label_column", first_file)
+        tables = _with_lists(tables, name, label_separator)
     columns = _find_columns(tables, first_file, label_column, condition_column, vector_columns)
     listed = [_paths(table, name) for table, name in zip(tables, scan.metadata)]
     shown = [_paths(table, name, condition_column) for table, name in zip(tables, scan.metadata) if condition_column]
@@ -109,6 +114,12 @@ def listed_in_metadata(
         rule += f" ({len(differing)} such images): remove one of the rows."
         raise UserError(rule, about="label_column", value=columns.label)
     return Listed(images, ids.take(first), names, numbers)
+
+
+def _with_lists(tables: list[pa.Table], name: str, separator: str) -> list[pa.Table]:
+    """Return the tables with the cells of the label column taken apart."""
+    lists = split_cells([table.column(name) for table in tables], separator)
+    return [table.set_column(table.column_names.index(name), name, column) for table, column in zip(tables, lists)]
 
 
 def _as_one(parts: list[pa.ChunkedArray]) -> pa.ChunkedArray:

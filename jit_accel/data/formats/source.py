@@ -36,6 +36,7 @@ class Request:
     vector_column: tuple[str, ...] = ()
     raw_shape: tuple[int, ...] = ()  # of images that are bare bytes
     raw_dtype: str | None = None
+    label_separator: str | None = None  # in cells of metadata files
 
     @property
     def other_split(self) -> list[str]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from jit_accel.base.errors import UserError, lookup, shown
 from jit_accel.base.shared_tables import shared_table
-from jit_accel.config.groups import problem_of_raw
+from jit_accel.config.groups import problem_of_raw, problem_of_separator
 from jit_accel.data import data_error
 from jit_accel.data.formats.columns import IMAGE_CHANNELS
 from jit_accel.data.formats.folder import is_about_images, is_known_image_folder, open_folder
@@ -50,6 +50,7 @@ def open_images(
     value_range: tuple[float, float] | None = None,
     raw_shape: Sequence[int] = (),
     raw_dtype: str | None = None,
+    label_separator: str | None = None,
 ) -> Source:
     """Open `--data_path`: a folder of images, Parquet or tar files, their URLs (`https://host/shard-{000..009}.tar`),
     a saved or prepared data set, a Hub id (`owner/name:config@revision`), `builtin:NAME`.
@@ -69,6 +70,7 @@ def open_images(
         raw_shape: (H, W), (H, W, C) or (C, H, W), where the images of a table are the bytes of arrays, without a file
             format, in C order, the low byte of a number first.
         raw_dtype: the type of their numbers, such as uint16.
+        label_separator: what stands between several labels in a cell of a metadata file's label column, such as ";".
 
     UserError for whatever is wrong with the path, the columns or the labels, found before any training.
     """
@@ -89,16 +91,20 @@ def open_images(
     place = None if condition_path is None else os.path.expanduser(os.fspath(condition_path))
     vectors = (vector_column,) if isinstance(vector_column, str) else tuple(dict.fromkeys(vector_column))
     how = image_column, label_column, streaming, renumber_labels, split, place, condition_column, vectors
-    request = Request(path, *how, tuple(raw_shape), raw_dtype)
-    _check_raw(request, data_format)
+    request = Request(path, *how, tuple(raw_shape), raw_dtype, label_separator)
+    _check_format(request, data_format)
     source = FORMATS[data_format](request)
     source = in_format(source, in_channels, value_range and tuple(map(float, value_range)))
     check_pairs(source, "condition_column" if condition_path is None else "condition_path", place or condition_column)
     return source
 
 
-def _check_raw(request: Request, data_format: str) -> None:
-    """Raise `UserError` for a shape or a type that cannot be, and for data that has no columns of bytes."""
+def _check_format(request: Request, data_format: str) -> None:
+    """Raise `UserError` for settings of bytes and of cells that cannot be, and for data that has none of these."""
+    if problem := problem_of_separator(request.label_separator, request.label_column):
+        raise UserError(problem, about="label_separator", value=request.label_separator)
+    if data_format != "folder":
+        request.refuse("label_separator", reason="has no metadata files, whose cells may hold several labels")
     if problem := problem_of_raw(request.raw_shape, request.raw_dtype):
         raise UserError(problem[1], about=problem[0], value=shown(getattr(request, problem[0])))
     if data_format in ("folder", "webdataset", "prepared"):
