@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from jit_accel.base.errors import UserError, lookup, shown
 
 TIME_FEATURES = 256  # sinusoidal features of the time t
+LONG_ATTENTION = 64  # tokens from which a CPU's attention is faster in bf16
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601), as in Pillow's mode L
 
 Size = int | Sequence[int]  # of images in pixels: the side of a square, or height and width

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from jit_accel.config.presets import TIME_FEATURES, Size, sides_of
+from jit_accel.config.presets import LONG_ATTENTION, TIME_FEATURES, Size, sides_of
 from jit_accel.model.spaces import in_float32
 
 NORM_EPS = 1e-6
-LONG_ATTENTION = 64  # tokens from which a CPU's attention is faster in bf16
 
 
 def _grid_angles(dim: int, grid: tuple[int, int], trained_grid: Size) -> tuple[Tensor, Tensor]:

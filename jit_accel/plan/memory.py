@@ -13,12 +13,14 @@ from jit_accel.config.costs import (
     moments_of,
     num_params,
 )
-from jit_accel.config.presets import Preset, Size, block_tokens, grid_of, swiglu_width
+from jit_accel.config.presets import LONG_ATTENTION, Preset, Size, block_tokens, grid_of, swiglu_width
 
 # What a block keeps of a token, bytes: per channel of the residual stream, and per channel inside of SwiGLU. GPUs run
 # the plain formulas, CPUs those by hand, which make some of it again; q, k, norms and the residual stream are float32
-# always, in fp16 as in bf16. tests/plan holds the rows to what autograd keeps. --compile keeps less: not counted.
+# always, in fp16 as in bf16, but for q and k of many tokens on a CPU. tests/plan holds the rows to what autograd keeps.
+# --compile keeps less: not counted.
 KEPT_BYTES = {("cuda", "bf16"): (52, 8), ("cuda", "no"): (64, 16), ("cpu", "bf16"): (36, 4), ("cpu", "no"): (40, 8)}
+LESS_OF_LONG = 12  # where q, k and what attention returns are bf16, and v is no copy
 # Of a sharded block: two gathered in bf16, a gradient in bf16, and two in float32 on their way, for each weight.
 GATHERED_BYTES = 2 * 2 + 2 + 2 * 4
 HEAP_BYTES = 0.3 * 2**30  # of holes in a CPU's heap, which a training keeps (measured: benchmarks/plan.py)
@@ -113,6 +115,8 @@ def bytes_of_block(work: Workload, images: int, device: str = "cuda") -> tuple[f
     """Return the bytes that a block keeps of so many images, and those of its input."""
     dim, tokens = work.sizes.hidden_size, images * work.length
     of_stream, of_inner = KEPT_BYTES[device, "no" if work.precision == "no" else "bf16"]
+    if device == "cpu" and work.precision == "bf16" and work.length >= LONG_ATTENTION:
+        of_stream -= LESS_OF_LONG
     inner = swiglu_width(dim, work.sizes.mlp_ratio)
     of_norms = FLOAT32 * (3 * work.sizes.num_heads + 2)  # of two norms, of those of q and k, and attention's sums
     return tokens * (of_stream * dim + of_inner * inner + of_norms), FLOAT32 * tokens * dim

@@ -16,7 +16,7 @@ from helpers import Group, assert_same_state, last_checkpoint, rows, train_group
 
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import load_features
-from jit_accel.model import pipeline as pipelines
+from jit_accel.model import guidance
 from jit_accel.model.generation import SamplerSettings
 from jit_accel.model.loading import load_pipeline
 from jit_accel.monitor.log import read_metrics
@@ -111,7 +111,7 @@ def test_a_run_told_to_stop_evaluates_only_when_it_goes_on(run, images, tmp_path
 
 def test_a_stop_is_heeded_within_a_sheet_and_an_evaluation(run, images, tmp_path, monkeypatch):
     out, place, told, calls = tmp_path / "run", ["sheet"], [], []
-    predict, measure = pipelines.guided_prediction, Evaluator.measure_pipeline
+    predict, measure = guidance.guided_prediction, Evaluator.measure_pipeline
 
     def predict_and_be_told(*args):
         calls.append(place[0])
@@ -124,7 +124,7 @@ def test_a_stop_is_heeded_within_a_sheet_and_an_evaluation(run, images, tmp_path
         place[0] = "evaluation"
         return measure(self, *args, **kwargs)
 
-    monkeypatch.setattr(pipelines, "guided_prediction", predict_and_be_told)
+    monkeypatch.setattr(guidance, "guided_prediction", predict_and_be_told)
     monkeypatch.setattr(Evaluator, "measure_pipeline", measure_there)
     command = ("--data_path", str(images), "--output_dir", str(out), *EVAL, "--sample_every_steps", "3")
     assert train_here(*command) == 128 + signal.SIGTERM
@@ -154,14 +154,14 @@ def test_two_processes_leave_an_evaluation_together_and_measure_it_later(alone, 
 
 def _stop_one_within():
     tiny_features.install()
-    predict = pipelines.guided_prediction
+    predict = guidance.guided_prediction
 
     def predict_and_be_told(*args):
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGUSR1)
         return predict(*args)
 
-    pipelines.guided_prediction = predict_and_be_told
+    guidance.guided_prediction = predict_and_be_told
 
 
 @pytest.mark.multiprocess
@@ -180,7 +180,7 @@ def test_an_evaluation_that_fails_on_one_process_costs_its_values_alone(images, 
 
 def _fail_on_one():
     tiny_features.install()
-    predict, measure, calls = pipelines.guided_prediction, Evaluator.measure_pipeline, []
+    predict, measure, calls = guidance.guided_prediction, Evaluator.measure_pipeline, []
 
     def measure_noted(self, *args, **kwargs):
         calls.append("evaluation")
@@ -191,7 +191,7 @@ def _fail_on_one():
             raise torch.OutOfMemoryError("no memory")
         return predict(*args)
 
-    Evaluator.measure_pipeline, pipelines.guided_prediction = measure_noted, predict_once_not
+    Evaluator.measure_pipeline, guidance.guided_prediction = measure_noted, predict_once_not
 
 
 def test_a_dry_run_finds_a_wrong_reference(images, tmp_path, capsys):
