@@ -4,9 +4,12 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jit_accel.base.errors import UserError, shown
 from jit_accel.data.formats.numbers import numbers_of
@@ -38,7 +41,7 @@ def open_numbers(words: Sequence[str], columns: Mapping | None, model: str) -> G
     """
     if not words:
         return None
-    value = " ".join(words)
+    value = _as_typed(words)
     if not columns:
         raise UserError(f"{model} was trained without numbers: leave it out.", about="vectors", value=value)
     is_file = len(words) == 1 and Path(words[0]).suffix.lower() in _ENDINGS
@@ -63,10 +66,22 @@ def _checked(row: Mapping, names: Sequence[str]) -> dict[str, list[float]]:
     for name in names:
         if name not in row:
             raise ValueError(f"{name} is missing")
-        if (numbers := numbers_of(row[name])) is None:
-            raise ValueError(f"{name} is {shown(row[name])[:40]!r} and not finite numbers")
+        value = row[name]
+        if (numbers := numbers_of(_as_list(value))) is None:
+            raise ValueError(f"{name} is {shown(value)[:40]!r} and not finite numbers")
         found[name] = numbers
     return found
+
+
+def _as_list(value: Any) -> Any:
+    """Return the parts of a cell such as 0.2,-0.1; anything else as it is."""
+    is_several = isinstance(value, str) and "," in value and "[" not in value
+    return value.split(",") if is_several else value
+
+
+def _as_typed(words: Sequence[str]) -> str:
+    """Return words as they were given, before the command line divided them at commas."""
+    return re.sub(r" (?=[^ =]+( |$))", ",", " ".join(words)) if "=" in words[0] else " ".join(words)
 
 
 def _pairs_of(words: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
@@ -85,7 +100,7 @@ def _pairs_of(words: Sequence[str], names: Sequence[str]) -> dict[str, list[str]
             problem = f"{word} is no NAME=VALUE, and no file (.csv, .tsv, .jsonl)"
         if problem:
             rule = f"{problem}: give {' '.join(f'{one}=...' for one in names)}."
-            raise UserError(rule, about="vectors", value=" ".join(words))
+            raise UserError(rule, about="vectors", value=_as_typed(words))
     return row
 
 
@@ -96,13 +111,18 @@ def _rows_of(path: Path) -> list[dict]:
         if path.suffix.lower() != ".jsonl":
             mark = "\t" if path.suffix.lower() == ".tsv" else ","
             return list(csv.DictReader(io.StringIO(text), delimiter=mark))
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError('a line is not like {"age": 34}')
-        return rows
+        return [_object_in(line, number) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot be read ({reason}): correct it.", about="vectors", value=path) from None
+
+
+def _object_in(line: str, number: int) -> dict:
+    """Return the object in a line. Raises `ValueError`, which says what line is wrong."""
+    with suppress(ValueError):
+        if isinstance(row := json.loads(line), dict):
+            return row
+    raise ValueError(f'line {number} is not like {{"age": 34}}')
 
 
 def _example(columns: Mapping) -> str:

@@ -127,13 +127,15 @@ def test_numbers_are_given_to_all_images(sample, models, tmp_path, capsys):
 ROWS = [(20, [0.1, 1]), (60, [-0.2, 3])]
 
 
-@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "bare.csv"])
 def test_each_image_has_its_row_of_a_file(ending, sample, models, tmp_path):
     file, mark = tmp_path / f"rows.{ending}", "\t" if ending == "tsv" else ","
     if ending == "jsonl":
         file.write_text("\n".join(json.dumps({"pose": pose, "age": age, "other": "x"}) for age, pose in ROWS))
     else:
-        lines = [mark.join(["age", "note", "pose"]), *(mark.join([str(a), "x", f'"{p}"']) for a, p in ROWS)]
+        edges = " []" if ending == "bare.csv" else " "
+        lines = [mark.join(["age", "note", "pose"])]
+        lines += [mark.join([str(age), "x", f'"{str(pose).strip(edges)}"']) for age, pose in ROWS]
         file.write_text("\n".join(lines))
     assert sample("numbers", "--vectors", str(file), "--images_per_class", "3") == 0
     vectors = [[age, *pose] for age, pose in (*ROWS, ROWS[0])]
@@ -151,7 +153,7 @@ def test_each_image_has_its_row_of_a_file(ending, sample, models, tmp_path):
     [
         ("bytes", ["age=3"], "was trained without numbers: leave it out"),
         ("numbers", ["age=3"], "pose is missing: give age=0 pose=0,0"),
-        ("numbers", ["age=x", "pose=1,2"], "age is 'x' and not finite numbers"),
+        ("numbers", ["age=x", "pose=1,2"], "--vectors age=x pose=1,2: age is 'x' and not finite numbers"),
         ("numbers", ["age=1", "pose=1,2,3"], "3 numbers of pose: give 2"),
         ("numbers", ["age=1", "pose=1,2", "size=3"], "size is no column of the model's"),
         ("numbers", ["age=1", "age=2"], "age is given twice"),
@@ -173,6 +175,11 @@ def test_a_row_that_is_wrong_is_named(sample, tmp_path, capsys):
     file.write_text("age,pose\n")
     assert sample("numbers", "--vectors", str(file)) == 2
     assert "has no rows" in capsys.readouterr().err
+    file = tmp_path / "rows.jsonl"
+    for line in ("{", "[34]"):
+        file.write_text(f'{{"age": 34, "pose": [1, 2]}}\n{line}\n')
+        assert sample("numbers", "--vectors", str(file)) == 2
+        assert 'cannot be read (line 2 is not like {"age": 34})' in capsys.readouterr().err
 
 
 def test_images_may_have_several_classes(sample, models, tmp_path, capsys):
