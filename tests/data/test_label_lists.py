@@ -11,10 +11,12 @@ import torch
 from data_samples import image_folder, numbers_in, png, tar
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 
+import jit_accel as jit
 from jit_accel.base.errors import UserError
 from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches.batch import check_labels, renumbered
 from jit_accel.data.batches.holdout import held_by_split, split_holdout
+from jit_accel.prepare import main as prepare
 
 COUNT = 20
 NAMES = ("cat", "dog", "old", "wet")
@@ -272,6 +274,18 @@ def test_a_separator_that_says_nothing_is_refused(how, message, tmp_path):
     with pytest.raises(UserError) as caught:
         open_images(in_cells(tmp_path / "data", ["cat;wet", "dog"]), **how)
     assert message.lower() in str(caught.value).lower()
+
+
+def test_a_store_takes_the_separator_that_it_was_prepared_with(tmp_path):
+    given = {"label_column": "tags", "label_separator": ";"}
+    root, store = in_cells(tmp_path / "data", ["cat;wet", "dog", ""]), tmp_path / "store"
+    flags = [word for name, value in given.items() for word in (f"--{name}", value)]
+    assert prepare(["--data_path", str(root), "--output_dir", str(store), "--img_size", "4", *flags]) == 0
+    same, plain = (jit.open_images(store, **how) for how in (given, {}))
+    assert (same.fingerprint, labels_of(same)) == (plain.fingerprint, labels_of(plain))
+    assert sorted(labels_of(same)) == [[], [0, 2], [1]]
+    with pytest.raises(UserError, match="was prepared, its columns are known"):
+        jit.open_images(store, **given | {"label_separator": "|"})
 
 
 def test_tables_have_no_cells_to_take_apart(tmp_path):

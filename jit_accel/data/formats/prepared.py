@@ -29,6 +29,7 @@ STORE_FORMAT = "jit_accel.prepared"
 # Of images alone, as from the beginning; with conditions; with a record of their numbers, and of others beside them
 STORE_VERSION, PAIRS_VERSION, FACTS_VERSION = VERSIONS = 1, 2, 3
 MAPPED = ("uint8", "uint16", "int16", "float32")  # encodings that are memory-mapped, by the type of their numbers
+LABEL_SETTINGS = ("label_column", "label_separator")  # which may be given again, as they were
 OWN_COLUMNS = ("image", "condition", "label", "key", "name")
 _FILE = {"file": str, "bytes": int, "sha256": str}
 _TABLE_SHARD = _FILE | {"images": int, "row_groups": [int]}
@@ -97,8 +98,8 @@ def open_prepared(request: Request) -> Source:
     if not os.path.isdir(folder):
         raise missing_path(folder)
     index = read_index(folder)
-    as_prepared = request.label_column is None or request.label_column != index["settings"].get("label_column")
-    names = "image_column", *(["label_column"] if as_prepared else []), "renumber_labels"
+    others = [name for name in LABEL_SETTINGS if getattr(request, name) != index["settings"].get(name)]
+    names = "image_column", *others, "renumber_labels"
     request.refuse(*names, "condition_path", "condition_column", reason="was prepared, its columns are known")
     choose_splits({TRAIN: index["num_images"]}, request.split, folder)
     facts, names = _as_asked(StoreFacts.of(index), request), tuple(index["class_names"])

@@ -103,7 +103,7 @@ def _check_format(request: Request, data_format: str) -> None:
     """Raise `UserError` for settings of bytes and of cells that cannot be, and for data that has none of these."""
     if problem := problem_of_separator(request.label_separator, request.label_column):
         raise UserError(problem, about="label_separator", value=request.label_separator)
-    if data_format != "folder":
+    if data_format not in ("folder", "prepared"):
         request.refuse("label_separator", reason="has no metadata files, whose cells may hold several labels")
     if problem := problem_of_raw(request.raw_shape, request.raw_dtype):
         raise UserError(problem[1], about=problem[0], value=shown(getattr(request, problem[0])))
