@@ -127,6 +127,17 @@ def test_shapes_and_types_that_cannot_be_are_refused(how, message, tmp_path):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("streaming", [None, False])
+@pytest.mark.parametrize(("shape", "dtype"), [((8, 8), "uint8"), ((8, 8, 3), "float32")])
+def test_a_shape_that_no_image_has_is_refused_before_the_training(shape, dtype, streaming, tmp_path, hf_cache):
+    how = {"raw_shape": shape, "raw_dtype": dtype, "streaming": streaming}
+    with pytest.raises(jit.UserError) as caught:
+        jit.open_images(write_raw(tmp_path / "raw", COLOUR), **how)
+    wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    assert "raw_shape " + " ".join(map(str, shape)) in str(caught.value)
+    assert f"192 bytes where {' x '.join(map(str, shape))} numbers of {dtype} have {wanted:,}" in str(caught.value)
+
+
 def test_folders_and_stores_have_no_bare_bytes(tmp_path):
     with pytest.raises(jit.UserError, match="is no table, whose columns may hold bare bytes: leave the flag out"):
         jit.open_images(write_files(tmp_path / "files", GREY), raw_shape=(8, 8), raw_dtype="uint8")

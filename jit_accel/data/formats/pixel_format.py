@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
-from jit_accel.base.errors import UserError
+from jit_accel.base.errors import UserError, shown
 from jit_accel.data.formats.columns import COLOUR, IMAGE_CHANNELS, Columns, PixelFormat
 from jit_accel.data.formats.source import Source, fingerprint_of
 from jit_accel.data.reading.arrays import ARRAY_EXTENSIONS, ArrayType, BadImage, channels_first, channels_of, own_range
@@ -28,6 +28,8 @@ def in_format(source: Source, in_channels: int, value_range: tuple[float, float]
     columns, is_usual = getattr(source.images, "columns", None), in_channels == IMAGE_CHANNELS and value_range is None
     if columns is None or columns.raw_size is not None or source.pixels != COLOUR:
         return _of_store(source, in_channels, value_range)
+    if columns.arrays[0] and columns.arrays[0].shape:
+        _check_bytes(source, columns)
     if is_usual and not _may_be_arrays(source, columns):
         return source
     images, conditions = [], []
@@ -78,6 +80,20 @@ def some_rows(source: Source, most: int) -> Iterator[dict]:
     else:
         numbers = np.unique(np.linspace(0, len(images) - 1, most).astype(int))
         yield from (images.dataset[number] for number in numbers.tolist())
+
+
+def _check_bytes(source: Source, columns: Columns) -> None:
+    """Raise `UserError` where bare bytes are asked for, and none of the first images has as many as its shape."""
+    kind, reason = columns.arrays[0], None
+    for row in some_rows(source, _MOST_IMAGES):
+        try:
+            if kind.read(columns.image_of(row.get(columns.image))[0]) is not None:
+                return
+        except BadImage as error:
+            reason = reason or error
+    if reason:
+        rule = f"the first images of {source.name} are of another shape or type ({reason}): correct it, or --raw_dtype."
+        raise UserError(rule, about="raw_shape", value=shown(kind.shape))
 
 
 def _may_be_arrays(source: Source, columns: Columns) -> bool:
