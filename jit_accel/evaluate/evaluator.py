@@ -123,12 +123,12 @@ class Evaluator:
         split: str | None = None,
         pixels: PixelFormat = COLOUR,
         shown_to: JiTPipeline | None = None,
-        label_column: str | None = None,
+        **reading: Any,
     ) -> ImageStatistics:
         """Read statistics from a file, or measure images, cropped to `img_size` (None: the size that they have).
 
         pixels: what those of a path are decoded to. shown_to: the model whose images are to be given the numbers, or
-        several labels, of these, if it was trained with such. label_column: of a path.
+        several labels, of these, if it was trained with such. reading: further settings of `open_images`, for a path.
         """
         about, found = "reference", None
         if isinstance(path, str) and path.endswith(".npz"):
@@ -138,10 +138,10 @@ class Evaluator:
                 return found
         how, opened, tally = (about, img_size, split), path, None
         if shown_to and not (isinstance(path, str) and path.endswith(".npz")):
-            wanted = {"split": split, "label_column": label_column, "pixels": pixels}
+            wanted = {"split": split, "pixels": pixels, **reading}
             opened = on_all(self.accelerator, lambda: open_with_facts(path, shown_to, **wanted), in_turn=True)
             tally = FactsTally(opened, shown_to) if fits(opened, shown_to) else None
-        images = on_all(self.accelerator, lambda: open_image_set(opened, *how, pixels=pixels), in_turn=True)
+        images = on_all(self.accelerator, lambda: open_image_set(opened, *how, pixels=pixels, **reading), in_turn=True)
         of_images = self.statistics_of_images(images, about, tally)
         if found is None:
             name = path if isinstance(path, str) else path.name

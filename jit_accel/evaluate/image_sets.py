@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -83,10 +83,12 @@ def open_image_set(
     *,
     has_pairs: bool = False,
     pixels: PixelFormat = COLOUR,
+    **reading: Any,
 ) -> ImageSet:
     """Open what `--data_path` of training may be, or an `.npz` with `arr_0`: uint8 (N, H, W, 3).
 
-    `img_size` None is that of the first image, if that is square; `pixels` is what a path is decoded to.
+    `img_size` None is that of the first image, if that is square; `pixels` is what a path is decoded to, and `reading`
+    has further settings of `open_images` for one.
     With `has_pairs` the channels of the data's conditions come behind those of its images. Raises `UserError`
     about the setting of this name.
     """
@@ -99,7 +101,7 @@ def open_image_set(
     else:
         with renamed_settings(data_path=about):
             how = {"split": split, "in_channels": pixels.channels, "value_range": pixels.value_range}
-            source = open_images(path, **how) if isinstance(path, str) else path
+            source = open_images(path, **how, **reading) if isinstance(path, str) else path
         name, count, fingerprint = source.name, source.num_images, source.fingerprint
         first = source.img_size or _first_size(source)
         pixels = source.pixels

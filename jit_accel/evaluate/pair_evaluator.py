@@ -22,7 +22,7 @@ from jit_accel.evaluate.evaluator import open_candidate
 from jit_accel.evaluate.features import MAIN, FeatureNetwork, load_features
 from jit_accel.evaluate.pair_scores import PairScores, untouched, with_intervals
 from jit_accel.evaluate.pairs import Pairs, Part, open_pairs
-from jit_accel.evaluate.settings import CONDITIONS, EvaluateConfig, Setting, chosen_scores
+from jit_accel.evaluate.settings import CONDITIONS, EvaluateConfig, Setting, chosen_scores, reading_of
 from jit_accel.evaluate.statistics import Moments, frechet_distance
 from jit_accel.model.checkpoints import find_checkpoint_in, read_run
 from jit_accel.model.generation import SamplerSettings, generate_batches
@@ -171,8 +171,8 @@ def evaluate_pairs(config: EvaluateConfig, accelerator, file: Path | None) -> No
         given if given != ConditionConfig() else on_main(accelerator, lambda: recorded_conditions(config.model))
     )
     opening = config.pairs, conditions, pipeline, img_size, config.num_images
-    how = {"split": config.split, "label_column": config.label_column}
-    pairs = on_all(accelerator, lambda: open_pairs(*opening, **how), in_turn=True)
+    how = reading_of(config)
+    pairs = on_all(accelerator, lambda: open_pairs(*opening, split=config.split, **how), in_turn=True)
     how = config.samples_each, config.batch_size, config.seed, network, distance
     evaluator = PairEvaluator(pairs, scores, accelerator, *how, show_progress=True)
     report = say if accelerator.is_main_process else lambda line: None

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,18 +73,18 @@ def open_pairs(
     most: int,
     *,
     split: str | None = None,
-    label_column: str | None = None,
+    **reading: Any,
 ) -> Pairs:
     """Open images of any kind that training reads, with the conditions and numbers that the network wants.
 
-    Those of the data come before `conditions.condition_from`. Raises `UserError`: there are none, or others than it was
-    trained with.
+    reading: further settings of `open_images`, such as `label_column`. Conditions of the data come before
+    `conditions.condition_from`. Raises `UserError`: there are none, or others than it was trained with.
     """
     made_from, degradation, wanted = conditions.condition_from, None, pipeline.transformer.config
     how = {name: getattr(conditions, name) for name in ("condition_path", "condition_column")}
     standards = Vectors.of_record(pipeline.config.vectors)
     how |= {"in_channels": wanted.in_channels, "value_range": pipeline.config.value_range}
-    how |= {"split": split, "label_column": label_column, "vector_column": standards.names if standards else ()}
+    how |= reading | {"split": split, "vector_column": standards.names if standards else ()}
     with renamed_settings(data_path="pairs", vector_column="pairs"):
         source = open_images(path, **how)
     if standards and source.vectors.sizes != standards.sizes:

@@ -60,18 +60,17 @@ def open_with_facts(
     pipeline: JiTPipeline,
     *,
     split: str | None,
-    label_column: str | None,
     pixels: PixelFormat = COLOUR,
+    **reading: Any,
 ) -> Source | str:
     """Open a reference with the columns that a model was trained with, where it has them; else return the path.
 
-    Raises `UserError` for what is no data.
+    reading: further settings of `open_images`. Raises `UserError` for what is no data.
     """
     columns = Vectors.of_record(pipeline.config.get("vectors"))
-    if not isinstance(path, str) or (columns is None and label_column is None):
+    if not isinstance(path, str) or (columns is None and reading.get("label_column") is None):
         return path
-    how = {"split": split, "in_channels": pixels.channels, "value_range": pixels.value_range}
-    how |= {"label_column": label_column}
+    how = {"split": split, "in_channels": pixels.channels, "value_range": pixels.value_range, **reading}
     with renamed_settings(data_path="reference"):
         try:
             return open_images(path, vector_column=columns.names if columns else (), **how)

@@ -25,7 +25,7 @@ from jit_accel.evaluate.evaluator import Candidate, Evaluator, open_candidate, p
 from jit_accel.evaluate.features import MAIN, load_features
 from jit_accel.evaluate.image_sets import ImageSet, open_image_set, save_reference
 from jit_accel.evaluate.pair_evaluator import evaluate_pairs
-from jit_accel.evaluate.settings import EvaluateConfig, Setting, chosen_metrics, metric_names
+from jit_accel.evaluate.settings import EvaluateConfig, Setting, chosen_metrics, metric_names, reading_of
 from jit_accel.evaluate.statistics import ImageStatistics
 from jit_accel.evaluate.sweep import Measured, Outcome, SweepLog, sweep
 from jit_accel.model.card import EVALUATION_FILE
@@ -70,8 +70,8 @@ def evaluate(config: EvaluateConfig) -> int:
             images = on_all(accelerator, lambda: open_image_set(config.images, "images", config.img_size), in_turn=True)
             num_images, img_size = images.num_images, images.img_size
         pipeline = candidate.pipeline(candidate.emas[0]) if candidate else None
-        given = config.split, pixels_of(pipeline) if pipeline else COLOUR, pipeline, config.label_column
-        reference = evaluator.load_reference(config.reference, img_size, *given)
+        given = config.split, pixels_of(pipeline) if pipeline else COLOUR, pipeline
+        reference = evaluator.load_reference(config.reference, img_size, *given, **reading_of(config))
         del pipeline  # a sweep loads others in its place
         evaluation = Evaluation(config, evaluator, reference, img_size, candidate, file)
         if accelerator.is_main_process:

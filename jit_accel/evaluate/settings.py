@@ -4,16 +4,24 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from jit_accel.base.errors import UserError, check_ranges, lookup, within
-from jit_accel.config.groups import MOST_IMAGES, MOST_PIXELS, MOST_STEPS
+from jit_accel.base.errors import UserError, check_ranges, lookup, shown, within
+from jit_accel.config.groups import (
+    MOST_IMAGES,
+    MOST_PIXELS,
+    MOST_STEPS,
+    RawType,
+    problem_of_raw,
+    problem_of_separator,
+)
 from jit_accel.evaluate.flag_values import ALL, intervals, numbers, words
 
 INCEPTION, EFFICIENTNET_LITE0 = "inception", "efficientnet_lite0"
 FEATURES = dict.fromkeys((INCEPTION, EFFICIENTNET_LITE0))
 METHODS = {name: name for name in ("heun", "euler", "ab2", "etd2")}  # as `SOLVERS`
 CONDITIONS = ("condition_from", "condition_path", "condition_column")  # where those of `--pairs` come from
+READING = ("image_column", "label_column", "label_separator", "raw_shape", "raw_dtype")  # of `--pairs`, `--reference`
 PAIR_SCORES = dict.fromkeys(("psnr", "ssim", "mae", "lpips"))  # of `--pairs`; functions: `pair_scores.SCORES`
 USUAL_SCORES = ("psnr", "ssim", "mae")
 
@@ -74,8 +82,16 @@ class EvaluateConfig:
     """Folder with the condition of each image of --pairs, as in training (default: none)."""
     condition_column: str | None = None
     """Column of the conditions of --pairs, as in training (default: that of the training, if any)."""
+    image_column: str | None = None
+    """Column of the images of --pairs, or of --reference (default: the one that holds images)."""
     label_column: str | None = None
     """Column of the labels of --pairs, or of --reference (default: label, cls, ... where present)."""
+    label_separator: str | None = None
+    """What stands between labels in the cells of label_column, as in training (default: a cell is one label)."""
+    raw_shape: tuple[int, ...] = ()
+    """Shape of images of --pairs, or of --reference, that are bare bytes, as in training (default: none are)."""
+    raw_dtype: RawType | None = None
+    """Type of their numbers, as in training (default: none; required with raw_shape)."""
     samples_each: int = 1
     """Images made of each condition; of several their mean is scored too."""
     ema: tuple[str, ...] = ()
@@ -142,6 +158,10 @@ def check(config: EvaluateConfig) -> None:
         if (value := getattr(config, flag)) and not words(value):
             raise UserError("names nothing: give some, or leave the flag out.", about=flag, value=" ".join(value))
     check_ranges(vars(config), RANGES)
+    if rule := problem_of_separator(config.label_separator, config.label_column):
+        raise UserError(rule, about="label_separator", value=config.label_separator)
+    if problem := problem_of_raw(config.raw_shape, config.raw_dtype):
+        raise UserError(problem[1], about=problem[0], value=shown(getattr(config, problem[0])))
     if config.pairs is not None:
         return _check_pairs(config)
     for flag, otherwise in (*((name, None) for name in CONDITIONS), ("samples_each", 1)):
@@ -154,9 +174,9 @@ def check(config: EvaluateConfig) -> None:
         raise UserError("does not go with --model: give the one or the other.", about="images", value=config.images)
     if config.model is None and config.images is None and config.make_reference is None:
         raise UserError("not given: name what makes the images, or measure others with --images.", about="model")
-    for flag, what in (("split", "splits"), ("label_column", "columns")):
-        if (value := getattr(config, flag)) is not None and config.reference.endswith(".npz"):
-            raise UserError(f"a file as --reference has no {what}: leave it out.", about=flag, value=value)
+    for flag, what in (("split", "splits"), *((name, "columns") for name in READING)):
+        if (value := getattr(config, flag)) not in (None, ()) and config.reference.endswith(".npz"):
+            raise UserError(f"a file as --reference has no {what}: leave it out.", about=flag, value=shown(value))
     if config.label_column is not None and config.model is None:
         rule = "says which labels --model is given, and there is none: leave it out."
         raise UserError(rule, about="label_column", value=config.label_column)
@@ -170,6 +190,11 @@ def check(config: EvaluateConfig) -> None:
     if config.select is not None and chosen_metrics(config.features, (config.select,), "select")[0] not in chosen:
         rule = f"is not among --metrics {','.join(config.metrics)}: add it."
         raise UserError(rule, about="select", value=config.select)
+
+
+def reading_of(config: EvaluateConfig) -> dict[str, Any]:
+    """Return how the data of `--pairs`, or of `--reference`, are read, as `open_images` takes it."""
+    return {name: getattr(config, name) for name in READING}
 
 
 def _check_pairs(config: EvaluateConfig) -> None:

@@ -1,5 +1,8 @@
 """Models of numbers, and of several labels, measured with those of the reference's images."""
 
+import io
+import json
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -7,6 +10,7 @@ import pytest
 import torch
 from data_samples import png
 from helpers import in_fresh_accelerate
+from PIL import Image
 
 import jit_accel as jit
 from jit_accel import JiTPipeline, JiTScheduler, JiTTransformer2DModel
@@ -96,6 +100,37 @@ def test_several_labels_are_lent_where_their_column_is_named(photos, tmp_path, a
     assert sorted(sorted(asked[number][0]) for number in range(COUNT)) == wanted
 
 
+def test_cells_of_several_labels_are_taken_apart(tmp_path, asked, tiny):
+    root = tmp_path / "cells"
+    root.mkdir()
+    for n in range(COUNT):
+        (root / f"{n}.png").write_bytes(png(n))
+    lines = [f"{n}.png,{';'.join(tags(n))}" for n in range(COUNT)]
+    (root / "metadata.csv").write_text("\n".join(["file_name,tags", *lines]))
+    how = "--label_column", "tags", "--label_separator", ";"
+    assert evaluate(build(has_several_labels=True), str(root), tmp_path, *how) == 0
+    wanted = sorted([NAMES.index(name) for name in tags(n)] for n in range(COUNT))
+    assert sorted(sorted(asked[number][0]) for number in range(COUNT)) == wanted
+
+
+def test_bare_bytes_are_read_as_the_same_pictures(photos, tmp_path, asked, tiny):
+    pixels = [np.asarray(Image.open(io.BytesIO(png(n))).convert("RGB").resize((8, 8))) for n in range(COUNT)]
+    files = []
+    for one in pixels:
+        Image.fromarray(one).save(file := io.BytesIO(), "png")
+        files.append(file.getvalue())
+    table = pa.table({"scan": [one.tobytes() for one in pixels], "image": files, "age": list(range(COUNT))})
+    table = table.append_column("pose", pa.array([[n, -n] for n in range(COUNT)]))
+    pq.write_table(table, tmp_path / "a.parquet")
+    found, flags = [], ("--image_column", "scan", "--raw_shape", "8", "8", "3", "--raw_dtype", "uint8")
+    for given in ((), flags):
+        assert evaluate(build(vector_sizes=[1, 2]), str(tmp_path / "a.parquet"), tmp_path, *given) == 0
+        found.append([record["metrics"] for record in json.loads((tmp_path / "found.json").read_text())])
+        (tmp_path / "found.json").unlink()
+        assert sorted(asked[number][1][0] for number in range(COUNT)) == list(range(COUNT))
+    assert found[0] == found[1]
+
+
 def test_a_reference_without_the_numbers_lends_nothing(photos, tmp_path, asked, capsys, tiny):
     pipe = build(vector_sizes=[1, 2])
     pipe.register_to_config(vectors=COLUMNS | {"names": ["age", "size"]})
@@ -113,4 +148,17 @@ def test_a_reference_without_the_numbers_lends_nothing(photos, tmp_path, asked, 
 )
 def test_a_label_column_needs_a_model_and_images(flags, message, capsys):
     assert main([*flags, "--label_column", "tags"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--label_separator", ";"), "--label_separator ;: says what is in the cells of a column"),
+        (("--raw_shape", "8", "8"), "--raw_shape 8 8: needs the type of the numbers"),
+        (("--raw_shape", "8", "8", "--raw_dtype", "uint8"), "--raw_shape 8 8: a file as --reference has no columns"),
+    ],
+)
+def test_how_data_are_read_is_checked_at_once(flags, message, capsys):
+    assert main(["--model", "m", "--reference", "a.npz", *flags]) == 2
     assert message in capsys.readouterr().err
