@@ -14,6 +14,7 @@ from jit_accel.config.presets import (
     Size,
     grid_of,
     plain_size,
+    sides_of,
     sizes_near,
     swiglu_width,
     usual_noise_scale,
@@ -204,8 +205,10 @@ def _image_size(sizes: Mapping, preset: str | None, stated: Mapping, flags: Mapp
             raise UserError(rule, about="img_size")
         size = PATCHES_A_SIDE * patch
         notes.append(f"image size {size}: 16 patches a side, as in the paper; --img_size says otherwise.")
-    if not size or sizes_near(size, patch):
-        raise UserError(f"must be a multiple of the patch size, {patch}.", about="img_size", value=shown(size))
+    near = sizes_near(size, patch)
+    if near or not all(sides_of(size)):
+        rule = f"must be a multiple of the patch size {patch}" + (f": use {near}." if near else ".")
+        raise UserError(rule, about="img_size", value=shown(size))
     return size
 
 

@@ -466,6 +466,32 @@ def test_sizes_of_rectangles_are_found_and_stated(img_size):
     assert network_config(weights, None, {}, {"img_size": img_size})[0]["img_size"] == img_size
 
 
+@pytest.mark.parametrize("suffix", ["", ".pth", ".safetensors"])
+@torch.no_grad()
+def test_a_network_without_positions_gets_those_of_the_height_and_width(folder, tmp_path, suffix):
+    target, back = tmp_path / f"wide{suffix}", tmp_path / "back"
+    assert convert(folder, target, "--img_size", "8", "24") == 0
+    wide = JiTTransformer2DModel(**load_golden("tiny").config | {"img_size": (8, 24)}).eval()
+    if suffix:
+        held = torch.load(target, weights_only=True)["model"] if suffix == ".pth" else load_file(target)
+        table = position_table(wide.config.hidden_size, (2, 6), (2, 6), torch.device("cpu"))
+        assert torch.equal(held["net.pos_embed"], table)
+    assert convert(target, back) == 0
+    before, after = (JiTPipeline.from_pretrained(place).transformer for place in (folder, back))
+    assert list(after.config.img_size) == [8, 24]
+    wide.load_state_dict(before.state_dict())
+    given = torch.randn(1, 3, 8, 24), torch.tensor([0.4]), torch.tensor([1])
+    assert torch.equal(after(*given).sample, wide(*given).sample)
+    assert not torch.allclose(after(*given).sample, before(*given).sample)  # its grid is another
+    assert convert(back, tmp_path / "square", "--img_size", "16", "16") == 0
+    assert JiTPipeline.from_pretrained(tmp_path / "square").transformer.config.img_size == 16
+
+
+def test_a_side_that_cannot_be_cut_into_patches_is_refused(folder, tmp_path, capsys):
+    message = refusal(capsys, folder, tmp_path / "out", "--img_size", "8", "18")
+    assert "--img_size 8 18: must be a multiple of the patch size 4: use 8 16 or 8 20" in message
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_the_golden_networks_sizes_are_found(file):
     golden = load_golden(file)
@@ -484,6 +510,8 @@ def test_the_golden_networks_sizes_are_found(file):
         ((*CONTEXT, "--num_heads", "3"), "the weights say 4"),
         ((*CONTEXT, "--img_size", "32"), "the weights say 16"),
         ((*CONTEXT, "--img_size", "16", "32"), "the weights say 16"),
+        ((*CONTEXT, "--img_size", "8", "32"), "--img_size 8 32: the weights say 16 (pos_embed)"),  # of as many patches
+        ((*CONTEXT, "--img_size", "0", "16"), "--img_size 0 16: must be at least 1 and at most 16,384"),
         ((*CONTEXT, "--patch_size", "8"), "the weights say 4"),
         ((*CONTEXT, "--weights", "ema3"), "model, ema1 (decay 0.9999), ema2 (decay 0.9996)"),
         ((*CONTEXT, "--noise_scale", "0"), "must be positive"),
