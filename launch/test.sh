@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check everything: style, the direction of imports, and all tests. Six minutes on 2 cores.
+# Check everything: style, the direction of imports, and all tests. Some twelve minutes on 2 cores.
 #   bash launch/test.sh                         all of it
 #   bash launch/test.sh -x tests/train/test_optimizers.py  arguments go to pytest
 set -euo pipefail

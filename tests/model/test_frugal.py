@@ -200,3 +200,19 @@ def test_long_attention_of_a_network_in_bf16_is_close_to_float32(monkeypatch):
         errors[length] = torch.cat([(a - b).flatten() for a, b in zip(found, exact)]).norm()
     assert errors[1] != errors[10**9]  # both were tried
     assert errors[1] < 1.2 * errors[10**9]
+
+
+def test_attention_in_bf16_is_made_again_and_takes_no_images():
+    q, k, v = torch.randn(3, 2, 70, 3, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = []
+    for call in (
+        functional.attention_in_bf16,
+        lambda *given: checkpoint(functional.attention_in_bf16, *given, use_reentrant=False),
+    ):
+        kept = [x.clone().requires_grad_() for x in (q, k, v)]
+        call(*kept).float().square().sum().backward()
+        found.append([x.grad for x in kept])
+    assert all(map(torch.equal, *found))
+    none = [x[:0].clone().requires_grad_() for x in (q, k, v)]
+    functional.attention_in_bf16(*none).sum().backward()
+    assert [x.grad.shape for x in none] == [(0, 70, 3, 16)] * 3
