@@ -10,7 +10,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class AttentionProcessor:
         dropout = attn.attn_dropout if attn.training else 0.0
         attend = functools.partial(dispatch_attention_fn, dropout_p=dropout, backend=self._attention_backend)
         is_cpu, dtype = v.device.type == "cpu", v.dtype
-        if is_cpu and not dropout and self._attention_backend is None and suits_bf16_attention(v):
+        if suits_bf16_attention(v) and not dropout and self._uses_sdpa():
             attend = attention_in_bf16
         elif is_cpu:  # where SDPA is faster in float32, and autocast would choose bf16
             dtype = torch.float32
@@ -77,6 +77,11 @@ class AttentionProcessor:
         with torch.autocast("cpu", enabled=False) if is_cpu else contextlib.nullcontext():
             out = attend(q, k, v.to(dtype))
         return attn.proj_dropout(attn.proj(out.flatten(2).to(x.dtype)))
+
+    def _uses_sdpa(self) -> bool:
+        """Return whether nobody has named another kernel, here or for all of diffusers."""
+        named = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+        return named == AttentionBackendName.NATIVE
 
 
 class Attention(nn.Module, AttentionModuleMixin):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
 from peft import LoraConfig
 from test_model import SMALL, batch, gradients, small_model
 from torch import nn
@@ -216,3 +217,24 @@ def test_attention_in_bf16_is_made_again_and_takes_no_images():
     none = [x[:0].clone().requires_grad_() for x in (q, k, v)]
     functional.attention_in_bf16(*none).sum().backward()
     assert [x.grad.shape for x in none] == [(0, 70, 3, 16)] * 3
+
+
+@pytest.mark.parametrize(("backend", "is_ours"), [(None, True), ("native", True), ("_native_math", False)])
+def test_a_kernel_that_diffusers_is_set_to_acts_on_long_attention(monkeypatch, backend, is_ours):
+    monkeypatch.setattr(functional, "LONG_ATTENTION", 1)
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName.NATIVE)
+    calls, attend = [], transformer.attention_in_bf16
+    monkeypatch.setattr(transformer, "attention_in_bf16", lambda *given: calls.append(1) or attend(*given))
+    with attention_backend(backend) if backend else contextlib.nullcontext():
+        results(small_model, dtype=torch.bfloat16)
+    assert bool(calls) == is_ours
+    calls.clear()
+
+    def model_of_this_backend():
+        model = small_model()
+        if backend:
+            model.set_attention_backend(backend)
+        return model
+
+    results(model_of_this_backend, dtype=torch.bfloat16)
+    assert bool(calls) == is_ours
