@@ -26,9 +26,9 @@ from jit_accel.base.errors import UserError, message_of
 from jit_accel.config.groups import STREAMING, OptimConfig
 from jit_accel.config.presets import forward_macs, parse_model_name
 from jit_accel.data import Source, open_images
-from jit_accel.data.batches.loader import num_cores, worker_memory_gib
 from jit_accel.data.batches.order import default_kind, image_indices
 from jit_accel.data.batches.ready_batches import batches, waiting_advice
+from jit_accel.data.batches.workers import num_cores, worker_memory_gib
 from jit_accel.data.reading.decode import center_crop, plain_jpeg, to_rgb
 from jit_accel.data.reading.images import Stream
 from jit_accel.model.precision import BlockWork, times_of

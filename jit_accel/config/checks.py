@@ -16,12 +16,11 @@ from jit_accel.config.groups import (
     MOST_PIXELS,
     MOST_STEPS,
     MOST_WORKERS,
-    TRACKERS,
-    HubConfig,
     problem_of_raw,
     problem_of_separator,
 )
 from jit_accel.config.presets import parse_model_name, sides_of, sizes_near
+from jit_accel.config.run_groups import TRACKERS, HubConfig
 from jit_accel.config.settings import SETTINGS, Config
 
 LORA_TARGETS = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")

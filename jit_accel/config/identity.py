@@ -9,8 +9,9 @@ from pathlib import Path
 
 from jit_accel.base.console import redacted
 from jit_accel.config.checks import image_size, model_name
-from jit_accel.config.groups import DataConfig, EvalConfig, HealthConfig, HubConfig, TrackingConfig
+from jit_accel.config.groups import DataConfig
 from jit_accel.config.presets import in_pixels
+from jit_accel.config.run_groups import EvalConfig, HealthConfig, HubConfig, TrackingConfig
 from jit_accel.config.settings import Config
 
 # Settings that leave the trained weights as they are.

@@ -15,18 +15,13 @@ from jit_accel.config.groups import (
     AuxConfig,
     ConditionConfig,
     DataConfig,
-    EvalConfig,
-    HealthConfig,
-    HubConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
     PerformanceConfig,
-    RunConfig,
-    SheetConfig,
-    TrackingConfig,
     TuneConfig,
 )
+from jit_accel.config.run_groups import EvalConfig, HealthConfig, HubConfig, RunConfig, SheetConfig, TrackingConfig
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Literal
 
 from jit_accel.base.errors import UserError, check_ranges, within
 from jit_accel.config.checks import check_hub
-from jit_accel.config.groups import MOST_PIXELS, HubConfig
+from jit_accel.config.groups import MOST_PIXELS
 from jit_accel.config.presets import settle_size
+from jit_accel.config.run_groups import HubConfig
 
 # What the name of --output ends in, and what is written then; other names are folders.
 TARGET_KINDS = {".pth": "pth", ".pt": "pth", ".safetensors": "safetensors"}

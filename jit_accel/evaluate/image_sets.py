@@ -24,7 +24,7 @@ from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.files import atomic_file, disk_errors, parse_json_line
 from jit_accel.config.presets import Size, plain_size, sides_of
 from jit_accel.data.batches.batch import labels_in
-from jit_accel.data.batches.loader import cores_per_process
+from jit_accel.data.batches.workers import cores_per_process
 from jit_accel.data.formats.columns import COLOUR, PixelFormat
 from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.data.reading.decode import BadImage, crop_pixels, decode_row

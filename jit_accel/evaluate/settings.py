@@ -7,14 +7,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from jit_accel.base.errors import UserError, check_ranges, lookup, shown, within
-from jit_accel.config.groups import (
-    MOST_IMAGES,
-    MOST_PIXELS,
-    MOST_STEPS,
-    RawType,
-    problem_of_raw,
-    problem_of_separator,
-)
+from jit_accel.config.groups import MOST_IMAGES, MOST_PIXELS, MOST_STEPS, RawType, problem_of_raw, problem_of_separator
 from jit_accel.evaluate.flag_values import ALL, intervals, numbers, words
 
 INCEPTION, EFFICIENTNET_LITE0 = "inception", "efficientnet_lite0"

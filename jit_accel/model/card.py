@@ -10,8 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from jit_accel.base.console import redacted
 from jit_accel.base.files import write_text
-from jit_accel.config.groups import EvalConfig, HealthConfig, HubConfig, TrackingConfig
 from jit_accel.config.presets import in_pixels
+from jit_accel.config.run_groups import EvalConfig, HealthConfig, HubConfig, TrackingConfig
 from jit_accel.model.call_arguments import checked_names, is_number
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.pipeline import JiTPipeline

@@ -15,7 +15,7 @@ from huggingface_hub.utils import _http
 
 from jit_accel.base.console import redacted, say, warn
 from jit_accel.base.errors import UserError, message_of
-from jit_accel.config.groups import HubConfig
+from jit_accel.config.run_groups import HubConfig
 from jit_accel.model.card import refresh_card, without_places
 
 LOGIN_TIMEOUT_S = 10.0

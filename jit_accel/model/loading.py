@@ -10,8 +10,9 @@ from diffusers.utils import logging as diffusers_logging
 
 from jit_accel.base.errors import UserError, check_places, lookup, message_of, nearest
 from jit_accel.base.files import write_text
-from jit_accel.config.groups import UNAVERAGED, ConditionConfig, ModelConfig, ObjectiveConfig, SheetConfig
+from jit_accel.config.groups import UNAVERAGED, ConditionConfig, ModelConfig, ObjectiveConfig
 from jit_accel.config.presets import Size
+from jit_accel.config.run_groups import SheetConfig
 from jit_accel.config.settings import Config
 from jit_accel.model.call_arguments import DEFAULTS, checked_default
 from jit_accel.model.carried_code import INDEX_FILE, json_text

@@ -5,7 +5,7 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from jit_accel.config.groups import HealthConfig
+from jit_accel.config.run_groups import HealthConfig
 from jit_accel.monitor.metric_table import GRAD_NORM, HEALTH, TRAIN_LOSS, WAIT_FRACTION
 
 # A mean of a few losses is compared, since single batches of rare images reach five times the median.

@@ -21,7 +21,7 @@ from PIL import Image
 
 from jit_accel.base.console import redacted, warn
 from jit_accel.base.errors import UserError, shown
-from jit_accel.config.groups import TRACKERS, TrackingConfig
+from jit_accel.config.run_groups import TRACKERS, TrackingConfig
 from jit_accel.monitor.log import iterate_metrics
 from jit_accel.monitor.metric_table import SAMPLES, TIME
 

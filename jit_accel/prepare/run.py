@@ -30,7 +30,7 @@ from jit_accel.base.console import redacted
 from jit_accel.base.errors import Stopped, StopRequest, UserError
 from jit_accel.base.files import write_json
 from jit_accel.config.presets import in_pixels, sides_of
-from jit_accel.data.batches.loader import num_cores
+from jit_accel.data.batches.workers import num_cores
 from jit_accel.data.formats.columns import numbered_classes
 from jit_accel.data.formats.prepared import INDEX, MAPPED, STORE_FORMAT, StoreFacts, files_of
 from jit_accel.data.formats.source import Source

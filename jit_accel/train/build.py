@@ -27,8 +27,8 @@ from jit_accel.config.presets import in_pixels, parse_model_name, sides_of
 from jit_accel.config.settings import Config
 from jit_accel.data.batches.degradations import Degradation, check_size, degradation_of
 from jit_accel.data.batches.holdout import HeldOut
-from jit_accel.data.batches.loader import cores_per_process
 from jit_accel.data.batches.order import default_lanes
+from jit_accel.data.batches.workers import cores_per_process
 from jit_accel.data.formats.sources import Source
 from jit_accel.model import hub
 from jit_accel.model.checkpoints import find_checkpoint, read_run, sound_checkpoint

@@ -21,8 +21,8 @@ from jit_accel.config.presets import Size
 from jit_accel.data.batches.batch import Batch, ready
 from jit_accel.data.batches.degradations import degradation_of
 from jit_accel.data.batches.holdout import HeldOut, held_by_split, split_holdout
-from jit_accel.data.batches.loader import cores_per_process, worker_memory_gib
 from jit_accel.data.batches.ready_batches import WaitTime, batches, waiting_advice
+from jit_accel.data.batches.workers import cores_per_process, worker_memory_gib
 from jit_accel.data.formats.numbers import Vectors
 from jit_accel.data.formats.source import in_class_order, standardised_as
 from jit_accel.data.formats.sources import Source, open_images

@@ -15,8 +15,8 @@ from jit_accel.base.errors import UserError, message_of, renamed_settings
 from jit_accel.base.files import atomic_file
 from jit_accel.base.image_rows import as_pictures, draw_rows, legible
 from jit_accel.base.processes import SharedStop, on_all, on_main
-from jit_accel.config.groups import EvalConfig, SheetConfig
 from jit_accel.config.presets import Size, plain_size
+from jit_accel.config.run_groups import EvalConfig, SheetConfig
 from jit_accel.data.formats.sources import Source, open_images
 from jit_accel.evaluate.evaluator import Evaluator
 from jit_accel.evaluate.features import load_features

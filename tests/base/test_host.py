@@ -119,7 +119,7 @@ def test_more_than_two_gib_at_the_end_of_the_heap_are_kept(monkeypatch):
 WORKER = """
 import ctypes
 from jit_accel.base.host import keep_heap
-from jit_accel.data.batches.loader import make_loader
+from jit_accel.data.batches.workers import make_loader
 c = ctypes.CDLL(None)
 c.sbrk.restype, c.malloc.restype, c.malloc.argtypes = ctypes.c_void_p, ctypes.c_void_p, [ctypes.c_size_t]
 c.free.argtypes = [ctypes.c_void_p]

@@ -25,8 +25,8 @@ from torch import serialization
 
 from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.base.errors import UserError
-from jit_accel.config.groups import HubConfig
 from jit_accel.config.presets import PRESETS, sides_of
+from jit_accel.config.run_groups import HubConfig
 from jit_accel.convert import main
 from jit_accel.convert.run import written_whole
 from jit_accel.convert.settings import FOLDER, NetworkFlags, SamplingFlags, read_class_names

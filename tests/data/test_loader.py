@@ -20,6 +20,7 @@ from jit_accel.base.errors import UserError
 from jit_accel.data import build_loader, open_images
 from jit_accel.data.batches import loader as loader_module
 from jit_accel.data.batches import order
+from jit_accel.data.batches import workers as workers_module
 from jit_accel.data.batches.batch import ready
 from jit_accel.data.batches.order import FEISTEL, KINDS, SORTED, flips
 from jit_accel.data.reading.images import TableImages
@@ -293,11 +294,35 @@ def test_workers_survive_the_signals_of_their_group_and_leave_on_close(source, l
     assert not any(alive(pid) for pid in workers)
 
 
+class HandedOver:
+    """An item whose connection breaks while it is handed over, with its worker killed, or without."""
+
+    def __init__(self, is_killed: bool):
+        self.is_killed = is_killed
+
+    def __reduce__(self):
+        return _break_off, (os.getpid() if self.is_killed else None,)
+
+
+def _break_off(pid):
+    if pid:
+        os.kill(pid, signal.SIGKILL)
+    raise ConnectionResetError("reset by peer")
+
+
+@pytest.mark.parametrize(
+    ("is_killed", "raised", "said"), [(True, RuntimeError, "DataLoader worker"), (False, ConnectionResetError, "reset")]
+)
+def test_a_worker_that_is_killed_while_it_hands_over_a_batch_is_named(is_killed, raised, said):
+    with pytest.raises(raised, match=said):
+        list(workers_module.from_workers([HandedOver(is_killed)], num_workers=1))
+
+
 def hold_workers(folder: str, delay_s: float, has_batch) -> None:
     """In a process: have two workers, the second of which takes longer to start, until it is killed."""
     torch_worker.MP_STATUS_CHECK_INTERVAL = 0.3  # torch's watchdog looks for its parent every 5 s
-    init_worker = loader_module._init_worker
-    loader_module._init_worker = lambda parent, number: (time.sleep(delay_s * number), init_worker(parent, number))
+    init_worker = workers_module._init_worker
+    workers_module._init_worker = lambda parent, number: (time.sleep(delay_s * number), init_worker(parent, number))
     loader = build_loader(open_images(folder), img_size=4, batch_size=2, seed=0, num_workers=2)
     next(loader)
     has_batch.set()

@@ -10,8 +10,8 @@ import torch
 from test_ready_batches import Counting
 
 from jit_accel.data.batches import ready_batches
-from jit_accel.data.batches.loader import worker_memory_gib
 from jit_accel.data.batches.ready_batches import ReadyBatches, WaitTime, waiting_advice
+from jit_accel.data.batches.workers import worker_memory_gib
 from jit_accel.data.reading.images import TableImages
 from jit_accel.monitor.log import read_metrics
 

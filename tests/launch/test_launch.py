@@ -39,16 +39,9 @@ from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.base.errors import UserError
 from jit_accel.config.command_line import parse_args, read_recipe
 from jit_accel.config.completion import Facts, complete, plan_run
-from jit_accel.config.groups import (
-    AuxConfig,
-    ConditionConfig,
-    EvalConfig,
-    HealthConfig,
-    HubConfig,
-    TrackingConfig,
-    TuneConfig,
-)
+from jit_accel.config.groups import AuxConfig, ConditionConfig, TuneConfig
 from jit_accel.config.identity import run_folder
+from jit_accel.config.run_groups import EvalConfig, HealthConfig, HubConfig, TrackingConfig
 from jit_accel.config.settings import SETTINGS, Config
 from jit_accel.convert import main as convert
 from jit_accel.evaluate import main as evaluate

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import pytest
 
-from jit_accel.config.groups import HealthConfig
+from jit_accel.config.run_groups import HealthConfig
 from jit_accel.config.settings import SETTINGS
 from jit_accel.monitor.health import KINDS, Health
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from helpers import SPAWNER, rows, train_here
 from PIL import Image
 
-from jit_accel.config.groups import TrackingConfig
+from jit_accel.config.run_groups import TrackingConfig
 from jit_accel.monitor.log import MetricsLog, read_metrics
 from jit_accel.monitor.trackers import build_trackers, is_installed, log_picture, log_row, start_trackers
 

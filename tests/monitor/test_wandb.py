@@ -150,7 +150,7 @@ def _report(output_dir: Path, first: int, last: int, options: dict) -> None:
     from accelerate import Accelerator
     from wandb.sdk.lib.service import service_port_file
 
-    from jit_accel.config.groups import TrackingConfig
+    from jit_accel.config.run_groups import TrackingConfig
     from jit_accel.monitor.log import MetricsLog
     from jit_accel.monitor.trackers import build_trackers, log_picture, log_row, start_trackers
 
@@ -524,7 +524,7 @@ def _live_run(environment: dict, folder: Path) -> None:
     os.environ.update(environment | {"HOME": str(folder)})
     from accelerate import Accelerator
 
-    from jit_accel.config.groups import TrackingConfig
+    from jit_accel.config.run_groups import TrackingConfig
     from jit_accel.monitor.trackers import build_trackers, start_trackers
 
     tracking = TrackingConfig(use_wandb=True, wandb_project="shop")

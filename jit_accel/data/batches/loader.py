@@ -1,12 +1,8 @@
-"""Endless batches for one process of the run, with exactly resumable state, and the processes that decode them."""
+"""Endless batches for one process of the run, with exactly resumable state."""
 
 import itertools
 import logging
 import math
-import multiprocessing
-import os
-import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -14,14 +10,10 @@ from operator import gt
 from typing import Any
 
 import numpy as np
-import psutil
-import pyarrow
 import torch
-from torch.utils.data import DataLoader
 
 from jit_accel.base import rng
 from jit_accel.base.errors import UserError, lookup, shown
-from jit_accel.base.host import give_heap_back
 from jit_accel.config.presets import Size, in_pixels, sides_of
 from jit_accel.data import data_error
 from jit_accel.data.batches import order
@@ -34,6 +26,7 @@ from jit_accel.data.batches.batch import (
     vectors_in,
 )
 from jit_accel.data.batches.lanes import BatchPart, BatchPartReader, images_in_a_window
+from jit_accel.data.batches.workers import from_workers
 from jit_accel.data.formats.source import Source
 from jit_accel.data.reading.images import KeptImages, Read, check_crops
 
@@ -168,7 +161,7 @@ class Loader:
     def _read(self, position: int) -> Iterator[PixelBatch | UserError]:
         """Yield the batches from `position` on."""
         bases = itertools.count(position, self._task.step_images)
-        yield from make_loader(RandomAccessBatches(self._task), num_workers=self._task.num_workers, sampler=bases)
+        yield from from_workers(RandomAccessBatches(self._task), num_workers=self._task.num_workers, sampler=bases)
 
 
 class RandomAccessBatches(torch.utils.data.Dataset):
@@ -249,7 +242,7 @@ class StreamLoader(Loader):
         what = (task.source, self._order, task.img_size, groups, task.crops)
         readers = [BatchPartReader(*what, number, count) for number in range(count)]
         if task.num_workers:  # a loader of one worker each: HF divides the shards among the workers that it sees
-            readers = [make_loader(reader, num_workers=1) for reader in readers]
+            readers = [from_workers(reader, num_workers=1) for reader in readers]
         for positions, *parts in zip(groups(), *readers):
             if errors := [part for part in parts if isinstance(part, UserError)]:
                 yield errors[0]
@@ -282,64 +275,3 @@ def _batch_groups(task: ReadingTask, stream: order.StreamOrder, start: int, size
     batches = (stream.positions_of(base, task.rank, task.world_size, task.batch_size) for base in bases)
     while True:
         yield np.concatenate(list(itertools.islice(batches, size)))
-
-
-def make_loader(dataset, *, num_workers: int, sampler=None) -> DataLoader:
-    """Return a DataLoader that passes the items of `dataset` through as they are, prefetching two a worker."""
-    forked = num_workers > 0 and sys.platform.startswith("linux")
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=_identity,
-        worker_init_fn=partial(_init_worker, os.getpid()),
-        multiprocessing_context="fork" if forked else None,  # spawning imports torch again: seconds a worker
-        generator=torch.Generator(),  # else each start draws from the global generator, which dropout uses too
-    )
-
-
-def num_cores() -> int:
-    """Return the number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cores_per_process() -> int:
-    """Return this process's share of the cores, where a launcher started several on this machine."""
-    local = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, num_cores() // max(1, int(local) if local.isdigit() else 1))
-
-
-def worker_memory_gib() -> float | None:
-    """Return the memory of the largest process that this one started, without shared batches and mapped files."""
-    sizes = []
-    for process in multiprocessing.active_children():
-        try:
-            memory = psutil.Process(process.pid).memory_info()
-        except psutil.Error:  # it has just ended
-            continue
-        sizes.append(memory.rss - getattr(memory, "shared", 0))
-    return max(sizes) / 2**30 if sizes else None
-
-
-def _identity(item):
-    return item
-
-
-def _init_worker(parent_pid: int, worker_id: int) -> None:
-    if os.getppid() != parent_pid:  # killed already: torch's watchdog would take its heir for our parent and wait
-        os._exit(1)
-    give_heap_back()
-    torch.set_num_threads(1)
-    pyarrow.set_cpu_count(1)
-    # Ctrl-C and the scheduler's signals reach the whole process group. The trainer then finishes its step and
-    # saves, for which it needs us; we leave when it closes the loader, or when torch's watchdog misses it.
-    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _obey_the_second)
-
-
-def _obey_the_second(signum, frame) -> None:
-    """multiprocessing ends workers that hang with SIGTERM at exit, after DataLoader sent a first one."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
