@@ -64,6 +64,8 @@ class FolderLock:
                 yield
         finally:
             self._release()
+            if beat.is_alive():
+                beat.join(1)  # longer only where the file system hangs
 
     @contextlib.contextmanager
     def shared(self, token: str) -> Iterator[None]:

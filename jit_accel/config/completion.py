@@ -28,6 +28,7 @@ USUAL_WORKERS = 8  # more decoding processes rarely help; one core is left to th
 # The sizes that all of a network hangs on; others may differ from those of weights to start from.
 SIZES = ("depth", "hidden_size", "num_heads", "mlp_ratio")
 # What a checkpoint knows of the weights that its run started from, which need not be there any more.
+DEFAULT_METHOD = "etd2"  # of sheets and pipelines: docs/generate.md compares
 OF_START = ("model", "img_size", "noise_scale", "guidance_scale")
 
 
@@ -99,6 +100,8 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         "noise_scale": 1.0 if config.objective.path == "bridge" else usual_noise_scale(size),
         "learning_rate": default_rate(config, plan)[0],
         "guidance_scale": guidance if facts.is_labelled and not facts.condition_channels else 1.0,
+        "method": DEFAULT_METHOD,
+        "num_inference_steps": 50 if config.sample.method == "heun" else 25,
         "paired_every_steps": _paired_every_steps(config, facts, plan),
         "lora_alpha": float(lora_rank) if lora_rank else None,
         "lora_targets": LORA_TARGETS if lora_rank else None,

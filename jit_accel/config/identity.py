@@ -20,7 +20,7 @@ WITHOUT_EFFECT = (
     "init_from",  # the weights have left it behind
     *("save_every_steps", "keep_checkpoints", "log_every_steps", "val_every_steps", "val_images", "max_stall_minutes"),
     "profile_steps",
-    *("sample_every_steps", "guidance_scale", "guidance_on", "num_inference_steps"),
+    *("sample_every_steps", "guidance_scale", "guidance_on", "method", "num_inference_steps"),
     *(field.name for group in (EvalConfig, HealthConfig, HubConfig, TrackingConfig) for field in fields(group)),
 )
 # What a run is called, and how long it is, which may be extended

@@ -5,6 +5,7 @@ from typing import Literal
 
 # Accelerate's own for --report_to; a package has the tracker's name, with - for _.
 TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow", "aim", "comet_ml", "clearml", "dvclive", "swanlab")
+Method = Literal["heun", "euler", "ab2", "etd2"]  # as `SOLVERS`
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,11 @@ class SheetConfig:
     and with conditions)."""
     guidance_on: Literal["label", "condition", "both"] = "both"
     """What that guidance leaves out to compare with: the label, the condition (also numbers) or both."""
-    num_inference_steps: int = 50
-    """Steps of the ODE solver (Heun) for the samples."""
+    method: Method | None = None
+    """Solver of the ODE for the samples, and the pipeline's default (default: etd2, of second order at one call of the
+    network a step; the paper's is heun)."""
+    num_inference_steps: int | None = None
+    """Steps of that solver, and the pipeline's default (default: 25; with heun 50, the paper's)."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class EvalConfig:
     eval_feature_weights: str | None = None
     """File of the Inception weights (default: the one in torch hub's cache)."""
     eval_num_inference_steps: int | None = None
-    """Steps of the ODE solver (Heun) for these images (default: those of the samples)."""
+    """Steps of the ODE solver for these images (default: those of the samples)."""
     paired_every_steps: int | None = None
     """Interval of val/psnr, val/ssim and val/mae: scores of what the averaged weights make of held-out conditions;
     also at the end. 0 = never (default: with a condition, a holdout and the extra eval, val_every_steps)."""

@@ -42,6 +42,7 @@ def measure(
     guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
     method: str | None = None,
+    time_shift: float | None = None,
     seed: int = 0,
     batch_size: int = 64,
     max_features: int = 10_000,
@@ -61,7 +62,7 @@ def measure(
         feature_weights: file of the network's weights (None: torch hub's cache, or a package).
         metrics: such as fid or, with any features, fd, kd, precision, recall; (): all that can be measured.
         img_size: in pixels, or height and width (None: the model's).
-        num_inference_steps, guidance_scale, guidance_interval, method: None for the pipeline's own.
+        num_inference_steps, guidance_scale, guidance_interval, method, time_shift: None for the pipeline's own.
         max_features: most images of each side to compare one by one for kd, precision and recall.
 
     Returns:
@@ -96,5 +97,5 @@ def measure(
     size = checked_size(pipe, img_size)
     real = evaluator.load_reference(config.reference, size, pixels=pixels_of(pipe), shown_to=pipe)
     evaluator.keep_measurable(real, num_images, are_wanted=bool(config.metrics))
-    settings = SamplerSettings(num_inference_steps, guidance_scale, guidance_interval, method)
+    settings = SamplerSettings(num_inference_steps, guidance_scale, guidance_interval, method, time_shift)
     return evaluator.measure_pipeline(pipe, real, num_images, settings, seed, size)

@@ -237,7 +237,7 @@ class Candidate:
         """Return the pipeline with these averaged weights on the device; one of them is loaded at a time."""
         if self._pipeline is None or ema != self._ema:
             self.close()
-            how = self.weights, ema, self.accelerator.device, self.config.compile
+            how = self.weights, ema, self.accelerator.device, self.config.compile, self.config.guide
             self._pipeline, self._ema = on_all(self.accelerator, lambda: load_quietly(*how), in_turn=True), ema
         return self._pipeline
 
@@ -263,4 +263,6 @@ class Candidate:
         else:
             for name in (MANIFEST, STATE):
                 digest.update((self.checkpoint / name).read_bytes())
+        if pipeline.guide is not None:
+            digest.update(str(weights_fingerprint(pipeline.guide.state_dict())).encode())
         return digest.hexdigest()[:16]

@@ -161,14 +161,15 @@ def as_markdown(outcome: Outcome) -> str:
     metrics, full = outcome.metrics, {one.setting: one for one in outcome.full}
     rows = outcome.few or outcome.full
     has_ema = any(one.setting.ema for one in rows)
-    has_solver = _has_several_solvers(rows)
-    heads = [*["ema"] * has_ema, *["steps", "method"] * has_solver, "interval", "guidance"]
+    has_solver, has_shift = _has_several_solvers(rows), len({one.setting.time_shift for one in rows}) > 1
+    heads = [*["ema"] * has_ema, *["steps", "method"] * has_solver, *["shift"] * has_shift, "interval", "guidance"]
     heads += [f"{outcome.select}, {one.num_images:,} images" for one in outcome.few[:1]]
     heads += [f"{metric}, {outcome.full[0].num_images:,} images" for metric in metrics]
     lines = [heads, ["---:" for _ in heads]]
     for one in rows:
         setting, measured = one.setting, full.get(one.setting)
         cells = [*[setting.ema or ""] * has_ema, *[str(setting.num_inference_steps), setting.method] * has_solver]
+        cells += [f"{setting.time_shift:g}"] * has_shift
         cells += [setting.interval_text(), f"{setting.guidance_scale:g}"]
         cells += [_number(one.values[outcome.select])] if outcome.few else []
         cells += [_number(measured.values.get(metric)) if measured else "" for metric in metrics]
@@ -233,7 +234,7 @@ def curves_of(these: list[Measured], outcome: Outcome) -> dict[str, list[tuple[f
         for other in (intervals or {None: setting}).values() if setting.is_unguided else (setting,):
             parts = [
                 f"EMA {setting.ema}" if setting.ema else "",
-                f"{setting.num_inference_steps} {setting.method} steps" if names_solver else "",
+                setting.solver_text() if names_solver else "",
                 other.interval_text("t in {:g} to {:g}"),
             ]
             name = ", ".join(filter(None, parts)) or "no guidance"
@@ -242,7 +243,7 @@ def curves_of(these: list[Measured], outcome: Outcome) -> dict[str, list[tuple[f
 
 
 def _has_several_solvers(these: list[Measured]) -> bool:
-    return len({(one.setting.num_inference_steps, one.setting.method) for one in these}) > 1
+    return len({one.setting.solver_text() for one in these}) > 1
 
 
 def _number(value: float | None) -> str:

@@ -4,15 +4,16 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from jit_accel.base.errors import UserError, check_ranges, lookup, shown, within
 from jit_accel.config.groups import MOST_IMAGES, MOST_PIXELS, MOST_STEPS, RawType, problem_of_raw, problem_of_separator
+from jit_accel.config.run_groups import Method
 from jit_accel.evaluate.flag_values import ALL, intervals, numbers, words
 
 INCEPTION, EFFICIENTNET_LITE0 = "inception", "efficientnet_lite0"
 FEATURES = dict.fromkeys((INCEPTION, EFFICIENTNET_LITE0))
-METHODS = {name: name for name in ("heun", "euler", "ab2", "etd2")}  # as `SOLVERS`
+METHODS = {name: name for name in get_args(Method)}
 CONDITIONS = ("condition_from", "condition_path", "condition_column")  # where those of `--pairs` come from
 READING = ("image_column", "label_column", "label_separator", "raw_shape", "raw_dtype")  # of `--pairs`, `--reference`
 PAIR_SCORES = dict.fromkeys(("psnr", "ssim", "mae", "lpips"))  # of `--pairs`; functions: `pair_scores.SCORES`
@@ -90,6 +91,9 @@ class EvaluateConfig:
     ema: tuple[str, ...] = ()
     """Averaged weights of a run or checkpoint: a decay, "model" for the weights themselves (default: those of the
     pipeline folder, or the first average); several or "all" for a sweep."""
+    guide: str | None = None
+    """A worse model of the same data, as --model: guidance leads away from it (default: none, guidance leads away from
+    images of no class)."""
     features: str = INCEPTION
     """The network to compare by: inception (FID, sFID, Inception Score, KID, precision and recall), or
     efficientnet_lite0 (fd_efficientnet_lite0 and others; its weights come with a package, without a download)."""
@@ -120,6 +124,8 @@ class EvaluateConfig:
     0.1:1.0,0:1."""
     method: tuple[str, ...] = ()
     """Solver of the ODE, heun, euler, ab2 or etd2 (default: the pipeline's own); several for a sweep."""
+    time_shift: tuple[str, ...] = ()
+    """1: equal steps; above it they are finer near the noise (default: the pipeline's own); several for a sweep."""
     sweep_images: int | None = None
     """Number of images that each setting of a sweep is measured on (default: a tenth of --num_images)."""
     sweep_top: int = 3
@@ -249,6 +255,7 @@ class Setting:
     guidance_interval: tuple[float, float] | None = None
     num_inference_steps: int = 50
     method: str = "heun"
+    time_shift: float = 1.0
 
     def __post_init__(self):
         # Without guidance the interval makes no difference; JSON has lists for pairs.
@@ -272,15 +279,21 @@ class Setting:
         ema = f"EMA {self.ema}, " if self.ema else ""
         guidance = f"guidance {self.guidance_scale:g}{self.interval_text(' in ({:g}, {:g})')}"
         guidance = "no guidance" if self.is_unguided else guidance
-        return f"{ema}{guidance}, {self.num_inference_steps} {self.method} steps"
+        return f"{ema}{guidance}, {self.solver_text()}"
+
+    def solver_text(self) -> str:
+        shift = f", shift {self.time_shift:g}" if self.time_shift != 1 else ""
+        return f"{self.num_inference_steps} {self.method} steps{shift}"
 
 
 def grid(*axes: Sequence, with_unguided: bool = True) -> list[Setting]:
     """Return all combinations, each once, of values for the fields of `Setting`; `with_unguided`: at guidance 1 too."""
-    emas, scales, intervals, counts, methods = axes
+    emas, scales, intervals, counts, methods, shifts = axes
     scales = sorted({*scales, 1.0} if with_unguided else {*scales})
-    combined = itertools.product(emas, methods, counts, intervals, scales)
-    settings = [Setting(ema, scale, interval, count, method) for ema, method, count, interval, scale in combined]
+    combined = itertools.product(emas, shifts, methods, counts, intervals, scales)
+    settings = [
+        Setting(ema, scale, interval, count, method, shift) for ema, shift, method, count, interval, scale in combined
+    ]
     return list(dict.fromkeys(settings))
 
 
@@ -296,4 +309,5 @@ AXES = {
     "guidance_interval": intervals,
     "num_inference_steps": partial(numbers, least=1, most=MOST_STEPS, kind=int),
     "method": lambda flag, parts: [lookup(METHODS, name, flag) for name in words(part.lower() for part in parts)],
+    "time_shift": partial(numbers, least=0.01, most=100),
 }

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from jit_accel.base.errors import nearest
-from jit_accel.model.guidance import GUIDED
-from jit_accel.model.scheduler import checked_choice
+from jit_accel.model.scheduler import checked_choice, checked_shift
 from jit_accel.model.solvers import SOLVERS
 
 Label = int | str | None | Sequence[int | str]  # the last where images have several
+GUIDED = ("label", "condition", "both")  # what guidance may leave out
 STRENGTH = 0.6  # where a call does not say
 
 
@@ -189,6 +189,7 @@ DEFAULTS: dict[str, tuple[Callable, Any]] = {
     "method": (lambda name: checked_choice("method", name, SOLVERS), None),
     "guidance_on": (lambda name: checked_choice("guidance_on", name, GUIDED), "both"),
     "value_range": (checked_range, None),
+    "time_shift": (checked_shift, 1.0),
 }
 
 

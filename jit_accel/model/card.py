@@ -87,7 +87,8 @@ def training_card(pipeline: JiTPipeline, record: Mapping, decay: str) -> str:
         picture=f"\n![samples]({CARD_PICTURE})\n",
         made="Training",
         sentence=f"Weights: moving average with decay `{decay}`. The samples above: "
-        f"guidance {record['guidance_scale']},\nHeun, {record['num_inference_steps']} steps.",
+        f"guidance {record['guidance_scale']},\n{record.get('method') or 'heun'}, "
+        f"{record['num_inference_steps']} steps.",
         settings={name: value for name, value in record.items() if name not in LEFT_OUT},
     )
 

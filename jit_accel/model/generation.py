@@ -26,6 +26,7 @@ class SamplerSettings:
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     method: str | None = None
+    time_shift: float | None = None
 
     def completed(self, pipeline: JiTPipeline) -> "SamplerSettings":
         """Return them with the pipeline's own in place of None. UserError for a method that its scheduler has not."""
@@ -33,13 +34,18 @@ class SamplerSettings:
         if (method in SOLVERS) != is_own(pipeline.scheduler):
             rule = f"the model's scheduler is {pipeline.solver_name()}: leave it out."
             raise UserError(rule, about="method", value=method)
-        found = {name: pipeline.config[name] if value is None else value for name, value in asdict(self).items()}
+        found = {name: pipeline.config.get(name) if value is None else value for name, value in asdict(self).items()}
         return SamplerSettings(
             found["num_inference_steps"] or STEPS,
             float(found["guidance_scale"]),
             tuple(map(float, found["guidance_interval"])),
             method,
+            float(found["time_shift"] or 1),  # older code of a folder knows none
         )
+
+    def asked(self) -> dict:
+        """Return them as arguments of a pipeline's call; equal steps are not named, which older code knows alone."""
+        return {name: value for name, value in asdict(self).items() if name != "time_shift" or value not in (None, 1)}
 
 
 def checked_size(pipeline: JiTPipeline, size: Size | None, about: str = "img_size") -> int | tuple[int, int]:
@@ -75,6 +81,7 @@ def generate(
     guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
     method: str | None = None,
+    time_shift: float | None = None,
     batch_size: int = 64,
     on_step: Callable | None = None,
     conditions: Tensor | None = None,
@@ -89,7 +96,8 @@ def generate(
         numbers: which images. Number n shows class n % num_classes, or no class where the network knows none.
         seed: of the noise that the images start from.
         labels: the class of each image by number or name instead; None among them is "no class".
-        num_inference_steps, guidance_scale, guidance_interval, method: as in a call of the pipeline; None: its own.
+        num_inference_steps, guidance_scale, guidance_interval, method, time_shift: as in a call of the pipeline; None:
+            its own.
         batch_size: images at once; it changes memory and speed, not the images.
         on_step: the pipeline's `callback_on_step_end`.
         conditions: that of each image, (len(numbers), C, H, W) in [0, 1], where the network was trained with such.
@@ -102,7 +110,7 @@ def generate(
     """
     if len(numbers) == 0:
         raise ValueError("numbers is empty: give the numbers of the images to make, such as range(8)")
-    settings = SamplerSettings(num_inference_steps, guidance_scale, guidance_interval, method)
+    settings = SamplerSettings(num_inference_steps, guidance_scale, guidance_interval, method, time_shift)
     how = {"labels": labels, "settings": settings, "batch_size": batch_size, "on_step": on_step}
     how |= {"conditions": conditions, "vectors": vectors}
     parts = generate_batches(pipeline, numbers, seed=seed, **how)
@@ -147,7 +155,7 @@ def generate_batches(
         filled = [*range(start, start + len(part)), *[start] * (-len(part) % batch_multiple)]
         images = pipeline(
             [labels[i] for i in filled],
-            **asdict(settings),
+            **settings.asked(),
             generator=generators(seed, [numbers[i] for i in filled]),
             height=height,
             width=width,

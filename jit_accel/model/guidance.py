@@ -1,11 +1,13 @@
-"""Classifier-free guidance (arXiv 2207.12598) on labels, on conditions, or on both."""
+"""Classifier-free guidance (arXiv 2207.12598) on labels, on conditions, or on both, and by a worse network."""
 
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-GUIDED = ("label", "condition", "both")
+from jit_accel.model.call_arguments import GUIDED, checked_interval, checked_scale, guidance_weight
+from jit_accel.model.scheduler import checked_choice
+from jit_accel.model.tiles import tiled
 
 
 def without(given: Mapping[str, Tensor], on: str, num_classes: int) -> dict[str, Tensor]:
@@ -59,21 +61,82 @@ def guided_prediction(
 class GuidedField:
     """The prediction of a network that is `given` its arguments, under guidance, as a function of z and t.
 
-    The `weight` of a time t on the host is looked up at each call: callbacks change it.
+    The `weight` of a time t on the host is looked up at each call: callbacks change it. A worse network, the `guide`,
+    takes the place of what is left out `on` (autoguidance, arXiv 2406.02507).
     """
 
-    def __init__(self, network: Callable, given: Mapping[str, Tensor], on: str, weight: Callable[[float], float]):
-        self._network, self._given, self._on, self._weight = network, given, on, weight
-        self._guided = rows_with(given, on, network.config.num_classes)
+    def __init__(
+        self,
+        network: Callable,
+        given: Mapping[str, Tensor],
+        on: str,
+        weight: Callable[[float], float],
+        guide: Callable | None = None,
+    ):
+        self._network, self._given, self._on, self._weight, self._guide = network, given, on, weight, guide
+        self._guided = None if guide else rows_with(given, on, network.config.num_classes)
         self._last_weight: float | None = None
 
     def __call__(self, z: Tensor, t: Tensor, t_host: float) -> Tensor:
         self._last_weight = weight = self._weight(t_host)
+        if self._guide is not None and weight != 1:
+            worse, better = (_output(network, z, t, **self._given) for network in (self._guide, self._network))
+            return torch.lerp(worse, better, weight)
         return guided_prediction(self._network, z, t, self._given, weight, self._on, self._guided)
 
     def jumps_at(self, t_host: float) -> bool:
         """Return whether guidance has another weight than in the call before."""
         return self._last_weight not in (None, self._weight(t_host))
+
+
+class GuidanceMixin:
+    """Guides the calls of a pipeline: at a scale, away from no class or from a worse network."""
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance of the current or last call; what a callback sets acts from the next step on."""
+        return self._guidance_scale
+
+    @guidance_scale.setter
+    def guidance_scale(self, value: float) -> None:
+        self._guidance_scale = checked_scale(value)
+
+    @property
+    def guide(self):
+        """A worse network for the same images, smaller or from earlier in a training, away from which guidance leads.
+
+        Set it to a network or a pipeline, or to None for classifier-free guidance; it is not saved. Raises `ValueError`
+        for one that predicts something else, or takes other classes, conditions or numbers.
+        """
+        return getattr(self, "_guide", None)
+
+    @guide.setter
+    def guide(self, value) -> None:
+        objective, network = getattr(getattr(value, "config", None), "objective", None), value
+        if hasattr(value, "transformer"):
+            network = value.transformer
+        if network is not None:
+            pairs = {name: (network.config.get(name), self.transformer.config.get(name)) for name in _SHARED}
+            if objective:
+                kinds = (it.get("prediction_type", "x") for it in (objective, self.config.objective))
+                pairs["prediction_type"] = tuple(kinds)
+            wrong = [f"{name} {theirs}, not {own}" for name, (theirs, own) in pairs.items() if theirs != own]
+            if wrong:
+                raise ValueError(f"guide: it has {', '.join(wrong)}: take a model of the same data and prediction")
+            network.eval()
+        self._guide = network
+
+    def _field(self, given: dict[str, Tensor], guidance_interval, on, tile, overlap) -> GuidedField:
+        """Return the guided prediction, of a network that is `given` this, as a function of z, t, and t on the host."""
+        interval = checked_interval(self.config.guidance_interval if guidance_interval is None else guidance_interval)
+        on = self.config.guidance_on if on is None else checked_choice("guidance_on", on, GUIDED)
+        guide = None if self.guide is None else tiled(self.guide.to(self._execution_device), tile, overlap)
+        network = tiled(self.transformer, tile, overlap)
+        return GuidedField(network, given, on, lambda t: guidance_weight(t, self._guidance_scale, interval), guide)
+
+
+# What two networks have to have in common for one to guide the other.
+_SHARED = ("num_classes", "in_channels", "condition_channels", "vector_sizes", "has_several_labels")
 
 
 def _output(network: Callable, z: Tensor, t: Tensor, class_labels: Tensor, **more: Tensor) -> Tensor:

@@ -61,7 +61,9 @@ def build_pipeline(
     network.pipeline_settings = {}  # of the pipeline that weights to start from came from
     scheduler = JiTScheduler(objective.prediction, objective.t_eps, objective.noise_scale, path=objective.path)
     own = {"guidance_scale": sample.guidance_scale, "guidance_on": sample.guidance_on}
-    own |= {"vectors": vectors, "value_range": value_range}
+    own |= {"vectors": vectors, "value_range": value_range, "method": sample.method}
+    if sample.method is not None:  # of older runs the steps are those of their sheets alone
+        own["num_inference_steps"] = sample.num_inference_steps
     return JiTPipeline(network, scheduler, class_names, **own)
 
 
@@ -114,14 +116,21 @@ def load_pipeline(
     return pipeline if pipeline.dtype == torch_dtype else pipeline.to(torch_dtype)
 
 
-def load_quietly(model: str, ema: str | None, device: torch.device, compile: bool) -> JiTPipeline:
-    """Load a pipeline for many batches: on the device, compiled if asked to, and without a word."""
+def load_quietly(
+    model: str, ema: str | None, device: torch.device, compile: bool, guide: str | None = None
+) -> JiTPipeline:
+    """Load a pipeline for many batches: on the device, compiled if asked to, with its guide, and without a word."""
     diffusers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
     pipeline = load_pipeline(model, ema).to(device)
     pipeline.set_progress_bar_config(disable=True)
     if compile:
         pipeline.transformer.compile_repeated_blocks()
+    if guide is not None:
+        try:
+            pipeline.guide = load_pipeline(guide, about="guide")
+        except ValueError as error:
+            raise UserError(str(error).removeprefix("guide: "), about="guide", value=guide) from None
     return pipeline
 
 

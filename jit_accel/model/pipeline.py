@@ -20,16 +20,13 @@ from jit_accel.model.call_arguments import (
     checked_count,
     checked_default,
     checked_generators,
-    checked_interval,
     checked_names,
-    checked_scale,
-    guidance_weight,
     label_ids,
     labels_tensor,
     skipped_steps,
 )
 from jit_accel.model.carried_code import INDEX_FILE, KeptCardMixin, carry_code
-from jit_accel.model.guidance import GUIDED, GuidedField, guided_prediction
+from jit_accel.model.guidance import GuidanceMixin, GuidedField
 from jit_accel.model.lora_loading import LoraMixin
 from jit_accel.model.picture_arguments import (
     Picture,
@@ -41,8 +38,7 @@ from jit_accel.model.picture_arguments import (
     repaint_mask,
     start_images,
 )
-from jit_accel.model.scheduler import FlowMatchDriver, JiTScheduler, checked_choice, is_own, objective_of
-from jit_accel.model.tiles import tiled
+from jit_accel.model.scheduler import FlowMatchDriver, JiTScheduler, is_own, objective_of
 from jit_accel.model.transformer import JiTTransformer2DModel, evaluating
 from jit_accel.model.vector_arguments import Row, checked_columns, spread, standardised_vectors, vectors_asked
 
@@ -53,14 +49,14 @@ STEPS = 50  # where neither the call nor the pipeline says
 DOWNLOAD_SETTINGS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 
 
-class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
+class JiTPipeline(KeptCardMixin, GuidanceMixin, DiffusionPipeline, LoraMixin):
     """Generate images of given classes, or from given pictures, with a JiT.
 
     Args:
         transformer, scheduler: the network and its ODE; also a flow-matching scheduler of diffusers.
         class_names: the name of each class, so that calls may use names.
-        guidance_scale, guidance_interval, guidance_on, num_inference_steps, method: what a call uses that does not say
-            otherwise. They are kept in `model_index.json` with the class names.
+        guidance_scale, guidance_interval, guidance_on, num_inference_steps, method, time_shift: what a call uses that
+            does not say otherwise. They are kept in `model_index.json` with the class names.
         objective: what the network was trained with, where the scheduler is no `JiTScheduler`, which knows it:
             {"prediction_type": "x", "t_eps": 0.05, "noise_scale": 1.0}; of a bridge also {"path": "bridge"}.
         vectors: the columns of numbers that the network takes: {"names", "sizes", "mean", "std"}, lists.
@@ -91,10 +87,11 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         guidance_on: str | None = None,
         vectors: dict | None = None,
         value_range: list[float] | tuple[float, float] | None = None,
+        time_shift: float | None = None,
     ):
         super().__init__()
         own = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "method": method}
-        own |= {"guidance_on": guidance_on, "vectors": vectors, "value_range": value_range}
+        own |= {"guidance_on": guidance_on, "vectors": vectors, "value_range": value_range, "time_shift": time_shift}
         own |= {"num_inference_steps": num_inference_steps, "class_names": class_names, "objective": objective}
         before = getattr(transformer, "pipeline_settings", {})
         own = {name: before.get(name) if value is None else value for name, value in own.items()}
@@ -155,15 +152,6 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         """The ODE steps of the current or last call; a callback sees each under its number, from 0 on."""
         return self._num_timesteps
 
-    @property
-    def guidance_scale(self) -> float:
-        """The guidance of the current or last call; what a callback sets acts from the next step on."""
-        return self._guidance_scale
-
-    @guidance_scale.setter
-    def guidance_scale(self, value: float) -> None:
-        self._guidance_scale = checked_scale(value)
-
     def solver_name(self, method: str | None = None) -> str:
         """Return the method of a call: the one it asks for, else the pipeline's; another scheduler is its own."""
         if not is_own(self.scheduler):
@@ -195,14 +183,15 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         tile: Size | None = None,
         overlap: Size | None = None,
         vectors: Sequence[Row] | Row | Tensor = None,
+        time_shift: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Return images of classes, or of conditions, made from noise or from images.
 
         Args:
             class_labels: a class number, its name (case does not matter), or None for "no class"; or a list, for some
                 networks also of lists. Left out, "no class"; but of a network with one class that one.
-            num_inference_steps, method: n ODE steps (50), by "heun", which calls the network 2n - 1 times, or "euler",
-                "ab2" or "etd2", n times. None: the pipeline's own, as for guidance.
+            num_inference_steps, method, time_shift: n ODE steps (50), by "heun", which calls the network 2n - 1 times,
+                or "euler", "ab2" or "etd2", n times; equal (1), or finer near the noise. None: the pipeline's own.
             guidance_scale, guidance_interval: weight of guidance where lo < t < hi, or t < hi if lo is 0; 1 is none.
             generator: one generator draws the images' noise one after the other, so the n-th image is the same at any
                 batch size; or a list with one for each image. A CPU generator gives the same noise on every device.
@@ -212,8 +201,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
                 step began at; may return `{"latents": z}` to replace the state, or set `pipe._interrupt = True`.
             height, width: pixels, multiples of the patch size; None: those of `latents`, else the training size.
             num_images_per_label: images of each label, side by side.
-            image: where to start from: PIL, array or tensor, uint8 or in [0, 1]; one, or one for each image. Another
-                size is cut to the shape around the middle, and resampled.
+            image: where to start from: PIL, array or tensor, uint8 or in [0, 1]; one, or one each; cut and resampled.
             strength: how much of the way from `image` is made anew, in (0, 1]: that share of the steps is run, from
                 the image noised to t = 1 - strength. 1 ignores the image. None: 0.6.
             mask_image: white is repainted, black stays as in `image`.
@@ -234,8 +222,8 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         self.guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         z = self.prepare_latents(len(shown[0]), generator, latents, height, width)
         given, z = self._given(*shown, z, latents is not None, image)
-        field = self._field(tiled(self.transformer, tile, overlap), given, guidance_interval, guidance_on)
-        scheduler = self._driver(generator, steps, device=z.device, method=self.solver_name(method), skip_steps=skipped)
+        field = self._field(given, guidance_interval, guidance_on, tile, overlap)
+        scheduler = self._driver(generator, steps, time_shift, z.device, self.solver_name(method), skipped)
         z, keep_known = self._start(scheduler, z, image, mask_image)
         z = self._solve(scheduler, z, field, keep_known, callback_on_step_end, asked)
         images = output_of(z, output_type, self.config.value_range)
@@ -262,18 +250,14 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         given |= standardised_vectors(rows, self.config.vectors)
         return {name: tensor.to(device) for name, tensor in given.items()}, z.to(device)
 
-    def _driver(self, generator: Generators, steps: int, **how):
+    def _driver(self, generator: Generators, steps: int, time_shift: float | None, device, method: str, skipped: int):
         """Return what leads along the path in these steps."""
         scheduler = self.scheduler
         scheduler = scheduler if is_own(scheduler) else FlowMatchDriver(scheduler, self.config.objective, generator)
-        scheduler.set_timesteps(steps, **how)
+        time_shift = self.config.time_shift if time_shift is None else time_shift
+        shifted = {} if time_shift == 1 else {"time_shift": time_shift}  # which older code of a folder does not know
+        scheduler.set_timesteps(steps, device=device, method=method, skip_steps=skipped, **shifted)
         return scheduler
-
-    def _field(self, network: Callable, given: dict[str, Tensor], guidance_interval, on) -> GuidedField:
-        """Return the guided prediction, of a network that is `given` this, as a function of z, t, and t on the host."""
-        interval = checked_interval(self.config.guidance_interval if guidance_interval is None else guidance_interval)
-        on = self.config.guidance_on if on is None else checked_choice("guidance_on", on, GUIDED)
-        return GuidedField(network, given, on, lambda t: guidance_weight(t, self._guidance_scale, interval))
 
     def _solve(self, scheduler, z: Tensor, field: GuidedField, keep_known: Callable, callback, asked) -> Tensor:
         """Run the steps that the scheduler is set to, from z at their first t, along the network's output `field`."""
@@ -301,10 +285,6 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
                 if self._interrupt:
                     break
         return z
-
-    def predict(self, z: Tensor, t: Tensor, labels: Tensor, weight: float) -> Tensor:
-        """Return the network's output for these labels under guidance, float32, by one call."""
-        return guided_prediction(self.transformer, z, t, {"class_labels": labels}, weight)
 
     def label_ids(self, class_labels: Label | Sequence[Label] | Tensor) -> list[int | list[int]]:
         """Return class numbers, names or None (or a list of them) as the network's labels."""

@@ -46,6 +46,7 @@ class Options(TypedDict, total=False):
     tile: Size | None
     overlap: Size | None
     vectors: Sequence[Row] | Row | Tensor | np.ndarray
+    time_shift: float | None
 
 class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
     config: Any  # type: ignore[assignment]
@@ -63,6 +64,7 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         guidance_on: str | None = None,
         vectors: dict[str, list] | None = None,
         value_range: list[float] | tuple[float, float] | None = None,
+        time_shift: float | None = None,
     ) -> None: ...
     @property
     def components(self) -> dict[str, Any]: ...
@@ -85,6 +87,10 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
     def guidance_scale(self) -> float: ...
     @guidance_scale.setter
     def guidance_scale(self, value: float) -> None: ...
+    @property
+    def guide(self) -> JiTTransformer2DModel | None: ...
+    @guide.setter
+    def guide(self, value: JiTTransformer2DModel | JiTPipeline | None) -> None: ...
     def solver_name(self, method: str | None = None) -> str: ...
     @overload
     def __call__(
@@ -200,8 +206,8 @@ class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
         tile: Size | None = None,
         overlap: Size | None = None,
         vectors: Sequence[Row] | Row | Tensor | np.ndarray = None,
+        time_shift: float | None = None,
     ) -> Images[list[Image.Image] | np.ndarray | Tensor] | tuple[list[Image.Image] | np.ndarray | Tensor]: ...
-    def predict(self, z: Tensor, t: Tensor, labels: Tensor, weight: float) -> Tensor: ...
     def label_ids(self, class_labels: Labels) -> list[int | list[int]]: ...
     def prepare_latents(
         self, batch: int, generator: Generators, latents: Noise, height: int | None, width: int | None

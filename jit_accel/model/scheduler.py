@@ -98,19 +98,21 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         method: str | None = None,
         skip_steps: int = 0,
+        time_shift: float = 1.0,
     ) -> None:
-        """Start a new trajectory of `num_inference_steps` equal steps, of which the first `skip_steps` are left out.
+        """Start a new trajectory of `num_inference_steps` steps, of which the first `skip_steps` are left out.
 
-        Heun calls the model twice for each step but the last, the others once. Raises `ValueError` for fewer than one
-        step and for an unknown method.
+        Heun calls the model twice for each step but the last, the others once. Steps are equal in t, but for a
+        `time_shift` s other than 1: finer towards the noise above it, towards the image below (`time_grid`).
+
+        Raises `ValueError` for fewer than one step, an unknown method and a shift that is not positive.
         """
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps {num_inference_steps} must be at least 1; the paper takes 50")
         self._forget(checked_choice("method", method or self.config.solver, SOLVERS))
         self.num_inference_steps = num_inference_steps
         self.num_steps = num_inference_steps - skip_steps  # of this trajectory
-        # The float32 grid of the reference, so that t falls on the same side of a guidance interval's end.
-        times = torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float32, device="cpu").tolist()
+        times = time_grid(num_inference_steps, time_shift)
         for i, (t, t_next) in list(enumerate(pairwise(times)))[skip_steps:]:
             self._calls.append((t, t_next - t, False))
             if self.method == "heun" and i < num_inference_steps - 1:  # at t = 1 a prediction of x has no velocity
@@ -162,6 +164,24 @@ class JiTScheduler(SchedulerMixin, ConfigMixin):
         return len(self.timesteps)
 
 
+def checked_shift(value: float) -> float:
+    """Return a shift of time, a positive number. Raises `ValueError` for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"time_shift {value!r} must be a positive number: 1 is equal steps, 3 finer ones at the noise")
+    return float(value)
+
+
+def time_grid(num_steps: int, shift: float = 1.0) -> list[float]:
+    """Return the ends of steps from t = 0 to 1, equal ones or such that (1 - t) / t is `shift` times theirs.
+
+    SD3, arXiv 2403.03206, section 5.3.2. Raises `ValueError` for a shift that is not positive.
+    """
+    # The float32 grid of the reference, so that t falls on the same side of a guidance interval's end.
+    t = torch.linspace(0, 1, num_steps + 1, dtype=torch.float32, device="cpu")
+    shift = checked_shift(shift)
+    return (t if shift == 1 else t / (t + shift * (1 - t))).tolist()
+
+
 def objective_of(config: Mapping) -> dict:
     """Return what a scheduler's settings say of its network; the path only where it is not that from noise."""
     found = {name: config[name] for name in OBJECTIVE if name in config}
@@ -188,10 +208,18 @@ class FlowMatchDriver(JiTScheduler):
     def mid_step(self) -> bool:
         return self._next_call < len(self._calls) and not getattr(self.driven, "state_in_first_order", True)
 
-    def set_timesteps(self, num_inference_steps: int, device=None, method: str | None = None, skip_steps: int = 0):
+    def set_timesteps(
+        self,
+        num_inference_steps: int,
+        device=None,
+        method: str | None = None,
+        skip_steps: int = 0,
+        time_shift: float = 1.0,
+    ):
         """Start a new trajectory on the scheduler's own grid. Raises `ValueError` for one that follows no such flow."""
-        if method not in (None, self.name):
-            raise ValueError(f"method {method!r}: the pipeline's scheduler is {self.name}: leave the method out")
+        for name, value, own in (("method", method, (None, self.name)), ("time_shift", time_shift, (1,))):
+            if value not in own:
+                raise ValueError(f"{name} {value!r}: the pipeline's scheduler is {self.name}: leave the {name} out")
         scheduler, config = self.driven, self.driven.config
         is_flow = config.get("use_flow_sigmas") or "FlowMatch" in str(type(scheduler).__mro__)
         sigmas = []

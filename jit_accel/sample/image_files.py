@@ -186,11 +186,12 @@ def open_array(path: Path, name: str) -> np.ndarray:
         return np.memmap(path, dtype, "r", file.tell(), shape)
 
 
-def denoising(start: Tensor, num_steps: int, steps: list[int], show: Show, t_eps: float) -> Callable[..., None]:
+def denoising(start: Tensor, times: Sequence[float], steps: list[int], show: Show, t_eps: float) -> Callable[..., None]:
     """Return a callback for the pipeline that calls `show` at some steps on the way from the noise (B, 3, H, W).
 
-    steps: those to show, of 0 (noise) to num_steps (images). show: is given x = z + (1 - t) dz/dt, the network's
-    prediction under guidance, with Heun the mean over the step. t_eps: floor of 1 - t, as in the scheduler.
+    times: the ends of all steps, 0 to 1. steps: those to show, of 0 (noise) to the last (images). show: is given
+    x = z + (1 - t) dz/dt, the network's prediction under guidance, with Heun the mean over the step. t_eps: floor of
+    1 - t, as in the scheduler.
     """
 
     def step_done(pipeline, step: int, t, values: dict) -> None:
@@ -198,9 +199,9 @@ def denoising(start: Tensor, num_steps: int, steps: list[int], show: Show, t_eps
         nonlocal start
         z = values["latents"][: len(start)].float().cpu()
         if step in steps:
-            time = step / num_steps
-            show(time, pixels(start), pixels(start + max(1 - time, t_eps) * (z - start) * num_steps))
-        if step + 1 == num_steps:
+            time, end = times[step : step + 2]
+            show(time, pixels(start), pixels(start + max(1 - time, t_eps) * (z - start) / (end - time)))
+        if step + 2 == len(times):
             show(1.0, pixels(z), pixels(z))
         start = z
 

@@ -231,7 +231,7 @@ def _difference(folder: Path, now: dict) -> str | None:
     folders = {entry["label"]: entry["folder"] for entry in now["classes"]}
     try:
         then = json.loads((folder / SAMPLES_RECORD).read_text(encoding="utf-8"))
-        changed = changed_settings(then["settings"], now["settings"])
+        changed = changed_settings(then["settings"], dict.fromkeys(then["settings"]) | now["settings"])
         if then["model"]["fingerprint"] != now["model"]["fingerprint"]:
             models = now["model"], then["model"]
             new, old = (f"{it['path']} with --ema {it['ema']}" if it["ema"] else it["path"] for it in models)

@@ -25,6 +25,8 @@ from jit_accel.model.generation import SamplerSettings, checked_size, generate_b
 from jit_accel.model.loading import load_quietly
 from jit_accel.model.pipeline import COMPONENTS, JiTPipeline
 from jit_accel.model.precision import BlockWork, settle
+from jit_accel.model.saved_weights import weights_fingerprint
+from jit_accel.model.scheduler import time_grid
 from jit_accel.model.solvers import SOLVERS
 from jit_accel.model.vector_arguments import note_of_none
 from jit_accel.sample import image_files
@@ -95,7 +97,9 @@ class Sampling:
 
     def __init__(self, config: SampleConfig, accelerator: Accelerator, stop: StopRequest):
         self.config, self.accelerator, self.stop = config, accelerator, stop
-        self.pipeline = pipeline = load_quietly(config.model, config.ema, accelerator.device, config.compile)
+        self.pipeline = pipeline = load_quietly(
+            config.model, config.ema, accelerator.device, config.compile, config.guide
+        )
         channels, self.value_range = pipeline.transformer.config.in_channels, pipeline.config.get("value_range")
         self.format = config.format or ("png" if channels in (1, 3) else "npy")
         if channels not in (1, 3) and self.format != "npy":
@@ -150,9 +154,10 @@ class Sampling:
         """Open the folder; return what is missing in it."""
         config, (height, width) = self.config, self.size
         how = {"height": height, "width": width, "mixed_precision": self.precision, "format": self.format}
+        sampler = {name: value for name, value in asdict(self.settings).items() if (name, value) != ("time_shift", 1.0)}
         record = {  # of samples.json: what the images follow from, and which they are
             "version": VERSION,
-            "settings": {"seed": config.seed, **asdict(self.settings), **how, **self._shown()},
+            "settings": {"seed": config.seed, **sampler, **how, **self._shown()},
             "model": {"path": config.model, "ema": config.ema, "fingerprint": fingerprint(self.pipeline)},
             "num_images": self.plan.num_images,
             "classes": self.plan.classes(),
@@ -172,9 +177,10 @@ class Sampling:
         guidance = f"guidance {settings.guidance_scale:g}"
         if settings.guidance_scale != 1:
             guidance += " at {:g} < t < {:g}".format(*settings.guidance_interval)
+        shift = f", time shift {settings.time_shift:g}" if settings.time_shift != 1 else ""
         say(
             f"Sampling {total:,} images of {self.size[0]} x {self.size[1]} px{there}: {settings.num_inference_steps} "
-            f"{settings.method[:1].upper()}{settings.method[1:]} steps, {guidance}, seed {config.seed}, on "
+            f"{settings.method[:1].upper()}{settings.method[1:]} steps{shift}, {guidance}, seed {config.seed}, on "
             f"{self.accelerator.num_processes} x {self.accelerator.device.type}, precision {self.precision}{why} → "
             f"{self.folder}"
         )
@@ -183,6 +189,8 @@ class Sampling:
     def _shown(self) -> dict[str, str]:
         """Return what the network is shown, as it stands in samples.json."""
         found = {"vectors": self.numbers and self.numbers.record} if self.columns else {}
+        if self.pipeline.guide is not None:
+            found["guide"] = f"{self.config.guide} ({weights_fingerprint(self.pipeline.guide.state_dict())})"
         if self.conditions:
             source = self.conditions.source
             found["condition_path"] = f"{redacted(source.name)} ({source.num_images} images, {source.fingerprint})"
@@ -269,5 +277,6 @@ class Sampling:
         """Make images once more, and `show` how they come about."""
         noise = image_files.start_noise(self.pipeline, self.config.seed, [image.number for image in ids], *self.size)
         t_eps = self.pipeline.config.objective["t_eps"]
-        step_done = image_files.denoising(noise, self.settings.num_inference_steps, steps, show, t_eps)
+        times = time_grid(self.settings.num_inference_steps, self.settings.time_shift)
+        step_done = image_files.denoising(noise, times, steps, show, t_eps)
         self._draw(ids, lambda *step: step_done(*step) or self._stop_here())

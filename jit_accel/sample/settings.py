@@ -6,6 +6,7 @@ from typing import Literal
 
 from jit_accel.base.errors import UserError, check_ranges, within
 from jit_accel.config.groups import MOST_IMAGES, MOST_PIXELS, MOST_STEPS
+from jit_accel.config.run_groups import Method
 
 DEFAULT_NUM_IMAGES = 64
 
@@ -18,6 +19,9 @@ class SampleConfig:
     """A pipeline folder, the output folder of a run, a checkpoint, or owner/name of the Hub (required)."""
     ema: str | None = None
     """Averaged weights of a checkpoint, by their decay; "model": the weights themselves (default: the first)."""
+    guide: str | None = None
+    """A worse model of the same data, smaller or from earlier in a training, as --model: guidance leads away from it
+    (default: none, guidance leads away from images of no class)."""
     output_dir: str = "samples"
     """New folder for the images."""
     classes: tuple[str, ...] = ()
@@ -43,8 +47,11 @@ class SampleConfig:
     """Weight of classifier-free guidance; 1: none, at half the cost (default: the pipeline's)."""
     guidance_interval: tuple[float, float] | None = None
     """Guidance acts at times LO < t < HI (default: the pipeline's, 0.1 1)."""
-    method: Literal["heun", "euler", "ab2", "etd2"] | None = None
+    method: Method | None = None
     """Solver of the ODE (default: the pipeline's, heun)."""
+    time_shift: float | None = None
+    """1: steps of equal length; above it they are shorter near the noise, where large images are decided (default: the
+    pipeline's, 1)."""
     img_size: int | tuple[int, int] | None = None
     """Side of the images in pixels, or their height and width (default: as trained)."""
     height: int | None = None
@@ -76,6 +83,7 @@ RANGES = [
     *within(1, MOST_STEPS, "num_inference_steps"),
     ("seed", lambda v: 0 <= v < 2**63, "from 0 to 2^63 - 1"),
     ("guidance_scale", lambda v: 0 <= v < math.inf, "at least 0; 1 is no guidance"),
+    ("time_shift", lambda v: 0 < v < math.inf, "a positive number, such as 1.5"),
     ("guidance_interval", lambda v: 0 <= v[0] <= v[1] <= 1, "LO HI with 0 <= LO <= HI <= 1, such as 0.1 1"),
 ]
 EITHER = [("images_per_class", "num_images"), ("img_size", "height"), ("img_size", "width")]

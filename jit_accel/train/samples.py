@@ -25,6 +25,7 @@ from jit_accel.evaluate.settings import metric_names
 from jit_accel.evaluate.statistics import ImageStatistics
 from jit_accel.model.generation import SamplerSettings, generate
 from jit_accel.model.pipeline import JiTPipeline
+from jit_accel.model.solvers import SOLVERS
 from jit_accel.monitor.log import is_measured
 from jit_accel.monitor.metric_table import EVAL, UNGUIDED
 from jit_accel.train.averages import Ema
@@ -56,10 +57,11 @@ class AveragedSamples:
     stops: SharedStop  # looked at after each ODE step of theirs
 
     def passes_for(self, images: int, steps: int | None, *more_guidance: float) -> float:
-        """Return how many images each process passes forward for so many in `steps` of Heun, at each guidance."""
+        """Return how many images each process passes forward for so many in `steps`, at each guidance."""
         guidance = {self.pipeline.config.guidance_scale, *more_guidance}
         steps = steps or self.settings.num_inference_steps
-        calls = (2 * steps - 1) * sum(1 if scale == 1 else 2 for scale in guidance)
+        calls = steps if SOLVERS[self.pipeline.solver_name()].calls == 1 else 2 * steps - 1
+        calls *= sum(1 if scale == 1 else 2 for scale in guidance)
         return images * calls / self.accelerator.num_processes
 
 
@@ -83,7 +85,8 @@ class SampleSheets(AveragedSamples):
         """Return a sheet in words."""
         return (
             f"step {step:,}, EMA {self.averages.name}, guidance {self.pipeline.config.guidance_scale:g}, "
-            f"{self.settings.num_inference_steps} Heun steps; rows: {', '.join(self.row_names)}"
+            f"{self.settings.num_inference_steps} {self.pipeline.solver_name()} steps; "
+            f"rows: {', '.join(self.row_names)}"
         )
 
     def draw(self, path: Path) -> dict[str, np.ndarray]:

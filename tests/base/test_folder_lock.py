@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -116,6 +117,7 @@ def test_the_same_process_holds_a_folder_once_and_again_afterwards(tmp_path):
         lock.check()
     with FolderLock(tmp_path).held():
         pass
+    assert "heartbeat" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize("has_locks", [True, False])

@@ -90,18 +90,18 @@ def test_steps_and_methods_are_checked():
 
 
 def test_a_grid_has_each_setting_once_and_always_the_unguided_one():
-    settings = grid(["auto", "model"], [1.0, 2.0, 3.0], [(0.1, 1.0), (0.0, 1.0)], [4], ["heun"])
+    settings = grid(["auto", "model"], [1.0, 2.0, 3.0], [(0.1, 1.0), (0.0, 1.0)], [4], ["heun"], [1.0])
     # without guidance the interval makes no difference
     assert len(settings) == len(set(settings)) == 2 * (2 * 2 + 1)
-    assert grid([None], [2.0], [(0.1, 1.0)], [4], ["heun"]) == [
+    assert grid([None], [2.0], [(0.1, 1.0)], [4], ["heun"], [1.0]) == [
         Setting(None, 1.0, None, 4),
         Setting(None, 2.0, (0.1, 1.0), 4),
     ]
-    assert len(grid([None], [2.0], [(0.1, 1.0)], [4], ["heun"], with_unguided=False)) == 1
+    assert len(grid([None], [2.0], [(0.1, 1.0)], [4], ["heun"], [1.0], with_unguided=False)) == 1
     assert [Setting(**json.loads(json.dumps(asdict(setting)))) for setting in settings] == settings
 
 
-SETTINGS = grid([None], [1.0, 1.5, 2.0, 2.5, 3.0, 3.5], [(0.1, 1.0)], [4], ["heun"])
+SETTINGS = grid([None], [1.0, 1.5, 2.0, 2.5, 3.0, 3.5], [(0.1, 1.0)], [4], ["heun"], [1.0])
 
 
 def run(measure, tmp_path, top=2, few=10, all_images=100, select="fid", higher=False, limit=None):
@@ -224,7 +224,7 @@ def two_curves(setting, count):
 
 
 def test_table_plot_and_json_say_the_same(tmp_path):
-    settings = grid(["auto", "0.9999"], numbers("", ["1:4:0.5"]), [(0.1, 1.0), (0.0, 1.0)], [4], ["heun"])
+    settings = grid(["auto", "0.9999"], numbers("", ["1:4:0.5"]), [(0.1, 1.0), (0.0, 1.0)], [4], ["heun"], [1.0])
     sizes = {"sweep_images": 100, "num_images": 1000, "top": 3}
     measure = lambda *place: Measured(*place, two_curves(*place))  # noqa: E731
     outcome = sweep(settings, measure, **sizes, select="fid", higher_is_better=False)
@@ -247,7 +247,7 @@ def test_table_plot_and_json_say_the_same(tmp_path):
 
 @pytest.mark.parametrize(("best", "end"), [(9.0, "upper end"), (0.0, "lower end"), (2.0, None)])
 def test_a_winner_at_an_end_of_the_range_is_told(tmp_path, best, end):
-    settings = grid([None], [0.5, 1.0, 2.0, 3.0], [(0.1, 1.0)], [4], ["heun"])
+    settings = grid([None], [0.5, 1.0, 2.0, 3.0], [(0.1, 1.0)], [4], ["heun"], [1.0])
     values = lambda setting, count: Measured(setting, count, {"fid": 1 + abs(setting.guidance_scale - best)})  # noqa: E731
     sizes = {"sweep_images": 2, "num_images": 4, "top": 1}
     assert edges(sweep(settings, values, **sizes, select="fid", higher_is_better=False)) == end

@@ -96,7 +96,7 @@ def test_the_winner_is_the_pipelines_default_with_its_weights_and_another_sweep_
     pipeline = JiTPipeline.from_pretrained(run / "pipeline")
     assert pipeline.config.guidance_scale == found["best"]["guidance_scale"]
     assert pipeline.config.num_inference_steps == 2
-    assert pipeline.config.method == "heun"
+    assert pipeline.config.method == "etd2"
     if found["best"]["guidance_interval"]:
         assert list(pipeline.config.guidance_interval) == found["best"]["guidance_interval"]
     average = load_file(next((run / "checkpoints").glob("step_*")) / "ema_0.3.safetensors")
@@ -176,7 +176,7 @@ def test_an_older_checkpoint_changes_nothing_but_the_runs_records(run, images, c
     assert {path: path.read_bytes() for path in (*older.iterdir(), *(run / "pipeline").rglob("*.*"))} == before
     records = json.loads((run / "evaluation.json").read_text())
     assert [record["ema"] for record in records] == ["0.3"] * 4 + ["0.9999"]
-    assert {record["method"] for record in records} == {"heun"}
+    assert {record["method"] for record in records} == {"etd2"}
     assert [record["metrics"] for record in records[2:4]] == [record["metrics"] for record in records[1::-1]]
     assert (run / "sweep" / "sweep.json").exists()
 

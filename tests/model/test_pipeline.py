@@ -6,10 +6,10 @@ from diffusers.callbacks import PipelineCallback
 from golden import FILES, load_golden
 from PIL import Image
 
-from jit_accel import JiTPipeline, JiTScheduler
-from jit_accel.model.call_arguments import label_ids
+from jit_accel import JiTPipeline, JiTScheduler, JiTTransformer2DModel
+from jit_accel.model.call_arguments import guidance_weight, label_ids
 from jit_accel.model.functional import position_table, rope_table
-from jit_accel.model.pipeline import guidance_weight
+from jit_accel.model.guidance import guided_prediction
 
 NAMES = [f"kind {i}" for i in range(8)] + ["Bag", "Ankle boot"]
 
@@ -84,7 +84,8 @@ def test_a_history_ends_where_guidance_begins_and_ends(pipe, method):
             scheduler.forget_history()
         before = weight
         with torch.no_grad():
-            z = scheduler.step(pipe.predict(z, t, torch.tensor([0, 1]), weight), t, z).prev_sample
+            output = guided_prediction(pipe.transformer, z, t, {"class_labels": torch.tensor([0, 1])}, weight)
+            z = scheduler.step(output, t, z).prev_sample
     assert torch.equal(found, z)
 
 
@@ -128,7 +129,36 @@ def test_guidance_extrapolates_from_no_class_through_the_class(pipe):
     )
     for weight in (0.0, 1.0, 2.5):
         expected = unconditional + weight * (conditional - unconditional)
-        assert torch.allclose(pipe.predict(z, t, labels, weight), expected, atol=1e-5)
+        found = guided_prediction(pipe.transformer, z, t, {"class_labels": labels}, weight)
+        assert torch.allclose(found.detach(), expected, atol=1e-5)
+
+
+def test_a_guide_takes_the_place_of_no_class(pipe):
+    def make(scale):
+        how = {"guidance_interval": (0, 1), "generator": seeded(), "output_type": "latent"}
+        return pipe([0, 1], 4, scale, **how).images
+
+    unguided, guided = make(1.0), make(2.5)
+    pipe.guide = pipe
+    assert torch.allclose(make(2.5), unguided, atol=1e-5)  # away from itself is nowhere
+    worse = JiTTransformer2DModel.from_config(pipe.transformer.config)
+    worse.load_state_dict(pipe.transformer.state_dict())
+    table = worse.y_embedder.embedding_table.weight
+    table.data[:] = table.data[-1]  # whatever the class, it sees none
+    pipe.guide = worse
+    assert torch.allclose(make(2.5), guided, atol=1e-5)
+    assert torch.equal(make(1.0), unguided)
+    pipe.guide = None
+    assert torch.equal(make(2.5), guided)
+
+
+def test_a_guide_of_other_data_or_prediction_is_refused(pipe):
+    other = JiTTransformer2DModel.from_config({**pipe.transformer.config, "num_classes": 3})
+    with pytest.raises(ValueError, match="guide: it has num_classes 3, not 10: take a model of the same data"):
+        pipe.guide = other
+    with pytest.raises(ValueError, match="prediction_type v, not x"):
+        pipe.guide = JiTPipeline(pipe.transformer, JiTScheduler("v"))
+    assert pipe.guide is None
 
 
 def test_the_interval_is_open_but_for_a_zero_start():

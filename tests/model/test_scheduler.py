@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from jit_accel.evaluate.settings import METHODS
-from jit_accel.model.scheduler import JiTScheduler
+from jit_accel.model.scheduler import JiTScheduler, time_grid
 from jit_accel.model.solvers import SOLVERS
 from jit_accel.model.spaces import convert
 from jit_accel.sample.settings import SampleConfig
@@ -21,20 +21,22 @@ def gaussian_x(z, t):
     return DATA_MEAN + t * DATA_STD**2 / variance * (z - t * DATA_MEAN)
 
 
-def integrate(scheduler, z, steps, method, predict=gaussian_x):
-    scheduler.set_timesteps(steps, method=method)
+def integrate(scheduler, z, steps, method, predict=gaussian_x, **how):
+    scheduler.set_timesteps(steps, method=method, **how)
     for t in scheduler.timesteps:
         z = scheduler.step(predict(z, t.double()), t, z).prev_sample
     return z
 
 
+@pytest.mark.parametrize("time_shift", [1, 2.5, 0.5])
 @pytest.mark.parametrize("method", SOLVERS)
-def test_solvers_converge_at_their_order(method):
+def test_solvers_converge_at_their_order(method, time_shift):
     # The flow of a Gaussian is affine: z at t = 1 is mean + std * z at t = 0. Small t_eps: the clamp is not the flow.
     scheduler = JiTScheduler(t_eps=1e-4)
     z0 = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(1, 1, 3, 3)
     errors = [
-        (integrate(scheduler, z0, n, method) - (DATA_MEAN + DATA_STD * z0)).abs().max().item() for n in (32, 64, 128)
+        (integrate(scheduler, z0, n, method, time_shift=time_shift) - (DATA_MEAN + DATA_STD * z0)).abs().max().item()
+        for n in (64, 128, 256)
     ]
     observed = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
     assert observed == pytest.approx([SOLVERS[method].order] * 2, abs=0.15)
@@ -76,6 +78,17 @@ def test_timesteps_are_the_model_calls(method):
     expected = [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75] if method == "heun" else [0, 0.25, 0.5, 0.75]
     assert scheduler.timesteps.tolist() == expected == scheduler.call_times
     assert scheduler.order == (2 if method == "heun" else 1)
+
+
+def test_a_shift_of_time_multiplies_the_ratio_of_noise_to_image():
+    equal, finer = (torch.tensor(time_grid(8, shift)) for shift in (1, 3))
+    assert torch.equal(equal, torch.linspace(0, 1, 9))
+    assert torch.allclose((1 - finer[1:]) / finer[1:], 3 * (1 - equal[1:]) / equal[1:])
+    assert (finer[0], finer[-1]) == (0, 1)
+    assert (finer[1:-1] < equal[1:-1]).all()  # shorter steps near the noise
+    scheduler = JiTScheduler()
+    scheduler.set_timesteps(8, method="euler", time_shift=3)
+    assert scheduler.call_times == finer[:-1].tolist()
 
 
 def test_all_programs_know_the_same_solvers():
@@ -203,3 +216,6 @@ def test_unknown_settings_are_answered_with_the_choices():
         JiTScheduler().set_timesteps(5, method="huen")
     with pytest.raises(ValueError, match="at least 1"):
         JiTScheduler().set_timesteps(0)
+    for shift in (0, -1, math.nan, math.inf, "2", True):
+        with pytest.raises(ValueError, match=r"time_shift .* must be a positive number"):
+            JiTScheduler().set_timesteps(5, time_shift=shift)

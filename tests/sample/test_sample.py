@@ -183,6 +183,33 @@ def test_images_of_another_shape(sample, tmp_path):
 
 
 @pytest.mark.multiprocess
+def test_shifted_times_and_a_guide_are_the_pipelines_and_stand_in_the_record(sample, model, tmp_path, capsys):
+    worse = JiTPipeline.from_pretrained(model)
+    with torch.no_grad():
+        for weights in worse.transformer.parameters():
+            weights.mul_(0.9)
+    worse.save_pretrained(tmp_path / "worse")
+    flags = ("--num_images", "2", "--guidance_scale", "2", "--guidance_interval", "0", "1")
+    assert sample(*flags, "--time_shift", "3", "--guide", str(tmp_path / "worse")) == 0
+    assert "2 Heun steps, time shift 3, guidance 2" in capsys.readouterr().out
+    pipe = JiTPipeline.from_pretrained(model)
+    pipe.guide = worse
+    settings = SamplerSettings(2, 2.0, (0.0, 1.0), "heun", 3.0)
+    ((_, expected),) = generate_batches(pipe, [0, 1], settings=settings)
+    made = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "out").rglob("*.png"), key=lambda p: p.name)]
+    assert sorted(image.tobytes() for image in made) == sorted(
+        image.permute(1, 2, 0).contiguous().numpy().tobytes() for image in expected
+    )
+    again = (*flags, "--guide", str(tmp_path / "worse"), "--resume")
+    assert sample(*again, "--time_shift", "3") == 0
+    assert sample(*again) == 2
+    assert "time_shift" in capsys.readouterr().err
+    assert sample(*flags, "--time_shift", "3", "--resume") == 2
+    assert "guide" in capsys.readouterr().err
+    assert sample(*flags, "--guide", str(tmp_path / "nowhere"), output="new") == 2
+    assert "--guide" in capsys.readouterr().err
+
+
 def test_files_are_the_same_from_two_processes_and_at_any_batch_size(sample, model, tmp_path):
     assert sample("--num_images", "7", "--batch_size", "5") == 0
     codes, said = sample_group(model, tmp_path / "two", "--num_images", "7", "--batch_size", "3")
@@ -425,7 +452,9 @@ def test_a_trajectory_shows_what_the_network_predicts_and_ends_in_the_image(pred
     z = start_noise(pipe, 3, [1, 12], 16, 16)
     shown, predicted = [], []
     hook = pipe.transformer.register_forward_hook(lambda _, args, out: predicted.append((*args[:2], out[0])))
-    step_done = denoising(z, 4, [0, 2, 4], lambda *what: shown.append(what), pipe.scheduler.config.t_eps)
+    step_done = denoising(
+        z, [0, 0.25, 0.5, 0.75, 1], [0, 2, 4], lambda *what: shown.append(what), pipe.scheduler.config.t_eps
+    )
     more = {"method": "euler", "guidance_scale": 1.0, "output_type": "latent"}
     final = pipe([1, 2], 4, latents=z, callback_on_step_end=step_done, **more).images
     hook.remove()
