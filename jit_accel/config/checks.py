@@ -55,6 +55,7 @@ RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (lambda v: 0 <= v <= 1, "a share between 0 and 1", "max_bad_images"),
     (lambda v: isinstance(v, str) or 0 <= v <= 0.5, "a share between 0 (none) and 0.5, or a split's name", "holdout"),
     (lambda v: 0 <= v <= 1, "a probability between 0 and 1", "label_drop_prob condition_drop_prob"),
+    (lambda v: 1 <= v < math.inf, "1 (none) or more, such as 2", "model_guidance"),
     (lambda v: 0 <= v <= MOST_CHANNELS, f"at most {MOST_CHANNELS}, or 0 for those of the data", "condition_channels"),
     (lambda v: v >= 1, "at least 1; leave it out for none", "condition_bottleneck"),
     (lambda v: all(0 <= beta < 1 for beta in v), "two numbers in [0, 1)", "adam_betas"),
@@ -163,6 +164,8 @@ def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
     ):
         rule = f"memory would hold the evaluation between them (--eval_every_steps {s.eval_every_steps}): take others."
         yield "profile_steps", rule
+    if s.model_guidance > 1 and s.label_drop_prob == 0:
+        yield "model_guidance", "leads away from no class, which the network never sees: raise --label_drop_prob."
     for name in ("wandb_log_model", "wandb_watch", "wandb_class_images"):
         if getattr(s, name) and not s.use_wandb and "wandb" not in s.report_to:
             yield name, "says what is sent to W&B, but nothing is: add --use_wandb."

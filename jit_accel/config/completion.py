@@ -91,6 +91,10 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
     longest = EMA_SHARE_OF_RUN * plan.total_steps
     decays = [str(decay) for decay in PAPER_EMA_DECAYS if 1 / (1 - decay) <= longest]
     guidance = 2.0 if facts.start is None or facts.start.guidance_scale is None else facts.start.guidance_scale
+    learns_it = config.objective.model_guidance > 1
+    if learns_it and not facts.is_labelled:
+        rule = "is a guidance on labels, and this data has none: leave it out."
+        raise UserError(rule, about="model_guidance", value=config.objective.model_guidance)
     defaults: dict[str, Any] = {
         "img_size": size,
         "lanes": None if facts.saved else facts.lanes,
@@ -99,7 +103,7 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         "proj_dropout": preset.proj_dropout,
         "noise_scale": 1.0 if config.objective.path == "bridge" else usual_noise_scale(size),
         "learning_rate": default_rate(config, plan)[0],
-        "guidance_scale": guidance if facts.is_labelled and not facts.condition_channels else 1.0,
+        "guidance_scale": guidance if facts.is_labelled and not facts.condition_channels and not learns_it else 1.0,
         "method": DEFAULT_METHOD,
         "num_inference_steps": 50 if config.sample.method == "heun" else 25,
         "paired_every_steps": _paired_every_steps(config, facts, plan),

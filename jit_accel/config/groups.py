@@ -161,6 +161,9 @@ class ObjectiveConfig:
     """Where the path to the image starts: at noise; or, for a bridge, at the condition, which has its channels."""
     label_drop_prob: float = 0.1
     """Share of labels replaced by "no class", for classifier-free guidance."""
+    model_guidance: float = 1.0
+    """Scale of a guidance on labels that the network learns, so that samples need none: one call of it a step. 1: none.
+    A step costs a forward pass more."""
     condition_drop_prob: float = 0.1
     """Share of conditions, pictures or numbers, replaced by a learned "none", for guidance on the condition."""
 

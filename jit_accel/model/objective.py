@@ -1,7 +1,7 @@
 """The objective of JiT (arXiv 2511.13720), and the draws for each image: its time, noise and dropped label."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,12 @@ class Objective:
     label_drop_prob: float = 0.1
     condition_drop_prob: float = 0.1
     path: str = "noise"
+    model_guidance: float = 1.0
+    no_class: int | None = None  # the label that says so, for model_guidance
+
+    def unguided(self) -> "Objective":
+        """Return the same objective without model guidance, whose losses can be compared with any other's."""
+        return replace(self, model_guidance=1.0)
 
     def times(self, seed: int, positions) -> Tensor:
         """Draw logit-normal times, float32 (B,) in (0, 1), on the CPU."""
@@ -76,12 +82,25 @@ class Objective:
             conditions: what else the network is given, such as `condition_image`, `vectors`, and their masks.
         """
         z, times = noised(x, e, t), t.view(-1, 1, 1, 1)
+        away = None if self.model_guidance == 1 else self._without_class(model, z, t, labels, conditions)
         predicted = model(z, t, labels, **conditions).sample.float()
         truth = {"x": x, "e": e, "v": x - e}[self.prediction]
+        if away is not None:
+            has_class = (labels != self.no_class).view(len(labels), -1).any(1).view(-1, 1, 1, 1)
+            truth = truth + has_class * (1 - 1 / self.model_guidance) * (predicted.detach() - away)
         found, wanted = (
             convert(value, z, times, self.prediction, self.loss_space, self.t_eps) for value in (predicted, truth)
         )
         return (found - wanted).square().mean(dim=(1, 2, 3))
+
+    def _without_class(self, model, z: Tensor, t: Tensor, labels: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """Return what the network predicts of no class, for the targets of model guidance (arXiv 2502.12154).
+
+        Where prediction and target agree, p = truth + w (p - p without class), the network has learnt what guidance of
+        the scale 1 / (1 - w) makes of two predictions, and gives it by one.
+        """
+        with torch.no_grad():
+            return model(z, t, torch.full_like(labels, self.no_class), **conditions).sample.float()
 
     def drawn_losses(
         self, model, x: Tensor, labels: Tensor, seed: int, positions, conditions: Mapping[str, Tensor]

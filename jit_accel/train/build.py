@@ -274,7 +274,7 @@ def assemble(
         model=model,
         optimizers=optimizers,
         averages=averages,
-        objective=objective(**vars(config.objective)),
+        objective=objective(**vars(config.objective), no_class=network.config.num_classes),
         aux=build_aux_losses(config.aux, config.objective, plan.total_steps, accelerator),
         tuning=tuning,
         feed=feed,

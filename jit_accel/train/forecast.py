@@ -142,13 +142,20 @@ def copies_gib(network: nn.Module, optim: OptimConfig, accelerator) -> float:
     return checkpoint_bytes(weights, moments, len(optim.ema_decays)) / accelerator.num_processes / GIB
 
 
-def expected_cost(network: nn.Module, optimizers: Iterable, optim: OptimConfig, accelerator) -> StepCost:
-    """Return what a step should cost the process that it costs most; all together, with weights and averages there."""
+def expected_cost(
+    network: nn.Module, optimizers: Iterable, optim: OptimConfig, accelerator, is_guided: bool = False
+) -> StepCost:
+    """Return what a step should cost the process that it costs most; all together, with weights and averages there.
+
+    is_guided: by the objective, which passes each image forward once more.
+    """
     device, micro_steps = accelerator.device, accelerator.gradient_accumulation_steps
     used, free = used_gib(device), free_gib(device)
     trial = try_block(network.config, optim.batch_size, device, accelerator.autocast, optim)
     how = {"stay": micro_steps * accelerator.num_processes > 1, "has_state": any(each.state for each in optimizers)}
     cost = cost_of_step(trial, network, optim, micro_steps, **how)
+    if is_guided:
+        cost = replace(cost, seconds=cost.seconds + micro_steps * optim.batch_size * cost.forward_s)
     more = cost.memory_gib + copies_gib(network, optim, accelerator)
     return highest(replace(cost, memory_gib=used + more, missing_gib=more - free))
 

@@ -170,7 +170,8 @@ class Trainer:
         return 0
 
     def expected_cost(self) -> StepCost:
-        return forecast.expected_cost(self.network, self.optimizers, self.optim, self.accelerator)
+        is_guided = self.objective.model_guidance != 1
+        return forecast.expected_cost(self.network, self.optimizers, self.optim, self.accelerator, is_guided)
 
     def look_ahead(self, cost: StepCost | None = None) -> None:
         """Say what time and memory the steps ahead take, by this `cost`, or that of a block; all processes together."""
@@ -212,7 +213,7 @@ class Trainer:
             self.watch.go_on()
             labels = self.tuning.labels_of(batch)
             drawn = (labels, self.validation.seed, batch.positions, arguments_of(batch))
-            return self.objective.drawn_losses(self.model, batch.images, *drawn)[0]
+            return self.objective.unguided().drawn_losses(self.model, batch.images, *drawn)[0]
 
         self.model.eval()
         found = {}

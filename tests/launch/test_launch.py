@@ -161,6 +161,7 @@ NOT_IN_RECIPES = {
     ),
     # Of no effect where there is no condition, or no further loss.
     *("condition_drop_prob", "guidance_on", "path"),
+    "model_guidance",
 }
 
 

@@ -110,3 +110,40 @@ def test_labels_are_dropped_at_the_given_rate():
     assert torch.equal(dropped[~gone], labels[~gone])
     assert abs(gone.double().mean() - 0.1) < 5 * (0.09 / 50_000) ** 0.5
     assert torch.equal(Objective(label_drop_prob=0.0).dropped(0, range(50_000), labels, 10), labels)
+
+
+class Table(torch.nn.Module):
+    """A network that predicts a number for each label, whatever it is shown."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.values = torch.nn.Parameter(torch.zeros(count, dtype=torch.float64))
+
+    def forward(self, z, t, labels):
+        return type("Output", (), {"sample": self.values[labels].view(-1, 1, 1, 1).expand_as(z)})
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5, 3.0])
+def test_a_network_that_learnt_guidance_predicts_what_guidance_would_make(scale):
+    """Images of class 0 are 0.2, of class 1 0.8, and where the label is left out it is one of the two."""
+    model, objective = Table(3), Objective(loss_space="x", model_guidance=scale, no_class=2)
+    x = torch.tensor([0.2, 0.8, 0.2, 0.8]).view(4, 1, 1, 1).expand(4, 1, 2, 2)
+    labels, t = torch.tensor([0, 1, 2, 2]), torch.full((4,), 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(300):
+        optimizer.zero_grad()
+        objective.losses(model, x, t, torch.zeros_like(x), labels).mean().backward()
+        optimizer.step()
+    expected = [0.5 + scale * (0.2 - 0.5), 0.5 + scale * (0.8 - 0.5), 0.5]
+    assert model.values.tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def test_model_guidance_changes_no_loss_where_no_image_has_a_class_and_none_when_it_is_1():
+    model, x = Table(3), torch.rand(4, 1, 2, 2)
+    torch.nn.init.normal_(model.values)
+    t, e = torch.full((4,), 0.5), torch.randn(4, 1, 2, 2)
+    objective = Objective(model_guidance=2.0, no_class=2)
+    for labels, are_equal in ((torch.tensor([2, 2, 2, 2]), True), (torch.tensor([0, 2, 2, 1]), False)):
+        plain = Objective().losses(model, x, t, e, labels)
+        assert torch.equal(objective.losses(model, x, t, e, labels), plain) == are_equal
+        assert torch.equal(objective.unguided().losses(model, x, t, e, labels), plain)
