@@ -45,6 +45,7 @@ RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (lambda v: -math.inf < v[0] < v[1] < math.inf, "two numbers, the smaller one first", "value_range"),
     (lambda v: 0 <= v <= MOST_WORKERS, f"0 or more and at most {MOST_WORKERS:,}", "num_workers"),
     (lambda v: v >= 0, "0 or more", "warmup_steps save_every_steps sample_every_steps val_every_steps"),
+    (lambda v: v >= 0, "a number of steps, or 0 for never", "average_snapshots"),
     (lambda v: v >= 0, "0 or more", "eval_every_steps paired_every_steps"),
     (lambda v: 0 <= v < math.inf, "0 or more", "warmup_epochs min_learning_rate weight_decay"),
     (lambda v: 0 <= v < math.inf, "0 or more (1 = no guidance)", "guidance_scale"),

@@ -1,5 +1,6 @@
 """The groups of settings, each with its default and what `--help` says of it, below."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,10 +12,30 @@ MOST_STEPS, MOST_IMAGES, MOST_PIXELS = 10_000, 10_000_000, 16_384
 MOST_CHANNELS = 64
 MOST_CLASSES, MOST_WORKERS = 1_000_000, 1024  # processes that decode
 UNAVERAGED = "model"  # in place of a decay: the weights themselves
+# Relative widths of the averages that snapshots are kept of, and the widest that a power function has.
+SNAPSHOT_WIDTHS, MOST_WIDTH = (0.05, 0.1), 0.288  # arXiv 2312.02696, section 3
 STREAMING = {"auto": None, "true": True, "false": False}
 
 
 RawType = Literal["uint8", "uint16", "int16", "int32", "float16", "float32", "float64"]
+
+
+def width_name(width: float) -> str:
+    """Return the name that a power-function average of this relative width has beside the decays."""
+    return f"width_{width:.6g}"
+
+
+def width_of(name: str) -> float | None:
+    """Return the relative width of the average of this name; None for a decay, and any other name."""
+    match = re.fullmatch(r"width_(\d+(?:\.\d+)?(?:e-\d+)?)", name)
+    return float(match[1]) if match else None
+
+
+def problem_of_width(width: float) -> str | None:
+    """Return what is wrong with the relative width of an average; None where nothing is."""
+    if 0.001 <= width < MOST_WIDTH:
+        return None
+    return f"must be 0.001 or more and below {MOST_WIDTH}, the widths that power-function averages have."
 
 
 def problem_of_separator(separator: str | None, label_column: str | None) -> str | None:
@@ -210,6 +231,19 @@ class OptimConfig:
     """Clip the gradient's L2 norm; 0 = never, as in the paper."""
     ema_decays: tuple[str, ...] | None = None
     """Decays of the averages; auto = memory of a tenth of the run (default: auto, and the paper's in long runs)."""
+    average_snapshots: int = 0
+    """Track two further averages, and store them at this interval of steps, to make averages of any width of them
+    after the training, by --ema_width of jit_accel.evaluate and jit_accel.convert. 0 = never."""
+
+    @property
+    def tracked_widths(self) -> tuple[str, ...]:
+        """Names of the averages that are tracked for snapshots."""
+        return tuple(map(width_name, SNAPSHOT_WIDTHS)) if self.average_snapshots else ()
+
+    @property
+    def num_averages(self) -> int:
+        """Copies of the weights that are averages."""
+        return len(self.ema_decays) + len(self.tracked_widths)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ WITHOUT_EFFECT = (
     *("output_dir", "resume", "dry_run", "num_workers", "max_bad_images", "compile", "gradient_checkpointing"),
     "init_from",  # the weights have left it behind
     *("save_every_steps", "keep_checkpoints", "log_every_steps", "val_every_steps", "val_images", "max_stall_minutes"),
-    "profile_steps",
+    *("profile_steps", "average_snapshots"),
     *("sample_every_steps", "guidance_scale", "guidance_on", "method", "num_inference_steps"),
     *(field.name for group in (EvalConfig, HealthConfig, HubConfig, TrackingConfig) for field in fields(group)),
 )

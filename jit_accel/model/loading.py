@@ -10,7 +10,15 @@ from diffusers.utils import logging as diffusers_logging
 
 from jit_accel.base.errors import UserError, check_places, lookup, message_of, nearest
 from jit_accel.base.files import write_text
-from jit_accel.config.groups import UNAVERAGED, ConditionConfig, ModelConfig, ObjectiveConfig
+from jit_accel.config.groups import (
+    UNAVERAGED,
+    ConditionConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    problem_of_width,
+    width_name,
+    width_of,
+)
 from jit_accel.config.presets import Size
 from jit_accel.config.run_groups import SheetConfig
 from jit_accel.config.settings import Config
@@ -22,6 +30,7 @@ from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.saved_weights import only_variant, weights_fingerprint
 from jit_accel.model.scheduler import JiTScheduler
 from jit_accel.model.transformer import JiTTransformer2DModel, build_model
+from jit_accel.model.width_averages import load_average
 
 PIPELINE_FOLDER = "pipeline"  # in a run's
 
@@ -68,7 +77,12 @@ def build_pipeline(
 
 
 def load_pipeline(
-    model: str | os.PathLike, ema: str | None = None, torch_dtype: torch.dtype = torch.float32, about: str = "model"
+    model: str | os.PathLike,
+    ema: str | None = None,
+    torch_dtype: torch.dtype = torch.float32,
+    about: str = "model",
+    *,
+    ema_width: float | None = None,
 ) -> JiTPipeline:
     """Load a trained model as a pipeline, on the CPU and ready for inference.
 
@@ -79,14 +93,17 @@ def load_pipeline(
             weights themselves. None: the weights in the pipeline folder, and of a checkpoint the first average.
         torch_dtype: of the weights; the ODE is float32 always.
         about: the setting that names it, for errors.
+        ema_width: relative width, in (0, 0.288), of a power-function average (arXiv 2312.02696) to make of what the run
+            stored with `average_snapshots`, in place of `ema`. A name for `ema` is "width_0.05", too.
 
-    Raises `UserError`: nothing of that kind is there, it is broken, or it has no such average.
+    Raises `UserError`: nothing of that kind is there, it is broken, or it has no such average, nor what to make it of.
 
     Example:
         >>> pipe = load_pipeline("runs/flowers", ema="0.9999").to("cuda")
         >>> pipe("daisy").images[0].save("daisy.png")
     """
     check_places({about: str(model)})
+    ema = average_name(ema, ema_width)
     path, folder = str(model), Path(model).expanduser()
     exported = find_pipeline_in(folder) if ema is None else None
     checkpoint = None if exported else find_checkpoint_in(folder)
@@ -94,7 +111,8 @@ def load_pipeline(
         pipeline = pipeline_of_checkpoint(checkpoint, ema, about)
     elif ema is not None:
         rule = f"{path} has no checkpoint to take averages from: give the output folder of a run, or leave "
-        raise UserError(f"{rule}the flag out to use the weights of the pipeline folder.", about="ema", value=ema)
+        rule += "the flag out to use the weights of the pipeline folder."
+        raise UserError(rule, **_named(ema))
     elif not exported and (folder.exists() or path.count("/") != 1):
         rule = "holds no pipeline (model_index.json) and no checkpoint: give a pipeline folder, the output folder of a "
         raise UserError(f"{rule}run, or owner/name of the Hub.", about=about, value=path)
@@ -114,6 +132,24 @@ def load_pipeline(
             raise UserError(rule, about=about, value=exported or path) from None
     # diffusers warns of modules to keep in float32, of which there are none
     return pipeline if pipeline.dtype == torch_dtype else pipeline.to(torch_dtype)
+
+
+def average_name(ema: str | None, ema_width: float | None) -> str | None:
+    """Return the name of the average that one of two settings says, if any. UserError: both do, or no width is one."""
+    if ema_width is None:
+        return ema
+    if ema is not None:
+        rule = f"says which average is taken, as --ema {ema} does: give one of them."
+        raise UserError(rule, about="ema_width", value=f"{ema_width:g}")
+    if (problem := problem_of_width(ema_width)) is not None:
+        raise UserError(problem, about="ema_width", value=f"{ema_width:g}")
+    return width_name(ema_width)
+
+
+def _named(ema: str) -> dict[str, str]:
+    """Return the setting that names an average, and its value, as `UserError` takes them."""
+    width = width_of(ema)
+    return {"about": "ema", "value": ema} if width is None else {"about": "ema_width", "value": f"{width:g}"}
 
 
 def load_quietly(
@@ -158,12 +194,15 @@ def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, about: str 
         run = read_run(checkpoint)
         config, choices = Config.of_record(run["settings"]), (*averages_of(checkpoint), UNAVERAGED)
         ema = choices[0] if ema is None else ema
-        if ema not in choices:
+        if width_of(ema) is None and ema not in choices:
             raise UserError(f"{checkpoint} has {', '.join(choices)}.{nearest(ema, choices)}", about="ema", value=ema)
         with torch.device("meta"):
             facts = run.get("vectors"), run.get("has_several_labels", False)
             network = build_network(config.model, config.condition, config.data.img_size, *facts)
-        weights = load_tensors(checkpoint, UNAVERAGED if ema == UNAVERAGED else f"ema_{ema}", about)
+        if width_of(ema) is None:
+            weights = load_tensors(checkpoint, UNAVERAGED if ema == UNAVERAGED else f"ema_{ema}", about)
+        else:
+            weights = load_average(checkpoint, ema, about)
         if config.tune.lora_rank:
             weights = merged(base_of(checkpoint, run), weights, config.tune.lora_alpha / config.tune.lora_rank)
         network.load_state_dict(weights, strict=True, assign=True)

@@ -121,6 +121,18 @@ def read_metrics(output_dir: Path) -> list[dict]:
     return list(iterate_metrics(output_dir))
 
 
+def leave_interruption(output_dir: Path, step: int) -> None:
+    """Leave a file that says where a signal stopped a run."""
+    with contextlib.suppress(OSError):
+        (output_dir / INTERRUPTED_FILE).write_text(f"stopped at step {step}; go on with --resume auto\n")
+
+
+def remove_notes(output_dir: Path) -> None:
+    """Remove what an earlier start has left of its end. Raises `OSError`."""
+    for name in (INTERRUPTED_FILE, FAILED_FILE):
+        (output_dir / name).unlink(missing_ok=True)
+
+
 def leave_failure(output_dir: Path, reason: str) -> None:
     """Leave the reason for which a run failed as a file, unless the folder is another's by now."""
     with contextlib.suppress(OSError, UserError):

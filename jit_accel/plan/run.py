@@ -96,7 +96,7 @@ def plan(settings: PlanConfig, training: Sequence[str]) -> int:
         completed.data.img_size,
         classes,
         optim.optimizer,
-        len(optim.ema_decays),
+        optim.num_averages,
     )
     work = Workload(*of_work, precision, model.proj_dropout)
     machines = machines_of(settings, precision)
@@ -109,7 +109,7 @@ def plan(settings: PlanConfig, training: Sequence[str]) -> int:
     fitting = [case for case in cases_of(work, machines, shardings, share, divisors(share)) if machines.fits(case)]
     if not fitting:
         say("\nNothing fits, not with one image at a time: more GPUs (--num_gpus), a kind with more memory, fewer")
-        say("averages (--ema_decays), larger patches, or a smaller model.")
+        say("averages (--ema_decays, --average_snapshots), larger patches, or a smaller model.")
         return 1
     best = min(fitting, key=lambda case: case.seconds)  # the first of equal ones
     had = config.performance.gradient_checkpointing

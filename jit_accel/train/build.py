@@ -237,7 +237,7 @@ def assemble(
     make_moments(optimizers)
     settle_buckets(model, config.optim.batch_size, accelerator)
     network = accelerator.unwrap_model(model)
-    averages = Ema(network, config.optim.ema_decays)
+    averages = Ema(network, config.optim.ema_decays, config.optim.tracked_widths)
     class_names = [*tuning.class_names, *map(str, range(len(tuning.class_names), config.model.num_classes))]
     kept = source.vector_record, config.data.value_range
     pipeline = build_pipeline(network, config.objective, class_names, config.sample, *kept)

@@ -94,7 +94,7 @@ def try_block(sizes, most_images: int, device: torch.device, autocast, optim: Op
     image_s = min(seconds / images for images, (seconds, _) in runs.items())
     image_bytes = (kept_bytes - bytes_before) / (images - before)
     optimizers = build_optimizers(nn.ModuleDict({"blocks": nn.ModuleList([block])}), optim)
-    averages = Ema(block, optim.ema_decays)
+    averages = Ema(block, optim.ema_decays, optim.tracked_widths)
     for _ in range(2):  # the first one makes the optimizer's state
         began = now(device)
         for optimizer in optimizers:
@@ -139,7 +139,7 @@ def copies_gib(network: nn.Module, optim: OptimConfig, accelerator) -> float:
         moments_of(p.numel(), is_muon=optim.optimizer == "muon" and is_block_matrix(name, p)) for name, p in params
     )
     weights = sum(p.numel() for _, p in params)
-    return checkpoint_bytes(weights, moments, len(optim.ema_decays)) / accelerator.num_processes / GIB
+    return checkpoint_bytes(weights, moments, optim.num_averages) / accelerator.num_processes / GIB
 
 
 def expected_cost(

@@ -26,7 +26,7 @@ from jit_accel.model.card import CARD_FILE, CARD_PICTURE, training_card
 from jit_accel.model.loading import PIPELINE_FOLDER
 from jit_accel.model.lora import merged
 from jit_accel.model.pipeline import JiTPipeline
-from jit_accel.monitor.log import iterate_metrics
+from jit_accel.monitor.log import REPORT_FILE, iterate_metrics
 from jit_accel.monitor.metric_table import TRAIN_LOSS
 from jit_accel.train.averages import Ema
 from jit_accel.train.initial_weights import Tuning
@@ -138,6 +138,13 @@ def is_exported(output_dir: Path, sheet: Path) -> bool:
     """Return True where the run's folder has a whole pipeline folder, exported together with this sheet of samples."""
     copy = output_dir / PIPELINE_FOLDER / CARD_PICTURE
     return sheet.exists() and copy.exists() and filecmp.cmp(copy, sheet, shallow=False)
+
+
+def places_of(output_dir: Path, sheet: Path, *, has_report: bool) -> str:
+    """Return the names and paths of what a finished run leaves, one a line."""
+    places = {"Samples": sheet, "Loss curve": output_dir / CURVE_FILE, "Pipeline": output_dir / PIPELINE_FOLDER}
+    places |= {"Report": output_dir / REPORT_FILE} if has_report else {}
+    return "\n".join(f"{name + ':':<12}{path}" for name, path in places.items())
 
 
 def draw_loss_curve(output_dir: Path) -> None:

@@ -155,6 +155,8 @@ class RunFacts:
                 for name in FIXED_SETTINGS
                 if settings[name] != fixed[name]
             ]
+            if settings["average_snapshots"] and not saved["settings"].get("average_snapshots"):
+                differences.append("the averages that --average_snapshots stores were not tracked from its beginning")
             if saved["fingerprint"] != self.facts["fingerprint"]:
                 differences.append(f"--data_path is {self.facts['data']}, the checkpoint has {saved['data']}")
         if differences:

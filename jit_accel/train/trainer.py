@@ -28,10 +28,11 @@ from jit_accel.model.loading import PIPELINE_FOLDER
 from jit_accel.model.lora import refuse_other_base
 from jit_accel.model.manifest import read_manifest
 from jit_accel.model.objective import Objective
-from jit_accel.monitor.log import FAILED_FILE, INTERRUPTED_FILE, REPORT_FILE, is_measured
+from jit_accel.monitor.log import is_measured, leave_interruption, remove_notes
 from jit_accel.monitor.metric_table import EMA_VAL_LOSS, EVAL, STEP_TIME, VAL_LOSS, part_of
 from jit_accel.monitor.monitor import Monitor, peak_memory_gib
 from jit_accel.train import forecast
+from jit_accel.train.average_snapshots import AverageSnapshots
 from jit_accel.train.averages import Ema
 from jit_accel.train.feed import Feed, Validation
 from jit_accel.train.forecast import Grace, StepCost
@@ -39,7 +40,7 @@ from jit_accel.train.initial_weights import Tuning
 from jit_accel.train.occasions import Occasion, due
 from jit_accel.train.optimizers import lr_at, set_lr, take_step
 from jit_accel.train.profile import StepProfile
-from jit_accel.train.results import CURVE_FILE, is_exported, read_record, record_run, write_record, write_results
+from jit_accel.train.results import is_exported, places_of, read_record, record_run, write_record, write_results
 from jit_accel.train.samples import SampleMeasure, SampleSheets
 from jit_accel.train.state import NamedTensors, OptimizerState, RunFacts
 
@@ -73,24 +74,28 @@ class Trainer:
         self.seed, self.output_dir = run.seed, Path(run.output_dir)
         self.network = self.accelerator.unwrap_model(self.model)
         self.checkpointer = Checkpointer(self.accelerator, self.output_dir, run.keep_checkpoints, self.watch.go_on)
+        self.snapshots = AverageSnapshots(self.accelerator, self.output_dir, averages.widths, self.monitor.pause)
         self.profile = StepProfile(run.profile_steps, self.output_dir, self.accelerator.process_index)
         self.step = self.first_step = 0  # of this start
         self.saved_step: int | None = None  # by this start
         self.grace = Grace(self.accelerator.is_main_process)
         self.parts = {
             "model": NamedTensors(averages.params),
-            **{f"ema_{decay}": NamedTensors(average) for decay, average in averages.averages.items()},
+            **{f"ema_{name}": NamedTensors(average) for name, average in averages.all.items()},
             "optimizer": OptimizerState(self.network, self.optimizers),
             "feed": self.feed,
             "monitor": self.monitor,
             "scaler": self.accelerator.scaler,
             "run": self.facts,
         }
+        store, is_stored = (lambda: self.snapshots.begin(self.step)), (lambda: self.snapshots.has(self.step))
+        has_sheet = partial(on_main, self.accelerator, lambda: self.sheet_path.exists())
         self.occasions = [
             Occasion("log", run.log_every_steps, self.flush, at_end=False, reads_first=False),
             Occasion("save", run.save_every_steps, self.save),
+            Occasion("snapshot", self.optim.average_snapshots, store, is_stored, at_end=False),
             # After the checkpoint is begun, so that whatever happens to them costs no step.
-            Occasion("sample", self.sheets.settings.sample_every_steps, self.sample, self._has_sheet, at_end=False),
+            Occasion("sample", self.sheets.settings.sample_every_steps, self.sample, has_sheet, at_end=False),
         ]
         if self.validation:  # before the metrics of the step are read, since it adds to them
             every = run.val_every_steps
@@ -248,6 +253,7 @@ class Trainer:
         """Begin a checkpoint of this step, once; the metrics have been read, and are finite."""
         if self.saved_step != self.step:
             with self.monitor.pause():
+                self.snapshots.finish()  # a start that goes on from this step has all of those before it
                 self.checkpointer.begin(self.step, self.parts)
             self.saved_step = self.step
 
@@ -265,9 +271,6 @@ class Trainer:
     @property
     def sheet_path(self) -> Path:
         return self.output_dir / "samples" / f"step_{self.step:08d}.png"
-
-    def _has_sheet(self) -> bool:
-        return on_main(self.accelerator, self.sheet_path.exists)
 
     def sample(self) -> None:
         """Draw this step's sheet of samples, all processes together, and report it."""
@@ -301,10 +304,10 @@ class Trainer:
         self.record = {}
         if self.accelerator.is_main_process:
             self.record = record_run(self.facts.facts, self.plan, self.network, self.accelerator)
-            for marker in (INTERRUPTED_FILE, FAILED_FILE):
-                (self.output_dir / marker).unlink(missing_ok=True)
+            remove_notes(self.output_dir)
             for later in self.checkpointer.set_aside_after(self.step):
                 self.say(f"Set aside {later.name}, which lies behind step {self.step:,}, as abandoned_{later.name}")
+            self.snapshots.remove_after(self.step)
             if self.step < self.plan.total_steps:
                 write_record(self.record, self.facts.facts["settings"], self.output_dir)
             else:  # what it was trained with stays its record, whatever this start says
@@ -315,15 +318,15 @@ class Trainer:
         self.flush()
         self.save()
         self.checkpointer.finish()
+        self.snapshots.finish()
         if self.accelerator.is_main_process:
-            with contextlib.suppress(OSError):
-                note = f"stopped at step {self.step}; go on with --resume auto\n"
-                (self.output_dir / INTERRUPTED_FILE).write_text(note)
+            leave_interruption(self.output_dir, self.step)
         self.say(f"Stopped by a signal at step {self.step:,}. Go on with --resume auto.")
         return self._close(128 + self.stops.number)
 
     def _finish(self) -> int:
         self.checkpointer.finish()
+        self.snapshots.finish()
         self.watch.at("writes the results", may_last=True)
         # The main process decides: the others may see another state of a shared file system.
         output_dir, sheet = self.output_dir, self.sheet_path
@@ -332,13 +335,9 @@ class Trainer:
             results = (self.sheets.pipeline, self.averages, self.tuning, self.record)
             write_results(output_dir, sheet, *results, self.accelerator)
         self.monitor.log_model(output_dir / PIPELINE_FOLDER, self.step)
-        places = {"Samples": sheet, "Loss curve": output_dir / CURVE_FILE, "Pipeline": output_dir / PIPELINE_FOLDER}
-        if self.monitor.report.is_wanted:
-            places["Report"] = output_dir / REPORT_FILE
-        self.say("\n".join(f"{name + ':':<12}{path}" for name, path in places.items()))
-        if bad_images := self.feed.all_bad_images():
-            names = "".join(f"\n  {name}" for name in bad_images)
-            self.say(f"Skipped {len(bad_images)} images that cannot be decoded:{names}")
+        self.say(places_of(output_dir, sheet, has_report=self.monitor.report.is_wanted))
+        if skipped := self.feed.all_bad_images():
+            self.say("\n  ".join([f"Skipped {len(skipped)} images that cannot be decoded:", *skipped]))
         return self._close(0)
 
     def _close(self, exit_code: int) -> int:

@@ -152,7 +152,7 @@ NOT_IN_RECIPES = {
         "num_classes",
     ),
     *("in_channels", "epochs", "max_steps", "warmup_epochs", "warmup_steps", "learning_rate", "mixed_precision"),
-    *("val_every_steps", "val_images", "max_stall_minutes", "profile_steps"),
+    *("val_every_steps", "val_images", "max_stall_minutes", "profile_steps", "average_snapshots"),
     *("output_dir", "resume", "dry_run"),
     *(
         field.name
