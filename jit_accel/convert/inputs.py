@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, serialization
 
 from jit_accel.base.errors import UserError, nearest
-from jit_accel.config.groups import UNAVERAGED
+from jit_accel.config.groups import UNAVERAGED, width_name
 from jit_accel.convert.diffusers_layout import (
     joined_qkv,
     network_folder,
@@ -24,6 +24,7 @@ from jit_accel.convert.diffusers_layout import (
     weight_files,
 )
 from jit_accel.convert.sizes import from_arguments, from_pipeline
+from jit_accel.model.card import weights_in_words
 from jit_accel.model.loading import (
     BROKEN,
     averages_of,
@@ -88,12 +89,16 @@ class Input:
     facts: dict[str, object] = field(default_factory=dict)
 
 
-def open_input(place: str, wanted: str | None) -> Input:
+def open_input(place: str, wanted: str | None, ema_width: float | None = None) -> Input:
     """Open what `--input` names; `wanted` is `--weights`, and None takes ema1, or the only set there is.
+
+    ema_width: of an average to make in place of these; of a run, or its checkpoint.
 
     Raises `UserError`: nothing is there, it is refused or broken, or has no such weights.
     """
     path = Path(place).expanduser()
+    if ema_width is not None:
+        return open_width(place, path, ema_width)
     if path.is_file():
         return open_checkpoint(path, wanted)
     if path.exists() and not path.is_dir():
@@ -191,6 +196,16 @@ def open_pipeline(place: str, folder: Path, wanted: str | None) -> Input:
     dtype = stored_dtype(exported) if exported else torch.float32  # diffusers has made all of it float32
     weights = {name: tensor.to(dtype) for name, tensor in pipeline.transformer.state_dict().items()}
     return Input(exported or checkpoint, weights, set_name, from_pipeline(pipeline))
+
+
+def open_width(place: str, folder: Path, ema_width: float) -> Input:
+    """Open a run, or one of its checkpoints, with an average of this width, which is made of those stored."""
+    if folder.is_file():
+        rule = f"is made of what a run stored, and {place} is a file: give the output folder of a run."
+        raise _refusal(f"{ema_width:g}", rule, "ema_width")
+    pipeline = load_pipeline(place, about="input", ema_width=ema_width)
+    set_name, weights = weights_in_words(width_name(ema_width)), pipeline.transformer.state_dict()
+    return Input(find_checkpoint_in(folder), dict(weights), set_name, from_pipeline(pipeline))
 
 
 def open_network(folder: Path, wanted: str | None) -> Input:

@@ -72,7 +72,7 @@ def write(config: ConvertConfig) -> Path:
     flags = given_flags(config)
     if "class_names" in flags:
         flags["class_names"] = read_class_names(flags["class_names"])
-    opened = open_input(config.input, config.weights)
+    opened = open_input(config.input, config.weights, config.ema_width)
     check_target(target, kind, opened.path, config.overwrite)
     result = convert_weights(opened, flags, config.dtype)
     describe(config.input, result)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from jit_accel.base.errors import UserError, check_ranges, within
 from jit_accel.config.checks import check_hub
-from jit_accel.config.groups import MOST_PIXELS
+from jit_accel.config.groups import MOST_PIXELS, problem_of_width
 from jit_accel.config.presets import settle_size
 from jit_accel.config.run_groups import HubConfig
 
@@ -73,6 +73,9 @@ class ConvertConfig:
     weights: str | None = None
     """model, ema1 or ema2 of a checkpoint; in the paper's, ema1 has decay 0.9999 and ema2 0.9996. A run's averages also
     by their decay, such as 0.9998 (default: ema1)."""
+    ema_width: float | None = None
+    """Relative width, above 0 and below 0.288, of an average to make of those that a training with --average_snapshots
+    stored, such as 0.05 (default: none is made)."""
     dtype: Literal["float32", "bfloat16", "float16", "same"] = "float32"
     """Type of the weights written; same keeps the input's."""
     overwrite: bool = False
@@ -102,6 +105,11 @@ def check(config: ConvertConfig) -> None:
     given = given_flags(config)
     check_ranges(given, RANGES)
     check_hub(config.hub)
+    if config.ema_width is not None and config.weights is not None:
+        rule = f"says which weights are taken, as --weights {config.weights} does: give one of them."
+        raise UserError(rule, about="ema_width", value=f"{config.ema_width:g}")
+    if config.ema_width is not None and (problem := problem_of_width(config.ema_width)):
+        raise UserError(problem, about="ema_width", value=f"{config.ema_width:g}")
     if config.output is not None:
         if config.hub.push_to_hub and target_kind(config.output) != FOLDER:
             rule = f"pushes a pipeline folder, and --output {config.output} is not one: name a folder."
@@ -109,7 +117,7 @@ def check(config: ConvertConfig) -> None:
         return
     if not config.hub.push_to_hub:
         raise UserError("not given; name a .pth or .safetensors file, or a folder for a pipeline.", about="output")
-    others = ("weights", "overwrite", "dtype")
+    others = ("weights", "ema_width", "overwrite", "dtype")
     changes = [*given, *(name for name in others if getattr(config, name) != getattr(ConvertConfig, name))]
     if changes:
         rule = "changes what is converted, but without --output the folder is pushed as it is: add --output FOLDER, or "

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from jit_accel.base.console import say, warn
 from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.processes import gather_rows, on_all, on_main
+from jit_accel.config.groups import width_of
 from jit_accel.config.presets import Size, plain_size, sides_of
 from jit_accel.data.formats.columns import COLOUR, PixelFormat
 from jit_accel.data.formats.sources import Source
@@ -30,6 +31,7 @@ from jit_accel.model.loading import averages_of, find_checkpoint_in, find_pipeli
 from jit_accel.model.pipeline import JiTPipeline
 from jit_accel.model.precision import BlockWork, settle_accelerator
 from jit_accel.model.saved_weights import weights_fingerprint
+from jit_accel.model.width_averages import fit_to
 
 
 @dataclass
@@ -231,7 +233,10 @@ class Candidate:
         if checkpoint is None:
             return str(exported or self.config.model), None, names or [None]  # `load_pipeline` refuses names
         available = averages_of(checkpoint)
-        return str(checkpoint), checkpoint, averages("ema", names, available) if names else available[:1]
+        emas = averages("ema", names, available) if names else available[:1]
+        for name in filter(width_of, emas):  # found out before any is measured
+            fit_to(checkpoint, name)
+        return str(checkpoint), checkpoint, emas
 
     def pipeline(self, ema: str | None) -> JiTPipeline:
         """Return the pipeline with these averaged weights on the device; one of them is loaded at a time."""

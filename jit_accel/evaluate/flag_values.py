@@ -6,7 +6,7 @@ from decimal import Decimal, InvalidOperation
 from functools import partial
 
 from jit_accel.base.errors import UserError, lookup
-from jit_accel.config.groups import UNAVERAGED
+from jit_accel.config.groups import UNAVERAGED, problem_of_width, width_of
 
 ALL = "all"
 MAX_VALUES = 10_000
@@ -60,11 +60,26 @@ def intervals(flag: str, parts: Iterable[str]) -> list[tuple[float, float]]:
     return list(dict.fromkeys(found))
 
 
+def widths(flag: str, parts: Iterable[str]) -> list[float]:
+    """Return relative widths of averages, as `numbers`."""
+    found = numbers(flag, parts)
+    for width in found:
+        if problem := problem_of_width(width):
+            raise UserError(problem, about=flag, value=f"{width:g}")
+    return found
+
+
 def averages(flag: str, parts: Iterable[str], available: Sequence[str]) -> list[str]:
-    """Return names of averages out of those `available`: `all` is all of them, `model` the weights themselves."""
+    """Return names of averages out of those `available`: `all` is all of them, `model` the weights themselves.
+
+    Widths may have to be made: they are taken as they are.
+    """
     table = {name: [name] for name in (*available, UNAVERAGED)} | {ALL: list(available)}
     found = []
     for part in words(parts):
+        if width_of(part):
+            found.append(part)
+            continue
         alike = [name for name in table if _number(name) == _number(part) is not None]  # 0.99990 is 0.9999
         found += lookup(table, alike[0] if alike else part, flag, rule="not there")
     return list(dict.fromkeys(found))

@@ -24,7 +24,7 @@ from jit_accel.base.files import atomic_file, atomic_folder, disk_errors, restor
 from jit_accel.config.groups import UNAVERAGED
 from jit_accel.evaluate.pair_scores import HIGH, LOW, interval_of
 from jit_accel.evaluate.sweep import Measured, Outcome, noise_of
-from jit_accel.model.card import CARD_FILE, EVALUATION_FILE, refresh_card
+from jit_accel.model.card import CARD_FILE, EVALUATION_FILE, refresh_card, weights_in_words
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.checkpoints import complete_checkpoints
 from jit_accel.model.loading import PIPELINE_FOLDER, averages_of, pipeline_of_checkpoint, write_defaults
@@ -41,8 +41,8 @@ WEIGHTS = "diffusion_pytorch_model*.safetensors"
 BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"
 # The card's sentence about the weights; the picture stays, and with it whose it is.
 WEIGHTS_SENTENCE = re.compile(
-    r"Weights: (?:moving average with decay `(?P<now>[^`]+)`|those of the last step)\."
-    r"(?P<space>\s+)The samples above(?: are of decay `(?P<first>[^`]+)`)?: "
+    r"Weights: (?:moving average with decay `(?P<now>[^`]+)`|power-function average of relative width [\d.]+|"
+    r"those of the last step)\.(?P<space>\s+)The samples above(?: are of decay `(?P<first>[^`]+)`)?: "
 )
 
 
@@ -233,7 +233,7 @@ def curves_of(these: list[Measured], outcome: Outcome) -> dict[str, list[tuple[f
         setting, value = one.setting, one.values[outcome.select]
         for other in (intervals or {None: setting}).values() if setting.is_unguided else (setting,):
             parts = [
-                f"EMA {setting.ema}" if setting.ema else "",
+                f"EMA {setting.ema.replace('_', ' ')}" if setting.ema else "",
                 setting.solver_text() if names_solver else "",
                 other.interval_text("t in {:g} to {:g}"),
             ]
@@ -318,10 +318,9 @@ def with_average(text: str, ema: str) -> str:
     """Return the card with its sentence about the weights changed."""
     if (match := WEIGHTS_SENTENCE.search(text)) is None:
         return text
-    weights = "those of the last step" if ema == UNAVERAGED else f"moving average with decay `{ema}`"
     of = match["first"] or match["now"]
     whose = f" are of decay `{of}`" if of and of != ema else ""
-    return text.replace(match[0], f"Weights: {weights}.{match['space']}The samples above{whose}: ")
+    return text.replace(match[0], f"Weights: {weights_in_words(ema)}.{match['space']}The samples above{whose}: ")
 
 
 def with_defaults(text: str, outcome: Outcome) -> str:

@@ -7,9 +7,17 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 from jit_accel.base.errors import UserError, check_ranges, lookup, shown, within
-from jit_accel.config.groups import MOST_IMAGES, MOST_PIXELS, MOST_STEPS, RawType, problem_of_raw, problem_of_separator
+from jit_accel.config.groups import (
+    MOST_IMAGES,
+    MOST_PIXELS,
+    MOST_STEPS,
+    RawType,
+    problem_of_raw,
+    problem_of_separator,
+    width_name,
+)
 from jit_accel.config.run_groups import Method
-from jit_accel.evaluate.flag_values import ALL, intervals, numbers, words
+from jit_accel.evaluate.flag_values import ALL, intervals, numbers, widths, words
 
 INCEPTION, EFFICIENTNET_LITE0 = "inception", "efficientnet_lite0"
 FEATURES = dict.fromkeys((INCEPTION, EFFICIENTNET_LITE0))
@@ -91,6 +99,9 @@ class EvaluateConfig:
     ema: tuple[str, ...] = ()
     """Averaged weights of a run or checkpoint: a decay, "model" for the weights themselves (default: those of the
     pipeline folder, or the first average); several or "all" for a sweep."""
+    ema_width: tuple[str, ...] = ()
+    """Relative widths, above 0 and below 0.288, of averages to make of those that a training with --average_snapshots
+    stored, such as 0.05; several for a sweep: 0.05,0.1 or start:stop:step, 0.02:0.25:0.02; beside those of --ema."""
     guide: str | None = None
     """A worse model of the same data, as --model: guidance leads away from it (default: none, guidance leads away from
     images of no class)."""
@@ -153,7 +164,7 @@ class EvaluateConfig:
 def check(config: EvaluateConfig) -> None:
     """Raise `UserError` for settings that are missing, out of range, or contradict each other."""
     lookup(FEATURES, config.features, "features")
-    for flag in ("metrics", *AXES):
+    for flag in ("metrics", *FLAGS):
         if (value := getattr(config, flag)) and not words(value):
             raise UserError("names nothing: give some, or leave the flag out.", about=flag, value=" ".join(value))
     check_ranges(vars(config), RANGES)
@@ -182,7 +193,7 @@ def check(config: EvaluateConfig) -> None:
     if config.make_reference is not None and not config.make_reference.endswith(".npz"):
         raise UserError("must end in .npz.", about="make_reference", value=config.make_reference)
     axes_of(config)
-    for flag in AXES:
+    for flag in FLAGS:
         if (value := getattr(config, flag)) and config.model is None:
             rule = "says how --model makes images, which is not given: leave it out."
             raise UserError(rule, about=flag, value=" ".join(value))
@@ -212,6 +223,7 @@ def _check_pairs(config: EvaluateConfig) -> None:
     for flag, values in axes_of(config).items():
         if len(values) > 1 or values == [ALL]:
             rule = "must be one value with --pairs: there is no sweep."
+            flag = "ema_width" if flag == "ema" and config.ema_width else flag
             raise UserError(rule, about=flag, value=" ".join(getattr(config, flag)))
 
 
@@ -276,7 +288,7 @@ class Setting:
         return form.format(*self.guidance_interval) if self.guidance_interval else ""
 
     def __str__(self) -> str:
-        ema = f"EMA {self.ema}, " if self.ema else ""
+        ema = f"EMA {self.ema.replace('_', ' ')}, " if self.ema else ""
         guidance = f"guidance {self.guidance_scale:g}{self.interval_text(' in ({:g}, {:g})')}"
         guidance = "no guidance" if self.is_unguided else guidance
         return f"{ema}{guidance}, {self.solver_text()}"
@@ -299,7 +311,8 @@ def grid(*axes: Sequence, with_unguided: bool = True) -> list[Setting]:
 
 def axes_of(config) -> dict[str, list]:
     """Return the values of the flags that name settings, by the fields of `Setting`; [] for the pipeline's own."""
-    return {name: read(name, getattr(config, name)) if getattr(config, name) else [] for name, read in AXES.items()}
+    axes = {name: read(name, getattr(config, name)) if getattr(config, name) else [] for name, read in AXES.items()}
+    return axes | {"ema": [*axes["ema"], *map(width_name, widths("ema_width", config.ema_width))]}
 
 
 # How the values of each flag are read; names of averages are compared with those of the checkpoint later.
@@ -311,3 +324,4 @@ AXES = {
     "method": lambda flag, parts: [lookup(METHODS, name, flag) for name in words(part.lower() for part in parts)],
     "time_shift": partial(numbers, least=0.01, most=100),
 }
+FLAGS = (*AXES, "ema_width")  # whose widths are values of `ema`, too

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from jit_accel.base.console import redacted
 from jit_accel.base.files import write_text
+from jit_accel.config.groups import UNAVERAGED, width_of
 from jit_accel.config.presets import in_pixels
 from jit_accel.config.run_groups import EvalConfig, HealthConfig, HubConfig, TrackingConfig
 from jit_accel.model.call_arguments import checked_names, is_number
@@ -86,11 +87,18 @@ def training_card(pipeline: JiTPipeline, record: Mapping, decay: str) -> str:
         origin=f",\ntrained with jit_accel on {images} images of `{_inline(data)}` for {record['total_steps']:,} steps",
         picture=f"\n![samples]({CARD_PICTURE})\n",
         made="Training",
-        sentence=f"Weights: moving average with decay `{decay}`. The samples above: "
+        sentence=f"Weights: {weights_in_words(decay)}. The samples above: "
         f"guidance {record['guidance_scale']},\n{record.get('method') or 'heun'}, "
         f"{record['num_inference_steps']} steps.",
         settings={name: value for name, value in record.items() if name not in LEFT_OUT},
     )
+
+
+def weights_in_words(average: str) -> str:
+    """Return what the weights of a name are: a decay's, a width's, or the unaveraged ones."""
+    if width := width_of(average):
+        return f"power-function average of relative width {width:g}"
+    return "those of the last step" if average == UNAVERAGED else f"moving average with decay `{average}`"
 
 
 def conversion_card(pipeline: JiTPipeline, name: str, set_name: str, facts: Mapping) -> str:

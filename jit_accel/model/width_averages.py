@@ -125,7 +125,7 @@ def sources_of(checkpoint: Path) -> dict[Profile, list[Path]]:
 def fit_to(checkpoint: Path, name: str) -> tuple[dict[Profile, list[Path]], Fit]:
     """Return what the average `name`, a width, is made of at a checkpoint, and how.
 
-    Raises `UserError` about `ema_width`: no such width, nothing to make it of, or too little. Warns of a doubtful fit.
+    Raises `UserError` about `ema_width`: no such width, nothing to make it of, or too little.
     """
     width = width_of(name)
     wrong = partial(UserError, about="ema_width", value=f"{width:g}")
@@ -138,23 +138,24 @@ def fit_to(checkpoint: Path, name: str) -> tuple[dict[Profile, list[Path]], Fit]
         raise wrong(f"the run of {checkpoint} stored no averages to make others of: {remedy}")
     stored, step = list(sources), max(profile.step for profile in sources)
     found = fit(stored, Profile(step, width))
-    if found.error > DOUBTFUL_FIT:
+    if found.error > WRONG_FIT:
         good = [other for other in SHOWN_WIDTHS if fit(stored, Profile(step, other)).error <= DOUBTFUL_FIT]
         count = len({profile.step for profile in stored})
-        rule = f"{count} stored steps give its profile with an error of {found.error:.0%}"
+        rule = f"what is stored of {count} step{'s' * (count > 1)} gives its profile with an error of {found.error:.0%}"
         remedy = f"widths of {good[0]:g} to {good[-1]:g} fit, and a smaller --average_snapshots stores more."
-        if found.error > WRONG_FIT:
-            raise wrong(f"{rule}, too few: {remedy}")
-        warn(f"--ema_width {width:g}: {rule}: {remedy}")
+        raise wrong(f"{rule}, too few: {remedy}")
     return sources, found
 
 
 def load_average(checkpoint: Path, name: str, about: str) -> dict[str, Tensor]:
     """Return the weights of the average `name`, a width, at a checkpoint, float32; one is in memory at a time.
 
-    Errors as of `fit_to`; of files that are damaged, one about the setting `about`.
+    Errors as of `fit_to`; of files that are damaged, one about the setting `about`. Warns of a doubtful fit.
     """
     sources, found = fit_to(checkpoint, name)
+    if found.error > DOUBTFUL_FIT:
+        rule = f"the profile of {name} is made of {len(sources)} stored averages with an error of {found.error:.0%}"
+        warn(f"{rule}: its weights may differ from a tracked average's; a smaller --average_snapshots stores more.")
     used = [(files, factor) for files, factor in zip(sources.values(), found.factors) if factor]
     if any(files[0].parent == checkpoint for files, _ in used) and (damage := damage_of(checkpoint, parts=())):
         raise UserError(f"is damaged and cannot be read: {damage}: give another.", about=about, value=checkpoint)

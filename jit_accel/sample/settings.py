@@ -18,7 +18,8 @@ class SampleConfig:
     model: str | None = None
     """A pipeline folder, the output folder of a run, a checkpoint, or owner/name of the Hub (required)."""
     ema: str | None = None
-    """Averaged weights of a checkpoint, by their decay; "model": the weights themselves (default: the first)."""
+    """Averaged weights of a checkpoint, by their decay; "model": the weights themselves; or width_0.05, one of this
+    relative width, made of what --average_snapshots of the training stored (default: the first)."""
     guide: str | None = None
     """A worse model of the same data, smaller or from earlier in a training, as --model: guidance leads away from it
     (default: none, guidance leads away from images of no class)."""
