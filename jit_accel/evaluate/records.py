@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -21,9 +20,10 @@ from jit_accel import __version__
 from jit_accel.base.console import say, warn
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_file, atomic_folder, disk_errors, restore_folder, write_json, write_text
-from jit_accel.config.groups import UNAVERAGED
+from jit_accel.config.groups import UNAVERAGED, width_of
 from jit_accel.evaluate.pair_scores import HIGH, LOW, interval_of
-from jit_accel.evaluate.sweep import Measured, Outcome, noise_of
+from jit_accel.evaluate.sweep import Outcome, noise_of
+from jit_accel.evaluate.sweep_chart import draw_sweep, has_several_solvers, scales_of, widths_of
 from jit_accel.model.card import CARD_FILE, EVALUATION_FILE, refresh_card, weights_in_words
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.checkpoints import complete_checkpoints
@@ -161,7 +161,7 @@ def as_markdown(outcome: Outcome) -> str:
     metrics, full = outcome.metrics, {one.setting: one for one in outcome.full}
     rows = outcome.few or outcome.full
     has_ema = any(one.setting.ema for one in rows)
-    has_solver, has_shift = _has_several_solvers(rows), len({one.setting.time_shift for one in rows}) > 1
+    has_solver, has_shift = has_several_solvers(rows), len({one.setting.time_shift for one in rows}) > 1
     heads = [*["ema"] * has_ema, *["steps", "method"] * has_solver, *["shift"] * has_shift, "interval", "guidance"]
     heads += [f"{outcome.select}, {one.num_images:,} images" for one in outcome.few[:1]]
     heads += [f"{metric}, {outcome.full[0].num_images:,} images" for metric in metrics]
@@ -187,63 +187,25 @@ def verdict(outcome: Outcome) -> str:
     if near := outcome.not_told_apart:
         those = "; ".join(f"{one.setting} ({_number(one.values[select])})" for one in near)
         lines.append(f"Within {noise_of(best.num_images):.1%} of it, which other noise may turn around: {those}.")
-    if at := edges(outcome):
-        lines.append(f"It lies at the {at} of the guidance scales: a wider range may hold a better one.")
+    for what, at in (("guidance scales", edges(outcome)), ("widths", edge_of_widths(outcome))):
+        if at:
+            lines.append(f"It lies at the {at} of the {what}: a wider range may hold a better one.")
     return "\n".join(lines)
 
 
 def edges(outcome: Outcome) -> str | None:
     """Return the end of the guidance scales that the winner lies at, where there are three or more."""
-    scales, best = sorted({one.setting.guidance_scale for one in outcome.few or outcome.full}), outcome.best.setting
-    ends = {scales[0]: "lower end", scales[-1]: "upper end"}
-    return None if len(scales) < 3 or best.is_unguided else ends.get(best.guidance_scale)
+    best = outcome.best.setting
+    return None if best.is_unguided else _end_of(scales_of(outcome), best.guidance_scale)
 
 
-def draw_sweep(outcome: Outcome, file) -> None:
-    """Draw the metric over guidance as a PNG: curves of few images, dots of all, and a star for the winner."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((8, 5), layout="constrained")
-    axes = figure.subplots()
-    lines = curves_of(outcome.few or outcome.full, outcome)
-    dots = curves_of(outcome.full, outcome) if outcome.few else {}
-    for index, (name, points) in enumerate(lines.items()):
-        colour, line = f"C{index % 10}", "-" if index < 10 else "--"
-        axes.plot(*zip(*points), line, color=colour, label=name, linewidth=1.4)
-        if name in dots:
-            axes.plot(*zip(*dots[name]), "o", color=colour, markersize=8, markeredgecolor="black")
-    best = outcome.best
-    at = (best.setting.guidance_scale, best.values[outcome.select])
-    text = f"best of {best.num_images:,} images: {_number(at[1])} at guidance {at[0]:g}"
-    axes.plot(*at, "*", color="gold", markersize=20, markeredgecolor="black", label=text, linestyle="none")
-    counts = f" (lines: {outcome.few[0].num_images:,} images; dots: {best.num_images:,})" if outcome.few else ""
-    axes.set(xlabel="guidance scale", ylabel=outcome.select, title=f"{outcome.select} over guidance{counts}")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(file, dpi=150, format="png")
+def edge_of_widths(outcome: Outcome) -> str | None:
+    """Return the end of the averages' widths that the winner lies at, where there are three or more."""
+    return _end_of(widths_of(outcome), width_of(outcome.best.setting.ema or ""))
 
 
-def curves_of(these: list[Measured], outcome: Outcome) -> dict[str, list[tuple[float, float]]]:
-    """Return (guidance, value) by the curve's name; an unguided setting belongs to the curves of all intervals."""
-    every = [*outcome.few, *outcome.full]
-    intervals = {one.setting.guidance_interval: one.setting for one in every if not one.setting.is_unguided}
-    names_solver = _has_several_solvers(every)
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for one in these:
-        setting, value = one.setting, one.values[outcome.select]
-        for other in (intervals or {None: setting}).values() if setting.is_unguided else (setting,):
-            parts = [
-                f"EMA {setting.ema.replace('_', ' ')}" if setting.ema else "",
-                setting.solver_text() if names_solver else "",
-                other.interval_text("t in {:g} to {:g}"),
-            ]
-            name = ", ".join(filter(None, parts)) or "no guidance"
-            curves.setdefault(name, []).append((setting.guidance_scale, math.nan if value is None else value))
-    return {name: sorted(points) for name, points in curves.items()}
-
-
-def _has_several_solvers(these: list[Measured]) -> bool:
-    return len({one.setting.solver_text() for one in these}) > 1
+def _end_of(values: list[float], value: float | None) -> str | None:
+    return {values[0]: "lower end", values[-1]: "upper end"}.get(value) if len(values) >= 3 else None
 
 
 def _number(value: float | None) -> str:
