@@ -74,8 +74,8 @@ class ConvertConfig:
     """model, ema1 or ema2 of a checkpoint; in the paper's, ema1 has decay 0.9999 and ema2 0.9996. A run's averages also
     by their decay, such as 0.9998 (default: ema1)."""
     ema_width: float | None = None
-    """Relative width, above 0 and below 0.288, of an average to make of those that a training with --average_snapshots
-    stored, such as 0.05 (default: none is made)."""
+    """Relative width, 0.001 or more and below 0.288, of an average to make of those that a training with
+    --average_snapshots stored, such as 0.05 (default: none is made)."""
     dtype: Literal["float32", "bfloat16", "float16", "same"] = "float32"
     """Type of the weights written; same keeps the input's."""
     overwrite: bool = False

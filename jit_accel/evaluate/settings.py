@@ -100,8 +100,9 @@ class EvaluateConfig:
     """Averaged weights of a run or checkpoint: a decay, "model" for the weights themselves (default: those of the
     pipeline folder, or the first average); several or "all" for a sweep."""
     ema_width: tuple[str, ...] = ()
-    """Relative widths, above 0 and below 0.288, of averages to make of those that a training with --average_snapshots
-    stored, such as 0.05; several for a sweep: 0.05,0.1 or start:stop:step, 0.02:0.25:0.02; beside those of --ema."""
+    """Relative widths, 0.001 or more and below 0.288, of averages to make of those that a training with
+    --average_snapshots stored, such as 0.05 (default: none is made); several for a sweep: 0.05,0.1 or start:stop:step,
+    0.02:0.25:0.02; beside those of --ema."""
     guide: str | None = None
     """A worse model of the same data, as --model: guidance leads away from it (default: none, guidance leads away from
     images of no class)."""
