@@ -93,8 +93,8 @@ def load_pipeline(
             weights themselves. None: the weights in the pipeline folder, and of a checkpoint the first average.
         torch_dtype: of the weights; the ODE is float32 always.
         about: the setting that names it, for errors.
-        ema_width: relative width, 0.001 or more and below 0.288, of a power-function average (arXiv 2312.02696) to make of what the run
-            stored with `average_snapshots`, in place of `ema`. A name for `ema` is "width_0.05", too.
+        ema_width: relative width, 0.001 or more and below 0.288, of a power-function average (arXiv 2312.02696) that is
+            made of what the run stored with `average_snapshots`, in place of `ema`, which takes "width_0.05" as well.
 
     Raises `UserError`: nothing of that kind is there, it is broken, or it has no such average, nor what to make it of.
 

@@ -15,7 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from jit_accel.base.console import ImageProgress, redacted, say, warn
 from jit_accel.base.devices import DTYPES, chosen_precision, has_bf16
-from jit_accel.base.errors import Stopped, StopRequest, UserError
+from jit_accel.base.errors import Stopped, StopRequest, UserError, renamed_settings
 from jit_accel.base.files import disk_errors, write_json
 from jit_accel.base.host import keep_heap
 from jit_accel.base.processes import on_all, on_main, process_group
@@ -97,9 +97,9 @@ class Sampling:
 
     def __init__(self, config: SampleConfig, accelerator: Accelerator, stop: StopRequest):
         self.config, self.accelerator, self.stop = config, accelerator, stop
-        self.pipeline = pipeline = load_quietly(
-            config.model, config.ema, accelerator.device, config.compile, config.guide
-        )
+        how = accelerator.device, config.compile, config.guide
+        with renamed_settings(ema_width="ema"):
+            self.pipeline = pipeline = load_quietly(config.model, config.ema, *how)
         channels, self.value_range = pipeline.transformer.config.in_channels, pipeline.config.get("value_range")
         self.format = config.format or ("png" if channels in (1, 3) else "npy")
         if channels not in (1, 3) and self.format != "npy":
