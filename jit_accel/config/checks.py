@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from jit_accel.base.errors import MOST, UserError, check_places, check_ranges, lookup, shown
 from jit_accel.config.groups import (
+    DECAY_FRACTION,
     DEFAULT_MODEL,
     MOST_CHANNELS,
     MOST_CLASSES,
@@ -59,6 +60,7 @@ RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (lambda v: 1 <= v < math.inf, "1 (none) or more, such as 2", "model_guidance"),
     (lambda v: 0 <= v <= MOST_CHANNELS, f"at most {MOST_CHANNELS}, or 0 for those of the data", "condition_channels"),
     (lambda v: v >= 1, "at least 1; leave it out for none", "condition_bottleneck"),
+    (lambda v: 0 < v <= 1, "a share of the run above 0 and at most 1", "decay_fraction"),
     (lambda v: all(0 <= beta < 1 for beta in v), "two numbers in [0, 1)", "adam_betas"),
     (lambda v: v >= 0, "positive, or 0 for no clipping", "max_grad_norm"),
     (lambda v: 0 <= v < math.inf, "a number of minutes, or 0 for no limit", "max_stall_minutes"),
@@ -150,6 +152,14 @@ def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
             yield "condition_from", f"JPEGs are grey or colour pictures, {rule}"
     if s.aux_feature_weights is not None and not any(loss.startswith("features") for loss in s.aux_loss):
         yield "aux_feature_weights", "are of a loss that is not asked for: add --aux_loss features=0.05."
+    if s.decay_fraction is not None and s.lr_schedule != "wsd":
+        yield "decay_fraction", f"is of --lr_schedule wsd, and {s.lr_schedule} is used: choose wsd, or leave it out."
+    share = DECAY_FRACTION if s.decay_fraction is None else s.decay_fraction
+    if s.lr_schedule == "wsd" and s.max_steps and (s.warmup_steps or 0) > (1 - share) * s.max_steps:
+        rule = (
+            f"the run has {s.max_steps:,} steps, and the last {share:.0%} of them are wsd's decay: shorten the warm-up."
+        )
+        yield "warmup_steps", rule
     if s.learning_rate is not None and s.min_learning_rate > s.learning_rate:
         yield "min_learning_rate", f"must not be above --learning_rate {s.learning_rate}."
     if s.ema_decays == []:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.checks import LORA_TARGETS, check, image_size, model_name, steps_of
-from jit_accel.config.groups import OptimConfig
+from jit_accel.config.groups import DECAY_FRACTION, OptimConfig
 from jit_accel.config.identity import run_folder, run_name
 from jit_accel.config.presets import PRESETS, Preset, parse_model_name, plain_size, sizes_near, usual_noise_scale
 from jit_accel.config.settings import Config
@@ -106,6 +106,7 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         "guidance_scale": guidance if facts.is_labelled and not facts.condition_channels and not learns_it else 1.0,
         "method": DEFAULT_METHOD,
         "num_inference_steps": 50 if config.sample.method == "heun" else 25,
+        "decay_fraction": DECAY_FRACTION if optim.lr_schedule == "wsd" else None,
         "paired_every_steps": _paired_every_steps(config, facts, plan),
         "lora_alpha": float(lora_rank) if lora_rank else None,
         "lora_targets": LORA_TARGETS if lora_rank else None,

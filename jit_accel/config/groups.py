@@ -14,6 +14,7 @@ MOST_CLASSES, MOST_WORKERS = 1_000_000, 1024  # processes that decode
 UNAVERAGED = "model"  # in place of a decay: the weights themselves
 # Relative widths of the averages that snapshots are kept of, and the widest that a power function has.
 SNAPSHOT_WIDTHS, MOST_WIDTH = (0.05, 0.1), 0.288  # arXiv 2312.02696, section 3
+DECAY_FRACTION = 0.2  # of wsd
 STREAMING = {"auto": None, "true": True, "false": False}
 
 
@@ -215,14 +216,16 @@ class OptimConfig:
     learning_rate: float | None = None
     """Peak learning rate (default: below 50 million images 3e-4, muon 1e-3, from trained weights 1e-4; else the paper's
     5e-5 x global batch / 256)."""
-    lr_schedule: Literal["cosine", "constant"] = "cosine"
-    """What follows the warm-up."""
+    lr_schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """What follows the warm-up; wsd: warm-up, a stable phase at the peak, and a decay at the run's end."""
+    decay_fraction: float | None = None
+    """Share of the run's steps, the last ones, in which wsd decays (default: 0.2)."""
     warmup_epochs: float | None = None
     """Linear warm-up from 0 (default: 5 epochs, at most a tenth of the run)."""
     warmup_steps: int | None = None
     """The same in optimizer steps (default: those of warmup_epochs)."""
     min_learning_rate: float = 0.0
-    """Where the cosine ends."""
+    """Where cosine and wsd end."""
     weight_decay: float = 0.0
     """Decoupled weight decay; never on biases, norms and embeddings."""
     adam_betas: tuple[float, float] = (0.9, 0.95)

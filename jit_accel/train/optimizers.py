@@ -15,13 +15,20 @@ from jit_accel.train.muon import Muon
 
 
 def lr_at(step: int, optim: OptimConfig, plan: Plan) -> float:
-    """Return the learning rate of optimizer step number `step` (from 0): linear from 0, then `cosine` or `constant`."""
+    """Return the learning rate of optimizer step number `step` (from 0): linear from 0, then as `lr_schedule` says.
+
+    `wsd` stays at the peak until the last `decay_fraction` of the steps, and falls there by 1 - sqrt (2405.18392).
+    """
     if step < plan.warmup_steps:
         return optim.learning_rate * step / plan.warmup_steps
     if optim.lr_schedule == "constant":
         return optim.learning_rate
-    progress = (step - plan.warmup_steps) / max(1, plan.total_steps - plan.warmup_steps)
-    height = 0.5 * (1 + math.cos(math.pi * min(1, progress)))
+    falls_from = plan.warmup_steps
+    if optim.lr_schedule == "wsd":
+        falls_from = max(falls_from, plan.total_steps - round(optim.decay_fraction * plan.total_steps))
+    progress = min(1, max(0, step - falls_from) / max(1, plan.total_steps - falls_from))
+    is_cosine = optim.lr_schedule == "cosine"
+    height = 0.5 * (1 + math.cos(math.pi * progress)) if is_cosine else 1 - math.sqrt(progress)
     return optim.min_learning_rate + (optim.learning_rate - optim.min_learning_rate) * height
 
 

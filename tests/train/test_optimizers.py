@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from jit_accel.base.errors import UserError
-from jit_accel.config.completion import Plan
+from jit_accel.config.completion import Facts, Plan, complete
 from jit_accel.config.groups import OptimConfig
+from jit_accel.config.settings import Config
 from jit_accel.model.transformer import build_model
 from jit_accel.train.optimizers import build_optimizers, lr_at, make_moments, set_lr, take_step, trainable
 
@@ -26,6 +27,40 @@ def test_learning_rate_without_warm_up_starts_at_its_peak():
     optim, plan = OptimConfig(learning_rate=0.3), Plan(10, 0, global_batch_size=1, num_images=1)
     assert lr_at(0, optim, plan) == pytest.approx(0.3)
     assert lr_at(5, optim, plan) == pytest.approx(0.15)
+
+
+def test_wsd_is_stable_until_its_decay_and_a_longer_run_only_begins_that_later():
+    optim = OptimConfig(learning_rate=1.0, min_learning_rate=0.1, lr_schedule="wsd", decay_fraction=0.4)
+    short, long = (Plan(total, 10, global_batch_size=1, num_images=1) for total in (100, 200))
+    found = [lr_at(step, optim, short) for step in (0, 5, 10, 59, 60, 70, 100, 300)]
+    assert found == pytest.approx([0, 0.5, 1, 1, 1, 1 - 0.9 * 0.5, 0.1, 0.1])
+    assert all(lr_at(step, optim, short) == lr_at(step, optim, long) for step in range(61))
+    assert [lr_at(step, optim, long) for step in (120, 200)] == pytest.approx([1, 0.1])
+    fallen = [lr_at(step, optim, short) for step in range(60, 101)]
+    assert fallen == sorted(fallen, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"decay_fraction": 0.1}, "decay_fraction 0.1: is of --lr_schedule wsd, and cosine is used"),
+        ({"lr_schedule": "wsd", "decay_fraction": 0.0}, "decay_fraction 0: must be a share of the run above 0"),
+        (
+            {"lr_schedule": "wsd", "max_steps": 10, "warmup_steps": 9},
+            "warmup_steps 9: the run has 10 steps, and the last",
+        ),
+    ],
+)
+def test_settings_of_wsd_that_cannot_be_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        Config.of(data_path="x", **flags)
+
+
+def test_the_decay_of_wsd_is_completed_and_only_there():
+    for schedule, fraction in (("wsd", 0.2), ("cosine", None)):
+        config, plan, _ = complete(Config.of(data_path="x", lr_schedule=schedule, max_steps=100), Facts(99, 1))
+        assert config.optim.decay_fraction == fraction
+        assert lr_at(99, config.optim, plan) < lr_at(75, config.optim, plan)
 
 
 @pytest.fixture(scope="module")
