@@ -152,6 +152,8 @@ def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
             yield "condition_from", f"JPEGs are grey or colour pictures, {rule}"
     if s.aux_feature_weights is not None and not any(loss.startswith("features") for loss in s.aux_loss):
         yield "aux_feature_weights", "are of a loss that is not asked for: add --aux_loss features=0.05."
+    if s.muon_scale != "match_rms_adamw" and s.optimizer != "muon":
+        yield "muon_scale", f"is of Muon, and --optimizer {s.optimizer} is used: choose muon, or leave it out."
     if s.decay_fraction is not None and s.lr_schedule != "wsd":
         yield "decay_fraction", f"is of --lr_schedule wsd, and {s.lr_schedule} is used: choose wsd, or leave it out."
     share = DECAY_FRACTION if s.decay_fraction is None else s.decay_fraction

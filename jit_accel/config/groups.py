@@ -213,6 +213,9 @@ class OptimConfig:
     """Length of the run in optimizer steps (default: that of epochs)."""
     optimizer: str = "adamw"
     """adamw, or muon (Muon on the blocks' matrices, AdamW on the rest)."""
+    muon_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """By what Muon scales the update of a matrix: 0.2 sqrt(max(rows, columns)), so that AdamW's rates suit it, or
+    sqrt(max(1, rows / columns)), which wants higher ones."""
     learning_rate: float | None = None
     """Peak learning rate (default: below 50 million images 3e-4, muon 1e-3, from trained weights 1e-4; else the paper's
     5e-5 x global batch / 256)."""

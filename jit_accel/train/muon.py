@@ -1,7 +1,7 @@
 """Muon: momentum whose updates are orthogonalised, matrix by matrix, by processes that share the work (DDP, FSDP2)."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +14,19 @@ from jit_accel.monitor.metrics import local_part
 
 # Coefficients of the quintic by Jordan et al., which trades exactness for slope at 0.
 A, B, C = 3.4445, -4.7750, 2.0315
+# By what the update of a map (rows, columns) is scaled, under torch's names.
+SCALES: dict[str, Callable[[int, int], float]] = {
+    # RMS of an AdamW step is about 0.2 (Liu et al., arXiv 2502.16982).
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),  # Jordan et al.
+}
 BUCKET_BYTES = 2**25  # of the matrices that a process gathers at once; three buckets are under way
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrix updates are orthogonalised by a Newton-Schulz iteration (Jordan et al., 2024).
 
-    Differs from `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` in two ways: matrices of one shape go
+    `scale` is the `adjust_lr_fn` of `torch.optim.Muon`, from which it differs in two ways: matrices of one shape go
     through the iteration as a single batch, and a matrix that stacks several square or wide maps (the fused
     qkv, the two halves of SwiGLU) is orthogonalised map by map. The iteration runs in bf16 on GPUs that are good at
     it, else in float32.
@@ -38,8 +44,10 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         ns_steps: int = 5,
         copies: ProcessGroup | None = None,
+        scale: str = "match_rms_adamw",
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": ns_steps})
+        self.scale_of = SCALES[scale]
         self.copies = copies if copies and copies.size() > 1 else None
 
     @torch.no_grad()
@@ -59,8 +67,7 @@ class Muon(torch.optim.Optimizer):
                     by_kind.setdefault((each.shape, each.processes), []).append(each)
             for bucket in iterated(buckets_of(by_kind.values()), group["ns_steps"]):
                 targets = [each.target for each in bucket.maps]
-                # RMS of an AdamW step is about 0.2 (Liu et al., arXiv 2502.16982).
-                rate = group["lr"] * 0.2 * math.sqrt(max(bucket.shape))
+                rate = group["lr"] * self.scale_of(*bucket.shape)
                 if group["weight_decay"]:
                     torch._foreach_mul_(targets, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(targets, bucket.updates(targets[0].dtype), alpha=-rate)

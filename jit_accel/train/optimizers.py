@@ -103,7 +103,8 @@ def _muon_and_adamw(
 ) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in params if is_block_matrix(n, p)]
     rest = [(n, p) for n, p in params if not is_block_matrix(n, p)]
-    return [Muon(matrices, weight_decay=optim.weight_decay, copies=copies), *_adamw(rest, optim)]
+    muon = Muon(matrices, weight_decay=optim.weight_decay, copies=copies, scale=optim.muon_scale)
+    return [muon, *_adamw(rest, optim)]
 
 
 OPTIMIZERS = {"adamw": _adamw, "muon": _muon_and_adamw}

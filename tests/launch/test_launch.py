@@ -153,7 +153,7 @@ NOT_IN_RECIPES = {
     ),
     *("in_channels", "epochs", "max_steps", "warmup_epochs", "warmup_steps", "learning_rate", "mixed_precision"),
     *("val_every_steps", "val_images", "max_stall_minutes", "profile_steps", "average_snapshots"),
-    "decay_fraction",
+    *("decay_fraction", "muon_scale"),
     *("output_dir", "resume", "dry_run"),
     *(
         field.name

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from jit_accel.train import muon
-from jit_accel.train.muon import Bucket, Map, Muon, buckets_of, maps_of, orthogonalise
+from jit_accel.train.muon import SCALES, Bucket, Map, Muon, buckets_of, maps_of, orthogonalise
 
 # qkv, the two halves of SwiGLU, wide and square ones; some with fewer rows than processes, or rows that do not divide.
 SHAPES = [(24, 8), (42, 8), (8, 21), (8, 8), (7, 11), (2, 5), (24, 8)] * 2
@@ -54,15 +54,17 @@ def test_a_stack_of_maps_is_split_into_them():
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [16, 40])
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("columns", [24, 40])
-def test_muon_steps_like_torch_where_nothing_is_stacked(device, columns):
+def test_muon_steps_like_torch_where_nothing_is_stacked(device, columns, scale, rows):
     torch.manual_seed(0)
-    ours = nn.Parameter(torch.randn(16, columns, device=device))
+    ours = nn.Parameter(torch.randn(rows, columns, device=device))
     theirs = nn.Parameter(ours.detach().clone())
-    a = Muon([ours], lr=0.02, weight_decay=0.1)
-    b = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    a = Muon([ours], lr=0.02, weight_decay=0.1, scale=scale)
+    b = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn=scale)
     for _ in range(5):
-        gradient = torch.randn(16, columns, device=device)
+        gradient = torch.randn(rows, columns, device=device)
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
         a.step()
         b.step()

@@ -44,6 +44,7 @@ def test_wsd_is_stable_until_its_decay_and_a_longer_run_only_begins_that_later()
     ("flags", "message"),
     [
         ({"decay_fraction": 0.1}, "decay_fraction 0.1: is of --lr_schedule wsd, and cosine is used"),
+        ({"muon_scale": "original"}, "muon_scale original: is of Muon, and --optimizer adamw is used: choose muon"),
         ({"lr_schedule": "wsd", "decay_fraction": 0.0}, "decay_fraction 0: must be a share of the run above 0"),
         (
             {"lr_schedule": "wsd", "max_steps": 10, "warmup_steps": 9},
@@ -51,7 +52,7 @@ def test_wsd_is_stable_until_its_decay_and_a_longer_run_only_begins_that_later()
         ),
     ],
 )
-def test_settings_of_wsd_that_cannot_be_are_refused(flags, message):
+def test_settings_that_cannot_be_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         Config.of(data_path="x", **flags)
 
