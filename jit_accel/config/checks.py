@@ -150,6 +150,14 @@ def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
             yield "aux_loss", f"features are of grey or colour pictures, {rule}"
         if (s.condition_from or "").startswith("jpeg"):
             yield "condition_from", f"JPEGs are grey or colour pictures, {rule}"
+    if any(loss.startswith("contrastive") for loss in s.aux_loss):
+        if s.loss_space != "v":
+            yield (
+                "aux_loss",
+                f"contrastive is subtracted from an error of velocities, not of {s.loss_space}: use --loss_space v.",
+            )
+        if s.batch_size == 1:
+            yield "batch_size", "--aux_loss contrastive needs another image in the micro-batch: use 2 or more."
     if s.aux_feature_weights is not None and not any(loss.startswith("features") for loss in s.aux_loss):
         yield "aux_feature_weights", "are of a loss that is not asked for: add --aux_loss features=0.05."
     if s.muon_scale != "match_rms_adamw" and s.optimizer != "muon":

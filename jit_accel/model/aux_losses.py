@@ -13,6 +13,7 @@ from torch import Tensor
 from jit_accel.base.devices import full_float32
 from jit_accel.base.errors import UserError, lookup
 from jit_accel.base.spans import span
+from jit_accel.model.batch_losses import BATCH_LOSSES, CONTRASTIVE, Seen
 from jit_accel.model.spaces import convert
 
 FORM = re.compile(r"(\w+)=([^:@]+)(?::(\d+))?(?:@([\d.]+)-([\d.]+))?", re.ASCII)
@@ -65,6 +66,7 @@ def feature_distance(x: Tensor, truth: Tensor, features: Features) -> Tensor:
 # Each takes predicted and true images, float32 (B, C, H, W), the true ones in [-1, 1]; it returns (B,).
 FEATURES = "features"
 AUX_LOSSES = {"l1": l1, "charbonnier": charbonnier, "ssim": ssim, FEATURES: feature_distance}
+ALL_LOSSES = AUX_LOSSES | BATCH_LOSSES
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def aux_losses_of(texts: Iterable[str], about: str = "aux_loss") -> tuple[AuxLos
     for text in texts:
         wrong = partial(UserError, about=about, value=text)
         name = re.match(r"\w*", text)[0]
-        lookup(AUX_LOSSES, name, about, value=text)
+        lookup(ALL_LOSSES, name, about, value=text)
         if name in found:
             raise wrong("is there already: give each loss once.")
         if not (parts := FORM.fullmatch(text)):
@@ -99,6 +101,8 @@ def aux_losses_of(texts: Iterable[str], about: str = "aux_loss") -> tuple[AuxLos
         weight, low, high = map(_number, (parts[2], parts[4] or "0", parts[5] or "1"))
         if not 0 < weight < math.inf:
             raise wrong(f"the weight must be a positive number, such as {name}=0.5.")
+        if name == CONTRASTIVE and weight >= 1:
+            raise wrong("it is subtracted, and at a weight of 1 or more nothing is least: use one such as 0.05.")
         if not 0 <= low < high <= 1:
             raise wrong(f"the times must be two numbers from 0 to 1, the lower one first, such as {name}=0.5@0.3-1.0.")
         found[name] = AuxLoss(name, weight, int(parts[3] or 0), low, high)
@@ -136,8 +140,10 @@ class AuxLosses:
         prediction: str = "x",
         t_eps: float = 0.05,
         features: Features | None = None,
+        seed: int = 0,
     ):
         self.losses, self.prediction, self.t_eps, self.features = tuple(losses), prediction, t_eps, features
+        self.seed = seed
         self._acting: list[AuxLoss] = []
 
     def watched(self, model: Callable, step: int) -> Callable:
@@ -146,21 +152,31 @@ class AuxLosses:
         self._seen = WatchedNetwork(model) if self._acting else model
         return self._seen
 
-    def added_to(self, loss: Tensor, truth: Tensor, record: Callable[[str, Tensor], None]) -> Tensor:
+    def added_to(
+        self,
+        loss: Tensor,
+        truth: Tensor,
+        record: Callable[[str, Tensor], None],
+        labels: Tensor | None = None,
+        positions=None,
+    ) -> Tensor:
         """Return a loss plus the losses that act, by their weights, of what the network has predicted of this truth.
 
         Each is a mean over the images (B, C, H, W), where one counts 0 at times at which the loss does not act.
-        `record` gets its name and its value, which the weight is not in.
+        `record` gets its name and its value, which the weight is not in. Labels and positions are as in `Seen`.
         """
         if not self._acting:
             return loss
         with span("aux_losses"):
-            seen, self._seen = self._seen, None
-            t = seen.t.view(-1, 1, 1, 1)
-            x = convert(seen.predicted.float(), seen.z, t, self.prediction, "x", self.t_eps)
+            last, self._seen = self._seen, None
+            of_batch = (truth, labels, positions, self.seed)
+            seen = Seen(last.predicted.float(), self.prediction, last.z, last.t, self.t_eps, *of_batch)
+            x = convert(seen.predicted, seen.z, seen.t.view(-1, 1, 1, 1), self.prediction, "x", self.t_eps)
             for aux in self._acting:
                 acts = (seen.t >= aux.low) & (seen.t <= aux.high)
-                value = (AUX_LOSSES[aux.name](x, truth, self.features) * acts).mean()
+                of_image, of_seen = AUX_LOSSES.get(aux.name), BATCH_LOSSES.get(aux.name)
+                value = of_image(x, truth, self.features) if of_image else of_seen(seen)
+                value = (value * acts).mean()
                 record(aux.name, value)
                 loss = loss + aux.weight * value
             return loss

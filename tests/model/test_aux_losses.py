@@ -7,7 +7,7 @@ import torch
 
 from jit_accel.base.errors import UserError
 from jit_accel.evaluate.features import has_torch_fidelity
-from jit_accel.model.aux_losses import AUX_LOSSES, AuxLoss, AuxLosses, WatchedNetwork, aux_losses_of
+from jit_accel.model.aux_losses import ALL_LOSSES, AUX_LOSSES, AuxLoss, AuxLosses, WatchedNetwork, aux_losses_of
 from jit_accel.model.objective import Objective
 from jit_accel.model.spaces import SPACES, noised
 
@@ -108,7 +108,10 @@ def test_a_loss_is_asked_for_in_one_word(text, expected):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["l2=0.5"], r"aux_loss l2=0.5: unknown; choose from l1, charbonnier, ssim, features. Did you mean 'l1'"),
+        (
+            ["l2=0.5"],
+            r"aux_loss l2=0.5: unknown; choose from l1, charbonnier, ssim, features, contrastive. Did you mean 'l1'",
+        ),
         (["sism=1"], r"Did you mean 'ssim'"),
         (["=0.5"], r"unknown; choose from"),
         (["l1"], r"aux_loss l1: must be NAME=WEIGHT.*such as l1=0.5:2000@0.3-1.0"),
@@ -117,6 +120,7 @@ def test_a_loss_is_asked_for_in_one_word(text, expected):
         (["l1=0.5@0.3"], r"must be NAME=WEIGHT"),
         (["l1=0.5@0.3-1:9"], r"must be NAME=WEIGHT"),
         (["l1=half"], r"the weight must be a positive number"),
+        (["contrastive=1"], r"it is subtracted, and at a weight of 1 or more nothing is least"),
         (["l1=0"], r"the weight must be"),
         (["l1=-1"], r"the weight must be"),
         (["l1=nan"], r"the weight must be"),
@@ -185,12 +189,13 @@ def test_the_gradient_of_the_sum_is_the_sum_of_gradients():
 
 def test_nothing_waits_for_the_device():
     """What lies on no device has no values that a host could wait for."""
-    aux = AuxLosses(aux_losses_of([f"{name}=1@0.2-0.9" for name in AUX_LOSSES]), "v", features=features)
+    aux = AuxLosses(aux_losses_of([f"{name}=0.5@0.2-0.9" for name in ALL_LOSSES]), "v", features=features)
     found, truth = {}, torch.empty(2, 3, 16, 16, device="meta")
     aux.watched(Known(truth), 1)(truth, torch.empty(2, device="meta"), None)
-    total = aux.added_to(torch.empty((), device="meta"), truth, found.__setitem__)
+    labels = torch.empty(2, dtype=torch.int64, device="meta")
+    total = aux.added_to(torch.empty((), device="meta"), truth, found.__setitem__, labels, [4, 5])
     assert {value.device.type for value in (total, *found.values())} == {"meta"}
-    assert list(found) == list(AUX_LOSSES)
+    assert list(found) == list(ALL_LOSSES)
 
 
 def test_a_watched_network_is_as_itself():
