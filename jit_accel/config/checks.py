@@ -92,6 +92,7 @@ def check(config: Config) -> None:
             lookup(dict.fromkeys(TRACKERS), name, "report_to")
     _refuse(_contradictions_of_data, values)
     _refuse(_contradictions, values)
+    _refuse(_contradictions_of_techniques, values)
     check_hub(config.hub)
 
 
@@ -150,26 +151,8 @@ def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
             yield "aux_loss", f"features are of grey or colour pictures, {rule}"
         if (s.condition_from or "").startswith("jpeg"):
             yield "condition_from", f"JPEGs are grey or colour pictures, {rule}"
-    if any(loss.startswith("contrastive") for loss in s.aux_loss):
-        if s.loss_space != "v":
-            yield (
-                "aux_loss",
-                f"contrastive is subtracted from an error of velocities, not of {s.loss_space}: use --loss_space v.",
-            )
-        if s.batch_size == 1:
-            yield "batch_size", "--aux_loss contrastive needs another image in the micro-batch: use 2 or more."
     if s.aux_feature_weights is not None and not any(loss.startswith("features") for loss in s.aux_loss):
         yield "aux_feature_weights", "are of a loss that is not asked for: add --aux_loss features=0.05."
-    if s.muon_scale != "match_rms_adamw" and s.optimizer != "muon":
-        yield "muon_scale", f"is of Muon, and --optimizer {s.optimizer} is used: choose muon, or leave it out."
-    if s.decay_fraction is not None and s.lr_schedule != "wsd":
-        yield "decay_fraction", f"is of --lr_schedule wsd, and {s.lr_schedule} is used: choose wsd, or leave it out."
-    share = DECAY_FRACTION if s.decay_fraction is None else s.decay_fraction
-    if s.lr_schedule == "wsd" and s.max_steps and (s.warmup_steps or 0) > (1 - share) * s.max_steps:
-        rule = (
-            f"the run has {s.max_steps:,} steps, and the last {share:.0%} of them are wsd's decay: shorten the warm-up."
-        )
-        yield "warmup_steps", rule
     if s.learning_rate is not None and s.min_learning_rate > s.learning_rate:
         yield "min_learning_rate", f"must not be above --learning_rate {s.learning_rate}."
     if s.ema_decays == []:
@@ -197,6 +180,27 @@ def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
     if not 1 <= len(s.wandb_project) <= 128 or set(s.wandb_project) & set("/\\#?%:"):
         rule = "must have 1 to 128 characters, none of them / \\ # ? % or : (the team goes into --wandb_entity)."
         yield "wandb_project", rule
+
+
+def _contradictions_of_techniques(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
+    if any(loss.startswith("contrastive") for loss in s.aux_loss):
+        if s.loss_space != "v":
+            yield (
+                "aux_loss",
+                f"contrastive is subtracted from an error of velocities, not of {s.loss_space}: use --loss_space v.",
+            )
+        if s.batch_size == 1:
+            yield "batch_size", "--aux_loss contrastive needs another image in the micro-batch: use 2 or more."
+    if s.muon_scale != "match_rms_adamw" and s.optimizer != "muon":
+        yield "muon_scale", f"is of Muon, and --optimizer {s.optimizer} is used: choose muon, or leave it out."
+    if s.decay_fraction is not None and s.lr_schedule != "wsd":
+        yield "decay_fraction", f"is of --lr_schedule wsd, and {s.lr_schedule} is used: choose wsd, or leave it out."
+    share = DECAY_FRACTION if s.decay_fraction is None else s.decay_fraction
+    if s.lr_schedule == "wsd" and s.max_steps and (s.warmup_steps or 0) > (1 - share) * s.max_steps:
+        rule = (
+            f"the run has {s.max_steps:,} steps, and the last {share:.0%} of them are wsd's decay: shorten the warm-up."
+        )
+        yield "warmup_steps", rule
 
 
 def _contradictions_of_hub(s: SimpleNamespace) -> Iterator[tuple[str, str]]:

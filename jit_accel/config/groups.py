@@ -194,7 +194,7 @@ class ObjectiveConfig:
 class AuxConfig:
     aux_loss: tuple[str, ...] = ()
     """Losses to add, of the prediction as x, each with its weight: l1=0.5 ssim=0.2 charbonnier=0.1 features=0.05;
-    or of other images of the batch: contrastive=0.05.
+    or of other images of the batch, contrastive=0.05; or of tokens, layersync=0.2.
     Behind it :STEP, from which on, and @LOW-HIGH, the t at which it acts: l1=0.5:2000@0.3-1.0 (default: none)."""
     aux_features: str = "efficientnet_lite0"
     """Network whose features the loss of that name compares; as eval_features."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from jit_accel.base.devices import full_float32
 from jit_accel.base.errors import UserError, lookup
 from jit_accel.base.spans import span
-from jit_accel.model.batch_losses import BATCH_LOSSES, CONTRASTIVE, Seen
+from jit_accel.model.batch_losses import BATCH_LOSSES, CONTRASTIVE, LAYERSYNC, Seen, synced_blocks
 from jit_accel.model.spaces import convert
 
 FORM = re.compile(r"(\w+)=([^:@]+)(?::(\d+))?(?:@([\d.]+)-([\d.]+))?", re.ASCII)
@@ -141,15 +141,18 @@ class AuxLosses:
         t_eps: float = 0.05,
         features: Features | None = None,
         seed: int = 0,
+        network=None,  # a `JiTTransformer2DModel`, for losses of its tokens
     ):
         self.losses, self.prediction, self.t_eps, self.features = tuple(losses), prediction, t_eps, features
-        self.seed = seed
+        self.seed, self.network = seed, network
         self._acting: list[AuxLoss] = []
 
     def watched(self, model: Callable, step: int) -> Callable:
         """Return the network for a micro-step of this optimizer step, the first one being 1: itself, or watched."""
         self._acting = [loss for loss in self.losses if loss.from_step <= step]
         self._seen = WatchedNetwork(model) if self._acting else model
+        if LAYERSYNC in [loss.name for loss in self._acting]:
+            self.network.tokens_after = dict.fromkeys(synced_blocks(len(self.network.blocks)))
         return self._seen
 
     def added_to(
@@ -169,7 +172,7 @@ class AuxLosses:
             return loss
         with span("aux_losses"):
             last, self._seen = self._seen, None
-            of_batch = (truth, labels, positions, self.seed)
+            of_batch = (truth, labels, positions, self.seed, self._kept_tokens())
             seen = Seen(last.predicted.float(), self.prediction, last.z, last.t, self.t_eps, *of_batch)
             x = convert(seen.predicted, seen.z, seen.t.view(-1, 1, 1, 1), self.prediction, "x", self.t_eps)
             for aux in self._acting:
@@ -180,3 +183,11 @@ class AuxLosses:
                 record(aux.name, value)
                 loss = loss + aux.weight * value
             return loss
+
+    def _kept_tokens(self) -> tuple[Tensor, ...]:
+        """Return the tokens that the network has kept for a loss; it keeps none in other calls."""
+        kept = getattr(self.network, "tokens_after", None)
+        if not kept:
+            return ()
+        self.network.tokens_after = {}
+        return tuple(kept.values())

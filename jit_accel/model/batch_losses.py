@@ -1,8 +1,12 @@
-"""Losses of more than one predicted image: of the others in its micro-batch. A row of `BATCH_LOSSES` each."""
+"""Losses of more than one predicted image: of the others in its micro-batch, of the network's tokens.
+
+A row of `BATCH_LOSSES` each.
+"""
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from jit_accel.base import rng
@@ -22,6 +26,7 @@ class Seen:
     labels: Tensor | None = None  # (B,) or (B, k), of the images, none of them dropped
     positions: object = None  # (B,) integers: the images' numbers in the run
     seed: int = 0
+    tokens: tuple[Tensor, ...] = ()  # (B, N, D) after an early block and a later one
 
 
 def contrastive(seen: Seen) -> Tensor:
@@ -49,6 +54,18 @@ def negatives(labels: Tensor, positions, seed: int) -> Tensor:
     return (ahead + count * is_same_class + count * is_itself).argmin(1)
 
 
+def layersync(seen: Seen) -> Tensor:
+    """Return 1 - the mean cosine of early tokens with later ones, which get no gradient (LayerSync, 2510.12581)."""
+    early, late = seen.tokens
+    return 1 - F.cosine_similarity(early, late.detach(), dim=-1).mean(1)
+
+
+def synced_blocks(depth: int) -> tuple[int, int]:
+    """Return the numbers, from 0, of the two blocks of so many: the 8th and 16th of 28, as LayerSync's of SiT-XL."""
+    early = max(1, depth * 2 // 7)
+    return early - 1, max(early + 1, depth * 4 // 7) - 1
+
+
 # Each returns (B,).
-CONTRASTIVE = "contrastive"
-BATCH_LOSSES = {CONTRASTIVE: contrastive}
+CONTRASTIVE, LAYERSYNC = "contrastive", "layersync"
+BATCH_LOSSES = {CONTRASTIVE: contrastive, LAYERSYNC: layersync}

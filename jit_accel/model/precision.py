@@ -17,8 +17,8 @@ from jit_accel.base.devices import DTYPES, capabilities, chosen_precision, has_b
 from jit_accel.base.findings import findings_file, read_findings, write_findings
 from jit_accel.base.processes import on_main
 from jit_accel.config.presets import block_tokens
+from jit_accel.model.blocks import JiTBlock
 from jit_accel.model.functional import rope_table
-from jit_accel.model.transformer import JiTBlock
 
 BUDGET_S = 0.5  # of all trials together
 # The first trial is small, since it may be of what is a hundred times slower. Then come rows, since casting weights to

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from jit_accel.base.devices import DTYPES, chosen_device, chosen_precision
 from jit_accel.base.errors import UserError, lookup, message_of
 from jit_accel.config.presets import sides_of
-from jit_accel.model.transformer import JiTBlock
+from jit_accel.model.blocks import JiTBlock
 
 # Variables that accelerate's launcher sets for what this training cannot do.
 ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}

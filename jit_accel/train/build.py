@@ -275,7 +275,7 @@ def assemble(
         optimizers=optimizers,
         averages=averages,
         objective=objective(**vars(config.objective), no_class=network.config.num_classes),
-        aux=build_aux_losses(config.aux, config.objective, plan.total_steps, accelerator, run.seed),
+        aux=build_aux_losses(config.aux, config.objective, plan.total_steps, accelerator, run.seed, network),
         tuning=tuning,
         feed=feed,
         monitor=monitor,

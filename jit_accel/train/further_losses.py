@@ -1,7 +1,7 @@
 """The losses of a training beside its objective's, with the network whose features one of them compares."""
 
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from jit_accel.base.console import warn
 from jit_accel.base.errors import renamed_settings
@@ -12,7 +12,12 @@ from jit_accel.model.aux_losses import FEATURES, AuxLosses, Features, aux_losses
 
 
 def build_aux_losses(
-    aux: AuxConfig, objective: ObjectiveConfig, total_steps: int, accelerator: Accelerator, seed: int
+    aux: AuxConfig,
+    objective: ObjectiveConfig,
+    total_steps: int,
+    accelerator: Accelerator,
+    seed: int,
+    network: nn.Module,
 ) -> AuxLosses:
     """Return the losses that are asked for, of a run of so many steps.
 
@@ -23,7 +28,7 @@ def build_aux_losses(
         if loss.from_step > total_steps and accelerator.is_main_process:
             warn(f"--aux_loss {loss.name} begins with step {loss.from_step:,}, and the run ends with {total_steps:,}.")
     features = load_for_loss(aux, accelerator) if FEATURES in [loss.name for loss in losses] else None
-    return AuxLosses(losses, objective.prediction, objective.t_eps, features, seed)
+    return AuxLosses(losses, objective.prediction, objective.t_eps, features, seed, network)
 
 
 def load_for_loss(aux: AuxConfig, accelerator: Accelerator) -> Features:

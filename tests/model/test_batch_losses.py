@@ -1,11 +1,13 @@
-"""Losses of more than the predicted image: what they are of, and that they follow from positions."""
+"""Losses of more than the predicted image: what they are of, and what they follow from."""
 
 import numpy as np
 import pytest
 import torch
 
-from jit_accel.model.batch_losses import Seen, contrastive, negatives
+from jit_accel.model.aux_losses import AuxLosses, aux_losses_of
+from jit_accel.model.batch_losses import Seen, contrastive, layersync, negatives, synced_blocks
 from jit_accel.model.spaces import SPACES, noised
+from jit_accel.model.transformer import JiTTransformer2DModel
 
 
 def drawn(*shape, seed=0):
@@ -55,3 +57,42 @@ def test_what_is_least_lies_away_from_the_mean():
     seen = Seen(predicted, "v", z, t, 0.05, x, torch.tensor([0, 1]), [0, 1], 0)
     ((predicted - v).square().mean((1, 2, 3)) + weight * contrastive(seen)).sum().backward()
     assert predicted.grad.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("depth", "blocks"), [(2, (0, 1)), (6, (0, 2)), (12, (2, 5)), (24, (5, 12)), (28, (7, 15))])
+def test_the_synced_blocks_of_a_depth(depth, blocks):
+    assert synced_blocks(depth) == blocks
+
+
+def test_layersync_draws_the_early_tokens_alone_and_is_least_where_they_point_the_same_way():
+    early, late = drawn(2, 5, 4).requires_grad_(), drawn(2, 5, 4, seed=1).requires_grad_()
+    x, t = drawn(2, 1, 1, 1), torch.ones(2)
+    found = layersync(Seen(x, "x", x, t, 0.05, x, tokens=(early, late)))
+    assert torch.allclose(found, 1 - torch.nn.functional.normalize(early, dim=-1).mul(
+        torch.nn.functional.normalize(late, dim=-1)).sum(-1).mean(1))  # fmt: skip
+    found.sum().backward()
+    assert late.grad is None
+    assert early.grad.abs().max() > 0
+    assert layersync(Seen(x, "x", x, t, 0.05, x, tokens=(late * 3, late))).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("start", [0, 1])
+def test_tokens_are_kept_for_one_call_and_their_gradient_ends_at_the_early_block(checkpointing, start):
+    torch.manual_seed(0)
+    network = JiTTransformer2DModel(8, 2, 16, 4, 2, 8, in_context_len=3, in_context_start=start, num_classes=2)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    aux, found = AuxLosses(aux_losses_of(["layersync=0.5"]), network=network), {}
+    x, t, labels = drawn(2, 3, 8, 8), torch.tensor([0.3, 0.6]), torch.tensor([0, 1])
+    plain = network(x, t, labels).sample
+    model = aux.watched(network, 1)
+    assert torch.equal(model(x, t, labels).sample, plain)
+    assert [tokens.shape for tokens in network.tokens_after.values()] == [(2, 16, 16)] * 2
+    aux.added_to(torch.zeros(()), x, found.__setitem__, labels, [0, 1]).backward()
+    assert 0 < found["layersync"] < 2
+    assert [block.mlp.w3.weight.grad is not None for block in network.blocks] == [True, False, False, False]
+    network(x, t, labels)
+    assert network.tokens_after == {}

@@ -14,7 +14,7 @@ from test_model import SMALL, batch, gradients, small_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from jit_accel.model import functional, transformer
+from jit_accel.model import blocks, functional
 from jit_accel.model.transformer import JiTTransformer2DModel
 
 _spec = importlib.util.spec_from_file_location("reference", Path(__file__).parents[2] / "benchmarks" / "reference.py")
@@ -87,7 +87,7 @@ def test_what_is_made_again_is_what_was_there(monkeypatch, kind, dtype):
     found = results(NETWORKS[kind], dtype=dtype)
     offloaded = results(NETWORKS[kind], around=torch.autograd.graph.save_on_cpu, dtype=dtype)
     below = results(through_checkpoint(NETWORKS[kind]), dtype=dtype)
-    monkeypatch.setattr(transformer, "call_frugally", lambda layer, x: layer(x))
+    monkeypatch.setattr(blocks, "call_frugally", lambda layer, x: layer(x))
     expected = results(NETWORKS[kind], dtype=dtype)
     assert equal(found, expected)
     assert equal(offloaded, expected)
@@ -223,8 +223,8 @@ def test_attention_in_bf16_is_made_again_and_takes_no_images():
 def test_a_kernel_that_diffusers_is_set_to_acts_on_long_attention(monkeypatch, backend, is_ours):
     monkeypatch.setattr(functional, "LONG_ATTENTION", 1)
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName.NATIVE)
-    calls, attend = [], transformer.attention_in_bf16
-    monkeypatch.setattr(transformer, "attention_in_bf16", lambda *given: calls.append(1) or attend(*given))
+    calls, attend = [], blocks.attention_in_bf16
+    monkeypatch.setattr(blocks, "attention_in_bf16", lambda *given: calls.append(1) or attend(*given))
     with attention_backend(backend) if backend else contextlib.nullcontext():
         results(small_model, dtype=torch.bfloat16)
     assert bool(calls) == is_ours

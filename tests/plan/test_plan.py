@@ -14,6 +14,7 @@ from jit_accel.base.devices import peak_flops
 from jit_accel.config.command_line import parse_args
 from jit_accel.config.costs import block_matrices, block_params, num_params
 from jit_accel.config.presets import PRESETS, parse_model_name
+from jit_accel.model import blocks
 from jit_accel.plan import main
 from jit_accel.plan.gpus import GPUS
 from jit_accel.plan.memory import (
@@ -46,13 +47,13 @@ def test_weights_are_counted_as_the_network_has_them(size, patch, classes):
     assert block_matrices(sizes) * sizes.depth == sum(matrices)
 
 
-class GpuProcessor(transformer.AttentionProcessor):
+class GpuProcessor(blocks.AttentionProcessor):
     """Attention as it is computed on a GPU."""
 
     def __call__(self, attn, x, rope):
         q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
         q, k = attn.q_norm(q, rope), attn.k_norm(k, rope)
-        out = transformer.dispatch_attention_fn(q.to(v.dtype), k.to(v.dtype), v)
+        out = blocks.dispatch_attention_fn(q.to(v.dtype), k.to(v.dtype), v)
         return attn.proj_dropout(attn.proj(out.flatten(2).to(x.dtype)))
 
 
@@ -63,7 +64,7 @@ def test_a_block_keeps_what_autograd_keeps(monkeypatch, patch, device, precision
     """A GPU's formulas run on the CPU here: what is kept is theirs."""
     sizes, images = PRESETS["JiT-S"], 4
     work, grid = Workload(sizes, patch, 64, 10, precision=precision), 64 // patch
-    block = transformer.JiTBlock(sizes.hidden_size, sizes.num_heads, sizes.mlp_ratio, 0.0, 0.0)
+    block = blocks.JiTBlock(sizes.hidden_size, sizes.num_heads, sizes.mlp_ratio, 0.0, 0.0)
     if device == "cuda":
         monkeypatch.setattr(functional, "_by_hand", lambda x: False)
         block.attn.set_processor(GpuProcessor())

@@ -14,7 +14,15 @@ from jit_accel.config.command_line import parse_args
 from jit_accel.monitor.metric_table import AUX_LOSS, metric_of
 
 pytestmark = pytest.mark.usefixtures("tiny")
-ALL = ("--aux_loss", "l1=0.5:3", "ssim=0.2@0.3-1.0", "charbonnier=0.1", "features=0.05", "contrastive=0.05")
+ALL = (
+    "--aux_loss",
+    "l1=0.5:3",
+    "ssim=0.2@0.3-1.0",
+    "charbonnier=0.1",
+    "features=0.05",
+    "contrastive=0.05",
+    "layersync=0.2",
+)
 ALL += ("--aux_features", "tiny")
 BRIDGE = ("--condition_from", "downscale:4", "--path", "bridge")
 
@@ -37,7 +45,7 @@ def test_each_is_logged_from_its_step_on_and_the_loss_is_what_it_was(run, images
     assert train_here("--data_path", str(images), "--max_steps", "4", "--output_dir", str(tmp_path / "plain")) == 0
     plain, found = rows(tmp_path / "plain"), rows(out)
     names = [sorted(key.rpartition("/")[2] for key in aux_of(row)) for row in found]
-    first = ["charbonnier", "contrastive", "features", "ssim"]
+    first = ["charbonnier", "contrastive", "features", "layersync", "ssim"]
     assert names == [first] * 2 + [sorted([*first, "l1"])] * 2
     values = {(key, value) for row in found for key, value in aux_of(row).items() if "ssim" not in key}
     assert all((value < 0) == ("contrastive" in key) for key, value in values)
@@ -143,7 +151,7 @@ def test_a_bridge_is_trained_kept_and_resumed(images, tmp_path):
 def test_a_bridge_of_grey_images_has_all_losses(images, tmp_path):
     flags = ("--data_path", str(images), *BRIDGE, *ALL, "--in_channels", "1", "--max_steps", "3")
     assert train_here(*flags, "--output_dir", str(tmp_path)) == 0
-    assert len(aux_of(rows(tmp_path)[2])) == 5
+    assert len(aux_of(rows(tmp_path)[2])) == 6
     pipe = jit.load(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     how = {"num_inference_steps": 1, "output_type": "pt"}

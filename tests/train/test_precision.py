@@ -19,8 +19,8 @@ from jit_accel.base.findings import cache_folder, write_findings
 from jit_accel.config.presets import PRESETS
 from jit_accel.evaluate import main as evaluate_main
 from jit_accel.model import precision
+from jit_accel.model.blocks import Attention
 from jit_accel.model.precision import BUDGET_S, BlockTimes, BlockWork, compare, constant_block, run_block, times_of
-from jit_accel.model.transformer import Attention
 from jit_accel.sample import main as sample_main
 
 WORK = BlockWork(768, 12, 4.0, 288, 8, trains=True)
