@@ -54,7 +54,7 @@ RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (math.isfinite, "finite", "P_mean"),
     (lambda v: 0 <= v < 1, "in [0, 1)", "proj_dropout attn_dropout lora_dropout"),
     (lambda v: 0 < v < 1, "between 0 and 1, both excluded", "t_eps"),
-    (lambda v: 0 <= v <= 1, "a share between 0 and 1", "max_bad_images"),
+    (lambda v: 0 <= v <= 1, "a share between 0 and 1", "max_bad_images augment"),
     (lambda v: isinstance(v, str) or 0 <= v <= 0.5, "a share between 0 (none) and 0.5, or a split's name", "holdout"),
     (lambda v: 0 <= v <= 1, "a probability between 0 and 1", "label_drop_prob condition_drop_prob"),
     (lambda v: 1 <= v < math.inf, "1 (none) or more, such as 2", "model_guidance"),
@@ -191,6 +191,8 @@ def _contradictions_of_techniques(s: SimpleNamespace) -> Iterator[tuple[str, str
             )
         if s.batch_size == 1:
             yield "batch_size", "--aux_loss contrastive needs another image in the micro-batch: use 2 or more."
+    if s.augment and s.lora_rank is not None:
+        yield "augment", "needs weights beside those of --lora_rank, to be told: leave one of them out."
     if s.muon_scale != "match_rms_adamw" and s.optimizer != "muon":
         yield "muon_scale", f"is of Muon, and --optimizer {s.optimizer} is used: choose muon, or leave it out."
     if s.decay_fraction is not None and s.lr_schedule != "wsd":

@@ -242,6 +242,9 @@ def _refuse_other_conditions(config: Config, facts: Facts) -> None:
         if not channels and (value := getattr(given, name)) != default:
             rule = "says how a condition enters the network, and there is none: add --condition_from."
             raise UserError(rule, about=name, value=value)
+    if channels and config.technique.augment:
+        rule = "would change the images and not their conditions: leave it out, or train without a condition."
+        raise UserError(rule, about="augment", value=config.technique.augment)
     measured = config.evaluation
     if measured.paired_every_steps and not (channels and config.data.holdout):
         rule = "scores what is made of held-out conditions, and there are none: "

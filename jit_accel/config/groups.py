@@ -203,6 +203,13 @@ class AuxConfig:
 
 
 @dataclass(frozen=True)
+class TechniqueConfig:
+    augment: float = 0.0
+    """Scale, rotate, stretch, shift and flip images of small data sets, each with this probability, such as 0.12, and
+    mirror every second; the network is told, so that samples have none of it. Not for images with conditions."""
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     batch_size: int = 32
     """Images per process and micro-step."""

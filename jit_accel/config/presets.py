@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from jit_accel.base.errors import UserError, lookup, shown
 
+AUGMENT_SIZE = 9  # numbers that say how an image was augmented
 TIME_FEATURES = 256  # sinusoidal features of the time t
 LONG_ATTENTION = 64  # tokens from which a CPU's attention is faster in bf16
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601), as in Pillow's mode L

@@ -19,6 +19,7 @@ from jit_accel.config.groups import (
     ObjectiveConfig,
     OptimConfig,
     PerformanceConfig,
+    TechniqueConfig,
     TuneConfig,
 )
 from jit_accel.config.run_groups import EvalConfig, HealthConfig, HubConfig, RunConfig, SheetConfig, TrackingConfig
@@ -40,6 +41,8 @@ class Config:
     """Noise, prediction and loss (arXiv 2511.13720)."""
     aux: AuxConfig = field(default_factory=AuxConfig)
     """Losses beside that one."""
+    technique: TechniqueConfig = field(default_factory=TechniqueConfig)
+    """Techniques for better training (docs/techniques.md)."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Batch, length, learning rate, averaging."""
     performance: PerformanceConfig = field(default_factory=PerformanceConfig)

@@ -19,7 +19,7 @@ from jit_accel.config.groups import (
     width_name,
     width_of,
 )
-from jit_accel.config.presets import Size
+from jit_accel.config.presets import AUGMENT_SIZE, Size
 from jit_accel.config.run_groups import SheetConfig
 from jit_accel.config.settings import Config
 from jit_accel.model.call_arguments import DEFAULTS, checked_default
@@ -41,6 +41,7 @@ def build_network(
     img_size: Size,
     vectors: Mapping | None = None,
     has_several_labels: bool = False,
+    is_augmented: bool = False,
 ) -> JiTTransformer2DModel:
     """Return the network of these settings, complete ones, with new weights; `vectors` as of `JiTPipeline`."""
     return build_model(
@@ -55,6 +56,7 @@ def build_network(
         condition_inject=condition.condition_inject,
         vector_sizes=list(vectors["sizes"]) if vectors else None,
         has_several_labels=has_several_labels,
+        augment_size=AUGMENT_SIZE if is_augmented else None,
     )
 
 
@@ -197,7 +199,7 @@ def pipeline_of_checkpoint(checkpoint: Path, ema: str | None = None, about: str 
         if width_of(ema) is None and ema not in choices:
             raise UserError(f"{checkpoint} has {', '.join(choices)}.{nearest(ema, choices)}", about="ema", value=ema)
         with torch.device("meta"):
-            facts = run.get("vectors"), run.get("has_several_labels", False)
+            facts = run.get("vectors"), run.get("has_several_labels", False), config.technique.augment > 0
             network = build_network(config.model, config.condition, config.data.img_size, *facts)
         if width_of(ema) is None:
             weights = load_tensors(checkpoint, UNAVERAGED if ema == UNAVERAGED else f"ema_{ema}", about)

@@ -60,6 +60,7 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         condition_inject: str = "add",
         vector_sizes: Sequence[int] = (),
         has_several_labels: bool = False,
+        augment_size: int = 0,
     ):
         super().__init__()
         check_sizes(img_size, patch_size, hidden_size, num_heads)
@@ -82,6 +83,8 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
             )
         if vector_sizes:
             self.vector_embedder = VectorEmbedding(vector_sizes, hidden_size, in_context_len)
+        if augment_size:
+            self.augment_embedder = nn.Linear(augment_size, hidden_size, bias=False)  # nothing of zeros, as in EDM
         self.reset_parameters()
 
     @classmethod
@@ -124,6 +127,8 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
             nn.init.zeros_(self.condition_embedder.proj2.weight)
         if self.config.vector_sizes:
             nn.init.zeros_(self.vector_embedder.mlp[2].weight)
+        if self.config.augment_size:
+            nn.init.zeros_(self.augment_embedder.weight)
 
     def forward(
         self,
@@ -135,6 +140,7 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         condition_mask: Tensor | None = None,
         vectors: Tensor | None = None,
         vector_mask: Tensor | None = None,
+        augmentation: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Return the prediction `sample` (B, C, H, W) of x, e or v, whichever the network was trained for.
 
@@ -146,6 +152,7 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
             condition_image: (B, condition_channels, H, W) in [-1, 1], or None for no condition.
             condition_mask: (B,), False where an image's condition is left out; None: all are given.
             vectors, vector_mask: (B, n), the numbers of all columns, standardised, and as for conditions.
+            augmentation: (B, augment_size), how each image was augmented, in training; None: none was.
         """
         config = self.config
         batch, _, height, width = sample.shape
@@ -164,6 +171,10 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         c, y_token = self.t_embedder(t, y_emb.dtype) + y_emb, y_emb[:, None]
         if config.vector_sizes:
             c, y_token = self.vector_embedder(c, y_token, vectors, vector_mask)
+        if config.augment_size:
+            if augmentation is None:
+                augmentation = c.new_zeros(batch, config.augment_size)
+            c = c + self.augment_embedder(augmentation.to(c.dtype))
         pixels = sample.to(y_emb.dtype)
         x = self.x_embedder(pixels) + position_table(config.hidden_size, grid, trained_grid, device)
         condition_grid = None

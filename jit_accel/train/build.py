@@ -243,13 +243,14 @@ def assemble(
     pipeline = build_pipeline(network, config.objective, class_names, config.sample, *kept)
     pipeline.set_progress_bar_config(disable=True)
     how = {"seed": run.seed, "batch_size": config.optim.batch_size}
+    fed = {"num_classes": config.model.num_classes, "augment": config.technique.augment, **how}
     stop = StopRequest()
     stops = SharedStop(accelerator, stop)
     sampled = {"pipeline": pipeline, "averages": averages, "accelerator": accelerator, "settings": config.sample, **how}
     sampled["stops"] = stops
     made_from = config.condition.condition_from
     examples = choose_examples(source, held_out, config.data.img_size, made_from, tuning.labels_of)
-    feed = Feed(config.data, made_from, source, accelerator, num_classes=config.model.num_classes, **how)
+    feed = Feed(config.data, made_from, source, accelerator, **fed)
     validation = Validation(held_out, accelerator, config.optim.batch_size, made_from) if held_out else None
     measures = build_measures(config, source, validation, tuning, sampled)
     shown = {"tracking": config.tracking, "health": config.health, "log_every_steps": run.log_every_steps}
@@ -305,7 +306,7 @@ def build_measures(
 def build_model(config: Config, source: Source, initial: Initial | None) -> tuple[JiTTransformer2DModel, Tuning]:
     """Return the network with its first weights, the same on every process, and how it stands to those of `initial`."""
     torch.manual_seed(config.run.seed)
-    facts = source.vector_record, source.most_labels is not None
+    facts = source.vector_record, source.most_labels is not None, config.technique.augment > 0
     model = build_network(config.model, config.condition, config.data.img_size, *facts)
     tuning = tune(model, config.tune, config.objective.noise_scale, source, initial)
     if config.performance.gradient_checkpointing:

@@ -18,6 +18,7 @@ from jit_accel.base.processes import on_all
 from jit_accel.base.spans import span
 from jit_accel.config.groups import STREAMING, ConditionConfig, DataConfig
 from jit_accel.config.presets import Size
+from jit_accel.data.batches.augmentation import Augmentation
 from jit_accel.data.batches.batch import Batch, ready
 from jit_accel.data.batches.degradations import degradation_of
 from jit_accel.data.batches.holdout import HeldOut, held_by_split, split_holdout
@@ -132,9 +133,21 @@ def refuse_other_images(data: DataConfig, source: Source) -> None:
 
 
 class Feed:
-    """The images of one process of a run, on its device; `how` are arguments of `batches` that `data` does not have."""
+    """The images of one process of a run, on its device; `how` are arguments of `batches` that `data` does not have.
 
-    def __init__(self, data: DataConfig, condition_from: str | None, source: Source, accelerator: Accelerator, **how):
+    augment: the probability of each kind of augmentation.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        condition_from: str | None,
+        source: Source,
+        accelerator: Accelerator,
+        augment: float = 0.0,
+        **how,
+    ):
+        self.augmented = Augmentation(augment, how["seed"]) if augment else None
         self.data, self.source, self.accelerator = data, source, accelerator
         how |= {name: getattr(data, name) for name in SETTINGS_OF_BATCHES}
         rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -152,7 +165,7 @@ class Feed:
             error.everywhere = False
             raise
         self.bad_images.update(dict.fromkeys(batch.bad_images))
-        return batch
+        return self.augmented(batch) if self.augmented else batch
 
     def close(self) -> None:
         """End the workers."""

@@ -117,6 +117,8 @@ def transfer(
         resampled = resample_patches(given, old, new)
         done.resampled = [name for name, tensor in resampled.items() if tensor.shape == into[name].shape]
         given |= resampled
+    # What augmentation adds to a network is nothing where there is none.
+    given = {name: tensor for name, tensor in given.items() if name in into or not name.startswith("augment_embedder.")}
     done.dropped = [*others, *(name for name in given if name not in into)]
     for name, tensor in into.items():
         if name == LABELS and name in given:

@@ -24,6 +24,7 @@ FIXED_SETTINGS = (
     *("image_column", "label_column", "vector_column", "renumber_labels", "holdout", "label_separator"),
     *("lora_rank", "lora_alpha", "lora_targets", "in_channels", "value_range", "raw_shape", "raw_dtype"),
     *("condition_column", "condition_channels", "condition_inject", "condition_bottleneck"),
+    "augment",
 )
 
 

@@ -39,7 +39,7 @@ from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.base.errors import UserError
 from jit_accel.config.command_line import parse_args, read_recipe
 from jit_accel.config.completion import Facts, complete, plan_run
-from jit_accel.config.groups import AuxConfig, ConditionConfig, TuneConfig
+from jit_accel.config.groups import AuxConfig, ConditionConfig, TechniqueConfig, TuneConfig
 from jit_accel.config.identity import run_folder
 from jit_accel.config.run_groups import EvalConfig, HealthConfig, HubConfig, TrackingConfig
 from jit_accel.config.settings import SETTINGS, Config
@@ -157,7 +157,16 @@ NOT_IN_RECIPES = {
     *("output_dir", "resume", "dry_run"),
     *(
         field.name
-        for group in (AuxConfig, ConditionConfig, EvalConfig, HealthConfig, HubConfig, TrackingConfig, TuneConfig)
+        for group in (
+            AuxConfig,
+            ConditionConfig,
+            EvalConfig,
+            HealthConfig,
+            HubConfig,
+            TechniqueConfig,
+            TrackingConfig,
+            TuneConfig,
+        )
         for field in fields(group)
     ),
     # Of no effect where there is no condition, or no further loss.

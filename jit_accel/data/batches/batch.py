@@ -43,11 +43,12 @@ class Batch:
     bad_images: list[str]
     condition: torch.Tensor | None  # float32 (B, C, H, W) in [-1, 1], on the device
     vectors: torch.Tensor | None  # float32 (B, n): numbers, standardised, on the device
+    augmentation: torch.Tensor | None = None  # float32 (B, AUGMENT_SIZE), on the device
 
 
 def arguments_of(batch: Batch) -> dict[str, torch.Tensor]:
     """Return the arguments of the network besides the label, by name."""
-    given = {"condition_image": batch.condition, "vectors": batch.vectors}
+    given = {"condition_image": batch.condition, "vectors": batch.vectors, "augmentation": batch.augmentation}
     return {name: tensor for name, tensor in given.items() if tensor is not None}
 
 
