@@ -52,7 +52,7 @@ RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (lambda v: 0 <= v < math.inf, "0 or more (1 = no guidance)", "guidance_scale"),
     (lambda v: 0 < v < math.inf, "positive", "lora_alpha P_std noise_scale epochs learning_rate"),
     (math.isfinite, "finite", "P_mean"),
-    (lambda v: 0 <= v < 1, "in [0, 1)", "proj_dropout attn_dropout lora_dropout"),
+    (lambda v: 0 <= v < 1, "in [0, 1)", "proj_dropout attn_dropout lora_dropout token_routing"),
     (lambda v: 0 < v < 1, "between 0 and 1, both excluded", "t_eps"),
     (lambda v: 0 <= v <= 1, "a share between 0 and 1", "max_bad_images augment"),
     (lambda v: isinstance(v, str) or 0 <= v <= 0.5, "a share between 0 (none) and 0.5, or a split's name", "holdout"),
@@ -191,6 +191,8 @@ def _contradictions_of_techniques(s: SimpleNamespace) -> Iterator[tuple[str, str
             )
         if s.batch_size == 1:
             yield "batch_size", "--aux_loss contrastive needs another image in the micro-batch: use 2 or more."
+    if s.token_routing and any(loss.startswith("layersync") for loss in s.aux_loss):
+        yield "token_routing", "leaves tokens out that --aux_loss layersync compares: choose one of them."
     if s.augment and s.lora_rank is not None:
         yield "augment", "needs weights beside those of --lora_rank, to be told: leave one of them out."
     if s.muon_scale != "match_rms_adamw" and s.optimizer != "muon":

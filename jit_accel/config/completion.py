@@ -11,7 +11,15 @@ from jit_accel.base.errors import UserError
 from jit_accel.config.checks import LORA_TARGETS, check, image_size, model_name, steps_of
 from jit_accel.config.groups import DECAY_FRACTION, OptimConfig
 from jit_accel.config.identity import run_folder, run_name
-from jit_accel.config.presets import PRESETS, Preset, parse_model_name, plain_size, sizes_near, usual_noise_scale
+from jit_accel.config.presets import (
+    PRESETS,
+    Preset,
+    grid_of,
+    parse_model_name,
+    plain_size,
+    sizes_near,
+    usual_noise_scale,
+)
 from jit_accel.config.settings import Config
 
 PAPER_EPOCHS, PAPER_WARMUP_EPOCHS = 200.0, 5.0
@@ -23,6 +31,7 @@ EMA_SHARE_OF_RUN = 0.1
 # Up to that many images (40 passes over ImageNet) a run is short, and the paper's rate would leave it at its start.
 SHORT_RUN_IMAGES = 50_000_000
 SHORT_RUN_RATES = {"adamw": 3e-4, "muon": 1e-3}
+MANY_TOKENS = 256  # with fewer, routing some past the blocks was not tried by its authors
 TUNING_RATE = 1e-4  # what diffusers' LoRA training scripts start from
 USUAL_WORKERS = 8  # more decoding processes rarely help; one core is left to the training itself
 # The sizes that all of a network hangs on; others may differ from those of weights to start from.
@@ -132,7 +141,7 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
     if config.optim.optimizer == "muon" and facts.precision == "fp16":
         rule = "does not go with --mixed_precision fp16: use bf16 or no, or adamw."
         raise UserError(rule, about="optimizer", value="muon")
-    return config, plan, [*_warnings_of_length(config, plan), *_warnings_of_device(facts)]
+    return config, plan, [*_warnings_of_length(config, plan), *_warnings_of_device(facts), *_warnings_of_tokens(config)]
 
 
 def plan_run(optim: OptimConfig, facts: Facts) -> Plan:
@@ -322,6 +331,14 @@ def _warnings_of_length(config: Config, plan: Plan) -> Iterator[str]:
             f"{total:,} steps at a learning rate of {learning_rate:.1e} hardly move the weights: expect grey or noisy "
             f"samples. Train longer ({longer}){higher}."
         )
+
+
+def _warnings_of_tokens(config: Config) -> Iterator[str]:
+    """Yield what so few tokens are not for."""
+    tokens = math.prod(grid_of(image_size(config), parse_model_name(config.model.model)[1]))
+    if config.technique.token_routing and tokens < MANY_TOKENS:
+        few = f"{MANY_TOKENS} tokens and more; these have {tokens}"
+        yield f"--token_routing is for images of {few}: it may cost quality."
 
 
 def _warnings_of_device(facts: Facts) -> Iterator[str]:

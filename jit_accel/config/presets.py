@@ -113,6 +113,11 @@ def check_sizes(img_size: Size, patch_size: int, hidden_size: int, num_heads: in
         raise ValueError(f"{given}, {rule}, as hidden_size {num_heads * 64} does")
 
 
+def routed_blocks(depth: int) -> range:
+    """Return the blocks that tokens may be led past in training: the 3rd to the 8th of 12, as TREAD's (2501.04765)."""
+    return range(max(1, depth // 6), depth - max(1, depth // 3))
+
+
 def swiglu_width(hidden_size: int, mlp_ratio: float) -> int:
     return int(int(hidden_size * mlp_ratio) * 2 / 3)
 

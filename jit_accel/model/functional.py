@@ -70,6 +70,18 @@ def rope_table(
     return _constant(angles.cos()[:, None], device), _constant(angles.sin()[:, None], device)
 
 
+def split_tokens(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return what stands before the last `count` tokens of x (B, T, D), and these, which are the image's."""
+    return x[:, : x.shape[1] - count], x[:, x.shape[1] - count :]
+
+
+def rope_of_kept(rope: tuple[Tensor, Tensor], count: int, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tables of a sequence of whose last `count` tokens those of the numbers `kept` (K,) are there."""
+    before = len(rope[0]) - count
+    cos, sin = (torch.cat([table[:before], table[before:][kept]]) for table in rope)
+    return cos, sin
+
+
 @fixed_table
 def time_frequencies(device: torch.device) -> Tensor:
     """Return the (128,) angular frequencies of the timestep embedding."""

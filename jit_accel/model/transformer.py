@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from jit_accel.base.errors import UserError
-from jit_accel.config.presets import Size, check_sizes, grid_of, parse_model_name, plain_size
+from jit_accel.config.presets import Size, check_sizes, grid_of, parse_model_name, plain_size, routed_blocks
 from jit_accel.model.blocks import FinalLayer, JiTBlock
 from jit_accel.model.embeddings import (
     ConditionEmbedding,
@@ -23,7 +23,7 @@ from jit_accel.model.embeddings import (
     TimestepEmbedding,
     VectorEmbedding,
 )
-from jit_accel.model.functional import position_table, rope_table
+from jit_accel.model.functional import position_table, rope_of_kept, rope_table, split_tokens
 from jit_accel.model.saved_weights import SavedWeightsMixin
 
 
@@ -141,6 +141,7 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         vectors: Tensor | None = None,
         vector_mask: Tensor | None = None,
         augmentation: Tensor | None = None,
+        kept_tokens: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Return the prediction `sample` (B, C, H, W) of x, e or v, whichever the network was trained for.
 
@@ -153,6 +154,8 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
             condition_mask: (B,), False where an image's condition is left out; None: all are given.
             vectors, vector_mask: (B, n), the numbers of all columns, standardised, and as for conditions.
             augmentation: (B, augment_size), how each image was augmented, in training; None: none was.
+            kept_tokens: (K,), in training, the numbers of the image's tokens, in order, that go through all blocks; the
+                others are led past those in the middle (`routed_blocks`). None: all go.
         """
         config = self.config
         batch, _, height, width = sample.shape
@@ -182,20 +185,30 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
             x, condition_grid = self._with_condition(x, pixels, condition_image, condition_mask)
 
         head_dim = config.hidden_size // config.num_heads
-        prefix = 0
+        prefix, tokens, routed = 0, grid[0] * grid[1], range(0)
+        if kept_tokens is not None:
+            routed = routed_blocks(config.depth)
         for i, block in enumerate(self.blocks):
+            if i == routed.start and routed:
+                x, whole = split_tokens(x, tokens)
+                x = torch.cat([x, whole[:, kept_tokens]], dim=1)
+            if i == routed.stop and routed:
+                x, kept = split_tokens(x, len(kept_tokens))
+                x = torch.cat([x, whole.index_copy(1, kept_tokens, kept)], dim=1)
             if i == config.in_context_start and config.in_context_len > 0:
                 prefix = config.in_context_len
                 x = torch.cat([(y_token + self.in_context_posemb).to(x.dtype), x], dim=1)
             rope = rope_table(head_dim, grid, trained_grid, prefix, device, condition_grid)
+            if i in routed:
+                rope = rope_of_kept(rope, tokens, kept_tokens)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, x, c, rope)
             else:
                 x = block(x, c, rope)
             if i in self.tokens_after:
-                self.tokens_after[i] = x[:, x.shape[1] - grid[0] * grid[1] :]
+                self.tokens_after[i] = split_tokens(x, tokens)[1]
 
-        patches = self.final_layer(x[:, x.shape[1] - grid[0] * grid[1] :], c)
+        patches = self.final_layer(split_tokens(x, tokens)[1], c)
         p = config.patch_size
         image = patches.unflatten(2, (p, p, -1)).unflatten(1, grid).permute(0, 5, 1, 3, 2, 4)
         image = image.reshape(batch, -1, height, width)

@@ -42,6 +42,7 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         condition_inject: str = "add",
         vector_sizes: Sequence[int] = (),
         has_several_labels: bool = False,
+        augment_size: int = 0,
     ) -> None: ...
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -66,6 +67,8 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         condition_mask: Tensor | None = None,
         vectors: Tensor | None = None,
         vector_mask: Tensor | None = None,
+        augmentation: Tensor | None = None,
+        kept_tokens: Tensor | None = None,
     ) -> NetworkOutput | tuple[Tensor]: ...
     @overload
     def __call__(
@@ -78,6 +81,8 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         condition_mask: Tensor | None = None,
         vectors: Tensor | None = None,
         vector_mask: Tensor | None = None,
+        augmentation: Tensor | None = None,
+        kept_tokens: Tensor | None = None,
     ) -> NetworkOutput: ...
     @overload
     def __call__(
@@ -91,6 +96,8 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         condition_mask: Tensor | None = None,
         vectors: Tensor | None = None,
         vector_mask: Tensor | None = None,
+        augmentation: Tensor | None = None,
+        kept_tokens: Tensor | None = None,
     ) -> tuple[Tensor]: ...
     @overload
     def __call__(

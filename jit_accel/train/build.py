@@ -243,14 +243,13 @@ def assemble(
     pipeline = build_pipeline(network, config.objective, class_names, config.sample, *kept)
     pipeline.set_progress_bar_config(disable=True)
     how = {"seed": run.seed, "batch_size": config.optim.batch_size}
-    fed = {"num_classes": config.model.num_classes, "augment": config.technique.augment, **how}
     stop = StopRequest()
     stops = SharedStop(accelerator, stop)
     sampled = {"pipeline": pipeline, "averages": averages, "accelerator": accelerator, "settings": config.sample, **how}
     sampled["stops"] = stops
     made_from = config.condition.condition_from
     examples = choose_examples(source, held_out, config.data.img_size, made_from, tuning.labels_of)
-    feed = Feed(config.data, made_from, source, accelerator, **fed)
+    feed = Feed(config.data, made_from, source, accelerator, config.technique, network.config, **how)
     validation = Validation(held_out, accelerator, config.optim.batch_size, made_from) if held_out else None
     measures = build_measures(config, source, validation, tuning, sampled)
     shown = {"tracking": config.tracking, "health": config.health, "log_every_steps": run.log_every_steps}

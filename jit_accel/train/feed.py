@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -10,19 +11,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
 from jit_accel.base.console import warn
 from jit_accel.base.errors import UserError, renamed_settings
 from jit_accel.base.processes import on_all
 from jit_accel.base.spans import span
-from jit_accel.config.groups import STREAMING, ConditionConfig, DataConfig
-from jit_accel.config.presets import Size
+from jit_accel.config.groups import STREAMING, ConditionConfig, DataConfig, TechniqueConfig
+from jit_accel.config.presets import Size, grid_of
 from jit_accel.data.batches.augmentation import Augmentation
 from jit_accel.data.batches.batch import Batch, ready
 from jit_accel.data.batches.degradations import degradation_of
 from jit_accel.data.batches.holdout import HeldOut, held_by_split, split_holdout
 from jit_accel.data.batches.ready_batches import WaitTime, batches, waiting_advice
+from jit_accel.data.batches.token_routing import TokenRouting
 from jit_accel.data.batches.workers import cores_per_process, worker_memory_gib
 from jit_accel.data.formats.numbers import Vectors
 from jit_accel.data.formats.source import in_class_order, standardised_as
@@ -135,7 +138,7 @@ def refuse_other_images(data: DataConfig, source: Source) -> None:
 class Feed:
     """The images of one process of a run, on its device; `how` are arguments of `batches` that `data` does not have.
 
-    augment: the probability of each kind of augmentation.
+    sizes: the network's, its `config`.
     """
 
     def __init__(
@@ -144,14 +147,25 @@ class Feed:
         condition_from: str | None,
         source: Source,
         accelerator: Accelerator,
-        augment: float = 0.0,
+        technique: TechniqueConfig,
+        sizes: FrozenDict,
         **how,
     ):
-        self.augmented = Augmentation(augment, how["seed"]) if augment else None
+        self.techniques: list[Callable[[Batch], Batch]] = []
+        if technique.augment:
+            self.techniques.append(Augmentation(technique.augment, how["seed"]))
+        if technique.token_routing:
+            count = math.prod(grid_of(data.img_size, sizes.patch_size))
+            self.techniques.append(TokenRouting(technique.token_routing, count, how["seed"]))
         self.data, self.source, self.accelerator = data, source, accelerator
         how |= {name: getattr(data, name) for name in SETTINGS_OF_BATCHES}
         rank, world_size = accelerator.process_index, accelerator.num_processes
-        how |= {"condition_from": condition_from, "rank": rank, "world_size": world_size}
+        how |= {
+            "condition_from": condition_from,
+            "num_classes": sizes.num_classes,
+            "rank": rank,
+            "world_size": world_size,
+        }
         self.loader = batches(source, device=accelerator.device, **how)
         self.wait_time = WaitTime(accelerator.device)
         self.bad_images: dict[str, None] = {}  # in the order of their discovery
@@ -165,7 +179,9 @@ class Feed:
             error.everywhere = False
             raise
         self.bad_images.update(dict.fromkeys(batch.bad_images))
-        return self.augmented(batch) if self.augmented else batch
+        for technique in self.techniques:
+            batch = technique(batch)
+        return batch
 
     def close(self) -> None:
         """End the workers."""

@@ -44,11 +44,13 @@ class Batch:
     condition: torch.Tensor | None  # float32 (B, C, H, W) in [-1, 1], on the device
     vectors: torch.Tensor | None  # float32 (B, n): numbers, standardised, on the device
     augmentation: torch.Tensor | None = None  # float32 (B, AUGMENT_SIZE), on the device
+    kept_tokens: torch.Tensor | None = None  # int64 (K,), on the device: not led past the middle blocks
 
 
 def arguments_of(batch: Batch) -> dict[str, torch.Tensor]:
     """Return the arguments of the network besides the label, by name."""
-    given = {"condition_image": batch.condition, "vectors": batch.vectors, "augmentation": batch.augmentation}
+    given = {"condition_image": batch.condition, "vectors": batch.vectors}
+    given |= {"augmentation": batch.augmentation, "kept_tokens": batch.kept_tokens}
     return {name: tensor for name, tensor in given.items() if tensor is not None}
 
 
