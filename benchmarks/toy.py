@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from jit_accel.base import rng
-from jit_accel.config.completion import Plan
+from jit_accel.config.facts import Plan
 from jit_accel.config.groups import OptimConfig
 from jit_accel.model.objective import Objective
 from jit_accel.model.scheduler import JiTScheduler

@@ -16,7 +16,7 @@ from jit_accel.base.console import redacted, say, warn
 from jit_accel.base.devices import device_name, peak_flops
 from jit_accel.base.errors import message_of
 from jit_accel.base.spans import span
-from jit_accel.config.completion import Plan
+from jit_accel.config.facts import Plan
 from jit_accel.config.presets import forward_macs, sides_of
 from jit_accel.config.run_groups import HealthConfig, TrackingConfig
 from jit_accel.monitor import metric_table as table

@@ -10,8 +10,9 @@ from jit_accel.base.devices import peak_flops
 from jit_accel.base.errors import UserError
 from jit_accel.config.checks import model_name
 from jit_accel.config.command_line import parse_args
-from jit_accel.config.completion import Facts, complete
+from jit_accel.config.completion import complete
 from jit_accel.config.costs import FLOAT32, GIB
+from jit_accel.config.facts import Facts
 from jit_accel.config.groups import ConditionConfig
 from jit_accel.config.presets import forward_macs, in_pixels, parse_model_name, sides_of
 from jit_accel.data.batches.degradations import degradation_of

@@ -21,7 +21,8 @@ from jit_accel.base.host import denormals_flushed, keep_heap
 from jit_accel.base.processes import SharedStop, end_with_launcher, grace_s, on_all, on_main, process_group
 from jit_accel.base.watchdog import Watchdog
 from jit_accel.config.checks import image_size
-from jit_accel.config.completion import Facts, Plan, complete, rate_in_words, started
+from jit_accel.config.completion import complete, rate_in_words, started
+from jit_accel.config.facts import Facts, Plan
 from jit_accel.config.identity import experiment_of, in_folder, is_named, run_folder
 from jit_accel.config.presets import in_pixels, parse_model_name, sides_of
 from jit_accel.config.settings import Config

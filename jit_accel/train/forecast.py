@@ -15,7 +15,6 @@ from torch import nn
 from jit_accel.base.console import in_words, say, two_digits, warn
 from jit_accel.base.devices import device_name
 from jit_accel.base.processes import grace_s
-from jit_accel.config.completion import Plan
 from jit_accel.config.costs import (
     FLOAT32,
     GIB,
@@ -25,6 +24,7 @@ from jit_accel.config.costs import (
     moments_of,
     passes_of_step,
 )
+from jit_accel.config.facts import Plan
 from jit_accel.config.groups import OptimConfig
 from jit_accel.config.presets import block_macs, block_tokens, forward_macs, grid_of, sides_of
 from jit_accel.model.functional import rope_table

@@ -11,7 +11,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from jit_accel.base.errors import UserError
-from jit_accel.config.completion import Start
+from jit_accel.config.facts import Start
 from jit_accel.config.groups import TuneConfig
 from jit_accel.config.presets import in_pixels, plain_size
 from jit_accel.data.batches.batch import Batch, renumbered

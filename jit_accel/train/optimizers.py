@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from jit_accel.base.errors import lookup
 from jit_accel.base.spans import span
-from jit_accel.config.completion import Plan
+from jit_accel.config.facts import Plan
 from jit_accel.config.groups import OptimConfig
 from jit_accel.train.muon import Muon
 

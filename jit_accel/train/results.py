@@ -18,7 +18,7 @@ from jit_accel.base.devices import device_name
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_folder, check_guard, write_json
 from jit_accel.base.processes import on_main, whole_tensors
-from jit_accel.config.completion import Plan
+from jit_accel.config.facts import Plan
 from jit_accel.config.settings import write_config
 from jit_accel.data.formats.sources import Source
 from jit_accel.model.call_arguments import DEFAULTS

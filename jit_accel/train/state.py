@@ -10,7 +10,7 @@ from jit_accel.base.console import warn
 from jit_accel.base.devices import kind_of
 from jit_accel.base.errors import UserError, changed_settings
 from jit_accel.base.processes import Sliceable, sharded_like
-from jit_accel.config.completion import Plan
+from jit_accel.config.facts import Plan
 from jit_accel.config.identity import NAMES, WITHOUT_EFFECT, tells_apart
 from jit_accel.config.settings import SETTINGS
 from jit_accel.data.formats.source import Source

@@ -17,7 +17,7 @@ from jit_accel.base.files import check_guard, disk_errors
 from jit_accel.base.processes import SharedStop, on_main
 from jit_accel.base.spans import span
 from jit_accel.base.watchdog import Watchdog
-from jit_accel.config.completion import Plan
+from jit_accel.config.facts import Plan
 from jit_accel.config.groups import OptimConfig
 from jit_accel.config.run_groups import RunConfig
 from jit_accel.data.batches.batch import Batch, arguments_of

@@ -9,7 +9,8 @@ import yaml
 
 from jit_accel.base.errors import UserError
 from jit_accel.config.command_line import parse_args
-from jit_accel.config.completion import Facts, Start, complete, plan_run, rate_in_words
+from jit_accel.config.completion import complete, plan_run, rate_in_words
+from jit_accel.config.facts import Facts, Start
 from jit_accel.config.groups import DataConfig
 from jit_accel.config.identity import run_folder
 from jit_accel.config.settings import SETTINGS, Config, write_config

@@ -38,7 +38,8 @@ from toy_features import load_toy
 from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.base.errors import UserError
 from jit_accel.config.command_line import parse_args, read_recipe
-from jit_accel.config.completion import Facts, complete, plan_run
+from jit_accel.config.completion import complete, plan_run
+from jit_accel.config.facts import Facts
 from jit_accel.config.groups import AuxConfig, ConditionConfig, TechniqueConfig, TuneConfig
 from jit_accel.config.identity import run_folder
 from jit_accel.config.run_groups import EvalConfig, HealthConfig, HubConfig, TrackingConfig

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from jit_accel import JiTPipeline, JiTScheduler, JiTTransformer2DModel
 from jit_accel.base.errors import UserError
-from jit_accel.config.completion import Facts, complete
+from jit_accel.config.completion import complete
+from jit_accel.config.facts import Facts
 from jit_accel.config.settings import Config
 from jit_accel.data.batches.batch import Batch
 from jit_accel.model.transformer import build_model

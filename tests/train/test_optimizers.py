@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from jit_accel.base.errors import UserError
-from jit_accel.config.completion import Facts, Plan, complete
+from jit_accel.config.completion import complete
+from jit_accel.config.facts import Facts, Plan
 from jit_accel.config.groups import OptimConfig
 from jit_accel.config.settings import Config
 from jit_accel.model.transformer import build_model
