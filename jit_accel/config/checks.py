@@ -9,7 +9,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from jit_accel.base.errors import MOST, UserError, check_places, check_ranges, lookup, shown
 from jit_accel.config.groups import (
-    DECAY_FRACTION,
     DEFAULT_MODEL,
     MOST_CHANNELS,
     MOST_CLASSES,
@@ -23,6 +22,7 @@ from jit_accel.config.groups import (
 from jit_accel.config.presets import parse_model_name, sides_of, sizes_near
 from jit_accel.config.run_groups import TRACKERS, HubConfig
 from jit_accel.config.settings import SETTINGS, Config
+from jit_accel.config.techniques import contradictions_of_techniques
 
 LORA_TARGETS = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
 
@@ -92,7 +92,7 @@ def check(config: Config) -> None:
             lookup(dict.fromkeys(TRACKERS), name, "report_to")
     _refuse(_contradictions_of_data, values)
     _refuse(_contradictions, values)
-    _refuse(_contradictions_of_techniques, values)
+    _refuse(contradictions_of_techniques, values)
     check_hub(config.hub)
 
 
@@ -180,31 +180,6 @@ def _contradictions(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
     if not 1 <= len(s.wandb_project) <= 128 or set(s.wandb_project) & set("/\\#?%:"):
         rule = "must have 1 to 128 characters, none of them / \\ # ? % or : (the team goes into --wandb_entity)."
         yield "wandb_project", rule
-
-
-def _contradictions_of_techniques(s: SimpleNamespace) -> Iterator[tuple[str, str]]:
-    if any(loss.startswith("contrastive") for loss in s.aux_loss):
-        if s.loss_space != "v":
-            yield (
-                "aux_loss",
-                f"contrastive is subtracted from an error of velocities, not of {s.loss_space}: use --loss_space v.",
-            )
-        if s.batch_size == 1:
-            yield "batch_size", "--aux_loss contrastive needs another image in the micro-batch: use 2 or more."
-    if s.token_routing and any(loss.startswith("layersync") for loss in s.aux_loss):
-        yield "token_routing", "leaves tokens out that --aux_loss layersync compares: choose one of them."
-    if s.augment and s.lora_rank is not None:
-        yield "augment", "needs weights beside those of --lora_rank, to be told: leave one of them out."
-    if s.muon_scale != "match_rms_adamw" and s.optimizer != "muon":
-        yield "muon_scale", f"is of Muon, and --optimizer {s.optimizer} is used: choose muon, or leave it out."
-    if s.decay_fraction is not None and s.lr_schedule != "wsd":
-        yield "decay_fraction", f"is of --lr_schedule wsd, and {s.lr_schedule} is used: choose wsd, or leave it out."
-    share = DECAY_FRACTION if s.decay_fraction is None else s.decay_fraction
-    if s.lr_schedule == "wsd" and s.max_steps and (s.warmup_steps or 0) > (1 - share) * s.max_steps:
-        rule = (
-            f"the run has {s.max_steps:,} steps, and the last {share:.0%} of them are wsd's decay: shorten the warm-up."
-        )
-        yield "warmup_steps", rule
 
 
 def _contradictions_of_hub(s: SimpleNamespace) -> Iterator[tuple[str, str]]:

@@ -21,6 +21,7 @@ from jit_accel.config.presets import (
     usual_noise_scale,
 )
 from jit_accel.config.settings import Config
+from jit_accel.config.techniques import refuse_condition, warnings_of_techniques
 
 PAPER_EPOCHS, PAPER_WARMUP_EPOCHS = 200.0, 5.0
 WARMUP_SHARE_OF_RUN = 0.1
@@ -31,7 +32,6 @@ EMA_SHARE_OF_RUN = 0.1
 # Up to that many images (40 passes over ImageNet) a run is short, and the paper's rate would leave it at its start.
 SHORT_RUN_IMAGES = 50_000_000
 SHORT_RUN_RATES = {"adamw": 3e-4, "muon": 1e-3}
-MANY_TOKENS = 256  # with fewer, routing some past the blocks was not tried by its authors
 TUNING_RATE = 1e-4  # what diffusers' LoRA training scripts start from
 USUAL_WORKERS = 8  # more decoding processes rarely help; one core is left to the training itself
 # The sizes that all of a network hangs on; others may differ from those of weights to start from.
@@ -62,10 +62,10 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         "proj_dropout": preset.proj_dropout,
         "noise_scale": 1.0 if config.objective.path == "bridge" else usual_noise_scale(size),
         "learning_rate": default_rate(config, plan)[0],
+        "decay_fraction": DECAY_FRACTION if optim.lr_schedule == "wsd" else None,
         "guidance_scale": guidance if facts.is_labelled and not facts.condition_channels and not learns_it else 1.0,
         "method": DEFAULT_METHOD,
         "num_inference_steps": 50 if config.sample.method == "heun" else 25,
-        "decay_fraction": DECAY_FRACTION if optim.lr_schedule == "wsd" else None,
         "paired_every_steps": _paired_every_steps(config, facts, plan),
         "lora_alpha": float(lora_rank) if lora_rank else None,
         "lora_targets": LORA_TARGETS if lora_rank else None,
@@ -91,7 +91,9 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
     if config.optim.optimizer == "muon" and facts.precision == "fp16":
         rule = "does not go with --mixed_precision fp16: use bf16 or no, or adamw."
         raise UserError(rule, about="optimizer", value="muon")
-    return config, plan, [*_warnings_of_length(config, plan), *_warnings_of_device(facts), *_warnings_of_tokens(config)]
+    tokens = math.prod(grid_of(image_size(config), parse_model_name(config.model.model)[1]))
+    warnings = [*_warnings_of_length(config, plan), *_warnings_of_device(facts)]
+    return config, plan, [*warnings, *warnings_of_techniques(config.technique, tokens)]
 
 
 def plan_run(optim: OptimConfig, facts: Facts) -> Plan:
@@ -201,9 +203,7 @@ def _refuse_other_conditions(config: Config, facts: Facts) -> None:
         if not channels and (value := getattr(given, name)) != default:
             rule = "says how a condition enters the network, and there is none: add --condition_from."
             raise UserError(rule, about=name, value=value)
-    if channels and config.technique.augment:
-        rule = "would change the images and not their conditions: leave it out, or train without a condition."
-        raise UserError(rule, about="augment", value=config.technique.augment)
+    refuse_condition(config.technique, channels)
     measured = config.evaluation
     if measured.paired_every_steps and not (channels and config.data.holdout):
         rule = "scores what is made of held-out conditions, and there are none: "
@@ -281,14 +281,6 @@ def _warnings_of_length(config: Config, plan: Plan) -> Iterator[str]:
             f"{total:,} steps at a learning rate of {learning_rate:.1e} hardly move the weights: expect grey or noisy "
             f"samples. Train longer ({longer}){higher}."
         )
-
-
-def _warnings_of_tokens(config: Config) -> Iterator[str]:
-    """Yield what so few tokens are not for."""
-    tokens = math.prod(grid_of(image_size(config), parse_model_name(config.model.model)[1]))
-    if config.technique.token_routing and tokens < MANY_TOKENS:
-        few = f"{MANY_TOKENS} tokens and more; these have {tokens}"
-        yield f"--token_routing is for images of {few}: it may cost quality."
 
 
 def _warnings_of_device(facts: Facts) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What completes the settings of a run, its facts, and what follows for its lengths."""
+"""Facts of a run, which complete its settings, the weights it starts from, and its lengths."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

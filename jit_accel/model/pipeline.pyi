@@ -16,6 +16,7 @@ from typing_extensions import Self, Unpack
 from jit_accel.config.presets import Size
 from jit_accel.model.call_arguments import Label
 from jit_accel.model.carried_code import KeptCardMixin
+from jit_accel.model.guidance import GuidanceMixin
 from jit_accel.model.lora_loading import LoraMixin
 from jit_accel.model.picture_arguments import Picture
 from jit_accel.model.scheduler import JiTScheduler
@@ -48,7 +49,7 @@ class Options(TypedDict, total=False):
     vectors: Sequence[Row] | Row | Tensor | np.ndarray
     time_shift: float | None
 
-class JiTPipeline(KeptCardMixin, DiffusionPipeline, LoraMixin):
+class JiTPipeline(KeptCardMixin, GuidanceMixin, DiffusionPipeline, LoraMixin):
     config: Any  # type: ignore[assignment]
     transformer: JiTTransformer2DModel
     def __init__(

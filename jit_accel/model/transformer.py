@@ -184,6 +184,25 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
         if config.condition_channels:
             x, condition_grid = self._with_condition(x, pixels, condition_image, condition_mask)
 
+        x = self._through_blocks(x, c, y_token, grid, condition_grid, kept_tokens)
+        patches = self.final_layer(split_tokens(x, grid[0] * grid[1])[1], c)
+        p = config.patch_size
+        image = patches.unflatten(2, (p, p, -1)).unflatten(1, grid).permute(0, 5, 1, 3, 2, 4)
+        image = image.reshape(batch, -1, height, width)
+        return Transformer2DModelOutput(sample=image) if return_dict else (image,)
+
+    def _through_blocks(
+        self,
+        x: Tensor,
+        c: Tensor,
+        y_token: Tensor,
+        grid: tuple[int, int],
+        condition_grid: tuple[int, int] | None,
+        kept_tokens: Tensor | None,
+    ) -> Tensor:
+        """Return the tokens (B, T, D) after all blocks; on the way those in context come before them."""
+        config = self.config
+        trained_grid = grid_of(config.img_size, config.patch_size)
         head_dim = config.hidden_size // config.num_heads
         prefix, tokens, routed = 0, grid[0] * grid[1], range(0)
         if kept_tokens is not None:
@@ -198,7 +217,7 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
             if i == config.in_context_start and config.in_context_len > 0:
                 prefix = config.in_context_len
                 x = torch.cat([(y_token + self.in_context_posemb).to(x.dtype), x], dim=1)
-            rope = rope_table(head_dim, grid, trained_grid, prefix, device, condition_grid)
+            rope = rope_table(head_dim, grid, trained_grid, prefix, x.device, condition_grid)
             if i in routed:
                 rope = rope_of_kept(rope, tokens, kept_tokens)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -207,12 +226,7 @@ class JiTTransformer2DModel(SavedWeightsMixin, ModelMixin, AttentionMixin, Confi
                 x = block(x, c, rope)
             if i in self.tokens_after:
                 self.tokens_after[i] = split_tokens(x, tokens)[1]
-
-        patches = self.final_layer(split_tokens(x, tokens)[1], c)
-        p = config.patch_size
-        image = patches.unflatten(2, (p, p, -1)).unflatten(1, grid).permute(0, 5, 1, 3, 2, 4)
-        image = image.reshape(batch, -1, height, width)
-        return Transformer2DModelOutput(sample=image) if return_dict else (image,)
+        return x
 
     def _with_condition(
         self, x: Tensor, pixels: Tensor, condition: Tensor | None, mask: Tensor | None

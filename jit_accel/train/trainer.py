@@ -145,11 +145,9 @@ class Trainer:
                 batch = self.feed.next()
                 self.watch.at(f"trains step {self.step + 1:,}")
                 loss = self.loss(batch).mean()
-                minimised = self.aux.added_to(
-                    loss, batch.images, self.monitor.record_aux, batch.labels, batch.positions
-                )
+                total = self.aux.added_to(loss, batch.images, self.monitor.record_aux, batch.labels, batch.positions)
                 with span("backward"):
-                    accelerator.backward(minimised)  # divides by the number of micro-steps
+                    accelerator.backward(total)  # divides by the number of micro-steps
             step_loss += loss.detach() / micro_steps
 
         grad_norm = self._clip_gradients()

@@ -234,7 +234,7 @@ def test_the_examples_of_the_guide_run(folder, tmp_path, own_modules, monkeypatc
     guide = (Path(__file__).parents[2] / "docs" / "generate.md").read_text(encoding="utf-8")
     section = guide.partition("## Pipeline\n")[2].partition("\n## ")[0]
     examples = re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
-    assert len(examples) == 7
+    assert len(examples) == 8
     shutil.copytree(folder, tmp_path / "runs" / "quickstart" / "pipeline")
     monkeypatch.chdir(tmp_path)
     # Compilation has its own test, and takes longer than all others together.
