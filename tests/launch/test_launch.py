@@ -30,6 +30,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import patch_environment
 from golden import load_golden
+from helpers import train_here
 from hub_server import stand_in
 from packaging.requirements import Requirement
 from PIL import Image
@@ -622,7 +623,12 @@ def test_each_documented_command_runs(command, recorder, photos, tmp_path, monke
     elif words[:3] == ["python", "-m", "jit_accel.convert"]:
         stand_in(monkeypatch)
         monkeypatch.chdir(tmp_path)
-        make_source(Path(words[words.index("--input") + 1]))
+        source = Path(words[words.index("--input") + 1])
+        if "--ema_width" in words:
+            flags = ("--data_path", str(photos), "--output_dir", str(source), "--average_snapshots", "1")
+            assert train_here(*flags) == 0
+        else:
+            make_source(source)
         assert convert(words[3:]) == 0
     elif words[:3] == ["python", "-m", "jit_accel.train"]:
         if "--push_to_hub" in words:
@@ -675,6 +681,12 @@ def test_each_documented_command_runs(command, recorder, photos, tmp_path, monke
         pytest.fail(f"no rule for running {command!r}: add one to this test")
 
 
+def without_averages(words: list[str]) -> list[str]:
+    """These flags but for those that choose an average, of which a pipeline folder has none."""
+    of_average = ("--ema", "--ema_width")
+    return [word for before, word in itertools.pairwise(["", *words]) if not {before, word} & {*of_average}]
+
+
 def sample_a_little(flags: list[str], tmp_path: Path) -> None:
     """Run `jit_accel.sample` with these flags, but few images of a tiny model."""
     network = load_golden("tiny").model()
@@ -686,6 +698,7 @@ def sample_a_little(flags: list[str], tmp_path: Path) -> None:
     JiTPipeline(network, JiTScheduler()).save_pretrained(tmp_path / "model")
     counts = {"--images_per_class": "1", "--num_images": "2"}
     words = [counts.get(before, word) for before, word in itertools.pairwise(["", *flags])]
+    words = without_averages(words)
     small = ("--num_inference_steps", "1", "--mixed_precision", "no")
     places = ("--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "samples"))
     for state in (AcceleratorState, PartialState, GradientState):
@@ -718,9 +731,7 @@ def evaluate_a_little(flags: list[str], photos: Path, tmp_path: Path, monkeypatc
     places = {"--model": "model", "--reference": str(photos), "--images": str(photos), "--num_images": "2"}
     words = [places.get(before, word) for before, word in itertools.pairwise(["", *flags])]
     words = ["1,2" if re.fullmatch(r"[\d.]+:[\d.]+:[\d.]+", word) else word for word in words]
-    if "--ema" in words:  # of which a pipeline folder has none
-        at = words.index("--ema")
-        words = words[:at] + words[at + 2 :]
+    words = without_averages(words)
     small = ["--img_size", "28", "--mixed_precision", "no"]
     if "--model" in words:
         small += ["--num_inference_steps", "1", "--num_images", "2"]
