@@ -1,8 +1,9 @@
-"""Modes of the processor and of the C library's heap, in which computing on a CPU is not held up by them."""
+"""Modes of the processor and the C library's heap that computing on a CPU needs; processes without a parent."""
 
 import contextlib
 import ctypes
 import os
+import signal
 from collections.abc import Iterator
 
 HEAP_VARIABLES = (
@@ -19,6 +20,7 @@ HEAP_VARIABLES = (
 KEPT = {-3: 2**25, -1: -1, -2: 2**26}
 # What glibc comes to by itself where large pieces are freed again and again.
 GIVEN_BACK = {-3: 2**25, -1: 2**26, -2: 2**17}
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
 
 
 def keep_heap() -> None:
@@ -71,3 +73,18 @@ def _flush(mode: bool) -> None:
     with contextlib.suppress(OSError, AttributeError, TypeError):  # OpenMP of another make
         task = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: torch.set_flush_denormal(mode))
         ctypes.CDLL(None).GOMP_parallel(task, None, torch.get_num_threads(), 0)
+
+
+def adopt_orphans() -> None:
+    """Make what this process's children leave behind its own children, on Linux."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_with_parent() -> None:
+    """Let this process get SIGTERM when its parent is gone, on Linux; to be called between fork and exec."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _prctl(option: int, value: int) -> None:
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # of systems that have none
+        ctypes.CDLL(None).prctl(option, value)

@@ -44,6 +44,11 @@ def parse_args(argv: list[str] | None = None) -> Config:
     Raises `UserError`: unknown flag or key, values out of range, settings that contradict each other; `SystemExit`
     as `parse_flags`.
     """
+    return checked_config(read_settings(argv))
+
+
+def read_settings(argv: list[str] | None) -> dict[str, Words]:
+    """Return the words of each setting that a command line, or the YAML file that it names, gives; see `parse_args`."""
     stack: list[dict[str, Words]] = []
     recipe = None
     for flags in read_flags(argv, {"config": None} | SETTINGS):
@@ -53,8 +58,13 @@ def parse_args(argv: list[str] | None = None) -> Config:
             stack = [values for values in stack if values is not recipe]
             stack.append(recipe := read_recipe(Path(path[0])))
         stack.append(flags)
+    return reduce(over, stack)
+
+
+def checked_config(values: dict[str, Words]) -> Config:
+    """Return the checked settings that these words give. Raises as `parse_args`."""
     description = f"{Config.__doc__} --config FILE reads settings from a YAML file; flags win over it."
-    config = _parsed(Config, reduce(over, stack), SETTINGS, "python -m jit_accel.train", description)
+    config = _parsed(Config, dict(values), SETTINGS, "python -m jit_accel.train", description)
     check(config)
     return config
 

@@ -1,7 +1,6 @@
 """A training that is started again when something of it is lost, as long as it makes progress."""
 
 import contextlib
-import ctypes
 import os
 import secrets
 import signal
@@ -17,6 +16,7 @@ from jit_accel.base.console import say, warn
 from jit_accel.base.errors import StopRequest, UserError, shutdown_timeout_s
 from jit_accel.base.files import write_text
 from jit_accel.base.folder_lock import drop_lost_holder, living_holder
+from jit_accel.base.host import adopt_orphans, end_with_parent
 from jit_accel.monitor.log import FAILED_FILE
 
 RESTARTS = 2  # in a row, without a newer checkpoint
@@ -28,7 +28,6 @@ LOST_FILE = ".lost"  # another text each time that a part of the training is los
 LOOK_S = 0.5
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # which Windows does not have
 WRONG_SETTING = 2  # exit code of a training that did not begin, where its launcher hands it on
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
 
 
 class Supervisor:
@@ -53,7 +52,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Train until that is done, a signal asks for an end, or nothing comes of it. Returns the exit code."""
-        _prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans become children of this process
+        adopt_orphans()
         reached, fruitless, is_restart = self.newest_step(), 0, False
         failure = self.folder / FAILED_FILE
         with self.stop:
@@ -91,7 +90,7 @@ class Supervisor:
 
     def _train(self) -> int:
         """Run the launcher to its end, and wait for the processes that it leaves. Returns its exit code."""
-        others, before = set(psutil.Process().children()), _end_with_parent if os.name == "posix" else None
+        others, before = set(psutil.Process().children()), end_with_parent if os.name == "posix" else None
         mark, is_told, elsewhere = self._lost_mark(), False, 0.0
         try:
             process = subprocess.Popen(self.command, start_new_session=True, preexec_fn=before)
@@ -173,12 +172,3 @@ def _signal(processes: Iterable[psutil.Process], number: int) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.send_signal(number)
-
-
-def _prctl(option: int, value: int) -> None:
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # of systems that have none
-        ctypes.CDLL(None).prctl(option, value)
-
-
-def _end_with_parent() -> None:
-    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -3,6 +3,7 @@
 Launchers and schedulers are stand-ins, but for two trainings of two processes each, which are real.
 """
 
+import ctypes
 import json
 import os
 import shlex
@@ -95,7 +96,7 @@ def test_a_system_without_prctl_will_do(launcher, tmp_path, monkeypatch):
     def refuse(name):
         raise TypeError("argument of type 'NoneType' is not iterable")  # as on Windows
 
-    monkeypatch.setattr(supervision.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
     assert main(launcher(FAIL, DONE)) == 0
     assert starts(tmp_path) == 2
 

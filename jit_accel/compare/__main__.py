@@ -1,0 +1,5 @@
+import sys
+
+from jit_accel.compare import main
+
+sys.exit(main())
