@@ -37,7 +37,8 @@ class Experiment:
     def __init__(self, folder: Path, arms: Sequence[Arm], measure: Measure, equal: str, launch: str | None):
         self.folder, self.base = folder, arms[0].name
         self.settings = {arm.name: _identity(arm) for arm in arms}
-        self.rules = {"evaluate": [redacted(flag) for flag in measure.flags], "equal": equal, "launch": launch or ""}
+        self.evaluation = {name: redacted(words) for name, words in measure.words().items() if name != "batch_size"}
+        self.rules = {"equal": equal, "launch": redacted(launch or "")}
         self.lengths: dict[str, dict] = {}
         self._others: dict[str, dict] = {}
         file = folder / EXPERIMENT_FILE
@@ -48,8 +49,13 @@ class Experiment:
 
     def save(self) -> None:
         """Write what the comparison is, for later starts. Raises `OSError`."""
-        about = {"base": self.base, "settings": self._others | self.settings, **self.rules, "lengths": self.lengths}
+        about = {"base": self.base, "settings": self._others | self.settings, **self.about}
         write_json(self.folder / EXPERIMENT_FILE, about)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What all of its runs have in common, and the lengths that were found."""
+        return {**self.rules, "evaluation": self.evaluation, "lengths": self.lengths}
 
     def run_folder(self, name: str, seed: int) -> Path:
         """Return the folder of a run."""
@@ -71,6 +77,9 @@ class Experiment:
         """Take over what an earlier start has found; `UserError` where that was another comparison."""
         changes = [] if then.get("base") == self.base else [f"the base was {then.get('base')} and is {self.base} now"]
         changes += changed_settings(then, self.rules)
+        measured = then.get("evaluation", {})
+        now = dict.fromkeys(measured) | self.evaluation
+        changes += [f"--evaluate: {change}" for change in changed_settings(measured, now)]
         known = then.get("settings", {})
         for name, settings in self.settings.items():
             changes += [f"{name}: {change}" for change in changed_settings(known.get(name, settings), settings)]

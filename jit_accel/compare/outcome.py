@@ -97,7 +97,7 @@ def outcome_of(experiment: Experiment, arms: Sequence[Arm], measure: Measure, se
     tested = [arm for arm in found if arm.test and arm.test.p is not None]
     for arm, p in zip(tested, holm([arm.test.p for arm in tested])):
         arm.p_holm = p
-    about = {"base": experiment.base, "seeds": seeds, **experiment.rules, "lengths": experiment.lengths}
+    about = {"base": experiment.base, "seeds": seeds, **experiment.about}
     return Comparison(found, measure.metric, measure.is_better_higher, seeds, about)
 
 

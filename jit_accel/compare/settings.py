@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal, NamedTuple
 
-from jit_accel.base.errors import UserError, check_ranges, lookup, message_of, within
+from jit_accel.base.errors import UserError, check_ranges, lookup, message_of, renamed_settings, within
 from jit_accel.config.command_line import Words, checked_config, over, parse_flags, read_flags, read_settings
 from jit_accel.config.settings import SETTINGS
 from jit_accel.evaluate.settings import (
@@ -89,6 +89,11 @@ class Measure(NamedTuple):
     is_better_higher: bool
     num_images: int
 
+    def words(self) -> dict[str, str]:
+        """Return the words of each flag, in one."""
+        parts = reduce(over, read_flags(self.flags, EvaluateConfig.__dataclass_fields__))
+        return {name: " ".join(words) for name, words in parts.items()}
+
 
 def check(settings: CompareConfig) -> None:
     """Raise `UserError` for settings out of range."""
@@ -153,27 +158,25 @@ def read_measure(settings: CompareConfig, arms: Sequence[Arm]) -> Measure:
                 raise UserError("is given by jit_accel.compare: leave it out.", about=name, value=" ".join(given[name]))
         if not {"reference", "pairs"} & given.keys():
             flags += _reference_of(arms)
-        if settings.metric and "metrics" not in given:
-            flags.append(f"--metrics={settings.metric}")
-        elif not {"metrics", "pairs"} & given.keys():
-            flags.append("--metrics=fd")
         flags.append("--no_unguided")
         config = parse_flags(EvaluateConfig, [*flags, "--model=run"], "python -m jit_accel.evaluate")
         check_evaluation(config)
         for name, values in axes_of(config).items():
             if len(values) > 1 or values == ["all"]:
                 raise UserError("must be one value: there is no sweep.", about=name, value=" ".join(map(str, values)))
+    wanted = config.metrics or ((settings.metric,) if settings.metric else ())
+    with renamed_settings(**({} if config.metrics else {"metrics": "metric"})):
         if config.pairs is None:
-            found = chosen_metrics(config.features, config.metrics)
-            names = {row.short: name for name, row in metric_names(config.features).items()}
+            found = chosen_metrics(config.features, wanted or ("fd",))
         else:
-            scores, distance = chosen_scores(config.metrics, config.features)
-            found = (*scores, *([distance] if distance else []))
-            names = {"fd": distance} if distance else {}
-    choices = {name: name for name in found} | {short: name for short, name in names.items() if name in found}
-    metric = lookup(choices, settings.metric, "metric") if settings.metric else found[0]
+            scores, distance = chosen_scores(wanted, config.features)
+            found = (distance,) if distance and not config.metrics else (*scores, *filter(None, [distance]))
     rows = metric_names(config.features)
+    choices = {name: name for name in found} | {row.short: name for name, row in rows.items() if name in found}
+    metric = lookup(choices, settings.metric, "metric") if settings.metric else found[0]
     is_higher = metric in HIGHER_IS_BETTER if metric in PAIR_SCORES else rows[metric].is_better_higher
+    if not config.metrics and (wanted or config.pairs is None):
+        flags.append(f"--metrics={wanted[0] if wanted else 'fd'}")
     return Measure(flags, metric, is_higher, config.num_images)
 
 
