@@ -54,7 +54,7 @@ class Experiment:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What all of its runs have in common, and the lengths that were found."""
+        """The rules that all of its runs have in common, and the lengths that were found."""
         return {**self.rules, "evaluation": self.evaluation, "lengths": self.lengths}
 
     def run_folder(self, name: str, seed: int) -> Path:

@@ -38,6 +38,8 @@ from toy_features import load_toy
 
 from jit_accel import JiTPipeline, JiTScheduler
 from jit_accel.base.errors import UserError
+from jit_accel.compare import main as compare
+from jit_accel.compare import run as comparison
 from jit_accel.config.command_line import parse_args, read_recipe
 from jit_accel.config.completion import complete, plan_run
 from jit_accel.config.facts import Facts
@@ -649,6 +651,8 @@ def test_each_documented_command_runs(command, recorder, photos, tmp_path, monke
         sample_a_little(words[3:], tmp_path)
     elif words[:3] == ["python", "-m", "jit_accel.evaluate"]:
         evaluate_a_little(words[3:], photos, tmp_path, monkeypatch)
+    elif words[:3] == ["python", "-m", "jit_accel.compare"]:
+        compare_nothing(words[3:], tmp_path, monkeypatch)
     elif words[:3] == ["python", "-m", "jit_accel.plan"]:
         assert plan(words[3:]) == 0
     elif words[:3] == ["python", "-m", "jit_accel.report"]:
@@ -685,6 +689,24 @@ def without_averages(words: list[str]) -> list[str]:
     """These flags but for those that choose an average, of which a pipeline folder has none."""
     of_average = ("--ema", "--ema_width")
     return [word for before, word in itertools.pairwise(["", *words]) if not {before, word} & {*of_average}]
+
+
+def compare_nothing(flags: list[str], tmp_path: Path, monkeypatch) -> None:
+    """Run `jit_accel.compare` with these flags; each of its runs does nothing but check its own."""
+
+    def check_flags(command: list[str], log: Path, stop) -> int:
+        program, flags = command[2], command[3:]
+        if program == "jit_accel.train":
+            parse_args(flags)
+            return 0
+        output = next(Path(flag.partition("=")[2]) for flag in flags if flag.startswith("--output="))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps([{"metrics": {"fid": 1.0, "fd_efficientnet_lite0": 1.0}}]))
+        return 0
+
+    monkeypatch.setattr(comparison, "run_command", check_flags)
+    flags[flags.index("--output_dir") + 1] = str(tmp_path / "compared")
+    assert compare(flags) == 0
 
 
 def sample_a_little(flags: list[str], tmp_path: Path) -> None:
