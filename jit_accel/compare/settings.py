@@ -3,6 +3,7 @@
 import contextlib
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -98,17 +99,26 @@ class Measure(NamedTuple):
 def check(settings: CompareConfig) -> None:
     """Raise `UserError` for settings out of range."""
     check_ranges(vars(settings), RANGES)
-    if settings.launch is not None and not _shell_words("launch", settings.launch):
-        raise UserError("is empty: give a launcher, such as 'accelerate launch', or leave it out.", about="launch")
+    if settings.launch is not None:
+        program = next(iter(_shell_words("launch", settings.launch)), "")
+        if shutil.which(program) is None:
+            rule = f"{program!r} is no program here: give a launcher, such as 'accelerate launch', or leave it out."
+            raise UserError(rule, about="launch", value=settings.launch)
 
 
 def divided(argv: Sequence[str] | None) -> tuple[list[str], list[str], list[str]]:
-    """Return the texts of the settings to compare, the program's own flags, and those that are common to all."""
+    """Return the texts of the settings to compare, the program's own flags, and those that are common to all.
+
+    Raises `UserError`: fewer than two settings, unless help is asked for.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     at = argv.index("--") if "--" in argv else len(argv)
     own, common = argv[:at], argv[at + 1 :]
     first = next((index for index, word in enumerate(own) if word.startswith("-")), len(own))
     texts, flags, rest = own[:first], [], iter(own[first:])
+    if len(texts) < 2 and not {"-h", "--help"} & {*own}:
+        rule = f"{len(texts)} settings to compare: give two or more before the first flag, such as base.yaml "
+        raise UserError(f"{rule}'muon: --optimizer muon'. --help says more.")
     for word in rest:
         value = next(rest, None) if word in QUOTED else None
         flags.append(word if value is None else f"{word}={value}")
@@ -118,11 +128,8 @@ def divided(argv: Sequence[str] | None) -> tuple[list[str], list[str], list[str]
 def read_arms(texts: Sequence[str], common: list[str], equal: str) -> list[Arm]:
     """Return the settings to compare, the base first, all of them checked.
 
-    Raises `UserError`: fewer than two, a name that stands twice, what `jit_accel.train` refuses, unequal lengths.
+    Raises `UserError`: a name that stands twice, what `jit_accel.train` refuses, unequal lengths.
     """
-    if len(texts) < 2:
-        rule = f"{len(texts)} settings to compare: give two or more before the first flag, such as base.yaml "
-        raise UserError(f"{rule}'muon: --optimizer muon'. --help says more.")
     with _naming("behind --"):
         shared = _read(common)
     arms: list[Arm] = []

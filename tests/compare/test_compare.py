@@ -176,6 +176,8 @@ def test_at_equal_time_the_length_follows_from_the_time_of_a_step(stand_in, tmp_
     ("settings", "more", "message"),
     [
         (["base"], [], "1 settings to compare: give two or more before the first flag"),
+        (["--seeds", "2", "base", "x:"], [], "0 settings to compare: give two or more before the first flag"),
+        (["base", "x:"], ["--launch", "no-such-launcher"], "'no-such-launcher' is no program here"),
         (["base", "base:"], [], "two settings are called base"),
         (["base", "a b: --lr 1"], [], "'a b' is no name"),
         (["base", "x: sgd"], [], "sgd is neither a flag nor a YAML file"),
