@@ -137,7 +137,9 @@ class Schedule:
 
 def _introduce(settings: CompareConfig, arms: Sequence[Arm], measure: Measure) -> None:
     base = arms[0]
-    say(f"Base:       {base.name}; {settings.seeds} seeds of {len(arms)} settings, equal {settings.equal}")
+    say(
+        f"Base:       {base.name}; {len(arms)} settings with {settings.seeds} seed{'s' * (settings.seeds > 1)} each, equal {settings.equal}"
+    )
     for arm in arms[1:]:
         pairs = differences(base, arm)
         named = [

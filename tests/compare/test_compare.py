@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from helpers import TINY, in_fresh_accelerate, train_here
 
-from jit_accel.compare import main
+from jit_accel.compare import main, step_time
 from jit_accel.compare import run as running
 from jit_accel.compare.settings import CompareConfig, read_arms, read_measure
 from jit_accel.compare.t_test import t_quantile
@@ -310,6 +310,18 @@ def test_two_equal_settings_have_no_difference_at_all(in_process, tmp_path):
         "by_seed": dict.fromkeys("012", 0.0),
     }
     assert "same: no difference from base, in 3 seeds." in text
+
+
+def test_the_schedule_of_a_setting_ends_with_its_own_last_step(in_process, tmp_path, monkeypatch):
+    times = {"base": 0.2, "slow": 0.3}
+    monkeypatch.setattr(step_time, "median_step_s", lambda *folders: times[folders[0].parent.name])
+    flags = [word for word in in_process if word != "--no_html_report"]
+    assert main(["base", "slow: --optimizer muon", "--seeds", "1", "--equal", "time", "--time_steps", "5", *flags]) == 0
+    rows = read_metrics(tmp_path / "cmp/runs/slow/seed0")
+    assert rows[-1]["step"] == 4  # of the base's 6
+    assert rows[-1]["train/learning_rate"] < rows[-2]["train/learning_rate"]
+    assert json.loads((tmp_path / "cmp/runs/slow/seed0/run.json").read_text())["total_steps"] == 4
+    assert not (tmp_path / "cmp/timing").exists()
 
 
 def test_runs_of_a_seed_begin_with_the_same_weights_and_see_the_same_images_and_noise(
