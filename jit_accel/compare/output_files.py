@@ -130,7 +130,8 @@ def draw(outcome: Comparison, file: Path) -> None:
 
 
 def _draw_difference(axes, arm: ArmOutcome, place: int) -> None:
-    axes.plot(list(arm.differences.values()), [place] * len(arm.differences), "o", color="#9ecae1", markersize=4)
+    above = [place + 0.18] * len(arm.differences)
+    axes.plot(list(arm.differences.values()), above, "o", color="#9ecae1", markersize=5)
     if arm.test is None:
         return
     reach = None if arm.test.low is None else [[arm.test.mean - arm.test.low], [arm.test.high - arm.test.mean]]

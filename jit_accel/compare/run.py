@@ -137,9 +137,8 @@ class Schedule:
 
 def _introduce(settings: CompareConfig, arms: Sequence[Arm], measure: Measure) -> None:
     base = arms[0]
-    say(
-        f"Base:       {base.name}; {len(arms)} settings with {settings.seeds} seed{'s' * (settings.seeds > 1)} each, equal {settings.equal}"
-    )
+    seeds = f"{settings.seeds} seed{'s' * (settings.seeds > 1)}"
+    say(f"Base:       {base.name}; {len(arms)} settings with {seeds} each, equal {settings.equal}")
     for arm in arms[1:]:
         pairs = differences(base, arm)
         named = [
