@@ -23,3 +23,11 @@ def __getattr__(name: str):
 def data_error(path: object, rule: str) -> UserError:
     """Return the error about a data set, or one of its files, at `path`."""
     return UserError(rule, about="data_path", value=str(path))
+
+
+def undecodable(path: object, which: str, reason: str) -> UserError:
+    """Return the error about images of a data set of which none is left to go on with, for this `reason`."""
+    remedy = "repair the data"
+    if reason.endswith("not an image"):
+        remedy += ", or, if these are the bare numbers of arrays, say which: --raw_shape and --raw_dtype"
+    return data_error(path, f"{which} ({reason}): {remedy}.")

@@ -242,7 +242,7 @@ def test_nothing_but_broken_images_stops_with_a_message(tmp_path, loaders, num_w
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(b"broken")
     loader = loaders(open_images(tmp_path), num_workers=num_workers)
-    with pytest.raises(UserError, match=r"substitutes .*not an image") as caught:
+    with pytest.raises(UserError, match=r"substitutes .*not an image.*--raw_shape") as caught:
         next(loader)
     assert "Traceback" not in str(caught.value)
 

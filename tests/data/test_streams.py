@@ -315,7 +315,7 @@ def test_broken_images_are_not_named_again_after_a_resume(tmp_path, loaders):
 
 def test_a_stream_of_broken_images_stops_with_a_message(tmp_path, loaders):
     source = open_images(parquet(tmp_path / "a.parquet", range(6), bad=range(6)))
-    with pytest.raises(UserError, match=r"none of 6 images can be decoded.*not an image"):
+    with pytest.raises(UserError, match=r"none of 6 images can be decoded.*not an image.*--raw_shape"):
         next(loaders(source))
 
 

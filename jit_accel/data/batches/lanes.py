@@ -13,7 +13,7 @@ import torch
 from jit_accel.base import rng
 from jit_accel.base.errors import UserError
 from jit_accel.config.presets import Size, sides_of
-from jit_accel.data import data_error
+from jit_accel.data import data_error, undecodable
 from jit_accel.data.batches.batch import MAX_SUBSTITUTES, empty_batch
 from jit_accel.data.batches.order import StreamOrder, shares
 from jit_accel.data.formats.source import Source
@@ -184,7 +184,7 @@ class BatchPartReader(torch.utils.data.IterableDataset):
                 self._first_readable = self._decode_row(row, partial(stream.name_of, unit, number))
                 return self._first_readable
         tried = min(int(stream.sizes.sum()), MAX_UNREADABLE)
-        raise data_error(self._source.name, f"none of {tried} images can be decoded ({reason}): repair the data.")
+        raise undecodable(self._source.name, f"none of {tried} images can be decoded", reason)
 
 
 def images_in_a_window(stream: Stream, seed: int, shuffle_buffer: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from jit_accel.base import rng
 from jit_accel.base.errors import UserError, lookup, shown
 from jit_accel.config.presets import Size, in_pixels, sides_of
-from jit_accel.data import data_error
+from jit_accel.data import undecodable
 from jit_accel.data.batches import order
 from jit_accel.data.batches.batch import (
     MAX_SUBSTITUTES,
@@ -186,8 +186,8 @@ class RandomAccessBatches(torch.utils.data.Dataset):
         for place, reason in bad.items():
             substituted = self._substitute(int(positions[place]), images[place : place + 1])
             if substituted is None:
-                rule = f"an image and {MAX_SUBSTITUTES} substitutes drawn for it cannot be decoded ({reason}): "
-                return data_error(task.source.name, rule + "repair the data.")
+                which = f"an image and {MAX_SUBSTITUTES} substitutes drawn for it cannot be decoded"
+                return undecodable(task.source.name, which, reason)
             facts[place] = substituted
         return task.batch(pixels, facts, positions, list(bad.values()))
 
