@@ -25,6 +25,7 @@ from jit_accel.evaluate.image_sets import ImageSet, find_array, in_bytes, open_i
 from jit_accel.evaluate.reference_facts import FactsTally, fits, open_with_facts
 from jit_accel.evaluate.settings import EvaluateConfig, Setting, axes_of, grid, metric_names
 from jit_accel.evaluate.statistics import Collector, ImageStatistics, hindrance, measured
+from jit_accel.evaluate.uncertainty import groups_of
 from jit_accel.model.checkpoints import MANIFEST, STATE
 from jit_accel.model.generation import SamplerSettings, checked_size, generate_batches, share_of
 from jit_accel.model.loading import averages_of, find_checkpoint_in, find_pipeline_in, load_quietly
@@ -49,6 +50,7 @@ class Evaluator:
     batch_size: int = 64
     max_features: int = 10_000
     show_progress: bool = False
+    has_intervals: bool = False
 
     def measure_pipeline(
         self,
@@ -70,7 +72,8 @@ class Evaluator:
         processes, size = self.accelerator.num_processes, img_size or plain_size(pipeline.transformer.config.img_size)
         padded = range(-(-num_images // processes) * processes)  # those from num_images on only fill batches up
         numbers = share_of(padded, self.accelerator.process_index, processes)
-        collector = Collector(self.network, num_images, self.metrics, self.max_features)
+        groups = groups_of(num_images, are_drawn_in_turn=True) if self.has_intervals else None
+        collector = Collector(self.network, num_images, self.metrics, self.max_features, groups)
         how: dict[str, Any] = {"seed": seed, "settings": settings, "batch_size": self.batch_size}
         how |= reference.facts.drawn(numbers, seed) if reference and reference.facts else {}
         how |= zip(("height", "width"), sides_of(size))
@@ -92,7 +95,9 @@ class Evaluator:
         self, images: ImageSet, about: str = "images", tally: FactsTally | None = None
     ) -> ImageStatistics:
         """Read each image once, every process its share; UserError if hardly anything in the data can be read."""
-        collector = Collector(self.network, images.num_images, self.metrics, self.max_features)
+        is_compared = self.has_intervals and about == "images"
+        groups = groups_of(images.num_images, are_drawn_in_turn=False) if is_compared else None
+        collector = Collector(self.network, images.num_images, self.metrics, self.max_features, groups)
         accelerator, bad_images = self.accelerator, []
 
         def read() -> None:
@@ -164,7 +169,7 @@ class Evaluator:
                 warn(f"without {', '.join(names)}: {reason}.")
 
     def compare(self, statistics: ImageStatistics, reference: ImageStatistics) -> dict[str, float]:
-        """Return the metrics, the same on all processes; kernel distance and Inception Score also have `..._std`."""
+        """Return the metrics as `measured` does, the same on all processes."""
         return on_main(self.accelerator, lambda: measured(self.metrics, statistics, reference))
 
     @property

@@ -20,10 +20,12 @@ from jit_accel.config.presets import in_pixels, sides_of
 from jit_accel.evaluate import records
 from jit_accel.evaluate.evaluator import open_candidate
 from jit_accel.evaluate.features import MAIN, FeatureNetwork, load_features
+from jit_accel.evaluate.moments import Moments
 from jit_accel.evaluate.pair_scores import PairScores, untouched, with_intervals
 from jit_accel.evaluate.pairs import Pairs, Part, open_pairs
 from jit_accel.evaluate.settings import CONDITIONS, EvaluateConfig, Setting, chosen_scores, reading_of
-from jit_accel.evaluate.statistics import Moments, frechet_distance
+from jit_accel.evaluate.statistics import frechet_distance
+from jit_accel.evaluate.uncertainty import GROUPS, groups_of, jackknife
 from jit_accel.model.checkpoints import find_checkpoint_in, read_run
 from jit_accel.model.generation import SamplerSettings, generate_batches
 from jit_accel.model.pipeline import JiTPipeline
@@ -44,13 +46,15 @@ class PairResult:
 class ScoreTally:
     """The scores of one process's pairs by their rows, and the features of their pictures where there is a network."""
 
-    def __init__(self, rows: list[str], scores: PairScores, network: FeatureNetwork | None):
+    def __init__(self, rows: list[str], scores: PairScores, network: FeatureNetwork | None, num_pairs: int):
         self.rows, self.scores, self.network = rows, scores, network
         self.numbers: list[int] = []
         self.scored = [torch.empty(0, len(rows), len(scores.names), dtype=torch.float64)]
         self.shown: list[tuple[int, dict[str, Tensor]]] = []
         sides = [*rows, TRUTH] if network else []
-        self.moments = {row: Moments(network.sizes[MAIN], network.device) for row in sides}
+        self.groups = groups_of(num_pairs, are_drawn_in_turn=False) if network else None
+        groups = 1 if self.groups is None else GROUPS
+        self.moments = {row: Moments(network.sizes[MAIN], network.device, groups) for row in sides}
 
     def add(self, numbers: list[int], pictures: dict[str, Tensor]) -> None:
         """Score images uint8 (B, n, C, H, W) by their row; of several the mean of their scores counts."""
@@ -60,8 +64,9 @@ class ScoreTally:
             of_rows.append(self.scores(*pair).unflatten(0, some.shape[:2]).mean(1))
         self.scored.append(torch.stack(of_rows, 1))
         self.numbers.extend(numbers)
+        groups = None if self.groups is None else self.groups[numbers]
         for row, moments in self.moments.items():
-            moments.add(self.network(pictures[row][:, 0])[MAIN])
+            moments.add(self.network(pictures[row][:, 0])[MAIN], groups)
         for i, number in enumerate(numbers[: SHOWN - len(self.shown)]):
             self.shown.append((number, {row: some[i, 0].cpu() for row, some in pictures.items()}))
 
@@ -73,12 +78,29 @@ class ScoreTally:
         if len(found) < least:
             raise UserError(f"has {len(found)} images that can be read, and {least} are needed.", about="pairs")
         scores = {row: with_intervals(self.scores.names, found[:, i], seed) for i, row in enumerate(self.rows)}
-        gaussians = {row: moments.gaussian(accelerator) for row, moments in self.moments.items()}
-        for row in self.rows if gaussians else []:
-            far = on_main(accelerator, lambda row=row: frechet_distance(gaussians[row], gaussians[TRUTH]))
-            scores[row][distance] = far
+        for row, distances in self._distances(accelerator, distance).items():
+            scores[row] |= distances
         columns = [pictures for _, pictures in sorted(gather_object(self.shown), key=lambda one: one[0])[:SHOWN]]
         return PairResult(scores, len(found), {row: torch.stack([one[row] for one in columns]) for row in columns[0]})
+
+    def _distances(self, accelerator, name: str | None) -> dict[str, dict[str, float]]:
+        """Return the Fréchet distance of each row from the truths, with its interval: pairs are left out together."""
+        gaussians = {row: moments.gaussian(accelerator) for row, moments in self.moments.items()}
+
+        def distances() -> dict[str, dict[str, float]]:
+            far, truth = {}, gaussians.pop(TRUTH)
+            without_each: dict[str, list[float]] = {row: [] for row in gaussians}
+            for row, gaussian in gaussians.items():
+                far[row] = {name: frechet_distance(gaussian, truth)}
+            if self.groups is not None:
+                for left in zip(*(moments.without_each() for moments in self.moments.values())):
+                    for row, gaussian in zip(gaussians, left):
+                        without_each[row].append(frechet_distance(gaussian, left[-1]))
+                for row, others in without_each.items():
+                    far[row] |= jackknife(name, far[row][name], others, self.moments[row].counts, least=0)
+            return far
+
+        return on_main(accelerator, distances) if gaussians else {}
 
 
 @dataclass(frozen=True)
@@ -108,7 +130,7 @@ class PairEvaluator:
     def measure(self, pipeline: JiTPipeline, settings: SamplerSettings) -> PairResult:
         """Return the scores of all pairs. UserError on all processes where none can be read, or one fails."""
         accelerator, place = self.accelerator, (self.accelerator.process_index, self.accelerator.num_processes)
-        tally, bad_images = ScoreTally(self.rows, self.scores, self.network), []
+        tally, bad_images = ScoreTally(self.rows, self.scores, self.network, self.pairs.num_images), []
         pairs_at_once = max(1, self.batch_size // self.samples_each)
 
         def score() -> None:

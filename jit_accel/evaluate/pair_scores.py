@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -15,10 +15,10 @@ from jit_accel.base.devices import full_float32
 from jit_accel.base.errors import UserError, lookup
 from jit_accel.evaluate.features import has_torch_fidelity
 from jit_accel.evaluate.perceptual import LEAST_SIDE, load_lpips
+from jit_accel.model.card import HIGH, LOW
 
 MOST_DB = 100.0  # of equal images, whose PSNR is infinite; more than images of 8 bits that differ come to
 RESAMPLES = 1000
-LOW, HIGH = "_low", "_high"  # behind a score's name: the ends of its interval
 Score = Callable[[Tensor, Tensor], Tensor]  # of images and truths, float32 (B, C, H, W) in [0, 1]: (B,)
 
 
@@ -114,8 +114,3 @@ def with_intervals(names: Sequence[str], scores: Tensor, seed: int = 0) -> dict[
         for place, key in enumerate(names)
         for name, value in ((key, found[key]), (key + LOW, ends[0][place]), (key + HIGH, ends[1][place]))
     }
-
-
-def interval_of(found: Mapping[str, float], name: str) -> str:
-    """Return the interval of a score in words; "" where there is none."""
-    return f" [{found[name + LOW]:.5g}, {found[name + HIGH]:.5g}]" if name + LOW in found else ""

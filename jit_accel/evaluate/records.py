@@ -21,10 +21,9 @@ from jit_accel.base.console import say, warn
 from jit_accel.base.errors import UserError
 from jit_accel.base.files import atomic_file, atomic_folder, disk_errors, restore_folder, write_json, write_text
 from jit_accel.config.groups import UNAVERAGED, width_of
-from jit_accel.evaluate.pair_scores import HIGH, LOW, interval_of
 from jit_accel.evaluate.sweep import Outcome, noise_of
 from jit_accel.evaluate.sweep_chart import draw_sweep, has_several_solvers, scales_of, widths_of
-from jit_accel.model.card import CARD_FILE, EVALUATION_FILE, refresh_card, weights_in_words
+from jit_accel.model.card import CARD_FILE, EVALUATION_FILE, HIGH, LOW, interval_of, refresh_card, weights_in_words
 from jit_accel.model.carried_code import INDEX_FILE
 from jit_accel.model.checkpoints import complete_checkpoints
 from jit_accel.model.loading import PIPELINE_FOLDER, averages_of, pipeline_of_checkpoint, write_defaults
@@ -122,12 +121,15 @@ def table_of(records: list[dict]) -> str:
     for record in records:
         cells = ["" if record[key] is None else _SETTINGS[key][1].format(record[key]) for key in settings]
         found = record["metrics"]
-        deviations = {name: f" ± {found[f'{name}_std']:.2g}" for name in metrics if f"{name}_std" in found}
         rows.append(
-            cells + [f"{found[name]:.5g}{deviations.get(name) or interval_of(found, name)}" for name in metrics]
+            cells + [f"{found[name]:.5g}{interval_of(found, name) or _deviation(found, name)}" for name in metrics]
         )
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+
+
+def _deviation(found: dict[str, float], name: str) -> str:
+    return f" ± {found[f'{name}_std']:.2g}" if f"{name}_std" in found else ""
 
 
 def write_sweep_files(outcome: Outcome, folder: Path, about: dict) -> list[Path]:
@@ -158,7 +160,8 @@ def as_csv(outcome: Outcome) -> str:
 
 def as_markdown(outcome: Outcome) -> str:
     """Return the grid in its order; beside the values of few images stand those of all."""
-    metrics, full = outcome.metrics, {one.setting: one for one in outcome.full}
+    metrics = [name for name in outcome.metrics if not name.endswith((LOW, HIGH))]
+    full = {one.setting: one for one in outcome.full}
     rows = outcome.few or outcome.full
     has_ema = any(one.setting.ema for one in rows)
     has_solver, has_shift = has_several_solvers(rows), len({one.setting.time_shift for one in rows}) > 1
@@ -172,7 +175,7 @@ def as_markdown(outcome: Outcome) -> str:
         cells += [f"{setting.time_shift:g}"] * has_shift
         cells += [setting.interval_text(), f"{setting.guidance_scale:g}"]
         cells += [_number(one.values[outcome.select])] if outcome.few else []
-        cells += [_number(measured.values.get(metric)) if measured else "" for metric in metrics]
+        cells += [_with_interval(measured.values, metric) if measured else "" for metric in metrics]
         is_best = measured is outcome.best
         lines.append([f"**{cell}**" if is_best and cell else cell for cell in cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -181,9 +184,11 @@ def as_markdown(outcome: Outcome) -> str:
 def verdict(outcome: Outcome) -> str:
     """Say who won, by how much, and who might have."""
     best, unguided, select = outcome.best, outcome.best_unguided, outcome.select
-    lines = [f"Best {select} over {best.num_images:,} images: {_number(best.values[select])} with {best.setting}."]
+    lines = [
+        f"Best {select} over {best.num_images:,} images: {_with_interval(best.values, select)} with {best.setting}."
+    ]
     if unguided is not None and unguided is not best:
-        lines.append(f"Without guidance: {_number(unguided.values[select])} with {unguided.setting}.")
+        lines.append(f"Without guidance: {_with_interval(unguided.values, select)} with {unguided.setting}.")
     if near := outcome.not_told_apart:
         those = "; ".join(f"{one.setting} ({_number(one.values[select])})" for one in near)
         lines.append(f"Within {noise_of(best.num_images):.1%} of it, which other noise may turn around: {those}.")
@@ -206,6 +211,11 @@ def edge_of_widths(outcome: Outcome) -> str | None:
 
 def _end_of(values: list[float], value: float | None) -> str | None:
     return {values[0]: "lower end", values[-1]: "upper end"}.get(value) if len(values) >= 3 else None
+
+
+def _with_interval(values: dict[str, float], name: str) -> str:
+    ends = [_number(values.get(name + end)) for end in (LOW, HIGH)]
+    return _number(values.get(name)) + (" [{}, {}]".format(*ends) if all(ends) else "")
 
 
 def _number(value: float | None) -> str:

@@ -94,7 +94,8 @@ def build_evaluator(config: EvaluateConfig, accelerator, device, show_progress: 
     weights = config.feature_weights
     network = on_all(accelerator, lambda: load_features(config.features, device, weights), in_turn=True)
     metrics = chosen_metrics(config.features, config.metrics)
-    return Evaluator(network, accelerator, metrics, config.batch_size, config.max_features, show_progress)
+    how = config.batch_size, config.max_features, show_progress
+    return Evaluator(network, accelerator, metrics, *how, has_intervals=True)
 
 
 def record_file(config: EvaluateConfig) -> Path | None:
@@ -224,8 +225,9 @@ class Evaluation:
         report(f"Sweep:     {len(settings)} settings by {select} → {folder}{known}")
 
         def measure(setting: Setting, count: int) -> Measured:
-            # Metrics that compare images one by one take their time: of few images only the one that decides.
-            evaluator.metrics = every_metric if count == config.num_images else (select,)
+            # Comparing images one by one takes time, and so do intervals: of few images the metric that decides.
+            evaluator.has_intervals = count == config.num_images
+            evaluator.metrics = every_metric if evaluator.has_intervals else (select,)
             return log.measured(setting, count, evaluator.metrics, self.measure)
 
         few = config.sweep_images or max(2, config.num_images // 10)

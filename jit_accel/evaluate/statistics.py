@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,28 +20,16 @@ from jit_accel.evaluate.features import (
     has_torch_fidelity,
     import_torch_fidelity,
 )
+from jit_accel.evaluate.moments import Gaussian, Moments, sum_of_processes, zeros
 from jit_accel.evaluate.settings import ImageMetric, metric_names
+from jit_accel.evaluate.uncertainty import GROUPS, jackknife, kernel_distances_without_each
+from jit_accel.model.card import HIGH, LOW
 
 INCEPTION_SCORE_SPLITS = 10
-KID_SUBSET_SIZE = 1000
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3  # Kynkäänniemi et al., 1904.06991
 _SHUFFLE_SEED = 2020  # torch-fidelity's
-_ROWS_AT_ONCE = 256  # a product of few rows costs as much to store as to compute
 _DISTANCES_AT_ONCE = 2000  # rows of them: all of 50,000 images would take 30 GB
-
-
-@dataclass
-class Gaussian:
-    """mean: float64 (D,). covariance: float64 (D, D)."""
-
-    mean: Tensor
-    covariance: Tensor
-
-    @cached_property
-    def root(self) -> Tensor:
-        """The symmetric square root of the covariance; eigenvalues that rounding made negative count as zero."""
-        values, vectors = torch.linalg.eigh(self.covariance)
-        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 @dataclass(frozen=True)
@@ -70,7 +57,8 @@ class ImageStatistics:
     features, weights_id: of the network. gaussians: by layer. kept: float32 (n, D) on the CPU, the main features of
     some or all images, in the order of their numbers. scores: Inception Scores of the parts, float64. num_images: None
     where a file does not say. label_counts: images of each class, () where they are not known. fingerprint: of the
-    data set that was measured. facts: what a model's images are given of its images.
+    data set that was measured. facts: what a model's images are given of its images. moments: by layer, of groups of
+    the images, where intervals are wanted; kept_groups: of the kept features, int64 (n,).
     """
 
     features: str
@@ -84,36 +72,8 @@ class ImageStatistics:
     label_counts: tuple[int, ...] = ()
     fingerprint: str = ""
     facts: ReferenceFacts | None = None
-
-
-class Moments:
-    """Sums in float64 for mean and covariance: total (D,), products (D, D) of x x^T."""
-
-    def __init__(self, size: int, device: torch.device | str = "cpu"):
-        self.count, self.total, self.products = 0, _zeros(device, size), _zeros(device, size, size)
-        self._waiting: list[Tensor] = []
-
-    def add(self, features: Tensor) -> None:
-        """Add features (B, D)."""
-        self._waiting.append(features.to(self.total.device))
-        if sum(map(len, self._waiting)) >= _ROWS_AT_ONCE:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._waiting:
-            rows = torch.cat(self._waiting).double()
-            self._waiting = []
-            self.count += len(rows)
-            self.total += rows.sum(0)
-            self.products.addmm_(rows.T, rows)
-
-    def gaussian(self, accelerator=None) -> Gaussian:
-        """Return mean and unbiased covariance, of all processes' features where there is an accelerator."""
-        self._flush()
-        self.count = int(_sum(torch.tensor(self.count, dtype=torch.float64), accelerator))
-        self.total, self.products = _sum(self.total, accelerator), _sum(self.products, accelerator)
-        mean = self.total / self.count
-        return Gaussian(mean, (self.products - self.count * torch.outer(mean, mean)) / (self.count - 1))
+    moments: dict[str, Moments] = field(default_factory=dict)
+    kept_groups: Tensor | None = None
 
 
 class InceptionScoreSums:
@@ -129,7 +89,7 @@ class InceptionScoreSums:
         shuffled = np.random.RandomState(_SHUFFLE_SEED).permutation(num_images)
         split_of[shuffled] = np.searchsorted(ends, np.arange(num_images), side="right")
         self.split_of = torch.from_numpy(split_of)
-        self.sums = _zeros(device, INCEPTION_SCORE_SPLITS, 2 + size)
+        self.sums = zeros(device, INCEPTION_SCORE_SPLITS, 2 + size)
 
     def add(self, numbers: Tensor, logits: Tensor) -> None:
         """Add logits (B, C) of the images of these numbers, int64 (B,), below `num_images`."""
@@ -140,7 +100,7 @@ class InceptionScoreSums:
 
     def scores(self, accelerator) -> Tensor:
         """Return the score of each split that has images, float64, over all processes."""
-        sums = _sum(self.sums, accelerator)
+        sums = sum_of_processes(self.sums, accelerator)
         sums = sums[sums[:, 0] > 0]
         weights, entropies, mean = sums[:, 0], sums[:, 1], sums[:, 2:] / sums[:, :1]
         return (entropies / weights - torch.special.xlogy(mean, mean).sum(1)).exp()
@@ -151,14 +111,23 @@ class Collector:
 
     num_images: of all processes together; images of numbers from there on only fill batches up and do not count.
     max_features: of so many images at most the main features are kept, for metrics that compare images one by one.
+    groups: of each image by its number, int64 (num_images,), for intervals of distances; None without.
     """
 
-    def __init__(self, network: FeatureNetwork, num_images: int, metrics: Iterable[str], max_features: int):
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        num_images: int,
+        metrics: Iterable[str],
+        max_features: int,
+        groups: Tensor | None = None,
+    ):
         wanted = {metric_names(network.name)[name] for name in metrics}
         shorts, sizes = {metric.short for metric in wanted}, network.sizes
         layers = [MAIN, SPATIAL] if "sfd" in shorts else [MAIN]
-        self.network, self.num_images = network, num_images
-        self.moments = {layer: Moments(sizes[layer], network.device) for layer in layers}
+        self.network, self.num_images, self.groups = network, num_images, groups
+        how = (network.device,) if groups is None else (network.device, GROUPS)
+        self.moments = {layer: Moments(sizes[layer], *how) for layer in layers}
         self.scores = InceptionScoreSums(num_images, sizes[LOGITS], network.device) if "is" in shorts else None
         self.is_kept = None
         if any(metric.is_pairwise for metric in wanted):
@@ -175,7 +144,7 @@ class Collector:
             numbers = numbers[counted]
             layers = {name: values[counted.to(values.device)] for name, values in layers.items()}
         for layer, moments in self.moments.items():
-            moments.add(layers[layer])
+            moments.add(layers[layer], None if self.groups is None else self.groups[numbers])
         if self.scores is not None:
             self.scores.add(numbers, layers[LOGITS])
         if self.is_kept is not None:
@@ -187,25 +156,16 @@ class Collector:
     def finish(self, accelerator, name: str = "", img_size: Size | None = None) -> ImageStatistics:
         """Return the statistics of all processes' images, the same on all."""
         gaussians = {layer: moments.gaussian(accelerator) for layer, moments in self.moments.items()}
-        kept = None
+        kept = kept_groups = None
         if self.is_kept is not None:
             numbers, kept = (gather_rows(torch.cat(parts), accelerator) for parts in zip(*self.kept))
-            kept = kept[numbers.argsort()]
+            numbers, order = numbers.sort()
+            kept, kept_groups = kept[order], None if self.groups is None else self.groups[numbers]
         counts = tuple(gather_rows(torch.cat(self.labels), accelerator).bincount().tolist())
         scores = None if self.scores is None else self.scores.scores(accelerator)
         of_network, num_images = (self.network.name, self.network.weights_id), self.moments[MAIN].count
-        return ImageStatistics(*of_network, gaussians, name, kept, scores, num_images, img_size, counts)
-
-
-def _zeros(device: torch.device | str, *shape: int) -> Tensor:
-    is_apple = torch.device(device).type == "mps"  # has no float64
-    return torch.zeros(shape, dtype=torch.float64, device="cpu" if is_apple else device)
-
-
-def _sum(values: Tensor, accelerator) -> Tensor:
-    if accelerator is None or accelerator.num_processes == 1:
-        return values
-    return accelerator.reduce(values.to(accelerator.device), "sum").to(values.device)
+        found = ImageStatistics(*of_network, gaussians, name, kept, scores, num_images, img_size, counts)
+        return found if self.groups is None else replace(found, moments=self.moments, kept_groups=kept_groups)
 
 
 def frechet_distance(one: Gaussian, other: Gaussian) -> float:
@@ -242,8 +202,17 @@ def kernel_distance(images: ImageStatistics, reference: ImageStatistics) -> dict
     """Mean and deviation of the kernel distance (Bińkowski et al., 1801.01401), of 100 pairs of 1,000 images or all."""
     metric = import_torch_fidelity("metric_kid")
     size = min(KID_SUBSET_SIZE, len(images.kept), len(reference.kept))
-    found = metric.kid_features_to_metric(images.kept, reference.kept, kid_subset_size=size, verbose=False)
-    return {"kd": found[metric.KEY_METRIC_KID_MEAN], "kd_std": found[metric.KEY_METRIC_KID_STD]}
+    how = {"kid_subsets": KID_SUBSETS, "kid_subset_size": size}
+    found = metric.kid_features_to_metric(images.kept, reference.kept, **how, verbose=False)
+    value, deviation = found[metric.KEY_METRIC_KID_MEAN], found[metric.KEY_METRIC_KID_STD]
+    interval = {}
+    if images.kept_groups is not None:
+        device = images.gaussians[MAIN].mean.device
+        sides = (side.kept.to(device) for side in (images, reference))
+        without_each = kernel_distances_without_each(*sides, images.kept_groups)
+        counts = images.kept_groups.bincount(minlength=GROUPS).tolist()
+        interval = jackknife("kd", value, without_each, counts, further_variance=deviation**2 / KID_SUBSETS)
+    return {"kd": value, "kd_std": deviation, **interval}
 
 
 def precision_recall(images: ImageStatistics, reference: ImageStatistics) -> dict[str, float]:
@@ -256,7 +225,16 @@ def precision_recall(images: ImageStatistics, reference: ImageStatistics) -> dic
 
 
 def _frechet(short: str, layer: str) -> Callable:
-    return lambda images, reference: {short: frechet_distance(images.gaussians[layer], reference.gaussians[layer])}
+    def measure(images: ImageStatistics, reference: ImageStatistics) -> dict[str, float]:
+        real = reference.gaussians[layer]
+        value = frechet_distance(images.gaussians[layer], real)
+        if layer not in images.moments:
+            return {short: value}
+        moments = images.moments[layer]
+        without_each = [frechet_distance(one, real) for one in moments.without_each()]
+        return {short: value, **jackknife(short, value, without_each, moments.counts, least=0)}
+
+    return measure
 
 
 # The function of each metric by its short name; a new one is a row here and one in `METRICS`.
@@ -271,11 +249,14 @@ MEASURES: dict[str, Callable[[ImageStatistics, ImageStatistics], dict[str, float
 
 
 def measured(metrics: tuple[str, ...], images: ImageStatistics, reference: ImageStatistics) -> dict[str, float]:
-    """Return the metrics of these names; kernel distance and Inception Score also have `..._std`."""
+    """Return the metrics of these names.
+
+    Kernel distance and Inception Score also have `..._std`; where `images` has groups, distances `..._low`, `..._high`.
+    """
     shorts, values = {name: metric_names(images.features)[name].short for name in metrics}, {}
     for measure in dict.fromkeys(MEASURES[short] for short in shorts.values()):
         values |= measure(images, reference)
-    ends = ("", "_std")
+    ends = ("", "_std", LOW, HIGH)
     return {name + end: values[short + end] for name, short in shorts.items() for end in ends if short + end in values}
 
 

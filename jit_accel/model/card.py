@@ -73,6 +73,7 @@ EVALUATION_SETTINGS = (
 PLACES = ("model", "images", "reference", "pairs", "feature_weights", "make_reference", "output")
 MOST_RESULTS = 20
 FRECHET = re.compile(r"fid|fr[eé]chet|(?:^|_)fd(?:_|$)", re.IGNORECASE)
+LOW, HIGH = "_low", "_high"  # behind a metric's name: the ends of its interval
 TASK = "unconditional-image-generation"
 
 
@@ -236,12 +237,18 @@ def without_places(value, name: str = ""):
 def results_table(records: list[tuple[dict, dict]]) -> str:
     """Return the evaluations as a section of the card, one row each."""
     columns = [name for name in EVALUATION_SETTINGS if any(name in settings for settings, _ in records)]
-    metrics = list(dict.fromkeys(name for _, numbers in records for name in numbers))
+    metrics = list(dict.fromkeys(name for _, numbers in records for name in numbers if not name.endswith((LOW, HIGH))))
     lines = [columns + metrics, ["---"] * (len(columns) + len(metrics))]
     for settings, numbers in records:
-        shown = [f"{numbers[name]:.5g}" if name in numbers else "" for name in metrics]
+        shown = [f"{numbers[name]:.5g}{interval_of(numbers, name)}" if name in numbers else "" for name in metrics]
         lines.append([_inline(settings.get(name, "")) for name in columns] + shown)
     return "## Results\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def interval_of(found: Mapping[str, float], name: str) -> str:
+    """Return the interval of a metric in words; "" where there is none."""
+    ends = [found.get(name + end) for end in (LOW, HIGH)]
+    return "" if None in ends else " [{:.5g}, {:.5g}]".format(*ends)
 
 
 def evaluation_results(records: list[tuple[dict, dict]]) -> Iterator[EvalResult]:
@@ -249,7 +256,9 @@ def evaluation_results(records: list[tuple[dict, dict]]) -> Iterator[EvalResult]
     for settings, numbers in records:
         reference = settings.get("reference") or "unknown"
         details = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "reference")
-        for name in filter(FRECHET.search, numbers):
+        for name in numbers:
+            if not FRECHET.search(name) or name.endswith((LOW, HIGH)):
+                continue
             yield EvalResult(
                 task_type=TASK,
                 dataset_type=re.sub(r"[^\w.-]+", "-", reference),
