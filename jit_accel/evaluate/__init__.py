@@ -60,14 +60,14 @@ def measure(
         num_images: of the pipeline, 2 or more; distances of few images are too large.
         features: the network to compare by: inception, or efficientnet_lite0, which needs no download.
         feature_weights: file of the network's weights (None: torch hub's cache, or a package).
-        metrics: such as fid or, with any features, fd, kd, precision, recall; (): all that can be measured.
+        metrics: such as fid or, with any features, fd, kd, precision, recall, density, coverage; (): all there are.
         img_size: in pixels, or height and width (None: the model's).
         num_inference_steps, guidance_scale, guidance_interval, method, time_shift: None for the pipeline's own.
-        max_features: most images of each side to compare one by one for kd, precision and recall.
+        max_features: most images of each side to compare one by one, for kd and those after it.
 
     Returns:
-        The values by the metrics' names: {"fid": 12.3, "kid": 0.004, "kid_std": 0.001, ...}. Of 20 images or more distances
-        have the ends of a 95 % interval, for the noise of drawing so many images: {"fid_low": 12.0, "fid_high": 12.6}.
+        The values by the metrics' names: {"fid": 12.3, "fid_low": 12.0, "fid_high": 12.6, ...}; the latter are the ends
+        of a 95 % interval, for the noise of drawing so many images (20 or more).
 
     Raises:
         UserError: data or features cannot be had, or do not allow a metric asked for; or the pipeline wants conditions.

@@ -51,6 +51,8 @@ METRICS = (
     ImageMetric("kd", "kid", "kd", is_pairwise=True),
     ImageMetric("precision", "precision", "precision", is_better_higher=True, is_pairwise=True),
     ImageMetric("recall", "recall", "recall", is_better_higher=True, is_pairwise=True),
+    ImageMetric("density", "density", "density", is_better_higher=True, is_pairwise=True),
+    ImageMetric("coverage", "coverage", "coverage", is_better_higher=True, is_pairwise=True),
 )
 RANGES = [
     *within(2, MOST_IMAGES, "num_images", "sweep_images"),
@@ -107,12 +109,12 @@ class EvaluateConfig:
     """A worse model of the same data, as --model: guidance leads away from it (default: none, guidance leads away from
     images of no class)."""
     features: str = INCEPTION
-    """The network to compare by: inception (FID, sFID, Inception Score, KID, precision and recall), or
+    """The network to compare by: inception (FID, sFID, Inception Score, KID, precision and others), or
     efficientnet_lite0 (fd_efficientnet_lite0 and others; its weights come with a package, without a download)."""
     feature_weights: str | None = None
     """File of the network's weights (default: torch hub's cache, downloaded if they are not there)."""
     metrics: tuple[str, ...] = ()
-    """Names: fid, sfid, inception_score, kid, precision, recall; or, with any features, fd, kd, precision, recall
+    """Names: fid, sfid, inception_score, kid; or, with any features, fd, kd, precision, recall, density, coverage
     (default: all that the features and the reference allow). With --pairs: psnr, ssim, mae (the
     default), lpips, and fd beside them."""
     num_images: int = 50_000
@@ -123,7 +125,7 @@ class EvaluateConfig:
     img_size: int | tuple[int, int] | None = None
     """Side in pixels, or height and width, to crop images to (default: the model's, or that of the images)."""
     max_features: int = 10_000
-    """Number of images, drawn at random, to compare one by one for KID, precision and recall."""
+    """Number of images, drawn at random, to compare one by one for KID, precision, recall, density and coverage."""
     seed: int = 0
     """Seed of the noise."""
     num_inference_steps: tuple[str, ...] = ()

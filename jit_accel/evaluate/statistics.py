@@ -21,6 +21,7 @@ from jit_accel.evaluate.features import (
     import_torch_fidelity,
 )
 from jit_accel.evaluate.moments import Gaussian, Moments, sum_of_processes, zeros
+from jit_accel.evaluate.neighbours import NEIGHBOURHOOD, density_and_coverage
 from jit_accel.evaluate.settings import ImageMetric, metric_names
 from jit_accel.evaluate.uncertainty import GROUPS, jackknife, kernel_distances_without_each
 from jit_accel.model.card import HIGH, LOW
@@ -224,6 +225,13 @@ def precision_recall(images: ImageStatistics, reference: ImageStatistics) -> dic
     return {"precision": found[metric.KEY_METRIC_PRECISION], "recall": found[metric.KEY_METRIC_RECALL]}
 
 
+def density_coverage(images: ImageStatistics, reference: ImageStatistics) -> dict[str, float]:
+    """Density and coverage with five neighbours (Naeem et al., 2002.09797), of 6 images or more."""
+    device = images.gaussians[MAIN].mean.device
+    found = density_and_coverage(*(side.kept.to(device) for side in (images, reference)))
+    return dict(zip(("density", "coverage"), found))
+
+
 def _frechet(short: str, layer: str) -> Callable:
     def measure(images: ImageStatistics, reference: ImageStatistics) -> dict[str, float]:
         real = reference.gaussians[layer]
@@ -245,6 +253,8 @@ MEASURES: dict[str, Callable[[ImageStatistics, ImageStatistics], dict[str, float
     "kd": kernel_distance,
     "precision": precision_recall,
     "recall": precision_recall,
+    "density": density_coverage,
+    "coverage": density_coverage,
 }
 
 
@@ -267,10 +277,11 @@ def hindrance(metric: ImageMetric, reference: ImageStatistics, num_images: int) 
         return "the reference has no spatial statistics (mu_s, sigma_s)"
     if metric.is_pairwise and reference.kept is None:
         return "the reference has mean and covariance alone, no features of single images"
-    if metric.is_pairwise and not has_torch_fidelity():
+    if MEASURES[metric.short] in (kernel_distance, precision_recall) and not has_torch_fidelity():
         return f"torch-fidelity is not installed: {FIDELITY_REMEDY}"
-    if metric.short in ("precision", "recall") and fewest <= NEIGHBOURS:
-        return f"of {fewest} images none has {NEIGHBOURS} neighbours"
+    neighbours = {precision_recall: NEIGHBOURS, density_coverage: NEIGHBOURHOOD}.get(MEASURES[metric.short], 0)
+    if fewest <= neighbours:
+        return f"of {fewest} images none has {neighbours} neighbours"
     if metric.short == "is" and num_images < 2 * INCEPTION_SCORE_SPLITS:
         return f"{num_images} images are fewer than two for each of {INCEPTION_SCORE_SPLITS} parts"
     return ""

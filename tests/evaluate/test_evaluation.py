@@ -328,7 +328,7 @@ def test_weights_that_are_more_than_weights_are_not_run(tmp_path, monkeypatch):
 
 
 def test_only_inception_measures_what_is_called_fid():
-    assert ALL == ("fid", "sfid", "inception_score", "kid", "precision", "recall")
+    assert ALL == ("fid", "sfid", "inception_score", "kid", "precision", "recall", "density", "coverage")
     of_others = tuple(metric_names("efficientnet_lite0"))
     assert of_others[0] == "fd_efficientnet_lite0"
     assert all(name.endswith("_efficientnet_lite0") and "fid" not in name and "kid" not in name for name in of_others)
@@ -343,8 +343,7 @@ def test_only_inception_measures_what_is_called_fid():
         False,
         True,
         False,
-        True,
-        True,
+        *[True] * 4,
     ]
     assert not metric_names("efficientnet_lite0")[of_others[0]].is_better_higher
 
@@ -606,16 +605,17 @@ def test_measure_gives_the_numbers_of_the_program_and_leaves_no_state(
 ):
     reference, file = str(tmp_path / "reference.npz"), tmp_path / "one.json"
     flags = ["--model", str(saved), "--reference", str(folder), *FLAGS, "--guidance_scale", "3", "--output", str(file)]
+    flags += ["--num_images", "23"]
     assert main([*flags, "--make_reference", reference, "--mixed_precision", "no"]) == 0
     by_program = [record["metrics"] for record in json.loads(file.read_text())]
     AcceleratorState._reset_state()
-    how = {"num_images": 7, "num_inference_steps": 2, "batch_size": 3}
+    how = {"num_images": 23, "num_inference_steps": 2, "batch_size": 3}
     for collective in ("gather_object", "broadcast_object_list"):  # it waits for nobody, whatever is launched
         monkeypatch.setattr(f"jit_accel.base.processes.{collective}", None)
     for real in (folder, reference, open_images(str(folder))):
         assert measure(pipeline, real, guidance_scale=3, **how) == pytest.approx(by_program[0], rel=1e-6)
     assert measure(pipeline, folder, metrics="fd,recall", **how) == pytest.approx(
-        {name: by_program[1][name] for name in ("fid", "recall")}, rel=1e-6
+        {name: by_program[1][name] for name in ("fid", "fid_low", "fid_high", "recall")}, rel=1e-6
     )
     assert not AcceleratorState._shared_state  # an Accelerator of any precision may be made afterwards
     for wrong, message in [({"metrics": ("fidd",)}, "Did you mean"), ({"num_images": 1}, "at least 2")]:
@@ -630,12 +630,12 @@ FLAGS = ["--num_images", "7", "--num_inference_steps", "2", "--batch_size", "3"]
 
 @pytest.mark.multiprocess
 def test_two_processes_measure_what_one_does_and_fail_together(alone, network, saved, folder, tmp_path, capsys):
-    flags = [*FLAGS, "--model", str(saved), "--guidance_scale", "3", "--reference", str(folder)]
+    flags = [*FLAGS, "--model", str(saved), "--guidance_scale", "3", "--reference", str(folder), "--num_images", "23"]
     assert main([*flags, "--output", str(tmp_path / "one.json")]) == 0
-    printed = capsys.readouterr()
-    heads = [line.split()[:6] for line in printed.out.splitlines()]  # below what is said of the precision, of some CPUs
+    heads = [
+        line.split()[:6] for line in capsys.readouterr().out.splitlines()
+    ]  # below what is said of the precision, of some CPUs
     assert ["guidance", "interval", "steps", "images", "fid", "sfid"] in heads
-    assert "do not determine a covariance" in printed.err
 
     log = tmp_path / "log.txt"
     environment = {"TEST_MAIN": "jit_accel.evaluate:main", "TEST_SETUP": "toy_features:use_toy"}
@@ -651,13 +651,15 @@ def test_two_processes_measure_what_one_does_and_fail_together(alone, network, s
     assert [record["guidance_scale"] for record in one] == [3, 1]
     assert one[0]["metrics"] != one[1]["metrics"]
     for record, other in zip(one, two):
+        assert {"fid_low", "fid_high", "sfid_low", "kid_high", "density", "coverage"} <= set(record["metrics"])
         assert other["metrics"] == pytest.approx(record["metrics"], rel=1e-4)
 
 
-def test_results_are_added_to_those_in_the_models_folder(alone, network, saved, folder, tmp_path):
-    flags = [*FLAGS, "--model", str(saved), "--metrics", "fd,recall"]
+def test_results_are_added_to_those_in_the_models_folder(alone, network, saved, folder, tmp_path, capsys):
+    flags = [*FLAGS, "--model", str(saved), "--metrics", "fd,recall", "--mixed_precision", "no"]
     reference = str(tmp_path / "reference.npz")
     assert main([*flags, "--reference", str(folder), "--make_reference", reference]) == 0
+    assert "do not determine a covariance" in capsys.readouterr().err
     assert main([*flags, "--reference", reference, "--seed", "1"]) == 0
     assert main(["--images", str(folder), "--reference", reference, "--output", f"{tmp_path}/a.json"]) == 0
     records = json.loads((saved / "evaluation.json").read_text())
