@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from jit_accel.base.console import say, warn
@@ -19,7 +20,7 @@ from jit_accel.config.groups import width_of
 from jit_accel.config.presets import Size, plain_size, sides_of
 from jit_accel.data.formats.columns import COLOUR, PixelFormat
 from jit_accel.data.formats.sources import Source
-from jit_accel.evaluate.features import FeatureNetwork
+from jit_accel.evaluate.features import FeatureNetwork, Layers
 from jit_accel.evaluate.flag_values import ALL, averages
 from jit_accel.evaluate.image_sets import ImageSet, find_array, in_bytes, open_image_set, read_reference
 from jit_accel.evaluate.reference_facts import FactsTally, fits, open_with_facts
@@ -40,8 +41,9 @@ class Evaluator:
     """Measures images and pipelines with one feature network; all processes call the same methods together.
 
     network: of `load_features`, on the accelerator's device. metrics: names from `metric_names(network.name)`.
-    batch_size: images that a process makes, reads and looks at together. max_features: as in `Collector`. A `UserError`
-    is raised on all processes.
+    batch_size: images that a process makes, reads and looks at together. max_features: as in `Collector`.
+    has_intervals: distances get intervals, for which they are computed eleven times. seen: called with the numbers,
+    images and features of each batch that is compared. A `UserError` is raised on all processes.
     """
 
     network: FeatureNetwork
@@ -51,6 +53,7 @@ class Evaluator:
     max_features: int = 10_000
     show_progress: bool = False
     has_intervals: bool = False
+    seen: Callable[[Tensor, Tensor, Layers], None] | None = None
 
     def measure_pipeline(
         self,
@@ -82,7 +85,7 @@ class Evaluator:
             # In autocast features and sums keep their float32 and float64.
             with self.accelerator.autocast(), self._progress(len(numbers)) as progress, looking() as on_step:
                 for part, images in generate_batches(pipeline, numbers, on_step=on_step, **how):
-                    collector.add(torch.tensor(part), self.network(images))
+                    self._collect(collector, torch.tensor(part), images)
                     progress.update(len(part))
 
         if self.is_sharded:
@@ -108,7 +111,8 @@ class Evaluator:
                     if tally:
                         tally.add(share)
                     if len(share.numbers):
-                        collector.add(share.numbers, self.network(in_bytes(share.images, images.pixels)), share.labels)
+                        pictures = in_bytes(share.images, images.pixels)
+                        self._collect(collector, share.numbers, pictures, share.labels)
                     progress.update(len(share.numbers))
 
         with renamed_settings(data_path=about):
@@ -176,6 +180,12 @@ class Evaluator:
     def is_sharded(self) -> bool:
         """Processes hold shards of the generating network, and wait for each other inside it."""
         return self.accelerator.distributed_type.value == "FSDP"
+
+    def _collect(self, collector: Collector, numbers: Tensor, images: Tensor, labels: Tensor | None = None) -> None:
+        layers = self.network(images)
+        collector.add(numbers, layers, labels)
+        if self.seen is not None:
+            self.seen(numbers, images, layers)
 
     def _progress(self, num_images: int) -> tqdm:
         is_silent = not (self.show_progress and self.accelerator.is_main_process)

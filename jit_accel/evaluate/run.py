@@ -24,6 +24,7 @@ from jit_accel.evaluate import records
 from jit_accel.evaluate.evaluator import Candidate, Evaluator, open_candidate, pixels_of
 from jit_accel.evaluate.features import MAIN, load_features
 from jit_accel.evaluate.image_sets import ImageSet, open_image_set, save_reference
+from jit_accel.evaluate.memorization import SHEET_FILE, MemorizationCheck
 from jit_accel.evaluate.pair_evaluator import evaluate_pairs
 from jit_accel.evaluate.settings import EvaluateConfig, Setting, chosen_metrics, metric_names, reading_of
 from jit_accel.evaluate.statistics import ImageStatistics
@@ -83,7 +84,10 @@ def evaluate(config: EvaluateConfig) -> int:
             if candidate and candidate.is_sweep:
                 evaluation.run_sweep()
             else:
-                found = evaluation.measure_all(images)
+                check = evaluation.memorization_check() if config.held_out else None
+                found = evaluation.measure_all(images, check)
+                if check:
+                    check.complete(found, (file.parent if file else Path()) / SHEET_FILE)
                 weights = candidate.weights if candidate and not config.output else None
                 on_main(accelerator, lambda: records.keep(found, file, weights))
         return 0
@@ -189,14 +193,38 @@ class Evaluation:
         is_few = measured.num_images <= self.evaluator.network.sizes[MAIN] and not self.config.few_on_card
         return record | ({"on_card": False} if is_few else {})
 
-    def measure_all(self, images: ImageSet | None) -> list[dict]:
-        """Measure images that are there, or the model with guidance and without, and return a record of each."""
+    def memorization_check(self) -> MemorizationCheck:
+        """Return what compares the images that are measured with those of the training and held-out ones."""
+        config, candidate = self.config, self.candidate
+        pixels = pixels_of(candidate.pipeline(candidate.emas[0])) if candidate else COLOUR
+
+        def open_both() -> list[ImageSet]:
+            how = {"pixels": pixels, **reading_of(config), "label_column": None, "label_separator": None}
+            places = {"reference": config.split, "held_out": config.held_out_split}
+            return [
+                open_image_set(getattr(config, of), of, self.img_size, split, **how) for of, split in places.items()
+            ]
+
+        return MemorizationCheck(self.evaluator, *on_all(self.evaluator.accelerator, open_both, in_turn=True))
+
+    def measure_all(self, images: ImageSet | None, check: MemorizationCheck | None = None) -> list[dict]:
+        """Measure images that are there, or the model with guidance and without, and return a record of each.
+
+        check: sees these images.
+        """
         if images is not None:
+            if check:
+                check.watch(images.num_images)
             statistics = self.evaluator.statistics_of_images(images)
             of_images = {"images": redacted(self.config.images), "num_images": statistics.num_images}
             return [{**of_images, **self.about, "metrics": self.evaluator.compare(statistics, self.reference)}]
         settings = sorted(self.candidate.settings(), key=lambda setting: setting.is_unguided)
-        return [self.record_of(self.measure(setting, self.config.num_images)) for setting in settings]
+        found = []
+        for setting in settings:
+            if check:
+                check.watch(self.config.num_images)
+            found.append(self.record_of(self.measure(setting, self.config.num_images)))
+        return found
 
     def run_sweep(self) -> None:
         """Measure the grid, write its files and records beside the file, and the winner into the pipeline folder."""

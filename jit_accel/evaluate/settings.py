@@ -77,6 +77,11 @@ class EvaluateConfig:
     split: str | None = None
     """Split of the reference's images, or of the pairs, where there are several: test, train+test, all, ... (default:
     train)."""
+    held_out: str | None = None
+    """Real images that the model was not trained on, as --data_path (default: none): measures memorization, by the
+    nearest of --reference, which are then all of the training's."""
+    held_out_split: str | None = None
+    """Split of these where there are several, such as test (default: train)."""
     pairs: str | None = None
     """Images, as --data_path of training, for a model that was trained with a condition (default: none): it makes each
     from its condition, and PSNR, SSIM and MAE are measured against it, beside those of the untouched condition."""
@@ -190,6 +195,7 @@ def check(config: EvaluateConfig) -> None:
     for flag, what in (("split", "splits"), *((name, "columns") for name in READING)):
         if (value := getattr(config, flag)) not in (None, ()) and config.reference.endswith(".npz"):
             raise UserError(f"a file as --reference has no {what}: leave it out.", about=flag, value=shown(value))
+    _check_held_out(config)
     if config.label_column is not None and config.model is None:
         rule = "says which labels --model is given, and there is none: leave it out."
         raise UserError(rule, about="label_column", value=config.label_column)
@@ -203,6 +209,26 @@ def check(config: EvaluateConfig) -> None:
     if config.select is not None and chosen_metrics(config.features, (config.select,), "select")[0] not in chosen:
         rule = f"is not among --metrics {','.join(config.metrics)}: add it."
         raise UserError(rule, about="select", value=config.select)
+
+
+def _check_held_out(config: EvaluateConfig) -> None:
+    """Raise `UserError` for held-out images where they have nothing to be compared with."""
+    held_out, axes = config.held_out, axes_of(config)
+    if held_out is None:
+        if config.held_out_split is not None:
+            raise UserError("is of --held_out: add that.", about="held_out_split", value=config.held_out_split)
+        return
+    rule = None
+    if config.reference.endswith(".npz"):
+        rule = "is compared with the training images as --reference, which is a file: name the images."
+    elif (held_out, config.held_out_split) == (config.reference, config.split):
+        rule = "names the same images as --reference: add --held_out_split, or give others."
+    elif config.model is None and config.images is None:
+        rule = "is compared with images of --model or --images: give one of them."
+    elif ALL in axes["ema"] or any(len(values) > 1 for values in axes.values()):
+        rule = "does not go with a sweep: measure the setting that wins."
+    if rule:
+        raise UserError(rule, about="held_out", value=held_out)
 
 
 def reading_of(config: EvaluateConfig) -> dict[str, Any]:
@@ -219,7 +245,7 @@ def _check_pairs(config: EvaluateConfig) -> None:
         raise UserError(rule, about=given[1], value=getattr(config, given[1]))
     if config.model is None:
         raise UserError("not given: name the model that is shown the conditions.", about="model")
-    for flag in ("images", "reference", "make_reference", "select"):
+    for flag in ("images", "reference", "make_reference", "select", "held_out", "held_out_split"):
         if (value := getattr(config, flag)) is not None:
             rule = "does not go with --pairs, whose images are what is compared with: leave it out."
             raise UserError(rule, about=flag, value=value)
