@@ -32,7 +32,7 @@ SHUFFLE_SEED = 2020
 
 @dataclass(frozen=True)
 class Looks:
-    """What some images look like: features float32 (n, D), pictures uint8 (n, C, h, w) of at most 64 pixels a side."""
+    """The looks of some images: features float32 (n, D), pictures uint8 (n, C, h, w) of at most 64 pixels a side."""
 
     features: Tensor
     pictures: Tensor
