@@ -66,9 +66,15 @@ RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (lambda v: 0 <= v < math.inf, "a number of minutes, or 0 for no limit", "max_stall_minutes"),
     (lambda v: 0 <= v < 2**63, "0 or a positive 63-bit number", "seed"),
     (lambda v: v == 0 or 1 < v < math.inf, "more than 1, or 0 for never", "health_loss_jump"),
-    (lambda v: 0 <= v < math.inf, "positive, or 0 for never", "health_max_grad_norm health_min_grad_norm"),
+    (
+        lambda v: 0 <= v < math.inf,
+        "positive, or 0 for never",
+        "health_max_grad_norm health_min_grad_norm health_min_contrast",
+    ),
     (lambda v: v >= 0, "positive, or 0 for never", "health_flat_steps"),
     (lambda v: 0 <= v <= 1, "a share of the time between 0 (never) and 1", "health_max_wait"),
+    (lambda v: 0 <= v <= 1, "a share of the values between 0 (never) and 1", "health_max_saturated"),
+    (lambda v: v == 0 or 1 <= v < math.inf, "1 or more, or 0 for never", "health_patch_grid"),
 ]
 
 

@@ -121,6 +121,12 @@ class HealthConfig:
     """Report a loss that has not fallen by a tenth this many steps after the start, and after each as many more."""
     health_max_wait: float = 0.05
     """Report a training that waits for data for more than this share of its time."""
+    health_patch_grid: float = 1.5
+    """Report sample sheets whose jumps between patches are more than this many times their least so far."""
+    health_min_contrast: float = 6.0
+    """Report sample sheets of pixels that deviate by less than this, of 255, in the second half of a training."""
+    health_max_saturated: float = 0.5
+    """Report sample sheets with this share more values at 0 or 255 in one channel, in the second half of a training."""
 
 
 @dataclass(frozen=True)

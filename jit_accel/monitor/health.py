@@ -5,8 +5,11 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import fmean, median
 
+import numpy as np
+
 from jit_accel.config.run_groups import HealthConfig
 from jit_accel.monitor.metric_table import GRAD_NORM, HEALTH, TRAIN_LOSS, WAIT_FRACTION
+from jit_accel.monitor.pictures import contrast, patch_seams, saturated_channel
 
 # A mean of a few losses is compared, since single batches of rare images reach five times the median.
 JUMP_STEPS = 5
@@ -14,6 +17,11 @@ HISTORY_STEPS = 100
 LEAST_HISTORY_STEPS = 10
 LEVEL_STEPS = 20
 FALLEN = 0.9
+# Steps between patches, by those beside them: real pictures have 0.9 to 1.4 in sheets of eight, a good tiny model 1.5
+# to 2.5, one that begins 14, and 4 to 5 after a quarter of its training.
+SEAMS, BEGINNERS_SEAMS = 1.6, 6.0
+YOUNG, GROWN = 0.25, 0.5  # shares of the training
+YOUNG_STEPS = 200
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,26 @@ KINDS = {
         WAIT_FRACTION,
         ("health_max_wait", "starving above"),
     ),
+    "patch_grid": Kind(
+        "samples show the grid of the patches: pixels jump {value:.2g} times as far between patches as inside them",
+        "the network has lost, or never learnt, how patches fit together, mostly from steps that are too large or "
+        "weights that diverge: look at the sheet; go on from an earlier checkpoint with a lower --learning_rate, or a "
+        "longer --ema_decays where only the average lags.",
+        TRAIN_LOSS,
+    ),
+    "grey_samples": Kind(
+        "samples are nearly flat: their pixels deviate by {value:.2g} of 255",
+        "the network has collapsed to a mean image, or its average has hardly begun to follow: look at the sheet "
+        "and at train/grad_norm, try a shorter --ema_decays and a lower --learning_rate; look for blank images in "
+        "the data.",
+        TRAIN_LOSS,
+    ),
+    "saturated_channel": Kind(
+        "{value:.0%} more of one channel's values than of another's are at their limit in the samples",
+        "the colours run away, mostly with guidance that is too strong or weights that diverge: lower "
+        "--guidance_scale, and go on from an earlier checkpoint with a lower --learning_rate if it stays.",
+        TRAIN_LOSS,
+    ),
 }
 
 
@@ -103,6 +131,7 @@ class Health:
         self.last_losses: deque[float] = deque(maxlen=window)
         self.steps = 0
         self.found: set[str] = set()
+        self.least_seams = math.inf
 
     def examine(self, rows: list[dict], lost_to_data: float | None = None, advice: str | None = None) -> list[Event]:
         """Look at consecutive rows; what is found goes into them as `health/<kind>`, new kinds are returned as events.
@@ -116,16 +145,48 @@ class Health:
                 signs["data_starving"] = lost_to_data
             for kind, value in signs.items():
                 row[HEALTH.format(kind=kind)] = value
-                if kind not in self.found:
-                    self.found.add(kind)
-                    remedy = advice if kind == "data_starving" and advice else KINDS[kind].remedy
-                    new.append(Event(kind, row["step"], value, remedy))
+                new += self._event(kind, row["step"], value, advice if kind == "data_starving" else None)
         return new
+
+    def examine_samples(
+        self, step: int, images: np.ndarray, patch_size: int, done: float
+    ) -> tuple[dict[str, float], list[Event]]:
+        """Look at generated images, uint8 (n, H, W, 3), after this share of the training; return signs and new events.
+
+        A young model is no fault: what it draws is grey, then made of patches that do not fit, and less and less so. So
+        a grid is one that comes back, or that is still that of a beginner in the second half.
+        """
+        thresholds, signs = self.thresholds, {}
+        if step < YOUNG_STEPS:
+            return {}, []
+        seams = patch_seams(images, patch_size) if done >= YOUNG else None
+        if seams is not None and thresholds.health_patch_grid:
+            returns = seams > max(SEAMS, thresholds.health_patch_grid * self.least_seams)
+            if returns or (done >= GROWN and seams > BEGINNERS_SEAMS):
+                signs["patch_grid"] = seams
+            if contrast(images) >= thresholds.health_min_contrast:  # what is flat has no seams
+                self.least_seams = min(self.least_seams, seams)
+        if done >= GROWN:
+            if (deviation := contrast(images)) < thresholds.health_min_contrast:
+                signs["grey_samples"] = deviation
+            if 0 < thresholds.health_max_saturated < (excess := saturated_channel(images)):
+                signs["saturated_channel"] = excess
+        events = [event for kind, value in signs.items() for event in self._event(kind, step, value)]
+        return {HEALTH.format(kind=kind): value for kind, value in signs.items()}, events
+
+    def _event(self, kind: str, step: int, value: float, advice: str | None = None) -> list[Event]:
+        """Return the event of a sign, [] where one of its kind was returned before."""
+        if kind in self.found:
+            return []
+        self.found.add(kind)
+        return [Event(kind, step, value, advice or KINDS[kind].remedy)]
 
     def state_dict(self) -> dict:
         """Return what the signs of later rows follow from."""
         names = ("losses", "first_losses", "last_losses")
-        return {name: list(getattr(self, name)) for name in names} | {"must_fall": self.must_fall, "steps": self.steps}
+        lists = {name: list(getattr(self, name)) for name in names}
+        seams = self.least_seams if math.isfinite(self.least_seams) else None
+        return lists | {"must_fall": self.must_fall, "steps": self.steps, "least_seams": seams}
 
     def load_state_dict(self, state: dict | None) -> None:
         """Take what `state_dict` gave; None where there was none, of a run that had begun."""
@@ -136,6 +197,7 @@ class Health:
         self.losses.extend(state["losses"])
         self.first_losses = state["first_losses"][: self.last_losses.maxlen]
         self.last_losses.extend(state["last_losses"])
+        self.least_seams = state.get("least_seams") or math.inf
 
     def _signs(self, row: dict) -> dict[str, float]:
         loss, norm = row[TRAIN_LOSS], row[GRAD_NORM]

@@ -87,6 +87,7 @@ class Monitor:
         self.weights = WeightWatch(ema.params, ema.averages, network.config.depth)
         self.epochs = EpochMetrics(plan.num_images)
         self.health = Health(health, must_fall=is_untrained, has_scaler=accelerator.scaler is not None)
+        self.patch_size = network.config.patch_size
         sizes, is_adapted = network.config, any(not p.requires_grad for p in network.parameters())
         flops_per_mac = LORA_FLOPS_PER_FORWARD_MAC if is_adapted else TRAIN_FLOPS_PER_FORWARD_MAC
         self.flops_per_image = flops_per_mac * forward_macs(sizes, sizes.patch_size, *sides_of(sizes.img_size))
@@ -202,10 +203,13 @@ class Monitor:
                 losses = [f"{key} {row[key]:.4g}" for key in (table.VAL_LOSS, table.EMA_VAL_LOSS) if key in row]
                 say(f"Step {row['step']:,}: {', '.join(losses)}")
         self.progress.show(rows[-1])
+        self._tell(events)
+        self.report.build()
+
+    def _tell(self, events: list[Event]) -> None:
         for event in events:
             warn(str(event))
             self._offer("alert", event.title, redacted(str(event)))
-        self.report.build()
 
     def _offer(self, method: str, *values) -> None:
         for tracker in self.accelerator.trackers:
@@ -216,6 +220,15 @@ class Monitor:
         log_picture(self.accelerator, path, step, caption, is_late)
         if images and self.tracking.wandb_class_images:
             self._offer("log_class_images", images, step)
+
+    def examine_samples(self, step: int, images: np.ndarray | None) -> None:
+        """Judge generated images, uint8 (n, H, W, 3), of the newest step; None on all processes but the main one."""
+        if self.is_main and images is not None:
+            done = step / self.plan.total_steps
+            signs, events = self.health.examine_samples(step, images, self.patch_size, done)
+            if signs:
+                self.amend(step, signs)
+            self._tell(events)
 
     def log_model(self, folder: Path, step: int) -> None:
         """Send the finished pipeline folder, where that is asked for."""

@@ -67,9 +67,13 @@ class AveragedSamples:
 
 @dataclass
 class SampleSheets(AveragedSamples):
-    """Draws sheets of a few classes; of a network that sees conditions, of examples with what it makes of them."""
+    """Draws sheets of a few classes; of a network that sees conditions, of examples with what it makes of them.
+
+    generated: the images of the newest sheet alone, uint8 (n, H, W, 3), on the main process.
+    """
 
     examples: Examples | None = None
+    generated: np.ndarray | None = None
 
     def __post_init__(self):
         num_classes = self.pipeline.transformer.config.num_classes
@@ -116,6 +120,7 @@ class SampleSheets(AveragedSamples):
             return {}
         pictures = as_pictures(images.permute(0, 2, 3, 1).numpy())
         pixels = pictures.reshape(-1, min(SAMPLES_PER_CLASS, len(labels)), *pictures.shape[1:])
+        self.generated = pictures
         pixels = examples.around(*pixels) if examples else pixels
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

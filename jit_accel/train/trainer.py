@@ -281,6 +281,7 @@ class Trainer:
             self.say(f"Drew {self.sheet_path}")
         caption, is_late = self.sheets.caption(self.step), self.step == self.first_step  # which trackers may have
         self.monitor.log_samples(self.sheet_path, self.step, caption, images, is_late)
+        self.monitor.examine_samples(self.step, self.sheets.generated)
 
     def evaluate(self, measure: SampleMeasure) -> None:
         """Measure generated images of this step's average, all processes together.
