@@ -13,11 +13,11 @@ from typing import Any, Literal, NamedTuple
 from jit_accel.base.errors import UserError, check_ranges, lookup, message_of, renamed_settings, within
 from jit_accel.config.command_line import Words, checked_config, over, parse_flags, read_flags, read_settings
 from jit_accel.config.settings import SETTINGS
+from jit_accel.evaluate.drawing import axes_of
 from jit_accel.evaluate.settings import (
     PAIR_SCORES,
     READING,
     EvaluateConfig,
-    axes_of,
     chosen_metrics,
     chosen_scores,
     metric_names,

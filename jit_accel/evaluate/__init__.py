@@ -48,9 +48,7 @@ def measure(
     max_features: int = 10_000,
     show_progress: bool = False,
 ) -> dict[str, float]:
-    """Measure how far a pipeline's images are from real ones, in this process alone.
-
-    The numbers are those of `python -m jit_accel.evaluate` with the same settings.
+    """Measure how far a pipeline's images are from real ones, in this process alone, as `jit_accel.evaluate` does.
 
     Args:
         pipe: makes image n of class n % classes from noise that follows from `seed` and n; on any device. Where it was

@@ -20,11 +20,12 @@ from jit_accel.config.groups import width_of
 from jit_accel.config.presets import Size, plain_size, sides_of
 from jit_accel.data.formats.columns import COLOUR, PixelFormat
 from jit_accel.data.formats.sources import Source
+from jit_accel.evaluate.drawing import Setting, axes_of, grid
 from jit_accel.evaluate.features import FeatureNetwork, Layers
 from jit_accel.evaluate.flag_values import ALL, averages
 from jit_accel.evaluate.image_sets import ImageSet, find_array, in_bytes, open_image_set, read_reference
 from jit_accel.evaluate.reference_facts import FactsTally, fits, open_with_facts
-from jit_accel.evaluate.settings import EvaluateConfig, Setting, axes_of, grid, metric_names
+from jit_accel.evaluate.settings import EvaluateConfig, metric_names
 from jit_accel.evaluate.statistics import Collector, ImageStatistics, hindrance, measured
 from jit_accel.evaluate.uncertainty import groups_of
 from jit_accel.model.checkpoints import MANIFEST, STATE

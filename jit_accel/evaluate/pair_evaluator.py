@@ -18,12 +18,13 @@ from jit_accel.base.processes import gather_rows, on_all, on_main
 from jit_accel.config.groups import ConditionConfig
 from jit_accel.config.presets import in_pixels, sides_of
 from jit_accel.evaluate import records
+from jit_accel.evaluate.drawing import Setting
 from jit_accel.evaluate.evaluator import open_candidate
 from jit_accel.evaluate.features import MAIN, FeatureNetwork, load_features
 from jit_accel.evaluate.moments import Moments
 from jit_accel.evaluate.pair_scores import PairScores, untouched, with_intervals
 from jit_accel.evaluate.pairs import Pairs, Part, open_pairs
-from jit_accel.evaluate.settings import CONDITIONS, EvaluateConfig, Setting, chosen_scores, reading_of
+from jit_accel.evaluate.settings import CONDITIONS, EvaluateConfig, chosen_scores, reading_of
 from jit_accel.evaluate.statistics import frechet_distance
 from jit_accel.evaluate.uncertainty import GROUPS, groups_of, jackknife
 from jit_accel.model.checkpoints import find_checkpoint_in, read_run

@@ -21,12 +21,13 @@ from jit_accel.base.processes import on_all, on_main, process_group
 from jit_accel.config.presets import Size, in_pixels
 from jit_accel.data.formats.columns import COLOUR
 from jit_accel.evaluate import records
+from jit_accel.evaluate.drawing import Setting
 from jit_accel.evaluate.evaluator import Candidate, Evaluator, open_candidate, pixels_of
 from jit_accel.evaluate.features import MAIN, load_features
 from jit_accel.evaluate.image_sets import ImageSet, open_image_set, save_reference
 from jit_accel.evaluate.memorization import SHEET_FILE, MemorizationCheck
 from jit_accel.evaluate.pair_evaluator import evaluate_pairs
-from jit_accel.evaluate.settings import EvaluateConfig, Setting, chosen_metrics, metric_names, reading_of
+from jit_accel.evaluate.settings import EvaluateConfig, chosen_metrics, metric_names, reading_of
 from jit_accel.evaluate.statistics import ImageStatistics
 from jit_accel.evaluate.sweep import Measured, Outcome, SweepLog, sweep
 from jit_accel.model.card import EVALUATION_FILE

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jit_accel.base.files import append_json_lines, read_json_lines
-from jit_accel.evaluate.settings import Setting
+from jit_accel.evaluate.drawing import Setting
 
 # Of 50,000 images the FID's standard deviation is 1 to 2% over trainings, and a third of that over other noise for one
 # network (arXiv 2606.20536): two of the latter, and more for fewer images.

@@ -3,7 +3,7 @@
 import math
 
 from jit_accel.config.groups import width_of
-from jit_accel.evaluate.settings import Setting
+from jit_accel.evaluate.drawing import Setting
 from jit_accel.evaluate.sweep import Measured, Outcome
 
 Curves = dict[str, list[tuple[float, float]]]  # points by the curve's name

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from jit_accel.base.errors import UserError
+from jit_accel.evaluate.drawing import AXES, Setting, grid
 from jit_accel.evaluate.flag_values import averages, intervals, numbers
 from jit_accel.evaluate.records import edges, write_sweep_files
-from jit_accel.evaluate.settings import AXES, Setting, grid
 from jit_accel.evaluate.sweep import Measured, SweepLog, ranked, sweep
 
 

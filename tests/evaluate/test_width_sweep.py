@@ -13,8 +13,8 @@ from PIL import Image
 
 from jit_accel import load
 from jit_accel.evaluate import main
+from jit_accel.evaluate.drawing import Setting, grid
 from jit_accel.evaluate.records import edge_of_widths, with_average, write_sweep_files
-from jit_accel.evaluate.settings import Setting, grid
 from jit_accel.evaluate.sweep import Measured, Outcome
 from jit_accel.evaluate.sweep_chart import curves_over_widths
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from jit_accel.evaluate.settings import METHODS
+from jit_accel.evaluate.drawing import METHODS
 from jit_accel.model.scheduler import JiTScheduler, time_grid
 from jit_accel.model.solvers import SOLVERS
 from jit_accel.model.spaces import convert
