@@ -54,6 +54,8 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
     if learns_it and not facts.is_labelled:
         rule = "is a guidance on labels, and this data has none: leave it out."
         raise UserError(rule, about="model_guidance", value=config.objective.model_guidance)
+    # A run that began before there was a choice stays as it was.
+    method = config.sample.method or (None if facts.saved and "method" not in facts.saved else DEFAULT_METHOD)
     defaults: dict[str, Any] = {
         "img_size": size,
         "lanes": None if facts.saved else facts.lanes,
@@ -64,8 +66,8 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         "learning_rate": default_rate(config, plan)[0],
         "decay_fraction": DECAY_FRACTION if optim.lr_schedule == "wsd" else None,
         "guidance_scale": guidance if facts.is_labelled and not facts.condition_channels and not learns_it else 1.0,
-        "method": DEFAULT_METHOD,
-        "num_inference_steps": 50 if config.sample.method == "heun" else 25,
+        "method": method,
+        "num_inference_steps": 25 if method in (DEFAULT_METHOD, "ab2") else 50,
         "paired_every_steps": _paired_every_steps(config, facts, plan),
         "lora_alpha": float(lora_rank) if lora_rank else None,
         "lora_targets": LORA_TARGETS if lora_rank else None,

@@ -50,7 +50,7 @@ class SheetConfig:
     """Solver of the ODE for the samples, and the pipeline's default (default: etd2, of second order at one call of the
     network a step; the paper's is heun)."""
     num_inference_steps: int | None = None
-    """Steps of that solver, and the pipeline's default (default: 25; with heun 50, the paper's)."""
+    """Steps of that solver, and the pipeline's default (default: 25; of heun, as in the paper, and euler 50)."""
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ class RunFacts:
                 for name in FIXED_SETTINGS
                 if settings[name] != fixed[name]
             ]
-            if settings["average_snapshots"] and not saved["settings"].get("average_snapshots"):
+            if settings.get("average_snapshots") and not saved["settings"].get("average_snapshots"):
                 differences.append("the averages that --average_snapshots stores were not tracked from its beginning")
             if saved["fingerprint"] != self.facts["fingerprint"]:
                 differences.append(f"--data_path is {self.facts['data']}, the checkpoint has {saved['data']}")

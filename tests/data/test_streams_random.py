@@ -40,7 +40,7 @@ class Numbers(Stream):
 def numbers_for_images(monkeypatch):
     pixels = np.zeros((3, 1, 1), np.uint8)
     monkeypatch.setattr(lanes.BatchPartReader, "_decode_row", lambda self, row, name, at: (pixels, row["label"]))
-    monkeypatch.setattr(loader, "make_loader", lambda reader, num_workers: reader)  # the worker's order, without it
+    monkeypatch.setattr(loader, "from_workers", lambda reader, num_workers: reader)  # the worker's order, without it
 
 
 def source_of(counts):

@@ -86,7 +86,7 @@ def test_widths_belong_to_a_model(images, capsys):
 
 
 def outcome_of(best: float) -> Outcome:
-    settings = grid(["auto", *(f"width_{w}" for w in (0.05, 0.1, 0.15))], [1.5], [None], [10], ["heun"])
+    settings = grid(["auto", *(f"width_{w}" for w in (0.05, 0.1, 0.15))], [1.5], [None], [10], ["heun"], [1.0])
     values = [abs(float((one.ema or "")[6:] or 0.4) - best) + (not one.is_unguided) for one in settings]
     return Outcome("fd", False, [], [Measured(one, 8, {"fd": value}) for one, value in zip(settings, values)])
 

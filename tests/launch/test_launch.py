@@ -29,6 +29,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import patch_environment
+from data_samples import image_folder
 from golden import load_golden
 from helpers import train_here
 from hub_server import stand_in
@@ -685,10 +686,9 @@ def test_each_documented_command_runs(command, recorder, photos, tmp_path, monke
         pytest.fail(f"no rule for running {command!r}: add one to this test")
 
 
-def without_averages(words: list[str]) -> list[str]:
-    """These flags but for those that choose an average, of which a pipeline folder has none."""
-    of_average = ("--ema", "--ema_width")
-    return [word for before, word in itertools.pairwise(["", *words]) if not {before, word} & {*of_average}]
+def without(words: list[str], *flags: str) -> list[str]:
+    """These words but for some flags and their values, such as those that choose an average, which a pipeline lacks."""
+    return [word for before, word in itertools.pairwise(["", *words]) if not {before, word} & {*flags}]
 
 
 def compare_nothing(flags: list[str], tmp_path: Path, monkeypatch) -> None:
@@ -720,7 +720,7 @@ def sample_a_little(flags: list[str], tmp_path: Path) -> None:
     JiTPipeline(network, JiTScheduler()).save_pretrained(tmp_path / "model")
     counts = {"--images_per_class": "1", "--num_images": "2"}
     words = [counts.get(before, word) for before, word in itertools.pairwise(["", *flags])]
-    words = without_averages(words)
+    words = without(words, "--ema", "--ema_width")
     small = ("--num_inference_steps", "1", "--mixed_precision", "no")
     places = ("--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "samples"))
     for state in (AcceleratorState, PartialState, GradientState):
@@ -751,9 +751,11 @@ def evaluate_a_little(flags: list[str], photos: Path, tmp_path: Path, monkeypatc
     if shown:
         flags = [*flags, "--condition_from", "downscale:4"]
     places = {"--model": "model", "--reference": str(photos), "--images": str(photos), "--num_images": "2"}
+    if "--held_out" in flags:
+        places["--held_out"] = str(image_folder(tmp_path / "held_out", 4))
     words = [places.get(before, word) for before, word in itertools.pairwise(["", *flags])]
     words = ["1,2" if re.fullmatch(r"[\d.]+:[\d.]+:[\d.]+", word) else word for word in words]
-    words = without_averages(words)
+    words = without(words, "--ema", "--ema_width", "--held_out_split")
     small = ["--img_size", "28", "--mixed_precision", "no"]
     if "--model" in words:
         small += ["--num_inference_steps", "1", "--num_images", "2"]
