@@ -269,6 +269,11 @@ def _warnings_of_length(config: Config, plan: Plan) -> Iterator[str]:
             f"the warm-up takes {plan.warmup_steps:,} of the run's {total:,} steps: shorten it (--warmup_steps) "
             "or lengthen the run."
         )
+    if config.objective.model_guidance > 1 and config.sample.guidance_scale != 1:
+        yield (
+            f"--guidance_scale {config.sample.guidance_scale:g} guides samples of a network that has learnt guidance "
+            f"(--model_guidance {config.objective.model_guidance:g}), at two passes a step: 1 is what it is for."
+        )
     steps = steps_of(config.run.profile_steps or "")
     if steps and steps[0] > total:
         yield f"--profile_steps {config.run.profile_steps}: the run ends with step {total:,}, so nothing is profiled."

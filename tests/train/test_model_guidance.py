@@ -13,7 +13,7 @@ def losses(folder) -> list[float]:
     return [row["train/loss"] for row in read_metrics(folder) if "train/loss" in row]
 
 
-def test_a_guided_training_goes_on_bit_for_bit_and_its_pipeline_needs_no_guidance(images, tmp_path):
+def test_a_guided_training_goes_on_bit_for_bit_and_its_pipeline_needs_no_guidance(images, tmp_path, capsys):
     data = ("--data_path", str(images))
     assert train_here(*data, "--output_dir", str(tmp_path / "whole"), *GUIDED) == 0
     parts = (*data, "--output_dir", str(tmp_path / "parts"), *GUIDED, "--resume", "auto")
@@ -24,6 +24,9 @@ def test_a_guided_training_goes_on_bit_for_bit_and_its_pipeline_needs_no_guidanc
     assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")[3:]
     index = json.loads((tmp_path / "whole/pipeline/model_index.json").read_text())
     assert index["guidance_scale"] == 1.0
+    assert "has learnt guidance" not in "".join(capsys.readouterr())
+    assert train_here(*data, *GUIDED, "--output_dir", str(tmp_path / "plan"), "--guidance_scale", "2", "--dry_run") == 0
+    assert "--guidance_scale 2 guides samples of a network that has learnt guidance" in "".join(capsys.readouterr())
     plain = (*data, "--output_dir", str(tmp_path / "plain"), *GUIDED[2:])
     assert train_here(*plain) == 0
     assert losses(tmp_path / "plain") != losses(tmp_path / "whole")
