@@ -11,7 +11,7 @@ from jit_accel.base.errors import StopRequest, shown
 from jit_accel.base.files import disk_errors
 from jit_accel.base.folder_lock import FolderLock
 from jit_accel.compare.children import last_lines, run_command
-from jit_accel.compare.experiment import EVALUATION_FILE, Experiment
+from jit_accel.compare.experiment import EVALUATION_FILE, Experiment, is_number
 from jit_accel.compare.outcome import Comparison, outcome_of
 from jit_accel.compare.output_files import as_text, write_outcome
 from jit_accel.compare.settings import Arm, CompareConfig, Measure, differences, read_arms, read_measure
@@ -68,7 +68,7 @@ class Schedule:
 
     def _run_all(self) -> None:
         runs = [(arm, seed) for seed in range(self.settings.seeds) for arm in self.arms]
-        left = [(arm, seed) for arm, seed in runs if self.experiment.result(arm.name, seed) is None]
+        left = [(arm, seed) for arm, seed in runs if not self._is_finished(arm, seed)]
         if len(left) < len(runs):
             say(f"{len(runs) - len(left)} of {len(runs)} runs are finished already.")
         lost: set[str] = set()
@@ -91,6 +91,11 @@ class Schedule:
                 self.failed.append(str(failure))
                 lost.add(arm.name)
 
+    def _is_finished(self, arm: Arm, seed: int) -> bool:
+        """Return False too where the deciding metric is not finite: then the run is tried again."""
+        result = self.experiment.result(arm.name, seed)
+        return result is not None and is_number(result.metrics.get(self.measure.metric))
+
     def _run(self, arm: Arm, seed: int) -> None:
         """Train and measure one run, and say what it came to."""
         folder = self.experiment.run_folder(arm.name, seed)
@@ -101,6 +106,7 @@ class Schedule:
             own |= {"wandb_name": f"{arm.name}-seed{seed}", "wandb_group": arm.recorded["wandb_group"] or arm.name}
         what = f"{arm.name}, seed {seed}"
         self._train(what, arm.flags(**own), folder)
+        (folder / EVALUATION_FILE).unlink(missing_ok=True)  # of a result that was not finite
         flags = [*self.measure.flags, f"--model={folder}", f"--output={folder / EVALUATION_FILE}"]
         self._start(what, "evaluate", flags, folder.parent / f"{folder.name}.log")
         outcome = self.outcome()

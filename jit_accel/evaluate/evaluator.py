@@ -76,7 +76,8 @@ class Evaluator:
         processes, size = self.accelerator.num_processes, img_size or plain_size(pipeline.transformer.config.img_size)
         padded = range(-(-num_images // processes) * processes)  # those from num_images on only fill batches up
         numbers = share_of(padded, self.accelerator.process_index, processes)
-        groups = groups_of(num_images, are_drawn_in_turn=True) if self.has_intervals else None
+        in_turn = None if reference and reference.facts else pipeline.transformer.config.num_classes
+        groups = groups_of(num_images, in_turn) if self.has_intervals else None
         collector = Collector(self.network, num_images, self.metrics, self.max_features, groups)
         how: dict[str, Any] = {"seed": seed, "settings": settings, "batch_size": self.batch_size}
         how |= reference.facts.drawn(numbers, seed) if reference and reference.facts else {}
@@ -100,7 +101,7 @@ class Evaluator:
     ) -> ImageStatistics:
         """Read each image once, every process its share; UserError if hardly anything in the data can be read."""
         is_compared = self.has_intervals and about == "images"
-        groups = groups_of(images.num_images, are_drawn_in_turn=False) if is_compared else None
+        groups = groups_of(images.num_images) if is_compared else None
         collector = Collector(self.network, images.num_images, self.metrics, self.max_features, groups)
         accelerator, bad_images = self.accelerator, []
 

@@ -53,7 +53,7 @@ class ScoreTally:
         self.scored = [torch.empty(0, len(rows), len(scores.names), dtype=torch.float64)]
         self.shown: list[tuple[int, dict[str, Tensor]]] = []
         sides = [*rows, TRUTH] if network else []
-        self.groups = groups_of(num_pairs, are_drawn_in_turn=False) if network else None
+        self.groups = groups_of(num_pairs) if network else None
         groups = 1 if self.groups is None else GROUPS
         self.moments = {row: Moments(network.sizes[MAIN], network.device, groups) for row in sides}
 
@@ -204,6 +204,7 @@ def evaluate_pairs(config: EvaluateConfig, accelerator, file: Path | None) -> No
         f"Pairs:     {pairs.images.name}, {pairs.num_images:,} images, {in_pixels(img_size)} px; condition {made_from}"
     )
     about = {"model": config.model, "seed": config.seed, "mixed_precision": accelerator.mixed_precision}
+    about |= {"guide": redacted(config.guide)} if config.guide else {}
     about |= {"pairs": redacted(pairs.images.name), "condition_from": made_from, "img_size": img_size}
     about |= {"samples_each": config.samples_each, "num_processes": accelerator.num_processes}
     if distance:

@@ -172,6 +172,7 @@ class Evaluation:
         config, accelerator = self.config, self.evaluator.accelerator
         precision = {"mixed_precision": accelerator.mixed_precision}
         of_model = {"model": config.model, "seed": config.seed, **precision} if self.candidate else {}
+        of_model |= {"guide": redacted(config.guide)} if self.candidate and config.guide else {}
         return {
             **of_model,
             "features": config.features,
@@ -202,9 +203,13 @@ class Evaluation:
         def open_both() -> list[ImageSet]:
             how = {"pixels": pixels, **reading_of(config), "label_column": None, "label_separator": None}
             places = {"reference": config.split, "held_out": config.held_out_split}
-            return [
-                open_image_set(getattr(config, of), of, self.img_size, split, **how) for of, split in places.items()
-            ]
+            found = []
+            for of, split in places.items():
+                found.append(opened := open_image_set(getattr(config, of), of, self.img_size, split, **how))
+                if opened.pixels.channels != pixels.channels:
+                    rule = f"has {opened.pixels.channels} channels, and the images compared with it {pixels.channels}: "
+                    raise UserError(rule + "give a folder or data set instead.", about=of, value=opened.name)
+            return found
 
         return MemorizationCheck(self.evaluator, *on_all(self.evaluator.accelerator, open_both, in_turn=True))
 
@@ -275,6 +280,9 @@ class Evaluation:
         say("Sweep:     " + ", ".join(map(str, paths)))
         records.add_records(map(self.record_of, outcome.full), self.file, only_new=True)
         if not self.config.write_best:
+            return
+        if self.config.guide:
+            say("Pipeline:  its defaults stay as they are, since it keeps no --guide, which these settings are for.")
             return
         model, checkpoint = self.config.model, self.candidate.checkpoint
         pipeline_folder = records.pipeline_folder_of(model, checkpoint)

@@ -23,7 +23,7 @@ from jit_accel.evaluate.features import (
 from jit_accel.evaluate.moments import Gaussian, Moments, sum_of_processes, zeros
 from jit_accel.evaluate.neighbours import NEIGHBOURHOOD, density_and_coverage
 from jit_accel.evaluate.settings import ImageMetric, metric_names
-from jit_accel.evaluate.uncertainty import GROUPS, jackknife, kernel_distances_without_each
+from jit_accel.evaluate.uncertainty import GROUPS, jackknife, kernel_distances
 from jit_accel.model.card import HIGH, LOW
 
 INCEPTION_SCORE_SPLITS = 10
@@ -210,9 +210,10 @@ def kernel_distance(images: ImageStatistics, reference: ImageStatistics) -> dict
     if images.kept_groups is not None:
         device = images.gaussians[MAIN].mean.device
         sides = (side.kept.to(device) for side in (images, reference))
-        without_each = kernel_distances_without_each(*sides, images.kept_groups)
+        of_all, without_each = kernel_distances(*sides, images.kept_groups)
         counts = images.kept_groups.bincount(minlength=GROUPS).tolist()
-        interval = jackknife("kd", value, without_each, counts, further_variance=deviation**2 / KID_SUBSETS)
+        of_subsets = deviation**2 / KID_SUBSETS
+        interval = jackknife("kd", value, without_each, counts, further_variance=of_subsets, of_all=of_all)
     return {"kd": value, "kd_std": deviation, **interval}
 
 

@@ -17,16 +17,19 @@ _SHUFFLE_SEED = 2020  # as for the images whose features are kept, which are the
 _ROWS_AT_ONCE = 1000
 
 
-def groups_of(num_images: int, *, are_drawn_in_turn: bool) -> Tensor | None:
-    """Return the group of each image by its number, int64 (n,), groups of equal size; None of too few images.
+def groups_of(num_images: int, classes_in_turn: int | None = None) -> Tensor | None:
+    """Return the group of each image by its number, int64 (n,), groups of about equal size; None of too few images.
 
-    Images of a model, whose classes are drawn in turn, are cut in order: then each group has all classes, as another
-    draw would. Others are shuffled, since classes may come in order.
+    Images whose classes come in turn, so many of them, are grouped by rounds of these: then each group has all classes,
+    as another draw would; of fewer rounds than groups, classes far from each other, others in each round. Images of
+    unknown classes are shuffled, since these may come in order.
     """
     if num_images < LEAST_IMAGES:
         return None
-    if are_drawn_in_turn:
-        return torch.arange(num_images) * GROUPS // num_images
+    if classes_in_turn:
+        numbers = torch.arange(num_images)
+        rounds = numbers // classes_in_turn
+        return (rounds if num_images >= GROUPS * classes_in_turn else numbers % classes_in_turn + rounds) % GROUPS
     group_of = np.empty(num_images, np.int64)
     group_of[np.random.RandomState(_SHUFFLE_SEED).permutation(num_images)] = np.arange(num_images) % GROUPS
     return torch.from_numpy(group_of)
@@ -40,25 +43,28 @@ def jackknife(
     *,
     further_variance: float = 0.0,
     least: float = -math.inf,
+    of_all: float | None = None,
 ) -> dict[str, float]:
     """Return the ends of a value's 95 % interval, by the delete-m_j jackknife (Busing et al. 1999).
 
-    without_each: the value without each of the groups in turn, of so many images. {} of what is not finite. Of N images
-    it is an interval of the value's mean over other draws of N images: the bias of N images is in all of them.
+    without_each: the value without each of the groups in turn, of so many images; or another one that varies as it
+    does, which is `of_all` without none. {} of what is not finite. Of N images it is an interval of the value's mean
+    over other draws of N images: the bias of N images is in all of them.
     """
+    whole = value if of_all is None else of_all
     if 0 in counts or not all(map(math.isfinite, (value, *without_each))):
         return {}
     shares = [count / sum(counts) for count in counts]
-    mean = len(counts) * value - math.fsum((1 - share) * one for share, one in zip(shares, without_each))
-    pseudo_values = [(value - (1 - share) * one) / share for share, one in zip(shares, without_each)]
+    mean = len(counts) * whole - math.fsum((1 - share) * one for share, one in zip(shares, without_each))
+    pseudo_values = [(whole - (1 - share) * one) / share for share, one in zip(shares, without_each)]
     squares = [(one - mean) ** 2 * share / (1 - share) for share, one in zip(shares, pseudo_values)]
     half = T_QUANTILE * math.sqrt(math.fsum(squares) / len(counts) + further_variance)
     return {name + LOW: max(least, value - half), name + HIGH: value + half}
 
 
 @torch.inference_mode()
-def kernel_distances_without_each(features: Tensor, real: Tensor, groups: Tensor) -> list[float]:
-    """Return KID's unbiased estimate, but for the constant that the real features add, without each group in turn.
+def kernel_distances(features: Tensor, real: Tensor, groups: Tensor) -> tuple[float, list[float]]:
+    """Return KID's unbiased estimate, but for the constant that the real features add, and without each group in turn.
 
     features: float32 (n, D), of these groups, (n,). real: (m, D). The kernel is (x y / D + 1)^3 (1801.01401).
     """
@@ -76,7 +82,8 @@ def kernel_distances_without_each(features: Tensor, real: Tensor, groups: Tensor
     left = counts.sum() - counts
     pairs = within.sum() - within.sum(0) - within.sum(1) + within.diagonal()
     distances = pairs / (left * (left - 1)) - 2 * (across[:, 0].sum() - across[:, 0]) / left
-    return distances.tolist()
+    whole = within.sum() / (len(features) * (len(features) - 1)) - 2 * across[:, 0].sum() / len(features)
+    return whole.item(), distances.tolist()
 
 
 def _kernel(rows: Tensor, others: Tensor) -> Tensor:

@@ -66,11 +66,12 @@ LEFT_OUT = (
 )
 # Settings of an evaluation that belong beside its numbers.
 EVALUATION_SETTINGS = (
-    *("ema", "guidance_scale", "guidance_interval", "method", "num_inference_steps", "num_images", "features"),
+    *("ema", "guidance_scale", "guidance_interval", "guide", "method", "num_inference_steps", "time_shift"),
+    *("num_images", "features"),
     *("reference", "pairs", "condition_from", "scored"),
 )
 # Values under these keys are places, whatever they look like: only their last part is shown.
-PLACES = ("model", "images", "reference", "pairs", "feature_weights", "make_reference", "output")
+PLACES = ("model", "guide", "images", "reference", "pairs", "feature_weights", "make_reference", "output")
 MOST_RESULTS = 20
 FRECHET = re.compile(r"fid|fr[eé]chet|(?:^|_)fd(?:_|$)", re.IGNORECASE)
 LOW, HIGH = "_low", "_high"  # behind a metric's name: the ends of its interval
@@ -210,6 +211,8 @@ def read_evaluations(path: Path) -> list[tuple[dict[str, str], dict[str, float]]
             settings = record.get("settings")  # beside the numbers, or in a mapping of their own
             settings = settings if isinstance(settings, dict) else record
             shown = {name: settings[name] for name in EVALUATION_SETTINGS if settings.get(name) is not None}
+            if shown.get("time_shift") == 1:  # equal steps, as they all were before
+                del shown["time_shift"]
             for name, value in shown.items():
                 shown[name] = " to ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             kept += [(without_places(shown), numbers)] if numbers else []

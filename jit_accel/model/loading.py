@@ -226,8 +226,8 @@ def base_of(checkpoint: Path, run: dict) -> dict[str, torch.Tensor]:
 def write_defaults(folder: str | os.PathLike, **settings) -> None:
     """Write what calls of a saved pipeline use that do not say otherwise, whole or not at all.
 
-    Settings are guidance_scale, guidance_interval, num_inference_steps and method; None is as if never written. Raises
-    `UserError`: the folder is no pipeline, there is no such setting, or its value makes no sense.
+    Settings are guidance_scale, guidance_interval, num_inference_steps, method and time_shift; None is as if never
+    written. Raises `UserError`: the folder is no pipeline, there is no such setting, or its value makes no sense.
 
     Example:
         >>> write_defaults("output/pipeline", guidance_scale=2.4, guidance_interval=(0.1, 1.0))

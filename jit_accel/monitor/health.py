@@ -132,6 +132,7 @@ class Health:
         self.steps = 0
         self.found: set[str] = set()
         self.least_seams = math.inf
+        self.real: np.ndarray | None = None  # some training images, uint8 (n, H, W, 3), once they are shown
 
     def examine(self, rows: list[dict], lost_to_data: float | None = None, advice: str | None = None) -> list[Event]:
         """Look at consecutive rows; what is found goes into them as `health/<kind>`, new kinds are returned as events.
@@ -154,22 +155,27 @@ class Health:
         """Look at generated images, uint8 (n, H, W, 3), after this share of the training; return signs and new events.
 
         A young model is no fault: what it draws is grey, then made of patches that do not fit, and less and less so. So
-        a grid is one that comes back, or that is still that of a beginner in the second half.
+        a grid is one that comes back, or that is still that of a beginner in the second half. Nor is what the training
+        images have as well: pixel art, dark skies, a single colour.
         """
-        thresholds, signs = self.thresholds, {}
+        thresholds, signs, real = self.thresholds, {}, self.real
+        real_seams = (patch_seams(real, patch_size) if real is not None else None) or 1.0
+        real_contrast = contrast(real) if real is not None else math.inf
+        real_excess = saturated_channel(real) if real is not None else 0.0
         if step < YOUNG_STEPS:
             return {}, []
         seams = patch_seams(images, patch_size) if done >= YOUNG else None
         if seams is not None and thresholds.health_patch_grid:
             returns = seams > max(SEAMS, thresholds.health_patch_grid * self.least_seams)
-            if returns or (done >= GROWN and seams > BEGINNERS_SEAMS):
+            if (returns or (done >= GROWN and seams > BEGINNERS_SEAMS)) and seams > SEAMS * real_seams:
                 signs["patch_grid"] = seams
             if contrast(images) >= thresholds.health_min_contrast:  # what is flat has no seams
                 self.least_seams = min(self.least_seams, seams)
         if done >= GROWN:
-            if (deviation := contrast(images)) < thresholds.health_min_contrast:
+            if (deviation := contrast(images)) < min(thresholds.health_min_contrast, real_contrast / 2):
                 signs["grey_samples"] = deviation
-            if 0 < thresholds.health_max_saturated < (excess := saturated_channel(images)):
+            excess = saturated_channel(images)
+            if 0 < thresholds.health_max_saturated < excess - real_excess:
                 signs["saturated_channel"] = excess
         events = [event for kind, value in signs.items() for event in self._event(kind, step, value)]
         return {HEALTH.format(kind=kind): value for kind, value in signs.items()}, events

@@ -15,6 +15,7 @@ from torch import Tensor
 from jit_accel.base.console import redacted, say, warn
 from jit_accel.base.devices import device_name, peak_flops
 from jit_accel.base.errors import message_of
+from jit_accel.base.image_rows import as_pictures
 from jit_accel.base.spans import span
 from jit_accel.config.facts import Plan
 from jit_accel.config.presets import forward_macs, sides_of
@@ -33,6 +34,7 @@ from jit_accel.monitor.metrics import (
 from jit_accel.monitor.trackers import log_picture, log_row, start_trackers
 
 TRAIN_FLOPS_PER_FORWARD_MAC = 6  # a multiply and an add, forward and twice backward
+REAL_IMAGES = 32  # that samples are judged by
 LORA_FLOPS_PER_FORWARD_MAC = 4  # frozen weights need no gradient of their own; the adapter's part is not counted
 
 
@@ -220,6 +222,12 @@ class Monitor:
         log_picture(self.accelerator, path, step, caption, is_late)
         if images and self.tracking.wandb_class_images:
             self._offer("log_class_images", images, step)
+
+    def show_real(self, images: Tensor) -> None:
+        """Keep a few training images (B, C, H, W) in [-1, 1], the first of a start, to judge samples by."""
+        if self.is_main and self.health.real is None:
+            pixels = ((images[:REAL_IMAGES].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+            self.health.real = as_pictures(pixels.permute(0, 2, 3, 1).cpu().numpy())
 
     def examine_samples(self, step: int, images: np.ndarray | None) -> None:
         """Judge generated images, uint8 (n, H, W, 3), of the newest step; None on all processes but the main one."""

@@ -144,6 +144,7 @@ class Trainer:
                 self.watch.at("waits for its data", may_last=True)  # servers may be down for long
                 batch = self.feed.next()
                 self.watch.at(f"trains step {self.step + 1:,}")
+                self.monitor.show_real(batch.images)
                 loss = self.loss(batch).mean()
                 total = self.aux.added_to(loss, batch.images, self.monitor.record_aux, batch.labels, batch.positions)
                 with span("backward"):

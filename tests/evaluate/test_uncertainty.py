@@ -12,7 +12,7 @@ from jit_accel.evaluate.uncertainty import (
     T_QUANTILE,
     groups_of,
     jackknife,
-    kernel_distances_without_each,
+    kernel_distances,
 )
 
 DRAWS = 150
@@ -32,7 +32,7 @@ def exact_reference(size: int) -> Gaussian:
 
 def grouped(features: torch.Tensor) -> Moments:
     moments = Moments(features.shape[1], groups=GROUPS)
-    moments.add(features, groups_of(len(features), are_drawn_in_turn=True))
+    moments.add(features, groups_of(len(features), 1))
     return moments
 
 
@@ -62,7 +62,7 @@ def check(found: list[tuple[float, float, float]], most: float) -> None:
 
 
 def test_what_is_left_without_a_group_is_the_gaussian_of_the_others():
-    features, groups = draw(45, 5, 0), groups_of(45, are_drawn_in_turn=False)
+    features, groups = draw(45, 5, 0), groups_of(45)
     moments = Moments(5, groups=GROUPS)
     for part in torch.arange(45).split(7):
         moments.add(features[part], groups[part])
@@ -74,23 +74,36 @@ def test_what_is_left_without_a_group_is_the_gaussian_of_the_others():
         assert torch.allclose(left.covariance, others.T.cov())
 
 
-@pytest.mark.parametrize("in_turn", [True, False])
+@pytest.mark.parametrize("in_turn", [10, None])
 def test_groups_are_of_equal_size_and_hold_all_classes(in_turn):
-    groups, numbers = groups_of(200, are_drawn_in_turn=in_turn), torch.arange(200)
+    groups, numbers = groups_of(200, in_turn), torch.arange(200)
     assert groups.bincount().tolist() == [20] * GROUPS
     labels = numbers % 10 if in_turn else numbers // 100
     assert all(len(labels[groups == group].unique()) == len(labels.unique()) for group in range(GROUPS))
-    assert groups_of(19, are_drawn_in_turn=in_turn) is None
+    assert groups_of(19, in_turn) is None
+
+
+def test_groups_of_few_rounds_of_the_classes_hold_classes_of_all_kinds():
+    """Of 1,000 classes, those of a kind side by side, as in ImageNet."""
+    groups = groups_of(5000, 1000)
+    assert groups.bincount().tolist() == [500] * GROUPS
+    for group in range(GROUPS):
+        labels = torch.arange(5000)[groups == group] % 1000
+        assert len(labels.unique()) == 500
+        assert (labels // 100).bincount().tolist() == [50] * 10
 
 
 def test_kernel_distances_without_a_group_are_those_of_the_other_images():
     features, real = draw(60, 5, 0).float(), draw(50, 5, 1).float()
-    groups = groups_of(60, are_drawn_in_turn=False)
+    groups = groups_of(60)
 
     def kernel(one, other):
         return ((one @ other.T).double() / 5 + 1) ** 3
 
-    found = kernel_distances_without_each(features, real, groups)
+    whole, found = kernel_distances(features, real, groups)
+    inside = kernel(features, features)
+    pairs = (inside.sum() - inside.trace()) / (60 * 59)
+    assert whole == pytest.approx(float(pairs - 2 * kernel(features, real).mean()), rel=1e-5)
     for group in range(GROUPS):
         others = features[groups != group]
         inside = kernel(others, others)
@@ -102,15 +115,13 @@ def test_intervals_of_kernel_distances_hold_the_mean_in_about_95_of_100_cases():
     real, found = draw(2000, 5, 10_000, 1, 0).float(), []
     inside = ((real @ real.T).double() / 5 + 1) ** 3
     constant = float((inside.sum() - inside.trace()) / (2000 * 1999))
-    ones = torch.zeros(200, dtype=torch.int64)
     for seed in range(DRAWS):
         features = draw(200, 5, seed).float()
-        # without a group that is empty it is the distance of all
-        value = kernel_distances_without_each(features, real, ones)[1] + constant
-        groups = groups_of(200, are_drawn_in_turn=True)
-        without_each = [one + constant for one in kernel_distances_without_each(features, real, groups)]
-        ends = jackknife("kd", value, without_each, [20] * GROUPS)
-        found.append((value, ends["kd_low"], ends["kd_high"]))
+        groups = groups_of(200) if seed % 2 else groups_of(230)[:200]  # of equal size, or not
+        whole, without_each = kernel_distances(features, real, groups)
+        counts = groups.bincount(minlength=GROUPS).tolist()
+        ends = jackknife("kd", whole + constant, without_each, counts, of_all=whole)
+        found.append((whole + constant, ends["kd_low"], ends["kd_high"]))
     check(found, 1.4)
 
 

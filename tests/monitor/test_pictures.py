@@ -138,3 +138,20 @@ def test_a_training_whose_samples_are_grey_says_so_and_logs_it(images, tmp_path,
     assert "step 2: " in warning
     rows = read_metrics(tmp_path / "run")
     assert [row["step"] for row in rows if "health/grey_samples" in row] == [2, 3, 4]
+
+
+def test_what_the_training_images_have_as_well_is_no_sign():
+    """Pixel art with blocks as large as the patches, stars in a black sky, and images of one colour."""
+    draws = np.random.default_rng(0)
+    blocks = draws.integers(0, 250, (32, 7, 7, 3), np.uint8).repeat(4, 1).repeat(4, 2)
+    blocks = blocks + draws.integers(0, 6, blocks.shape, np.uint8)
+    stars = np.zeros((32, 28, 28, 3), np.uint8)
+    stars[:, ::14, ::14] = 40
+    green = photos(32, 28, 0)
+    green[..., [0, 2]] = 0
+    for images, kind in ((blocks, "patch_grid"), (stars, "grey_samples"), (green, "saturated_channel")):
+        health = Health(HealthConfig())
+        assert kind in signs(health, images[:16], 4, 0.6)
+        health = Health(HealthConfig())
+        health.real = images[16:]
+        assert signs(health, images[:16], 4, 0.6) == []
