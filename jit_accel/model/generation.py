@@ -34,6 +34,9 @@ class SamplerSettings:
         if (method in SOLVERS) != is_own(pipeline.scheduler):
             rule = f"the model's scheduler is {pipeline.solver_name()}: leave it out."
             raise UserError(rule, about="method", value=method)
+        if self.time_shift not in (None, 1) and not is_own(pipeline.scheduler):
+            rule = f"the steps are those of the model's scheduler, {pipeline.solver_name()}: leave it out."
+            raise UserError(rule, about="time_shift", value=f"{self.time_shift:g}")
         found = {name: pipeline.config.get(name) if value is None else value for name, value in asdict(self).items()}
         return SamplerSettings(
             found["num_inference_steps"] or STEPS,

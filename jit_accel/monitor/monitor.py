@@ -90,6 +90,7 @@ class Monitor:
         self.epochs = EpochMetrics(plan.num_images)
         self.health = Health(health, must_fall=is_untrained, has_scaler=accelerator.scaler is not None)
         self.patch_size = network.config.patch_size
+        self.real: Tensor | None = None
         sizes, is_adapted = network.config, any(not p.requires_grad for p in network.parameters())
         flops_per_mac = LORA_FLOPS_PER_FORWARD_MAC if is_adapted else TRAIN_FLOPS_PER_FORWARD_MAC
         self.flops_per_image = flops_per_mac * forward_macs(sizes, sizes.patch_size, *sides_of(sizes.img_size))
@@ -225,13 +226,15 @@ class Monitor:
 
     def show_real(self, images: Tensor) -> None:
         """Keep a few training images (B, C, H, W) in [-1, 1], the first of a start, to judge samples by."""
-        if self.is_main and self.health.real is None:
-            pixels = ((images[:REAL_IMAGES].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            self.health.real = as_pictures(pixels.permute(0, 2, 3, 1).cpu().numpy())
+        if self.is_main and self.real is None:
+            self.real = images[:REAL_IMAGES].clone()  # which leave the device with the first sheet
 
     def examine_samples(self, step: int, images: np.ndarray | None) -> None:
         """Judge generated images, uint8 (n, H, W, 3), of the newest step; None on all processes but the main one."""
         if self.is_main and images is not None:
+            if self.health.real is None and self.real is not None:
+                pixels = ((self.real.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+                self.health.real = as_pictures(pixels.permute(0, 2, 3, 1).cpu().numpy())
             done = step / self.plan.total_steps
             signs, events = self.health.examine_samples(step, images, self.patch_size, done)
             if signs:

@@ -130,9 +130,10 @@ def test_a_folder_with_a_scheduler_of_diffusers_is_sampled_by_it(sample, tmp_pat
     ((_, images),) = generate_batches(pipe, [0], settings=SamplerSettings(2))
     made = np.asarray(Image.open(next((tmp_path / "out").rglob("0*.png")))).astype(int)
     assert np.abs(images[0].permute(1, 2, 0).numpy() - made).max() <= 1
-    for more, message in ((("--method", "heun"), "--method heun"), (("--trajectory",), "--trajectory")):
+    refused = ("--method", "heun"), ("--time_shift", "2"), ("--trajectory",)
+    for more in refused:
         assert sample(*flags, *more, output="other") == 2
-        assert message in capsys.readouterr().err
+        assert " ".join(more) in capsys.readouterr().err
 
 
 def test_folders_of_classes_are_safe_and_distinct_and_in_the_order_of_the_labels():
