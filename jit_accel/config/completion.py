@@ -55,7 +55,7 @@ def complete(config: Config, facts: Facts) -> tuple[Config, Plan, list[str]]:
         rule = "is a guidance on labels, and this data has none: leave it out."
         raise UserError(rule, about="model_guidance", value=config.objective.model_guidance)
     # A run that began before there was a choice stays as it was.
-    method = config.sample.method or (None if facts.saved and "method" not in facts.saved else DEFAULT_METHOD)
+    method = config.sample.method or (None if facts.saved and facts.saved.get("method") is None else DEFAULT_METHOD)
     defaults: dict[str, Any] = {
         "img_size": size,
         "lanes": None if facts.saved else facts.lanes,

@@ -28,7 +28,7 @@ def contradictions_of_techniques(s: SimpleNamespace) -> Iterator[tuple[str, str]
     if s.decay_fraction is not None and s.lr_schedule != "wsd":
         yield "decay_fraction", f"is of --lr_schedule wsd, and {s.lr_schedule} is used: choose wsd, or leave it out."
     share = DECAY_FRACTION if s.decay_fraction is None else s.decay_fraction
-    if s.lr_schedule == "wsd" and s.max_steps and (s.warmup_steps or 0) > (1 - share) * s.max_steps:
+    if s.lr_schedule == "wsd" and s.max_steps and (s.warmup_steps or 0) > s.max_steps - round(share * s.max_steps):
         rule = (
             f"the run has {s.max_steps:,} steps, and the last {share:.0%} of them are wsd's decay: shorten the warm-up."
         )

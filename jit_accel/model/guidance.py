@@ -115,11 +115,13 @@ class GuidanceMixin:
         objective, network = getattr(getattr(value, "config", None), "objective", None), value
         if hasattr(value, "transformer"):
             network = value.transformer
+        if network is not None and not hasattr(network, "config"):
+            raise ValueError(f"guide {value!r}: give a network or a pipeline, such as jit_accel.load of a folder")
         if network is not None:
-            pairs = {name: (network.config.get(name), self.transformer.config.get(name)) for name in _SHARED}
-            if objective:
-                kinds = (it.get("prediction_type", "x") for it in (objective, self.config.objective))
-                pairs["prediction_type"] = tuple(kinds)
+            both = network.config, self.transformer.config
+            pairs = {name: tuple(_plain(it.get(name)) for it in both) for name in _SHARED}
+            for name, usual in _OF_OBJECTIVE.items() if objective else ():
+                pairs[name] = tuple(it.get(name, usual) for it in (objective, self.config.objective))
             wrong = [f"{name} {theirs}, not {own}" for name, (theirs, own) in pairs.items() if theirs != own]
             if wrong:
                 raise ValueError(f"guide: it has {', '.join(wrong)}: take a model of the same data and prediction")
@@ -135,8 +137,14 @@ class GuidanceMixin:
         return GuidedField(network, given, on, lambda t: guidance_weight(t, self._guidance_scale, interval), guide)
 
 
-# What two networks have to have in common for one to guide the other.
+# What two networks have to have in common for one to guide the other, and their objectives.
+_OF_OBJECTIVE = {"prediction_type": "x", "noise_scale": 1.0, "path": "noise"}
 _SHARED = ("num_classes", "in_channels", "condition_channels", "vector_sizes", "has_several_labels")
+
+
+def _plain(value):
+    """Return a setting as all sources of a network give it: files have lists, older ones lack what is empty."""
+    return list(value) or None if isinstance(value, tuple | list) else value or None
 
 
 def _output(network: Callable, z: Tensor, t: Tensor, class_labels: Tensor, **more: Tensor) -> Tensor:

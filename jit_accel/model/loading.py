@@ -219,6 +219,8 @@ def base_of(checkpoint: Path, run: dict) -> dict[str, torch.Tensor]:
         base = load_pipeline(path, about="init_from").transformer.state_dict()
     except UserError as error:
         raise UserError(f"{checkpoint} is an adapter for {message_of(error)}") from None
+    if not run["settings"].get("augment"):  # what it adds to a network is nothing, and was left out
+        base = {name: tensor for name, tensor in base.items() if not name.startswith("augment_embedder.")}
     refuse_other_base(checkpoint, run, path, weights_fingerprint(base))
     return base
 

@@ -156,9 +156,22 @@ def test_a_guide_of_other_data_or_prediction_is_refused(pipe):
     other = JiTTransformer2DModel.from_config({**pipe.transformer.config, "num_classes": 3})
     with pytest.raises(ValueError, match="guide: it has num_classes 3, not 10: take a model of the same data"):
         pipe.guide = other
+    with pytest.raises(ValueError, match="give a network or a pipeline"):
+        pipe.guide = "folder"
+    with pytest.raises(ValueError, match=r"noise_scale 2.0, not 1.0"):
+        pipe.guide = JiTPipeline(pipe.transformer, JiTScheduler(noise_scale=2.0))
     with pytest.raises(ValueError, match="prediction_type v, not x"):
         pipe.guide = JiTPipeline(pipe.transformer, JiTScheduler("v"))
     assert pipe.guide is None
+
+
+def test_a_checkpoint_of_the_run_is_a_guide_for_its_pipeline(pipe, tmp_path):
+    """Where files have [] a checkpoint's network has ()."""
+    pipe.save_pretrained(tmp_path)
+    loaded, fresh = JiTPipeline.from_pretrained(tmp_path), JiTTransformer2DModel.from_config(pipe.transformer.config)
+    for one, other in ((loaded, fresh), (pipe, loaded)):
+        one.guide = other
+    assert loaded.guide is fresh
 
 
 def test_the_interval_is_open_but_for_a_zero_start():

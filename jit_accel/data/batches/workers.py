@@ -16,8 +16,14 @@ from jit_accel.base.host import give_heap_back
 
 
 def from_workers(dataset, *, num_workers: int, sampler=None) -> Iterator:
-    """Yield what `make_loader`'s loader does. Raises `RuntimeError` where a worker was killed, as torch mostly does."""
-    iterator = iter(make_loader(dataset, num_workers=num_workers, sampler=sampler))
+    """Return an iterator of what `make_loader`'s loader yields, whose workers have begun.
+
+    It raises `RuntimeError` where a worker was killed, as torch mostly does.
+    """
+    return _watched(iter(make_loader(dataset, num_workers=num_workers, sampler=sampler)))
+
+
+def _watched(iterator: Iterator) -> Iterator:
     workers = list(getattr(iterator, "_workers", ()))
     while True:
         try:
